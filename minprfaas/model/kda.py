@@ -1,0 +1,165 @@
+"""Kimi delta attention (KDA): a linear mixer whose state has one size whatever the context. Chapter 02; paper 2.2.
+
+Each head keeps a memory matrix S `[key_dim, value_dim]`. A token first lets every key channel decay, then replaces
+what S stores under its key k by its value v, as far as its gate beta asks (the delta rule), and reads with its query q:
+
+    S_t = diag(exp(g_t)) S_(t-1);   S_t += beta_t k_t (v_t - k_t^T S_t)^T;   o_t = S_t^T q_t
+
+`kda_recurrent` is that, token by token: the reference, and the decode step. `kda_chunked` computes the same for whole
+chunks with matrix products: the prefill form.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minprfaas.config import KDAConfig
+from minprfaas.model.layers import Positions, RMSNorm
+from minprfaas.model.spec import LayerState
+
+
+def kda_recurrent(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+    """The recurrence as written above, one token at a time.
+
+    `q`, `k`, `g` `[batch, tokens, heads, key_dim]` (g: log decay, at most 0), `v` `[batch, tokens, heads, value_dim]`,
+    `beta` `[batch, tokens, heads]`, `memory` `[batch, heads, key_dim, value_dim]`; all float32.
+    Returns the outputs (shaped like `v`) and the memory after the last token.
+    """
+    outputs = []
+    for t in range(q.shape[1]):
+        memory = memory * g[:, t, :, :, None].exp()
+        stored = torch.einsum("bhkv,bhk->bhv", memory, k[:, t])
+        delta = (v[:, t] - stored) * beta[:, t, :, None]
+        memory = memory + k[:, t, :, :, None] * delta[:, :, None]
+        outputs.append(torch.einsum("bhkv,bhk->bhv", memory, q[:, t]))
+    return torch.stack(outputs, dim=1), memory
+
+
+def kda_chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, memory: Tensor,
+                chunk: int = 64, sub_chunk: int = 16) -> tuple[Tensor, Tensor]:
+    """The same function as `kda_recurrent` (same arguments), `chunk` tokens at a time.
+
+    Inside a chunk the delta rule is a unit lower-triangular system, solved once for all of the chunk's tokens; between
+    chunks only the memory is carried, by one matrix product a chunk. Every exponent is a difference of cumulative
+    decays from an earlier to a later token, so it is at most 0 and nothing overflows however strong the decay.
+    """
+    tokens = q.shape[1]
+    padding = -tokens % chunk  # padding has k = 0, beta = 0, g = 0: it neither writes nor decays
+    q, k, v, g = (F.pad(x, (0, 0, 0, 0, 0, padding)).unflatten(1, (-1, chunk)).permute(0, 3, 1, 2, 4) for x in (q, k, v, g))
+    beta = F.pad(beta, (0, 0, 0, padding)).unflatten(1, (-1, chunk)).permute(0, 3, 1, 2)[..., None]
+    # exp(-20) is below float32's resolution; without the bound, sums of strong decays would lose the weak ones' digits.
+    decay = g.clamp(min=-20.0).cumsum(dim=-2)  # [batch, heads, chunks, chunk, key_dim]: from the chunk's beginning through each token
+    total = decay[..., -1:, :]
+
+    k_by_k, q_by_k = _decayed_products(q, k, decay, sub_chunk)
+    system = (k_by_k * beta).tril(-1)
+    right = torch.cat([v, k * decay.exp()], dim=-1) * beta
+    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    new_values, reads = solved.split([v.shape[-1], k.shape[-1]], dim=-1)  # new values = new_values - reads @ memory
+
+    keys_at_end = (k * (total - decay).exp()).transpose(-1, -2)
+    carry = torch.diag_embed(total.squeeze(-2).exp()) - keys_at_end @ reads
+    added = keys_at_end @ new_values
+    befores, after = [], memory.flatten(0, 1)
+    for carry_n, added_n in zip(carry.flatten(0, 1).unbind(1), added.flatten(0, 1).unbind(1)):
+        befores.append(after)
+        after = torch.baddbmm(added_n, carry_n, after)  # memory after chunk n = carry_n @ memory before it + added_n
+    before = torch.stack(befores, dim=1).unflatten(0, memory.shape[:2])
+
+    out = (q * decay.exp()) @ before + q_by_k.tril() @ (new_values - reads @ before)
+    return out.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :tokens], after.unflatten(0, memory.shape[:2])
+
+
+def _decayed_products(q: Tensor, k: Tensor, decay: Tensor, sub_chunk: int) -> tuple[Tensor, Tensor]:
+    """`sum_d x_i[d] k_j[d] exp(decay_i[d] - decay_j[d])` for x = k and x = q, right for j <= i inside each chunk.
+
+    One product of `x exp(decay)` with `k exp(-decay)` would overflow. So the chunk is cut into sub-chunks (secondary
+    chunking): a later against an earlier sub-chunk goes through a reference decay that lies between the two, which
+    makes both exponents at most 0; inside a sub-chunk the differences are formed one by one.
+    """
+    chunk, first_row = q.shape[-2], decay.new_zeros(())
+    starts = range(0, chunk, sub_chunk)
+    left = torch.stack([k, q])  # [2, batch, heads, chunks, chunk, key_dim]
+    rows = []
+    for start in starts:
+        now = slice(start, start + sub_chunk)
+        reference = decay[..., start - 1 : start, :] if start else first_row
+        earlier = k[..., :start, :] * (reference - decay[..., :start, :]).exp()
+        off_diagonal = (left[..., now, :] * (decay[..., now, :] - reference).exp()) @ earlier.transpose(-1, -2)
+        difference = decay[..., now, None, :] - decay[..., None, now, :]
+        ahead = torch.ones(sub_chunk, sub_chunk, dtype=torch.bool, device=q.device).triu(1)[..., None]
+        pair_decay = difference.masked_fill(ahead, float("-inf")).exp() * k[..., None, now, :]
+        diagonal = (pair_decay @ left[..., now, :, None]).squeeze(-1)
+        rows.append(F.pad(torch.cat([off_diagonal, diagonal], dim=-1), (0, chunk - start - sub_chunk)))
+    k_by_k, q_by_k = torch.cat(rows, dim=-2).unbind(0)
+    return k_by_k, q_by_k
+
+
+class ShortConv(nn.Module):
+    """The weight of a depthwise causal convolution, `[channels, 1, kernel]` as checkpoints store it."""
+
+    def __init__(self, channels: int, kernel: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(channels, 1, kernel) * kernel**-0.5)
+
+
+class KDA(nn.Module):
+    """The whole mixer: projections, short convolutions, decay and beta gates, the delta rule, gated output norm."""
+
+    def __init__(self, config: KDAConfig, hidden_size: int, norm_eps: float):
+        super().__init__()
+        self.config = config
+        channels = config.num_heads * config.head_dim
+        for name in ("q", "k", "v"):
+            self.add_module(f"{name}_proj", nn.Linear(hidden_size, channels, bias=False))
+            self.add_module(f"{name}_conv1d", ShortConv(channels, config.conv_kernel))
+        self.A_log = nn.Parameter(torch.empty(1, 1, config.num_heads, 1).uniform_(1, 16).log())
+        self.dt_bias = nn.Parameter(_inverse_softplus_of_log_uniform(channels, 1e-3, 1e-1))
+        self.f_a_proj = nn.Linear(hidden_size, config.head_dim, bias=False)
+        self.f_b_proj = nn.Linear(config.head_dim, channels, bias=False)
+        self.b_proj = nn.Linear(hidden_size, config.num_heads, bias=False)
+        self.g_a_proj = nn.Linear(hidden_size, config.head_dim, bias=False)
+        self.g_b_proj = nn.Linear(config.head_dim, channels, bias=False)
+        self.o_norm = RMSNorm(config.head_dim, norm_eps)
+        self.o_proj = nn.Linear(channels, hidden_size, bias=False)
+
+    def forward(self, x: Tensor, positions: Positions, state: LayerState | None) -> Tensor:
+        """`x` `[batch, new, hidden]` -> the same shape; `state` None means that nothing came before `x`."""
+        heads = (self.config.num_heads, self.config.head_dim)
+        memory, tail = state.load() if state is not None else self._empty_state(x)
+        mixed, tail = self._short_convolutions(torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1), tail)
+        q, k, v = (part.unflatten(-1, heads) for part in mixed.float().chunk(3, dim=-1))
+        q, k = _unit_length(q) * self.config.head_dim**-0.5, _unit_length(k)
+        step = F.softplus((self.f_b_proj(self.f_a_proj(x)).float() + self.dt_bias.float()).unflatten(-1, heads))
+        g = -self.A_log.float().exp() * step
+        beta = self.b_proj(x).float().sigmoid()
+        rule = kda_recurrent if x.shape[1] == 1 else kda_chunked
+        with torch.autocast(x.device.type, enabled=False):  # the memory's sums need float32
+            out, memory = rule(q, k, v, g, beta, memory)
+        if state is not None:
+            state.store(memory, tail)
+        gate = self.g_b_proj(self.g_a_proj(x)).unflatten(-1, heads).float().sigmoid()
+        return self.o_proj((self.o_norm(out) * gate).to(x.dtype).flatten(2))
+
+    def _short_convolutions(self, x: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+        """Causal depthwise convolutions of q, k and v together, then SiLU; `tail` `[batch, channels, kernel - 1]`."""
+        weight = torch.cat([self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight]).squeeze(1)
+        tokens = x.shape[1]
+        padded = torch.cat([tail.transpose(1, 2).to(x.dtype), x], dim=1)
+        out = sum(padded[:, i : i + tokens] * weight[:, i] for i in range(self.config.conv_kernel))
+        return F.silu(out), padded[:, tokens:].transpose(1, 2)
+
+    def _empty_state(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        heads, dim, kernel = self.config.num_heads, self.config.head_dim, self.config.conv_kernel
+        memory = torch.zeros(x.shape[0], heads, dim, dim, dtype=torch.float32, device=x.device)
+        return memory, x.new_zeros(x.shape[0], 3 * heads * dim, kernel - 1)
+
+
+def _unit_length(x: Tensor) -> Tensor:
+    return x / (x.square().sum(dim=-1, keepdim=True) + 1e-6).sqrt()
+
+
+def _inverse_softplus_of_log_uniform(size: int, low: float, high: float) -> Tensor:
+    """Biases whose softplus is spread evenly in logarithm over [low, high]: heads that forget fast and slowly."""
+    step = torch.empty(size).uniform_(torch.tensor(low).log().item(), torch.tensor(high).log().item()).exp()
+    return step + (-torch.expm1(-step)).log()

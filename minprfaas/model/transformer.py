@@ -1,0 +1,79 @@
+"""The transformer: a stack of layers, each a mixer plus an MLP, laid out by `ModelConfig`. Chapter 01.
+
+Modules carry the names of Hugging Face checkpoints, so a tensor's name says where it lives.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from minprfaas.config import GQAConfig, KDAConfig, LayerConfig, MLAConfig, ModelConfig
+from minprfaas.model.attention import GQA, MLA
+from minprfaas.model.kda import KDA
+from minprfaas.model.layers import MLP, Positions, RMSNorm
+from minprfaas.model.spec import ModelState, OnLayer
+
+MIXERS = {GQAConfig: GQA, MLAConfig: MLA, KDAConfig: KDA}
+
+
+class Layer(nn.Module):
+    """One layer's parts. The stack calls them, because a layer's KVCache is shipped between its mixer and its MLP."""
+
+    def __init__(self, layer: LayerConfig, config: ModelConfig):
+        super().__init__()
+        self.self_attn = MIXERS[type(layer.mixer)](layer.mixer, config.hidden_size, config.norm_eps)
+        self.mlp = MLP(config.hidden_size, layer.intermediate_size)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+
+
+class Stack(nn.Module):
+    """Embeddings, layers and the final norm."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(layer, config) for layer in config.layers)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+
+    def forward(self, token_ids: Tensor, state: ModelState | None, on_layer: OnLayer | None) -> Tensor:
+        start = token_ids.new_zeros(token_ids.shape[0]) if state is None else state.start
+        positions = Positions(start, token_ids.shape[1])
+        x = self.embed_tokens(token_ids)
+        for index, layer in enumerate(self.layers):
+            layer_state = None if state is None else state.layer(index)
+            x = x + layer.self_attn(layer.input_layernorm(x), positions, layer_state)
+            if on_layer is not None:
+                on_layer(index)
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+        return self.norm(x)
+
+
+class Transformer(nn.Module):
+    """A causal language model. `fingerprint` names its configuration and weights (set by the checkpoint loader)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.fingerprint = b""
+        self.model = Stack(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    def forward(self, token_ids: Tensor, state: ModelState | None = None, on_layer: OnLayer | None = None,
+                last_only: bool = False) -> Tensor:
+        """`token_ids` `[batch, new]` int64 -> logits `[batch, new, vocab]` (`[batch, 1, vocab]` with `last_only`).
+
+        Without `state` the tokens are the whole context. With it, they follow what it holds, and it holds them
+        afterwards. `on_layer(i)` is called as soon as layer i's state holds the new tokens.
+        """
+        hidden = self.model(token_ids, state, on_layer)
+        return self.lm_head(hidden[:, -1:] if last_only else hidden)
