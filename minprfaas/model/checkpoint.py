@@ -1,0 +1,128 @@
+"""Checkpoints: Hugging Face directories, read with every tensor's name and shape checked before one is loaded. Chapter 01."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from minprfaas.config import ModelConfig, read_json
+from minprfaas.errors import UserError
+from minprfaas.model.tokenizer import Tokenizer
+from minprfaas.model.transformer import Transformer
+
+EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "tiny-hybrid"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def load(path: str | Path | None = None, dtype: torch.dtype = torch.float32,
+         device: str | torch.device = "cpu") -> tuple[Transformer, Tokenizer]:
+    """A model and its tokenizer from a Hugging Face directory (no path: the embedded model). Raises UserError."""
+    directory = Path(path) if path is not None else EMBEDDED
+    config = ModelConfig.from_directory(directory)
+    tokenizer = Tokenizer(directory, config)
+    return load_checkpoint(directory, config, dtype, device), tokenizer
+
+
+def load_checkpoint(directory: Path, config: ModelConfig, dtype: torch.dtype, device: str | torch.device) -> Transformer:
+    """The model alone. UserError names a missing, extra or misshapen tensor (with both shapes) or an unreadable file."""
+    device = checked_device(device)
+    with torch.device("meta"):
+        model = Transformer(config).to(dtype)
+    files = _weight_files(directory)
+    found = _tensor_shapes(files)
+    _check_names_and_shapes(directory, model, found)
+    model.to_empty(device=device)
+    if config.tie_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for file in files:
+            with _opened(file) as weights:
+                for name in weights.keys():
+                    if name in parameters:
+                        parameters[name].copy_(weights.get_tensor(name))
+    model.fingerprint = _fingerprint([directory / "config.json", *files], dtype)
+    return model.eval().requires_grad_(False)
+
+
+def save_checkpoint(model: Transformer, config_json: dict, directory: str | Path, dtype: torch.dtype) -> None:
+    """Write `config.json` and `model.safetensors` (weights in `dtype`); each file appears whole or not at all."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.named_parameters()}
+    save_file(tensors, directory / (SINGLE + ".partial"), metadata={"format": "pt"})
+    (directory / "config.json.partial").write_text(json.dumps(config_json, indent=2) + "\n", encoding="utf-8")
+    for name in (SINGLE, "config.json"):
+        os.replace(directory / (name + ".partial"), directory / name)
+
+
+def checked_device(name: str | torch.device) -> torch.device:
+    """The device of that name; UserError when it is not there."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        raise UserError(f"device {str(name)!r} is not there; this machine has: {', '.join(there)}") from None
+    if device.type == "meta":
+        raise UserError("device 'meta' cannot hold a model; use cpu or cuda")
+    return device
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    if (directory / INDEX).exists():
+        weight_map = read_json(directory / INDEX, "").get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{directory / INDEX} has no weight_map")
+        files = [directory / name for name in sorted(set(weight_map.values()))]
+    else:
+        files = sorted(directory.glob("*.safetensors"))
+        if not files:
+            raise UserError(f"{directory} has no *.safetensors file; a checkpoint directory has at least one")
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file} is missing, but {INDEX} names it")
+    return files
+
+
+def _opened(file: Path):
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is truncated or corrupt: {error}") from None
+
+
+def _tensor_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    for file in files:
+        with _opened(file) as weights:
+            for name in weights.keys():
+                shapes[name] = tuple(weights.get_slice(name).get_shape())
+    return shapes
+
+
+def _check_names_and_shapes(directory: Path, model: Transformer, found: dict[str, tuple[int, ...]]) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    for name, shape in expected.items():
+        if name not in found:
+            raise UserError(f"{directory}: tensor {name} is missing; {model.config.family} needs it with shape {list(shape)}")
+        if found[name] != shape:
+            raise UserError(f"{directory}: tensor {name} has shape {list(found[name])}; config.json asks for {list(shape)}")
+    for name, shape in found.items():
+        is_tied_head = name == "lm_head.weight" and model.config.tie_embeddings
+        if name not in expected and not is_tied_head and not name.endswith("rotary_emb.inv_freq"):
+            raise UserError(f"{directory}: tensor {name} with shape {list(shape)} is not part of a {model.config.family} model")
+
+
+def _fingerprint(files: list[Path], dtype: torch.dtype) -> bytes:
+    """Names configuration, weights and number format: two nodes share KVCache only where this agrees."""
+    digest = hashlib.blake2b(str(dtype).encode(), digest_size=32)
+    for file in files:
+        with open(file, "rb") as stream:
+            while piece := stream.read(1 << 22):
+                digest.update(piece)
+    return digest.digest()
