@@ -9,6 +9,8 @@ what S stores under its key k by its value v, as far as its gate beta asks (the 
 chunks with matrix products: the prefill form.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -161,5 +163,5 @@ def _unit_length(x: Tensor) -> Tensor:
 
 def _inverse_softplus_of_log_uniform(size: int, low: float, high: float) -> Tensor:
     """Biases whose softplus is spread evenly in logarithm over [low, high]: heads that forget fast and slowly."""
-    step = torch.empty(size).uniform_(torch.tensor(low).log().item(), torch.tensor(high).log().item()).exp()
+    step = torch.empty(size).uniform_(math.log(low), math.log(high)).exp()
     return step + (-torch.expm1(-step)).log()
