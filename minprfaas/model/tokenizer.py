@@ -32,3 +32,7 @@ class Tokenizer:
     def decode(self, token_ids: list[int]) -> str:
         """Text of `token_ids`; special tokens are left out."""
         return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def stream_step(self, decoder: tokenizers.decoders.DecodeStream, token_id: int) -> str | None:
+        """The text that one more token makes certain (None in the middle of a character)."""
+        return decoder.step(self._tokenizer, token_id)

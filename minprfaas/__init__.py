@@ -1,0 +1,23 @@
+"""Prefill-as-a-Service in readable PyTorch: prefill in one datacenter, decode in another (arXiv:2604.15039).
+
+`load`, `generate` and `SamplingParams` are all that a first program needs; they are imported when first used, so that
+the pure-Python rooms (`scheduling`, `simulator`) start without torch.
+"""
+
+from importlib import import_module
+
+_HOMES = {
+    "load": "minprfaas.model.checkpoint",
+    "generate": "minprfaas.engine.generate",
+    "SamplingParams": "minprfaas.engine.sampling",
+    "RequestOutput": "minprfaas.engine.request",
+    "UserError": "minprfaas.errors",
+    "RequestError": "minprfaas.errors",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'minprfaas' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
