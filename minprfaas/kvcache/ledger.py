@@ -1,0 +1,168 @@
+"""Who holds each block: free list, prefix index, reference counts and the one eviction order. Chapter 06 (paper 3.2).
+
+Pure bookkeeping, no tensors. An indexed *entry* is either a full block of tokens (one block in every token group) or a
+snapshot of all request-level state; it is named by its first block's id, so the books are flat arrays over blocks.
+
+Eviction policy, for entries that nobody holds:
+1. A snapshot leaves with the block that it ends at: without it, it can never be matched again.
+2. Otherwise the least recently used goes first. A holder lets go of a prefix from its tail, so of one prefix the later
+   block is always the older entry: a prefix shrinks from its tail and is never cut in the middle.
+"""
+
+import hashlib
+import sys
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+
+KEY_BYTES = 32  # a collision must not be able to hand one prompt another's state: 128 bits of collision resistance
+OnEvent = Callable[[str, bytes, int], None]  # ("stored" | "evicted", key, tokens): a prefix can or can no longer be hit
+
+
+def chain_keys(previous: bytes, token_ids: Sequence[int], block_tokens: int) -> list[bytes]:
+    """Keys of the full blocks of `token_ids`, chained over `previous` (the last key before them, or the root).
+
+    A token is 8 little-endian bytes, so no two token lists encode alike. Raises ValueError on a token beyond 64 bits.
+    """
+    full = len(token_ids) // block_tokens * block_tokens
+    try:
+        encoded = array("q", token_ids[:full] if full < len(token_ids) else token_ids)
+    except OverflowError:
+        raise ValueError(f"token ids from {min(token_ids)} to {max(token_ids)} do not fit 64 bits") from None
+    if sys.byteorder == "big":
+        encoded.byteswap()
+    keys, data, size = [], memoryview(encoded).cast("B"), 8 * block_tokens
+    for start in range(0, len(data), size):
+        digest = hashlib.blake2b(previous, digest_size=KEY_BYTES)
+        digest.update(data[start:start + size])
+        previous = digest.digest()
+        keys.append(previous)
+    return keys
+
+
+def root_key(fingerprint: bytes) -> bytes:
+    """The key that a model's chains begin with; `fingerprint` may have any length."""
+    return hashlib.blake2b(fingerprint, digest_size=KEY_BYTES).digest()
+
+
+class BlockLedger:
+    """The books over `num_blocks` blocks. `has_tokens` and `has_state` say what a match needs: full blocks, snapshots."""
+
+    def __init__(self, num_blocks: int, has_tokens: bool, has_state: bool, on_event: OnEvent | None = None):
+        self.num_blocks = num_blocks
+        self.has_tokens, self.has_state = has_tokens, has_state
+        self.on_event = on_event
+        self.free = list(range(num_blocks - 1, -1, -1))  # a stack: low ids first, recently freed ids again
+        self.cached = 0  # blocks of entries that nobody holds
+        self.evicted_entries = 0
+        self.blocks: dict[bytes, int] = {}  # key -> entry
+        self.snapshots: dict[bytes, int] = {}
+        # Per entry, at its first block's id; 16 bytes and a key's reference each.
+        self.keys: list[bytes | None] = [None] * num_blocks
+        self.refs = array("i", bytes(4 * num_blocks))
+        self._tokens = array("i", bytes(4 * num_blocks))
+        self._members: dict[int, tuple[int, ...]] = {}  # only entries of more than one block
+        # A ring of unheld entries from the oldest to the newest; position `num_blocks` is where it begins and ends.
+        self._newer = array("i", [num_blocks]) * (num_blocks + 1)
+        self._older = array("i", [num_blocks]) * (num_blocks + 1)
+
+    # --- blocks ------------------------------------------------------------------------------------------------------
+
+    def allocate(self, count: int) -> list[int] | None:
+        """Take `count` blocks, evicting as many entries as that needs; None, and no change, if there are too few."""
+        if count > len(self.free) + self.cached:
+            return None
+        while len(self.free) < count:
+            self.evicted_entries += 1
+            self.remove(self._newer[self.num_blocks])
+        cut = len(self.free) - count
+        taken = self.free[cut:][::-1]
+        del self.free[cut:]
+        return taken
+
+    def release(self, blocks: Iterable[int]) -> None:
+        """Give back blocks that are in no entry."""
+        self.free.extend(blocks)
+
+    # --- matching ----------------------------------------------------------------------------------------------------
+
+    def match(self, keys: Sequence[bytes]) -> int:
+        """How many leading blocks of `keys` can be reused: all their blocks, and a snapshot at exactly their end."""
+        length = len(keys)
+        if self.has_tokens:
+            length = next((i for i, key in enumerate(keys) if key not in self.blocks), length)
+        if self.has_state:
+            while length and keys[length - 1] not in self.snapshots:
+                length -= 1
+        return length
+
+    def hittable(self) -> list[tuple[bytes, int]]:
+        """Every (key, tokens) at which a match can end now: what events would have told from the beginning."""
+        return [(key, self._tokens[entry]) for key, entry in self._hit_points().items()]
+
+    def _hit_points(self) -> dict[bytes, int]:
+        return self.snapshots if self.has_state else self.blocks
+
+    # --- entries -----------------------------------------------------------------------------------------------------
+
+    def insert(self, index: dict[bytes, int], key: bytes, members: Sequence[int], tokens: int) -> int:
+        """Enter blocks under `key` in `index` (`self.blocks` or `self.snapshots`), held once; returns the entry.
+
+        Whoever enters a block holds the entry of the block before it; that keeps the eviction order honest."""
+        entry = members[0]
+        index[key] = entry
+        self.keys[entry], self.refs[entry], self._tokens[entry] = key, 1, tokens
+        if len(members) > 1:
+            self._members[entry] = tuple(members)
+        if index is self._hit_points() and self.on_event:
+            self.on_event("stored", key, tokens)
+        return entry
+
+    def members(self, entry: int) -> tuple[int, ...]:
+        """The blocks of an entry, in the order in which they were entered."""
+        return self._members.get(entry, (entry,))
+
+    def hold(self, entry: int) -> None:
+        """One more holder; a held entry is not evicted."""
+        if self.refs[entry] == 0:
+            self._unlink(entry)
+        self.refs[entry] += 1
+
+    def drop(self, entry: int) -> None:
+        """One holder less; the last one leaves the entry as the most recently used."""
+        self.refs[entry] -= 1
+        if self.refs[entry] == 0:
+            newest = self._older[self.num_blocks]
+            self._newer[newest] = self._older[self.num_blocks] = entry
+            self._older[entry], self._newer[entry] = newest, self.num_blocks
+            self.cached += len(self.members(entry))
+
+    def remove(self, entry: int) -> None:
+        """Take an unheld entry out of the index and free its blocks; a snapshot at its end goes with it."""
+        self._unlink(entry)
+        self.release(self.forget(entry))
+
+    def forget(self, entry: int) -> tuple[int, ...]:
+        """Take an entry out of the index; its blocks are the caller's from now on."""
+        key, members = self.keys[entry], self.members(entry)
+        self._members.pop(entry, None)
+        self.keys[entry], self.refs[entry] = None, 0
+        index = self.snapshots if self.snapshots.get(key) == entry else self.blocks
+        del index[key]
+        if index is self._hit_points() and self.on_event:
+            self.on_event("evicted", key, self._tokens[entry])
+        if index is self.blocks and key in self.snapshots:
+            self.remove(self.snapshots[key])  # unheld: whoever holds a snapshot holds the blocks before it
+        return members
+
+    def unheld(self) -> list[int]:
+        """Entries that may be evicted, the next one first."""
+        entries, entry = [], self._newer[self.num_blocks]
+        while entry != self.num_blocks:
+            entries.append(entry)
+            entry = self._newer[entry]
+        return entries
+
+    def _unlink(self, entry: int) -> None:
+        older, newer = self._older[entry], self._newer[entry]
+        self._newer[older], self._older[newer] = newer, older
+        self.cached -= len(self.members(entry))
