@@ -34,7 +34,7 @@ class Engine:
         self.prefill_chunk, self.max_batch = prefill_chunk, max_batch
         self.layout = plan_layout(model_state_specs(model.config, str(model.dtype).removeprefix("torch.")), cache.block_tokens)
         self.kvcache = KVCacheManager(self.layout, cache, model.device, root=model.fingerprint)
-        self.max_tokens = min(model.config.max_context_tokens, self.layout.capacity_tokens(cache.num_blocks))
+        self.max_tokens = min(model.config.max_context_tokens, self.kvcache.max_tokens)
         self.waiting: deque[Request] = deque()
         self.prefilling: deque[Request] = deque()
         self.running: list[Request] = []  # oldest first

@@ -1,0 +1,31 @@
+"""Tables and one-line conclusions for people. Chapter 13."""
+
+from collections.abc import Sequence
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence], indent: str = "  ") -> str:
+    """Aligned columns under a rule: numbers to the right, words to the left. Floats are printed as given strings."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [max([len(header), *(len(row[i]) for row in cells)]) for i, header in enumerate(headers)]
+    right = [bool(cells) and all(_is_number(row[i]) for row in cells) for i in range(len(headers))]
+    lines = [[*headers], ["─" * width for width in widths], *cells]
+    return "\n".join(indent + "  ".join(cell.rjust(width) if is_right else cell.ljust(width)
+                                        for cell, width, is_right in zip(line, widths, right)).rstrip() for line in lines)
+
+
+def human_bytes(count: float) -> str:
+    """Bytes in binary units: 1536 -> '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def _cell(value) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _is_number(cell: str) -> bool:
+    head = cell.split(" ")[0].replace(",", "").rstrip("%sx")
+    return cell in ("–", "-") or head.replace(".", "", 1).lstrip("+-").isdigit()
