@@ -1,0 +1,231 @@
+"""Train the embedded model from nothing, on one GPU in minutes: `python scripts/train_tiny.py --out out/tiny-hybrid`.
+
+The task is retrieval: a document of invented facts, then as many questions about them as fit, so that every token
+trained on pays. Lengths grow by a curriculum, because the attention layers learn to look a fact up in short documents
+long before they would in long ones. The same seed draws the same documents in the same order, and a run that was
+stopped (`--minutes`) goes on where it was with `--resume`. Chapter 02.
+"""
+
+import argparse
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from minprfaas.config import ModelConfig
+from minprfaas.documents import END_OF_TEXT, make_document, vocabulary
+from minprfaas.errors import UserError, exit_on_user_error
+from minprfaas.model.checkpoint import checked_device, save_checkpoint
+from minprfaas.model.tokenizer import Tokenizer
+from minprfaas.model.transformer import Transformer
+
+SEED = 0
+VOCAB_SIZE = 1216
+KDA_LAYERS, FULL_LAYERS = [1, 2, 3, 5, 6, 7], [4, 8]  # 3:1, counted from 1
+CONFIG = {
+    "architectures": ["KimiLinearForCausalLM"], "model_type": "kimi_linear", "vocab_size": VOCAB_SIZE,
+    "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "head_dim": 64, "q_lora_rank": None, "kv_lora_rank": 128, "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 16, "v_head_dim": 64, "mla_use_nope": True,
+    "linear_attn_config": {"num_heads": 4, "head_dim": 64, "short_conv_kernel_size": 4,
+                           "kda_layers": KDA_LAYERS, "full_attn_layers": FULL_LAYERS},
+    "num_experts": None, "first_k_dense_replace": 8, "hidden_act": "silu", "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True, "model_max_length": 16384, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0,
+    "torch_dtype": "bfloat16",
+}
+ANSWER_TOKENS = 23  # of one question with its answer, about
+LM_LOSS_WEIGHT = 0.1  # of every token that is no answer: most of it is noise (names cannot be foreseen)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A length of the curriculum: `steps` optimizer steps on documents of up to `tokens` tokens."""
+
+    tokens: int
+    steps: int
+
+
+CURRICULUM = (Stage(256, 1000), Stage(512, 500), Stage(1024, 400), Stage(2048, 300), Stage(4096, 300), Stage(9216, 400))
+
+
+class Examples(Dataset):
+    """One item a step: `ids` `[batch, tokens]` and `kind` of each (0 padding, 1 text, 2 answer), drawn from the step's seed."""
+
+    def __init__(self, tokenizer: Tokenizer, lengths: list[int], step_tokens: int):
+        self.tokenizer, self.lengths, self.step_tokens = tokenizer, lengths, step_tokens
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = self.lengths[step]
+        seed = step * 100_000  # more than a step has rows; far below EVALUATION_SEEDS
+        rows = [self._row(seed + row, tokens) for row in range(max(1, self.step_tokens // tokens))]
+        ids, kinds = zip(*rows)
+        return torch.tensor(ids), torch.tensor(kinds, dtype=torch.uint8)
+
+    def _row(self, seed: int, tokens: int) -> tuple[list[int], list[int]]:
+        """A document and questions on it, cut and padded to `tokens`."""
+        asked = min(32, max(4, tokens // 64))
+        room = tokens - ANSWER_TOKENS * (asked - 1)
+        facts = asked + seed % (1 + max(0, min(64, room // 28) - asked))
+        document = make_document(seed, room, self.tokenizer.encode, facts)
+        ids = self.tokenizer.encode(document.text)
+        kinds = [1] * len(ids)
+        for question in document.questions[:asked]:
+            for text, kind in ((question.prompt_tail, 1), (" " + question.answer + END_OF_TEXT, 2)):
+                piece = self.tokenizer.encode(text)
+                ids, kinds = ids + piece, kinds + [kind] * len(piece)
+        padding = [0] * (tokens - len(ids))
+        return (ids + padding)[:tokens], (kinds + padding)[:tokens]
+
+
+@exit_on_user_error
+def main() -> int:
+    args = parse_arguments()
+    device = checked_device(args.device)
+    out = Path(args.out)
+    torch.manual_seed(SEED)
+    tokenizer = write_tokenizer(out)
+    model = new_model().to(device)
+    optimizer = new_optimizer(model, args.lr, fused=device.type == "cuda")
+    resume_file = out / "resume.pt"
+    step = load_resume_file(resume_file, model, optimizer, device) if args.resume else 0
+    lengths = [stage.tokens for stage in CURRICULUM for _ in range(max(1, round(stage.steps * args.scale)))]
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(lengths)} steps of {args.step_tokens} "
+          f"tokens on {device}, from step {step}")
+    step = train(model, optimizer, tokenizer, lengths, step, args, resume_file)
+    save_resume_file(resume_file, model, optimizer, step)
+    save_checkpoint(model, CONFIG, out, torch.bfloat16)
+    done = "trained" if step == len(lengths) else f"stopped at step {step} of {len(lengths)} (go on with --resume)"
+    print(f"{done}; {out} holds the checkpoint. Accuracy: python scripts/eval_tiny.py --model {out}")
+    return 0
+
+
+def train(model: Transformer, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer, lengths: list[int], step: int,
+          args: argparse.Namespace, resume_file: Path) -> int:
+    """Run the steps from `step` on, until they or the minutes are used up; returns the step reached."""
+    examples = Examples(tokenizer, lengths, args.step_tokens)
+    batches = DataLoader(examples, batch_size=None, sampler=range(step, len(lengths)), num_workers=args.workers,
+                         prefetch_factor=8 if args.workers else None, pin_memory=torch.cuda.is_available())
+    started = saved = time.monotonic()
+    model.train()
+    with tqdm(total=len(lengths), initial=step, unit="step", mininterval=1.0) as bar:
+        for ids, kinds in batches:
+            set_learning_rate(optimizer, args.lr, step / len(lengths), step)
+            loss, right = train_step(model, optimizer, ids.to(model.device, non_blocking=True),
+                                     kinds.to(model.device, non_blocking=True))
+            step += 1
+            bar.update()
+            if step % args.log_every == 0:
+                bar.write(f"step {step:5d}  length {ids.shape[1]:5d}  answer loss {loss.item():.3f}  "
+                          f"answers right {right.item():6.1%}  {time.monotonic() - started:5.0f} s", file=sys.stdout)
+            now = time.monotonic()
+            if now - saved > 60:
+                save_resume_file(resume_file, model, optimizer, step)
+                save_checkpoint(model, CONFIG, resume_file.parent, torch.bfloat16)
+                saved = now
+            if now - started > args.minutes * 60:
+                break
+    return step
+
+
+def train_step(model: Transformer, optimizer: torch.optim.Optimizer, ids: torch.Tensor,
+               kinds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One optimizer step; returns the mean loss of answer tokens and the share of answers with every token right."""
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"):
+        logits = model(ids[:, :-1])
+    target, kind = ids[:, 1:], kinds[:, 1:]
+    losses = F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="none").view_as(target)
+    answer, text = kind == 2, kind == 1
+    answer_loss = (losses * answer).sum() / answer.sum()
+    text_loss = (losses * text).sum() / text.sum()
+    optimizer.zero_grad(set_to_none=True)
+    (answer_loss + LM_LOSS_WEIGHT * text_loss).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    with torch.no_grad():  # an answer ends where the end-of-text token is due; it is wrong if any of its tokens is
+        wrong = (answer & (logits.argmax(-1) != target)).long().cumsum(1)
+        ends = answer & (target == 0)
+        wrong_before = F.pad(torch.where(ends, wrong, 0).cummax(1).values, (1, -1))
+        right = (ends & (wrong == wrong_before)).sum() / ends.sum()
+    return answer_loss.detach(), right
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, done: float, step: int) -> None:
+    """A warm-up of 200 steps, then the peak, and over the last 40% of the run a straight line down to 2%."""
+    rate = peak * min(1.0, (step + 1) / 200, max(0.02, (1 - done) / 0.4))
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def new_model() -> Transformer:
+    """Fresh weights: the layers' own initialization, embeddings small enough for the tied head."""
+    model = Transformer(ModelConfig.from_hf(CONFIG))
+    torch.nn.init.normal_(model.model.embed_tokens.weight, std=CONFIG["hidden_size"] ** -0.5)
+    return model
+
+
+def new_optimizer(model: Transformer, lr: float, fused: bool) -> torch.optim.Optimizer:
+    """AdamW; decay gates, norms and convolutions are left out of the weight decay."""
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if p.ndim != 2]
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=fused)
+
+
+def write_tokenizer(directory: Path) -> Tokenizer:
+    """A byte-level BPE trained on the words of the documents, names cut into their pieces: the same file every time."""
+    directory.mkdir(parents=True, exist_ok=True)
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE, special_tokens=[END_OF_TEXT], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(vocabulary() * 2, trainer)  # twice: a pair seen once is not merged
+    bpe.save(str(directory / "tokenizer.json.partial"))
+    os.replace(directory / "tokenizer.json.partial", directory / "tokenizer.json")
+    return Tokenizer(directory, ModelConfig.from_hf(CONFIG))
+
+
+def save_resume_file(path: Path, model: Transformer, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Weights, optimizer and step, under a temporary name first."""
+    partial = path.with_suffix(".partial")
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, partial)
+    os.replace(partial, path)
+
+
+def load_resume_file(path: Path, model: Transformer, optimizer: torch.optim.Optimizer, device: torch.device) -> int:
+    """Restore what `save_resume_file` wrote; returns the step. Raises UserError when the file is not there."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; --resume goes on from the file that an earlier run left in --out")
+    saved = torch.load(path, map_location=device, weights_only=True)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved["step"]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train the embedded model from nothing.")
+    parser.add_argument("--out", default="out/tiny-hybrid", help="checkpoint directory (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=30.0, help="stop after so many (default: %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on from OUT/resume.pt")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
+    parser.add_argument("--step-tokens", type=int, default=65_536, help="tokens a step (default: %(default)s)")
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies every stage's steps (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=min(12, (os.cpu_count() or 2) - 1), help="document writers")
+    parser.add_argument("--log-every", type=int, default=50, help="steps between two printed lines")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
