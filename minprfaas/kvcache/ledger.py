@@ -12,6 +12,7 @@ Eviction policy, for entries that nobody holds:
 import hashlib
 import sys
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 KEY_BYTES = 32  # a collision must not be able to hand one prompt another's state: 128 bits of collision resistance
@@ -45,27 +46,22 @@ def root_key(fingerprint: bytes) -> bytes:
 
 
 class BlockLedger:
-    """The books over `num_blocks` blocks. `has_tokens` and `has_state` say what a match needs: full blocks, snapshots."""
+    """The books over `num_blocks` blocks. `has_tokens`, `has_state`: what a match needs, full blocks and snapshots."""
 
     def __init__(self, num_blocks: int, has_tokens: bool, has_state: bool, on_event: OnEvent | None = None):
-        self.num_blocks = num_blocks
-        self.has_tokens, self.has_state = has_tokens, has_state
-        self.on_event = on_event
-        self.free = list(range(num_blocks - 1, -1, -1))  # a stack: low ids first, recently freed ids again
+        self.num_blocks, self.has_tokens, self.has_state, self.on_event = num_blocks, has_tokens, has_state, on_event
+        self.free = list(range(num_blocks - 1, -1, -1))  # a stack: what was freed last is taken first
         self.cached = 0  # blocks of entries that nobody holds
         self.evicted_entries = 0
         self.blocks: dict[bytes, int] = {}  # key -> entry
         self.snapshots: dict[bytes, int] = {}
-        # Per entry, at its first block's id; 16 bytes and a key's reference each.
-        self.keys: list[bytes | None] = [None] * num_blocks
-        self.refs = array("i", bytes(4 * num_blocks))
+        self.refs = array("i", bytes(4 * num_blocks))  # holders of the entry that begins at this block
+        self._keys: list[bytes | None] = [None] * num_blocks
         self._tokens = array("i", bytes(4 * num_blocks))
-        self._members: dict[int, tuple[int, ...]] = {}  # only entries of more than one block
-        # A ring of unheld entries from the oldest to the newest; position `num_blocks` is where it begins and ends.
+        self._members: dict[int, tuple[int, ...]] = {}  # only of entries of more than one block
+        # A ring of the unheld entries, oldest to newest; position `num_blocks` is where it begins and ends.
         self._newer = array("i", [num_blocks]) * (num_blocks + 1)
         self._older = array("i", [num_blocks]) * (num_blocks + 1)
-
-    # --- blocks ------------------------------------------------------------------------------------------------------
 
     def allocate(self, count: int) -> list[int] | None:
         """Take `count` blocks, evicting as many entries as that needs; None, and no change, if there are too few."""
@@ -75,15 +71,13 @@ class BlockLedger:
             self.evicted_entries += 1
             self.remove(self._newer[self.num_blocks])
         cut = len(self.free) - count
-        taken = self.free[cut:][::-1]
+        taken = self.free[cut:]
         del self.free[cut:]
         return taken
 
     def release(self, blocks: Iterable[int]) -> None:
         """Give back blocks that are in no entry."""
         self.free.extend(blocks)
-
-    # --- matching ----------------------------------------------------------------------------------------------------
 
     def match(self, keys: Sequence[bytes]) -> int:
         """How many leading blocks of `keys` can be reused: all their blocks, and a snapshot at exactly their end."""
@@ -96,21 +90,29 @@ class BlockLedger:
         return length
 
     def hittable(self) -> list[tuple[bytes, int]]:
-        """Every (key, tokens) at which a match can end now: what events would have told from the beginning."""
+        """Every (key, tokens) at which a match can end now: what the events so far add up to."""
         return [(key, self._tokens[entry]) for key, entry in self._hit_points().items()]
 
     def _hit_points(self) -> dict[bytes, int]:
         return self.snapshots if self.has_state else self.blocks
 
-    # --- entries -----------------------------------------------------------------------------------------------------
+    # Entries
 
-    def insert(self, index: dict[bytes, int], key: bytes, members: Sequence[int], tokens: int) -> int:
-        """Enter blocks under `key` in `index` (`self.blocks` or `self.snapshots`), held once; returns the entry.
+    def insert_block(self, key: bytes, members: Sequence[int], tokens: int) -> int:
+        """Index a full block, held once. Its holder must hold the entry of the block before it too: the eviction order
+        rests on that. Returns the entry."""
+        return self._insert(self.blocks, key, members, tokens)
 
-        Whoever enters a block holds the entry of the block before it; that keeps the eviction order honest."""
+    def insert_snapshot(self, key: bytes, members: Sequence[int], tokens: int) -> int:
+        """Index a snapshot, unheld and most recently used. Returns the entry."""
+        entry = self._insert(self.snapshots, key, members, tokens)
+        self.drop(entry)
+        return entry
+
+    def _insert(self, index: dict[bytes, int], key: bytes, members: Sequence[int], tokens: int) -> int:
         entry = members[0]
         index[key] = entry
-        self.keys[entry], self.refs[entry], self._tokens[entry] = key, 1, tokens
+        self._keys[entry], self.refs[entry], self._tokens[entry] = key, 1, tokens
         if len(members) > 1:
             self._members[entry] = tuple(members)
         if index is self._hit_points() and self.on_event:
@@ -122,7 +124,7 @@ class BlockLedger:
         return self._members.get(entry, (entry,))
 
     def hold(self, entry: int) -> None:
-        """One more holder; a held entry is not evicted."""
+        """One holder more; a held entry is not evicted."""
         if self.refs[entry] == 0:
             self._unlink(entry)
         self.refs[entry] += 1
@@ -137,15 +139,15 @@ class BlockLedger:
             self.cached += len(self.members(entry))
 
     def remove(self, entry: int) -> None:
-        """Take an unheld entry out of the index and free its blocks; a snapshot at its end goes with it."""
+        """Take an unheld entry out of the index and free its blocks."""
         self._unlink(entry)
         self.release(self.forget(entry))
 
     def forget(self, entry: int) -> tuple[int, ...]:
-        """Take an entry out of the index; its blocks are the caller's from now on."""
-        key, members = self.keys[entry], self.members(entry)
+        """Take an entry out of the index, and the snapshot at its end too; its own blocks are now the caller's."""
+        key, members = self._keys[entry], self.members(entry)
         self._members.pop(entry, None)
-        self.keys[entry], self.refs[entry] = None, 0
+        self._keys[entry], self.refs[entry] = None, 0
         index = self.snapshots if self.snapshots.get(key) == entry else self.blocks
         del index[key]
         if index is self._hit_points() and self.on_event:
@@ -154,15 +156,39 @@ class BlockLedger:
             self.remove(self.snapshots[key])  # unheld: whoever holds a snapshot holds the blocks before it
         return members
 
-    def unheld(self) -> list[int]:
-        """Entries that may be evicted, the next one first."""
+    def _unlink(self, entry: int) -> None:
+        older, newer = self._older[entry], self._newer[entry]
+        self._newer[older], self._older[newer] = newer, older
+        self.cached -= len(self.members(entry))
+
+    # The audit
+
+    def check(self, owned: Sequence[int], holders: Counter) -> None:
+        """Recount everything, given the blocks in no entry that requests own and how many requests hold each entry:
+        every block in exactly one place, every reference count exact. Raises RuntimeError that names the violation."""
+        lives: dict[int, str] = {}
+        entries = [*self.blocks.values(), *self.snapshots.values()]
+        for life, blocks in (("free", self.free), ("owned", owned), *(("indexed", self.members(e)) for e in entries)):
+            for block in blocks:
+                if block in lives:
+                    raise RuntimeError(f"block {block} leads two lives: {lives[block]} and {life}")
+                lives[block] = life
+        if len(lives) != self.num_blocks:
+            raise RuntimeError(f"of {self.num_blocks} blocks, {self.num_blocks - len(lives)} leaked")
+        for entry in entries:
+            if holders[entry] != self.refs[entry]:
+                raise RuntimeError(f"entry {entry} counts {self.refs[entry]} holders and has {holders[entry]}")
+        unheld = self._unheld()
+        if sorted(unheld) != sorted(entry for entry in entries if not self.refs[entry]):
+            raise RuntimeError("the eviction order and the index disagree on which entries nobody holds")
+        if self.cached != sum(len(self.members(entry)) for entry in unheld):
+            raise RuntimeError(f"{self.cached} blocks are counted as cached; the unheld entries have another number")
+        if self.has_tokens and not self.snapshots.keys() <= self.blocks.keys():
+            raise RuntimeError("a snapshot has lost the block that it ends at")
+
+    def _unheld(self) -> list[int]:
         entries, entry = [], self._newer[self.num_blocks]
         while entry != self.num_blocks:
             entries.append(entry)
             entry = self._newer[entry]
         return entries
-
-    def _unlink(self, entry: int) -> None:
-        older, newer = self._older[entry], self._newer[entry]
-        self._newer[older], self._older[newer] = newer, older
-        self.cached -= len(self.members(entry))

@@ -21,45 +21,37 @@ class PagedState:
         self.pool = pool
         self.starts = list(starts)
         self.start = torch.tensor(self.starts, dtype=torch.int64, device=pool.device)
-        self._tables = block_tables
-        self._state_tables: dict[int, torch.Tensor] = {}
-        self._token_indexes: dict[int, _TokenIndex] = {}
+        self._block_tables = block_tables
+        self._indexes: dict[int, "_TokenIndex | torch.Tensor"] = {}  # by group
 
     def layer(self, index: int) -> "PagedTokens | PagedRequestState":
         group = self.pool.layout.group_of_layer[index]
-        return PagedTokens(self, group, index) if group.per_token else PagedRequestState(self, group, index)
+        return (PagedTokens if group.spec.per_token else PagedRequestState)(self, group, index)
 
     def token_index(self, group: KVGroup, new: int) -> "_TokenIndex":
-        """Where `new` tokens of each request go in `group`, and which blocks hold the context they complete."""
-        if group.index not in self._token_indexes:
-            self._token_indexes[group.index] = self._build_token_index(group, new)
-        return self._token_indexes[group.index]
+        """Where `new` tokens of each request go in `group`, and which blocks hold the context that they complete."""
+        if group.index not in self._indexes:
+            context, size = max(self.starts) + new, self.pool.layout.block_tokens
+            table = self._table(group, [-(-(start + new) // size) for start in self.starts])
+            positions = self.start.unsqueeze(1) + torch.arange(new, device=self.pool.device)
+            self._indexes[group.index] = _TokenIndex(
+                table.gather(1, positions // size), positions % size, table.reshape(-1), context)
+        return self._indexes[group.index]
 
     def state_table(self, group: KVGroup) -> torch.Tensor:
         """The blocks of each request's state in `group`, `[batch, state_blocks]`."""
-        if group.index not in self._state_tables:
-            self._state_tables[group.index] = self._padded_table(group, group.state_blocks)
-        return self._state_tables[group.index]
+        if group.index not in self._indexes:
+            self._indexes[group.index] = self._table(group, [group.state_blocks] * len(self.starts))
+        return self._indexes[group.index]
 
-    def _build_token_index(self, group: KVGroup, new: int) -> "_TokenIndex":
-        size = self.pool.layout.block_tokens
-        for tables, start in zip(self._tables, self.starts):
-            if start + new > len(tables[group.index]) * size:
-                raise ValueError(f"{start + new} tokens do not fit the {len(tables[group.index])} blocks of {size} "
-                                 f"tokens that are reserved in group {group.index}")
-        context = max(self.starts) + new
-        table = self._padded_table(group, -(-context // size))
-        positions = self.start.unsqueeze(1) + torch.arange(new, device=self.pool.device)
-        return _TokenIndex(table.gather(1, positions // size), positions % size, table.reshape(-1), context)
-
-    def _padded_table(self, group: KVGroup, width: int) -> torch.Tensor:
-        table = torch.full((len(self._tables), width), self.pool.null_block, dtype=torch.int64)
-        for row, tables in zip(table, self._tables):
+    def _table(self, group: KVGroup, lengths: list[int]) -> torch.Tensor:
+        """The first `lengths[request]` blocks of each request, padded with the null block to the longest."""
+        table = torch.full((len(lengths), max(lengths)), self.pool.null_block, dtype=torch.int64)
+        for row, tables, length in zip(table, self._block_tables, lengths):
             blocks = tables[group.index]
-            used = min(len(blocks), width)
-            if not used:
-                raise ValueError(f"nothing is reserved in group {group.index} for a request of the batch")
-            row[:used] = torch.frombuffer(blocks, dtype=torch.int64, count=used)
+            if length > len(blocks):
+                raise ValueError(f"a request needs {length} blocks in group {group.index}; it has reserved {len(blocks)}")
+            row[:length] = torch.frombuffer(blocks, dtype=torch.int64, count=length)
         return table.to(self.pool.device)
 
 
@@ -101,7 +93,7 @@ class PagedRequestState:
         tensors = self.state.pool.read_state(self.index, self.state.state_table(self.group))
         if min(self.state.starts) == 0:  # its blocks hold whatever was there before
             fresh = self.state.start == 0
-            tensors = tuple(t.masked_fill(fresh.view(-1, *[1] * (t.dim() - 1)), 0) for t in tensors)
+            tensors = tuple(tensor.masked_fill(fresh.view(-1, *[1] * (tensor.dim() - 1)), 0) for tensor in tensors)
         return tensors
 
     def store(self, *tensors: torch.Tensor) -> None:
