@@ -1,0 +1,66 @@
+"""KVCache on its way out: what a prefill node ships, layer by layer, while the next layer computes. Chapter 08; paper 3.3."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from minprfaas.engine.request import Request
+from minprfaas.kvcache.layout import Layout
+from minprfaas.kvcache.manager import KVCacheManager
+from minprfaas.transport.events import LinkDown, StreamAborted, StreamReport
+from minprfaas.transport.link import Link
+from minprfaas.transport.stream import LayerPlan, StreamPlan
+
+
+def stream_plan(layout: Layout, stream_id: int, start: int, end: int) -> StreamPlan:
+    """What crosses for tokens [start, end) of a request: its rows in token layers, its final state in the others.
+
+    Both ends make the plan from their own layout and their own view of the request; the sender's bytes must fit it.
+    """
+    entries = tuple(LayerPlan(layer, layout.group_of_layer[layer].index, spec.per_token, spec.nbytes)
+                    for layer, spec in enumerate(layout.specs))
+    return StreamPlan(stream_id, entries, start, end)
+
+
+class KVExport:
+    """The sending half of one request's transfer. `on_kv` is the engine's listener; only the increment is shipped:
+    tokens from `plan.start` on, also where this node found them in its own prefix cache."""
+
+    def __init__(self, kvcache: KVCacheManager, link: Link, plan: StreamPlan, overlap: bool = True):
+        self.kvcache, self.plan = kvcache, plan
+        self.stream = link.open_stream(plan)
+        self.failure: str | None = None
+        self.report: Future[StreamReport] | None = None
+        self.request: Request | None = None
+        self._overlap = overlap
+        self._shipped = {entry.layer: plan.start for entry in plan.entries}
+
+    def attach(self, request: Request) -> None:
+        """The request whose KVCache is shipped."""
+        self.request = request
+        request.on_kv = self.on_kv
+
+    def on_kv(self, layer: int, start: int, end: int) -> None:
+        """Layer `layer` now holds tokens up to `end`: ship what the other side lacks. Never raises: a dead link must
+        not tear a forward pass in two; the node looks at `failure` afterwards."""
+        if self.failure is None and self._overlap:
+            self._ship(layer, end)
+
+    def finish(self, pool: ThreadPoolExecutor, deadline_s: float) -> None:
+        """Everything is prefilled: ship the rest, and wait for the acknowledgements in the background."""
+        for entry in self.plan.entries:
+            if self.failure is None and self._shipped[entry.layer] < self.plan.end:
+                self._ship(entry.layer, self.plan.end)
+        self.kvcache.begin_transfer(self.request.cache)
+        self.report = pool.submit(self.stream.finish, deadline_s)
+
+    def _ship(self, layer: int, end: int) -> None:
+        per_token = self.kvcache.layout.specs[layer].per_token
+        start = self._shipped[layer]
+        if end <= start or (not per_token and end < self.plan.end):
+            return
+        group = self.kvcache.layout.group_of_layer[layer]
+        data = self.kvcache.pool.read_bytes(layer, self.request.cache.block_tables[group.index], start, end)
+        try:
+            self.stream.put(layer, start, end, data.reshape(-1))
+        except (LinkDown, StreamAborted) as error:
+            self.failure = str(error)
+        self._shipped[layer] = end

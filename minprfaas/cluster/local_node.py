@@ -1,0 +1,225 @@
+"""The local PD datacenter's node: front end, router, its own prefill, and all decoding. Chapter 13; paper 3.1 and 3.3."""
+
+import itertools
+import secrets
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from minprfaas.cluster import messages
+from minprfaas.cluster.kv_export import stream_plan
+from minprfaas.engine.engine import Engine
+from minprfaas.engine.request import Request, Status, TokenUpdate
+from minprfaas.transport.events import LinkDown, LinkLost, LinkRestored, MessageReceived, StreamDone, StreamFailed
+from minprfaas.transport.link import Link
+
+
+@dataclass
+class Journey:
+    """What became of one request: the route, and what the table shows. Times are seconds."""
+
+    request: Request
+    route: str = "pdp"
+    reason: str = ""
+    kv_bytes: int = 0
+    prefill_s: float = 0.0
+    transfer_s: float = 0.0
+    exposed_s: float = 0.0
+    fallback: str | None = None  # why a request that was offloaded was prefilled here after all
+    # while the request is away:
+    stream_id: int = 0
+    deadline_s: float = 0.0
+    first_token: int | None = None
+    arrived: bool = False
+    done_tokens: int = 0
+    expected_bytes: int = 0
+    received_bytes: int = 0
+
+    @property
+    def hidden(self) -> float:
+        """Share of the transfer that ran while prefill still did, from 0 to 1."""
+        return 1 - self.exposed_s / self.transfer_s if self.transfer_s > 0 else 0.0
+
+
+class LocalNode:
+    """Serves requests end to end; those with more than `threshold` uncached tokens are prefilled across the link.
+
+    `on_update(journey, token_update | None)` hears of every token, and of prefill and transfer progress.
+    """
+
+    def __init__(self, engine: Engine, link: Link, threshold: int, offload_deadline_s: float,
+                 on_update: Callable[[Journey, TokenUpdate | None], None] = lambda journey, update: None):
+        self.engine, self.link, self.threshold = engine, link, threshold
+        self.offload_deadline_s, self.on_update = offload_deadline_s, on_update
+        self.peer: messages.NodeReady | None = None
+        self.peer_peak_bytes = 0
+        self.link_up = True
+        self.journeys: dict[str, Journey] = {}
+        self._queue: deque[Journey] = deque()
+        self._away: dict[str, Journey] = {}
+        self._by_stream: dict[int, Journey] = {}
+        self._stream_ids = itertools.count(secrets.randbits(32) << 16)
+
+    def submit(self, request: Request) -> Journey:
+        """Queue a request. UserError when its prompt can never fit."""
+        self.engine.check_fits(request)
+        request.arrived_s = self.engine.clock()
+        journey = self.journeys[request.id] = Journey(request)
+        self._queue.append(journey)
+        return journey
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self._queue or self._away or self.engine.has_work)
+
+    def run(self) -> None:
+        """Serve until every submitted request has its answer."""
+        while self.has_work:
+            self.step()
+
+    def step(self) -> None:
+        """Route what waits, hear one event, compute one step, give up on what is overdue."""
+        self._dispatch()
+        event = self.link.receive(0.0 if self.engine.has_work else 0.02) if self.link_up else None
+        if event is not None:
+            self._handle(event)
+        if self.engine.has_work:
+            for update in self.engine.step():
+                self._note(update)
+        for journey in list(self._away.values()):
+            if self.engine.clock() > journey.deadline_s:
+                self._bring_home(journey, f"deadline of {self.offload_deadline_s:.0f} s passed")
+
+    def shutdown(self, deadline_s: float) -> None:
+        """Tell the prefill node that no more requests come, and wait for its last message."""
+        until = self.engine.clock() + deadline_s
+        self._tell(messages.Shutdown())
+        while self.link_up and not self.peer_peak_bytes and self.engine.clock() < until:
+            event = self.link.receive(0.05)
+            if event is not None:
+                self._handle(event)
+
+    # Routing
+
+    def _dispatch(self) -> None:
+        """Send requests on their way, oldest first; one that has no room for its KVCache holds the queue."""
+        while self._queue:
+            journey = self._queue[0]
+            request = journey.request
+            uncached = request.prompt_tokens - self.engine.kvcache.match(request.token_ids)
+            if uncached <= self.threshold or not self.link_up:
+                self._queue.popleft()
+                journey.reason = f"{uncached:,} uncached tokens, threshold {self.threshold:,}"
+                self.engine.add(request)
+            elif not self._offload(journey):
+                return
+            else:
+                self._queue.popleft()
+                journey.reason = f"{uncached:,} uncached tokens > threshold {self.threshold:,}"
+
+    def _offload(self, journey: Journey) -> bool:
+        request = journey.request
+        if not self.engine.reserve_remote(request):
+            return False
+        journey.route, journey.stream_id = "prfaas", next(self._stream_ids)
+        journey.deadline_s = self.engine.clock() + self.offload_deadline_s
+        start, layout, pool = request.cached_tokens, self.engine.layout, self.engine.kvcache.pool
+        tables = request.cache.block_tables
+
+        def write_into_blocks(layer: int, first: int, end: int, data) -> None:
+            pool.write_bytes(layer, tables[layout.group_of_layer[layer].index], first, end, data)
+            journey.received_bytes += data.numel()
+
+        self._away[request.id] = self._by_stream[journey.stream_id] = journey
+        plan = stream_plan(layout, journey.stream_id, start, request.prompt_tokens)
+        journey.expected_bytes = plan.total_bytes
+        self.link.expect_stream(plan, write_into_blocks)
+        self._tell(messages.PrefillOrder(request.id, journey.stream_id, request.token_ids, start, asdict(request.params)))
+        return True
+
+    # What the link brings
+
+    def _handle(self, event) -> None:
+        if isinstance(event, MessageReceived):
+            try:
+                self._hear(messages.decode(event.message))
+            except messages.BadMessage:
+                return
+        elif isinstance(event, StreamDone) and event.stream_id in self._by_stream:
+            journey = self._by_stream[event.stream_id]
+            journey.arrived, journey.kv_bytes = True, event.report.bytes
+            self._admit_if_complete(journey)
+        elif isinstance(event, StreamFailed) and event.stream_id in self._by_stream:
+            self._bring_home(self._by_stream[event.stream_id], event.reason)
+        elif isinstance(event, LinkLost):
+            self.link_up = False
+            self._bring_all_home(f"link lost: {event.reason}")
+        elif isinstance(event, LinkRestored) and event.peer_restarted:
+            self._bring_all_home("the prefill node restarted")
+
+    def _hear(self, message) -> None:
+        if isinstance(message, messages.NodeReady):
+            self.peer = message
+        elif isinstance(message, messages.Goodbye):
+            self.peer_peak_bytes = message.peak_bytes
+        elif isinstance(message, messages.TransferDone) and message.id in self.journeys:
+            journey = self.journeys[message.id]
+            journey.transfer_s, journey.exposed_s = message.transfer_s, message.exposed_s
+        elif getattr(message, "id", None) in self._away:
+            journey = self._away[message.id]
+            if isinstance(message, messages.PrefillProgress):
+                journey.done_tokens = message.tokens
+                self.on_update(journey, None)
+            elif isinstance(message, messages.PrefillDone):
+                journey.first_token, journey.prefill_s = message.first_token, message.prefill_s
+                journey.done_tokens = journey.request.prompt_tokens
+                self.on_update(journey, None)
+                self._admit_if_complete(journey)
+            elif isinstance(message, messages.PrefillFailed):
+                self._bring_home(journey, message.reason)
+
+    def _admit_if_complete(self, journey: Journey) -> None:
+        """Decode begins when the last byte of the KVCache and the first token are both here."""
+        if not journey.arrived or journey.first_token is None:
+            return
+        if not 0 <= journey.first_token < self.engine.model.config.vocab_size:
+            self._bring_home(journey, f"first token {journey.first_token} is outside the vocabulary")
+            return
+        self._forget_away(journey)
+        self._note(self.engine.admit_remote(journey.request, journey.first_token))
+
+    def _bring_home(self, journey: Journey, reason: str) -> None:
+        """The offloaded prefill will not complete: prefill here."""
+        if journey.request.id not in self._away:  # telling the peer may itself have found the link dead
+            return
+        self._forget_away(journey)
+        journey.route, journey.fallback = "pdp", reason
+        self._tell(messages.PrefillAbort(journey.request.id))
+        self.engine.prefill_here_instead(journey.request)
+
+    def _bring_all_home(self, reason: str) -> None:
+        for journey in list(self._away.values()):
+            self._bring_home(journey, reason)
+
+    def _forget_away(self, journey: Journey) -> None:
+        self._away.pop(journey.request.id)
+        self._by_stream.pop(journey.stream_id)
+        if self.link_up and not journey.arrived:
+            self.link.forget_stream(journey.stream_id)
+
+    def _note(self, update: TokenUpdate) -> None:
+        request = update.request
+        journey = self.journeys[request.id]
+        if journey.route == "pdp" and request.prefill_ended_s:
+            journey.prefill_s = request.prefill_ended_s - request.prefill_started_s
+        self.on_update(journey, update)
+
+    def _tell(self, message) -> None:
+        if not self.link_up:
+            return
+        try:
+            self.link.send_message(messages.encode(message))
+        except LinkDown as error:
+            self.link_up = False
+            self._bring_all_home(f"link lost: {error}")

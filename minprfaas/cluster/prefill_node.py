@@ -1,0 +1,138 @@
+"""The PrfaaS datacenter's node: orders in, KVCache out; it keeps nothing of a request but its prefix. Chapter 13; paper 3.1."""
+
+import resource
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from minprfaas.cluster import messages
+from minprfaas.cluster.kv_export import KVExport, stream_plan
+from minprfaas.engine.engine import Engine
+from minprfaas.engine.request import Request, Status
+from minprfaas.engine.sampling import SamplingParams
+from minprfaas.errors import UserError
+from minprfaas.transport.events import LinkDown, LinkLost, LinkRestored, MessageReceived, StreamAborted
+from minprfaas.transport.link import Link
+
+
+class PrefillNode:
+    """Serves `PrefillOrder`s from one link until `Shutdown`, or until the link is lost for good."""
+
+    def __init__(self, engine: Engine, link: Link, transfer_deadline_s: float, overlap: bool = True):
+        self.engine, self.link = engine, link
+        self.transfer_deadline_s, self.overlap = transfer_deadline_s, overlap
+        self.exports: dict[str, KVExport] = {}
+        self._stopping = False
+
+    def serve(self) -> None:
+        """The node's loop: hear one event, prefill one chunk, look after the transfers."""
+        self._tell(messages.NodeReady("prfaas", str(self.engine.model.device), self.engine.kvcache.config.num_blocks))
+        with ThreadPoolExecutor(thread_name_prefix="acks") as self._acks:
+            while not self._stopping or self.exports:
+                event = self.link.receive(0.0 if self.engine.has_work else 0.02)
+                if event is not None:
+                    self._handle(event)
+                if self.engine.has_work:
+                    self.engine.step()
+                    self._report_progress()
+                self._tend_exports()
+        self._tell(messages.Goodbye(peak_memory_bytes()))
+
+    def _handle(self, event) -> None:
+        if isinstance(event, LinkLost):
+            self._stopping = True
+        if isinstance(event, LinkLost) or (isinstance(event, LinkRestored) and event.peer_restarted):
+            for id in list(self.exports):
+                self._drop(id)
+        if not isinstance(event, MessageReceived):
+            return
+        try:
+            message = messages.decode(event.message)
+        except messages.BadMessage:
+            return  # the link's handshake vouches for the peer; a message we do not know is one we need not obey
+        if isinstance(message, messages.PrefillOrder):
+            self._accept(message)
+        elif isinstance(message, messages.PrefillAbort):
+            self._drop(message.id)
+        elif isinstance(message, messages.Shutdown):
+            self._stopping = True
+
+    def _accept(self, order: messages.PrefillOrder) -> None:
+        if order.id in self.exports:
+            return
+        try:
+            request = Request(order.id, order.token_ids, SamplingParams(**order.sampling), prefill_only=True)
+            if not 0 <= order.start < len(order.token_ids):
+                raise UserError(f"order {order.id!r} starts at token {order.start} of {len(order.token_ids)}")
+            self.engine.check_fits(request)
+        except (UserError, TypeError) as error:
+            self._tell(messages.PrefillFailed(order.id, str(error)))
+            return
+        plan = stream_plan(self.engine.layout, order.stream_id, order.start, len(order.token_ids))
+        export = KVExport(self.engine.kvcache, self.link, plan, self.overlap)
+        export.attach(request)
+        self.exports[order.id] = export
+        self.engine.add(request)
+
+    def _report_progress(self) -> None:
+        for export in self.exports.values():
+            request = export.request
+            if request.status is Status.PREFILL and request.cache.num_tokens > request.cached_tokens:
+                self._tell(messages.PrefillProgress(request.id, request.cache.num_tokens))
+
+    def _tend_exports(self) -> None:
+        for id, export in list(self.exports.items()):
+            request = export.request
+            if export.failure is not None:
+                self._tell(messages.PrefillFailed(id, export.failure))
+                self._drop(id)
+            elif request.status is Status.HELD and export.report is None:
+                self._prefilled(export)
+            elif export.report is not None and export.report.done():
+                self._transferred(export)
+
+    def _prefilled(self, export: KVExport) -> None:
+        request = export.request
+        self._tell(messages.PrefillDone(request.id, request.token_ids[-1], request.cached_tokens,
+                                        request.prefill_ended_s - request.prefill_started_s))
+        export.finish(self._acks, self.transfer_deadline_s)
+
+    def _transferred(self, export: KVExport) -> None:
+        request = export.request
+        try:
+            report = export.report.result()
+        except (LinkDown, StreamAborted) as error:
+            self._tell(messages.PrefillFailed(request.id, str(error)))
+        else:
+            exposed_s = max(0.0, report.acked_s - max(report.first_put_s, request.prefill_ended_s))
+            self._tell(messages.TransferDone(request.id, report.bytes, report.acked_s - report.first_put_s, exposed_s))
+        self._end(export)
+
+    def _drop(self, id: str) -> None:
+        """Forget a request in whatever state; blocks whose transfer is under way stay until that has ended."""
+        export = self.exports.get(id)
+        if export is None:
+            return
+        export.stream.abort()
+        if export.report is None:
+            self.exports.pop(id)
+            self.engine.abort(export.request)
+
+    def _end(self, export: KVExport) -> None:
+        self.engine.kvcache.end_transfer(export.request.cache)
+        self.engine.release(export.request)
+        self.exports.pop(export.request.id)
+
+    def _tell(self, message) -> None:
+        try:
+            self.link.send_message(messages.encode(message))
+        except LinkDown:
+            self._stopping = True
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has held: resident, plus what it took of its GPU."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resident + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)

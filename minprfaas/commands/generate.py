@@ -1,0 +1,71 @@
+"""`python -m minprfaas generate`: answers in one process, the reference for everything distributed. Chapter 04."""
+
+import argparse
+import json
+import sys
+
+import torch
+
+from minprfaas.config import CacheConfig
+from minprfaas.engine.generate import generate
+from minprfaas.engine.prompts import Prompt, read_prompts
+from minprfaas.engine.request import TokenUpdate
+from minprfaas.engine.sampling import SamplingParams
+from minprfaas.errors import UserError
+from minprfaas.model.checkpoint import load
+from minprfaas.observe.report import table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("prompt", nargs="*", help="prompts; or give --prompts")
+    parser.add_argument("--model", metavar="DIR", help="Hugging Face directory (default: the embedded model)")
+    parser.add_argument("--prompts", metavar="FILE.jsonl", help='one {"id", "prompt", "max_tokens"} a line')
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (0)")
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer here (repeatable)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--prefill-chunk", type=int, default=1024, metavar="TOKENS")
+    parser.add_argument("--pool-blocks", type=int, metavar="N", help="blocks of the KVCache pool (default: room for all)")
+    parser.add_argument("--json", action="store_true", help="print one JSON line an answer")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Answer the prompts; a single prompt's answer streams as it is drawn."""
+    prompts = _prompts(args)
+    model, tokenizer = load(args.model, getattr(torch, args.dtype), args.device)
+    streams = len(prompts) == 1 and not args.json
+
+    def show(update: TokenUpdate) -> None:
+        print(update.new_text, end="", flush=True)
+
+    outputs = generate(model, tokenizer, [p.text for p in prompts], [p.params for p in prompts],
+                       CacheConfig(args.pool_blocks) if args.pool_blocks is not None else None, args.prefill_chunk,
+                       progress=not streams, on_token=show if streams else None)
+    if args.json:
+        for prompt, output in zip(prompts, outputs):
+            print(json.dumps({"id": prompt.id, "token_ids": output.token_ids, "text": output.text,
+                              "finish_reason": output.finish_reason, "prompt_tokens": output.prompt_tokens,
+                              "cached_tokens": output.cached_tokens, "ttft_s": output.ttft_s}))
+        return
+    if not streams:
+        for prompt, output in zip(prompts, outputs):
+            print(f"[{prompt.id}] {output.text.strip()}")
+    rows = [[prompt.id, output.prompt_tokens, len(output.token_ids), output.finish_reason, f"{output.ttft_s:.2f}",
+             f"{output.decode_tokens_per_s:.1f}"] for prompt, output in zip(prompts, outputs)]
+    print("\n\n" + table(["request", "prompt", "answer", "ended by", "TTFT s", "tokens/s"], rows), file=sys.stderr)
+
+
+def _prompts(args: argparse.Namespace) -> list[Prompt]:
+    if args.prompts and args.prompt:
+        raise UserError("prompts were given both as words and with --prompts; give one of the two")
+    if args.prompts:
+        return read_prompts(args.prompts)
+    if not args.prompt:
+        raise UserError("no prompt was given; give one as an argument, or a file with --prompts")
+    params = SamplingParams(args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed, tuple(args.stop))
+    return [Prompt(str(number), text, params) for number, text in enumerate(args.prompt)]

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# The tests, from a bare clone: bash scripts/test.sh [pytest arguments]. Minutes-long ones: bash scripts/test.sh -m heavy
+set -u
+. "$(dirname "$0")/setup.sh"
+echo "2. tests: pytest $*"
+exec .venv/bin/python -m pytest -q --durations=8 "$@"
