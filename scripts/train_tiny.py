@@ -8,6 +8,7 @@ stopped (`--minutes`) goes on where it was with `--resume`. Chapter 02.
 
 import argparse
 import os
+import random
 import sys
 import time
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from minprfaas.config import ModelConfig
-from minprfaas.documents import END_OF_TEXT, make_document, vocabulary
+from minprfaas.documents import END_OF_TEXT, MAX_FACTS, make_document, vocabulary
 from minprfaas.errors import UserError, exit_on_user_error
 from minprfaas.model.checkpoint import checked_device, save_checkpoint
 from minprfaas.model.tokenizer import Tokenizer
@@ -75,7 +76,7 @@ class Examples(Dataset):
         """A document and questions on it, cut and padded to `tokens`."""
         asked = min(32, max(4, tokens // 64))
         room = tokens - ANSWER_TOKENS * (asked - 1)
-        facts = asked + seed % (1 + max(0, min(64, room // 28) - asked))
+        facts = random.Random(seed).randint(asked // 2, min(MAX_FACTS, room // 28))
         document = make_document(seed, room, self.tokenizer.encode, facts)
         ids = self.tokenizer.encode(document.text)
         kinds = [1] * len(ids)
