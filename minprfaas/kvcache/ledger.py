@@ -81,13 +81,15 @@ class BlockLedger:
 
     def match(self, keys: Sequence[bytes]) -> int:
         """How many leading blocks of `keys` can be reused: all their blocks, and a snapshot at exactly their end."""
-        length = len(keys)
-        if self.has_tokens:
-            length = next((i for i, key in enumerate(keys) if key not in self.blocks), length)
+        length = self.common(keys) if self.has_tokens else len(keys)
         if self.has_state:
             while length and keys[length - 1] not in self.snapshots:
                 length -= 1
         return length
+
+    def common(self, keys: Sequence[bytes]) -> int:
+        """How many leading blocks of `keys` are there, whether or not a snapshot lets a request begin at their end."""
+        return next((count for count, key in enumerate(keys) if key not in self.blocks), len(keys))
 
     def hittable(self) -> list[tuple[bytes, int]]:
         """Every (key, tokens) at which a match can end now: what the events so far add up to."""

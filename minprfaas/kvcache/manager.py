@@ -31,6 +31,7 @@ class RequestCache:
     num_blocks: int = 0  # reserved, in each token group
     entries: list[int] = field(default_factory=list)  # the index's entries of the leading full blocks, all held
     live: list[int] = field(default_factory=list)  # blocks of the request-level state
+    branch: int = 0  # leading blocks in common with an earlier prompt, at `open`
     matched_snapshot: int | None = None  # the entry that the live state will begin as a copy of
     newest_snapshot: bytes | None = None  # key of the longest one that this request used or took
     rolling: bool = False  # whether that one gives way to the next (decode)
@@ -96,7 +97,8 @@ class KVCacheManager:
         keys = self.keys(token_ids) if self.config.prefix_cache else []
         matched = self._match(keys, len(token_ids))
         tokens = matched * self.layout.block_tokens
-        cache = RequestCache([array("q") for _ in self.layout.groups], len(token_ids), keys, tokens, tokens, matched)
+        cache = RequestCache([array("q") for _ in self.layout.groups], len(token_ids), keys, tokens, tokens, matched,
+                             branch=self.ledger.common(keys))
         if self.layout.token_groups:
             for key in keys[:matched]:
                 entry = self.ledger.blocks[key]
@@ -160,7 +162,7 @@ class KVCacheManager:
             return end
         size = self.layout.block_tokens
         period = size * self.config.snapshot_every
-        wanted = [count * size for count in self._last_boundaries(token_count)]
+        wanted = [count * size for count in (cache.branch, *self._last_boundaries(token_count))]
         wanted.append((cache.num_tokens // period + 1) * period)
         return min((boundary for boundary in wanted if cache.num_tokens < boundary < end), default=end)
 
@@ -203,11 +205,12 @@ class KVCacheManager:
         cache.entries.append(entry)
 
     def _take_snapshot(self, cache: RequestCache, full: int) -> None:
-        """Snapshot the state at `full` blocks if it is wanted: periodically, at a prompt's last boundaries, and while
-        decoding always at the latest boundary, in place of the one before."""
+        """Snapshot the state at `full` blocks if it is wanted: periodically; at a prompt's last boundaries; where it
+        departs from an earlier prompt (a prefix that two share, a third may); and while decoding always at the latest
+        boundary, in place of the one before."""
         periodic = full % self.config.snapshot_every == 0
         decoding = full * self.layout.block_tokens > cache.prompt_tokens
-        if not (periodic or decoding or full in self._last_boundaries(cache.prompt_tokens)):
+        if not (periodic or decoding or full in (cache.branch, *self._last_boundaries(cache.prompt_tokens))):
             return
         previous = self.ledger.snapshots.get(cache.newest_snapshot)
         if cache.rolling and previous is not None and self.ledger.refs[previous] == 0:

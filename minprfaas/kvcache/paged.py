@@ -50,7 +50,7 @@ class PagedState:
         for row, tables, length in zip(table, self._block_tables, lengths):
             blocks = tables[group.index]
             if length > len(blocks):
-                raise ValueError(f"a request needs {length} blocks in group {group.index}; it has reserved {len(blocks)}")
+                raise ValueError(f"a request needs {length} blocks in group {group.index}; {len(blocks)} are reserved")
             row[:length] = torch.frombuffer(blocks, dtype=torch.int64, count=length)
         return table.to(self.pool.device)
 

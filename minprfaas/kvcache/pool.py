@@ -104,7 +104,7 @@ class BlockPool:
         return torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in tensors])
 
     def write_bytes(self, layer: int, block_table: Sequence[int], start: int, end: int, data: torch.Tensor) -> None:
-        """Store what `read_bytes` of the same range returned, here or elsewhere. ValueError on a wrong size or range."""
+        """Store what `read_bytes` of the same range returned, here or elsewhere. ValueError on a bad size or range."""
         spec = self.layout.specs[layer]
         size = spec.nbytes * (end - start if spec.per_token else 1)
         if data.dtype != torch.uint8 or data.numel() != size:
