@@ -231,7 +231,8 @@ class LinkConfig:
     lanes: int = 1
     chunk_bytes: int = 256 * 1024
     max_inflight_bytes: int = 16 * 2**20
-    timeout_s: float = 30.0
+    timeout_s: float = 30.0  # a link that is away for longer is lost
+    silence_s: float = 5.0  # a lane that brings nothing, not even a heartbeat, for this long is dead
 
     def __post_init__(self):
         if self.gbps is not None and not 1e-6 <= self.gbps <= 1e5:
@@ -241,5 +242,6 @@ class LinkConfig:
         if not isinstance(self.lanes, int) or not 1 <= self.lanes <= 64:
             raise UserError(f"lane count {self.lanes} is out of range; it must be from 1 to 64")
         _positive(self, "chunk_bytes", "max_inflight_bytes")
-        if not self.timeout_s > 0:
-            raise UserError(f"link timeout {self.timeout_s} s is out of range; it must be above 0")
+        if not self.timeout_s > 0 or not self.silence_s > 0:
+            raise UserError(f"link timeout {self.timeout_s} s or silence {self.silence_s} s is out of range; both must be "
+                            "above 0")

@@ -1,0 +1,146 @@
+"""Frames: a fixed header and raw bytes, no pickle; parsed as if an enemy had written them. Chapter 07, paper 3.3.
+
+The header carries two digests. Its own tag covers every other field, so a header that parses is one that the peer
+wrote; `payload_digest` covers the bytes behind it, so damaged bytes can be named by sequence number and asked for
+again. With a session key (see `handshake.py`) both are truncated HMAC-SHA256; without one they are CRC-32, which
+finds accidents and stops nobody.
+"""
+
+import ctypes
+import hmac
+import json
+import struct
+import zlib
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+
+from minprfaas.transport.events import FrameError
+
+MAGIC = b"PFKV"
+VERSION = 1
+MESSAGE_LIMIT_BYTES = 4 * 2**20
+CONTROL_LIMIT_BYTES = 16 * 2**10  # payload of one control frame; a longer message travels in parts
+
+# magic, version, kind, layer, group, start, end, offset, nbytes, seq, stream, payload digest; then the header's tag
+_FIELDS = struct.Struct("<4sBBHHxxIIIIQQ16s")
+_TAG_BYTES = 16
+HEADER_BYTES = _FIELDS.size + _TAG_BYTES
+
+
+class Kind(IntEnum):
+    CHUNK = 1  # bytes of a KV stream
+    MESSAGE = 2  # (part of) a JSON control message; `stream` is the part's number, `start` how many parts follow
+    ACK = 3  # payload: sequence numbers that were written
+    DAMAGED = 4  # `seq` arrived with a wrong payload digest: send it again
+    REFUSE = 5  # `seq` belongs to a stream that this receiver does not want
+    ABORT = 6  # the sender gives `stream` up
+    HEARTBEAT = 7  # `seq`: everything below it is settled
+    BYE = 8  # the peer closes the link on purpose
+
+
+@dataclass(frozen=True)
+class Header:
+    """One frame's fields. `start`, `end` are tokens; `offset` is a byte offset into request-level state."""
+
+    kind: Kind
+    seq: int = 0
+    stream: int = 0
+    layer: int = 0
+    group: int = 0
+    start: int = 0
+    end: int = 0
+    offset: int = 0
+    nbytes: int = 0
+    payload_digest: bytes = b""
+
+
+class Slot:
+    """Memory for one frame: `tensor` [HEADER_BYTES + capacity] uint8 for Gloo, `view` the same bytes for `struct`."""
+
+    def __init__(self, capacity: int, pinned: bool = False):
+        self.tensor = torch.empty(HEADER_BYTES + capacity, dtype=torch.uint8, pin_memory=pinned)
+        self.payload = self.tensor[HEADER_BYTES:]
+        # ctypes, because torch works without numpy and then has no other way to lend its memory
+        self.view = memoryview((ctypes.c_ubyte * self.tensor.numel()).from_address(self.tensor.data_ptr())).cast("B")
+
+
+class Codec:
+    """Seals and opens the frames of one lane in one epoch. Keys are per direction; None means CRC-32."""
+
+    def __init__(self, payload_limit: int, send_key: bytes | None = None, receive_key: bytes | None = None):
+        self.payload_limit = payload_limit
+        self._send_key = send_key
+        self._receive_key = receive_key
+
+    def seal(self, header: Header, view: memoryview) -> None:
+        """Write `header` in front of the payload that `view` already holds, with both digests."""
+        payload = view[HEADER_BYTES:HEADER_BYTES + header.nbytes]
+        fields = _FIELDS.pack(MAGIC, VERSION, header.kind, header.layer, header.group, header.start, header.end,
+                              header.offset, header.nbytes, header.seq, header.stream, _digest(self._send_key, payload))
+        view[:HEADER_BYTES] = fields + _digest(self._send_key, fields)
+
+    def open(self, view: memoryview) -> Header:
+        """The header of a received frame. Raises FrameError unless every field is one that a peer may send."""
+        if len(view) < HEADER_BYTES:
+            raise FrameError(f"{len(view)} bytes are shorter than a header of {HEADER_BYTES}")
+        fields, tag = bytes(view[:_FIELDS.size]), bytes(view[_FIELDS.size:HEADER_BYTES])
+        if not hmac.compare_digest(tag, _digest(self._receive_key, fields)):
+            raise FrameError("the header's tag is wrong")
+        magic, version, kind, layer, group, start, end, offset, nbytes, seq, stream, digest = _FIELDS.unpack(fields)
+        if magic != MAGIC or version != VERSION:
+            raise FrameError(f"magic {magic!r} version {version}; this side speaks {MAGIC!r} version {VERSION}")
+        if kind not in Kind._value2member_map_:
+            raise FrameError(f"frame kind {kind} is unknown")
+        limit = self.payload_limit if kind == Kind.CHUNK else CONTROL_LIMIT_BYTES
+        if nbytes > min(limit, len(view) - HEADER_BYTES):
+            raise FrameError(f"{Kind(kind).name} of {nbytes} bytes is above the limit of {limit}")
+        if start > end and kind == Kind.CHUNK:
+            raise FrameError(f"token range [{start}, {end}) is reversed")
+        return Header(Kind(kind), seq, stream, layer, group, start, end, offset, nbytes, digest)
+
+    def payload_is_intact(self, header: Header, view: memoryview) -> bool:
+        payload = view[HEADER_BYTES:HEADER_BYTES + header.nbytes]
+        return hmac.compare_digest(header.payload_digest, _digest(self._receive_key, payload))
+
+
+def _digest(key: bytes | None, data) -> bytes:
+    if key is None:
+        return zlib.crc32(data).to_bytes(_TAG_BYTES, "little")
+    return hmac.digest(key, data, "sha256")[:_TAG_BYTES]
+
+
+def encode_message(message: dict) -> list[bytes]:
+    """A control message as the payloads of its frames. Raises ValueError when it is no JSON object or too long."""
+    if not isinstance(message, dict):
+        raise ValueError(f"a control message is a dict, not {type(message).__name__}")
+    data = json.dumps(message, separators=(",", ":"), allow_nan=False).encode()
+    if len(data) > MESSAGE_LIMIT_BYTES:
+        raise ValueError(f"control message of {len(data)} bytes is above the limit of {MESSAGE_LIMIT_BYTES}")
+    return [data[i:i + CONTROL_LIMIT_BYTES] for i in range(0, len(data), CONTROL_LIMIT_BYTES)]
+
+
+def decode_message(data: bytes) -> dict:
+    """The message in `data`. Raises FrameError for anything but a JSON object."""
+    try:
+        message = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise FrameError(f"a control message is not JSON: {error}") from None
+    if not isinstance(message, dict):
+        raise FrameError(f"a control message is a JSON {type(message).__name__}, not an object")
+    return message
+
+
+_SEQ = struct.Struct("<Q")
+ACKS_PER_FRAME = CONTROL_LIMIT_BYTES // _SEQ.size
+
+
+def encode_acks(seqs: list[int]) -> bytes:
+    return struct.pack(f"<{len(seqs)}Q", *seqs)
+
+
+def decode_acks(data: memoryview) -> list[int]:
+    if len(data) % _SEQ.size:
+        raise FrameError(f"an acknowledgement of {len(data)} bytes is no list of 8-byte numbers")
+    return [seq for (seq,) in _SEQ.iter_unpack(data)]

@@ -1,0 +1,96 @@
+"""The handshake: who is there, and do both sides mean the same bytes? Chapter 07; trust is not discussed in the paper.
+
+On every lane, before any KV: both sides say hello with a fresh nonce, prove that they hold the shared secret by an
+HMAC-SHA256 over everything said so far and their own role, then compare identities, then tell the verdict. A side that
+refuses logs why; its peer learns only that it was refused. From the secret and the nonces come the session keys that
+seal the frames, so a recorded handshake or frame is worth nothing later.
+
+What this does not give: confidentiality (the KVCache crosses in the clear) and protection of the machinery below the
+frames. The `TCPStore` answers whoever reaches its port, and Gloo ends a process that is sent a longer message than it
+waits for. Both ports belong on a private link or inside WireGuard. Without a secret only compatibility is checked.
+"""
+
+import hashlib
+import hmac
+import json
+import logging
+import secrets
+from dataclasses import dataclass
+
+from minprfaas.transport.events import FrameError, LinkRefused
+from minprfaas.transport.frames import VERSION, Codec, decode_message
+from minprfaas.transport.lanes import Lane
+
+log = logging.getLogger(__name__)
+NONCE_BYTES = 32
+INCARNATION_BYTES = 8
+_MAC_BYTES = 32
+_GREETING = b"minprfaas link"
+_HELLO_BYTES = len(_GREETING) + INCARNATION_BYTES + NONCE_BYTES
+
+
+@dataclass(frozen=True)
+class LinkIdentity:
+    """What both ends must agree on. `fingerprint` stands for the model's configuration and weights."""
+
+    fingerprint: bytes
+    dtype: str
+    block_layout: str
+    secret: bytes | None = None
+
+    def as_json(self) -> bytes:
+        return json.dumps({"model fingerprint": self.fingerprint.hex(), "dtype": self.dtype,
+                           "block layout": self.block_layout}).encode()
+
+    def difference(self, theirs: bytes) -> str | None:
+        """What differs, in words; None when both sides mean the same bytes."""
+        if theirs == self.as_json():
+            return None
+        try:
+            mine, theirs = json.loads(self.as_json()), decode_message(theirs)
+        except FrameError as error:
+            return str(error)
+        return "; ".join(f"{name} is {value} here and {theirs.get(name)} there" for name, value in mine.items()
+                         if theirs.get(name) != value) or "the peer describes itself in other words"
+
+
+def shake_hands(lane: Lane, terms: str, incarnation: bytes, identity: LinkIdentity) -> bytes:
+    """Authenticate one lane and give it its codec; returns the peer's incarnation.
+
+    `terms` is what both sides must mean by this lane (link, epoch, sizes); `incarnation` (8 bytes) is new with each
+    process. Raises LinkRefused when either side refuses, LinkDown when the lane breaks or its deadline passes.
+    """
+    key, peer_rank = identity.secret or b"", 1 - lane.rank
+    body = f"version {VERSION}, {terms}".encode()
+    hello = _GREETING + incarnation + secrets.token_bytes(NONCE_BYTES) + body
+    peer_hello = lane.exchange(hello)
+    reason = None
+    if peer_hello[:len(_GREETING)] != _GREETING or peer_hello[_HELLO_BYTES:] != body:
+        reason = f"the peer says {peer_hello[_HELLO_BYTES:][:200]!r}, this side {body!r}"
+
+    hellos = (hello, peer_hello) if lane.rank == 0 else (peer_hello, hello)
+    transcript = b"".join(hashlib.sha256(part).digest() for part in hellos)
+
+    def mac(purpose: str, rank: int, data: bytes = b"") -> bytes:
+        return hmac.digest(key, f"{purpose} of {rank}: ".encode() + transcript + data, "sha256")
+
+    peer_proof = lane.exchange(b"" if reason else mac("proof", lane.rank))
+    if reason is None and not hmac.compare_digest(peer_proof, mac("proof", peer_rank)):
+        reason = "the peer does not hold the same secret"
+
+    mine = identity.as_json()
+    sealed = lane.exchange(b"" if reason else mac("identity", lane.rank, mine) + mine)
+    theirs = sealed[_MAC_BYTES:]
+    if reason is None and not hmac.compare_digest(sealed[:_MAC_BYTES], mac("identity", peer_rank, theirs)):
+        reason = "the peer's identity was altered on the way"
+    reason = reason or identity.difference(theirs)
+
+    verdict = lane.exchange(b"" if reason else mac("yes", lane.rank))
+    if reason is not None:
+        log.warning("link refused (%s): %s", terms, reason)
+        raise LinkRefused(reason)
+    if not hmac.compare_digest(verdict, mac("yes", peer_rank)):
+        raise LinkRefused("the peer refused")
+    if identity.secret is not None:
+        lane.codec = Codec(lane.codec.payload_limit, mac("frames", lane.rank), mac("frames", peer_rank))
+    return peer_hello[len(_GREETING):len(_GREETING) + INCARNATION_BYTES]

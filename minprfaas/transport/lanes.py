@@ -1,0 +1,100 @@
+"""One lane: a Gloo process group of two, and what was learned about how it breaks. Chapter 07, paper 3.3.
+
+- A receive may be posted with more room than the message needs; a message longer than the room ends the *process*
+  (Gloo's own check). Both ends therefore agree on one slot size before any frame crosses, and never send more.
+- A send completes only once the other side has posted its receive, so receives are posted ahead.
+- A peer that dies fails every pending operation at once. There is no call that ends one's own pending receive: `abort()`
+  and `shutdown()` leave it waiting. An operation whose deadline passes does, because Gloo then closes the connection
+  under all others; `cut` uses that.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from minprfaas.transport.events import LinkDown
+from minprfaas.transport.frames import Codec, Slot
+from minprfaas.transport.outbox import Frame
+
+POSTED_AHEAD = 2  # receives, and sends: one is on its way while the other is handled
+_FRAMES_TAG, _HANDSHAKE_TAG, _CUT_TAG = 0, 1, 2
+_HANDSHAKE_BYTES = 2048
+_FOREVER = timedelta(days=1)  # silence is noticed by heartbeats, not by Gloo
+
+
+class Lane:
+    """One connection of a link in one epoch."""
+
+    def __init__(self, store: dist.Store, index: int, rank: int, payload_limit: int, timeout_s: float):
+        """Connect; blocks until the peer does the same. Raises LinkDown."""
+        self.index = index
+        self.rank = rank
+        self.codec = Codec(payload_limit)
+        self.waiting_since: float | None = None  # since when nothing has arrived; None while a frame is handled
+        self._timeout = timedelta(seconds=timeout_s)
+        self._peer = 1 - rank
+        try:
+            self._group = dist.ProcessGroupGloo(dist.PrefixStore(str(index), store), rank, 2, self._timeout)
+        except RuntimeError as error:
+            raise LinkDown(f"lane {index} does not connect: {_first_line(error)}") from None
+
+    def exchange(self, data: bytes) -> bytes:
+        """Send `data` and receive the peer's, once a round, before any frame crosses (the handshake)."""
+        outgoing, incoming = Slot(_HANDSHAKE_BYTES), Slot(_HANDSHAKE_BYTES)
+        outgoing.view[:2] = len(data).to_bytes(2, "little")
+        outgoing.view[2:2 + len(data)] = data
+        try:
+            sent = self._group.send([outgoing.tensor], self._peer, _HANDSHAKE_TAG)
+            self._group.recv([incoming.tensor], self._peer, _HANDSHAKE_TAG).wait(self._timeout)
+            sent.wait(self._timeout)
+        except RuntimeError as error:
+            raise LinkDown(f"lane {self.index} broke in the handshake: {_first_line(error)}") from None
+        length = min(int.from_bytes(incoming.view[:2], "little"), _HANDSHAKE_BYTES)
+        return bytes(incoming.view[2:2 + length])
+
+    def post(self, frame: Frame) -> dist.Work:
+        """Seal a frame and start sending it."""
+        if frame.ready is not None:
+            frame.ready.synchronize()
+        self.codec.seal(frame.header, frame.slot.view)
+        return self._group.send([frame.tensor], self._peer, _FRAMES_TAG)
+
+    def send_frames(self, next_frame: Callable[[], Frame | None], sent: Callable[["Lane", Frame, float], None]) -> None:
+        """Pull and send until `next_frame` returns None. Raises RuntimeError when the connection breaks."""
+        posted: deque[tuple[dist.Work, Frame, float]] = deque()
+        while (frame := next_frame()) is not None:
+            posted.append((self.post(frame), frame, time.monotonic()))
+            while len(posted) >= POSTED_AHEAD or (posted and posted[0][0].is_completed()):
+                work, done, began = posted.popleft()
+                work.wait(_FOREVER)
+                sent(self, done, began)
+
+    def receive_frames(self, handle: Callable[["Lane", Slot], None]) -> None:
+        """Receive and handle, one frame at a time, until the connection breaks (RuntimeError) or `handle` raises."""
+        slots = [Slot(self.codec.payload_limit) for _ in range(POSTED_AHEAD)]
+        pending = deque((self._receive(slot), slot) for slot in slots)
+        while True:
+            work, slot = pending.popleft()
+            self.waiting_since = time.monotonic()
+            work.wait(_FOREVER)
+            self.waiting_since = None
+            handle(self, slot)
+            pending.append((self._receive(slot), slot))
+
+    def _receive(self, slot: Slot) -> dist.Work:
+        return self._group.recv([slot.tensor], self._peer, _FRAMES_TAG)
+
+    def cut(self) -> None:
+        """Break the connection under every pending operation of this lane, here and at the peer."""
+        try:
+            self._group.recv([torch.empty(1, dtype=torch.uint8)], self._peer, _CUT_TAG).wait(timedelta(milliseconds=1))
+        except RuntimeError:
+            pass  # that is the point
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
