@@ -1,0 +1,222 @@
+"""The planner: exhaustive search for the threshold and the prefill/decode split. Chapter 10, paper 3.4.2 (eq. 7 and 8)."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from math import inf
+
+from minprfaas.errors import UserError
+from minprfaas.scheduling import throughput as model
+from minprfaas.scheduling.lengths import LengthDistribution
+from minprfaas.scheduling.profiles import Profile, require_number
+
+GRID_THRESHOLDS = 1500  # at most so many thresholds on a grid of round numbers: 100 tokens apart up to 128K
+BINDING_STAGES = ("prfaas compute", "prfaas egress", "pdp", "pdd")
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """What there is to plan with: a PrfaaS cluster, a local PD cluster, the link between them, and the answers.
+
+    `prfaas_instances` may be a fraction (the compute that is observed rather than installed), and `link_gbps` may be
+    0 (a link that is down). Raises UserError for anything negative, and for a cluster that cannot decode.
+    """
+
+    prfaas_instances: float
+    pd_instances: int
+    link_gbps: float
+    prfaas_profile: Profile
+    pd_profile: Profile
+    output_tokens: float
+
+    def __post_init__(self):
+        require_number("number of PrfaaS instances", self.prfaas_instances, least=0)
+        require_number("link bandwidth in Gbps", self.link_gbps, least=0)
+        require_number("output tokens", self.output_tokens, above=0)
+        if not isinstance(self.pd_instances, int) or self.pd_instances < 1:
+            raise UserError(f"number of PD instances is {self.pd_instances!r}; it must be a whole number of at least 1")
+        if self.pd_instances == 1 and not self.prfaas_instances:
+            raise UserError("a fleet of 0 PrfaaS instances and 1 PD instance cannot serve; prefill and decode need one each")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A threshold, a split, and what they sustain: rates in requests/s, `egress_gbps` at `lambda_max`.
+
+    `threshold` is in uncached tokens; infinity offloads nothing, 0 everything, and None routes by load instead of
+    length. `bounds` holds, for each of `BINDING_STAGES`, the rate of the whole system at which that stage saturates.
+    """
+
+    threshold: float | None
+    n_prfaas: float
+    n_p: int
+    n_d: int
+    theta_prfaas: float
+    theta_pdp: float
+    theta_pdd: float
+    offloaded_fraction: float
+    mean_offloaded_tokens: float
+    mean_offloaded_bytes: float
+    bounds: dict[str, float]
+
+    @property
+    def lambda_max(self) -> float:
+        """Requests/s of the whole system: Lambda_max (eq. 6)."""
+        return min(self.bounds.values())
+
+    @property
+    def binding_stage(self) -> str:
+        """The stage that saturates first, one of `BINDING_STAGES`."""
+        return min(self.bounds, key=self.bounds.get)
+
+    @property
+    def egress_gbps(self) -> float:
+        """What leaves the PrfaaS cluster at `lambda_max`."""
+        return self.lambda_max * self.offloaded_fraction * self.mean_offloaded_bytes * 8 / 1e9
+
+
+def plan(fleet: Fleet, lengths: LengthDistribution, n_p: int | None = None, threshold: float | None = None,
+         grid: Iterable[float] | None = None) -> Plan:
+    """The best plan over every threshold of `grid` and every `n_p`, but for what is fixed by an argument (eq. 7, 8).
+
+    The default grid is round numbers from 0 to the longest length. Of plans with equal rates the one whose second
+    bound is higher wins, then the third: spare capacity goes where it is wanted next. Raises UserError for an `n_p`
+    that leaves no decode instance, and for a negative threshold.
+    """
+    search = _Search(fleet, lengths)
+    if threshold is not None:
+        thresholds = [threshold]
+    elif fleet.prfaas_instances == 0:
+        thresholds = [inf]
+    else:
+        thresholds = round_thresholds(lengths) if grid is None else list(grid)
+    if not thresholds or min(thresholds) < 0:
+        raise UserError(f"threshold {min(thresholds, default='(none)')} is out of range; it must be at least 0 tokens")
+    if n_p is not None and not 0 <= n_p < fleet.pd_instances:
+        raise UserError(f"{n_p} prefill instances of {fleet.pd_instances} PD instances is out of range; "
+                        f"it must be from 0 to {fleet.pd_instances - 1}")
+    splits = range(fleet.pd_instances) if n_p is None else [n_p]
+    _, best_threshold, best_n_p = max(search.scores(thresholds, splits), key=lambda scored: scored[0])
+    return search.plan_at(best_threshold, best_n_p)
+
+
+def sweep_thresholds(fleet: Fleet, lengths: LengthDistribution, n_p: int, thresholds: Iterable[float]) -> list[Plan]:
+    """One plan for each threshold at a fixed split: figure 5(b)."""
+    search = _Search(fleet, lengths)
+    return [search.plan_at(threshold, n_p) for threshold in thresholds]
+
+
+def sweep_splits(fleet: Fleet, lengths: LengthDistribution, threshold: float) -> list[Plan]:
+    """One plan for each N_p at a fixed threshold: figure 5(a)."""
+    search = _Search(fleet, lengths)
+    return [search.plan_at(threshold, n_p) for n_p in range(1, fleet.pd_instances)]
+
+
+def plan_least_loaded(fleet: Fleet, lengths: LengthDistribution) -> Plan:
+    """The best split for a router that ignores lengths and sends each request to the least loaded prefill instance.
+
+    At saturation such a router keeps every prefill instance busy, so the two kinds share the requests in proportion
+    to their rates over *all* lengths, except that the link may hold the remote ones back. The paper has no such
+    baseline: it tells selective offloading (by length) from merely having both kinds of hardware.
+    """
+    return max((_least_loaded_at(fleet, lengths, n_p) for n_p in range(fleet.pd_instances)),
+               key=lambda candidate: candidate.lambda_max)
+
+
+def _least_loaded_at(fleet: Fleet, lengths: LengthDistribution, n_p: int) -> Plan:
+    n_d = fleet.pd_instances - n_p
+    mean_bytes = lengths.mean(fleet.prfaas_profile.kv_bytes)
+    compute = model.theta_prfaas_compute(fleet.prfaas_instances, lengths.mean(fleet.prfaas_profile.prefill_s))
+    egress = model.theta_prfaas_egress(fleet.link_gbps, mean_bytes)
+    remote, local = min(compute, egress), model.theta_pdp(n_p, lengths.mean(fleet.pd_profile.prefill_s))
+    theta_pdd = _theta_pdd(fleet, n_d)
+    share = remote / (remote + local) if remote + local else 0.0
+    rates = (model.share_bound(compute, share), model.share_bound(egress, share),
+             model.share_bound(local, 1 - share), theta_pdd)
+    return Plan(None, fleet.prfaas_instances, n_p, n_d, remote, local, theta_pdd, share,
+                lengths.mean(float), mean_bytes, dict(zip(BINDING_STAGES, rates)))
+
+
+def sensitivity(fleet: Fleet, lengths: LengthDistribution) -> list[tuple[str, Plan]]:
+    """What more of one thing would buy: the best plan of a fleet with one more instance of a kind, or twice the link."""
+    more = {"one more PrfaaS instance": replace(fleet, prfaas_instances=fleet.prfaas_instances + 1),
+            "one more PD instance": replace(fleet, pd_instances=fleet.pd_instances + 1),
+            "twice the link": replace(fleet, link_gbps=2 * fleet.link_gbps)}
+    return [(change, plan(changed, lengths)) for change, changed in more.items()]
+
+
+def first_token_times(fleet: Fleet, lengths: LengthDistribution, of: Plan) -> tuple[float, float]:
+    """Mean and 90th percentile of TTFT in seconds, for requests that never wait.
+
+    An offloaded request takes its prefill, its KVCache's time on the whole link, and one decode step; a local one
+    takes its prefill and one decode step (table 6's numbers come out of this within 6%). The paper does not say
+    how it derived TTFT. That its P90 is 3.51 s both for PrfaaS-PD and for naive heterogeneous PD, whose waiting could
+    not be alike, suggests that it leaves waiting out too. Queueing is the simulator's business.
+    """
+    byte_s = 8 / 1e9 / fleet.link_gbps if fleet.link_gbps else inf
+    remote, local, times = fleet.prfaas_profile, fleet.pd_profile, []
+    for length in lengths.values:
+        share = of.offloaded_fraction if of.threshold is None else float(length > of.threshold)
+        if share:
+            times.append((remote.prefill_s(length) + remote.kv_bytes(length) * byte_s + local.t_decode_s, share))
+        if share < 1:
+            times.append((local.prefill_s(length) + local.t_decode_s, 1 - share))
+    total = len(lengths.values)
+    covered = 0.0
+    for seconds, share in sorted(times):
+        covered += share
+        if covered >= 0.9 * total:
+            break
+    return sum(time * share for time, share in times) / total, seconds
+
+
+def round_thresholds(lengths: LengthDistribution) -> list[float]:
+    """Thresholds on a grid of round numbers, 1, 2 or 5 times a power of ten apart, from 0 to the longest length."""
+    longest = lengths.values[-1]
+    steps = (digit * 10 ** power for power in range(12) for digit in (1, 2, 5))
+    step = next(step for step in steps if longest / step < GRID_THRESHOLDS)
+    return [float(step * i) for i in range(int(longest // step) + 2)]
+
+
+class _Search:
+    """The throughput model of one fleet and one distribution, with the running sums that make every point cheap."""
+
+    def __init__(self, fleet: Fleet, lengths: LengthDistribution):
+        self.fleet, self.lengths = fleet, lengths
+        self._prfaas_s = lengths.running_means(fleet.prfaas_profile.prefill_s)
+        self._kv_bytes = lengths.running_means(fleet.prfaas_profile.kv_bytes)
+        self._pdp_s = lengths.running_means(fleet.pd_profile.prefill_s)
+
+    def scores(self, thresholds: Iterable[float], splits: Iterable[int]) -> Iterator[tuple[tuple, float, int]]:
+        """(bounds in rising order, threshold, N_p) of every point: a greater score is a better plan."""
+        decode = [(n_p, _theta_pdd(self.fleet, self.fleet.pd_instances - n_p)) for n_p in splits]
+        for threshold in thresholds:
+            prfaas_s, kv_bytes, pdp_s = self._loads(self.lengths.count_up_to(threshold))
+            remote = model.theta_prfaas(self.fleet.prfaas_instances, prfaas_s, self.fleet.link_gbps, kv_bytes)
+            for n_p, theta_pdd in decode:
+                yield tuple(sorted((remote, model.theta_pdp(n_p, pdp_s), theta_pdd))), threshold, n_p
+
+    def plan_at(self, threshold: float, n_p: int) -> Plan:
+        """The plan of one point, from the means of each side of the threshold (eq. 3 to 6)."""
+        fleet, below, total = self.fleet, self.lengths.count_up_to(threshold), len(self.lengths.values)
+        p, n_d = 1 - below / total, fleet.pd_instances - n_p
+        prfaas_s, kv_bytes, pdp_s = self._loads(below)
+        if p > 0:
+            prfaas_s, kv_bytes = prfaas_s / p, kv_bytes / p
+        if p < 1:
+            pdp_s = pdp_s / (1 - p)
+        compute = model.theta_prfaas_compute(fleet.prfaas_instances, prfaas_s)
+        egress = model.theta_prfaas_egress(fleet.link_gbps, kv_bytes)
+        theta_pdp, theta_pdd = model.theta_pdp(n_p, pdp_s), _theta_pdd(fleet, n_d)
+        rates = (model.share_bound(compute, p), model.share_bound(egress, p), model.share_bound(theta_pdp, 1 - p), theta_pdd)
+        return Plan(threshold, fleet.prfaas_instances, n_p, n_d, min(compute, egress), theta_pdp, theta_pdd, p,
+                    sum(self.lengths.values[below:]) / (total - below) if below < total else 0.0, kv_bytes,
+                    dict(zip(BINDING_STAGES, rates)))
+
+    def _loads(self, below: int) -> tuple[float, float, float]:
+        """What a request costs on average where `below` of the lengths stay local: seconds of PrfaaS prefill, bytes of
+        egress, seconds of PD prefill. Shares of E[·], not conditional means: Theta_prfaas / p = N_prfaas / load."""
+        return self._prfaas_s[-1] - self._prfaas_s[below], self._kv_bytes[-1] - self._kv_bytes[below], self._pdp_s[below]
+
+
+def _theta_pdd(fleet: Fleet, n_d: int) -> float:
+    return model.theta_pdd(n_d, fleet.pd_profile.bs_max, fleet.pd_profile.t_decode_s, fleet.output_tokens)

@@ -1,0 +1,149 @@
+"""What one instance of a kind of hardware does with one model: measured points, and the curves through them.
+
+Chapter 10; paper 2.1 (S_kv, T_prefill), 3.4.1 (T_decode, BS_max) and table 5.
+"""
+
+from bisect import bisect_right
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import combinations
+from math import isfinite
+from pathlib import Path
+
+from minprfaas.config import read_json
+from minprfaas.errors import UserError
+
+
+@dataclass(frozen=True)
+class ProfilePoint:
+    """One measurement: a request of `tokens` leaves `kv_bytes` of KVCache after `prefill_s` of prefill."""
+
+    tokens: int
+    kv_bytes: float
+    prefill_s: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Prefill and decode of one model on one instance.
+
+    `t_decode_s` is the time of one decode step with `bs_max` requests in the batch (T_decode and BS_max).
+    Two curves go through `points`, and both continue beyond the first and the last of them:
+
+    - `prefill_s` is the least-squares `c0 + c1 l + c2 l²` without negative coefficients: a fixed cost, the layers that
+      are linear in the length, and full attention. Such a curve is positive and increasing wherever it is asked.
+    - `kv_bytes` is linear between neighbouring points: state of fixed size plus state that grows with each token.
+
+    Raises UserError for fewer than two points, for numbers that are not positive, and for points that do not increase.
+    """
+
+    name: str
+    points: tuple[ProfilePoint, ...]
+    t_decode_s: float
+    bs_max: int
+
+    def __post_init__(self):
+        if not isinstance(self.name, str) or not self.name:
+            raise UserError(f"profile name {self.name!r} is not a text of at least one character")
+        require_number(f"profile {self.name!r}: t_decode_s", self.t_decode_s, above=0)
+        if not isinstance(self.bs_max, int) or self.bs_max < 1:
+            raise UserError(f"profile {self.name!r}: bs_max is {self.bs_max!r}; it must be a whole number of at least 1")
+        if len(self.points) < 2:
+            raise UserError(f"profile {self.name!r} has {len(self.points)} point(s); a curve needs at least 2")
+        for number, point in enumerate(self.points, start=1):
+            for field, value in asdict(point).items():
+                require_number(f"profile {self.name!r}, point {number}: {field}", value, above=0)
+        for before, after in zip(self.points, self.points[1:]):
+            for field in asdict(before):
+                if getattr(after, field) <= getattr(before, field):
+                    raise UserError(f"profile {self.name!r}: {field} does not increase from {getattr(before, field)} "
+                                    f"at {before.tokens} tokens to {getattr(after, field)} at {after.tokens}")
+
+    @staticmethod
+    def read(path: str | Path) -> "Profile":
+        """Read a profile from a JSON file, in the form of `to_json`. Raises UserError."""
+        return Profile.from_json(read_json(Path(path), "`python -m minprfaas profile` writes one"))
+
+    @staticmethod
+    def from_json(raw: dict) -> "Profile":
+        """Build from what `to_json` gives. Raises UserError naming an unknown or a missing key."""
+        _require_keys("profile", raw, Profile)
+        if not isinstance(raw["points"], list):
+            raise UserError(f"profile key 'points' holds a {type(raw['points']).__name__}, not a list")
+        for number, point in enumerate(raw["points"], start=1):
+            _require_keys(f"profile point {number}", point, ProfilePoint)
+        points = tuple(ProfilePoint(**point) for point in raw["points"])
+        return Profile(raw["name"], points, raw["t_decode_s"], raw["bs_max"])
+
+    def to_json(self) -> dict:
+        """A JSON object: name, points (tokens, kv_bytes, prefill_s), t_decode_s, bs_max."""
+        return {**asdict(self), "points": [asdict(point) for point in self.points]}
+
+    def kv_bytes(self, tokens: float) -> float:
+        """KVCache of a request of `tokens` tokens, in bytes: S_kv(l)."""
+        after = min(max(bisect_right(self._tokens, tokens), 1), len(self.points) - 1)
+        left, right = self.points[after - 1], self.points[after]
+        slope = (right.kv_bytes - left.kv_bytes) / (right.tokens - left.tokens)
+        return max(0.0, left.kv_bytes + slope * (tokens - left.tokens))
+
+    def prefill_s(self, tokens: float) -> float:
+        """Prefill of `tokens` uncached tokens, in seconds: T_prefill(l)."""
+        c0, c1, c2 = self._prefill_coefficients
+        return c0 + (c1 + c2 * tokens) * tokens
+
+    @property
+    def fit_error(self) -> float:
+        """How far the prefill curve passes from the worst of its points, as a fraction of that point."""
+        return max(abs(self.prefill_s(point.tokens) / point.prefill_s - 1) for point in self.points)
+
+    @cached_property
+    def _tokens(self) -> tuple[int, ...]:
+        return tuple(point.tokens for point in self.points)
+
+    @cached_property
+    def _prefill_coefficients(self) -> tuple[float, float, float]:
+        """Non-negative least squares: of the fits that leave powers out, the best one without a negative coefficient.
+
+        Lengths are scaled to 1, so that the normal equations stay well conditioned at any context length.
+        """
+        scale = self.points[-1].tokens
+        lengths = [point.tokens / scale for point in self.points]
+        seconds = [point.prefill_s for point in self.points]
+        best = (float("inf"), (0.0, 0.0, 0.0))
+        for count in range(1, min(3, len(lengths)) + 1):
+            for powers in combinations(range(3), count):
+                gram = [[sum(x ** (i + j) for x in lengths) for j in powers] for i in powers]
+                moments = [sum(y * x ** i for x, y in zip(lengths, seconds)) for i in powers]
+                fit = dict(zip(powers, _solve(gram, moments)))
+                error = sum((sum(c * x ** i for i, c in fit.items()) - y) ** 2 for x, y in zip(lengths, seconds))
+                if min(fit.values()) >= 0:
+                    best = min(best, (error, tuple(fit.get(i, 0.0) / scale ** i for i in range(3))))
+        return best[1]
+
+
+def require_number(what: str, value: float, above: float | None = None, least: float | None = None) -> None:
+    """Raise UserError unless `value` is a finite number above `above` (or of at least `least`)."""
+    limit = f"above {above}" if above is not None else f"of at least {least}"
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+    if not number or (above is not None and value <= above) or (least is not None and value < least):
+        raise UserError(f"{what} is {value!r}; it must be a number {limit}")
+
+
+def _require_keys(what: str, raw: dict, target: type) -> None:
+    if not isinstance(raw, dict):
+        raise UserError(f"{what} is a {type(raw).__name__}, not a JSON object")
+    expected = list(target.__dataclass_fields__)
+    for problem, keys in (("unknown", set(raw) - set(expected)), ("missing", set(expected) - set(raw))):
+        if keys:
+            raise UserError(f"{what}: {problem} key {sorted(keys)[0]!r}; the keys are {', '.join(expected)}")
+
+
+def _solve(matrix: list[list[float]], right: list[float]) -> list[float]:
+    """Gauss-Jordan elimination of a small positive definite system (no pivoting needed)."""
+    rows = [[*row, value] for row, value in zip(matrix, right)]
+    for i, pivot_row in enumerate(rows):
+        pivot_row[:] = [value / pivot_row[i] for value in pivot_row]
+        for j, row in enumerate(rows):
+            if j != i:
+                row[:] = [value - row[i] * pivot for value, pivot in zip(row, pivot_row)]
+    return [row[-1] for row in rows]
