@@ -61,7 +61,11 @@ class Lane:
         if frame.ready is not None:
             frame.ready.synchronize()
         self.codec.seal(frame.header, frame.slot.view)
-        return self._group.send([frame.tensor], self._peer, _FRAMES_TAG)
+        return self.transmit(frame.tensor)
+
+    def transmit(self, tensor: torch.Tensor) -> dist.Work:
+        """Hand one frame's bytes to Gloo."""
+        return self._group.send([tensor], self._peer, _FRAMES_TAG)
 
     def send_frames(self, next_frame: Callable[[], Frame | None], sent: Callable[["Lane", Frame, float], None]) -> None:
         """Pull and send until `next_frame` returns None. Raises RuntimeError when the connection breaks."""

@@ -44,6 +44,7 @@ class Link:
     def __init__(self, name: str, store: dist.Store, rank: int, config: LinkConfig, identity: LinkIdentity,
                  timeline=None, weather: tuple[WeatherChange, ...] = ()):
         self.name, self.rank, self.config, self.epoch = name, rank, config, 0
+        self._owners_store = store  # kept alive: its server may be this object's
         self._store = store.clone()  # a store client does one thing at a time, and would make links wait for each other
         self._identity = identity
         self._timeline = timeline

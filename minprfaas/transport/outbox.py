@@ -82,8 +82,15 @@ class Outbox:
             self._frames.notify()
 
     def send_chunk(self, frame: Frame) -> None:
-        """Queue a chunk for which `wait_for_room` made room."""
+        """Queue a chunk for which `wait_for_room` made room; raises what `stream.check` raises."""
         with self._lock:
+            try:
+                frame.stream.check()  # it may have failed while the bytes were copied
+            except Exception:
+                self.monitor.queued_bytes -= frame.nbytes
+                self.progress.notify_all()
+                raise
+            frame.stream.queued()
             frame.queued_at = time.monotonic()
             self._streams.setdefault(frame.stream, deque()).append(frame)
             self._frames.notify()

@@ -42,9 +42,6 @@ class SendStream:
                 event = self._copy_beside_prefill(slot, piece)
             else:
                 slot.payload.copy_(piece)
-            with self._outbox.progress:
-                self._outstanding += 1
-                self._chunks += 1
             self._outbox.send_chunk(Frame(header, slot, self, event))
 
     def _check(self, layer: int, start: int, end: int, data: torch.Tensor) -> LayerPlan:
@@ -108,7 +105,11 @@ class SendStream:
         if self.fail(reason):
             self._outbox.send_control(control_frame(Kind.ABORT, stream=self.plan.stream_id))
 
-    # ---- what the link calls
+    # ---- what the link calls, holding the outbox's lock
+
+    def queued(self) -> None:
+        self._outstanding += 1
+        self._chunks += 1
 
     def fail(self, reason: str) -> bool:
         """End the stream; False if it had ended before."""

@@ -1,0 +1,255 @@
+"""A link carries messages and KV streams, stripes, pushes back, and ends in a named event."""
+
+import threading
+
+import pytest
+import torch
+from transport_support import DEADLINE_S, Cargo, connected, event, in_parallel
+
+from minprfaas.config import LinkConfig
+from minprfaas.observe.timeline import Timeline
+from minprfaas.transport import (LayerPlan, Link, LinkDown, LinkLost, MessageReceived, StreamAborted, StreamDone, StreamFailed,
+                                 StreamPlan)
+from minprfaas.transport.lanes import Lane
+
+
+def test_a_stream_arrives_identical_and_both_sides_report_it():
+    cargo = Cargo(tokens=1000)
+    with connected(LinkConfig(lanes=3, chunk_bytes=4096)) as (sender, receiver):
+        receiver.expect_stream(cargo.plan, cargo.sink)
+        stream = sender.open_stream(cargo.plan)
+        cargo.put_all(stream)
+        report = stream.finish(DEADLINE_S)
+        done = event(receiver, StreamDone)
+    assert cargo.is_identical
+    assert report.bytes == done.report.bytes == cargo.plan.total_bytes == 3 * 1000 * 96 + 20_001
+    assert report.first_put_s <= report.last_put_s <= report.acked_s
+    assert report.chunks > 70, "chunks of at most 4096 bytes"
+
+
+def test_request_level_state_reaches_the_sink_whole_and_once():
+    cargo = Cargo(state_bytes=50_000)
+    with connected(LinkConfig(lanes=4, chunk_bytes=4096)) as (sender, receiver):
+        receiver.expect_stream(cargo.plan, cargo.sink)
+        stream = sender.open_stream(cargo.plan)
+        cargo.put_all(stream)
+        stream.finish(DEADLINE_S)
+    assert [call for call in cargo.calls if call[0] == 3] == [(3, 64, 320)]
+    assert cargo.is_identical
+
+
+def test_messages_arrive_once_and_in_order_whatever_their_size():
+    sent = [{"number": number, "tokens": list(range(number * 997))} for number in range(20)]
+    with connected(LinkConfig(lanes=4)) as (sender, receiver):
+        for message in sent:
+            sender.send_message(message)
+            receiver.send_message(message)
+        assert [event(receiver, MessageReceived).message for _ in sent] == sent
+        assert [event(sender, MessageReceived).message for _ in sent] == sent
+        assert receiver.receive(0.0) is None
+
+
+def test_a_message_that_is_too_long_or_no_object_is_refused_by_name():
+    with connected() as (sender, _):
+        with pytest.raises(ValueError, match="above the limit of 4194304"):
+            sender.send_message({"text": "x" * 5_000_000})
+        with pytest.raises(ValueError, match="is a dict, not list"):
+            sender.send_message([1])
+
+
+def test_put_pushes_back_while_nothing_is_acknowledged():
+    """The receiver's sink stands still: no more than `max_inflight_bytes` may pile up on the sender."""
+    gate, cargo = threading.Event(), Cargo(tokens=4000)
+
+    def slow_sink(*arguments):
+        assert gate.wait(DEADLINE_S)
+        cargo.sink(*arguments)
+
+    with connected(LinkConfig(chunk_bytes=4096, max_inflight_bytes=40_000)) as (sender, receiver):
+        receiver.expect_stream(cargo.plan, slow_sink)
+        stream = sender.open_stream(cargo.plan)
+        putting = threading.Thread(target=cargo.put_all, args=(stream,), daemon=True)
+        putting.start()
+        putting.join(0.5)
+        assert putting.is_alive(), "put returned although nothing had been acknowledged"
+        stats = sender.stats()
+        assert 0 < stats.queued_bytes + stats.inflight_bytes <= 40_000
+        gate.set()
+        putting.join(DEADLINE_S)
+        assert stream.finish(DEADLINE_S).stalled_s > 0.3
+    assert cargo.is_identical
+
+
+class GatedLane(Lane):
+    """Lane 0 sends nothing until the gate opens."""
+
+    gate: threading.Event
+
+    def post(self, frame):
+        if self.index == 0:
+            assert self.gate.wait(DEADLINE_S)
+        return super().post(frame)
+
+
+class GatedLink(Link):
+    lane_type = GatedLane
+
+
+def test_a_slow_lane_does_not_stall_the_others():
+    GatedLane.gate = threading.Event()
+    cargo = Cargo(tokens=2000)
+    with connected(LinkConfig(lanes=3, chunk_bytes=4096), sender_type=GatedLink) as (sender, receiver):
+        receiver.expect_stream(cargo.plan, cargo.sink)
+        stream = sender.open_stream(cargo.plan)
+        cargo.put_all(stream)
+        with pytest.raises(TimeoutError, match="1 chunks are not acknowledged"):
+            stream.finish(1.0)
+        GatedLane.gate.set()
+        stream.finish(DEADLINE_S)
+    assert cargo.is_identical
+
+
+def test_a_control_message_overtakes_queued_bulk():
+    """On a slow line the whole stream is queued first; the message leaves after at most the chunk on the line."""
+    cargo = Cargo(tokens=2000)
+    with connected(LinkConfig(gbps=0.004, chunk_bytes=4096)) as (sender, receiver):
+        receiver.expect_stream(cargo.plan, cargo.sink)
+        stream = sender.open_stream(cargo.plan)
+        cargo.put_all(stream)
+        sender.send_message({"first": True})
+        assert isinstance(receiver.receive(DEADLINE_S), MessageReceived), "the stream was done before the message came"
+        event(receiver, StreamDone)
+
+
+def test_streams_share_a_line_in_turns():
+    long, short = Cargo(1, tokens=3000), Cargo(2, tokens=60, state_bytes=100)
+    with connected(LinkConfig(gbps=0.02, chunk_bytes=4096)) as (sender, receiver):
+        for cargo in (long, short):
+            receiver.expect_stream(cargo.plan, cargo.sink)
+        for cargo in (long, short):
+            cargo.put_all(sender.open_stream(cargo.plan))
+        assert [event(receiver, StreamDone).stream_id for _ in range(2)] == [2, 1]
+    assert long.is_identical and short.is_identical
+
+
+def test_a_stream_that_nobody_expects_is_refused_and_writes_nothing():
+    cargo = Cargo()
+    with connected() as (sender, receiver):
+        stream = sender.open_stream(cargo.plan)
+        with pytest.raises(StreamAborted, match="refused by the receiver"):
+            cargo.put_all(stream)
+            stream.finish(DEADLINE_S)
+        _until_settled(sender)
+        again = Cargo(2)  # the link itself is well
+        receiver.expect_stream(again.plan, again.sink)
+        stream = sender.open_stream(again.plan)
+        again.put_all(stream)
+        stream.finish(DEADLINE_S)
+    assert cargo.calls == [] and again.is_identical
+
+
+def test_a_forgotten_stream_is_never_written_again():
+    cargo = Cargo(tokens=3000)
+    with connected(LinkConfig(gbps=0.05, chunk_bytes=4096)) as (sender, receiver):
+        receiver.expect_stream(cargo.plan, cargo.sink)
+        stream = sender.open_stream(cargo.plan)
+        cargo.put_all(stream)
+        receiver.forget_stream(1)
+        written = len(cargo.calls)
+        with pytest.raises(StreamAborted):
+            stream.finish(DEADLINE_S)
+        assert len(cargo.calls) == written
+
+
+def test_an_aborted_stream_fails_on_the_receiver_with_what_had_arrived():
+    cargo = Cargo(tokens=256)
+    with connected() as (sender, receiver):
+        receiver.expect_stream(cargo.plan, cargo.sink)
+        stream = sender.open_stream(cargo.plan)
+        for layer in range(3):
+            stream.put(layer, 64, 128, cargo.sent[layer][:64].reshape(-1))
+        stream.put(0, 128, 192, cargo.sent[0][64:128].reshape(-1))
+        _until_settled(sender)
+        stream.abort()
+        failed = event(receiver, StreamFailed)
+        with pytest.raises(StreamAborted, match="aborted by the sender"):
+            stream.put(1, 128, 192, cargo.sent[1][64:128].reshape(-1))
+    assert (failed.stream_id, failed.reason, failed.arrived_end) == (1, "aborted by the sender", 128)
+
+
+def _until_settled(link):
+    outbox = link._outbox
+    with outbox.progress:
+        assert outbox.progress.wait_for(lambda: not outbox.monitor.queued_bytes + outbox.monitor.inflight_bytes, DEADLINE_S)
+
+
+def test_a_sink_that_fails_fails_its_stream_and_not_the_link():
+    def broken_sink(*_):
+        raise RuntimeError("no such block")
+
+    cargo = Cargo()
+    with connected() as (sender, receiver):
+        receiver.expect_stream(cargo.plan, broken_sink)
+        stream = sender.open_stream(cargo.plan)
+        with pytest.raises(StreamAborted):
+            cargo.put_all(stream)
+            stream.finish(DEADLINE_S)
+        failed = event(receiver, StreamFailed)
+        assert "no such block" in failed.reason and failed.arrived_end == cargo.plan.start
+        sender.send_message({"alive": True})
+        event(receiver, MessageReceived)
+
+
+def test_what_is_not_in_the_plan_cannot_be_put():
+    cargo = Cargo()
+    with connected() as (sender, _):
+        stream = sender.open_stream(cargo.plan)
+        data = torch.zeros(64 * 96, dtype=torch.uint8)
+        with pytest.raises(ValueError, match="layer 9 is not in the plan"):
+            stream.put(9, 64, 128, data)
+        with pytest.raises(ValueError, match="expected 6144 contiguous uint8, got 6143"):
+            stream.put(0, 64, 128, data[1:])
+        with pytest.raises(ValueError, match="outside"):
+            stream.put(0, 0, 64, data)
+        stream.put(0, 64, 128, data)
+        with pytest.raises(ValueError, match="there already"):
+            stream.put(0, 64, 128, data)
+        with pytest.raises(ValueError, match=r"layers \[0, 1, 2, 3\] were not put completely"):
+            stream.finish(1.0)
+        with pytest.raises(ValueError, match="does not fit into a chunk"):
+            sender.open_stream(StreamPlan(1, (LayerPlan(0, 0, True, 10**6),), 0, 1))
+
+
+def test_closing_one_side_ends_the_other_and_its_streams_at_once():
+    cargo = Cargo()
+    with connected(LinkConfig(timeout_s=60)) as (sender, receiver):
+        receiver.expect_stream(cargo.plan, cargo.sink)
+        stream = sender.open_stream(cargo.plan)
+        stream.put(0, 64, 128, cargo.sent[0][:64].reshape(-1))
+        sender.close()
+        assert event(receiver, StreamFailed).reason == "closed by the peer"
+        assert event(receiver, LinkLost).reason == "closed by the peer"
+        with pytest.raises(LinkDown):
+            stream.put(0, 128, 192, cargo.sent[0][64:128].reshape(-1))
+        with pytest.raises(LinkDown, match="closed by the peer"):
+            receiver.send_message({})
+
+
+def test_a_peer_that_never_comes_is_a_named_error_within_the_deadline():
+    from transport_support import IDENTITY, new_store
+    with pytest.raises(LinkDown, match="the peer did not come"):
+        Link("a-b", new_store(), 0, LinkConfig(), IDENTITY).connect(0.2)
+
+
+def test_the_timeline_shows_each_chunk_on_its_lane():
+    cargo, timeline = Cargo(), Timeline("prefill")
+    with connected(LinkConfig(lanes=2, chunk_bytes=4096), timeline=timeline) as (sender, receiver):
+        receiver.expect_stream(cargo.plan, cargo.sink)
+        stream = sender.open_stream(cargo.plan)
+        cargo.put_all(stream)
+        report = stream.finish(DEADLINE_S)
+        sender.send_message({})
+        event(receiver, MessageReceived)
+    spans = [entry for entry in timeline.events() if entry["ph"] == "X" and "layer" in entry["name"]]
+    assert len(spans) == report.chunks
+    assert all(report.first_put_s <= span["ts"] / 1e6 <= report.acked_s for span in spans)

@@ -1,0 +1,100 @@
+"""Two ends of a link in one process, over real Gloo on loopback, and streams of seeded bytes to send across."""
+
+import contextlib
+import threading
+import time
+from datetime import timedelta
+
+import torch
+from torch.distributed import TCPStore
+
+from minprfaas.config import LinkConfig
+from minprfaas.transport import LayerPlan, Link, LinkIdentity, LinkLost, StreamPlan
+
+DEADLINE_S = 30.0
+IDENTITY = LinkIdentity(bytes(32), "float32", "64 tokens", b"a shared secret")
+
+
+def new_store() -> TCPStore:
+    return TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=DEADLINE_S), wait_for_workers=False)
+
+
+def in_parallel(*calls):
+    """Run the calls in threads; returns their results, raises the first error."""
+    results: list = [None] * len(calls)
+
+    def run(index, call):
+        try:
+            results[index] = call()
+        except BaseException as error:
+            results[index] = error
+
+    threads = [threading.Thread(target=run, args=pair, daemon=True) for pair in enumerate(calls)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(2 * DEADLINE_S)
+        assert not thread.is_alive(), "a call ran past its deadline"
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+@contextlib.contextmanager
+def connected(config: LinkConfig = LinkConfig(), identity: LinkIdentity = IDENTITY, sender_type=Link, receiver_type=Link,
+              **options):
+    """A connected pair (sender, receiver); `options` go to the sender."""
+    store = new_store()
+    sender = sender_type("a-b", store, 0, config, identity, **options)
+    receiver = receiver_type("a-b", store, 1, config, identity)
+    in_parallel(lambda: sender.connect(DEADLINE_S), lambda: receiver.connect(DEADLINE_S))
+    try:
+        yield sender, receiver
+    finally:
+        in_parallel(sender.close, receiver.close)
+
+
+def event(link: Link, kind: type, deadline_s: float = DEADLINE_S):
+    """The next event of `kind`; others are skipped, a lost link ends the wait."""
+    until = time.monotonic() + deadline_s
+    while time.monotonic() < until:
+        found = link.receive(until - time.monotonic())
+        if isinstance(found, kind):
+            return found
+        assert kind is LinkLost or not isinstance(found, LinkLost), found
+    raise AssertionError(f"no {kind.__name__} within {deadline_s} s")
+
+
+class Cargo:
+    """Seeded bytes for one stream: three layers of token state, one of request-level state; and where they arrive."""
+
+    def __init__(self, stream_id: int = 1, tokens: int = 256, row_bytes: int = 96, state_bytes: int = 20_001, seed: int = 0):
+        layers = [LayerPlan(layer, 0, True, row_bytes) for layer in range(3)] + [LayerPlan(3, 1, False, state_bytes)]
+        self.plan = StreamPlan(stream_id, tuple(layers), 64, 64 + tokens)
+        generator = torch.Generator().manual_seed(seed)
+        self.sent = {entry.layer: torch.randint(0, 256, (tokens if entry.per_token else 1, entry.row_bytes),
+                                                dtype=torch.uint8, generator=generator) for entry in self.plan.entries}
+        self.arrived = {layer: torch.zeros_like(data) for layer, data in self.sent.items()}
+        self.calls: list[tuple[int, int, int]] = []
+
+    def sink(self, layer: int, start: int, end: int, data: torch.Tensor) -> None:
+        self.calls.append((layer, start, end))
+        if self.plan.layers[layer].per_token:
+            self.arrived[layer][start - self.plan.start:end - self.plan.start] = data.view(end - start, -1)
+        else:
+            self.arrived[layer][0] = data
+
+    def put_all(self, sender, chunk_tokens: int = 64) -> None:
+        """As prefill does: every layer of a chunk, then the next chunk; request-level state at the end."""
+        plan = self.plan
+        for start in range(plan.start, plan.end, chunk_tokens):
+            end = min(start + chunk_tokens, plan.end)
+            for layer in range(3):
+                rows = self.sent[layer][start - plan.start:end - plan.start]
+                sender.put(layer, start, end, rows.reshape(-1))
+        sender.put(3, plan.start, plan.end, self.sent[3].reshape(-1))
+
+    @property
+    def is_identical(self) -> bool:
+        return all(torch.equal(self.arrived[layer], data) for layer, data in self.sent.items())
