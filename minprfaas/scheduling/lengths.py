@@ -1,4 +1,4 @@
-"""How long requests are: the distribution of (incremental) prompt lengths that a plan is made for. Chapter 10, paper 4.1.
+"""How long requests are: the (incremental) prompt lengths that a plan is made for. Chapter 10, paper 4.1.
 
 Every distribution is kept as equally likely lengths in rising order, whether they were observed or are the midpoints
 of equally likely slices of a formula. A mean over the longer part is then a difference of two running sums, which is

@@ -1,4 +1,4 @@
-"""The planner: exhaustive search for the threshold and the prefill/decode split. Chapter 10, paper 3.4.2 (eq. 7 and 8)."""
+"""The planner: exhaustive search for threshold and prefill/decode split. Chapter 10, paper 3.4.2 (eq. 7, 8)."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -35,7 +35,7 @@ class Fleet:
         if not isinstance(self.pd_instances, int) or self.pd_instances < 1:
             raise UserError(f"number of PD instances is {self.pd_instances!r}; it must be a whole number of at least 1")
         if self.pd_instances == 1 and not self.prfaas_instances:
-            raise UserError("a fleet of 0 PrfaaS instances and 1 PD instance cannot serve; prefill and decode need one each")
+            raise UserError("a fleet of 0 PrfaaS and 1 PD instance cannot serve; prefill and decode need 1 each")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class Plan:
     """A threshold, a split, and what they sustain: rates in requests/s, `egress_gbps` at `lambda_max`.
 
     `threshold` is in uncached tokens; infinity offloads nothing, 0 everything, and None routes by load instead of
-    length. `bounds` holds, for each of `BINDING_STAGES`, the rate of the whole system at which that stage saturates.
+    length. `bounds` holds, for each of `BINDING_STAGES`, the rate of the whole system at which that stage saturates;
+    a stage that no request reaches has no bound (infinity).
     """
 
     threshold: float | None
@@ -99,16 +100,10 @@ def plan(fleet: Fleet, lengths: LengthDistribution, n_p: int | None = None, thre
     return search.plan_at(best_threshold, best_n_p)
 
 
-def sweep_thresholds(fleet: Fleet, lengths: LengthDistribution, n_p: int, thresholds: Iterable[float]) -> list[Plan]:
-    """One plan for each threshold at a fixed split: figure 5(b)."""
-    search = _Search(fleet, lengths)
-    return [search.plan_at(threshold, n_p) for threshold in thresholds]
-
-
-def sweep_splits(fleet: Fleet, lengths: LengthDistribution, threshold: float) -> list[Plan]:
-    """One plan for each N_p at a fixed threshold: figure 5(a)."""
-    search = _Search(fleet, lengths)
-    return [search.plan_at(threshold, n_p) for n_p in range(1, fleet.pd_instances)]
+def sweep(fleet: Fleet, lengths: LengthDistribution, thresholds: Iterable[float], splits: Iterable[int]) -> list[Plan]:
+    """The plan of each threshold with each N_p: one split is figure 5(b), one threshold is figure 5(a)."""
+    search, splits = _Search(fleet, lengths), list(splits)
+    return [search.plan_at(threshold, n_p) for threshold in thresholds for n_p in splits]
 
 
 def plan_least_loaded(fleet: Fleet, lengths: LengthDistribution) -> Plan:
@@ -123,21 +118,16 @@ def plan_least_loaded(fleet: Fleet, lengths: LengthDistribution) -> Plan:
 
 
 def _least_loaded_at(fleet: Fleet, lengths: LengthDistribution, n_p: int) -> Plan:
-    n_d = fleet.pd_instances - n_p
-    mean_bytes = lengths.mean(fleet.prfaas_profile.kv_bytes)
-    compute = model.theta_prfaas_compute(fleet.prfaas_instances, lengths.mean(fleet.prfaas_profile.prefill_s))
-    egress = model.theta_prfaas_egress(fleet.link_gbps, mean_bytes)
-    remote, local = min(compute, egress), model.theta_pdp(n_p, lengths.mean(fleet.pd_profile.prefill_s))
-    theta_pdd = _theta_pdd(fleet, n_d)
-    share = remote / (remote + local) if remote + local else 0.0
-    rates = (model.share_bound(compute, share), model.share_bound(egress, share),
-             model.share_bound(local, 1 - share), theta_pdd)
-    return Plan(None, fleet.prfaas_instances, n_p, n_d, remote, local, theta_pdd, share,
-                lengths.mean(float), mean_bytes, dict(zip(BINDING_STAGES, rates)))
+    remote, local = fleet.prfaas_profile, fleet.pd_profile
+    prfaas_s, kv_bytes, pdp_s = (lengths.mean(of) for of in (remote.prefill_s, remote.kv_bytes, local.prefill_s))
+    theta_prfaas = model.theta_prfaas(fleet.prfaas_instances, prfaas_s, fleet.link_gbps, kv_bytes)
+    theta_pdp = model.theta_pdp(n_p, pdp_s)
+    share = theta_prfaas / (theta_prfaas + theta_pdp) if theta_prfaas + theta_pdp else 0.0
+    return _assemble(fleet, None, n_p, share, lengths.mean(float), prfaas_s, kv_bytes, pdp_s)
 
 
 def sensitivity(fleet: Fleet, lengths: LengthDistribution) -> list[tuple[str, Plan]]:
-    """What more of one thing would buy: the best plan of a fleet with one more instance of a kind, or twice the link."""
+    """What more would buy: the best plan with one more instance of each kind, and with twice the link."""
     more = {"one more PrfaaS instance": replace(fleet, prfaas_instances=fleet.prfaas_instances + 1),
             "one more PD instance": replace(fleet, pd_instances=fleet.pd_instances + 1),
             "twice the link": replace(fleet, link_gbps=2 * fleet.link_gbps)}
@@ -188,7 +178,7 @@ class _Search:
 
     def scores(self, thresholds: Iterable[float], splits: Iterable[int]) -> Iterator[tuple[tuple, float, int]]:
         """(bounds in rising order, threshold, N_p) of every point: a greater score is a better plan."""
-        decode = [(n_p, _theta_pdd(self.fleet, self.fleet.pd_instances - n_p)) for n_p in splits]
+        decode = [(n_p, _theta_pdd(self.fleet, n_p)) for n_p in splits]
         for threshold in thresholds:
             prfaas_s, kv_bytes, pdp_s = self._loads(self.lengths.count_up_to(threshold))
             remote = model.theta_prfaas(self.fleet.prfaas_instances, prfaas_s, self.fleet.link_gbps, kv_bytes)
@@ -196,27 +186,35 @@ class _Search:
                 yield tuple(sorted((remote, model.theta_pdp(n_p, pdp_s), theta_pdd))), threshold, n_p
 
     def plan_at(self, threshold: float, n_p: int) -> Plan:
-        """The plan of one point, from the means of each side of the threshold (eq. 3 to 6)."""
-        fleet, below, total = self.fleet, self.lengths.count_up_to(threshold), len(self.lengths.values)
-        p, n_d = 1 - below / total, fleet.pd_instances - n_p
+        """The plan of one point, from the means of each side of the threshold."""
+        values, below = self.lengths.values, self.lengths.count_up_to(threshold)
+        p = 1 - below / len(values)
         prfaas_s, kv_bytes, pdp_s = self._loads(below)
         if p > 0:
             prfaas_s, kv_bytes = prfaas_s / p, kv_bytes / p
         if p < 1:
             pdp_s = pdp_s / (1 - p)
-        compute = model.theta_prfaas_compute(fleet.prfaas_instances, prfaas_s)
-        egress = model.theta_prfaas_egress(fleet.link_gbps, kv_bytes)
-        theta_pdp, theta_pdd = model.theta_pdp(n_p, pdp_s), _theta_pdd(fleet, n_d)
-        rates = (model.share_bound(compute, p), model.share_bound(egress, p), model.share_bound(theta_pdp, 1 - p), theta_pdd)
-        return Plan(threshold, fleet.prfaas_instances, n_p, n_d, min(compute, egress), theta_pdp, theta_pdd, p,
-                    sum(self.lengths.values[below:]) / (total - below) if below < total else 0.0, kv_bytes,
-                    dict(zip(BINDING_STAGES, rates)))
+        mean_tokens = sum(values[below:]) / max(1, len(values) - below)
+        return _assemble(self.fleet, threshold, n_p, p, mean_tokens, prfaas_s, kv_bytes, pdp_s)
 
     def _loads(self, below: int) -> tuple[float, float, float]:
         """What a request costs on average where `below` of the lengths stay local: seconds of PrfaaS prefill, bytes of
         egress, seconds of PD prefill. Shares of E[·], not conditional means: Theta_prfaas / p = N_prfaas / load."""
-        return self._prfaas_s[-1] - self._prfaas_s[below], self._kv_bytes[-1] - self._kv_bytes[below], self._pdp_s[below]
+        prfaas_s, kv_bytes = (sums[-1] - sums[below] for sums in (self._prfaas_s, self._kv_bytes))
+        return prfaas_s, kv_bytes, self._pdp_s[below]
 
 
-def _theta_pdd(fleet: Fleet, n_d: int) -> float:
-    return model.theta_pdd(n_d, fleet.pd_profile.bs_max, fleet.pd_profile.t_decode_s, fleet.output_tokens)
+def _assemble(fleet: Fleet, threshold: float | None, n_p: int, p: float, mean_tokens: float,
+              prfaas_s: float, kv_bytes: float, pdp_s: float) -> Plan:
+    """A plan from the share `p` of requests that go out and the means over those that reach each stage (eq. 3 to 6)."""
+    compute = model.theta_prfaas_compute(fleet.prfaas_instances, prfaas_s)
+    egress = model.theta_prfaas_egress(fleet.link_gbps, kv_bytes)
+    theta_pdp, theta_pdd = model.theta_pdp(n_p, pdp_s), _theta_pdd(fleet, n_p)
+    rates = (*(model.share_bound(theta, p) for theta in (compute, egress)), model.share_bound(theta_pdp, 1 - p), theta_pdd)
+    return Plan(threshold, fleet.prfaas_instances, n_p, fleet.pd_instances - n_p, min(compute, egress), theta_pdp,
+                theta_pdd, p, mean_tokens, kv_bytes, dict(zip(BINDING_STAGES, rates)))
+
+
+def _theta_pdd(fleet: Fleet, n_p: int) -> float:
+    profile = fleet.pd_profile
+    return model.theta_pdd(fleet.pd_instances - n_p, profile.bs_max, profile.t_decode_s, fleet.output_tokens)

@@ -47,7 +47,7 @@ class Profile:
             raise UserError(f"profile name {self.name!r} is not a text of at least one character")
         require_number(f"profile {self.name!r}: t_decode_s", self.t_decode_s, above=0)
         if not isinstance(self.bs_max, int) or self.bs_max < 1:
-            raise UserError(f"profile {self.name!r}: bs_max is {self.bs_max!r}; it must be a whole number of at least 1")
+            raise UserError(f"profile {self.name!r}: bs_max is {self.bs_max!r}; it must be a whole number above 0")
         if len(self.points) < 2:
             raise UserError(f"profile {self.name!r} has {len(self.points)} point(s); a curve needs at least 2")
         for number, point in enumerate(self.points, start=1):

@@ -1,0 +1,188 @@
+"""`python -m minprfaas plan`: the paper's table 6, equation 2's cases, or a plan for one's own fleet. Chapter 10."""
+
+import argparse
+import json
+from math import inf, isfinite
+
+from minprfaas.errors import UserError
+from minprfaas.observe.report import table
+from minprfaas.scheduling import paper_case as paper
+from minprfaas.scheduling.lengths import EmpiricalLengths, LengthDistribution, TruncatedLogNormal
+from minprfaas.scheduling.planner import Fleet, Plan, first_token_times, plan, sensitivity
+from minprfaas.scheduling.profiles import Profile
+from minprfaas.scheduling.throughput import egress_needed_gbps, kv_throughput_gbps
+
+DEPLOYMENTS = {"prfaas_pd": "PrfaaS-PD", "homogeneous": "homogeneous", "naive": "naive", "least_loaded": "least-loaded"}
+ROWS = {  # JSON key: (label, format)
+    "threshold": ("threshold t, tokens", ",.0f"), "n_prfaas": ("N_prfaas", "d"),
+    "n_p": ("N_p", "d"), "n_d": ("N_d", "d"),
+    "theta_prfaas": ("Θ_prfaas, req/s", ".2f"), "theta_pdp": ("Θ_pdp, req/s", ".2f"),
+    "theta_pdd": ("Θ_pdd, req/s", ".2f"), "lambda_max": ("Λ_max, req/s", ".2f"), "ratio": ("ratio", ".2f"),
+    "ttft_mean_s": ("TTFT mean, s", ".2f"), "ttft_p90_s": ("TTFT P90, s", ".2f"),
+    "offloaded_fraction": ("offloaded fraction", ".3f"), "mean_offloaded_tokens": ("their mean, tokens", ",.0f"),
+    "egress_gbps": ("egress, Gbps", ".1f")}
+NOTES = """\
+modelled: every figure but the columns `paper`, which are table 6's own; TTFT is without waiting.
+calibrated: the paper prints no H20 prefill times; two of its rates (1.64 and 2.11 req/s) fix them, so these agree by
+  construction, and the H20's part of the other figures rests on them. BS_max = 20 is read out of table 6's Θ_pdd.
+least-loaded: both kinds of hardware, no threshold, requests to the least loaded prefill instance; not in the paper."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to plan (one of three), for which fleet, and how to show it."""
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--case", choices=["paper"], help="the paper's case study: table 6 beside the paper's numbers")
+    what.add_argument("--egress", action="store_true", help="equation 2's worked cases: the egress of a prefill cluster")
+    what.add_argument("--profile", metavar="FILE", help="plan for this profile (JSON) of a PrfaaS instance")
+    fleet = parser.add_argument_group("fleet, link and lengths (with --profile)")
+    fleet.add_argument("--pd-profile", metavar="FILE", help="profile of a PD instance (default: the same as --profile)")
+    fleet.add_argument("--prfaas-instances", type=int, metavar="N", help="instances of the PrfaaS cluster (default: 4)")
+    fleet.add_argument("--pd-instances", type=int, metavar="N", help="instances of the PD cluster (default: 8)")
+    fleet.add_argument("--link-gbps", type=float, metavar="GBPS", help="bandwidth between them (default: 100)")
+    fleet.add_argument("--output-tokens", type=float, metavar="N", help="mean length of an answer (default: 1024)")
+    fleet.add_argument("--lognormal", type=float, nargs=4, metavar=("MU", "SIGMA", "LOW", "HIGH"),
+                       help="log-normal lengths within LOW..HIGH tokens (default: the paper's, 9.9 1 128 131072)")
+    fleet.add_argument("--trace", metavar="FILE", help="lengths of a Mooncake-format trace instead")
+    fleet.add_argument("--threshold", type=float, metavar="T", help="plan for this threshold (default: search)")
+    fleet.add_argument("--n-p", type=int, metavar="N", help="plan for this many PD prefill instances (default: search)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--plots", metavar="DIR", help="draw figures 2, 5(a), 5(b) into DIR (needs the `plots` extra)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Plan, draw if asked, and print. Raises UserError."""
+    if not args.profile:
+        _refuse_fleet_options(args)
+    if args.egress:
+        return _print_egress(args.json)
+    if args.case:
+        lengths, plans = paper.paper_lengths(), paper.paper_plans()
+        best_fleet, best = plans["prfaas_pd"]
+        curves = {name: list(zip(paper.TABLE_3_TOKENS, gbps)) for name, gbps in paper.TABLE_3_GBPS.items()}
+        result = {name: _figures(*planned, lengths, plans["homogeneous"][1]) for name, planned in plans.items()}
+    else:
+        best_fleet, lengths = _own_fleet(args), _own_lengths(args)
+        best = plan(best_fleet, lengths, args.n_p, _own_threshold(args, lengths))
+        curves = {p.name: [(point.tokens, kv_throughput_gbps(point.kv_bytes, point.prefill_s)) for point in p.points]
+                  for p in (best_fleet.prfaas_profile, best_fleet.pd_profile)}
+        result = {"plan": _figures(best_fleet, best, lengths), "binding_stage": best.binding_stage,
+                  "bounds": {stage: rate if isfinite(rate) else None for stage, rate in best.bounds.items()},
+                  "sensitivity": {change: more.lambda_max for change, more in sensitivity(best_fleet, lengths)}}
+    drawn = []
+    if args.plots:
+        from minprfaas.observe.plots import draw_plan
+        drawn = draw_plan(args.plots, best_fleet, lengths, best, curves)
+    if args.json:
+        return print(json.dumps(result, indent=2))
+    if args.case:
+        _print_table_6(result)
+    else:
+        _print_own(best_fleet, lengths, result["plan"])
+    _print_margins(best_fleet, lengths, best)
+    for path in drawn:
+        print(f"drawn: {path}")
+
+
+def _refuse_fleet_options(args: argparse.Namespace) -> None:
+    options = ("pd_profile", "prfaas_instances", "pd_instances", "link_gbps", "output_tokens", "lognormal", "trace",
+               "threshold", "n_p")
+    given = [option for option in options if getattr(args, option) is not None]
+    if given:
+        raise UserError(f"--{given[0].replace('_', '-')} goes with --profile; the paper's case is as published")
+
+
+def _own_fleet(args: argparse.Namespace) -> Fleet:
+    prfaas = Profile.read(args.profile)
+    pd = Profile.read(args.pd_profile) if args.pd_profile else prfaas
+    defaults = {"prfaas_instances": 4, "pd_instances": 8, "link_gbps": paper.LINK_GBPS, "output_tokens": paper.OUTPUT_TOKENS}
+    given = {name: getattr(args, name) for name in defaults if getattr(args, name) is not None}
+    return Fleet(prfaas_profile=prfaas, pd_profile=pd, **{**defaults, **given})
+
+
+def _own_lengths(args: argparse.Namespace) -> LengthDistribution:
+    if args.trace and args.lognormal:
+        raise UserError("--trace and --lognormal are both given; lengths come from one of them")
+    if not args.trace:
+        return TruncatedLogNormal(*args.lognormal) if args.lognormal else paper.paper_lengths()
+    from minprfaas.simulator.trace import read_trace
+    return EmpiricalLengths(request.input_tokens for request in read_trace(args.trace))
+
+
+def _own_threshold(args: argparse.Namespace, lengths: LengthDistribution) -> float | None:
+    shortest, longest = lengths.values[0], lengths.values[-1]
+    if args.threshold is not None and not shortest <= args.threshold <= longest:
+        raise UserError(f"threshold {args.threshold:g} is outside the lengths; it must be from {shortest:,.0f} to "
+                        f"{longest:,.0f} tokens")
+    return args.threshold
+
+
+def _figures(fleet: Fleet, of: Plan, lengths: LengthDistribution, baseline: Plan | None = None) -> dict:
+    """What is printed of a plan, in the order of `ROWS`; null where a stage has no instances or no requests."""
+    mean_s, p90_s = first_token_times(fleet, lengths, of)
+    values = {**vars(of), "lambda_max": of.lambda_max, "ttft_mean_s": mean_s, "ttft_p90_s": p90_s,
+              "egress_gbps": of.egress_gbps, "ratio": of.lambda_max / baseline.lambda_max if baseline else None}
+    if not of.n_p:
+        values["theta_pdp"] = None
+    return {key: values[key] if values[key] is not None and isfinite(values[key]) else None for key in ROWS}
+
+
+def _print_table_6(result: dict) -> None:
+    headers, columns = [""], [[label for label, _ in ROWS.values()]]
+    for name, title in DEPLOYMENTS.items():
+        published = paper.TABLE_6.get(name)
+        headers.append(title)
+        columns.append([_cell(key, result[name][key]) for key in ROWS])
+        if published:
+            headers += ["paper", "diff"]
+            columns.append([_cell(key, published.get(key)) for key in ROWS])
+            columns.append([_difference(name, key, result[name][key], published.get(key)) for key in ROWS])
+    print("Table 6: the best plan of each deployment, beside the paper's numbers\n")
+    print(table(headers, list(zip(*columns))))
+    print(f"\n{NOTES}\n")
+
+
+def _print_own(fleet: Fleet, lengths: LengthDistribution, figures: dict) -> None:
+    print("The best plan (modelled; TTFT is without waiting)\n")
+    rows = [(ROWS[key][0], _cell(key, value)) for key, value in figures.items() if key != "ratio"]
+    print(table(["", "plan"], rows), "\n")
+    for profile in dict.fromkeys((fleet.prfaas_profile, fleet.pd_profile)):
+        print(f"profile {profile.name}: the prefill curve passes within {profile.fit_error:.1%} of its measured points")
+        if lengths.values[-1] > profile.points[-1].tokens:
+            print(f"profile {profile.name}: lengths reach {lengths.values[-1]:,.0f} tokens and the measurements "
+                  f"{profile.points[-1].tokens:,}; beyond them the curves are extrapolated")
+    print()
+
+
+def _print_margins(fleet: Fleet, lengths: LengthDistribution, best: Plan) -> None:
+    bounds = [(stage, f"{rate:.2f}" if rate < inf else "–") for stage, rate in best.bounds.items()]
+    print(table(["stage", "saturates at, req/s"], bounds))
+    print(f"\n{best.binding_stage} binds first. What more would buy, planned anew:\n")
+    rows = [(change, f"{more.lambda_max:.2f}", f"{more.lambda_max / best.lambda_max - 1:+.1%}",
+             _cell("threshold", more.threshold), f"{more.n_p} / {more.n_d}", more.binding_stage)
+            for change, more in sensitivity(fleet, lengths)]
+    print(table(["", "Λ_max, req/s", "gain", "t, tokens", "N_p / N_d", "binds"], rows))
+
+
+def _print_egress(as_json: bool) -> None:
+    rows = []
+    for model, tokens, gpus, published in paper.EGRESS_CASES:
+        instance_gbps = paper.TABLE_3_GBPS[model][paper.TABLE_3_TOKENS.index(tokens)]
+        needed = egress_needed_gbps(gpus, paper.GPUS_PER_INSTANCE, instance_gbps)
+        rows.append({"model": model, "tokens": tokens, "gpus": gpus, "instance_gbps": instance_gbps,
+                     "egress_gbps": needed, "paper": published})
+    if as_json:
+        return print(json.dumps(rows, indent=2))
+    print("Equation 2: the egress that a prefill cluster needs, B_out = N / P · Φ_kv, from the paper's table 3\n")
+    print(table(["model", "tokens", "GPUs", "Φ_kv, Gbps (paper)", "B_out, Gbps", "paper says"],
+                [(row["model"], row["tokens"], row["gpus"], f"{row['instance_gbps']:.2f}", f"{row['egress_gbps']:,.0f}",
+                  row["paper"]) for row in rows]))
+
+
+def _cell(key: str, value: float | None) -> str:
+    return "–" if value is None or value == inf else format(value, ROWS[key][1])
+
+
+def _difference(name: str, key: str, value: float | None, published: float | None) -> str:
+    if published is None or value is None:
+        return ""
+    return "calibrated" if (name, key) in paper.CALIBRATED else f"{value / published - 1:+.1%}"

@@ -1,0 +1,83 @@
+"""Pictures of a plan: the paper's figures 2, 5(a) and 5(b), for its fleet or another. Chapters 00 and 10."""
+
+import os
+from collections.abc import Mapping, Sequence
+from math import inf
+from pathlib import Path
+
+from minprfaas.errors import UserError
+from minprfaas.scheduling.lengths import LengthDistribution
+from minprfaas.scheduling.planner import Fleet, Plan, sweep
+
+SHOWN_LENGTHS = 0.89  # figure 5(b) ends at this quantile of the lengths: 60K in the paper's case
+THRESHOLDS = 120
+
+
+def new_figure(width: float = 6.4, height: float = 4.0):
+    """An empty matplotlib figure and its axes. Raises UserError naming the extra when matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("--plots needs matplotlib, which is not installed; pip install 'minprfaas[plots]'") from None
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def save_figure(figure, directory: str | Path, name: str) -> Path:
+    """Write `directory/name`, whole or not at all; makes the directory. Raises UserError when it cannot."""
+    path = Path(directory) / name
+    partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(partial, dpi=150)
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    return path
+
+
+def draw_plan(directory: str | Path, fleet: Fleet, lengths: LengthDistribution, plan: Plan,
+              kv_gbps: Mapping[str, Sequence[tuple[int, float]]]) -> list[Path]:
+    """Write figure_2.png, figure_5a.png and figure_5b.png into `directory` and return their paths.
+
+    `kv_gbps` maps a name to the (tokens, Gbps per instance) of figure 2. Raises UserError.
+    """
+    last = lengths.quantile(SHOWN_LENGTHS)
+    thresholds = [last * i / THRESHOLDS for i in range(THRESHOLDS + 1)]
+    splits = range(fleet.pd_instances)
+    at = "nothing offloaded" if plan.threshold == inf else f"t = {plan.threshold:,.0f} tokens"
+    by_split = _draw_bounds(sweep(fleet, lengths, [plan.threshold], splits), splits, plan.n_p,
+                            "PD prefill instances N_p", f"Figure 5(a), modelled: {at}")
+    by_threshold = _draw_bounds(sweep(fleet, lengths, thresholds, [plan.n_p]), thresholds, plan.threshold,
+                                "threshold t, tokens", f"Figure 5(b), modelled: N_p = {plan.n_p}, N_d = {plan.n_d}")
+    return [save_figure(_draw_kv_throughput(kv_gbps), directory, "figure_2.png"),
+            save_figure(by_split, directory, "figure_5a.png"), save_figure(by_threshold, directory, "figure_5b.png")]
+
+
+def _draw_kv_throughput(kv_gbps: Mapping[str, Sequence[tuple[int, float]]]):
+    """Figure 2: what an instance emits while it prefills, over the length of the prompt."""
+    figure, axes = new_figure()
+    for name, points in kv_gbps.items():
+        axes.plot(*zip(*points), marker="o", label=name)
+    axes.set(xscale="log", yscale="log", xlabel="prompt, tokens", ylabel="KV throughput of an instance, Gbps",
+             title="Figure 2: KV throughput (eq. 1) at the published or measured lengths")
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def _draw_bounds(plans: Sequence[Plan], x: Sequence[float], best: float, x_label: str, title: str):
+    """What each stage allows the system, the system itself, and the planned point."""
+    figure, axes = new_figure()
+    stages = {"PrfaaS: Θ_prfaas / p": ("prfaas compute", "prfaas egress"), "PD-P: Θ_pdp / (1 - p)": ("pdp",),
+              "PD-D: Θ_pdd": ("pdd",)}
+    for label, names in stages.items():
+        axes.plot(x, [min(plan.bounds[name] for name in names) for plan in plans], linestyle="--", label=label)
+    system = [plan.lambda_max for plan in plans]
+    axes.plot(x, system, color="black", linewidth=2, label="system: Λ_max")
+    if best != inf:
+        axes.axvline(best, color="grey", linestyle=":")
+    axes.set(xlabel=x_label, ylabel="requests / s", ylim=(0, 2 * max(system) or 1), title=title)
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+    return figure
