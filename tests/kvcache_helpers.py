@@ -1,0 +1,67 @@
+"""Small state specs, and a toy model whose state is a function of the whole prefix: a wrongly shared block shows."""
+
+import torch
+
+from minprfaas.config import CacheConfig
+from minprfaas.kvcache.layout import plan_layout
+from minprfaas.kvcache.manager import KVCacheManager
+from minprfaas.model.spec import StateSpec, TensorSpec
+
+LINEAR = StateSpec(False, (TensorSpec("memory", (2, 4, 4), "float32"), TensorSpec("conv", (10, 3), "bfloat16")))
+LATENT = StateSpec(True, (TensorSpec("latent", (6,), "float32"),))
+KV = StateSpec(True, (TensorSpec("kv", (16,), "bfloat16"),))
+HYBRID = (LINEAR, LINEAR, LINEAR, LATENT) * 2
+DENSE = (KV,) * 3
+ALL_LINEAR = (LINEAR,) * 2
+
+
+def manager(specs, num_blocks, block_tokens=4, root=b"model", on_event=None, **config):
+    return KVCacheManager(plan_layout(specs, block_tokens), CacheConfig(num_blocks, block_tokens, **config), "cpu", root,
+                          on_event)
+
+
+def prefix_values(tokens):
+    """One number a token, of it and all tokens before it; exact in bfloat16."""
+    values, value = [], 1
+    for token in tokens:
+        value = (value * 31 + token + 7) % 251
+        values.append(value)
+    return values
+
+
+def step(kvcache, cache, tokens, end):
+    """One forward pass of the toy model over `tokens[cache.num_tokens:end]`; fails if the state before it is not that
+    of the tokens before it."""
+    start, values, state = cache.num_tokens, prefix_values(tokens[:end]), kvcache.state([cache])
+    for layer, spec in enumerate(kvcache.layout.specs):
+        if spec.per_token:
+            rows = torch.tensor(values[start:], dtype=spec.tensors[0].torch_dtype)[None, :, None]
+            context = state.layer(layer).append(rows.expand(1, -1, spec.tensors[0].shape[0]))
+            assert context[0, :, 0].tolist() == values
+        else:
+            memory, conv = state.layer(layer).load()
+            before = values[start - 1] if start else 0
+            assert memory.unique().tolist() == [before] and conv.unique().tolist() == [before]
+            state.layer(layer).store(torch.full_like(memory, values[-1]), torch.full_like(conv, values[-1]))
+    kvcache.advance(cache, tokens[:end])
+
+
+def prefill(kvcache, tokens, max_chunk=16):
+    """Open a request and prefill it whole."""
+    cache = kvcache.open(tokens)
+    while cache.num_tokens < len(tokens):
+        end = kvcache.chunk_end(cache, len(tokens), max_chunk)
+        assert kvcache.reserve(cache, end)
+        step(kvcache, cache, tokens, end)
+        kvcache.check()
+    return cache
+
+
+def decode(kvcache, cache, tokens, new_tokens):
+    """Append tokens one by one; returns all of them."""
+    for token in new_tokens:
+        tokens = [*tokens, token]
+        assert kvcache.reserve(cache, len(tokens))
+        step(kvcache, cache, tokens, len(tokens))
+        kvcache.check()
+    return tokens

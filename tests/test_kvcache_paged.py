@@ -1,0 +1,115 @@
+"""State in blocks against state in tensors of its own: `minprfaas.kvcache.paged`."""
+
+from array import array
+
+import pytest
+import torch
+
+from minprfaas.config import GQAConfig, KDAConfig, LayerConfig, MLAConfig, ModelConfig, RopeConfig
+from minprfaas.kvcache.layout import plan_layout
+from minprfaas.kvcache.paged import PagedState
+from minprfaas.kvcache.pool import BlockPool
+from minprfaas.model.spec import model_state_specs
+from minprfaas.model.state import ContiguousState
+from minprfaas.model.transformer import Transformer
+from kvcache_helpers import DENSE, HYBRID, LINEAR, manager
+
+KDA, MLA = KDAConfig(2, 16), MLAConfig(2, 24, 16, 8, 16)
+GQA = GQAConfig(4, 2, 16, RopeConfig())
+MODELS = {"hybrid": [KDA, KDA, KDA, MLA], "dense": [GQA, GQA]}
+
+
+def model_of(name):
+    torch.manual_seed(0)
+    layers = tuple(LayerConfig(mixer, 64) for mixer in MODELS[name])
+    return Transformer(ModelConfig("kimi_linear", 101, 48, layers, 1e-6, False, 512)).eval()
+
+
+def paged(pool, tables, starts):
+    return PagedState(pool, [[array("q", group) for group in request] for request in tables], starts)
+
+
+def test_append_returns_each_requests_own_context_however_its_blocks_lie():
+    layout = plan_layout(DENSE, block_tokens=4)
+    pool = BlockPool(layout, 16, "cpu")
+    pool.zero(range(16))
+    tables, lengths = [[[7, 3, 11]], [[2, 14]], [[5]]], [9, 6, 1]
+    rows = [torch.randn(length + 2, 16).bfloat16() for length in lengths]
+    for table, of_request, length in zip(tables, rows, lengths):
+        pool.write_tokens(1, table[0], 0, of_request[:length])
+    context = paged(pool, tables, lengths).layer(1).append(
+        torch.stack([of_request[length:] for of_request, length in zip(rows, lengths)]))
+    assert context.shape == (3, 11, 16)
+    for of_request, got, length in zip(rows, context, lengths):
+        assert torch.equal(got[:length + 2], of_request)
+        assert got.isfinite().all()
+
+
+def test_padding_is_finite_though_the_blocks_last_held_something_else():
+    kvcache = manager(HYBRID, 64, prefix_cache=False)
+    kvcache.pool.bytes[:64] = 255  # NaN in every dtype
+    caches = [kvcache.open(list(range(length))) for length in (13, 2)]
+    assert all(kvcache.reserve(cache, length) for cache, length in zip(caches, (13, 2)))
+    caches[0].num_tokens, caches[1].num_tokens = 12, 1
+    kvcache.pool.write_tokens(3, caches[0].block_tables[3], 0, torch.ones(12, 6))
+    kvcache.pool.write_tokens(3, caches[1].block_tables[3], 0, torch.ones(1, 6))
+    context = kvcache.state(caches).layer(3).append(torch.ones(2, 1, 6))
+    assert context.isfinite().all() and context[1, 2:].eq(0).all()
+
+
+def test_a_request_at_its_beginning_loads_zeros_beside_one_that_goes_on():
+    layout = plan_layout((LINEAR,), block_tokens=4)
+    pool = BlockPool(layout, 4, "cpu")
+    pool.bytes[:4] = 255
+    ones = tuple(torch.ones(1, *tensor.shape, dtype=tensor.torch_dtype) for tensor in LINEAR.tensors)
+    paged(pool, [[[2]]], [0]).layer(0).store(*ones)
+    for tensor in paged(pool, [[[1]], [[2]]], [0, 5]).layer(0).load():
+        assert tensor[0].eq(0).all() and tensor[1].eq(1).all()
+
+
+def test_a_pass_beyond_the_reserved_blocks_is_refused():
+    pool = BlockPool(plan_layout(HYBRID, block_tokens=4), 16, "cpu")
+    with pytest.raises(ValueError, match="reserved"):
+        paged(pool, [[[], [], [], [1]]], [3]).layer(3).append(torch.zeros(1, 2, 6))
+    with pytest.raises(ValueError, match="reserved"):
+        paged(pool, [[[], [], [], [1]]], [3]).layer(0).load()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.inference_mode()
+def test_paged_equals_contiguous_in_chunked_prefill_and_decode(name):
+    model = model_of(name)
+    tokens = torch.randint(0, 101, (1, 75), generator=torch.Generator().manual_seed(1))
+    contiguous = ContiguousState(model.config, "float32")
+    kvcache = manager(model_state_specs(model.config, "float32"), 64, block_tokens=8, snapshot_every=1000)
+    ids = tokens[0].tolist()
+    cache = kvcache.open(ids)
+    assert kvcache.reserve(cache, 75)
+    start = 0
+    for end in (7, 64, 70, 71, 72, 73, 74, 75):
+        expected = model(tokens[:, start:end], contiguous)
+        contiguous.advance(end - start)
+        got = model(tokens[:, start:end], kvcache.state([cache]))
+        kvcache.advance(cache, ids[:end])
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        start = end
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.inference_mode()
+def test_a_batch_of_unequal_lengths_decodes_as_each_request_alone(name):
+    model = model_of(name)
+    generator = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(0, 101, (length,), generator=generator).tolist() for length in (3, 40, 17)]
+    kvcache = manager(model_state_specs(model.config, "float32"), 200, block_tokens=8)
+    caches = []
+    for prompt in prompts:
+        cache = kvcache.open(prompt)
+        assert kvcache.reserve(cache, len(prompt) + 1)
+        model(torch.tensor([prompt]), kvcache.state([cache]))
+        kvcache.advance(cache, prompt)
+        caches.append(cache)
+    logits = model(torch.tensor([[11], [12], [13]]), kvcache.state(caches))
+    for row, prompt in enumerate(prompts):
+        alone = model(torch.tensor([[*prompt, 11 + row]]))
+        torch.testing.assert_close(logits[row, 0], alone[0, -1], rtol=1e-4, atol=1e-4)

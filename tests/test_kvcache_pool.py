@@ -1,0 +1,146 @@
+"""Reading and writing blocks: `minprfaas.kvcache.pool`."""
+
+import threading
+
+import pytest
+import torch
+
+from minprfaas.kvcache.layout import plan_layout
+from minprfaas.kvcache.pool import BlockPool
+from minprfaas.model.spec import StateSpec, TensorSpec
+from kvcache_helpers import DENSE, HYBRID, KV, LATENT, LINEAR
+
+TABLE = [5, 2, 9]  # blocks out of order, 4 tokens each
+
+
+def pool_of(specs, num_blocks=12, block_tokens=4):
+    pool = BlockPool(plan_layout(specs, block_tokens), num_blocks, "cpu")
+    pool.bytes[:num_blocks] = 255  # as NaN in every dtype: nothing may be read that was not written
+    return pool
+
+
+def random_state(spec, batch, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(batch, *t.shape, generator=generator).to(t.torch_dtype) for t in spec.tensors)
+
+
+def test_tokens_come_back_from_any_range_across_block_borders():
+    pool, rows = pool_of(HYBRID), torch.randn(12, 6)
+    pool.write_tokens(3, TABLE, 0, rows[:5])
+    pool.write_tokens(3, TABLE, 5, rows[5:])
+    for start in range(13):
+        for end in range(start, 13):
+            assert torch.equal(pool.read_tokens(3, TABLE, start, end), rows[start:end])
+
+
+def test_the_token_view_is_the_pool_itself():
+    pool, rows = pool_of(DENSE), torch.randn(12, 16).bfloat16()
+    pool.write_tokens(1, TABLE, 0, rows)
+    view = pool.token_view(1)
+    assert torch.equal(view[TABLE].reshape(12, 16), rows)
+    view[2, 0] = 7
+    assert pool.read_tokens(1, TABLE, 4, 5).tolist() == [[7.0] * 16]
+    assert view.untyped_storage().data_ptr() == pool.bytes.untyped_storage().data_ptr()
+
+
+def test_layers_and_requests_do_not_write_into_each_other():
+    pool = pool_of(DENSE)
+    written = {}
+    for layer in range(3):
+        for table in ([5, 2], [0, 11]):
+            written[layer, tuple(table)] = torch.randn(8, 16).bfloat16()
+            pool.write_tokens(layer, table, 0, written[layer, tuple(table)])
+    for (layer, table), rows in written.items():
+        assert torch.equal(pool.read_tokens(layer, list(table), 0, 8), rows)
+
+
+@pytest.mark.parametrize("specs, block_tokens", [
+    (HYBRID, 4),  # the state runs across several blocks
+    (HYBRID, 64),  # and fits into part of one
+    ((LINEAR, LINEAR), 4),
+])
+def test_request_state_comes_back_for_a_batch_and_leaves_its_neighbours_alone(specs, block_tokens):
+    pool = pool_of(specs, num_blocks=64, block_tokens=block_tokens)
+    order, state = torch.randperm(64, generator=torch.Generator().manual_seed(1)), {}
+    for layer, spec in enumerate(specs):
+        if not spec.per_token:
+            group = pool.layout.group_of_layer[layer]
+            first = group.index * 16
+            blocks = order[first:first + 3 * group.state_blocks].view(3, -1)
+            state[layer] = blocks, random_state(spec, 3, layer)
+            pool.write_state(layer, blocks, *state[layer][1])
+    for layer, (blocks, tensors) in state.items():
+        for read, written in zip(pool.read_state(layer, blocks), tensors):
+            assert torch.equal(read, written)
+
+
+def test_bytes_cross_from_one_pool_to_another_whatever_the_blocks():
+    source, target = pool_of(HYBRID), pool_of(HYBRID)
+    rows = torch.randn(12, 6)
+    source.write_tokens(3, TABLE, 0, rows)
+    data = source.read_bytes(3, TABLE, 3, 11)
+    assert data.shape == (8, LATENT.nbytes) and data.dtype == torch.uint8
+    target.write_bytes(3, [0, 1, 2], 3, 11, data)
+    assert torch.equal(target.read_tokens(3, [0, 1, 2], 3, 11), rows[3:11])
+
+    blocks = list(range(source.layout.groups[0].state_blocks))
+    state = random_state(LINEAR, 1)
+    source.write_state(0, torch.tensor([blocks]), *state)
+    data = source.read_bytes(0, blocks, 0, 12)
+    assert data.shape == (LINEAR.nbytes,)
+    target.write_bytes(0, blocks[::-1], 0, 12, data)
+    for read, written in zip(target.read_state(0, torch.tensor([blocks[::-1]])), state):
+        assert torch.equal(read, written)
+
+
+def test_bytes_may_lie_at_any_place_of_a_message():
+    pool, rows = pool_of(DENSE), torch.randn(4, 16).bfloat16()
+    message = torch.cat([torch.zeros(3, dtype=torch.uint8), rows.reshape(-1).view(torch.uint8)])
+    pool.write_bytes(0, TABLE, 0, 4, message[3:])
+    assert torch.equal(pool.read_tokens(0, TABLE, 0, 4), rows)
+
+
+def test_bad_ranges_sizes_and_blocks_are_refused_before_anything_is_written():
+    pool = pool_of((LATENT, KV, LINEAR))
+    before = pool.bytes.clone()
+    rows = torch.zeros(4, 6)
+    for write in (
+        lambda: pool.write_tokens(0, TABLE, 9, rows),
+        lambda: pool.write_tokens(0, TABLE, -1, rows),
+        lambda: pool.write_tokens(0, TABLE, 0, rows[:, :5]),
+        lambda: pool.write_tokens(0, TABLE, 0, rows.bfloat16()),
+        lambda: pool.write_tokens(0, [12], 0, rows),  # the null block
+        lambda: pool.write_tokens(0, [-1], 0, rows),
+        lambda: pool.write_bytes(0, TABLE, 0, 4, torch.zeros(95, dtype=torch.uint8)),
+        lambda: pool.write_bytes(2, [0], 0, 4, torch.zeros(LINEAR.nbytes - 1, dtype=torch.uint8)),
+        lambda: pool.write_bytes(0, TABLE, 12, 16, torch.zeros(96, dtype=torch.uint8)),
+    ):
+        with pytest.raises(ValueError):
+            write()
+    with pytest.raises(ValueError):
+        pool.read_tokens(0, TABLE, 0, 13)
+    assert torch.equal(pool.bytes, before)
+
+
+def test_a_receiving_thread_fills_its_blocks_while_other_blocks_are_written():
+    specs = (StateSpec(True, (TensorSpec("kv", (64,), "float32"),)),)
+    pool = pool_of(specs, num_blocks=64, block_tokens=16)
+    arriving, computed = torch.randn(512, 64), torch.randn(512, 64)
+    theirs, ours = list(range(0, 64, 2)), list(range(1, 64, 2))
+    started = threading.Event()
+
+    def receive():
+        for start in range(0, 512, 7):
+            end = min(start + 7, 512)
+            pool.write_bytes(0, theirs, start, end, arriving[start:end].contiguous().view(torch.uint8))
+            started.set()
+
+    thread = threading.Thread(target=receive, daemon=True)
+    thread.start()
+    assert started.wait(timeout=30)
+    for start in range(0, 512, 4):
+        pool.write_tokens(0, ours, start, computed[start:start + 4])
+    thread.join(timeout=30)
+    assert not thread.is_alive()
+    assert torch.equal(pool.read_tokens(0, theirs, 0, 512), arriving)
+    assert torch.equal(pool.read_tokens(0, ours, 0, 512), computed)
