@@ -1,0 +1,81 @@
+"""The long-term loop: convert PD nodes between prefill and decode, one at a time. Chapter 12 (paper 3.4.3)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from minprfaas.scheduling.lengths import LengthDistribution
+from minprfaas.scheduling.planner import Fleet, plan
+from minprfaas.scheduling.router import NodeView
+from minprfaas.scheduling.threshold import Observation
+
+
+@dataclass(frozen=True)
+class RoleChange:
+    """Drain `node` (no new work, finish what it has), then let it play `role`: "pdp" or "pdd"."""
+
+    node: str
+    role: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class RoleRule:
+    """A conversion needs a plan at least `min_gain` better and a busy bottleneck (`busy` of its time), both for
+    `sustain_s` on end; the next one waits until the last has finished and `cooldown_s` more, so roles cannot flap."""
+
+    min_gain: float = 0.05
+    busy: float = 0.8
+    sustain_s: float = 60.0
+    cooldown_s: float = 120.0
+    interval_s: float = 10.0
+
+
+class RoleLoop:
+    """Compares the producers, Theta_prfaas + Theta_pdp, with the consumer, Theta_pdd, as observed (eq. 8)."""
+
+    def __init__(self, fleet: Fleet, rule: RoleRule = RoleRule()):
+        self.fleet, self.rule = fleet, rule
+        self._looked_at = self._settled_at = -math.inf
+        self._wanted_since: tuple[str, float] | None = None
+        self._draining = False
+
+    def update(self, now: Observation, lengths: LengthDistribution | None, output_tokens: float,
+               pdp: Sequence[NodeView], pdd: Sequence[NodeView]) -> RoleChange | None:
+        """The conversion to begin now, or None. `lengths`: recent incremental ones; `output_tokens`: their mean answer.
+        The least-loaded node of the role with too many is chosen; each role keeps at least one."""
+        if self._draining or lengths is None or now.time_s - self._looked_at < self.rule.interval_s:
+            return None
+        self._looked_at = now.time_s
+        role, reason = self._wanted(now, lengths, output_tokens)
+        donors = pdd if role == "pdp" else pdp
+        if role is None or len(donors) < 2:
+            self._wanted_since = None
+            return None
+        if self._wanted_since is None or self._wanted_since[0] != role:
+            self._wanted_since = (role, now.time_s)
+        sustained = now.time_s - self._wanted_since[1] >= self.rule.sustain_s
+        if not sustained or now.time_s - self._settled_at < self.rule.cooldown_s:
+            return None
+        self._draining, self._wanted_since = True, None
+        return RoleChange(min(donors, key=lambda node: node.load).name, role, reason)
+
+    def converted(self, time_s: float) -> None:
+        """The node plays its new role (or died on the way): the cool-down begins."""
+        self._draining, self._settled_at = False, time_s
+
+    def _wanted(self, now: Observation, lengths: LengthDistribution, output_tokens: float) -> tuple[str | None, str]:
+        fleet = replace(self.fleet, prfaas_instances=now.prfaas_instances, pd_instances=now.n_p + now.n_d,
+                        link_gbps=now.egress_gbps, output_tokens=output_tokens)
+        grid = lengths.values[::max(1, len(lengths.values) // 64)]
+        here, best = plan(fleet, lengths, n_p=now.n_p, grid=grid), plan(fleet, lengths, grid=grid)
+        if best.n_p == now.n_p or best.lambda_max < (1 + self.rule.min_gain) * here.lambda_max:
+            return None, ""
+        role = "pdp" if best.n_p > now.n_p else "pdd"
+        utilization = now.prefill_utilization if role == "pdp" else now.decode_utilization
+        if utilization < self.rule.busy:
+            return None, ""
+        producers = here.theta_prfaas + here.theta_pdp
+        return role, (f"{'prefill' if role == 'pdp' else 'decode'} {utilization:.0%} busy, producers {producers:.2f} and "
+                      f"consumer {here.theta_pdd:.2f} req/s: N_p {now.n_p} sustains {here.lambda_max:.2f}, "
+                      f"{best.n_p} would {best.lambda_max:.2f}")

@@ -1,0 +1,121 @@
+"""The short-term loop: search the threshold again from what is observed, damped. Chapter 12 (paper 3.4.3)."""
+
+import math
+from collections import deque
+from dataclasses import dataclass, replace
+
+from minprfaas.errors import UserError
+from minprfaas.scheduling.lengths import EmpiricalLengths
+from minprfaas.scheduling.planner import Fleet, plan
+
+WINDOW_REQUESTS = 2048
+GRID_THRESHOLDS = 128  # quantiles of the recent lengths that one search tries
+
+
+@dataclass(frozen=True)
+class Observation:
+    """The cluster as it is now. Instances take work (a slow one may count as a fraction); queues are seconds of prefill
+    that wait, summed over a cluster's nodes; utilizations are the share of time (or of batch slots) in use."""
+
+    time_s: float
+    prfaas_instances: float
+    n_p: int
+    n_d: int
+    egress_gbps: float  # what the link gives when asked to, not what it carries
+    queued_bytes: float = 0.0
+    scarce: bool = False  # the congestion monitor's regime
+    prfaas_queue_s: float = 0.0
+    pdp_queue_s: float = 0.0
+    prefill_utilization: float = 0.0  # of the busier prefill cluster
+    decode_utilization: float = 0.0
+
+
+@dataclass(frozen=True)
+class Damping:
+    """When to search, and how far to follow what was found.
+
+    A search runs when bandwidth is scarce, a prefill queue surges, or instances or capacity changed, at most every
+    `interval_s`; and every `refresh_s` anyway, because lengths drift. The threshold then moves towards the optimum by at
+    most a factor `max_step`, not at all if it is within `deadband` of it, and does not turn around within `hold_s` of its
+    last move the other way. So a step in bandwidth is followed in a few moves without overshoot, and bandwidth that
+    swings faster than `hold_s` cannot make the threshold swing with it.
+    """
+
+    interval_s: float = 5.0
+    refresh_s: float = 60.0
+    max_step: float = 1.5
+    deadband: float = 0.05
+    hold_s: float = 30.0
+    surge_s: float = 10.0  # seconds of waiting prefill per node that count as a surge
+    drain_s: float = 60.0  # time that backlogs are given: what they take is not there for new requests
+
+    def __post_init__(self):
+        if not (self.max_step > 1 and 0 <= self.deadband < 1 and self.drain_s > 0):
+            raise UserError(f"damping with max_step {self.max_step}, deadband {self.deadband}, drain_s {self.drain_s} is out "
+                            f"of range; it must be max_step > 1, 0 <= deadband < 1, drain_s > 0")
+
+
+class ThresholdLoop:
+    """Keeps the recent incremental lengths and the threshold t (tokens) that suits them."""
+
+    def __init__(self, fleet: Fleet, threshold: float, damping: Damping = Damping()):
+        self.fleet, self.threshold, self.damping = fleet, threshold, damping
+        self.moves: list[tuple[float, float]] = []  # (time, threshold), for logs and pictures
+        self._recent: deque[int] = deque(maxlen=WINDOW_REQUESTS)
+        self._searched_at, self._moved_at, self._direction = -math.inf, -math.inf, 0
+        self._seen: tuple | None = None  # capacity at the last search
+
+    def record(self, incremental_tokens: int) -> None:
+        """One more request, by the length that the router judged."""
+        self._recent.append(incremental_tokens)
+
+    def lengths(self) -> EmpiricalLengths | None:
+        """The recent incremental lengths; None while there are too few to say anything."""
+        return EmpiricalLengths(self._recent) if len(self._recent) >= 64 else None
+
+    def update(self, now: Observation) -> float:
+        """Search if there is reason to; returns the threshold to route by. Call about once a second."""
+        if not self._due(now):
+            return self.threshold
+        lengths = self.lengths()
+        if lengths is None:
+            return self.threshold
+        self._searched_at, self._seen = now.time_s, self._capacity(now)
+        self._move(self._search(now, lengths), now.time_s)
+        return self.threshold
+
+    def _due(self, now: Observation) -> bool:
+        waited = now.time_s - self._searched_at
+        if waited >= self.damping.refresh_s:
+            return True
+        surge = (now.prfaas_queue_s > self.damping.surge_s * max(now.prfaas_instances, 1)
+                 or now.pdp_queue_s > self.damping.surge_s * max(now.n_p, 1))
+        return waited >= self.damping.interval_s and (now.scarce or surge or self._capacity(now) != self._seen)
+
+    @staticmethod
+    def _capacity(now: Observation) -> tuple:
+        """Capacity, coarse enough that noise is no change: bandwidth in steps of a quarter."""
+        return now.prfaas_instances, now.n_p, round(math.log(max(now.egress_gbps, 1e-6), 1.25))
+
+    def _search(self, now: Observation, lengths: EmpiricalLengths) -> float:
+        """The planner's t for new requests: with N_p given, and with what remains beside draining the backlogs."""
+        drain_s = self.damping.drain_s
+        prfaas = max(now.prfaas_instances - now.prfaas_queue_s / drain_s, 0.1 * now.prfaas_instances)
+        n_p = max(now.n_p - now.pdp_queue_s / drain_s, 0.1 * now.n_p)
+        egress = max(now.egress_gbps - now.queued_bytes * 8e-9 / drain_s, 0.1 * now.egress_gbps)
+        fleet = replace(self.fleet, prfaas_instances=prfaas, pd_instances=now.n_p + now.n_d, link_gbps=egress)
+        values = lengths.values
+        grid = [*values[::max(1, len(values) // GRID_THRESHOLDS)], values[-1]]
+        return plan(fleet, lengths, n_p=n_p, grid=grid).threshold
+
+    def _move(self, wanted: float, time_s: float) -> None:
+        damping, current = self.damping, max(self.threshold, 1.0)
+        wanted = max(wanted, 1.0)
+        if abs(wanted / current - 1) <= damping.deadband:
+            return
+        direction = 1 if wanted > current else -1
+        if direction == -self._direction and time_s - self._moved_at < damping.hold_s:
+            return
+        self.threshold = min(max(wanted, current / damping.max_step), current * damping.max_step)
+        self._moved_at, self._direction = time_s, direction
+        self.moves.append((time_s, self.threshold))
