@@ -1,7 +1,7 @@
 """Writes the golden checkpoints: tiny random models, and the logits that Hugging Face Transformers computes from them.
 
-Run once, by hand, where `transformers` (5.17) is installed: `python tests/golden/make_golden.py`. The tests read what it
-left, and need no `transformers`.
+Run once, by hand, where `transformers` (5.17) is installed: `python tests/golden/make_golden.py`. The tests read
+what it left, and need no `transformers`.
 """
 
 import sys

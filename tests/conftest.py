@@ -1,0 +1,75 @@
+"""Small shared things: tiny random models of every family, as objects and as checkpoint directories."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny tensors, and processes that share two cores
+
+import pytest
+import tokenizers
+import torch
+
+from minprfaas.config import ModelConfig
+from minprfaas.model.checkpoint import load, save_checkpoint
+from minprfaas.model.transformer import Transformer
+
+SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, eos_token_id=0)
+TINY = {
+    "llama": dict(SIZES, model_type="llama", num_key_value_heads=2, max_position_embeddings=512),
+    "qwen3": dict(SIZES, model_type="qwen3", num_key_value_heads=1, head_dim=16, max_position_embeddings=512),
+    "kimi_linear": dict(
+        SIZES, model_type="kimi_linear", num_hidden_layers=4, first_k_dense_replace=4, model_max_length=512, kv_lora_rank=16,
+        qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, linear_attn_config=dict(
+            num_heads=2, head_dim=8, short_conv_kernel_size=4, kda_layers=[1, 2, 3], full_attn_layers=[4])),
+}
+FAMILIES = tuple(TINY)
+END_OF_TEXT = "<|end|>"
+
+
+def byte_tokenizer() -> tokenizers.Tokenizer:
+    """257 tokens: the end of text (id 0) and every byte. What a random model writes is then rarely whole UTF-8."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {END_OF_TEXT: 0, **{letter: number for number, letter in enumerate(alphabet, start=1)}}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    return tokenizer
+
+
+def write_checkpoint(directory, family: str, **overrides):
+    """A tiny random checkpoint directory with a byte tokenizer; returns `directory`. The same family, the same weights."""
+    raw = {"vocab_size": 257, **TINY[family], **overrides}
+    torch.manual_seed(7)
+    model = Transformer(ModelConfig.from_hf(raw))
+    with torch.no_grad():  # loud enough that every earlier token sways the next one
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2:
+                weight.normal_(0, 1 if "embed" in name else weight.shape[1] ** -0.5)
+    save_checkpoint(model, raw, directory, torch.float32)
+    byte_tokenizer().save(str(directory / "tokenizer.json"))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """Family -> checkpoint directory. Shared by all tests: copy before you damage one."""
+    return {family: write_checkpoint(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def models(checkpoints):
+    """Family -> (model, tokenizer) in float32 on the CPU."""
+    return {family: load(directory) for family, directory in checkpoints.items()}
+
+
+@pytest.fixture
+def hybrid(models):
+    """The hybrid's (model, tokenizer)."""
+    return models["kimi_linear"]
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs CUDA"))

@@ -1,0 +1,147 @@
+"""KDA's two forms are one function: the recurrence, token by token, and the chunked form that prefill uses."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minprfaas.config import KDAConfig
+from minprfaas.model.kda import KDA, kda_chunked, kda_recurrent
+from minprfaas.model.layers import Positions
+from minprfaas.model.spec import state_spec
+from minprfaas.model.state import ContiguousLayerState
+
+CLOSE = dict(atol=1e-4, rtol=1e-4)
+
+
+def inputs(tokens, decay, batch=2, heads=3, key_dim=16, value_dim=24, device="cpu"):
+    """Random arguments with an initial memory. `decay`: mean log decay a token, or a function of the shape of g."""
+    torch.manual_seed(tokens)
+    q = F.normalize(torch.randn(batch, tokens, heads, key_dim), dim=-1)
+    k = F.normalize(torch.randn(batch, tokens, heads, key_dim), dim=-1)
+    v = torch.randn(batch, tokens, heads, value_dim)
+    g = decay(q.shape) if callable(decay) else -2 * decay * torch.rand(q.shape)
+    beta, memory = torch.rand(batch, tokens, heads), torch.randn(batch, heads, key_dim, value_dim)
+    return tuple(x.to(device) for x in (q, k, v, g, beta, memory))
+
+
+def from_faint_to_total(shape):
+    """Decays of every strength side by side: from exp(-0.0003) to exp(-3000) a token and channel."""
+    return -(torch.rand(shape) * 16 - 8).exp()
+
+
+def memories_wiped_now_and_then(shape):
+    """No decay at all, and -1000 in every channel at one token in ten."""
+    return torch.where(torch.rand(shape[:3])[..., None] < 0.1, -1000.0, 0.0).expand(shape)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.01, 0.3, 3.0, 30.0, 500.0, from_faint_to_total, memories_wiped_now_and_then])
+@pytest.mark.parametrize("tokens", [1, 15, 64, 65, 200])
+def test_the_chunked_form_equals_the_recurrence_however_strong_the_decay(tokens, decay):
+    arguments = inputs(tokens, decay)
+    expected, memory = kda_recurrent(*arguments)
+    out, memory_after = kda_chunked(*arguments)
+    torch.testing.assert_close(out, expected, **CLOSE)
+    torch.testing.assert_close(memory_after, memory, **CLOSE)
+
+
+def test_a_decay_of_minus_1000_a_token_forgets_everything_but_the_token_itself():
+    q, k, v, _, beta, memory = inputs(100, 0.0)
+    out, after = kda_chunked(q, k, v, torch.full_like(q, -1000.0), beta, memory)
+    own = (q * k).sum(-1, keepdim=True) * beta[..., None] * v
+    torch.testing.assert_close(out, own, **CLOSE)
+    torch.testing.assert_close(after, k[:, -1, :, :, None] * (beta[:, -1, :, None] * v[:, -1])[:, :, None], **CLOSE)
+
+
+@pytest.mark.parametrize("chunk, sub_chunk", [(16, 16), (32, 8), (64, 64), (128, 16)])
+def test_the_chunk_size_does_not_change_the_result(chunk, sub_chunk):
+    arguments = inputs(150, 1.0)
+    torch.testing.assert_close(kda_chunked(*arguments, chunk=chunk, sub_chunk=sub_chunk)[0], kda_chunked(*arguments)[0], **CLOSE)
+
+
+def test_the_memory_carries_a_sequence_over_any_cut():
+    q, k, v, g, beta, memory = inputs(150, 0.05)
+    whole, whole_after = kda_chunked(q, k, v, g, beta, memory)
+    pieces = []
+    for start, end in [(0, 1), (1, 70), (70, 71), (71, 150)]:
+        out, memory = kda_chunked(q[:, start:end], k[:, start:end], v[:, start:end], g[:, start:end], beta[:, start:end], memory)
+        pieces.append(out)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, **CLOSE)
+    torch.testing.assert_close(memory, whole_after, **CLOSE)
+
+
+@pytest.mark.parametrize("decay", [0.01, 30.0, 500.0, from_faint_to_total])
+def test_gradients_are_finite_and_those_of_the_recurrence(decay):
+    def gradients(rule):
+        arguments = [x.requires_grad_() for x in inputs(80, decay)]
+        out, memory = rule(*arguments)
+        return torch.autograd.grad(out.square().sum() + memory.square().sum(), arguments)
+
+    for name, chunked, recurrent in zip("q k v g beta memory".split(), gradients(kda_chunked), gradients(kda_recurrent)):
+        assert torch.isfinite(chunked).all(), name
+        torch.testing.assert_close(chunked, recurrent, atol=2e-3, rtol=2e-3, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_every_exponent_in_the_chunked_form_is_bounded():
+    """Watch every `exp` that runs: with strong decay none may see a positive argument or give an infinity."""
+    arguments, largest = inputs(200, 500.0), []
+
+    class WatchExponents(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket is torch.ops.aten.exp and args[0].numel():
+                largest.append(args[0].max().item())
+            return func(*args, **(kwargs or {}))
+
+    with WatchExponents():
+        kda_chunked(*arguments)
+    assert largest and max(largest) <= 0.0
+
+
+def test_prefill_runs_no_operation_once_a_token():
+    """Count what a prefill launches: 512 more tokens are 8 more chunks, and may cost a few operations a chunk."""
+    torch.manual_seed(0)
+    mixer = KDA(KDAConfig(num_heads=2, head_dim=8), hidden_size=16, norm_eps=1e-6)
+
+    class CountOperations(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += 1
+            return func(*args, **(kwargs or {}))
+
+    def operations(tokens):
+        with torch.no_grad(), CountOperations() as counter:
+            mixer(torch.randn(1, tokens, 16), Positions(torch.zeros(1, dtype=torch.int64), tokens), None)
+        return counter.count
+
+    assert operations(1024) - operations(512) <= 8 * 4
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 40])
+def test_the_mixer_in_chunks_equals_the_mixer_at_once(chunk):
+    """Chunks shorter than the convolution's kernel too: its tail then reaches over several chunks."""
+    torch.manual_seed(0)
+    config = KDAConfig(num_heads=2, head_dim=8, conv_kernel=4)
+    mixer, x, start = KDA(config, 16, 1e-6), torch.randn(2, 90, 16), torch.zeros(2, dtype=torch.int64)
+    state, pieces, done = ContiguousLayerState(state_spec(config, "float32"), 2, "cpu"), [], 0
+    with torch.no_grad():
+        whole = mixer(x, Positions(start, 90), None)
+        for piece in x.split(chunk, dim=1):
+            pieces.append(mixer(piece, Positions(start + done, piece.shape[1]), state))
+            done += piece.shape[1]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, **CLOSE)
+
+
+def test_a_fresh_mixer_has_heads_that_forget_slowly_and_fast():
+    torch.manual_seed(0)
+    mixer = KDA(KDAConfig(num_heads=16, head_dim=16), 32, 1e-6)
+    per_token = mixer.A_log.exp().flatten()[:, None] * F.softplus(mixer.dt_bias).view(16, 16)
+    assert per_token.min() < 0.02 and per_token.max() > 0.5 and torch.isfinite(per_token).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decay", [0.01, 3.0, 500.0, from_faint_to_total])
+def test_the_chunked_form_equals_the_recurrence_on_cuda(decay):
+    arguments = inputs(200, decay, device="cuda")
+    for chunked, recurrent in zip(kda_chunked(*arguments), kda_recurrent(*arguments)):
+        torch.testing.assert_close(chunked, recurrent, **CLOSE)
