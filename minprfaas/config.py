@@ -50,6 +50,8 @@ class MLAConfig:
 
     def __post_init__(self):
         _positive(self, "num_heads", "kv_lora_rank", "qk_nope_dim", "v_dim")
+        if not isinstance(self.qk_shared_dim, int) or self.qk_shared_dim < 0:
+            raise UserError(f"qk_rope_head_dim is {self.qk_shared_dim!r}; it must be a whole number of at least 0")
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class KDAConfig:
     conv_kernel: int = 4
 
     def __post_init__(self):
-        _positive(self, "num_heads", "head_dim")
+        _positive(self, "num_heads", "head_dim", "conv_kernel")
         if self.conv_kernel < 2:
             raise UserError(f"short_conv_kernel_size {self.conv_kernel} is below 2")
 
@@ -75,6 +77,9 @@ class LayerConfig:
 
     mixer: MixerConfig
     intermediate_size: int
+
+    def __post_init__(self):
+        _positive(self, "intermediate_size")
 
 
 @dataclass(frozen=True)
@@ -113,13 +118,13 @@ class ModelConfig:
     def from_hf(raw: dict) -> "ModelConfig":
         """Build from the contents of a Hugging Face `config.json`. Raises UserError naming the field at fault."""
         family = raw.get("model_type")
-        if family not in FAMILIES:
+        if not isinstance(family, str) or family not in FAMILIES:
             raise UserError(f"architecture {family!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
         try:
             return FAMILIES[family](raw)
         except KeyError as error:
             raise UserError(f"config.json of architecture {family!r} lacks {error.args[0]!r}") from None
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, AttributeError, ArithmeticError) as error:  # a value of the wrong kind, or a zero
             raise UserError(f"config.json of architecture {family!r} is malformed: {error}") from None
 
 
@@ -139,7 +144,7 @@ def read_json(path: Path, hint: str) -> dict:
 def _positive(config, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if not isinstance(value, int) or value < 1:
+        if type(value) is not int or value < 1:  # not isinstance: True is an int too
             raise UserError(f"{name} is {value!r}; it must be a whole number of at least 1")
 
 
