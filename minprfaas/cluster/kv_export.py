@@ -7,7 +7,7 @@ from minprfaas.kvcache.layout import Layout
 from minprfaas.kvcache.manager import KVCacheManager
 from minprfaas.transport.events import LinkDown, StreamAborted, StreamReport
 from minprfaas.transport.link import Link
-from minprfaas.transport.stream import LayerPlan, StreamPlan
+from minprfaas.transport.streams import LayerPlan, StreamPlan
 
 
 def stream_plan(layout: Layout, stream_id: int, start: int, end: int) -> StreamPlan:

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -42,7 +43,8 @@ class Launch:
 
     def store(self) -> dist.Store:
         """The store at which links are agreed."""
-        return dist.TCPStore(self.host, self.port, is_master=self.hosts_store, wait_for_workers=False)
+        return dist.TCPStore(self.host, self.port, is_master=self.hosts_store, wait_for_workers=False,
+                             timeout=timedelta(seconds=60))
 
     def device(self, kind: str) -> torch.device:
         """This process's own GPU of those that are there (shared, if there is only one), or the device as named."""
@@ -95,5 +97,5 @@ def _wait_for_all(workers: list[subprocess.Popen]) -> list[int]:
 def link_identity(model: Transformer, layout: Layout) -> LinkIdentity:
     """What both ends of a link must agree on before any KVCache crosses: model, number format, block layout, secret."""
     secret = os.environ.get("MINPRFAAS_SECRET")
-    shape = ";".join(f"{group.index}:{group.layers}:{group.spec.nbytes}:{group.per_token}" for group in layout.groups)
+    shape = ";".join(f"{group.index}:{group.layers}:{group.spec.nbytes}:{group.spec.per_token}" for group in layout.groups)
     return LinkIdentity(model.fingerprint, str(model.dtype), shape, secret.encode() if secret else None)

@@ -134,7 +134,10 @@ class LocalNode:
         self._away[request.id] = self._by_stream[journey.stream_id] = journey
         plan = stream_plan(layout, journey.stream_id, start, request.prompt_tokens)
         journey.expected_bytes = plan.total_bytes
-        self.link.expect_stream(plan, write_into_blocks)
+        try:
+            self.link.expect_stream(plan, write_into_blocks)
+        except LinkDown as error:
+            self._lose_link(str(error))
         self._tell(messages.PrefillOrder(request.id, journey.stream_id, request.token_ids, start, asdict(request.params)))
         return True
 
@@ -153,8 +156,7 @@ class LocalNode:
         elif isinstance(event, StreamFailed) and event.stream_id in self._by_stream:
             self._bring_home(self._by_stream[event.stream_id], event.reason)
         elif isinstance(event, LinkLost):
-            self.link_up = False
-            self._bring_all_home(f"link lost: {event.reason}")
+            self._lose_link(event.reason)
         elif isinstance(event, LinkRestored) and event.peer_restarted:
             self._bring_all_home("the prefill node restarted")
 
@@ -221,5 +223,9 @@ class LocalNode:
         try:
             self.link.send_message(messages.encode(message))
         except LinkDown as error:
-            self.link_up = False
-            self._bring_all_home(f"link lost: {error}")
+            self._lose_link(str(error))
+
+    def _lose_link(self, reason: str) -> None:
+        """For good: from now on everything is prefilled here."""
+        self.link_up = False
+        self._bring_all_home(f"link lost: {reason}")

@@ -21,7 +21,7 @@ from minprfaas.errors import UserError
 from minprfaas.model.checkpoint import EMBEDDED, load
 from minprfaas.observe.report import human_bytes, table
 from minprfaas.observe.screen import Screen
-from minprfaas.observe.timeline import Timeline
+from minprfaas.transport.events import LinkDown
 from minprfaas.transport.link import Link
 
 LINK_NAME = "prfaas-pd"
@@ -73,9 +73,12 @@ def main(argv: list[str]) -> int:
         if launch.rank == 0:  # the front end sees the same mistake and says it; once is enough
             return 2
         raise
-    timeline = Timeline(process="PrfaaS" if launch.rank == 0 else "PD") if args.timeline else None
-    link = Link(LINK_NAME, launch.store(), launch.rank, link_config, link_identity(model, engine.layout), timeline)
-    link.connect(deadline_s=120)
+    store = launch.store()  # kept: where this process serves the store, the server lives as long as this object
+    link = Link(LINK_NAME, store, launch.rank, link_config, link_identity(model, engine.layout))
+    try:
+        link.connect(deadline_s=120)
+    except LinkDown as error:
+        raise UserError(f"no link between the datacenters: {error}") from None
     try:
         if launch.rank == 0:
             PrefillNode(engine, link, args.deadline_s, overlap=not args.no_overlap).serve()
@@ -108,14 +111,15 @@ class FrontEnd:
         self.args, self.engine, self.link, self.link_config = args, engine, link, link_config
         self.prompts = {prompt.id: prompt for prompt in prompts}
         self.node = LocalNode(engine, link, args.threshold, args.deadline_s, self._on_update)
-        requests = [engine.request(prompt.id, prompt.text, prompt.params) for prompt in prompts]
-        self.journeys = [self.node.submit(request) for request in requests]
-        self.screen = Screen(sum(r.prompt_tokens for r in requests), sum(r.params.max_tokens for r in requests))
+        self.journeys: list[Journey] = []
 
     def run(self) -> int:
         """Serve every prompt; 1 if `--check` finds a token that differs, else 0."""
+        requests = [self.engine.request(prompt.id, prompt.text, prompt.params) for prompt in self.prompts.values()]
+        self.screen = Screen(sum(r.prompt_tokens for r in requests), sum(r.params.max_tokens for r in requests))
         self._say_what_is_loaded()
         started_s = time.monotonic()
+        self.journeys = [self.node.submit(request) for request in requests]
         self.node.run()
         self.node.shutdown(deadline_s=30)
         self.screen.close()

@@ -123,6 +123,7 @@ class Engine:
         request = self.prefilling[0]
         tokens, cache = request.token_ids, request.cache
         start = cache.num_tokens
+        request.prefill_started_s = request.prefill_started_s or self.clock()
         end = self.kvcache.chunk_end(cache, len(tokens), self.prefill_chunk)
         logits = self.model(
             torch.tensor([tokens[start:end]], device=self.model.device), self.kvcache.state([cache]), last_only=True,
@@ -146,7 +147,7 @@ class Engine:
             self.waiting.popleft()
             if not request.preemptions:
                 request.cached_tokens = request.cache.cached_tokens
-            request.prefill_started_s, request.status = self.clock(), Status.PREFILL
+            request.status = Status.PREFILL
             self.prefilling.append(request)
 
     # Decode
