@@ -76,8 +76,8 @@ def checked_device(name: str | torch.device) -> torch.device:
 def _weight_files(directory: Path) -> list[Path]:
     if (directory / INDEX).exists():
         weight_map = read_json(directory / INDEX, "").get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{directory / INDEX} has no weight_map")
+        if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(x, str) for x in weight_map.values()):
+            raise UserError(f"{directory / INDEX} has no weight_map of tensor names to file names")
         files = [directory / name for name in sorted(set(weight_map.values()))]
     else:
         files = sorted(directory.glob("*.safetensors"))
