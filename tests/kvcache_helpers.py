@@ -7,7 +7,7 @@ from minprfaas.kvcache.layout import plan_layout
 from minprfaas.kvcache.manager import KVCacheManager
 from minprfaas.model.spec import StateSpec, TensorSpec
 
-LINEAR = StateSpec(False, (TensorSpec("memory", (2, 4, 4), "float32"), TensorSpec("conv", (10, 3), "bfloat16")))
+LINEAR = StateSpec(False, (TensorSpec("memory", (2, 8, 8), "float32"), TensorSpec("conv", (10, 3), "bfloat16")))
 LATENT = StateSpec(True, (TensorSpec("latent", (6,), "float32"),))
 KV = StateSpec(True, (TensorSpec("kv", (16,), "bfloat16"),))
 HYBRID = (LINEAR, LINEAR, LINEAR, LATENT) * 2

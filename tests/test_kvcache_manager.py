@@ -1,0 +1,315 @@
+"""Requests' blocks, prefix reuse, snapshots and transfers: `minprfaas.kvcache.manager`."""
+
+import random
+
+import pytest
+import torch
+
+from minprfaas.model.spec import model_state_specs
+from kvcache_helpers import ALL_LINEAR, DENSE, HYBRID, KV, LATENT, LINEAR, decode, manager, prefill
+from test_kvcache_paged import MODELS, model_of
+
+SPECS = {"hybrid": HYBRID, "dense": DENSE, "linear only": ALL_LINEAR, "two token groups": (LATENT, KV, KV, LINEAR)}
+PROMPT = list(range(100, 142))  # 10 blocks of 4, and 2 tokens
+
+
+@pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS)
+def test_a_repeated_prompt_is_found_up_to_its_last_full_boundary(specs):
+    kvcache = manager(specs, 800)
+    cold = prefill(kvcache, PROMPT)
+    kvcache.close(cold)
+    warm = prefill(kvcache, PROMPT)
+    assert (cold.cached_tokens, warm.cached_tokens) == (0, 40)
+    assert kvcache.match(PROMPT) == 40 and kvcache.stats().hit_tokens == 40
+
+
+@pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS)
+def test_at_least_one_token_is_always_computed(specs):
+    kvcache = manager(specs, 800)
+    kvcache.close(prefill(kvcache, PROMPT[:40]))
+    assert kvcache.match(PROMPT[:40]) == 36
+    assert kvcache.match(PROMPT[:41]) == 40
+    assert kvcache.match(PROMPT[:1]) == kvcache.match([]) == 0
+
+
+@pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS)
+def test_the_next_turn_begins_at_the_last_full_boundary_of_the_answer(specs):
+    kvcache = manager(specs, 800)
+    cache = prefill(kvcache, PROMPT)
+    answered = decode(kvcache, cache, PROMPT, range(21))  # 63 tokens: 15 full blocks
+    kvcache.close(cache)
+    assert prefill(kvcache, [*answered, 7, 8, 9]).cached_tokens == 60
+
+
+def test_decoding_keeps_one_snapshot_in_the_index_not_one_a_block():
+    kvcache = manager(HYBRID, 800, snapshot_every=1000)
+    cache = prefill(kvcache, PROMPT)
+    before = len(kvcache.ledger.snapshots)
+    decode(kvcache, cache, PROMPT, range(40))
+    assert len(kvcache.ledger.snapshots) == before + 1
+
+
+def test_snapshots_fall_on_every_nth_block_and_on_the_last_boundary():
+    kvcache = manager(HYBRID, 800, snapshot_every=3)
+    cache = prefill(kvcache, PROMPT, max_chunk=7)
+    assert sorted(tokens for _, tokens in kvcache.ledger.hittable()) == [12, 24, 36, 40]
+    kvcache.close(cache)
+    for length, hit in ((12, 0), (13, 12), (30, 24), (39, 36), (42, 40)):
+        assert kvcache.match(PROMPT[:length]) == hit
+
+
+def test_where_two_prompts_part_a_third_can_begin():
+    kvcache = manager(HYBRID, 2000, snapshot_every=1000)
+    hits = []
+    for tail in (1, 2, 3):
+        cache = prefill(kvcache, PROMPT[:24] + [tail] * 20)
+        hits.append(cache.cached_tokens)
+        kvcache.close(cache)
+    assert hits == [0, 0, 24]
+
+
+def test_a_chunk_never_runs_past_its_limit_nor_past_a_wanted_boundary():
+    kvcache = manager(HYBRID, 800, snapshot_every=3)
+    cache, ends = kvcache.open(PROMPT), []
+    while cache.num_tokens < len(PROMPT):
+        cache.num_tokens = kvcache.chunk_end(cache, len(PROMPT), 7)
+        ends.append(cache.num_tokens)
+    assert ends == [7, 12, 19, 24, 31, 36, 40, 42]
+    dense = manager(DENSE, 800)
+    assert dense.chunk_end(dense.open(PROMPT), len(PROMPT), 33) == 33  # no state, no need to stop
+
+
+@pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS)
+def test_without_the_prefix_cache_nothing_is_kept(specs):
+    kvcache = manager(specs, 800, prefix_cache=False)
+    cache = prefill(kvcache, PROMPT)
+    decode(kvcache, cache, PROMPT, range(9))
+    kvcache.close(cache)
+    assert prefill(kvcache, PROMPT).cached_tokens == kvcache.match(PROMPT) == 0
+    assert kvcache.stats().cached == 0
+
+
+@pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS)
+def test_running_requests_share_the_blocks_of_a_common_prefix(specs):
+    kvcache = manager(specs, 800, snapshot_every=2)
+    first = prefill(kvcache, PROMPT)
+    second = prefill(kvcache, PROMPT[:32] + [1, 2, 3])
+    for group in kvcache.layout.token_groups:
+        assert first.block_tables[group.index][:8] == second.block_tables[group.index][:8]
+    assert not set(first.live) & set(second.live)
+    kvcache.close(first)
+    kvcache.check()
+    decode(kvcache, second, PROMPT[:32] + [1, 2, 3], range(8))
+
+
+def test_two_requests_that_compute_the_same_prompt_at_once_end_up_sharing_it():
+    kvcache = manager(DENSE, 100)
+    caches = [kvcache.open(PROMPT) for _ in range(2)]
+    for cache in caches:
+        assert kvcache.reserve(cache, len(PROMPT)) and cache.cached_tokens == 0
+    for cache in caches:
+        kvcache.advance(cache, PROMPT)
+        kvcache.check()
+    assert caches[0].block_tables[0][:10] == caches[1].block_tables[0][:10]
+    assert kvcache.stats().in_use == 10 + 2
+
+
+def test_prompts_share_a_block_only_as_far_as_their_tokens_agree():
+    kvcache = manager(HYBRID, 3000, snapshot_every=1)
+    prompts = [[0] * 12, [0] * 11 + [1], [1 << 32] + [0] * 11, [-1] * 12, [256] + [0] * 11, [0] * 16]
+    caches = [prefill(kvcache, prompt) for prompt in prompts]  # the toy model fails on a foreign prefix
+    for first, cache in zip(prompts, caches):
+        for second, other in zip(prompts, caches):
+            agree = next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
+            same = set(cache.block_tables[3]) & set(other.block_tables[3])
+            assert len(same) == agree // 4
+
+
+def test_reserve_that_fails_changes_nothing():
+    kvcache = manager(HYBRID, 60)
+    running = prefill(kvcache, PROMPT[:9])
+    cache, stats = kvcache.open([7] * 42), kvcache.stats()
+    assert not kvcache.reserve(cache, 4 * 60)
+    kvcache.check()
+    assert kvcache.stats() == stats and not any(cache.block_tables)
+    assert kvcache.reserve(cache, 8) and running.num_tokens == 9
+
+
+@pytest.mark.parametrize("name", ["hybrid", "dense", "two token groups"])
+def test_a_request_that_fits_the_pool_fits_it_whatever_is_cached(name):
+    """Also where there is no room for a snapshot and a copy of it: its only holder takes it over."""
+    kvcache = manager(SPECS[name], manager(SPECS[name], 1).layout.blocks_for(200), snapshot_every=4)
+    rng = random.Random(0)
+    for _ in range(6):
+        tokens = PROMPT[:rng.randrange(9, 42)]
+        kvcache.close(prefill(kvcache, tokens))
+        cache = kvcache.open(longest := [*tokens, *range(200 - len(tokens))])
+        assert kvcache.reserve(cache, 200)
+        kvcache.check()
+        kvcache.close(cache)
+        kvcache.close(prefill(kvcache, longest))
+    assert kvcache.stats().hit_tokens > 0 and kvcache.max_tokens == 200
+
+
+def test_the_pool_says_how_long_a_request_it_can_hold():
+    assert manager(DENSE, 10).max_tokens == 40
+    layout = manager(HYBRID, 1).layout
+    assert manager(HYBRID, layout.state_blocks + 3).max_tokens == 12
+    assert manager(HYBRID, layout.state_blocks - 1).max_tokens == 0
+    assert manager(ALL_LINEAR, 1).max_tokens > 10**9
+
+
+def test_advancing_beyond_what_is_reserved_is_refused():
+    kvcache = manager(DENSE, 10)
+    cache = kvcache.open(PROMPT)
+    assert kvcache.reserve(cache, 8)
+    with pytest.raises(ValueError, match="8 are reserved"):
+        kvcache.advance(cache, PROMPT[:9])
+
+
+def test_blocks_in_transfer_outlive_their_request_until_the_acknowledgement():
+    kvcache = manager(HYBRID, 400)
+    cache = prefill(kvcache, PROMPT)
+    kvcache.begin_transfer(cache)
+    kvcache.begin_transfer(cache)  # to a second receiver
+    shipped = kvcache.pool.read_bytes(3, cache.block_tables[3], 0, 42)
+    kvcache.close(cache)
+    kvcache.check()
+    assert kvcache.stats().transfer == 1 + kvcache.layout.state_blocks  # the unaligned tail and the state
+    squeeze = prefill(kvcache, [9] * 600, max_chunk=600)
+    assert torch.equal(kvcache.pool.read_bytes(3, cache.block_tables[3], 0, 42), shipped)
+    kvcache.end_transfer(cache)
+    assert kvcache.stats().transfer > 0
+    kvcache.end_transfer(cache)
+    kvcache.check()
+    assert kvcache.stats().transfer == 0
+    with pytest.raises(ValueError, match="no transfer"):
+        kvcache.end_transfer(cache)
+    with pytest.raises(ValueError, match="closed"):
+        kvcache.begin_transfer(cache)
+    kvcache.close(squeeze)
+
+
+def test_closing_twice_frees_once():
+    kvcache = manager(HYBRID, 200)
+    cache = prefill(kvcache, PROMPT)
+    kvcache.close(cache)
+    stats = kvcache.stats()
+    kvcache.close(cache)
+    kvcache.check()
+    assert kvcache.stats() == stats and stats.in_use == 0
+
+
+def ship(source, sent, target, received, start, end):
+    """What the link does: tokens `[start, end)` of every token layer, and every layer's final state."""
+    crossed = 0
+    for layer in range(len(source.layout.specs)):
+        group = source.layout.group_of_layer[layer].index
+        data = source.pool.read_bytes(layer, sent.block_tables[group], start, end)
+        target.pool.write_bytes(layer, received.block_tables[group], start, end, data)
+        crossed += data.numel()
+    return crossed
+
+
+@pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS)
+def test_only_the_increment_crosses_to_a_pool_that_has_the_prefix(specs):
+    """The receiver's blocks then serve decoding, and its next turn, as if it had computed them itself."""
+    prefiller, decoder = manager(specs, 800), manager(specs, 800)
+    tokens, crossed = list(PROMPT), []
+    for turn in range(3):
+        sent = prefill(prefiller, tokens)
+        received = decoder.open(tokens)
+        assert decoder.reserve(received, len(tokens))
+        crossed.append(ship(prefiller, sent, decoder, received, received.cached_tokens, len(tokens)))
+        decoder.advance(received, tokens)
+        prefiller.close(sent)
+        answered = decode(decoder, received, tokens, range(turn, turn + 9))  # the toy model checks what arrived
+        decoder.close(received)
+        decoder.check()
+        tokens = [*answered, 200 + turn]
+    if decoder.layout.token_groups:
+        assert crossed[1] < crossed[0] and crossed[2] < crossed[0]
+
+
+def test_a_snapshot_that_arrives_beside_the_final_state_can_be_hit_although_the_answer_is_short():
+    prefiller, decoder = manager(HYBRID, 800), manager(HYBRID, 800)
+    received = decoder.open(PROMPT)
+    assert decoder.reserve(received, len(PROMPT))
+    tables = decoder.expect_snapshot(received, 40)
+    sent = prefill(prefiller, PROMPT[:40])
+    for layer, spec in enumerate(HYBRID):
+        if not spec.per_token:
+            group = decoder.layout.group_of_layer[layer].index
+            data = prefiller.pool.read_bytes(layer, sent.block_tables[group], 0, 40)
+            decoder.pool.write_bytes(layer, tables[group], 0, 40, data)
+    prefiller.close(sent)
+    sent = prefill(prefiller, PROMPT)
+    ship(prefiller, sent, decoder, received, 0, len(PROMPT))
+    decoder.advance(received, PROMPT)
+    decoder.check()
+    decoder.close(received)
+    assert prefill(decoder, [*PROMPT, 1, 2]).cached_tokens == 40  # and the toy model finds the right state there
+
+
+def test_an_expected_snapshot_needs_a_boundary_and_goes_with_an_aborted_request():
+    kvcache = manager(HYBRID, 200)
+    cache = kvcache.open(PROMPT)
+    assert kvcache.expect_snapshot(cache, 41) is None and kvcache.expect_snapshot(cache, 0) is None
+    assert kvcache.expect_snapshot(cache, 40) is not None
+    kvcache.check()
+    kvcache.close(cache)
+    kvcache.check()
+    assert kvcache.stats().free == 200
+    dense = manager(DENSE, 200)
+    assert dense.expect_snapshot(dense.open(PROMPT), 40) is None
+
+
+def test_a_cached_prefix_can_be_shipped_to_another_cluster_as_it_is():
+    source, target = manager(HYBRID, 800), manager(HYBRID, 800)
+    source.close(prefill(source, PROMPT))
+    prefix = PROMPT[:source.match(PROMPT)]
+    sent = source.open(PROMPT)
+    assert source.reserve(sent, sent.cached_tokens)  # makes the live state a copy of the snapshot
+    received = target.open(prefix)
+    assert target.reserve(received, len(prefix))
+    ship(source, sent, target, received, 0, len(prefix))
+    target.advance(received, prefix)
+    target.close(received)
+    source.close(sent)
+    assert prefill(target, PROMPT).cached_tokens == len(prefix) == 40
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.inference_mode()
+def test_the_same_greedy_tokens_with_the_cache_cold_warm_partly_evicted_and_off(name):
+    model = model_of(name)
+    specs = model_state_specs(model.config, "float32")
+    generator = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(0, 101, (length,), generator=generator).tolist() for length in (61, 90, 40)]
+    prompts.append(prompts[0][:48] + prompts[2][:20])
+
+    def answer(kvcache, prompt):
+        cache, tokens = kvcache.open(prompt), list(prompt)
+        while len(tokens) < len(prompt) + 12:
+            end = kvcache.chunk_end(cache, len(tokens), 32)
+            assert kvcache.reserve(cache, end)
+            logits = model(torch.tensor([tokens[cache.num_tokens:end]]), kvcache.state([cache]), last_only=True)
+            kvcache.advance(cache, tokens[:end])
+            if end == len(tokens):
+                tokens.append(int(logits[0, -1].argmax()))
+        kvcache.close(cache)
+        kvcache.check()
+        return tokens, cache.cached_tokens
+
+    off = manager(specs, 400, block_tokens=8, prefix_cache=False)
+    expected = [answer(off, prompt)[0] for prompt in prompts]
+    ample = manager(specs, 3000, block_tokens=8, snapshot_every=4)
+    for prompt, tokens in [*zip(prompts, expected)] * 3:
+        assert answer(ample, prompt)[0] == tokens
+    tight = manager(specs, ample.stats().cached * 2 // 3, block_tokens=8, snapshot_every=4)
+    order = random.Random(0)
+    for _ in range(12):
+        which = order.randrange(len(prompts))
+        assert answer(tight, prompts[which])[0] == expected[which]
+    assert ample.stats().evicted_entries == 0 and ample.stats().hit_tokens > sum(map(len, prompts))
+    assert tight.stats().evicted_entries > 0 and tight.stats().hit_tokens > 0
