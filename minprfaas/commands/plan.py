@@ -157,10 +157,10 @@ def _print_margins(fleet: Fleet, lengths: LengthDistribution, best: Plan) -> Non
     bounds = [(stage, f"{rate:.2f}" if rate < inf else "–") for stage, rate in best.bounds.items()]
     print(table(["stage", "saturates at, req/s"], bounds))
     print(f"\n{best.binding_stage} binds first. What more would buy, planned anew:\n")
-    rows = [(change, f"{more.lambda_max:.2f}", f"{more.lambda_max / best.lambda_max - 1:+.1%}",
+    rows = [(change, f"{more.lambda_max:.2f}", f"{more.lambda_max - best.lambda_max:+.2f}",
              _cell("threshold", more.threshold), f"{more.n_p} / {more.n_d}", more.binding_stage)
             for change, more in sensitivity(fleet, lengths)]
-    print(table(["", "Λ_max, req/s", "gain", "t, tokens", "N_p / N_d", "binds"], rows))
+    print(table(["", "Λ_max, req/s", "gain, req/s", "t, tokens", "N_p / N_d", "binds"], rows))
 
 
 def _print_egress(as_json: bool) -> None:

@@ -1,0 +1,48 @@
+"""Equations 1 to 6, against numbers that the paper prints."""
+
+from math import inf
+
+import pytest
+
+from minprfaas.scheduling import paper_case as paper
+from minprfaas.scheduling.throughput import (
+    egress_needed_gbps, kv_throughput_gbps, lambda_max, theta_pdd, theta_pdp, theta_prfaas)
+
+
+@pytest.mark.parametrize("mebibytes, prefill_s, gbps", [(190.8, 0.44, 3.61), (308.9, 0.72, 3.59), (701.3, 1.84, 3.19),
+                                                        (2316.3, 7.40, 2.62)])
+def test_equation_1_gives_the_kv_throughput_of_table_5(mebibytes, prefill_s, gbps):
+    assert kv_throughput_gbps(mebibytes * 2**20, prefill_s) == pytest.approx(gbps, rel=0.01)
+
+
+@pytest.mark.parametrize("model, tokens, gpus, gbps, within", [
+    ("MiniMax-M2.5", 32_768, 512, 3800, 0.02), ("Qwen3-235B", 32_768, 512, 2100, 0.02),
+    ("Ring-2.5-1T", 32_768, 512, 170, 0.03), ("Ring-2.5-1T", 131_072, 10_000, 1800, 0.02)])
+def test_equation_2_gives_the_papers_worked_cases(model, tokens, gpus, gbps, within):
+    instance_gbps = paper.TABLE_3_GBPS[model][paper.TABLE_3_TOKENS.index(tokens)]
+    assert egress_needed_gbps(gpus, paper.GPUS_PER_INSTANCE, instance_gbps) == pytest.approx(gbps, rel=within)
+
+
+def test_equation_3_takes_the_slower_of_compute_and_egress():
+    kv_bytes = 10e9 / 8  # ten gigabits
+    assert theta_prfaas(n_prfaas=4, prefill_s=2.0, link_gbps=100, kv_bytes=kv_bytes) == 2.0  # compute: 4 / 2 s
+    assert theta_prfaas(n_prfaas=4, prefill_s=2.0, link_gbps=15, kv_bytes=kv_bytes) == 1.5  # egress: 15 / 10
+    assert theta_prfaas(n_prfaas=4, prefill_s=2.0, link_gbps=0, kv_bytes=kv_bytes) == 0
+
+
+def test_equations_4_and_5_give_table_6():
+    assert theta_pdp(n_p=9, prefill_s=9 / 2.11) == pytest.approx(2.11)
+    for n_d, published in ((5, 3.91), (3, 2.35), (8, 6.25)):
+        assert theta_pdd(n_d, bs_max=20, t_decode_s=0.025, output_tokens=1024) == pytest.approx(published, rel=0.005)
+
+
+def test_equation_6_is_the_smallest_bound_for_each_stages_share_of_the_requests():
+    assert lambda_max(1.61, 1.64, 3.91, offloaded_fraction=0.496) == pytest.approx(1.61 / 0.496)
+    assert lambda_max(1.61, 1.2, 3.91, offloaded_fraction=0.496) == pytest.approx(1.2 / 0.504)
+    assert lambda_max(9, 9, 3.91, offloaded_fraction=0.5) == 3.91
+
+
+def test_a_stage_that_no_request_reaches_bounds_nothing():
+    assert lambda_max(inf, 2.11, 2.35, offloaded_fraction=0) == 2.11
+    assert lambda_max(0.0, 2.11, 2.35, offloaded_fraction=0) == 2.11
+    assert lambda_max(2.45, 0.0, 6.25, offloaded_fraction=1) == 2.45
