@@ -63,7 +63,9 @@ class Slot:
         self.tensor = torch.empty(HEADER_BYTES + capacity, dtype=torch.uint8, pin_memory=pinned)
         self.payload = self.tensor[HEADER_BYTES:]
         # ctypes, because torch works without numpy and then has no other way to lend its memory
-        self.view = memoryview((ctypes.c_ubyte * self.tensor.numel()).from_address(self.tensor.data_ptr())).cast("B")
+        array = (ctypes.c_ubyte * self.tensor.numel()).from_address(self.tensor.data_ptr())
+        array.owner = self.tensor  # the view keeps the memory
+        self.view = memoryview(array).cast("B")
 
 
 class Codec:

@@ -67,12 +67,13 @@ class Lane:
         """Hand one frame's bytes to Gloo."""
         return self._group.send([tensor], self._peer, _FRAMES_TAG)
 
-    def send_frames(self, next_frame: Callable[[], Frame | None], sent: Callable[["Lane", Frame, float], None]) -> None:
-        """Pull and send until `next_frame` returns None. Raises RuntimeError when the connection breaks."""
+    def send_frames(self, next_frame: Callable[[bool], Frame | None], sent: Callable[["Lane", Frame, float], None]) -> None:
+        """Pull and send until a blocking `next_frame(True)` returns None. Raises RuntimeError when the lane breaks."""
         posted: deque[tuple[dist.Work, Frame, float]] = deque()
-        while (frame := next_frame()) is not None:
-            posted.append((self.post(frame), frame, time.monotonic()))
-            while len(posted) >= POSTED_AHEAD or (posted and posted[0][0].is_completed()):
+        while (frame := next_frame(not posted)) is not None or posted:
+            if frame is not None:
+                posted.append((self.post(frame), frame, time.monotonic()))
+            if frame is None or len(posted) == POSTED_AHEAD:
                 work, done, began = posted.popleft()
                 work.wait(_FOREVER)
                 sent(self, done, began)

@@ -220,7 +220,7 @@ class Link:
 
     def _send_on(self, lane: Lane, epoch: int) -> None:
         try:
-            lane.send_frames(lambda: self._outbox.next_frame(epoch), self._sent)
+            lane.send_frames(lambda block: self._outbox.next_frame(epoch, block), self._sent)
         except RuntimeError as error:
             self._break(str(error).splitlines()[0], lane)
 

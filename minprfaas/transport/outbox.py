@@ -130,14 +130,16 @@ class Outbox:
 
     # ---- what lanes call
 
-    def next_frame(self, epoch: int) -> Frame | None:
-        """The next frame to hand to Gloo; blocks. None when `epoch` is over."""
+    def next_frame(self, epoch: int, block: bool) -> Frame | None:
+        """The next frame to hand to Gloo. None when `epoch` is over, and if not `block` also when there is none yet."""
         with self._lock:
             while self._epoch == epoch:
                 frame, wake_at = self._pull(time.monotonic())
                 if frame is not None:
                     self._frames.notify()  # another lane looks at what comes next
                     return frame
+                if not block:
+                    return None
                 if wake_at is None or (self._timed_until is not None and self._timed_until <= wake_at):
                     self._frames.wait()
                 else:  # one lane keeps the time for all

@@ -1,0 +1,94 @@
+"""Frames: what a peer may send, and that nothing else is believed."""
+
+import random
+
+import pytest
+
+from minprfaas.transport.events import FrameError
+from minprfaas.transport.frames import (CONTROL_LIMIT_BYTES, HEADER_BYTES, Codec, Header, Kind, Slot, decode_acks, decode_message,
+                                        encode_acks, encode_message)
+
+LIMIT = 32 * 1024
+
+
+def sealed(codec: Codec, header: Header, payload: bytes) -> Slot:
+    slot = Slot(LIMIT)
+    slot.view[HEADER_BYTES:HEADER_BYTES + len(payload)] = payload
+    codec.seal(header, slot.view)
+    return slot
+
+
+@pytest.mark.parametrize("key", [None, b"k" * 32], ids=["checksum", "keyed"])
+def test_a_frame_survives_the_wire_field_by_field(key):
+    codec, payload = Codec(LIMIT, key, key), bytes(range(256)) * 5
+    header = Header(Kind.CHUNK, 2**63, 2**64 - 1, 2**16 - 1, 7, 2**32 - 2, 2**32 - 1, 12, len(payload))
+    slot = sealed(codec, header, payload)
+    read = codec.open(slot.view)
+    assert read == Header(**{**header.__dict__, "payload_digest": read.payload_digest})
+    assert codec.payload_is_intact(read, slot.view)
+    slot.view[HEADER_BYTES + 100] ^= 1
+    assert not codec.payload_is_intact(read, slot.view)
+
+
+def test_a_frame_under_another_key_or_direction_is_refused():
+    slot = sealed(Codec(LIMIT, b"a" * 32, b"b" * 32), Header(Kind.ACK), b"")
+    for key in (b"b" * 32, b"c" * 32, None):
+        with pytest.raises(FrameError, match="tag is wrong"):
+            Codec(LIMIT, None, key).open(slot.view)
+
+
+@pytest.mark.parametrize("header, complaint", [
+    (Header(Kind.CHUNK, nbytes=LIMIT + 1), "above the limit of 32768"),
+    (Header(Kind.CHUNK, nbytes=2**32 - 1), "above the limit of 32768"),
+    (Header(Kind.MESSAGE, nbytes=CONTROL_LIMIT_BYTES + 1), "MESSAGE of 16385 bytes is above the limit of 16384"),
+    (Header(99), "kind 99 is unknown"),
+    (Header(Kind.CHUNK, start=5, end=4), "reversed")])
+def test_absurd_fields_are_refused_although_their_checksum_is_right(header, complaint):
+    codec = Codec(LIMIT)
+    with pytest.raises(FrameError, match=complaint):
+        codec.open(sealed(codec, header, b"").view)
+
+
+def test_ten_thousand_mutated_frames_raise_a_frame_error_or_parse_within_the_limits():
+    """Half of them get a fresh checksum, as an enemy without the key would do when there is no key."""
+    generator, codec = random.Random(7), Codec(LIMIT)
+    message = encode_message({"prompt": "Once upon a time"})[0]
+    parsed = 0
+    for number in range(10_000):
+        kind = generator.choice(list(Kind))
+        payload = message if kind == Kind.MESSAGE else generator.randbytes(generator.randrange(200))
+        header = Header(kind, nbytes=len(payload), **{name: generator.choice([0, 1, 65535, generator.randrange(2**16)])
+                                                      for name in ("seq", "stream", "layer", "group", "start", "end")})
+        if number % 2:
+            name = generator.choice(["nbytes", "start", "end", "offset"])
+            header = Header(**{**header.__dict__, name: generator.randrange(2**32)})
+            slot = sealed(codec, header, b"") if header.nbytes > LIMIT else sealed(codec, header, payload)
+        else:
+            slot = sealed(codec, header, payload)
+            for _ in range(generator.randrange(1, 6)):
+                slot.view[generator.randrange(HEADER_BYTES + len(payload))] ^= 1 << generator.randrange(8)
+        try:
+            read = codec.open(slot.view)
+            body = slot.view[HEADER_BYTES:HEADER_BYTES + read.nbytes]
+            if codec.payload_is_intact(read, slot.view):
+                {Kind.MESSAGE: lambda: decode_message(bytes(body)), Kind.ACK: lambda: decode_acks(body)}.get(read.kind, int)()
+        except FrameError:
+            continue
+        parsed += 1
+        assert read.nbytes <= LIMIT and len(body) == read.nbytes
+    assert 0 < parsed < 9_000, "the mutations must reach both sides of the parser"
+
+
+def test_a_message_is_a_json_object_and_nothing_else():
+    for data in (b"[1]", b"{", b"\xff", b"[" * 100_000, b"1", b""):
+        with pytest.raises(FrameError):
+            decode_message(data)
+    parts = encode_message({"tokens": [1] * 50_000})
+    assert len(parts) > 1 and max(map(len, parts)) <= CONTROL_LIMIT_BYTES
+    assert decode_message(b"".join(parts)) == {"tokens": [1] * 50_000}
+
+
+def test_acknowledgements_are_a_list_of_numbers():
+    assert decode_acks(memoryview(encode_acks([1, 2**64 - 1]))) == [1, 2**64 - 1]
+    with pytest.raises(FrameError, match="no list"):
+        decode_acks(memoryview(b"1234567"))

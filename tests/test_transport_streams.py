@@ -1,0 +1,92 @@
+"""Plans and what a receiver accepts: nothing outside the plan, nothing twice, nothing after it gave up."""
+
+import random
+
+import pytest
+import torch
+
+from minprfaas.transport import LayerPlan, StreamAborted, StreamPlan
+from minprfaas.transport.frames import Header, Kind
+from minprfaas.transport.streams import Coverage, IncomingStream
+
+PLAN = StreamPlan(5, (LayerPlan(0, 0, True, 4), LayerPlan(1, 1, False, 10)), 8, 16)
+
+
+def receiver():
+    calls = []
+    return IncomingStream(PLAN, lambda layer, start, end, data: calls.append((layer, start, end, data.tolist()))), calls
+
+
+def chunk(**fields) -> Header:
+    return Header(Kind.CHUNK, stream=5, **fields)
+
+
+@pytest.mark.parametrize("fields", [
+    dict(layer=2, start=8, end=9, nbytes=4), dict(layer=0, group=1, start=8, end=9, nbytes=4),
+    dict(layer=0, start=7, end=9, nbytes=8), dict(layer=0, start=15, end=17, nbytes=8), dict(layer=0, start=8, end=8, nbytes=0),
+    dict(layer=0, start=8, end=9, nbytes=3), dict(layer=0, start=8, end=9, offset=4, nbytes=4),
+    dict(layer=1, group=1, start=8, end=15, nbytes=10), dict(layer=1, group=1, start=8, end=16, offset=1, nbytes=10),
+    dict(layer=1, group=1, start=8, end=16, nbytes=0)])
+def test_a_chunk_that_is_not_in_the_plan_writes_nothing(fields):
+    stream, calls = receiver()
+    with pytest.raises(StreamAborted):
+        stream.accept(chunk(**fields), torch.zeros(fields["nbytes"], dtype=torch.uint8), 0.0)
+    assert calls == []
+
+
+def test_the_stream_is_complete_with_the_last_byte_in_any_order():
+    stream, calls = receiver()
+    rows = torch.arange(32, dtype=torch.uint8)
+    assert not stream.accept(chunk(layer=1, group=1, start=8, end=16, offset=4, nbytes=6), rows[4:10], 1.0)
+    assert not stream.accept(chunk(layer=0, start=12, end=16, nbytes=16), rows[16:], 2.0)
+    assert calls == [(0, 12, 16, list(range(16, 32)))], "request-level state waits until it is whole"
+    assert not stream.accept(chunk(layer=1, group=1, start=8, end=16, offset=0, nbytes=4), rows[:4], 3.0)
+    assert stream.accept(chunk(layer=0, start=8, end=12, nbytes=16), rows[:16], 4.0)
+    assert calls[1:] == [(1, 8, 16, list(range(10))), (0, 8, 12, list(range(16)))]
+    assert (stream.report().bytes, stream.report().first_byte_s, stream.report().last_byte_s) == (42, 1.0, 4.0)
+
+
+def test_the_same_tokens_twice_are_refused():
+    stream, calls = receiver()
+    stream.accept(chunk(layer=0, start=8, end=12, nbytes=16), torch.zeros(16, dtype=torch.uint8), 0.0)
+    with pytest.raises(StreamAborted, match="there already"):
+        stream.accept(chunk(layer=0, start=11, end=13, nbytes=8), torch.zeros(8, dtype=torch.uint8), 0.0)
+    assert len(calls) == 1
+
+
+def test_after_close_nothing_is_written_and_the_arrived_prefix_is_known():
+    stream, calls = receiver()
+    stream.accept(chunk(layer=0, start=8, end=11, nbytes=12), torch.zeros(12, dtype=torch.uint8), 0.0)
+    stream.accept(chunk(layer=0, start=12, end=13, nbytes=4), torch.zeros(4, dtype=torch.uint8), 0.0)
+    assert stream.close() == 11
+    with pytest.raises(StreamAborted, match="given the stream up"):
+        stream.accept(chunk(layer=0, start=11, end=12, nbytes=4), torch.zeros(4, dtype=torch.uint8), 0.0)
+    assert len(calls) == 2
+
+
+def test_coverage_agrees_with_a_set_of_tokens():
+    generator = random.Random(3)
+    for _ in range(200):
+        coverage, there = Coverage(10, 60), set()
+        for _ in range(80):
+            start = generator.randrange(5, 62)
+            end = start + generator.randrange(0, 8)
+            tokens = set(range(start, end))
+            fits = tokens and not tokens & there and start >= 10 and end <= 60
+            if fits:
+                coverage.add(start, end)
+                there |= tokens
+            else:
+                with pytest.raises(ValueError):
+                    coverage.add(start, end)
+            prefix = next(token for token in range(10, 61) if token not in there)
+            assert coverage.prefix_end == prefix and coverage.complete == (len(there) == 50)
+
+
+@pytest.mark.parametrize("fields", [
+    dict(stream_id=-1), dict(stream_id=2**64), dict(start=16), dict(start=-1), dict(end=2**32), dict(entries=()),
+    dict(entries=(LayerPlan(0, 0, True, 4),) * 2), dict(entries=(LayerPlan(0, 0, True, 0),)),
+    dict(entries=(LayerPlan(2**16, 0, True, 4),))])
+def test_an_impossible_plan_is_refused(fields):
+    with pytest.raises(ValueError):
+        StreamPlan(**{"stream_id": 5, "entries": PLAN.entries, "start": 8, "end": 16, **fields})

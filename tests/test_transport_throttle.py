@@ -1,0 +1,100 @@
+"""The emulated line: exactly the rate, never above it for a second, and the weather as scheduled. Time is an argument."""
+
+import json
+import random
+
+import pytest
+
+from minprfaas.config import LinkConfig
+from minprfaas.errors import UserError
+from minprfaas.transport import WeatherChange, load_weather
+from minprfaas.transport.throttle import EmulatedLine
+
+
+def carry_backlog(line: EmulatedLine, seconds: float, lateness=lambda: 0.0, start: float = 0.0) -> list[tuple[float, int]]:
+    """Keep the line busy with frames queued at `start`, served by a thread that wakes late; returns (left at, bytes)."""
+    now, left = start, []
+    while now < start + seconds:
+        nbytes = min(256 * 1024, line.chunk_limit(now) or 256 * 1024)
+        now = max(now, line.start_of(start, now)) + lateness()
+        if line.start_of(start, now) > now:  # a stall began meanwhile
+            continue
+        arrival = line.carry(nbytes, start, now)
+        left.append((max(arrival, now), nbytes))
+    return left
+
+
+def busiest_second(left: list[tuple[float, int]]) -> int:
+    """The most bytes in any window of one second."""
+    best = total = first = 0
+    for at, nbytes in left:
+        total += nbytes
+        while left[first][0] <= at - 1.0:
+            total -= left[first][1]
+            first += 1
+        best = max(best, total)
+    return best
+
+
+@pytest.mark.parametrize("gbps", [0.01, 0.1, 1.0])
+def test_goodput_is_at_least_98_percent_and_no_second_is_above_102_on_an_unpunctual_machine(gbps):
+    generator = random.Random(1)
+    hiccups = iter([0.2, 0.1, 0.3])
+    lateness = lambda: next(hiccups, 0) if generator.random() < 0.005 else generator.random() * 0.002  # noqa: E731
+    line = EmulatedLine(LinkConfig(gbps=gbps), (), 0.0)
+    left = carry_backlog(line, 30.0, lateness)
+    rate = gbps * 1e9 / 8
+    assert sum(nbytes for _, nbytes in left) >= 0.98 * rate * left[-1][0]
+    assert busiest_second(left) <= 1.02 * rate
+
+
+def test_a_frame_arrives_half_a_round_trip_after_its_last_bit():
+    line = EmulatedLine(LinkConfig(gbps=0.008, rtt_ms=40), (), 0.0)  # 1 MB/s
+    assert line.carry(10_000, 5.0, 5.0) == pytest.approx(5.0 + 0.010 + 0.020)
+    assert line.carry(10_000, 5.0, 5.01) == pytest.approx(5.0 + 0.020 + 0.020)
+    assert line.carry(10_000, 9.0, 9.0) == pytest.approx(9.0 + 0.010 + 0.020), "an idle line saves nothing up"
+
+
+def test_a_line_without_a_rate_only_delays():
+    line = EmulatedLine(LinkConfig(rtt_ms=10), (), 0.0)
+    assert line.chunk_limit(1.0) is None
+    assert [line.carry(10**6, 1.0, 1.0) for _ in range(3)] == [pytest.approx(1.005)] * 3
+
+
+def test_the_weather_changes_rate_and_delay_and_a_stall_passes_nothing():
+    weather = (WeatherChange(10.0, gbps=0.1), WeatherChange(20.0, stall_s=5.0), WeatherChange(30.0, rtt_ms=100))
+    line = EmulatedLine(LinkConfig(gbps=1.0), weather, 0.0)
+    left = carry_backlog(line, 40.0)
+    carried = lambda a, b: sum(n for at, n in left if a <= at < b) * 8 / 1e9 / (b - a)  # noqa: E731
+    assert carried(1, 10) == pytest.approx(1.0, rel=0.02)
+    assert carried(11, 20) == pytest.approx(0.1, rel=0.03)
+    assert carried(20.1, 25) == 0
+    assert carried(25, 29) == pytest.approx(0.1, rel=0.03), "what a stall cost is not caught up"
+    assert line.carry(1000, 50.0, 50.0) == pytest.approx(50.05, abs=1e-3)
+
+
+def test_a_chunk_takes_the_line_for_at_most_ten_milliseconds():
+    assert EmulatedLine(LinkConfig(gbps=0.01), (), 0.0).chunk_limit(0.0) == 12_500
+
+
+@pytest.mark.parametrize("content, complaint", [
+    ("{", "cannot be read as JSON"), ("{}", "holds no list"), ("[]", "holds no list"), ("[1]", "change 1: 1 is no object"),
+    ('[{"gbps": 1}]', "is no object with at_s"), ('[{"at_s": 0, "speed": 1}]', "is no object with at_s"),
+    ('[{"at_s": "0"}]', "at_s is '0'; it must be a number"), ('[{"at_s": 0, "gbps": 0}]', "bandwidth 0 Gbps is out of range"),
+    ('[{"at_s": -1}]', "at_s is -1"), ('[{"at_s": NaN}]', "at_s is nan"), ('[{"at_s": 0, "stall_s": true}]', "stall_s is True"),
+    ('[{"at_s": 0, "rtt_ms": 99999}]', "round-trip time 99999 ms"),
+    ('[{"at_s": 5, "stall_s": 2}, {"at_s": 6}]', "change 2: at_s 6 lies before the end of the change before it")])
+def test_a_malformed_weather_file_is_one_line_that_names_the_change(tmp_path, content, complaint):
+    path = tmp_path / "weather.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=complaint) as error:
+        load_weather(path)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_a_weather_file_is_read_in_order(tmp_path):
+    path = tmp_path / "weather.json"
+    path.write_text(json.dumps([{"at_s": 1, "gbps": 0.5, "rtt_ms": 20}, {"at_s": 4, "stall_s": 1.5}]))
+    assert load_weather(path) == (WeatherChange(1, 0.5, 20), WeatherChange(4, stall_s=1.5))
+    with pytest.raises(UserError, match="missing.json cannot be read"):
+        load_weather(tmp_path / "missing.json")
