@@ -23,7 +23,7 @@ class Prompt:
 def read_prompts(path: str | Path) -> list[Prompt]:
     """Prompts in file order. UserError names the file and line of the first one that is malformed."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines would cut a prompt at U+2028 too
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompts file {path} cannot be read: {error}") from None
     prompts: dict[str, Prompt] = {}
@@ -46,7 +46,7 @@ def _parse(line: str, default_id: str) -> Prompt:
     try:
         raw = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"not JSON: {error.msg} at column {error.colno}") from None
+        raise UserError(f"not JSON: {error.msg} (column {error.colno})") from None
     if not isinstance(raw, dict):
         raise UserError(f"a JSON {type(raw).__name__}, not an object")
     unknown = sorted(set(raw) - {"id", "prompt", "expected", *SAMPLING_KEYS})

@@ -1,0 +1,63 @@
+"""The prompts file: read whole, or refused with its name and the line."""
+
+import pytest
+
+from minprfaas.engine.prompts import read_prompts
+from minprfaas.engine.sampling import SamplingParams
+from minprfaas.errors import UserError
+
+
+def test_a_file_is_read_in_order_with_everything_it_says(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"id": "a", "prompt": "One", "max_tokens": 3, "temperature": 0.5, "top_k": 4, "top_p": 0.9, "seed": 7, '
+                    '"stop": ["."], "ignore_eos": true, "expected": "x"}\n\n{"prompt": "Zwölf\\n"}\n{"id": 5, "prompt": "Three"}',
+                    encoding="utf-8")
+    first, second, third = read_prompts(path)
+    assert (first.id, first.text, first.expected) == ("a", "One", "x")
+    assert first.params == SamplingParams(3, 0.5, 4, 0.9, 7, (".",), True)
+    assert (second.id, second.text, second.params, second.expected) == ("line-3", "Zwölf\n", SamplingParams(), None)
+    assert third.id == "5"
+
+
+@pytest.mark.parametrize("line, words", [
+    ("{", "not JSON"),
+    ("prompt", "not JSON"),
+    ("[1]", "a JSON list"),
+    ('"text"', "a JSON str"),
+    ('{"id": "x"}', "prompt is None"),
+    ('{"prompt": ""}', "prompt is ''"),
+    ('{"prompt": 5}', "prompt is 5"),
+    ('{"prompt": "x", "max_token": 3}', "unknown key 'max_token'"),
+    ('{"prompt": "x", "max_tokens": 0}', "max_tokens is 0"),
+    ('{"prompt": "x", "max_tokens": null}', "max_tokens is None"),
+    ('{"prompt": "x", "temperature": -1}', "temperature is -1"),
+    ('{"prompt": "x", "temperature": NaN}', "temperature is nan"),
+    ('{"prompt": "x", "stop": 3}', "stop is 3"),
+    ('{"prompt": "x", "stop": [""]}', "stop is"),
+    ('{"prompt": "x", "expected": 3}', "expected is 3"),
+    ('{"id": "first", "prompt": "x"}', "id 'first' was used"),
+])
+def test_a_bad_line_is_named_with_file_and_number(tmp_path, line, words):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"id": "first", "prompt": "fine"}\n\n' + line + "\n")
+    with pytest.raises(UserError) as caught:
+        read_prompts(path)
+    assert f"{path}, line 3: " in str(caught.value) and words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_line_may_hold_unicode_line_separators(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "one\u2028twothree"}\n{"prompt": "next\x85"}\n', encoding="utf-8")
+    assert [prompt.text for prompt in read_prompts(path)] == ["one\u2028twothree", "next\x85"]
+
+
+def test_a_file_without_prompts_or_without_text_is_named(tmp_path):
+    empty, binary = tmp_path / "empty.jsonl", tmp_path / "binary.jsonl"
+    empty.write_text("\n\n")
+    binary.write_bytes(b"\xff\xfe\x00")
+    for path, words in ((empty, "holds no prompt"), (binary, "cannot be read"), (tmp_path / "none", "cannot be read"),
+                        (tmp_path, "cannot be read")):
+        with pytest.raises(UserError, match=words) as caught:
+            read_prompts(path)
+        assert str(path) in str(caught.value)
