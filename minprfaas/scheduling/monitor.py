@@ -31,6 +31,7 @@ class Marks:
     low_queue_s: float = 0.1
     hold_s: float = 10.0
     smooth_s: float = 3.0  # time constant of the averages
+    forget_s: float = 60.0  # time constant with which an idle link's capacity returns to its nominal value
     stale_s: float = 15.0  # without a sample for this long, be careful: scarce
 
     def __post_init__(self):
@@ -46,7 +47,7 @@ class CongestionMonitor:
     """Watches one link direction whose nominal capacity is `nominal_gbps`."""
 
     def __init__(self, nominal_gbps: float, marks: Marks = Marks()):
-        self.marks = marks
+        self.nominal_gbps, self.marks = nominal_gbps, marks
         self.utilization = 0.0  # smoothed
         self.capacity_gbps = nominal_gbps  # smoothed; what the link really gives when it is asked to
         self.queued_bytes = 0.0
@@ -66,9 +67,12 @@ class CongestionMonitor:
         weight = 1 - math.exp(-elapsed / self.marks.smooth_s)
         self._sampled_at, self.queued_bytes = sample.time_s, sample.queued_bytes
         self.utilization += weight * (sample.utilization - self.utilization)
-        if sample.utilization > 0.02:  # an idle link says nothing about its capacity
-            capacity = max(sample.gbps / sample.utilization, 1e-6)
-            self.capacity_gbps += weight * (capacity - self.capacity_gbps)
+        if sample.utilization > 0.02 or sample.queued_bytes:
+            capacity = sample.gbps / sample.utilization if sample.utilization > 0.02 else sample.gbps
+            self.capacity_gbps += weight * (max(capacity, 1e-6) - self.capacity_gbps)
+        else:  # an idle link says nothing about its capacity, but is more and more worth trying
+            weight = 1 - math.exp(-elapsed / self.marks.forget_s)
+            self.capacity_gbps += weight * (self.nominal_gbps - self.capacity_gbps)
         self._settle(sample.time_s)
 
     def _settle(self, time_s: float) -> None:

@@ -1,7 +1,7 @@
 """The long-term loop: convert PD nodes between prefill and decode, one at a time. Chapter 12 (paper 3.4.3)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from minprfaas.scheduling.lengths import LengthDistribution
@@ -40,14 +40,15 @@ class RoleLoop:
         self._wanted_since: tuple[str, float] | None = None
         self._draining = False
 
-    def update(self, now: Observation, lengths: LengthDistribution | None, output_tokens: float,
+    def update(self, now: Observation, recent_lengths: Callable[[], LengthDistribution | None], output_tokens: float,
                pdp: Sequence[NodeView], pdd: Sequence[NodeView]) -> RoleChange | None:
-        """The conversion to begin now, or None. `lengths`: recent incremental ones; `output_tokens`: their mean answer.
+        """The conversion to begin now, or None. `recent_lengths` is `ThresholdLoop.lengths`; `output_tokens`: the mean answer.
         The least-loaded node of the role with too many is chosen; each role keeps at least one."""
-        if self._draining or lengths is None or now.time_s - self._looked_at < self.rule.interval_s:
+        if self._draining or now.time_s - self._looked_at < self.rule.interval_s:
             return None
         self._looked_at = now.time_s
-        role, reason = self._wanted(now, lengths, output_tokens)
+        lengths = recent_lengths()
+        role, reason = self._wanted(now, lengths, output_tokens) if lengths else (None, "")
         donors = pdd if role == "pdp" else pdp
         if role is None or len(donors) < 2:
             self._wanted_since = None

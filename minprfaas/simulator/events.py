@@ -1,0 +1,29 @@
+"""The simulator's clock: what happens next, in exact time and in a fixed order. Chapter 12."""
+
+import heapq
+from collections.abc import Callable
+
+
+class Clock:
+    """Discrete events. Events at one time happen in the order in which they were planned, so a run repeats exactly."""
+
+    def __init__(self):
+        self.now_s = 0.0
+        self._events: list[tuple[float, int, Callable, tuple]] = []
+        self._planned = 0
+
+    def at(self, time_s: float, event: Callable, *args) -> None:
+        """Plan `event(*args)` for `time_s`, or for now if that is past."""
+        self._planned += 1
+        heapq.heappush(self._events, (max(time_s, self.now_s), self._planned, event, args))
+
+    def after(self, delay_s: float, event: Callable, *args) -> None:
+        """Plan `event(*args)` for `delay_s` from now."""
+        self.at(self.now_s + delay_s, event, *args)
+
+    def run(self) -> None:
+        """Until nothing is planned."""
+        events, pop = self._events, heapq.heappop
+        while events:
+            self.now_s, _, event, args = pop(events)
+            event(*args)

@@ -1,0 +1,105 @@
+"""A link as a fluid: KV streams flow in while prefill runs, and flow out at the link's rate, in order. Chapter 12.
+
+Exact for a first-in-first-out link whose chunks are small against a request: a request's last byte leaves when all that
+was put in before it has left. Bandwidth may change at any moment (weather); 0 is a stall, after which it resumes.
+"""
+
+from collections import deque
+from collections.abc import Callable
+
+from minprfaas.scheduling.monitor import LinkSample
+from minprfaas.simulator.events import Clock
+
+_WHOLE_BYTE = 0.5  # rounding of sums of bytes must not hold a request back
+
+
+class FluidLink:
+    """One direction of a link of `gbps`; what has left arrives `rtt_s / 2` later."""
+
+    def __init__(self, clock: Clock, gbps: float, rtt_s: float):
+        self.gbps, self.bytes_sent = gbps, 0.0
+        self._clock, self._half_rtt_s = clock, rtt_s / 2
+        self._inflow = 0.0  # bytes per second that prefill puts in
+        self._entered = self._backlog = 0.0  # bytes, ever and now
+        self._updated_s = self._sampled_s = 0.0
+        self._busy_s = self._sampled_bytes = 0.0
+        self._waiting: deque[tuple[float, Callable, tuple]] = deque()  # (bytes entered before the last of it, …)
+        self._plan = 0
+
+    @property
+    def queued_bytes(self) -> float:
+        return self._backlog
+
+    def open_stream(self, bytes_per_s: float) -> None:
+        """A prefill begins to put its KVCache in, layer by layer, at a steady rate."""
+        self._advance()
+        self._inflow += bytes_per_s
+
+    def close_stream(self, bytes_per_s: float) -> None:
+        """That prefill ends (or dies)."""
+        self._advance()
+        self._inflow = max(self._inflow - bytes_per_s, 0.0)
+
+    def send(self, count_bytes: float, arrived: Callable, *args) -> None:
+        """Put `count_bytes` in at once, and call `arrived(*args)` when they and all before them have crossed: with 0
+        bytes, when all that is in has."""
+        self._advance()
+        self._entered += count_bytes
+        self._backlog += count_bytes
+        if self._backlog <= _WHOLE_BYTE:
+            self._clock.after(self._half_rtt_s, arrived, *args)
+            return
+        self._waiting.append((self._entered, arrived, args))
+        if len(self._waiting) == 1:
+            self._plan_next()
+
+    def set_gbps(self, gbps: float) -> None:
+        """The weather changes."""
+        self._advance()
+        self.gbps = gbps
+        self._plan_next()
+
+    def sample(self) -> LinkSample:
+        """What happened since the last sample."""
+        self._advance()
+        now, sent = self._clock.now_s, self.bytes_sent - self._sampled_bytes
+        elapsed = now - self._sampled_s
+        sample = LinkSample(now, sent * 8e-9 / elapsed, self._busy_s / elapsed, self._backlog) if elapsed else \
+            LinkSample(now, 0.0, 0.0, self._backlog)
+        self._sampled_s, self._sampled_bytes, self._busy_s = now, self.bytes_sent, 0.0
+        return sample
+
+    def _advance(self) -> None:
+        elapsed = self._clock.now_s - self._updated_s
+        if elapsed <= 0:
+            return
+        self._updated_s = self._clock.now_s
+        rate, entered = self.gbps * 1.25e8, self._inflow * elapsed
+        available = self._backlog + entered
+        if self._backlog or self._inflow >= rate:  # it leaves at full rate until the backlog, if it shrinks, is gone
+            shrink = rate - self._inflow
+            full_s = elapsed if shrink <= 0 else min(elapsed, self._backlog / shrink)
+        else:
+            full_s = 0.0
+        left = min(rate * full_s + self._inflow * (elapsed - full_s), available)
+        if available > 0:
+            self._busy_s += full_s + (elapsed - full_s) * (self._inflow / rate if rate else 1.0)
+        self._entered += entered
+        self._backlog = available - left if full_s == elapsed else 0.0
+        self.bytes_sent += left
+
+    def _plan_next(self) -> None:
+        self._plan += 1
+        if self._waiting and self.gbps > 0:
+            missing = self._waiting[0][0] - (self._entered - self._backlog)
+            self._clock.after(max(missing, 0.0) / (self.gbps * 1.25e8), self._deliver, self._plan)
+
+    def _deliver(self, plan: int) -> None:
+        if plan != self._plan:  # the weather changed meanwhile
+            return
+        self._advance()
+        left = self._entered - self._backlog + _WHOLE_BYTE
+        while self._waiting and self._waiting[0][0] <= left:
+            _, arrived, args = self._waiting.popleft()
+            self._clock.after(self._half_rtt_s, arrived, *args)
+        self._plan_next()

@@ -1,0 +1,92 @@
+"""What a simulation says: throughput, latency percentiles, utilization per stage and link, what the loops did. Chapter 12.
+
+Everything is *simulated*: service times come from the profiles, not from a machine.
+"""
+
+from array import array
+from dataclasses import asdict, dataclass, field
+
+from minprfaas.scheduling.monitor import LinkSample
+
+
+@dataclass(frozen=True)
+class Report:
+    """Times in seconds, simulated. Goodput counts requests whose first token came within the objective `ttft_slo_s`,
+    per second of arrivals; utilizations are means over the run; `series` has one row a tick, see `Recorder.tick`."""
+
+    requests: int
+    failed: int
+    routed_again: int
+    duration_s: float
+    throughput_rps: float
+    goodput_rps: float
+    ttft_s: dict[str, float]
+    inter_token_s: dict[str, float]
+    offloaded_fraction: float
+    cached_fraction: float
+    egress_gbps: float
+    shipped_cache_bytes: float
+    utilization: dict[str, float]
+    peak_waiting: int
+    final_threshold: float
+    threshold_moves: int
+    role_changes: list[tuple]
+    series: list[tuple] = field(repr=False)
+
+    def to_json(self) -> dict:
+        """A JSON object, without the series."""
+        return {name: value for name, value in asdict(self).items() if name != "series"}
+
+
+class Recorder:
+    """Counts while the simulation runs."""
+
+    def __init__(self, ttft_slo_s: float):
+        self.arrived = self.failed = self.routed_again = self.offloaded = 0
+        self.shipped_cache_bytes = 0.0
+        self.role_changes: list[tuple[float, str, str, str]] = []
+        self.series: list[tuple] = []
+        self._slo_s, self._good, self._last_arrival_s = ttft_slo_s, 0, 0.0
+        self._ttft, self._inter_token = array("d"), array("d")
+        self._prompt_tokens = self._cached_tokens = 0
+
+    def ended(self, request, failed: bool) -> None:
+        """A request has drawn its last token, or found no node."""
+        self._last_arrival_s = max(self._last_arrival_s, request.arrival_s)
+        if failed:
+            self.failed += 1
+            return
+        ttft_s = request.first_token_s - request.arrival_s
+        self._ttft.append(ttft_s)
+        self._good += ttft_s <= self._slo_s
+        if request.output_tokens > 1:
+            self._inter_token.append((request.finished_s - request.first_token_s) / (request.output_tokens - 1))
+        self.offloaded += request.decision.route == "prfaas"
+        self._prompt_tokens += request.input_tokens
+        self._cached_tokens += request.cached_tokens
+
+    def tick(self, time_s: float, egress: LinkSample, busy: tuple[float, float, float], waiting: int, threshold: float,
+             n_p: int) -> None:
+        """(time, egress Gbps, egress utilization, queued bytes, share of PrfaaS nodes, of PD-P nodes and of decode places
+        in use, requests without a first token, threshold, N_p)."""
+        self.series.append((time_s, egress.gbps, egress.utilization, egress.queued_bytes, *busy, waiting, threshold, n_p))
+
+    def report(self, duration_s: float, bytes_sent: float, threshold_moves: int) -> Report:
+        """The whole run in figures."""
+        completed, columns = len(self._ttft), list(zip(*self.series))
+        arrivals_s = self._last_arrival_s or 1.0
+        names = ("egress", "prfaas", "pdp", "pdd")
+        return Report(
+            completed, self.failed, self.routed_again, duration_s, completed / duration_s, self._good / arrivals_s,
+            _percentiles(self._ttft), _percentiles(self._inter_token), self.offloaded / max(completed, 1),
+            self._cached_tokens / max(self._prompt_tokens, 1), bytes_sent * 8e-9 / duration_s, self.shipped_cache_bytes,
+            {name: sum(columns[i]) / len(columns[i]) for name, i in zip(names, (2, 4, 5, 6))},
+            max(columns[7]), columns[8][-1], threshold_moves, self.role_changes, self.series)
+
+
+def _percentiles(values: array) -> dict[str, float]:
+    ordered = sorted(values)
+    if not ordered:
+        return {}
+    at = {f"p{percent}": ordered[min(len(ordered) * percent // 100, len(ordered) - 1)] for percent in (50, 90, 99)}
+    return {"mean": sum(ordered) / len(ordered), **at}
