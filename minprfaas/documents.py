@@ -104,10 +104,14 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Question:
-    """A question about one fact of a document, and its one right answer (a person's name)."""
+    """A question about one fact of a document, and its one right answer (a person's name).
+
+    `cue` asks the same as the beginning of a sentence ("The harbour master of Velmora is"): the easier half of training.
+    """
 
     text: str
     answer: str
+    cue: str
 
     @property
     def prompt_tail(self) -> str:
@@ -173,7 +177,8 @@ def _facts(rng: random.Random, towns: list[str], people: list[str]) -> tuple[lis
     for (office, town), person in zip(posts, people):
         slots = {**_WORDS, "office": [office], "town": [town], "person": [person]}
         sentences.append(_fill(rng, rng.choice(_FACTS), slots))
-        questions.append(Question(_fill(rng, rng.choice(_QUESTIONS), slots), person))
+        cue = _fill(rng, rng.choice(_FACTS).split(" {person}")[0], slots)
+        questions.append(Question(_fill(rng, rng.choice(_QUESTIONS), slots), person, cue))
     return sentences, tuple(questions)
 
 

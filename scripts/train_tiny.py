@@ -7,6 +7,7 @@ stopped (`--minutes`) goes on where it was with `--resume`. Chapter 02.
 """
 
 import argparse
+import itertools
 import os
 import random
 import sys
@@ -21,13 +22,13 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from minprfaas.config import ModelConfig
-from minprfaas.documents import END_OF_TEXT, MAX_FACTS, make_document, vocabulary
+from minprfaas.documents import END_OF_TEXT, MAX_FACTS, MIN_TOKENS, make_document, vocabulary
 from minprfaas.errors import UserError, exit_on_user_error
 from minprfaas.model.checkpoint import checked_device, save_checkpoint
 from minprfaas.model.tokenizer import Tokenizer
 from minprfaas.model.transformer import Transformer
 
-SEED = 0
+SEED, END_ID = 0, 0
 VOCAB_SIZE = 1216
 KDA_LAYERS, FULL_LAYERS = [1, 2, 3, 5, 6, 7], [4, 8]  # 3:1, counted from 1
 CONFIG = {
@@ -35,57 +36,70 @@ CONFIG = {
     "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8, "num_attention_heads": 4,
     "num_key_value_heads": 4, "head_dim": 64, "q_lora_rank": None, "kv_lora_rank": 128, "qk_nope_head_dim": 64,
     "qk_rope_head_dim": 16, "v_head_dim": 64, "mla_use_nope": True,
-    "linear_attn_config": {"num_heads": 4, "head_dim": 64, "short_conv_kernel_size": 4,
+    "linear_attn_config": {"num_heads": 4, "head_dim": 32, "short_conv_kernel_size": 4,
                            "kda_layers": KDA_LAYERS, "full_attn_layers": FULL_LAYERS},
     "num_experts": None, "first_k_dense_replace": 8, "hidden_act": "silu", "rms_norm_eps": 1e-5,
     "tie_word_embeddings": True, "model_max_length": 16384, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0,
     "torch_dtype": "bfloat16",
 }
-ANSWER_TOKENS = 23  # of one question with its answer, about
+ASK_TOKENS = 18  # of one question or cue with its answer, about
 LM_LOSS_WEIGHT = 0.1  # of every token that is no answer: most of it is noise (names cannot be foreseen)
+
+
+PADDING, TEXT, CUED, ANSWER = range(4)  # kinds of token; CUED is the answer to a cue, ANSWER that to a question
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A length of the curriculum: `steps` optimizer steps on documents of up to `tokens` tokens."""
+    """A part of the curriculum: `steps` optimizer steps of about `step_tokens` tokens, in rows of `lengths` by turns."""
 
-    tokens: int
+    lengths: tuple[int, ...]
+    step_tokens: int
     steps: int
 
 
-CURRICULUM = (Stage(256, 1000), Stage(512, 500), Stage(1024, 400), Stage(2048, 300), Stage(4096, 300), Stage(9216, 400))
+CURRICULUM = (
+    Stage((256,), 32_768, 1000), Stage((512,), 32_768, 400), Stage((1024, 512), 32_768, 400),
+    Stage((2048, 1024), 32_768, 400), Stage((4096, 2048), 65_536, 300), Stage((9216, 4096, 9216, 1024), 65_536, 600))
 
 
 class Examples(Dataset):
-    """One item a step: `ids` `[batch, tokens]` and `kind` of each (0 padding, 1 text, 2 answer), drawn from the step's seed."""
+    """One item a step: `ids` `[rows, tokens]` and the `kind` of each id, all drawn from the step's number alone."""
 
-    def __init__(self, tokenizer: Tokenizer, lengths: list[int], step_tokens: int):
-        self.tokenizer, self.lengths, self.step_tokens = tokenizer, lengths, step_tokens
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.shapes = [(max(1, stage.step_tokens // length), length) for stage in CURRICULUM
+                       for length, _ in zip(itertools.cycle(stage.lengths), range(stage.steps))]
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.shapes)
 
     def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = self.lengths[step]
+        rows, tokens = self.shapes[step]
         seed = step * 100_000  # more than a step has rows; far below EVALUATION_SEEDS
-        rows = [self._row(seed + row, tokens) for row in range(max(1, self.step_tokens // tokens))]
-        ids, kinds = zip(*rows)
+        ids, kinds = zip(*(self._row(seed + row, tokens) for row in range(rows)))
         return torch.tensor(ids), torch.tensor(kinds, dtype=torch.uint8)
 
     def _row(self, seed: int, tokens: int) -> tuple[list[int], list[int]]:
-        """A document and questions on it, cut and padded to `tokens`."""
-        asked = min(32, max(4, tokens // 64))
-        room = tokens - ANSWER_TOKENS * (asked - 1)
-        facts = random.Random(seed).randint(asked // 2, min(MAX_FACTS, room // 28))
+        """A document, and questions and cues on it, cut and padded to `tokens`."""
+        rng = random.Random(seed)
+        asked = min(40, max(6, tokens // 40))
+        room = max(MIN_TOKENS, tokens - ASK_TOKENS * (asked - 2))
+        facts = rng.randint(max(2, asked // 2), min(MAX_FACTS, room // 28))
         document = make_document(seed, room, self.tokenizer.encode, facts)
         ids = self.tokenizer.encode(document.text)
-        kinds = [1] * len(ids)
-        for question in document.questions[:asked]:
-            for text, kind in ((question.prompt_tail, 1), (" " + question.answer + END_OF_TEXT, 2)):
+        kinds = [TEXT] * len(ids)
+        for question in itertools.islice(itertools.cycle(document.questions), 2 * asked):
+            tail, answer_kind = question.prompt_tail, ANSWER
+            if rng.random() < 0.5:
+                tail, answer_kind = "\n\n" + question.cue, CUED
+            for text, kind in ((tail, TEXT), (" " + question.answer + END_OF_TEXT, answer_kind)):
                 piece = self.tokenizer.encode(text)
                 ids, kinds = ids + piece, kinds + [kind] * len(piece)
-        padding = [0] * (tokens - len(ids))
-        return (ids + padding)[:tokens], (kinds + padding)[:tokens]
+            if len(ids) >= tokens:
+                break
+        padding = [END_ID] * (tokens - len(ids))
+        return (ids + padding)[:tokens], (kinds + [PADDING] * len(padding))[:tokens]
 
 
 @exit_on_user_error
@@ -99,28 +113,27 @@ def main() -> int:
     optimizer = new_optimizer(model, args.lr, fused=device.type == "cuda")
     resume_file = out / "resume.pt"
     step = load_resume_file(resume_file, model, optimizer, device) if args.resume else 0
-    lengths = [stage.tokens for stage in CURRICULUM for _ in range(max(1, round(stage.steps * args.scale)))]
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(lengths)} steps of {args.step_tokens} "
-          f"tokens on {device}, from step {step}")
-    step = train(model, optimizer, tokenizer, lengths, step, args, resume_file)
+    examples = Examples(tokenizer)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(examples)} steps on {device}, "
+          f"from step {step}")
+    step = train(model, optimizer, examples, step, args, resume_file)
     save_resume_file(resume_file, model, optimizer, step)
     save_checkpoint(model, CONFIG, out, torch.bfloat16)
-    done = "trained" if step == len(lengths) else f"stopped at step {step} of {len(lengths)} (go on with --resume)"
+    done = "trained" if step == len(examples) else f"stopped at step {step} of {len(examples)} (go on with --resume)"
     print(f"{done}; {out} holds the checkpoint. Accuracy: python scripts/eval_tiny.py --model {out}")
     return 0
 
 
-def train(model: Transformer, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer, lengths: list[int], step: int,
+def train(model: Transformer, optimizer: torch.optim.Optimizer, examples: Examples, step: int,
           args: argparse.Namespace, resume_file: Path) -> int:
     """Run the steps from `step` on, until they or the minutes are used up; returns the step reached."""
-    examples = Examples(tokenizer, lengths, args.step_tokens)
-    batches = DataLoader(examples, batch_size=None, sampler=range(step, len(lengths)), num_workers=args.workers,
-                         prefetch_factor=8 if args.workers else None, pin_memory=torch.cuda.is_available())
+    batches = DataLoader(examples, batch_size=None, sampler=range(step, len(examples)), num_workers=args.workers,
+                         prefetch_factor=8 if args.workers else None, pin_memory=model.device.type == "cuda")
     started = saved = time.monotonic()
     model.train()
-    with tqdm(total=len(lengths), initial=step, unit="step", mininterval=1.0) as bar:
+    with tqdm(total=len(examples), initial=step, unit="step", mininterval=1.0) as bar:
         for ids, kinds in batches:
-            set_learning_rate(optimizer, args.lr, step / len(lengths), step)
+            set_learning_rate(optimizer, args.lr, step / len(examples), step)
             loss, right = train_step(model, optimizer, ids.to(model.device, non_blocking=True),
                                      kinds.to(model.device, non_blocking=True))
             step += 1
@@ -140,12 +153,12 @@ def train(model: Transformer, optimizer: torch.optim.Optimizer, tokenizer: Token
 
 def train_step(model: Transformer, optimizer: torch.optim.Optimizer, ids: torch.Tensor,
                kinds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """One optimizer step; returns the mean loss of answer tokens and the share of answers with every token right."""
+    """One optimizer step; returns the mean loss of answer tokens and the share of questions with every token right."""
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"):
         logits = model(ids[:, :-1])
     target, kind = ids[:, 1:], kinds[:, 1:]
     losses = F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="none").view_as(target)
-    answer, text = kind == 2, kind == 1
+    answer, text = kind >= CUED, kind == TEXT
     answer_loss = (losses * answer).sum() / answer.sum()
     text_loss = (losses * text).sum() / text.sum()
     optimizer.zero_grad(set_to_none=True)
@@ -154,15 +167,16 @@ def train_step(model: Transformer, optimizer: torch.optim.Optimizer, ids: torch.
     optimizer.step()
     with torch.no_grad():  # an answer ends where the end-of-text token is due; it is wrong if any of its tokens is
         wrong = (answer & (logits.argmax(-1) != target)).long().cumsum(1)
-        ends = answer & (target == 0)
+        ends = answer & (target == END_ID)
         wrong_before = F.pad(torch.where(ends, wrong, 0).cummax(1).values, (1, -1))
-        right = (ends & (wrong == wrong_before)).sum() / ends.sum()
+        asked = ends & (kind == ANSWER)
+        right = (asked & (wrong == wrong_before)).sum() / asked.sum()
     return answer_loss.detach(), right
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, done: float, step: int) -> None:
-    """A warm-up of 200 steps, then the peak, and over the last 40% of the run a straight line down to 2%."""
-    rate = peak * min(1.0, (step + 1) / 200, max(0.02, (1 - done) / 0.4))
+    """a warm-up of 100 steps, then the peak, and over the last 40% of the run a straight line down to 2%."""
+    rate = peak * min(1.0, (step + 1) / 100, max(0.02, (1 - done) / 0.4))
     for group in optimizer.param_groups:
         group["lr"] = rate
 
@@ -221,8 +235,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on from OUT/resume.pt")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
-    parser.add_argument("--step-tokens", type=int, default=65_536, help="tokens a step (default: %(default)s)")
-    parser.add_argument("--scale", type=float, default=1.0, help="multiplies every stage's steps (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=min(12, (os.cpu_count() or 2) - 1), help="document writers")
     parser.add_argument("--log-every", type=int, default=50, help="steps between two printed lines")
     return parser.parse_args()
