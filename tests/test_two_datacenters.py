@@ -1,0 +1,149 @@
+"""Prefill there, decode here: the answers are those of one process, whatever the route. Chapter 13."""
+
+import random
+import threading
+
+import pytest
+from cluster_support import serve, two_datacenters
+
+from minprfaas import SamplingParams, generate
+from minprfaas.config import LinkConfig
+from minprfaas.engine.request import Status
+
+GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
+
+
+def prompts_of(*lengths, seed=0):
+    draw = random.Random(seed)
+    return [[draw.randrange(1, 257) for _ in range(length)] for length in lengths]
+
+
+def tokens(journeys):
+    return [journey.request.output_ids for journey in journeys]
+
+
+def reference(model, tokenizer, prompts, params):
+    return [output.token_ids for output in generate(model, tokenizer, prompts, params)]
+
+
+@pytest.mark.parametrize("family", ["kimi_linear", "qwen3"])
+def test_short_and_long_requests_get_the_answers_of_one_process(models, family):
+    model, tokenizer = models[family]
+    prompts = prompts_of(5, 200, 33, 130, 64, 300)
+    with two_datacenters(model, tokenizer, threshold=100) as (local, _):
+        journeys = serve(local, prompts, GREEDY)
+    assert [journey.route for journey in journeys] == ["pdp", "prfaas", "pdp", "prfaas", "pdp", "prfaas"]
+    assert all(journey.fallback is None for journey in journeys)
+    assert tokens(journeys) == reference(model, tokenizer, prompts, GREEDY)
+
+
+def test_sampled_and_stopped_requests_get_the_answers_of_one_process(hybrid):
+    model, tokenizer = hybrid
+    prompts = prompts_of(150, 20, 150, 150)
+    free = SamplingParams(max_tokens=20, temperature=1.0, top_p=0.9, seed=3, ignore_eos=True)
+    word = generate(model, tokenizer, prompts[2:3], free)[0].text[4:6]
+    params = [free, free, SamplingParams(20, 1.0, top_p=0.9, seed=3, ignore_eos=True, stop=(word,)),
+              SamplingParams(max_tokens=1)]
+    with two_datacenters(model, tokenizer, threshold=100) as (local, _):
+        journeys = serve(local, prompts, params)
+    alone = generate(model, tokenizer, prompts, params)
+    assert tokens(journeys) == [output.token_ids for output in alone]
+    assert [j.request.text for j in journeys] == [output.text for output in alone]
+    assert journeys[2].request.finish_reason == "stop" and journeys[3].request.finish_reason == "length"
+
+
+def test_damaging_any_layers_transferred_state_changes_the_answer(hybrid):
+    model, tokenizer = hybrid
+    prompts = prompts_of(150)
+    wanted = reference(model, tokenizer, prompts, GREEDY)
+    for damaged in range(len(model.config.layers)):
+        with two_datacenters(model, tokenizer, threshold=100) as (local, _):
+            write = local.engine.kvcache.pool.write_bytes
+
+            def write_damaged(layer, table, start, end, data):
+                write(layer, table, start, end, data if layer != damaged else data.zero_())
+
+            local.engine.kvcache.pool.write_bytes = write_damaged
+            journeys = serve(local, prompts, GREEDY)
+        assert tokens(journeys) != wanted, f"layer {damaged} can be damaged unnoticed"
+
+
+def test_each_layer_is_shipped_while_prefill_still_runs(hybrid):
+    model, tokenizer = hybrid
+    shipped_during_prefill = []
+    with two_datacenters(model, tokenizer, threshold=100) as (local, remote):
+        write = local.engine.kvcache.pool.write_bytes
+
+        def watch(layer, table, start, end, data):
+            export = remote.exports["0"]
+            shipped_during_prefill.append((layer, end, export.request.status is Status.PREFILL))
+            write(layer, table, start, end, data)
+
+        local.engine.kvcache.pool.write_bytes = watch
+        serve(local, prompts_of(480), GREEDY)
+    token_layer = 3
+    early = [end for layer, end, prefilling in shipped_during_prefill if layer == token_layer and prefilling]
+    assert early and min(early) <= 48, "the first prefill chunk's KV arrives before the prompt is done"
+
+
+def test_without_overlap_nothing_is_shipped_before_prefill_ends(hybrid):
+    model, tokenizer = hybrid
+    with two_datacenters(model, tokenizer, threshold=100, overlap=False) as (local, remote):
+        write = local.engine.kvcache.pool.write_bytes
+        during = []
+
+        def watch(layer, table, start, end, data):
+            during.append(remote.exports["0"].request.status is Status.PREFILL)
+            write(layer, table, start, end, data)
+
+        local.engine.kvcache.pool.write_bytes = watch
+        prompts = prompts_of(300)
+        journeys = serve(local, prompts, GREEDY)
+    assert during and not any(during)
+    assert tokens(journeys) == reference(model, tokenizer, prompts, GREEDY)
+
+
+def test_more_requests_than_the_pools_hold_all_get_their_answers(hybrid):
+    model, tokenizer = hybrid
+    prompts = prompts_of(*[150, 20] * 6, seed=1)
+    with two_datacenters(model, tokenizer, threshold=100, pool_a=24, pool_b=40) as (local, _):
+        journeys = serve(local, prompts, GREEDY)
+    assert tokens(journeys) == reference(model, tokenizer, prompts, GREEDY)
+
+
+def test_a_prompt_that_the_prefill_node_cannot_hold_is_prefilled_here(hybrid):
+    model, tokenizer = hybrid
+    prompts = prompts_of(300)
+    with two_datacenters(model, tokenizer, threshold=100, pool_a=12) as (local, _):
+        journeys = serve(local, prompts, GREEDY)
+    assert journeys[0].route == "pdp" and "pool" in journeys[0].fallback
+    assert tokens(journeys) == reference(model, tokenizer, prompts, GREEDY)
+
+
+def test_an_overdue_transfer_is_given_up_and_the_prompt_prefilled_here(hybrid):
+    model, tokenizer = hybrid
+    prompts = prompts_of(400)
+    crawl = LinkConfig(gbps=2e-5, lanes=2, chunk_bytes=4096)  # 20 kbit/s: 40 KiB take 16 s
+    with two_datacenters(model, tokenizer, threshold=100, link=crawl, offload_deadline_s=0.5) as (local, _):
+        journeys = serve(local, prompts, GREEDY)
+    assert "deadline" in journeys[0].fallback
+    assert tokens(journeys) == reference(model, tokenizer, prompts, GREEDY)
+
+
+def test_when_the_prefill_node_leaves_every_request_is_still_answered(hybrid):
+    model, tokenizer = hybrid
+    prompts = prompts_of(300, 250)
+    with two_datacenters(model, tokenizer, threshold=100) as (local, remote):
+        write = local.engine.kvcache.pool.write_bytes
+        leaving = threading.Thread(target=remote.link.close)
+
+        def leave_after_first_bytes(layer, table, start, end, data):
+            write(layer, table, start, end, data)
+            if leaving.ident is None:
+                leaving.start()
+
+        local.engine.kvcache.pool.write_bytes = leave_after_first_bytes
+        journeys = serve(local, prompts, GREEDY)
+        leaving.join(60)
+    assert [journey.route for journey in journeys] == ["pdp", "pdp"]
+    assert tokens(journeys) == reference(model, tokenizer, prompts, GREEDY)
