@@ -7,9 +7,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from minprfaas.cluster import messages
+from minprfaas.cluster.desk import RoutingDesk
 from minprfaas.cluster.kv_export import stream_plan
 from minprfaas.engine.engine import Engine
-from minprfaas.engine.request import Request, Status, TokenUpdate
+from minprfaas.engine.request import Request, TokenUpdate
+from minprfaas.scheduling.router import Decision
 from minprfaas.transport.events import LinkDown, LinkLost, LinkRestored, MessageReceived, StreamDone, StreamFailed
 from minprfaas.transport.link import Link
 
@@ -42,18 +44,18 @@ class Journey:
 
 
 class LocalNode:
-    """Serves requests end to end; those with more than `threshold` uncached tokens are prefilled across the link.
+    """Serves requests end to end; those that the routing desk sends away are prefilled across the link.
 
     `on_update(journey, token_update | None)` hears of every token, and of prefill and transfer progress.
     """
 
     def __init__(self, engine: Engine, link: Link, threshold: int, offload_deadline_s: float,
                  on_update: Callable[[Journey, TokenUpdate | None], None] = lambda journey, update: None):
-        self.engine, self.link, self.threshold = engine, link, threshold
+        self.engine, self.link = engine, link
+        self.desk = RoutingDesk(threshold, link.config.gbps)
         self.offload_deadline_s, self.on_update = offload_deadline_s, on_update
         self.peer: messages.NodeReady | None = None
         self.peer_peak_bytes = 0
-        self.link_up = True
         self.journeys: dict[str, Journey] = {}
         self._queue: deque[Journey] = deque()
         self._away: dict[str, Journey] = {}
@@ -81,7 +83,7 @@ class LocalNode:
     def step(self) -> None:
         """Route what waits, hear one event, compute one step, give up on what is overdue."""
         self._dispatch()
-        event = self.link.receive(0.0 if self.engine.has_work else 0.02) if self.link_up else None
+        event = self.link.receive(0.0 if self.engine.has_work else 0.02) if self.desk.link_up else None
         if event is not None:
             self._handle(event)
         if self.engine.has_work:
@@ -95,7 +97,7 @@ class LocalNode:
         """Tell the prefill node that no more requests come, and wait for its last message."""
         until = self.engine.clock() + deadline_s
         self._tell(messages.Shutdown())
-        while self.link_up and not self.peer_peak_bytes and self.engine.clock() < until:
+        while self.desk.link_up and not self.peer_peak_bytes and self.engine.clock() < until:
             event = self.link.receive(0.05)
             if event is not None:
                 self._handle(event)
@@ -106,17 +108,20 @@ class LocalNode:
         """Send requests on their way, oldest first; one that has no room for its KVCache holds the queue."""
         while self._queue:
             journey = self._queue[0]
-            request = journey.request
-            uncached = request.prompt_tokens - self.engine.kvcache.match(request.token_ids)
-            if uncached <= self.threshold or not self.link_up:
-                self._queue.popleft()
-                journey.reason = f"{uncached:,} uncached tokens, threshold {self.threshold:,}"
-                self.engine.add(request)
-            elif not self._offload(journey):
+            decision = self._decide(journey.request)
+            if decision.route == "prfaas" and not self._offload(journey):
                 return
-            else:
-                self._queue.popleft()
-                journey.reason = f"{uncached:,} uncached tokens > threshold {self.threshold:,}"
+            self._queue.popleft()
+            journey.reason = decision.reason
+            if decision.route == "pdp":
+                self.engine.add(journey.request)
+
+    def _decide(self, request: Request) -> Decision:
+        kvcache = self.engine.kvcache
+        load_here = sum(r.prompt_tokens for r in (*self.engine.waiting, *self.engine.prefilling))
+        load_there = sum(j.request.prompt_tokens - j.done_tokens for j in self._away.values())
+        return self.desk.route(request.prompt_tokens, kvcache.keys(request.token_ids), kvcache.match(request.token_ids),
+                               load_here, load_there, self.engine.clock())
 
     def _offload(self, journey: Journey) -> bool:
         request = journey.request
@@ -158,6 +163,7 @@ class LocalNode:
         elif isinstance(event, LinkLost):
             self._lose_link(event.reason)
         elif isinstance(event, LinkRestored) and event.peer_restarted:
+            self.desk.peer_is_new()
             self._bring_all_home("the prefill node restarted")
 
     def _hear(self, message) -> None:
@@ -165,6 +171,11 @@ class LocalNode:
             self.peer = message
         elif isinstance(message, messages.Goodbye):
             self.peer_peak_bytes = message.peak_bytes
+        elif isinstance(message, messages.EgressSample):
+            self.desk.hear_sample(message, self.engine.clock())
+        elif isinstance(message, messages.CacheEvents):
+            if not self.desk.hear_events(message):
+                self._tell(messages.SendInventory())
         elif isinstance(message, messages.TransferDone) and message.id in self.journeys:
             journey = self.journeys[message.id]
             journey.transfer_s, journey.exposed_s = message.transfer_s, message.exposed_s
@@ -207,7 +218,7 @@ class LocalNode:
     def _forget_away(self, journey: Journey) -> None:
         self._away.pop(journey.request.id)
         self._by_stream.pop(journey.stream_id)
-        if self.link_up and not journey.arrived:
+        if self.desk.link_up and not journey.arrived:
             self.link.forget_stream(journey.stream_id)
 
     def _note(self, update: TokenUpdate) -> None:
@@ -218,7 +229,7 @@ class LocalNode:
         self.on_update(journey, update)
 
     def _tell(self, message) -> None:
-        if not self.link_up:
+        if not self.desk.link_up:
             return
         try:
             self.link.send_message(messages.encode(message))
@@ -227,5 +238,5 @@ class LocalNode:
 
     def _lose_link(self, reason: str) -> None:
         """For good: from now on everything is prefilled here."""
-        self.link_up = False
+        self.desk.link_up = False
         self._bring_all_home(f"link lost: {reason}")

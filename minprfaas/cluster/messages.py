@@ -6,7 +6,7 @@ fields, or raises `BadMessage`.
 
 from dataclasses import asdict, dataclass, fields
 
-MAX_TOKENS = 1 << 20  # of one prompt; far above any context here, far below what could exhaust memory
+MAX_ITEMS = 1 << 20  # of one list; far above any prompt here, far below what could exhaust memory
 
 
 class BadMessage(Exception):
@@ -77,6 +77,33 @@ class PrefillAbort:
 
 
 @dataclass(frozen=True)
+class EgressSample:
+    """PrfaaS -> PD: what its side of the link did lately; `queued_bytes` wait to leave."""
+
+    gbps: float
+    utilization: float
+    queued_bytes: int
+
+
+@dataclass(frozen=True)
+class CacheEvents:
+    """PrfaaS -> PD: prefixes that it can begin with (`tokens` at a `key`) or, where tokens are 0, no longer can.
+
+    `sequence` numbers the first of them. With `inventory` they are all that the node holds, as of `sequence`.
+    """
+
+    sequence: int
+    keys: list[str]
+    tokens: list[int]
+    inventory: bool
+
+
+@dataclass(frozen=True)
+class SendInventory:
+    """PD -> PrfaaS: events were lost; say what you hold."""
+
+
+@dataclass(frozen=True)
 class Shutdown:
     """PD -> PrfaaS: no more requests."""
 
@@ -89,7 +116,8 @@ class Goodbye:
 
 
 TYPES = {cls.__name__: cls for cls in (NodeReady, PrefillOrder, PrefillProgress, PrefillDone, TransferDone, PrefillFailed,
-                                       PrefillAbort, Shutdown, Goodbye)}
+                                       PrefillAbort, EgressSample, CacheEvents, SendInventory,
+                                       Shutdown, Goodbye)}
 
 
 def encode(message) -> dict:
@@ -116,6 +144,6 @@ def _is_a(value, kind) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**64
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind == list[int]:
-        return isinstance(value, list) and len(value) <= MAX_TOKENS and all(_is_a(item, int) for item in value)
+    if kind in (list[int], list[str]):
+        return isinstance(value, list) and len(value) <= MAX_ITEMS and all(_is_a(item, kind.__args__[0]) for item in value)
     return isinstance(value, kind)

@@ -24,10 +24,15 @@ class PrefillNode:
         self.transfer_deadline_s, self.overlap = transfer_deadline_s, overlap
         self.exports: dict[str, KVExport] = {}
         self._stopping = False
+        self._sampled_s = 0.0
+        self._sequence = 0  # of the last cache event told
+        self._events: list[tuple[str, int]] = []
+        engine.kvcache.ledger.on_event = self._note_cache_event
 
     def serve(self) -> None:
         """The node's loop: hear one event, prefill one chunk, look after the transfers."""
         self._tell(messages.NodeReady("prfaas", str(self.engine.model.device), self.engine.kvcache.config.num_blocks))
+        self._tell_inventory()
         with ThreadPoolExecutor(thread_name_prefix="acks") as self._acks:
             while not self._stopping or self.exports:
                 event = self.link.receive(0.0 if self.engine.has_work else 0.02)
@@ -37,6 +42,7 @@ class PrefillNode:
                     self.engine.step()
                     self._report_progress()
                 self._tend_exports()
+                self._tell_news()
         self._tell(messages.Goodbye(peak_memory_bytes()))
 
     def _handle(self, event) -> None:
@@ -55,6 +61,8 @@ class PrefillNode:
             self._accept(message)
         elif isinstance(message, messages.PrefillAbort):
             self._drop(message.id)
+        elif isinstance(message, messages.SendInventory):
+            self._tell_inventory()
         elif isinstance(message, messages.Shutdown):
             self._stopping = True
 
@@ -91,6 +99,26 @@ class PrefillNode:
                 self._prefilled(export)
             elif export.report is not None and export.report.done():
                 self._transferred(export)
+
+    def _note_cache_event(self, kind: str, key: bytes, tokens: int) -> None:
+        self._events.append((key.hex(), tokens if kind == "stored" else 0))
+
+    def _tell_news(self) -> None:
+        """Cache events since the last time, and the link's newest sample, for the other side's router."""
+        if self._events:
+            events, self._events = self._events, []
+            self._tell(messages.CacheEvents(self._sequence + 1, *map(list, zip(*events)), inventory=False))
+            self._sequence += len(events)
+        samples = self.link.stats().samples
+        if samples and samples[-1].time_s > self._sampled_s:
+            self._sampled_s = samples[-1].time_s
+            self._tell(messages.EgressSample(samples[-1].egress_gbps, samples[-1].utilization, samples[-1].queued_bytes))
+
+    def _tell_inventory(self) -> None:
+        self._sequence, self._events = self._sequence + len(self._events), []
+        held = [(key.hex(), tokens) for key, tokens in self.engine.kvcache.ledger.hittable()]
+        keys, tokens = map(list, zip(*held)) if held else ([], [])
+        self._tell(messages.CacheEvents(self._sequence, keys, tokens, inventory=True))
 
     def _prefilled(self, export: KVExport) -> None:
         request = export.request

@@ -130,7 +130,7 @@ class FrontEnd:
         return self._check() if self.args.check else 0
 
     def _say_what_is_loaded(self) -> None:
-        while self.node.peer is None and self.node.link_up:
+        while self.node.peer is None and self.node.desk.link_up:
             self.node.step()
         model, config = self.engine.model, self.link_config
         parameters = sum(parameter.numel() for parameter in model.parameters())
