@@ -313,3 +313,20 @@ def test_the_same_greedy_tokens_with_the_cache_cold_warm_partly_evicted_and_off(
         assert answer(tight, prompts[which])[0] == expected[which]
     assert ample.stats().evicted_entries == 0 and ample.stats().hit_tokens > sum(map(len, prompts))
     assert tight.stats().evicted_entries > 0 and tight.stats().hit_tokens > 0
+
+
+def test_where_the_next_turn_begins_is_as_recent_as_its_request():
+    """The snapshot of a long-running request was taken before another's came and went; its request ended after."""
+    kvcache = manager(HYBRID, 110, snapshot_every=1000)
+    cache = prefill(kvcache, PROMPT)
+    kvcache.close(prefill(kvcache, [7] * 42))
+    kvcache.close(cache)
+    ledger = kvcache.ledger
+    ledger.release(ledger.allocate(len(ledger.free) + 1))  # the pool needs one block more than is free
+    assert kvcache.match(PROMPT) == 40 and kvcache.match([7] * 42) == 0
+
+
+def test_two_models_never_agree_on_a_key():
+    one, other = manager(DENSE, 10, root=b"one"), manager(DENSE, 10, root=b"other")
+    assert one.keys(PROMPT) == manager(DENSE, 10, root=b"one").keys(PROMPT)
+    assert not set(one.keys(PROMPT)) & set(other.keys(PROMPT))
