@@ -1,0 +1,389 @@
+"""The engine: the same tokens however a request is batched, chunked, queued, preempted or reused."""
+
+import random
+from functools import lru_cache
+
+import pytest
+import torch
+from conftest import FAMILIES, write_checkpoint
+
+from minprfaas import SamplingParams, UserError, load
+from minprfaas.config import CacheConfig
+from minprfaas.engine.engine import Engine
+from minprfaas.engine.request import Status
+from minprfaas.engine.sampling import sample
+from minprfaas.model.state import ContiguousState
+
+BLOCK = 8
+
+
+@lru_cache(maxsize=None)
+def naive_tokens(model, prompt: tuple[int, ...], params: SamplingParams) -> list[int]:
+    """The answer as a dozen lines would compute it: one request, contiguous state, no chunks, no batches."""
+    state, tokens, answer = ContiguousState(model.config, "float32"), prompt, []
+    while len(answer) < params.max_tokens and len(prompt) + len(answer) < model.config.max_context_tokens:
+        logits = model(torch.tensor([tokens]), state, last_only=True)
+        state.advance(len(tokens))
+        answer.append(sample(logits[0, -1], params, len(answer)))
+        if answer[-1] in model.config.eos_token_ids and not params.ignore_eos:
+            break
+        tokens = answer[-1:]
+    return answer
+
+
+def new_engine(hybrid, blocks=100, prefill_chunk=16, prefix_cache=True, **options) -> Engine:
+    cache = CacheConfig(blocks, BLOCK, prefix_cache, snapshot_every=2)
+    return Engine(*hybrid, cache, prefill_chunk, **options)
+
+
+def some_requests(engine, lengths=(5, 40, 17, 8, 64, 23), max_tokens=20, **params):
+    """Requests with prompts of these lengths, added in that order, each with its own seed."""
+    rng = random.Random(0)
+    prompts = [[rng.randrange(1, 257) for _ in range(length)] for length in lengths]
+    return [engine.add(engine.request(str(n), prompt, SamplingParams(max_tokens=max_tokens, seed=n, **params)))
+            for n, prompt in enumerate(prompts)]
+
+
+def run(engine, steps=10_000):
+    """Step until no work is left, recounting the pool's blocks after every step. Returns all updates."""
+    updates = []
+    while engine.has_work:
+        updates += engine.step()
+        engine.kvcache.check()
+        steps -= 1
+        assert steps, "the engine makes no progress"
+    return updates
+
+
+def assert_answers_are_the_naive_ones(engine, requests):
+    for request in requests:
+        assert request.output_ids == naive_tokens(engine.model, tuple(request.token_ids[: request.prompt_tokens]), request.params)
+
+
+def assert_nothing_is_held(engine):
+    assert engine.kvcache.stats().in_use == 0 and not engine.waiting and not engine.prefilling and not engine.running
+
+
+SAMPLED = dict(temperature=0.9, top_k=50, top_p=0.95)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("params", [{}, SAMPLED], ids=["greedy", "sampled"])
+def test_a_batch_of_requests_gets_the_tokens_that_each_gets_alone(models, family, params):
+    engine = new_engine(models[family])
+    requests = some_requests(engine, **params)
+    run(engine)
+    assert_answers_are_the_naive_ones(engine, requests)
+    assert_nothing_is_held(engine)
+
+
+@pytest.mark.parametrize("prefill_chunk", [1, 3, 8, 33, 1000])
+def test_the_prefill_chunk_changes_no_token(hybrid, prefill_chunk):
+    engine = new_engine(hybrid, prefill_chunk=prefill_chunk)
+    requests = some_requests(engine, max_tokens=6, **SAMPLED)
+    run(engine)
+    assert_answers_are_the_naive_ones(engine, requests)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("params", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_preempted_requests_get_the_same_tokens(models, family, params, prefix_cache):
+    layout = new_engine(models[family]).layout
+    blocks = max(layout.blocks_for(50), 3 * layout.blocks_for(8) + 1)  # the longest alone, or three that cannot grow
+    engine = new_engine(models[family], blocks=blocks, prefix_cache=prefix_cache)
+    requests = some_requests(engine, lengths=(7, 7, 7, 20, 7), max_tokens=30, **params)
+    run(engine)
+    assert sum(request.preemptions for request in requests) > 0
+    assert_answers_are_the_naive_ones(engine, requests)
+    assert_nothing_is_held(engine)
+
+
+def test_a_full_pool_queues_requests_in_their_order(hybrid):
+    probe = new_engine(hybrid)
+    engine = new_engine(hybrid, blocks=2 * probe.layout.blocks_for(40), prefix_cache=False)
+    requests = some_requests(engine, lengths=(30,) * 6, max_tokens=10)
+    engine.step()
+    assert [request.status for request in requests[:2]] != [Status.WAITING] * 2
+    assert list(engine.waiting) == requests[2:]
+    run(engine)
+    assert sum(request.preemptions for request in requests) == 0  # what was admitted had room to its end
+    finished = sorted(requests, key=lambda request: request.finished_s)
+    assert finished == requests
+    assert_answers_are_the_naive_ones(engine, requests)
+
+
+def test_the_youngest_is_preempted_and_the_oldest_never(hybrid):
+    probe = new_engine(hybrid)
+    engine = new_engine(hybrid, blocks=3 * probe.layout.blocks_for(8) + 1, prefix_cache=False)
+    requests = some_requests(engine, lengths=(7, 7, 7), max_tokens=30)
+    run(engine)
+    oldest, middle, youngest = (request.preemptions for request in requests)
+    assert oldest == 0 and youngest >= 1 and youngest >= middle
+    assert_answers_are_the_naive_ones(engine, requests)
+
+
+def test_a_pool_for_one_request_serves_many_one_after_another(hybrid):
+    probe = new_engine(hybrid)
+    engine = new_engine(hybrid, blocks=probe.layout.blocks_for(50))
+    requests = some_requests(engine, lengths=(40, 40, 40, 3), max_tokens=10)
+    run(engine)
+    assert_answers_are_the_naive_ones(engine, requests)
+
+
+def test_running_requests_get_a_token_a_step_while_a_long_prompt_is_prefilled(hybrid):
+    engine = new_engine(hybrid, prefill_chunk=8)
+    first = engine.add(engine.request("first", [5, 6, 7], SamplingParams(max_tokens=30)))
+    engine.step()
+    long = engine.add(engine.request("long", list(range(1, 101)), SamplingParams(max_tokens=2)))
+    while long.status in (Status.WAITING, Status.PREFILL):
+        before = len(first.output_ids)
+        updates = engine.step()
+        assert len(first.output_ids) == before + 1
+        assert sum(update.request is first for update in updates) == 1
+    assert len(first.output_ids) >= 100 // 8
+
+
+def test_all_running_requests_decode_in_one_forward_pass(hybrid):
+    engine = new_engine(hybrid, blocks=200)
+    some_requests(engine, lengths=(4,) * 8, max_tokens=30)
+    while engine.waiting or engine.prefilling:
+        engine.step()
+    shapes = []
+    hook = engine.model.register_forward_hook(lambda model, inputs, output: shapes.append(tuple(inputs[0].shape)))
+    engine.step()
+    hook.remove()
+    assert shapes == [(8, 1)]
+
+
+def test_no_more_requests_than_the_batch_limit_hold_blocks(hybrid):
+    engine = new_engine(hybrid, blocks=500, max_batch=3)
+    requests = some_requests(engine, lengths=(9,) * 7, max_tokens=5)
+    while engine.has_work:
+        engine.step()
+        assert len(engine.running) + len(engine.prefilling) <= 3
+    assert_answers_are_the_naive_ones(engine, requests)
+
+
+def test_a_repeated_prompt_is_mostly_found_in_the_cache_and_answers_the_same(hybrid):
+    engine = new_engine(hybrid)
+    prompt = [3 + n % 200 for n in range(60)]
+    requests = []
+    for name in ("first", "again", "longer"):
+        ids = prompt + ([9] * 11 if name == "longer" else [])
+        requests.append(engine.add(engine.request(name, ids, SamplingParams(max_tokens=9))))
+        run(engine)
+    assert [request.cached_tokens for request in requests] == [0, 56, 56]
+    assert_answers_are_the_naive_ones(engine, requests)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 9, 14])
+def test_an_aborted_request_frees_everything_and_disturbs_nobody(hybrid, steps):
+    engine = new_engine(hybrid)
+    requests = some_requests(engine, lengths=(12, 60, 12), max_tokens=12)
+    for _ in range(steps):
+        engine.step()
+    engine.abort(requests[1])
+    assert (requests[1].status, requests[1].finish_reason, requests[1].cache) == (Status.FINISHED, "aborted", None)
+    engine.kvcache.check()
+    run(engine)
+    assert_answers_are_the_naive_ones(engine, [requests[0], requests[2]])
+    assert_nothing_is_held(engine)
+
+
+def test_requests_that_come_and_go_at_random_never_break_the_books_or_an_answer(hybrid):
+    rng = random.Random(1)
+    probe = new_engine(hybrid)
+    engine = new_engine(hybrid, blocks=3 * probe.layout.blocks_for(24), prefill_chunk=13)
+    everyone, stem = [], [rng.randrange(1, 257) for _ in range(40)]
+    for step in range(80):
+        if step < 60 and rng.random() < 0.5:
+            prompt = stem[: rng.randrange(1, 24)] + [rng.randrange(1, 257) for _ in range(rng.randrange(1, 9))]
+            params = SamplingParams(max_tokens=rng.randrange(1, 20), temperature=rng.choice([0.0, 1.0]), seed=step)
+            everyone.append(engine.add(engine.request(str(step), prompt, params)))
+        if everyone and rng.random() < 0.05:
+            request = rng.choice(everyone)
+            if request.finish_reason is None:
+                engine.abort(request)
+        engine.step()
+        engine.kvcache.check()
+    run(engine)
+    assert_nothing_is_held(engine)
+    assert sum(request.preemptions for request in everyone) > 0 and sum(request.cached_tokens for request in everyone) > 0
+    finished = [request for request in everyone if request.finish_reason != "aborted"]
+    assert len(finished) > 15 and len(finished) < len(everyone)
+    assert_answers_are_the_naive_ones(engine, finished)
+
+
+# How an answer ends
+
+
+def test_the_end_of_text_ends_an_answer_unless_it_is_to_be_ignored(hybrid, tmp_path):
+    prompt = [11, 12, 13]
+    answer = naive_tokens(hybrid[0], tuple(prompt), SamplingParams(max_tokens=20, temperature=1.0))
+    eos = answer[7]
+    first = answer.index(eos)
+    engine = new_engine(load(write_checkpoint(tmp_path, "kimi_linear", eos_token_id=[0, eos])))
+    ended = engine.add(engine.request("ended", prompt, SamplingParams(max_tokens=20, temperature=1.0)))
+    going = engine.add(engine.request("going", prompt, SamplingParams(max_tokens=20, temperature=1.0, ignore_eos=True)))
+    run(engine)
+    assert (ended.output_ids, ended.finish_reason) == (answer[: first + 1], "eos")
+    assert ended.text == hybrid[1].decode(answer[:first])
+    assert (going.output_ids, going.finish_reason) == (answer, "length")
+
+
+def test_max_tokens_ends_an_answer_after_exactly_so_many(hybrid):
+    engine = new_engine(hybrid)
+    requests = [engine.add(engine.request(str(n), [4, 5], SamplingParams(max_tokens=n))) for n in (1, 2, 9)]
+    run(engine)
+    assert [len(request.output_ids) for request in requests] == [1, 2, 9]
+    assert {request.finish_reason for request in requests} == {"length"}
+
+
+def test_the_context_ends_an_answer(hybrid):
+    engine = new_engine(hybrid, blocks=200)
+    request = engine.add(engine.request("full", [5] * 505, SamplingParams(max_tokens=100)))
+    run(engine)
+    assert (len(request.token_ids), request.finish_reason) == (512, "length")
+
+
+def test_the_pool_ends_an_answer_that_it_cannot_hold(hybrid):
+    engine = new_engine(hybrid, blocks=new_engine(hybrid).layout.blocks_for(40))
+    request = engine.add(engine.request("long", [5] * 30, SamplingParams(max_tokens=100)))
+    run(engine)
+    assert (len(request.token_ids), request.finish_reason) == (40, "length")
+    assert_nothing_is_held(engine)
+
+
+def test_a_stop_string_ends_an_answer_and_the_stream_never_shows_it(models):
+    model, tokenizer = models["qwen3"]
+    free = new_engine((model, tokenizer))
+    request = free.add(free.request("free", "Once upon", SamplingParams(max_tokens=40, temperature=1.0, seed=3)))
+    run(free)
+    visible = [at for at in range(5, len(request.text) - 3) if "\ufffd" not in request.text[at : at + 3]]
+    stop = request.text[visible[0] : visible[0] + 3]
+    engine = new_engine((model, tokenizer))
+    stopped = engine.add(engine.request("stopped", "Once upon", SamplingParams(
+        max_tokens=40, temperature=1.0, seed=3, stop=("never written", stop))))
+    updates = run(engine)
+    assert stopped.finish_reason == "stop" and stopped.text == request.text[: request.text.index(stop)]
+    assert "".join(update.new_text for update in updates) == stopped.text
+    assert stopped.output_ids == request.output_ids[: len(stopped.output_ids)] and len(stopped.output_ids) < 40
+
+
+def test_the_streamed_pieces_are_the_text(hybrid):
+    engine = new_engine(hybrid, blocks=60)
+    requests = some_requests(engine, max_tokens=30, temperature=1.0, stop=("a", "KK"))
+    pieces = {request: "" for request in requests}
+    for update in run(engine):
+        pieces[update.request] += update.new_text
+    assert all(pieces[request] == request.text for request in requests)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("prompt, words", [
+    ([5] * 512, ["512 prompt tokens", "context holds 512"]),
+    ([5] * 45, ["45 prompt tokens", "pool holds 40 tokens"]),
+    ([5] * 40, ["40 prompt tokens", "pool holds 40 tokens"]),
+    ([], ["empty prompt"]),
+    ([1, 257], ["token id 257", "vocabulary holds 257"]),
+    ([-1], ["token id -1"]),
+])
+def test_a_prompt_that_can_never_be_answered_is_refused_with_the_numbers(hybrid, prompt, words):
+    engine = new_engine(hybrid, blocks=new_engine(hybrid).layout.blocks_for(40))
+    with pytest.raises(UserError) as caught:
+        engine.add(engine.request("r1", prompt, SamplingParams()))
+    assert all(word in str(caught.value) for word in ["'r1'", *words]), str(caught.value)
+    assert not engine.has_work
+
+
+def test_a_prefill_chunk_of_nothing_is_refused(hybrid):
+    with pytest.raises(UserError, match="prefill chunk of 0 tokens"):
+        new_engine(hybrid, prefill_chunk=0)
+
+
+def test_a_pool_too_small_for_any_state_refuses_every_prompt(hybrid):
+    with pytest.raises(UserError, match="pool holds 0 tokens"):
+        engine = new_engine(hybrid, blocks=1)
+        engine.add(engine.request("r", [5], SamplingParams()))
+
+
+# Prefill here, decode there
+
+
+def test_kvcache_copied_to_another_engine_goes_on_with_the_same_tokens(hybrid):
+    prefill, decode = new_engine(hybrid, prefill_chunk=10), new_engine(hybrid, blocks=90)
+    prompt, params, heard = list(range(1, 46)), SamplingParams(max_tokens=15, temperature=1.0, seed=4), []
+    sent = prefill.request("r", prompt, params, prefill_only=True, on_kv=lambda *what: heard.append(what))
+    prefill.add(sent)
+    (update,) = run(prefill)
+    assert sent.status is Status.HELD and prefill.kvcache.stats().in_use > 0
+    ranges = sorted({(start, end) for _, start, end in heard})
+    assert [start for start, _ in ranges] == [0, *(end for _, end in ranges[:-1])] and ranges[-1][1] == 45
+    assert heard == [(layer, start, end) for start, end in ranges for layer in range(4)]
+
+    received = decode.request("r", prompt, params)
+    assert decode.reserve_remote(received) and received.status is Status.REMOTE and not decode.has_work
+    for layer in range(4):
+        group = decode.layout.group_of_layer[layer].index
+        data = prefill.kvcache.pool.read_bytes(layer, sent.cache.block_tables[group], 0, 45)
+        decode.kvcache.pool.write_bytes(layer, received.cache.block_tables[group], 0, 45, data)
+    prefill.release(sent)
+    decode.admit_remote(received, update.token_id)
+    run(decode)
+    assert_answers_are_the_naive_ones(decode, [received])
+    assert_nothing_is_held(prefill)
+    assert_nothing_is_held(decode)
+
+
+def test_a_reservation_that_finds_no_room_takes_nothing(hybrid):
+    engine = new_engine(hybrid, blocks=new_engine(hybrid).layout.blocks_for(40))
+    engine.add(engine.request("running", [5] * 20, SamplingParams(max_tokens=15)))
+    engine.step()
+    in_use = engine.kvcache.stats().in_use
+    remote = engine.request("remote", [6] * 30, SamplingParams(max_tokens=5))
+    assert not engine.reserve_remote(remote) and engine.kvcache.stats().in_use == in_use and remote.cache is None
+    run(engine)
+    assert engine.reserve_remote(remote)
+
+
+def test_a_request_whose_remote_prefill_failed_is_prefilled_here_ahead_of_the_others(hybrid):
+    engine = new_engine(hybrid)
+    remote = engine.request("remote", list(range(1, 30)), SamplingParams(max_tokens=8))
+    assert engine.reserve_remote(remote)
+    waiting = some_requests(engine, lengths=(10,), max_tokens=5)[0]
+    engine.prefill_here_instead(remote)
+    assert list(engine.waiting) == [remote, waiting]
+    run(engine)
+    assert_answers_are_the_naive_ones(engine, [remote, waiting])
+    assert_nothing_is_held(engine)
+
+
+def test_times_are_the_clocks_and_in_order(hybrid):
+    ticks = iter(range(1, 10_000))
+    engine = new_engine(hybrid, clock=lambda: float(next(ticks)))
+    requests = some_requests(engine, max_tokens=5)
+    run(engine)
+    for request in requests:
+        times = [request.arrived_s, request.prefill_started_s, request.prefill_ended_s, request.first_token_s, request.finished_s]
+        assert times == sorted(times) and times[0] >= 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cuda_draws_the_tokens_of_the_cpu(checkpoints, family):
+    engine = new_engine(load(checkpoints[family], device="cuda"), blocks=60)
+    requests = some_requests(engine) + some_requests(engine, **SAMPLED)
+    run(engine)
+    assert_answers_are_the_naive_ones(new_engine(load(checkpoints[family])), requests)
+
+
+@pytest.mark.gpu
+def test_bfloat16_on_cuda_answers_every_request(checkpoints):
+    engine = new_engine(load(checkpoints["kimi_linear"], dtype=torch.bfloat16, device="cuda"), blocks=40)
+    requests = some_requests(engine)
+    run(engine)
+    assert {request.finish_reason for request in requests} <= {"length", "eos"}
+    assert_nothing_is_held(engine)
