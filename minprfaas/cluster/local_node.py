@@ -56,6 +56,7 @@ class LocalNode:
         self.offload_deadline_s, self.on_update = offload_deadline_s, on_update
         self.peer: messages.NodeReady | None = None
         self.peer_peak_bytes = 0
+        self.peer_timeline: list[dict] = []
         self.journeys: dict[str, Journey] = {}
         self._queue: deque[Journey] = deque()
         self._away: dict[str, Journey] = {}
@@ -169,6 +170,8 @@ class LocalNode:
     def _hear(self, message) -> None:
         if isinstance(message, messages.NodeReady):
             self.peer = message
+        elif isinstance(message, messages.TimelinePart):
+            self.peer_timeline += message.events
         elif isinstance(message, messages.Goodbye):
             self.peer_peak_bytes = message.peak_bytes
         elif isinstance(message, messages.EgressSample):

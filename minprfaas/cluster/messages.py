@@ -109,6 +109,13 @@ class Shutdown:
 
 
 @dataclass(frozen=True)
+class TimelinePart:
+    """PrfaaS -> PD: some of its timeline's events."""
+
+    events: list[dict]
+
+
+@dataclass(frozen=True)
 class Goodbye:
     """PrfaaS -> PD: the last message, with the process's peak memory."""
 
@@ -117,7 +124,7 @@ class Goodbye:
 
 TYPES = {cls.__name__: cls for cls in (NodeReady, PrefillOrder, PrefillProgress, PrefillDone, TransferDone, PrefillFailed,
                                        PrefillAbort, EgressSample, CacheEvents, SendInventory,
-                                       Shutdown, Goodbye)}
+                                       Shutdown, TimelinePart, Goodbye)}
 
 
 def encode(message) -> dict:
@@ -144,6 +151,6 @@ def _is_a(value, kind) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**64
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind in (list[int], list[str]):
+    if kind in (list[int], list[str], list[dict]):
         return isinstance(value, list) and len(value) <= MAX_ITEMS and all(_is_a(item, kind.__args__[0]) for item in value)
     return isinstance(value, kind)

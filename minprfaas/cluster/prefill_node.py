@@ -15,6 +15,8 @@ from minprfaas.errors import UserError
 from minprfaas.transport.events import LinkDown, LinkLost, LinkRestored, MessageReceived, StreamAborted
 from minprfaas.transport.link import Link
 
+TIMELINE_PART = 4096  # events a message
+
 
 class PrefillNode:
     """Serves `PrefillOrder`s from one link until `Shutdown`, or until the link is lost for good."""
@@ -43,6 +45,9 @@ class PrefillNode:
                     self._report_progress()
                 self._tend_exports()
                 self._tell_news()
+        events = self.engine.timeline.events() if self.engine.timeline else []
+        for first in range(0, len(events), TIMELINE_PART):
+            self._tell(messages.TimelinePart(events[first : first + TIMELINE_PART]))
         self._tell(messages.Goodbye(peak_memory_bytes()))
 
     def _handle(self, event) -> None:

@@ -21,8 +21,10 @@ from minprfaas.errors import UserError
 from minprfaas.model.checkpoint import EMBEDDED, load
 from minprfaas.observe.report import human_bytes, table
 from minprfaas.observe.screen import Screen
+from minprfaas.observe.timeline import Timeline, write_timeline
 from minprfaas.transport.events import LinkDown
 from minprfaas.transport.link import Link
+from minprfaas.transport.throttle import WeatherChange, load_weather
 
 LINK_NAME = "prfaas-pd"
 
@@ -60,13 +62,14 @@ def main(argv: list[str]) -> int:
         _checked(args)
         return start_processes(2, [sys.argv[0], *argv])
     try:
-        link_config, prompts = _checked(args)
+        link_config, weather, prompts = _checked(args)
         device = launch.device(args.device)
         model, tokenizer = load(args.model, getattr(torch, args.dtype), device)
         lengths = [len(tokenizer.encode(prompt.text)) + prompt.params.max_tokens for prompt in prompts]
         cache = CacheConfig(args.pool_blocks, args.block_tokens) if args.pool_blocks else \
             pool_for(model, lengths, args.block_tokens)
-        engine = Engine(model, tokenizer, cache, args.prefill_chunk)
+        timeline = Timeline("A: PrfaaS" if launch.rank == 0 else "B: PD") if args.timeline else None
+        engine = Engine(model, tokenizer, cache, args.prefill_chunk, timeline=timeline)
         for prompt in prompts:
             engine.check_fits(engine.request(prompt.id, prompt.text, prompt.params))
     except UserError:
@@ -74,7 +77,8 @@ def main(argv: list[str]) -> int:
             return 2
         raise
     store = launch.store()  # kept: where this process serves the store, the server lives as long as this object
-    link = Link(LINK_NAME, store, launch.rank, link_config, link_identity(model, engine.layout))
+    link = Link(LINK_NAME, store, launch.rank, link_config, link_identity(model, engine.layout),
+                timeline, weather)
     try:
         link.connect(deadline_s=120)
     except LinkDown as error:
@@ -88,7 +92,7 @@ def main(argv: list[str]) -> int:
         link.close()
 
 
-def _checked(args: argparse.Namespace) -> tuple[LinkConfig, list[Prompt]]:
+def _checked(args: argparse.Namespace) -> tuple[LinkConfig, tuple[WeatherChange, ...], list[Prompt]]:
     """The parts of the command line that need no model. UserError names the first that is out of range."""
     if args.threshold < 0:
         raise UserError(f"threshold {args.threshold} is out of range; it must be at least 0 tokens")
@@ -101,7 +105,8 @@ def _checked(args: argparse.Namespace) -> tuple[LinkConfig, list[Prompt]]:
     for path in filter(None, (args.json, args.timeline)):
         if not Path(path).resolve().parent.is_dir():
             raise UserError(f"{path} cannot be written: {Path(path).resolve().parent} is not a directory")
-    return LinkConfig(args.link_gbps, args.rtt_ms, args.lanes), read_prompts(args.prompts)
+    weather = load_weather(args.weather) if args.weather else ()
+    return LinkConfig(args.link_gbps, args.rtt_ms, args.lanes), weather, read_prompts(args.prompts)
 
 
 class FrontEnd:
@@ -127,6 +132,8 @@ class FrontEnd:
         self._print_table(elapsed_s)
         if self.args.json:
             _write_whole(Path(self.args.json), "".join(json.dumps(self._row(j)) + "\n" for j in self.journeys))
+        if self.args.timeline:
+            write_timeline(self.args.timeline, self.node.peer_timeline, self.engine.timeline.events())
         return self._check() if self.args.check else 0
 
     def _say_what_is_loaded(self) -> None:

@@ -18,19 +18,20 @@ from minprfaas.engine.text import StreamedText
 from minprfaas.errors import UserError
 from minprfaas.kvcache.layout import plan_layout
 from minprfaas.kvcache.manager import KVCacheManager
-from minprfaas.model.spec import model_state_specs
+from minprfaas.model.spec import OnLayer, model_state_specs
 from minprfaas.model.tokenizer import Tokenizer
 from minprfaas.model.transformer import Transformer
+from minprfaas.observe.timeline import Timeline
 
 
 class Engine:
     """One model and its KVCache pool. `add` requests, then `step` until `has_work` is false."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, cache: CacheConfig, prefill_chunk: int = 1024,
-                 max_batch: int = 64, clock: Callable[[], float] = time.monotonic):
+                 max_batch: int = 64, clock: Callable[[], float] = time.monotonic, timeline: Timeline | None = None):
         if prefill_chunk < 1:
             raise UserError(f"prefill chunk of {prefill_chunk} tokens is out of range; it must be at least 1")
-        self.model, self.tokenizer, self.clock = model, tokenizer, clock
+        self.model, self.tokenizer, self.clock, self.timeline = model, tokenizer, clock, timeline
         self.prefill_chunk, self.max_batch = prefill_chunk, max_batch
         self.layout = plan_layout(model_state_specs(model.config, str(model.dtype).removeprefix("torch.")), cache.block_tokens)
         self.kvcache = KVCacheManager(self.layout, cache, model.device, root=model.fingerprint)
@@ -127,7 +128,7 @@ class Engine:
         end = self.kvcache.chunk_end(cache, len(tokens), self.prefill_chunk)
         logits = self.model(
             torch.tensor([tokens[start:end]], device=self.model.device), self.kvcache.state([cache]), last_only=True,
-            on_layer=None if request.on_kv is None else lambda layer: request.on_kv(layer, start, end))
+            on_layer=self._layer_listener(request, start, end))
         self.kvcache.advance(cache, tokens[:end])
         if end < len(tokens):
             return []
@@ -135,6 +136,22 @@ class Engine:
         request.prefill_ended_s = self.clock()
         first_token = sample(logits[0, -1], request.params, len(tokens) - request.prompt_tokens)
         return [self._accept_first_token(request, first_token)]
+
+    def _layer_listener(self, request: Request, start: int, end: int) -> OnLayer | None:
+        """What to do when a layer's state holds a chunk: ship it, and mark it on the timeline (the host's clock)."""
+        if self.timeline is None:
+            return None if request.on_kv is None else lambda layer: request.on_kv(layer, start, end)
+        since_s = time.monotonic()
+
+        def on_layer(layer: int) -> None:
+            nonlocal since_s
+            now_s = time.monotonic()
+            self.timeline.span("prefill", f"layer {layer}", since_s, now_s, request=request.id, tokens=f"{start}-{end}")
+            if request.on_kv is not None:
+                request.on_kv(layer, start, end)
+            since_s = time.monotonic()
+
+        return on_layer
 
     def _admit(self) -> None:
         """Move waiting requests to prefill, oldest first, while the pool has room for their whole prompts."""
@@ -156,6 +173,7 @@ class Engine:
         batch = self._reserve_next_tokens()
         if not batch:
             return []
+        began_s = time.monotonic()
         last_tokens = torch.tensor([[request.token_ids[-1]] for request in batch], device=self.model.device)
         logits = self.model(last_tokens, self.kvcache.state([request.cache for request in batch]))[:, -1]
         greedy = logits.argmax(dim=-1).tolist()
@@ -165,6 +183,8 @@ class Engine:
             position = len(request.token_ids) - request.prompt_tokens
             token = greedy[row] if request.params.temperature == 0 else sample(logits[row], request.params, position)
             updates.append(self._accept_token(request, token))
+        if self.timeline is not None:
+            self.timeline.span("decode", f"step of {len(batch)}", began_s, time.monotonic())
         return updates
 
     def _reserve_next_tokens(self) -> list[Request]:
