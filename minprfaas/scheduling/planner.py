@@ -200,8 +200,8 @@ class _Search:
     def _loads(self, below: int) -> tuple[float, float, float]:
         """What a request costs on average where `below` of the lengths stay local: seconds of PrfaaS prefill, bytes of
         egress, seconds of PD prefill. Shares of E[·], not conditional means: Theta_prfaas / p = N_prfaas / load."""
-        prfaas_s, kv_bytes = (sums[-1] - sums[below] for sums in (self._prfaas_s, self._kv_bytes))
-        return prfaas_s, kv_bytes, self._pdp_s[below]
+        return (self._prfaas_s[-1] - self._prfaas_s[below], self._kv_bytes[-1] - self._kv_bytes[below],
+                self._pdp_s[below])
 
 
 def _assemble(fleet: Fleet, threshold: float | None, n_p: int, p: float, mean_tokens: float,

@@ -81,10 +81,8 @@ class Profile:
 
     def kv_bytes(self, tokens: float) -> float:
         """KVCache of a request of `tokens` tokens, in bytes: S_kv(l)."""
-        after = min(max(bisect_right(self._tokens, tokens), 1), len(self.points) - 1)
-        left, right = self.points[after - 1], self.points[after]
-        slope = (right.kv_bytes - left.kv_bytes) / (right.tokens - left.tokens)
-        return max(0.0, left.kv_bytes + slope * (tokens - left.tokens))
+        start, intercept, slope = self._kv_lines[bisect_right(self._inner_tokens, tokens)]
+        return max(0.0, intercept + slope * (tokens - start))
 
     def prefill_s(self, tokens: float) -> float:
         """Prefill of `tokens` uncached tokens, in seconds: T_prefill(l)."""
@@ -97,8 +95,14 @@ class Profile:
         return max(abs(self.prefill_s(point.tokens) / point.prefill_s - 1) for point in self.points)
 
     @cached_property
-    def _tokens(self) -> tuple[int, ...]:
-        return tuple(point.tokens for point in self.points)
+    def _inner_tokens(self) -> tuple[int, ...]:
+        return tuple(point.tokens for point in self.points[1:-1])
+
+    @cached_property
+    def _kv_lines(self) -> list[tuple[int, float, float]]:
+        """(tokens, bytes, bytes a token) of each line between neighbours; the outer two have no outer end."""
+        return [(left.tokens, left.kv_bytes, (right.kv_bytes - left.kv_bytes) / (right.tokens - left.tokens))
+                for left, right in zip(self.points, self.points[1:])]
 
     @cached_property
     def _prefill_coefficients(self) -> tuple[float, float, float]:
