@@ -1,0 +1,82 @@
+"""`python -m minprfaas inspect`: what a KVCache weighs, and how it lies in blocks. Chapter 00; paper 2.1 and 3.2."""
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+
+from minprfaas.config import CacheConfig, ModelConfig
+from minprfaas.kvcache.layout import Layout, plan_layout
+from minprfaas.model.checkpoint import EMBEDDED
+from minprfaas.model.spec import ITEM_BYTES, kv_bytes, model_state_specs
+from minprfaas.observe.report import table
+
+LENGTHS = tuple(1024 << doubling for doubling in range(8))  # 1K to 128K tokens
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("directory", nargs="?", metavar="DIR",
+                        help="Hugging Face directory (default: the embedded model)")
+    parser.add_argument("--block-tokens", type=int, default=64, metavar="N", help="tokens a block (64)")
+    parser.add_argument("--dtype", default="bfloat16", choices=tuple(ITEM_BYTES), help="of the KVCache (bfloat16)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the layout; only `config.json` is read, no weights."""
+    directory = Path(args.directory) if args.directory else EMBEDDED
+    config = ModelConfig.from_directory(directory)
+    block_tokens = CacheConfig(num_blocks=1, block_tokens=args.block_tokens).block_tokens
+    layout = plan_layout(model_state_specs(config, args.dtype), block_tokens)
+    report = describe(config, layout, args.dtype)
+    if args.json:
+        print(json.dumps({"directory": str(directory), **report}))
+    else:
+        show(directory, report)
+
+
+def describe(config: ModelConfig, layout: Layout, dtype: str) -> dict:
+    """Everything that the command prints, as plain values."""
+    mixers = Counter(type(layer.mixer).__name__.removesuffix("Config") for layer in config.layers)
+    return {
+        "family": config.family, "layers": len(config.layers), "mixers": dict(mixers), "dtype": dtype,
+        "hidden_size": config.hidden_size, "vocab_size": config.vocab_size,
+        "max_context_tokens": config.max_context_tokens,
+        "block_tokens": layout.block_tokens, "block_bytes": layout.block_bytes,
+        "groups": [{
+            "index": group.index, "kind": "token" if group.spec.per_token else "request", "layers": list(group.layers),
+            "state": {tensor.name: [*tensor.shape, tensor.dtype] for tensor in group.spec.tensors},
+            "bytes": group.spec.nbytes * len(group.layers), "blocks_per_request": group.state_blocks,
+            "waste": layout.waste(group)} for group in layout.groups],
+        "bytes_per_token": sum(spec.nbytes for spec in layout.specs if spec.per_token),
+        "state_bytes": sum(spec.nbytes for spec in layout.specs if not spec.per_token),
+        "s_kv": [{"tokens": tokens, "bytes": kv_bytes(layout.specs, tokens), "blocks": layout.blocks_for(tokens),
+                  "pool_bytes": layout.blocks_for(tokens) * layout.block_bytes} for tokens in LENGTHS],
+    }
+
+
+def show(directory: Path, report: dict) -> None:
+    """The report as tables."""
+    mixers = ", ".join(f"{count} {name}" for name, count in report["mixers"].items())
+    print(f"{directory}: {report['family']}, {report['layers']} layers ({mixers}), hidden size "
+          f"{report['hidden_size']:,}, vocabulary {report['vocab_size']:,}, "
+          f"context {report['max_context_tokens']:,} tokens")
+    print(f"KVCache in {report['dtype']} (recurrent matrices in float32): {report['bytes_per_token']:,} bytes a token, "
+          f"{report['state_bytes']:,} bytes of state a request")
+    print(f"one pool of equal blocks of {report['block_bytes']:,} bytes; "
+          f"a token group keeps {report['block_tokens']} tokens in one\n")
+    print(table(["group", "kind", "layers", "state", "bytes", "blocks", "waste"], [
+        [group["index"], group["kind"], _ranges(group["layers"]), ", ".join(group["state"]),
+         f"{group['bytes']:,} a {group['kind']}", group["blocks_per_request"] or f"1 a {report['block_tokens']} tokens",
+         f"{group['waste']:.1%}"] for group in report["groups"]]))
+    print()
+    print(table(["tokens", "S_kv MiB", "pool blocks", "pool MiB", "alignment"], [
+        [f"{row['tokens'] // 1024}K", f"{row['bytes'] / 2**20:,.2f}", f"{row['blocks']:,}",
+         f"{row['pool_bytes'] / 2**20:,.2f}", f"+{row['pool_bytes'] / row['bytes'] - 1:.1%}"] for row in report["s_kv"]]))
+
+
+def _ranges(layers: list[int]) -> str:
+    """`0, 4, 8, … 24` for a long list."""
+    shown = [str(layer) for layer in layers]
+    return ", ".join(shown if len(shown) <= 6 else [*shown[:3], "…", shown[-1]])

@@ -1,0 +1,53 @@
+"""`python -m minprfaas inspect`."""
+
+import json
+
+import pytest
+
+from minprfaas.__main__ import main
+
+HYBRID = {
+    "model_type": "kimi_linear", "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 8, "intermediate_size": 64,
+    "first_k_dense_replace": 8, "num_attention_heads": 2, "kv_lora_rank": 24, "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8, "v_head_dim": 16, "rms_norm_eps": 1e-5, "model_max_length": 4096,
+    "linear_attn_config": {"num_heads": 2, "head_dim": 16, "short_conv_kernel_size": 4, "full_attn_layers": [4, 8],
+                           "kda_layers": [1, 2, 3, 5, 6, 7]},
+}
+
+
+@pytest.fixture
+def directory(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(HYBRID))
+    return str(tmp_path)
+
+
+def test_the_json_holds_groups_blocks_and_the_weight_of_a_request(directory, capsys):
+    main(["inspect", directory, "--json", "--block-tokens", "16", "--dtype", "bfloat16"])
+    report = json.loads(capsys.readouterr().out)
+    assert [group["layers"] for group in report["groups"]] == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert report["bytes_per_token"] == 2 * (24 + 8) * 2  # 2 MLA layers, latent and shared key, bf16
+    state = 2 * 16 * 16 * 4 + 3 * 2 * 16 * 3 * 2  # float32 memory, bf16 tails of the three convolutions
+    assert report["state_bytes"] == 6 * state
+    assert report["block_bytes"] == 2048 == 16 * report["bytes_per_token"]
+    blocks = -(-2 * state // 2048)
+    assert [group["blocks_per_request"] for group in report["groups"]] == [blocks] * 3 + [0]
+    assert report["groups"][0]["waste"] == pytest.approx(1 - 2 * state / (blocks * 2048))
+    last = report["s_kv"][-1]
+    assert (last["tokens"], last["bytes"]) == (128 * 1024, 128 * 1024 * 128 + 6 * state)
+    assert last["pool_bytes"] == 2048 * (128 * 1024 // 16 + 3 * blocks)
+
+
+def test_the_tables_name_every_group_and_length(directory, capsys):
+    main(["inspect", directory])
+    screen = capsys.readouterr().out
+    assert "6 KDA, 2 MLA" in screen and "0, 4" in screen and "3, 7" in screen and "waste" in screen
+    assert all(f"{2**doubling}K" in screen for doubling in range(8))
+
+
+@pytest.mark.parametrize("arguments, complaint", [
+    (["no-such-directory"], "no-such-directory is not a directory"), (["--block-tokens", "0"], "block_tokens is 0")])
+def test_a_mistake_gets_one_line_and_status_2(directory, arguments, complaint, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["inspect", *([] if arguments[0] == "no-such-directory" else [directory]), *arguments])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and complaint in error and error.count("\n") == 1
