@@ -17,7 +17,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, positions: Positions, scale: float) 
     Request b's new token t stands at `positions.index[b, t]` and sees the context up to there.
     """
     batch, new, heads = q.shape[:3]
-    context = k.shape[1]
+    context, v_dim = k.shape[1], v.shape[-1]
+    v = F.pad(v, (0, q.shape[-1] - v_dim))  # the fused kernels want one width; the others build the whole score matrix
     mask, is_causal = None, False
     if new == context:
         is_causal = True
@@ -28,7 +29,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, positions: Positions, scale: float) 
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=is_causal, scale=scale,
         enable_gqa=heads != k.shape[2])
-    return out.transpose(1, 2)
+    return out.transpose(1, 2)[..., :v_dim]
 
 
 class GQA(nn.Module):
@@ -109,5 +110,6 @@ class MLA(nn.Module):
         q_nope, q_shared = q[:, 0].split([config.qk_nope_dim, config.qk_shared_dim], dim=-1)
         q_latent = torch.einsum("bhn,hnr->bhr", q_nope, expand_k)
         queries = torch.cat([q_latent, q_shared], dim=-1)[:, None]  # [batch, 1, heads, rank + shared]
-        out = attend(queries, rows[:, :, None], rows[:, :, None, : config.kv_lora_rank], positions, self.scale)
-        return torch.einsum("bhr,hvr->bhv", out[:, 0], expand_v)[:, None]
+        rows = rows[:, :, None]
+        out = attend(queries, rows, rows, positions, self.scale)[:, 0, :, : config.kv_lora_rank]
+        return torch.einsum("bhr,hvr->bhv", out, expand_v)[:, None]
