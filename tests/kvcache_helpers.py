@@ -16,8 +16,8 @@ ALL_LINEAR = (LINEAR,) * 2
 
 
 def manager(specs, num_blocks, block_tokens=4, root=b"model", on_event=None, **config):
-    return KVCacheManager(plan_layout(specs, block_tokens), CacheConfig(num_blocks, block_tokens, **config), "cpu", root,
-                          on_event)
+    cache_config = CacheConfig(num_blocks, block_tokens, **config)
+    return KVCacheManager(plan_layout(specs, block_tokens), cache_config, "cpu", root, on_event)
 
 
 def prefix_values(tokens):

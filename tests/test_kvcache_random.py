@@ -1,7 +1,7 @@
 """The books stay right whatever happens in whatever order: 100,000 seeded operations, recounted after each.
 
 Every operation is followed by `KVCacheManager.check()`, the full recount (no cheaper variant). Each block is marked
-with the prefix that it was filled for, so a block that is handed out, shared or copied wrongly is found when it is read.
+with the prefix that it was filled for, so one that is handed out, shared or copied wrongly is found when it is read.
 """
 
 import random
@@ -36,7 +36,8 @@ class Storm:
     def __init__(self, specs, num_blocks, prefix_cache, seed):
         self.rng = random.Random(seed)
         self.told = {}
-        self.kvcache = manager(specs, num_blocks, SIZE, on_event=self.on_event, snapshot_every=3, prefix_cache=prefix_cache)
+        self.kvcache = manager(specs, num_blocks, SIZE, on_event=self.on_event, snapshot_every=3,
+                               prefix_cache=prefix_cache)
         self.bytes = self.kvcache.pool.bytes
         self.running, self.preempted, self.in_transfer, self.documents = [], [], [], [[]]
         self.done = dict.fromkeys(self.operations(), 0)

@@ -72,8 +72,9 @@ def show(directory: Path, report: dict) -> None:
          f"{group['waste']:.1%}"] for group in report["groups"]]))
     print()
     print(table(["tokens", "S_kv MiB", "pool blocks", "pool MiB", "alignment"], [
-        [f"{row['tokens'] // 1024}K", f"{row['bytes'] / 2**20:,.2f}", f"{row['blocks']:,}",
-         f"{row['pool_bytes'] / 2**20:,.2f}", f"+{row['pool_bytes'] / row['bytes'] - 1:.1%}"] for row in report["s_kv"]]))
+        [f"{row['tokens'] // 1024}K", f"{row['bytes'] / 2**20:,.2f}", row["blocks"],
+         f"{row['pool_bytes'] / 2**20:,.2f}", f"+{row['pool_bytes'] / row['bytes'] - 1:.1%}"]
+        for row in report["s_kv"]]))
 
 
 def _ranges(layers: list[int]) -> str:

@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     if args.json:
         print(json.dumps(rows))
         return 0
-    print(f"a prompt of {PROMPT_TOKENS:,} tokens, {BLOCK_TOKENS} tokens a block, one CPU core, median of {args.repeats}")
+    print(f"a prompt of {PROMPT_TOKENS:,} tokens, {BLOCK_TOKENS} a block, one CPU core, median of {args.repeats}")
     print(f"{'entries':>10}  {'hash ms':>8}  {'match ms':>8}  {'hash + match ms':>15}  {'bytes an entry':>14}")
     for row in rows:
         print(f"{row['entries']:>10,}  {row['hash_ms']:>8.2f}  {row['match_ms']:>8.2f}  "
