@@ -1,0 +1,61 @@
+"""`python -m minprfaas profile`: what this machine does with a model, as the planner wants to know it. Chapter 10."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from minprfaas.engine.measure import measure_decode, measure_prefill
+from minprfaas.errors import UserError
+from minprfaas.model.checkpoint import EMBEDDED, load
+from minprfaas.observe.report import human_bytes, table
+from minprfaas.scheduling.profiles import Profile, ProfilePoint
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("--model", metavar="DIR", help="Hugging Face directory (default: the embedded model)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096], metavar="TOKENS")
+    parser.add_argument("--repeats", type=int, default=3, help="timed prefills of each length (3)")
+    parser.add_argument("--batch", type=int, default=8, help="requests of a decode step: BS_max (8)")
+    parser.add_argument("--context", type=int, default=1024, metavar="TOKENS", help="their context (1024)")
+    parser.add_argument("--prefill-chunk", type=int, default=1024, metavar="TOKENS")
+    parser.add_argument("--out", metavar="FILE.json", help="write the profile, for `plan --profile`")
+    parser.add_argument("--json", action="store_true", help="print the profile instead of the table")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, check that it is a profile, print or write it."""
+    for name in ("repeats", "batch", "context"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)} is out of range; it must be at least 1")
+    if len(set(args.lengths)) < 2 or min(args.lengths) < 1:
+        raise UserError(f"--lengths {args.lengths} is no curve; it needs two different lengths of at least 1 token")
+    torch.manual_seed(0)
+    model, tokenizer = load(args.model, getattr(torch, args.dtype), args.device)
+    points = measure_prefill(model, tokenizer, sorted(set(args.lengths)), args.repeats, args.prefill_chunk)
+    t_decode_s = measure_decode(model, tokenizer, args.batch, args.context, steps=16)
+    name = f"{Path(args.model).name if args.model else EMBEDDED.name} on {args.device}, {args.dtype}"
+    profile = Profile(name, tuple(ProfilePoint(*point) for point in points), t_decode_s, args.batch)
+    text = json.dumps(profile.to_json(), indent=2)
+    if args.out:
+        partial = Path(args.out + ".partial")
+        try:
+            partial.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{args.out} cannot be written: {error.strerror}") from None
+        os.replace(partial, args.out)
+    print(text if args.json else _table(profile))
+
+
+def _table(profile: Profile) -> str:
+    rows = [[point.tokens, human_bytes(point.kv_bytes), f"{point.prefill_s:.3f}",
+             f"{point.kv_bytes * 8 / point.prefill_s / 1e9:.3f}"] for point in profile.points]
+    return (f"{profile.name} (measured in this run)\n"
+            + table(["tokens", "KVCache S_kv", "prefill s", "KV throughput Gbps (eq. 1)"], rows)
+            + f"\n  decode step of {profile.bs_max} requests: {profile.t_decode_s * 1e3:.1f} ms"
+              f" ({profile.bs_max / profile.t_decode_s:.0f} tokens/s)")

@@ -1,0 +1,73 @@
+"""Timing one model on one device: the points that a profile is made of. Chapter 10; paper 2.1 and table 5."""
+
+import time
+from statistics import median
+
+import torch
+from tqdm import tqdm
+
+from minprfaas.config import CacheConfig
+from minprfaas.engine.engine import Engine
+from minprfaas.engine.generate import pool_for
+from minprfaas.engine.sampling import SamplingParams
+from minprfaas.errors import UserError
+from minprfaas.model.spec import kv_bytes
+from minprfaas.model.tokenizer import Tokenizer
+from minprfaas.model.transformer import Transformer
+
+
+def measure_prefill(model: Transformer, tokenizer: Tokenizer, lengths: list[int], repeats: int,
+                    prefill_chunk: int) -> list[tuple[int, int, float]]:
+    """(tokens, KVCache bytes S_kv, median prefill seconds T_prefill) for each length; nothing is cached between runs."""
+    engine = _engine(model, tokenizer, [max(lengths)], prefill_chunk)
+    points = []
+    with tqdm(total=len(lengths) * (repeats + 1), desc="prefill", unit="run", disable=None, leave=False) as bar:
+        for tokens in lengths:
+            seconds = []
+            for run in range(repeats + 1):  # the first one warms up
+                request = engine.add(engine.request(f"{tokens}/{run}", _random_prompt(model, tokens), SamplingParams(max_tokens=1)))
+                _settle(model)
+                began = time.perf_counter()
+                while engine.has_work:
+                    engine.step()
+                _settle(model)
+                seconds.append(time.perf_counter() - began)
+                assert request.cached_tokens == 0
+                bar.update()
+            points.append((tokens, kv_bytes(engine.layout.specs, tokens), median(seconds[1:])))
+    return points
+
+
+def measure_decode(model: Transformer, tokenizer: Tokenizer, batch: int, context: int, steps: int) -> float:
+    """Median seconds of a decode step (T_decode) with `batch` requests of about `context` tokens."""
+    engine = _engine(model, tokenizer, [context + steps + 2] * batch, prefill_chunk=1024, max_batch=batch)
+    params = SamplingParams(max_tokens=steps + 2, ignore_eos=True)
+    for number in range(batch):
+        engine.add(engine.request(str(number), _random_prompt(model, context), params))
+    while engine.waiting or engine.prefilling:
+        engine.step()
+    seconds = []
+    with tqdm(total=steps, desc="decode", unit="step", disable=None, leave=False) as bar:
+        while engine.running and len(seconds) < steps:
+            began = time.perf_counter()
+            engine.step()
+            _settle(model)
+            seconds.append(time.perf_counter() - began)
+            bar.update()
+    if not seconds:
+        raise UserError(f"decode of {batch} requests ended before a step could be timed; take fewer requests or more steps")
+    return median(seconds)
+
+
+def _engine(model: Transformer, tokenizer: Tokenizer, lengths: list[int], prefill_chunk: int, max_batch: int = 64) -> Engine:
+    pool = pool_for(model, [length + 1 for length in lengths])
+    return Engine(model, tokenizer, CacheConfig(pool.num_blocks, pool.block_tokens, prefix_cache=False), prefill_chunk, max_batch)
+
+
+def _random_prompt(model: Transformer, tokens: int) -> list[int]:
+    return torch.randint(0, model.config.vocab_size, (tokens,)).tolist()
+
+
+def _settle(model: Transformer) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
