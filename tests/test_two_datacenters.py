@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 
 import pytest
 from cluster_support import serve, two_datacenters
@@ -147,3 +148,35 @@ def test_when_the_prefill_node_leaves_every_request_is_still_answered(hybrid):
         leaving.join(60)
     assert [journey.route for journey in journeys] == ["pdp", "pdp"]
     assert tokens(journeys) == reference(model, tokenizer, prompts, GREEDY)
+
+
+def test_the_next_turn_sends_only_its_increment_across(hybrid):
+    model, tokenizer = hybrid
+    (first,) = prompts_of(300)
+    with two_datacenters(model, tokenizer, threshold=50) as (local, remote):
+        (turn,) = serve(local, [first], GREEDY)
+        second = first + turn.request.output_ids + prompts_of(150, seed=5)[0]
+        (next_turn,) = serve(local, [second], GREEDY)
+        layout = local.engine.layout
+    assert turn.route == next_turn.route == "prfaas"
+    assert next_turn.request.cached_tokens >= 288, "the decode side kept the first turn, up to its last full block"
+    rows = sum(spec.nbytes for spec in layout.specs if spec.per_token)
+    state = sum(spec.nbytes for spec in layout.specs if not spec.per_token)
+    increment = (len(second) - next_turn.request.cached_tokens) * rows
+    assert increment + state <= next_turn.kv_bytes <= increment + 2 * state, "rows of the increment, the state, a snapshot"
+    assert remote.engine.kvcache.stats().hit_tokens >= 288, "the prefill node had the first turn's prompt in its own cache"
+    assert tokens([turn, next_turn]) == reference(model, tokenizer, [first, second], GREEDY)
+
+
+def test_the_directory_knows_what_the_prefill_node_holds(hybrid):
+    model, tokenizer = hybrid
+    prompts = prompts_of(200)
+    with two_datacenters(model, tokenizer, threshold=50) as (local, remote):
+        serve(local, prompts, GREEDY)
+        until = time.monotonic() + 30
+        keys = [key.hex() for key in local.engine.kvcache.keys(prompts[0])]
+        while local.desk.directory.match(keys).clusters.get("prfaas") != 192 and time.monotonic() < until:
+            local.step()
+        assert local.desk.directory.match(keys).nodes == {"prfaas-0": 192}
+        journey = serve(local, [prompts[0] + prompts_of(100, seed=9)[0]], GREEDY)[0]
+    assert "cached 192" in journey.reason

@@ -2,7 +2,7 @@
 
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from minprfaas.engine.request import Request
+from minprfaas.engine.request import Request, Status
 from minprfaas.kvcache.layout import Layout
 from minprfaas.kvcache.manager import KVCacheManager
 from minprfaas.transport.events import LinkDown, StreamAborted, StreamReport
@@ -20,12 +20,18 @@ def stream_plan(layout: Layout, stream_id: int, start: int, end: int) -> StreamP
     return StreamPlan(stream_id, entries, start, end)
 
 
+def snapshot_plan(layout: Layout, stream_id: int, at: int) -> StreamPlan:
+    """What crosses for a snapshot: the request-level state at the block boundary `at`."""
+    everything = stream_plan(layout, stream_id, 0, at)
+    return StreamPlan(stream_id, tuple(entry for entry in everything.entries if not entry.per_token), 0, at)
+
+
 class KVExport:
     """The sending half of one request's transfer. `on_kv` is the engine's listener; only the increment is shipped:
     tokens from `plan.start` on, also where this node found them in its own prefix cache."""
 
-    def __init__(self, kvcache: KVCacheManager, link: Link, plan: StreamPlan, overlap: bool = True):
-        self.kvcache, self.plan = kvcache, plan
+    def __init__(self, kvcache: KVCacheManager, link: Link, plan: StreamPlan, snapshot_at: int, overlap: bool):
+        self.kvcache, self.link, self.plan, self.snapshot_at = kvcache, link, plan, snapshot_at
         self.stream = link.open_stream(plan)
         self.failure: str | None = None
         self.report: Future[StreamReport] | None = None
@@ -43,6 +49,24 @@ class KVExport:
         not tear a forward pass in two; the node looks at `failure` afterwards."""
         if self.failure is None and self._overlap:
             self._ship(layer, end)
+
+    def ship_snapshot(self) -> None:
+        """Ship the state at the boundary `snapshot_at` once prefill has passed it. Only a favour: it may fail."""
+        cache = self.request.cache
+        passed = cache is not None and cache.num_tokens >= self.snapshot_at > 0
+        if not passed or not (self._overlap or self.request.status is Status.HELD):
+            return
+        at, self.snapshot_at = self.snapshot_at, 0
+        tables = self.kvcache.snapshot_tables(cache, at)
+        if tables is None:
+            return
+        plan = snapshot_plan(self.kvcache.layout, self.plan.stream_id + 1, at)
+        try:
+            stream = self.link.open_stream(plan)
+            for entry in plan.entries:
+                stream.put(entry.layer, 0, at, self.kvcache.pool.read_bytes(entry.layer, tables[entry.group], 0, at))
+        except (LinkDown, StreamAborted):
+            return
 
     def finish(self, pool: ThreadPoolExecutor, deadline_s: float) -> None:
         """Everything is prefilled: ship the rest, and wait for the acknowledgements in the background."""

@@ -4,16 +4,17 @@ import itertools
 import secrets
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from minprfaas.cluster import messages
 from minprfaas.cluster.desk import RoutingDesk
-from minprfaas.cluster.kv_export import stream_plan
+from minprfaas.cluster.kv_export import snapshot_plan, stream_plan
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.request import Request, TokenUpdate
 from minprfaas.scheduling.router import Decision
 from minprfaas.transport.events import LinkDown, LinkLost, LinkRestored, MessageReceived, StreamDone, StreamFailed
 from minprfaas.transport.link import Link
+from minprfaas.transport.streams import StreamPlan
 
 
 @dataclass
@@ -30,9 +31,9 @@ class Journey:
     fallback: str | None = None  # why a request that was offloaded was prefilled here after all
     # while the request is away:
     stream_id: int = 0
+    streams: set[int] = field(default_factory=set)  # that have not arrived: the KVCache, and maybe a snapshot
     deadline_s: float = 0.0
     first_token: int | None = None
-    arrived: bool = False
     done_tokens: int = 0
     expected_bytes: int = 0
     received_bytes: int = 0
@@ -61,7 +62,7 @@ class LocalNode:
         self._queue: deque[Journey] = deque()
         self._away: dict[str, Journey] = {}
         self._by_stream: dict[int, Journey] = {}
-        self._stream_ids = itertools.count(secrets.randbits(32) << 16)
+        self._stream_ids = itertools.count(secrets.randbits(32) << 16, 2)
 
     def submit(self, request: Request) -> Journey:
         """Queue a request. UserError when its prompt can never fit."""
@@ -125,27 +126,39 @@ class LocalNode:
                                load_here, load_there, self.engine.clock())
 
     def _offload(self, journey: Journey) -> bool:
-        request = journey.request
+        """Reserve blocks, expect the streams that will fill them, order the prefill. False when there is no room."""
+        request, kvcache = journey.request, self.engine.kvcache
         if not self.engine.reserve_remote(request):
             return False
         journey.route, journey.stream_id = "prfaas", next(self._stream_ids)
         journey.deadline_s = self.engine.clock() + self.offload_deadline_s
-        start, layout, pool = request.cached_tokens, self.engine.layout, self.engine.kvcache.pool
-        tables = request.cache.block_tables
+        self._away[request.id] = journey
+        plan = stream_plan(self.engine.layout, journey.stream_id, request.cached_tokens, request.prompt_tokens)
+        self._expect(journey, plan, request.cache.block_tables)
+        if request.id not in self._away:  # the link was found dead, and the request is queued here
+            return True
+        boundary = (request.prompt_tokens - 1) // self.engine.layout.block_tokens * self.engine.layout.block_tokens
+        tables = kvcache.expect_snapshot(request.cache, boundary) if boundary > request.cached_tokens else None
+        if tables is not None:
+            self._expect(journey, snapshot_plan(self.engine.layout, journey.stream_id + 1, boundary), tables)
+        self._tell(messages.PrefillOrder(request.id, journey.stream_id, request.token_ids, request.cached_tokens,
+                                         boundary if tables is not None else 0, asdict(request.params)))
+        return True
 
-        def write_into_blocks(layer: int, first: int, end: int, data) -> None:
-            pool.write_bytes(layer, tables[layout.group_of_layer[layer].index], first, end, data)
+    def _expect(self, journey: Journey, plan: StreamPlan, tables: list) -> None:
+        layout, pool = self.engine.layout, self.engine.kvcache.pool
+
+        def write_into_blocks(layer: int, start: int, end: int, data) -> None:
+            pool.write_bytes(layer, tables[layout.group_of_layer[layer].index], start, end, data)
             journey.received_bytes += data.numel()
 
-        self._away[request.id] = self._by_stream[journey.stream_id] = journey
-        plan = stream_plan(layout, journey.stream_id, start, request.prompt_tokens)
-        journey.expected_bytes = plan.total_bytes
+        journey.streams.add(plan.stream_id)
+        journey.expected_bytes += plan.total_bytes
+        self._by_stream[plan.stream_id] = journey
         try:
             self.link.expect_stream(plan, write_into_blocks)
         except LinkDown as error:
             self._lose_link(str(error))
-        self._tell(messages.PrefillOrder(request.id, journey.stream_id, request.token_ids, start, asdict(request.params)))
-        return True
 
     # What the link brings
 
@@ -156,11 +169,14 @@ class LocalNode:
             except messages.BadMessage:
                 return
         elif isinstance(event, StreamDone) and event.stream_id in self._by_stream:
-            journey = self._by_stream[event.stream_id]
-            journey.arrived, journey.kv_bytes = True, event.report.bytes
+            journey = self._by_stream.pop(event.stream_id)
+            journey.streams.discard(event.stream_id)
+            journey.kv_bytes += event.report.bytes
             self._admit_if_complete(journey)
         elif isinstance(event, StreamFailed) and event.stream_id in self._by_stream:
-            self._bring_home(self._by_stream[event.stream_id], event.reason)
+            journey = self._by_stream[event.stream_id]
+            if event.stream_id == journey.stream_id:
+                self._bring_home(journey, event.reason)
         elif isinstance(event, LinkLost):
             self._lose_link(event.reason)
         elif isinstance(event, LinkRestored) and event.peer_restarted:
@@ -197,12 +213,14 @@ class LocalNode:
 
     def _admit_if_complete(self, journey: Journey) -> None:
         """Decode begins when the last byte of the KVCache and the first token are both here."""
-        if not journey.arrived or journey.first_token is None:
+        if journey.stream_id in journey.streams or journey.first_token is None or journey.request.id not in self._away:
             return
         if not 0 <= journey.first_token < self.engine.model.config.vocab_size:
             self._bring_home(journey, f"first token {journey.first_token} is outside the vocabulary")
             return
         self._forget_away(journey)
+        if journey.streams:  # only the snapshot is missing
+            self.engine.kvcache.forget_snapshot(journey.request.cache)
         self._note(self.engine.admit_remote(journey.request, journey.first_token))
 
     def _bring_home(self, journey: Journey, reason: str) -> None:
@@ -219,10 +237,11 @@ class LocalNode:
             self._bring_home(journey, reason)
 
     def _forget_away(self, journey: Journey) -> None:
+        """No byte of the request's streams is written after this."""
         self._away.pop(journey.request.id)
-        self._by_stream.pop(journey.stream_id)
-        if self.desk.link_up and not journey.arrived:
-            self.link.forget_stream(journey.stream_id)
+        for stream_id in journey.streams:
+            self._by_stream.pop(stream_id, None)
+            self.link.forget_stream(stream_id)
 
     def _note(self, update: TokenUpdate) -> None:
         request = update.request

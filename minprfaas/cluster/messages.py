@@ -24,12 +24,17 @@ class NodeReady:
 
 @dataclass(frozen=True)
 class PrefillOrder:
-    """PD -> PrfaaS: prefill this prompt and stream the KVCache of tokens [start, len(token_ids)) as `stream_id`."""
+    """PD -> PrfaaS: prefill this prompt and stream the KVCache of tokens [start, len(token_ids)) as `stream_id`.
+
+    Unless `snapshot_at` is 0, the request-level state at that block boundary is welcome too, as stream `stream_id + 1`:
+    with it the PD side can begin the conversation's next turn there.
+    """
 
     id: str
     stream_id: int
     token_ids: list[int]
     start: int
+    snapshot_at: int
     sampling: dict
 
 

@@ -83,7 +83,7 @@ class PrefillNode:
             self._tell(messages.PrefillFailed(order.id, str(error)))
             return
         plan = stream_plan(self.engine.layout, order.stream_id, order.start, len(order.token_ids))
-        export = KVExport(self.engine.kvcache, self.link, plan, self.overlap)
+        export = KVExport(self.engine.kvcache, self.link, plan, order.snapshot_at, self.overlap)
         export.attach(request)
         self.exports[order.id] = export
         self.engine.add(request)
@@ -97,6 +97,7 @@ class PrefillNode:
     def _tend_exports(self) -> None:
         for id, export in list(self.exports.items()):
             request = export.request
+            export.ship_snapshot()
             if export.failure is not None:
                 self._tell(messages.PrefillFailed(id, export.failure))
                 self._drop(id)

@@ -281,6 +281,21 @@ class KVCacheManager:
         cache.expected = (full, blocks)
         return self._split_state(blocks, [array("q") for _ in self.layout.groups])
 
+    def forget_snapshot(self, cache: RequestCache) -> None:
+        """The expected snapshot did not arrive in time: give its blocks back. Nobody may write into them any more."""
+        if cache.expected:
+            (_, blocks), cache.expected = cache.expected, None
+            self.ledger.release(blocks)
+
+    def snapshot_tables(self, cache: RequestCache, num_tokens: int) -> list[array] | None:
+        """For the sender: block tables of the indexed snapshot at the boundary `num_tokens` of this request, if there
+        is one. They hold until the manager is called again."""
+        full, rest = divmod(num_tokens, self.layout.block_tokens)
+        if rest or not 0 < full <= len(cache.keys) or cache.keys[full - 1] not in self.ledger.snapshots:
+            return None
+        blocks = self.ledger.members(self.ledger.snapshots[cache.keys[full - 1]])
+        return self._split_state(blocks, [array("q") for _ in self.layout.groups])
+
     def _publish_expected(self, cache: RequestCache) -> None:
         (full, blocks), cache.expected = cache.expected, None
         cache.newest_snapshot = cache.keys[full - 1]
