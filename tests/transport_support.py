@@ -22,12 +22,13 @@ def new_store() -> TCPStore:
 def in_parallel(*calls):
     """Run the calls in threads; returns their results, raises the first error."""
     results: list = [None] * len(calls)
+    errors: list[BaseException] = []
 
     def run(index, call):
         try:
             results[index] = call()
         except BaseException as error:
-            results[index] = error
+            errors.append(error)
 
     threads = [threading.Thread(target=run, args=pair, daemon=True) for pair in enumerate(calls)]
     for thread in threads:
@@ -35,9 +36,8 @@ def in_parallel(*calls):
     for thread in threads:
         thread.join(2 * DEADLINE_S)
         assert not thread.is_alive(), "a call ran past its deadline"
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
+    if errors:
+        raise errors[0]
     return results
 
 

@@ -40,7 +40,7 @@ class Lane:
         try:
             self._group = dist.ProcessGroupGloo(dist.PrefixStore(str(index), store), rank, 2, self._timeout)
         except RuntimeError as error:
-            raise LinkDown(f"lane {index} does not connect: {_first_line(error)}") from None
+            raise LinkDown(f"lane {index} does not connect: {one_line(error)}") from None
 
     def exchange(self, data: bytes) -> bytes:
         """Send `data` and receive the peer's, once a round, before any frame crosses (the handshake)."""
@@ -52,7 +52,7 @@ class Lane:
             self._group.recv([incoming.tensor], self._peer, _HANDSHAKE_TAG).wait(self._timeout)
             sent.wait(self._timeout)
         except RuntimeError as error:
-            raise LinkDown(f"lane {self.index} broke in the handshake: {_first_line(error)}") from None
+            raise LinkDown(f"lane {self.index} broke in the handshake: {one_line(error)}") from None
         length = min(int.from_bytes(incoming.view[:2], "little"), _HANDSHAKE_BYTES)
         return bytes(incoming.view[2:2 + length])
 
@@ -101,5 +101,7 @@ class Lane:
             pass  # that is the point
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+def one_line(error: BaseException) -> str:
+    """An error as one line; Gloo begins with the path of its source file."""
+    text = str(error) or type(error).__name__
+    return text.splitlines()[0].rpartition(".cc:")[2].partition("] ")[2][:200] or text.splitlines()[0][:200]

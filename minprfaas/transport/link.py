@@ -19,11 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 import torch.distributed as dist
 
 from minprfaas.config import LinkConfig
-from minprfaas.transport.events import Event, FrameError, LinkDown, LinkLost, LinkRefused, LinkRestored
+from minprfaas.transport.events import Event, LinkDown, LinkLost, LinkRefused, LinkRestored
 from minprfaas.transport.frames import CONTROL_LIMIT_BYTES, Kind, Slot, encode_message
 from minprfaas.transport.handshake import INCARNATION_BYTES, LinkIdentity, shake_hands
 from minprfaas.transport.inbox import Inbox
-from minprfaas.transport.lanes import Lane
+from minprfaas.transport.lanes import Lane, one_line
 from minprfaas.transport.monitor import LinkStats
 from minprfaas.transport.outbox import Frame, Outbox, control_frame
 from minprfaas.transport.sending import SendStream
@@ -172,7 +172,7 @@ class Link:
             self._store.set(f"{self.name}/answer/{self._answered_knock.decode()}", str(epoch))
             return epoch
         except RuntimeError as error:
-            raise LinkDown(f"link {self.name}: its store does not answer: {str(error).splitlines()[0]}") from None
+            raise LinkDown(f"link {self.name}: its store does not answer: {one_line(error)}") from None
 
     def _await_store(self, arrived, until: float) -> bool:
         while not arrived():
@@ -221,14 +221,14 @@ class Link:
     def _send_on(self, lane: Lane, epoch: int) -> None:
         try:
             lane.send_frames(lambda block: self._outbox.next_frame(epoch, block), self._sent)
-        except RuntimeError as error:
-            self._break(str(error).splitlines()[0], lane)
+        except Exception as error:  # whatever it is, the lane is dead and the supervisor must know
+            self._break(one_line(error), lane)
 
     def _receive_on(self, lane: Lane, epoch: int) -> None:
         try:
             lane.receive_frames(self._received)
-        except (RuntimeError, FrameError) as error:
-            self._break(str(error).splitlines()[0], lane)
+        except Exception as error:
+            self._break(one_line(error), lane)
 
     def _sent(self, lane: Lane, frame: Frame, began: float) -> None:
         if self._timeline is not None and frame.header.kind == Kind.CHUNK:
@@ -262,8 +262,8 @@ class Link:
             log.warning("link %s: epoch %d ended: %s", self.name, self.epoch, self._reason)
             try:
                 self._establish(time.monotonic() + self.config.timeout_s)
-            except LinkDown as error:
-                return self._lose(str(error))
+            except Exception as error:
+                return self._lose(one_line(error))
 
     def _watch(self) -> None:
         """Send heartbeats and take samples until the epoch breaks, or a lane is silent for too long."""
@@ -274,9 +274,12 @@ class Link:
             if now >= beat_at:
                 beat_at = now + self.config.silence_s / 5
                 beats = [(work, frame) for work, frame in beats if not work.is_completed()]
-                for lane in self._lanes:
+                for lane in self._lanes:  # directly: the emulated line is slow or stalled, not dead
                     frame = control_frame(Kind.HEARTBEAT, seq=self._outbox.settled_below)
-                    beats.append((lane.post(frame), frame))
+                    try:
+                        beats.append((lane.post(frame), frame))  # Gloo forgets a send whose handle is dropped
+                    except RuntimeError as error:
+                        self._break(one_line(error), lane)
             for lane in self._lanes:
                 since = lane.waiting_since
                 if since is not None and now - since > self.config.silence_s:
@@ -286,8 +289,9 @@ class Link:
         self._outbox.end_epoch()
         for lane in self._lanes:
             lane.cut()
-        for thread in self._threads:
-            thread.join(LANE_TIMEOUT_S)
+        until = time.monotonic() + 1.0
+        for thread in self._threads:  # one may still be in a sink; what it takes counts in the next epoch as well
+            thread.join(max(0.0, until - time.monotonic()))
         self._threads, self._lanes = [], []
 
     def _lose(self, reason: str) -> None:

@@ -1,0 +1,165 @@
+"""Trust ends at the link: whoever fails the handshake gets no lane, and learns only that it was refused."""
+
+import dataclasses
+import logging
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+from torch.distributed import PrefixStore, ProcessGroupGloo
+from transport_support import DEADLINE_S, IDENTITY, Cargo, connected, event, in_parallel, new_store
+
+from minprfaas.config import LinkConfig
+from minprfaas.transport import Link, LinkDown, LinkRefused, MessageReceived
+from minprfaas.transport.lanes import Lane
+
+
+def connect_both(mine, theirs, config=LinkConfig(), other_config=LinkConfig()) -> list[Exception | None]:
+    """What `connect` raised on either side."""
+    store = new_store()
+    links = [Link("a-b", store, 0, config, mine), Link("a-b", store, 1, other_config, theirs)]
+
+    def attempt(link):
+        try:
+            link.connect(5.0)
+        except LinkDown as error:
+            return error
+
+    errors = in_parallel(*(lambda link=link: attempt(link) for link in links))
+    in_parallel(*(link.close for link in links))
+    return errors
+
+
+@pytest.mark.parametrize("change, reason", [
+    (dict(secret=b"another secret"), "the peer does not hold the same secret"),
+    (dict(secret=None), "the peer does not hold the same secret"),
+    (dict(fingerprint=b"\1" * 32), "model fingerprint is 000000"),
+    (dict(dtype="bfloat16"), "dtype is float32 here and bfloat16 there"),
+    (dict(block_layout="16 tokens"), "block layout is 64 tokens here and 16 tokens there")])
+def test_a_peer_with_another_secret_or_model_is_refused_and_the_log_says_why(caplog, change, reason):
+    caplog.set_level(logging.WARNING, "minprfaas.transport")
+    errors = connect_both(IDENTITY, dataclasses.replace(IDENTITY, **change))
+    assert all(isinstance(error, LinkRefused) for error in errors)
+    assert reason in str(errors[0]) and reason in caplog.text
+
+
+@pytest.mark.parametrize("other", [LinkConfig(chunk_bytes=2**20), LinkConfig(chunk_bytes=300_000)])
+def test_ends_that_disagree_on_the_frame_size_are_refused_before_a_frame_crosses(other):
+    errors = connect_both(IDENTITY, IDENTITY, other_config=other)
+    assert all(isinstance(error, LinkRefused) for error in errors) and "frames of 262144 bytes" in str(errors[0])
+
+
+def test_without_a_secret_on_either_side_only_compatibility_is_checked():
+    open_identity = dataclasses.replace(IDENTITY, secret=None)
+    cargo = Cargo()
+    with connected(identity=open_identity) as (sender, receiver):
+        receiver.expect_stream(cargo.plan, cargo.sink)
+        stream = sender.open_stream(cargo.plan)
+        cargo.put_all(stream)
+        stream.finish(DEADLINE_S)
+    assert cargo.is_identical
+
+
+class RecordingLane(Lane):
+    """Keeps what it said in the handshake, as an eavesdropper would."""
+
+    said: list[bytes] = []
+
+    def exchange(self, data: bytes) -> bytes:
+        self.said.append(data)
+        return super().exchange(data)
+
+
+class RecordingLink(Link):
+    lane_type = RecordingLane
+
+
+class Impostor:
+    """A rank 1 without the secret: knocks, connects, and says what it was told to say, then what else it has."""
+
+    def __init__(self, store, words: list[bytes], frames: list[bytes] = ()):
+        self._store, self._words, self._frames = store.clone(), words, frames
+        self.heard: list[bytes] = []
+
+    def __call__(self):
+        knock = f"{time.monotonic_ns()}"
+        self._store.set("a-b/knock", knock)
+        self._store.wait([f"a-b/answer/{knock}"], timedelta(seconds=DEADLINE_S))
+        epoch = int(self._store.get(f"a-b/answer/{knock}"))
+        lane = Lane(PrefixStore(f"a-b/{epoch}", self._store), 0, 1, 256 * 1024, DEADLINE_S)
+        try:
+            for word in self._words:
+                self.heard.append(lane.exchange(word))
+            for frame in self._frames:
+                lane.transmit(torch.frombuffer(bytearray(frame), dtype=torch.uint8)).wait(timedelta(seconds=0.3))
+        except (LinkDown, RuntimeError):
+            pass
+
+
+def victim(store, impostor):
+    """Rank 0 meets the impostor; returns what connect raised."""
+    link = Link("a-b", store, 0, LinkConfig(timeout_s=5), IDENTITY)
+
+    def connect():
+        with pytest.raises(LinkDown) as error:
+            link.connect(5.0)
+        return error.value
+
+    error, _ = in_parallel(connect, impostor)
+    link.close()
+    return error
+
+
+def test_a_replayed_handshake_is_refused_because_the_nonce_is_fresh():
+    store = new_store()
+    RecordingLane.said = []
+    ends = [Link("a-b", store, 0, LinkConfig(), IDENTITY), RecordingLink("a-b", store, 1, LinkConfig(), IDENTITY)]
+    in_parallel(*(lambda end=end: end.connect(DEADLINE_S) for end in ends))
+    in_parallel(*(end.close for end in ends))
+    recorded = [word.replace(b"epoch 1", b"epoch 2") for word in RecordingLane.said]
+    assert len(recorded) == 4 and b"epoch 2" in recorded[0]
+    impostor = Impostor(store, recorded)
+    assert isinstance(victim(store, impostor), LinkRefused)
+    assert impostor.heard[1:] and impostor.heard[2:] == [b"", b""], "no identity and no verdict for an impostor"
+
+
+def test_an_impostor_that_repeats_what_it_hears_is_refused():
+    class Mirror(Impostor):
+        def __call__(self):
+            self._words = _Echo(self.heard, b"minprfaas link" + bytes(40) + b"version 1, link a-b, epoch 1, 1 lanes, "
+                                b"frames of 262144 bytes, lane 0")
+            super().__call__()
+
+    store = new_store()
+    error = victim(store, Mirror(store, []))
+    assert isinstance(error, LinkRefused) and "same secret" in str(error)
+
+
+class _Echo:
+    """Begins with `first`, then says what was heard last."""
+
+    def __init__(self, heard, first):
+        self.heard, self.first = heard, first
+
+    def __iter__(self):
+        yield self.first
+        for _ in range(3):
+            yield self.heard[-1]
+
+
+@pytest.mark.parametrize("words", [[b"GET / HTTP/1.1"], [b""] * 4, [bytes(2000)] * 4, [b"minprfaas link"] * 4])
+def test_garbage_in_the_handshake_is_refused_and_no_frame_is_read(words):
+    store = new_store()
+    error = victim(store, Impostor(store, words, frames=[b"x" * 100]))
+    assert isinstance(error, LinkDown)
+
+
+def test_a_link_serves_its_true_peer_after_an_impostor_came_first():
+    store = new_store()
+    assert isinstance(victim(store, Impostor(store, [b"let me in"] * 4)), LinkRefused)
+    ends = [Link("a-b", store, rank, LinkConfig(), IDENTITY) for rank in (0, 1)]
+    in_parallel(*(lambda end=end: end.connect(DEADLINE_S) for end in ends))
+    ends[0].send_message({"welcome": True})
+    assert event(ends[1], MessageReceived).message == {"welcome": True}
+    in_parallel(*(end.close for end in ends))

@@ -1,0 +1,258 @@
+"""When things break below the frames: cut, damaged, duplicated, reordered, silenced, killed. Nothing is lost unnamed."""
+
+import collections
+import multiprocessing
+import os
+import random
+import signal
+import struct
+import threading
+import zlib
+
+import pytest
+import torch
+from torch.distributed import TCPStore
+from transport_support import DEADLINE_S, IDENTITY, Cargo, connected, event, new_store
+
+from minprfaas.config import LinkConfig
+from minprfaas.transport import (Link, LinkDown, LinkIdentity, LinkLost, LinkRestored, MessageReceived, StreamAborted, StreamDone,
+                                 StreamFailed)
+from minprfaas.transport.frames import HEADER_BYTES
+from minprfaas.transport.lanes import Lane
+
+CONFIG = LinkConfig(lanes=3, chunk_bytes=4096, timeout_s=10, silence_s=3)
+
+
+def test_a_cut_link_resumes_from_the_last_acknowledged_chunk():
+    cargo = Cargo(tokens=2000)
+    with connected(LinkConfig(gbps=0.02, lanes=2, chunk_bytes=4096)) as (sender, receiver):
+        half = threading.Event()
+
+        def sink(*arguments):
+            cargo.sink(*arguments)
+            if len(cargo.calls) == 50:
+                half.set()
+
+        receiver.expect_stream(cargo.plan, sink)
+        stream = sender.open_stream(cargo.plan)
+        cargo.put_all(stream)
+        assert half.wait(DEADLINE_S)
+        receiver._lanes[1].cut()
+        report = stream.finish(DEADLINE_S)
+        restored = event(receiver, LinkRestored), event(sender, LinkRestored)
+        event(receiver, StreamDone)
+    assert [(back.epoch, back.peer_restarted) for back in restored] == [(2, False)] * 2
+    assert cargo.is_identical and len(set(cargo.calls)) == len(cargo.calls), "each chunk is written once"
+    assert 0 < report.resent_chunks < report.chunks - 50
+
+
+def test_messages_survive_a_cut_once_and_in_order():
+    with connected(LinkConfig(lanes=3)) as (sender, receiver):
+        for number in range(300):
+            sender.send_message({"number": number, "text": "x" * 2000})
+            if number % 100 == 50:
+                sender._lanes[number % 3].cut()
+        assert [event(receiver, MessageReceived).message["number"] for _ in range(300)] == list(range(300))
+
+
+class Fault:
+    """One fault at the `at`-th frame of more than a header that passes any lane of one side."""
+
+    def __init__(self, kind: str, generator: random.Random):
+        self.kind, self.generator, self.at = kind, generator, generator.randrange(30)
+        self.lock, self.happened = threading.Lock(), False
+
+    def is_due(self) -> bool:
+        with self.lock:
+            self.at -= 1
+            self.happened |= self.at == -1
+            return self.at == -1
+
+
+class _Sent:
+    """Stands for a send that the fault does not wait for."""
+
+    def wait(self, _):
+        return True
+
+
+class FaultyLane(Lane):
+    """Breaks one frame in the ways of a bad network, or of an enemy on it, below the framing."""
+
+    fault: Fault | None = None
+    kept: list = []  # a Gloo send whose Work is dropped before it is done never arrives, and silences its lane
+
+    def keep(self, frame):
+        self.kept.append((super().transmit(frame), frame))
+        return self.kept[-1][0]
+
+    def transmit(self, tensor):
+        if self.fault is None or tensor.numel() <= HEADER_BYTES or not self.fault.is_due():
+            return super().transmit(tensor)
+        return getattr(self, f"_{self.fault.kind}")(tensor.clone(), self.fault.generator)
+
+    def _flip(self, frame, generator):
+        frame[generator.randrange(len(frame))] ^= 1 << generator.randrange(8)
+        return self.keep(frame)
+
+    def _truncate(self, frame, generator):
+        return self.keep(frame[:generator.randrange(len(frame))].clone())
+
+    def _cut(self, frame, generator):
+        """The connection breaks after a random byte of the frame."""
+        self.keep(frame[:generator.randrange(len(frame))].clone())
+        self.cut()
+        return self.keep(frame)
+
+    def _duplicate(self, frame, _):
+        self.keep(frame)
+        return self.keep(frame.clone())
+
+    def _reorder(self, frame, _):
+        """The frame arrives after others that left later."""
+        threading.Timer(0.02, self._late, (frame,)).start()
+        return _Sent()
+
+    def _late(self, frame):
+        try:
+            self.keep(frame)
+        except RuntimeError:
+            pass  # the epoch is over; recovery sends the frame again
+
+    def _stall(self, frame, generator):
+        threading.Event().wait(generator.random() * 0.2)
+        return self.keep(frame)
+
+    def _garbage(self, frame, generator):
+        self.keep(torch.frombuffer(bytearray(generator.randbytes(generator.randrange(1, 5000))), dtype=torch.uint8))
+        return self.keep(frame)
+
+    def _absurd(self, frame, generator):
+        """A right checksum over a wrong range or length: what an enemy can send where there is no secret."""
+        header = bytearray(frame[:HEADER_BYTES - 16].tolist())
+        struct.pack_into("<I", header, 12 + 4 * generator.randrange(4), generator.randrange(2**31, 2**32))
+        frame[:HEADER_BYTES] = torch.tensor(list(header + zlib.crc32(header).to_bytes(16, "little")), dtype=torch.uint8)
+        return self.keep(frame)
+
+    def _replay(self, frame, _):
+        self.keep(frame)
+        threading.Timer(0.05, self._late, (frame,)).start()
+        return _Sent()
+
+
+class FaultyLink(Link):
+    lane_type = FaultyLane
+
+
+KINDS = ["flip", "truncate", "cut", "duplicate", "reorder", "stall", "garbage", "absurd", "replay"]
+
+
+@pytest.mark.parametrize("secret", [IDENTITY.secret, None], ids=["keyed", "checksum"])
+def test_ninety_seeded_faults_end_in_identical_bytes_or_a_named_error(secret, capsys):
+    identity = LinkIdentity(IDENTITY.fingerprint, IDENTITY.dtype, IDENTITY.block_layout, secret)
+    tally = collections.Counter()
+    with connected(CONFIG, identity, sender_type=FaultyLink) as (sender, receiver):
+        for seed in range(90):
+            kind, cargo = KINDS[seed % len(KINDS)], Cargo(stream_id=seed, tokens=400, seed=seed)
+            FaultyLane.fault = fault = Fault(kind, random.Random(seed))
+            receiver.expect_stream(cargo.plan, cargo.sink)
+            stream = sender.open_stream(cargo.plan)
+            try:
+                cargo.put_all(stream)
+                stream.finish(DEADLINE_S)
+                outcome = "identical"
+            except StreamAborted:
+                assert event(receiver, StreamFailed).stream_id == seed
+                outcome = "named error"
+            assert fault.happened
+            assert cargo.is_identical or outcome != "identical", f"seed {seed}: {kind} changed bytes unnoticed"
+            assert len(set(cargo.calls)) == len(cargo.calls), f"seed {seed}: {kind} wrote a chunk twice"
+            tally[kind, outcome] += 1
+        FaultyLane.fault = None
+        assert sum(tally[kind, "identical"] for kind in KINDS if kind != "absurd") == 80, tally
+        assert secret is None or tally["absurd", "identical"] == 10, "with a secret an enemy cannot even end a stream"
+    with capsys.disabled():
+        print(f"\n  {'keyed' if secret else 'checksum'}: " + ", ".join(f"{k} {n} {o}" for (k, o), n in sorted(tally.items())))
+
+
+# ---- peers that die or fall silent, in their own processes
+
+
+def _peer(port: int, rank: int, started, config: LinkConfig) -> None:
+    """Expects streams 1, 2, 3 … one after another, until it is killed."""
+    torch.set_num_threads(1)
+    link = Link("a-b", TCPStore("127.0.0.1", port, None, False), rank, config, IDENTITY)
+    link.connect(DEADLINE_S)
+    cargo = Cargo(tokens=4000)
+    link.expect_stream(cargo.plan, cargo.sink)
+    started.set()
+    while not isinstance(found := link.receive(DEADLINE_S), (LinkLost, type(None))):
+        if isinstance(found, StreamDone):
+            link.send_message({"identical": cargo.is_identical})
+
+
+@pytest.fixture(scope="module")
+def processes():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["minprfaas.transport", "transport_support"])
+    return context
+
+
+class Peer:
+    def __init__(self, processes, store, config):
+        self.started = processes.Event()
+        self.process = processes.Process(target=_peer, args=(store.port, 1, self.started, config), daemon=True)
+        self.process.start()
+
+    def signal(self, number) -> None:
+        if self.process.is_alive():
+            os.kill(self.process.pid, number)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_peer_that_is_killed_at_a_random_moment_is_a_named_error_and_its_successor_is_served(processes, seed):
+    generator, store = random.Random(seed), new_store()
+    config = LinkConfig(gbps=0.05, lanes=1 + seed % 3, chunk_bytes=4096, timeout_s=DEADLINE_S, silence_s=2)
+    link, first = Link("a-b", store, 0, config, IDENTITY), Peer(processes, store, config)
+    try:
+        link.connect(DEADLINE_S)
+        assert first.started.wait(DEADLINE_S)
+        cargo = Cargo(tokens=4000)
+        stream = link.open_stream(cargo.plan)
+        killer = threading.Timer(generator.random() * 0.15, first.signal, (signal.SIGKILL,))
+        killer.start()
+        cargo.put_all(stream)
+        second = Peer(processes, store, config)
+        with pytest.raises(StreamAborted, match="the peer restarted"):
+            stream.finish(DEADLINE_S)
+        assert event(link, LinkRestored).peer_restarted
+        assert second.started.wait(DEADLINE_S)
+        again = link.open_stream(cargo.plan)
+        cargo.put_all(again)
+        again.finish(DEADLINE_S)
+        assert event(link, MessageReceived).message == {"identical": True}
+    finally:
+        link.close()
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "silent"])
+def test_a_peer_that_does_not_come_back_is_a_lost_link_within_the_deadline(processes, blow):
+    store, config = new_store(), LinkConfig(gbps=0.05, lanes=2, chunk_bytes=4096, timeout_s=1.0, silence_s=0.5)
+    link, peer = Link("a-b", store, 0, config, IDENTITY), Peer(processes, store, config)
+    try:
+        link.connect(DEADLINE_S)
+        assert peer.started.wait(DEADLINE_S)
+        expected, cargo = Cargo(stream_id=9), Cargo(tokens=4000)
+        link.expect_stream(expected.plan, expected.sink)
+        stream = link.open_stream(cargo.plan)
+        cargo.put_all(stream)
+        peer.signal(blow)
+        with pytest.raises(LinkDown, match="did not connect"):
+            stream.finish(DEADLINE_S)
+        assert event(link, StreamFailed).stream_id == 9
+        assert "did not connect" in event(link, LinkLost).reason
+        with pytest.raises(LinkDown):
+            link.open_stream(cargo.plan)
+    finally:
+        peer.signal(signal.SIGKILL)
+        link.close()
