@@ -62,8 +62,10 @@ def test_equation_2_is_worked_from_table_3(capsys):
     cases = {(case["model"], case["tokens"], case["gpus"]): case["egress_gbps"] for case in planned(capsys, "--egress")}
     assert cases["MiniMax-M2.5", 32_768, 512] == pytest.approx(64 * 59.93)
     assert cases["Ring-2.5-1T", 131_072, 512] < 100 and cases["Ring-2.5-1T", 131_072, 10_000] == pytest.approx(1825)
-    main(["plan", "--egress"])
-    assert "about 1.8 Tbps" in capsys.readouterr().out
+    for arguments in (["--egress"], ["--case", "paper", "--egress"]):
+        main(["plan", *arguments])
+        assert "about 1.8 Tbps" in capsys.readouterr().out
+    assert len(planned(capsys, "--case", "paper", "--egress")["egress"]) == 5
 
 
 def test_ones_own_profiles_plan_ones_own_fleet(capsys, profiles):
@@ -101,6 +103,12 @@ def test_figures_2_5a_and_5b_are_drawn_and_nothing_half_written_stays(capsys, tm
     assert "cannot write" in refused(capsys, "--case", "paper", "--plots", str(tmp_path / "file"))
 
 
+def test_without_matplotlib_plots_names_the_extra_to_install(capsys, tmp_path, monkeypatch):
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert "minprfaas[plots]" in refused(capsys, "--case", "paper", "--plots", str(tmp_path))
+
+
 @pytest.mark.parametrize("arguments, named", [
     (["--threshold", "200000"], "threshold 200000 is outside the lengths"),
     (["--threshold", "-1"], "threshold -1 is outside the lengths"),
@@ -126,6 +134,12 @@ def test_a_broken_profile_is_named_with_its_fault(capsys, tmp_path):
         path.write_text(content)
         error = refused(capsys, "--profile", str(path))
         assert named in error and error.count("\n") == 1
+
+
+def test_a_command_line_that_plans_nothing_says_what_to_give(capsys):
+    for arguments in ([], ["--json"], ["--egress", "--plots", "out"]):
+        error = refused(capsys, *arguments)
+        assert "--case paper or --profile FILE" in error and error.count("\n") == 1
 
 
 def test_the_papers_case_takes_no_fleet_of_ones_own(capsys):

@@ -12,6 +12,8 @@ from minprfaas.scheduling.planner import Fleet, Plan, first_token_times, plan, s
 from minprfaas.scheduling.profiles import Profile
 from minprfaas.scheduling.throughput import egress_needed_gbps, kv_throughput_gbps
 
+FLEET_OPTIONS = ("pd_profile", "prfaas_instances", "pd_instances", "link_gbps", "output_tokens", "lognormal", "trace",
+                 "threshold", "n_p")
 DEPLOYMENTS = {"prfaas_pd": "PrfaaS-PD", "homogeneous": "homogeneous", "naive": "naive", "least_loaded": "least-loaded"}
 ROWS = {  # JSON key: (label, format)
     "threshold": ("threshold t, tokens", ",.0f"), "n_prfaas": ("N_prfaas", "d"),
@@ -29,11 +31,11 @@ least-loaded: both kinds of hardware, no threshold, requests to the least loaded
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to plan (one of three), for which fleet, and how to show it."""
-    what = parser.add_mutually_exclusive_group(required=True)
+    """What to plan, for which fleet, and how to show it."""
+    what = parser.add_mutually_exclusive_group()
     what.add_argument("--case", choices=["paper"], help="the paper's case study: table 6 beside the paper's numbers")
-    what.add_argument("--egress", action="store_true", help="equation 2's worked cases: the egress of a prefill cluster")
     what.add_argument("--profile", metavar="FILE", help="plan for this profile (JSON) of a PrfaaS instance")
+    parser.add_argument("--egress", action="store_true", help="equation 2's worked cases: the egress of a prefill cluster")
     fleet = parser.add_argument_group("fleet, link and lengths (with --profile)")
     fleet.add_argument("--pd-profile", metavar="FILE", help="profile of a PD instance (default: the same as --profile)")
     fleet.add_argument("--prfaas-instances", type=int, metavar="N", help="instances of the PrfaaS cluster (default: 4)")
@@ -42,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fleet.add_argument("--output-tokens", type=float, metavar="N", help="mean length of an answer (default: 1024)")
     fleet.add_argument("--lognormal", type=float, nargs=4, metavar=("MU", "SIGMA", "LOW", "HIGH"),
                        help="log-normal lengths within LOW..HIGH tokens (default: the paper's, 9.9 1 128 131072)")
-    fleet.add_argument("--trace", metavar="FILE", help="lengths of a Mooncake-format trace instead")
+    fleet.add_argument("--trace", metavar="FILE", help="input lengths of a Mooncake-format trace instead, as if nothing were cached")
     fleet.add_argument("--threshold", type=float, metavar="T", help="plan for this threshold (default: search)")
     fleet.add_argument("--n-p", type=int, metavar="N", help="plan for this many PD prefill instances (default: search)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
@@ -51,10 +53,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Plan, draw if asked, and print. Raises UserError."""
-    if not args.profile:
-        _refuse_fleet_options(args)
-    if args.egress:
-        return _print_egress(args.json)
+    given = [option for option in FLEET_OPTIONS if getattr(args, option) is not None]
+    if given and not args.profile:
+        raise UserError(f"--{given[0].replace('_', '-')} goes with --profile; the paper's case is as published")
+    if not (args.case or args.profile):
+        if not args.egress or args.plots:
+            raise UserError("there is nothing to plan" + (" or draw" if args.plots else "")
+                            + "; give --case paper or --profile FILE, or --egress alone")
+        return print(json.dumps(_egress_cases(), indent=2)) if args.json else _print_egress()
     if args.case:
         lengths, plans = paper.paper_lengths(), paper.paper_plans()
         best_fleet, best = plans["prfaas_pd"]
@@ -68,6 +74,8 @@ def run(args: argparse.Namespace) -> None:
         result = {"plan": _figures(best_fleet, best, lengths), "binding_stage": best.binding_stage,
                   "bounds": {stage: rate if isfinite(rate) else None for stage, rate in best.bounds.items()},
                   "sensitivity": {change: more.lambda_max for change, more in sensitivity(best_fleet, lengths)}}
+    if args.egress:
+        result["egress"] = _egress_cases()
     drawn = []
     if args.plots:
         from minprfaas.observe.plots import draw_plan
@@ -79,16 +87,11 @@ def run(args: argparse.Namespace) -> None:
     else:
         _print_own(best_fleet, lengths, result["plan"])
     _print_margins(best_fleet, lengths, best)
+    if args.egress:
+        print()
+        _print_egress()
     for path in drawn:
         print(f"drawn: {path}")
-
-
-def _refuse_fleet_options(args: argparse.Namespace) -> None:
-    options = ("pd_profile", "prfaas_instances", "pd_instances", "link_gbps", "output_tokens", "lognormal", "trace",
-               "threshold", "n_p")
-    given = [option for option in options if getattr(args, option) is not None]
-    if given:
-        raise UserError(f"--{given[0].replace('_', '-')} goes with --profile; the paper's case is as published")
 
 
 def _own_fleet(args: argparse.Namespace) -> Fleet:
@@ -121,8 +124,6 @@ def _figures(fleet: Fleet, of: Plan, lengths: LengthDistribution, baseline: Plan
     mean_s, p90_s = first_token_times(fleet, lengths, of)
     values = {**vars(of), "lambda_max": of.lambda_max, "ttft_mean_s": mean_s, "ttft_p90_s": p90_s,
               "egress_gbps": of.egress_gbps, "ratio": of.lambda_max / baseline.lambda_max if baseline else None}
-    if not of.n_p:
-        values["theta_pdp"] = None
     return {key: values[key] if values[key] is not None and isfinite(values[key]) else None for key in ROWS}
 
 
@@ -163,19 +164,20 @@ def _print_margins(fleet: Fleet, lengths: LengthDistribution, best: Plan) -> Non
     print(table(["", "Λ_max, req/s", "gain, req/s", "t, tokens", "N_p / N_d", "binds"], rows))
 
 
-def _print_egress(as_json: bool) -> None:
-    rows = []
+def _egress_cases() -> list[dict]:
+    cases = []
     for model, tokens, gpus, published in paper.EGRESS_CASES:
         instance_gbps = paper.TABLE_3_GBPS[model][paper.TABLE_3_TOKENS.index(tokens)]
-        needed = egress_needed_gbps(gpus, paper.GPUS_PER_INSTANCE, instance_gbps)
-        rows.append({"model": model, "tokens": tokens, "gpus": gpus, "instance_gbps": instance_gbps,
-                     "egress_gbps": needed, "paper": published})
-    if as_json:
-        return print(json.dumps(rows, indent=2))
+        cases.append({"model": model, "tokens": tokens, "gpus": gpus, "instance_gbps": instance_gbps, "paper": published,
+                      "egress_gbps": egress_needed_gbps(gpus, paper.GPUS_PER_INSTANCE, instance_gbps)})
+    return cases
+
+
+def _print_egress() -> None:
     print("Equation 2: the egress that a prefill cluster needs, B_out = N / P · Φ_kv, from the paper's table 3\n")
     print(table(["model", "tokens", "GPUs", "Φ_kv, Gbps (paper)", "B_out, Gbps", "paper says"],
-                [(row["model"], row["tokens"], row["gpus"], f"{row['instance_gbps']:.2f}", f"{row['egress_gbps']:,.0f}",
-                  row["paper"]) for row in rows]))
+                [(case["model"], case["tokens"], case["gpus"], f"{case['instance_gbps']:.2f}",
+                  f"{case['egress_gbps']:,.0f}", case["paper"]) for case in _egress_cases()]))
 
 
 def _cell(key: str, value: float | None) -> str:

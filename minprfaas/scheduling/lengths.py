@@ -37,11 +37,13 @@ class LengthDistribution:
 
     def mean_above(self, of: Callable[[float], float], threshold: float) -> float:
         """E[f(L) | L > t], or 0 where no length is above."""
-        return _mean(of, self.values[self.count_up_to(threshold):])
+        values = self.values[self.count_up_to(threshold):]
+        return sum(map(of, values)) / max(1, len(values))
 
     def mean_below(self, of: Callable[[float], float], threshold: float) -> float:
         """E[f(L) | L <= t], or 0 where every length is above."""
-        return _mean(of, self.values[:self.count_up_to(threshold)])
+        values = self.values[:self.count_up_to(threshold)]
+        return sum(map(of, values)) / max(1, len(values))
 
     def running_means(self, of: Callable[[float], float]) -> list[float]:
         """Entry k is the k shortest requests' share of E[f(L)]; the last entry is E[f(L)] itself."""
@@ -78,7 +80,3 @@ class TruncatedLogNormal(LengthDistribution):
             raise UserError(f"log-normal mu={mu} sigma={sigma} has no mass between {low} and {high} tokens")
         cuts = (first + (last - first) * (i + 0.5) / SLICES for i in range(SLICES))
         super().__init__(min(max(exp(normal.inv_cdf(cut)), low), high) for cut in cuts)
-
-
-def _mean(of: Callable[[float], float], values: tuple[float, ...]) -> float:
-    return sum(map(of, values)) / len(values) if values else 0.0

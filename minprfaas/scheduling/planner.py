@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from math import inf
+from itertools import accumulate
+from math import ceil, inf, log10
 
 from minprfaas.errors import UserError
 from minprfaas.scheduling import throughput as model
@@ -84,12 +85,10 @@ def plan(fleet: Fleet, lengths: LengthDistribution, n_p: int | None = None, thre
     that leaves no decode instance, and for a negative threshold.
     """
     search = _Search(fleet, lengths)
-    if threshold is not None:
-        thresholds = [threshold]
-    elif fleet.prfaas_instances == 0:
-        thresholds = [inf]
-    else:
-        thresholds = round_thresholds(lengths) if grid is None else list(grid)
+    if threshold is None and not fleet.prfaas_instances:
+        threshold = inf
+    grid = round_thresholds(lengths) if grid is None else grid
+    thresholds = list(grid) if threshold is None else [threshold]
     if not thresholds or min(thresholds) < 0:
         raise UserError(f"threshold {min(thresholds, default='(none)')} is out of range; it must be at least 0 tokens")
     if n_p is not None and not 0 <= n_p < fleet.pd_instances:
@@ -113,17 +112,15 @@ def plan_least_loaded(fleet: Fleet, lengths: LengthDistribution) -> Plan:
     to their rates over *all* lengths, except that the link may hold the remote ones back. The paper has no such
     baseline: it tells selective offloading (by length) from merely having both kinds of hardware.
     """
-    return max((_least_loaded_at(fleet, lengths, n_p) for n_p in range(fleet.pd_instances)),
-               key=lambda candidate: candidate.lambda_max)
-
-
-def _least_loaded_at(fleet: Fleet, lengths: LengthDistribution, n_p: int) -> Plan:
     remote, local = fleet.prfaas_profile, fleet.pd_profile
     prfaas_s, kv_bytes, pdp_s = (lengths.mean(of) for of in (remote.prefill_s, remote.kv_bytes, local.prefill_s))
     theta_prfaas = model.theta_prfaas(fleet.prfaas_instances, prfaas_s, fleet.link_gbps, kv_bytes)
-    theta_pdp = model.theta_pdp(n_p, pdp_s)
-    share = theta_prfaas / (theta_prfaas + theta_pdp) if theta_prfaas + theta_pdp else 0.0
-    return _assemble(fleet, None, n_p, share, lengths.mean(float), prfaas_s, kv_bytes, pdp_s)
+    plans = []
+    for n_p in range(fleet.pd_instances):
+        both = theta_prfaas + model.theta_pdp(n_p, pdp_s)
+        share = theta_prfaas / both if both else 0.0
+        plans.append(_assemble(fleet, None, n_p, share, lengths.mean(float), prfaas_s, kv_bytes, pdp_s))
+    return max(plans, key=lambda at: at.lambda_max)
 
 
 def sensitivity(fleet: Fleet, lengths: LengthDistribution) -> list[tuple[str, Plan]]:
@@ -150,20 +147,16 @@ def first_token_times(fleet: Fleet, lengths: LengthDistribution, of: Plan) -> tu
             times.append((remote.prefill_s(length) + remote.kv_bytes(length) * byte_s + local.t_decode_s, share))
         if share < 1:
             times.append((local.prefill_s(length) + local.t_decode_s, 1 - share))
-    total = len(lengths.values)
-    covered = 0.0
-    for seconds, share in sorted(times):
-        covered += share
-        if covered >= 0.9 * total:
-            break
-    return sum(time * share for time, share in times) / total, seconds
+    times.sort()
+    total, covered = len(lengths.values), accumulate(share for _, share in times)
+    p90_s = next(time for (time, _), share in zip(times, covered) if share >= 0.9 * total)
+    return sum(time * share for time, share in times) / total, p90_s
 
 
 def round_thresholds(lengths: LengthDistribution) -> list[float]:
-    """Thresholds on a grid of round numbers, 1, 2 or 5 times a power of ten apart, from 0 to the longest length."""
-    longest = lengths.values[-1]
-    steps = (digit * 10 ** power for power in range(12) for digit in (1, 2, 5))
-    step = next(step for step in steps if longest / step < GRID_THRESHOLDS)
+    """Thresholds on a grid of round numbers, a power of ten apart, from 0 to beyond the longest length."""
+    longest = max(lengths.values[-1], 1)
+    step = 10 ** max(0, ceil(log10(longest / GRID_THRESHOLDS)))
     return [float(step * i) for i in range(int(longest // step) + 2)]
 
 

@@ -61,7 +61,7 @@ class Profile:
 
     @staticmethod
     def read(path: str | Path) -> "Profile":
-        """Read a profile from a JSON file, in the form of `to_json`. Raises UserError."""
+        """Read what `to_json` gives from a file. Raises UserError."""
         return Profile.from_json(read_json(Path(path), "`python -m minprfaas profile` writes one"))
 
     @staticmethod
