@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--case", choices=["paper"], help="the paper's case study: table 6 beside the paper's numbers")
     what.add_argument("--profile", metavar="FILE", help="plan for this profile (JSON) of a PrfaaS instance")
-    parser.add_argument("--egress", action="store_true", help="equation 2's worked cases: the egress of a prefill cluster")
+    parser.add_argument("--egress", action="store_true", help="equation 2's cases: the egress of a prefill cluster")
     fleet = parser.add_argument_group("fleet, link and lengths (with --profile)")
     fleet.add_argument("--pd-profile", metavar="FILE", help="profile of a PD instance (default: the same as --profile)")
     fleet.add_argument("--prfaas-instances", type=int, metavar="N", help="instances of the PrfaaS cluster (default: 4)")
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fleet.add_argument("--output-tokens", type=float, metavar="N", help="mean length of an answer (default: 1024)")
     fleet.add_argument("--lognormal", type=float, nargs=4, metavar=("MU", "SIGMA", "LOW", "HIGH"),
                        help="log-normal lengths within LOW..HIGH tokens (default: the paper's, 9.9 1 128 131072)")
-    fleet.add_argument("--trace", metavar="FILE", help="input lengths of a Mooncake-format trace instead, as if nothing were cached")
+    fleet.add_argument("--trace", metavar="FILE", help="lengths of a Mooncake-format trace, nothing cached")
     fleet.add_argument("--threshold", type=float, metavar="T", help="plan for this threshold (default: search)")
     fleet.add_argument("--n-p", type=int, metavar="N", help="plan for this many PD prefill instances (default: search)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
@@ -97,7 +97,8 @@ def run(args: argparse.Namespace) -> None:
 def _own_fleet(args: argparse.Namespace) -> Fleet:
     prfaas = Profile.read(args.profile)
     pd = Profile.read(args.pd_profile) if args.pd_profile else prfaas
-    defaults = {"prfaas_instances": 4, "pd_instances": 8, "link_gbps": paper.LINK_GBPS, "output_tokens": paper.OUTPUT_TOKENS}
+    defaults = {"prfaas_instances": 4, "pd_instances": 8, "link_gbps": paper.LINK_GBPS,
+                "output_tokens": paper.OUTPUT_TOKENS}
     given = {name: getattr(args, name) for name in defaults if getattr(args, name) is not None}
     return Fleet(prfaas_profile=prfaas, pd_profile=pd, **{**defaults, **given})
 
@@ -168,8 +169,9 @@ def _egress_cases() -> list[dict]:
     cases = []
     for model, tokens, gpus, published in paper.EGRESS_CASES:
         instance_gbps = paper.TABLE_3_GBPS[model][paper.TABLE_3_TOKENS.index(tokens)]
-        cases.append({"model": model, "tokens": tokens, "gpus": gpus, "instance_gbps": instance_gbps, "paper": published,
-                      "egress_gbps": egress_needed_gbps(gpus, paper.GPUS_PER_INSTANCE, instance_gbps)})
+        needed_gbps = egress_needed_gbps(gpus, paper.GPUS_PER_INSTANCE, instance_gbps)
+        cases.append({"model": model, "tokens": tokens, "gpus": gpus, "instance_gbps": instance_gbps,
+                      "egress_gbps": needed_gbps, "paper": published})
     return cases
 
 

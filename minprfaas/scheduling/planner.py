@@ -203,7 +203,8 @@ def _assemble(fleet: Fleet, threshold: float | None, n_p: int, p: float, mean_to
     compute = model.theta_prfaas_compute(fleet.prfaas_instances, prfaas_s)
     egress = model.theta_prfaas_egress(fleet.link_gbps, kv_bytes)
     theta_pdp, theta_pdd = model.theta_pdp(n_p, pdp_s), _theta_pdd(fleet, n_p)
-    rates = (*(model.share_bound(theta, p) for theta in (compute, egress)), model.share_bound(theta_pdp, 1 - p), theta_pdd)
+    rates = (model.share_bound(compute, p), model.share_bound(egress, p), model.share_bound(theta_pdp, 1 - p),
+             theta_pdd)
     return Plan(threshold, fleet.prfaas_instances, n_p, fleet.pd_instances - n_p, min(compute, egress), theta_pdp,
                 theta_pdd, p, mean_tokens, kv_bytes, dict(zip(BINDING_STAGES, rates)))
 
