@@ -109,7 +109,7 @@ print(table(["model", "tokens", "S_kv", "T_prefill, s", "Phi_kv, Gbps"], rows))
 (dense_bytes, dense_s), (hybrid_bytes, hybrid_s) = measured.values()
 print(f"\nAt 2,048 tokens the dense model leaves {dense_bytes / hybrid_bytes:.1f} times the bytes, and the hybrid "
       f"takes {hybrid_s / dense_s:.1f} times as long (KDA is readable\nPyTorch here, chapter 02). "
-      "Both lower its Phi_kv; only the first is a merit.")
+      "A slow prefill lowers Phi_kv too, but only fewer bytes are a merit.")
 
 print(f"""
 4. What a prefill cluster needs: B_out = N / P * Phi_kv   (equation 2)
