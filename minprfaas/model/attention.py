@@ -18,7 +18,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, positions: Positions, scale: float) 
     """
     batch, new, heads = q.shape[:3]
     context, v_dim = k.shape[1], v.shape[-1]
-    v = F.pad(v, (0, q.shape[-1] - v_dim))  # the fused kernels want one width; the others build the whole score matrix
+    # The fused kernels want one width; the others build the whole score matrix.
+    v = F.pad(v, (0, max(q.shape[-1] - v_dim, 0)))
     mask, is_causal = None, False
     if new == context:
         is_causal = True
@@ -109,7 +110,11 @@ class MLA(nn.Module):
         expand_k, expand_v = weight.split([config.qk_nope_dim, config.v_dim], dim=1)
         q_nope, q_shared = q[:, 0].split([config.qk_nope_dim, config.qk_shared_dim], dim=-1)
         q_latent = torch.einsum("bhn,hnr->bhr", q_nope, expand_k)
-        queries = torch.cat([q_latent, q_shared], dim=-1)[:, None]  # [batch, 1, heads, rank + shared]
-        rows = rows[:, :, None]
-        out = attend(queries, rows, rows, positions, self.scale)[:, 0, :, : config.kv_lora_rank]
+        queries = torch.cat([q_latent, q_shared], dim=-1)  # [batch, heads, rank + shared]
+        # Plain products read the latents once for all heads; the fused kernels read them once a head (on a CPU 2 to 7
+        # times slower), and none of them is made for keys as wide as this.
+        scores = torch.bmm(queries, rows.transpose(1, 2)).float() * self.scale
+        beyond = torch.arange(rows.shape[1], device=rows.device) > positions.index  # [batch, context]
+        weights = scores.masked_fill(beyond[:, None], float("-inf")).softmax(dim=-1).to(rows.dtype)
+        out = torch.bmm(weights, rows[..., : config.kv_lora_rank])
         return torch.einsum("bhr,hvr->bhv", out, expand_v)[:, None]
