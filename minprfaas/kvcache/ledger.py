@@ -4,9 +4,10 @@ Pure bookkeeping, no tensors. An indexed *entry* is either a full block of token
 snapshot of all request-level state; it is named by its first block's id, so the books are flat arrays over blocks.
 
 Eviction policy, for entries that nobody holds:
-1. A snapshot leaves with the block that it ends at: without it, it can never be matched again.
-2. Otherwise the least recently used goes first. A holder lets go of a prefix from its tail, so of one prefix the later
-   block is always the older entry: a prefix shrinks from its tail and is never cut in the middle.
+1. The least recently used goes first. A holder lets go of a prefix from its tail, so of one prefix the later block is
+   always the older entry: a prefix shrinks from its tail and is never cut in the middle.
+2. A snapshot without the block that it ends at can never be matched again, so it leaves with that block. It becomes as
+   recent as its block when that is let go of, so that what is left of a prefix can still be begun from.
 """
 
 import hashlib
@@ -132,13 +133,15 @@ class BlockLedger:
         self.refs[entry] += 1
 
     def drop(self, entry: int) -> None:
-        """One holder less; the last one leaves the entry as the most recently used."""
+        """One holder less; the last one leaves the entry, and a snapshot at its end, as the most recently used."""
         self.refs[entry] -= 1
-        if self.refs[entry] == 0:
-            newest = self._older[self.num_blocks]
-            self._newer[newest] = self._older[self.num_blocks] = entry
-            self._older[entry], self._newer[entry] = newest, self.num_blocks
-            self.cached += len(self.members(entry))
+        if self.refs[entry]:
+            return
+        self._link(entry)
+        snapshot = self.snapshots.get(self._keys[entry], entry)
+        if snapshot != entry and self.refs[snapshot] == 0:
+            self._unlink(snapshot)
+            self._link(snapshot)
 
     def remove(self, entry: int) -> None:
         """Take an unheld entry out of the index and free its blocks."""
@@ -157,6 +160,12 @@ class BlockLedger:
         if index is self.blocks and key in self.snapshots:
             self.remove(self.snapshots[key])  # unheld: whoever holds a snapshot holds the blocks before it
         return members
+
+    def _link(self, entry: int) -> None:
+        newest = self._older[self.num_blocks]
+        self._newer[newest] = self._older[self.num_blocks] = entry
+        self._older[entry], self._newer[entry] = newest, self.num_blocks
+        self.cached += len(self.members(entry))
 
     def _unlink(self, entry: int) -> None:
         older, newer = self._older[entry], self._newer[entry]

@@ -33,8 +33,7 @@ class RequestCache:
     live: list[int] = field(default_factory=list)  # blocks of the request-level state
     branch: int = 0  # leading blocks in common with an earlier prompt, at `open`
     matched_snapshot: int | None = None  # the entry that the live state will begin as a copy of
-    newest_snapshot: bytes | None = None  # key of the longest one that this request used or took
-    rolling: bool = False  # whether that one gives way to the next (decode)
+    rolling: bytes | None = None  # key of the snapshot that gives way to the next (decode)
     expected: tuple[int, list[int]] | None = None  # (block count, ids) of a snapshot that arrives from elsewhere
     transfers: int = 0
     closed: bool = False
@@ -107,8 +106,7 @@ class KVCacheManager:
                 for group, block in zip(self.layout.token_groups, self.ledger.members(entry)):
                     cache.block_tables[group.index].append(block)
         if matched and self._snapshots:
-            cache.newest_snapshot = keys[matched - 1]
-            cache.matched_snapshot = self.ledger.snapshots[cache.newest_snapshot]
+            cache.matched_snapshot = self.ledger.snapshots[keys[matched - 1]]
             self.ledger.hold(cache.matched_snapshot)
         self._prompt_tokens += len(token_ids)
         self._hit_tokens += tokens
@@ -212,18 +210,19 @@ class KVCacheManager:
         decoding = full * self.layout.block_tokens > cache.prompt_tokens
         if not (periodic or decoding or full in (cache.branch, *self._last_boundaries(cache.prompt_tokens))):
             return
-        previous = self.ledger.snapshots.get(cache.newest_snapshot)
-        if cache.rolling and previous is not None and self.ledger.refs[previous] == 0:
+        previous, cache.rolling = self.ledger.snapshots.get(cache.rolling), None
+        if previous is not None and self.ledger.refs[previous] == 0:
             self.ledger.remove(previous)
-        cache.newest_snapshot, cache.rolling = cache.keys[full - 1], False
-        if cache.newest_snapshot in self.ledger.snapshots:
+        key = cache.keys[full - 1]
+        if key in self.ledger.snapshots:
             return
         blocks = self.ledger.allocate(self.layout.state_blocks)
         if blocks is None:
             return  # no room: this boundary cannot be hit later, and nothing else suffers
         self.pool.copy(cache.live, blocks)
-        self.ledger.insert_snapshot(cache.newest_snapshot, blocks, full * self.layout.block_tokens)
-        cache.rolling = decoding and not periodic
+        self.ledger.insert_snapshot(key, blocks, full * self.layout.block_tokens)
+        if decoding and not periodic:
+            cache.rolling = key
 
     def close(self, cache: RequestCache) -> None:
         """End a request: its indexed blocks stay as prefix cache; the others are freed, after its last transfer.
@@ -236,10 +235,6 @@ class KVCacheManager:
         for entry in reversed(cache.entries):  # from the tail: see the ledger's eviction policy
             self.ledger.drop(entry)
         self.ledger.release(self._owned(cache))
-        newest = self.ledger.snapshots.get(cache.newest_snapshot)
-        if newest is not None:  # where the next turn begins: it must not be older than the blocks before it
-            self.ledger.hold(newest)
-            self.ledger.drop(newest)
 
     def _owned(self, cache: RequestCache) -> list[int]:
         """The blocks that are a request's alone: its tail, its live state, an expected snapshot."""
@@ -298,11 +293,10 @@ class KVCacheManager:
 
     def _publish_expected(self, cache: RequestCache) -> None:
         (full, blocks), cache.expected = cache.expected, None
-        cache.newest_snapshot = cache.keys[full - 1]
-        if cache.newest_snapshot in self.ledger.snapshots:
+        if cache.keys[full - 1] in self.ledger.snapshots:
             self.ledger.release(blocks)
         else:
-            self.ledger.insert_snapshot(cache.newest_snapshot, blocks, full * self.layout.block_tokens)
+            self.ledger.insert_snapshot(cache.keys[full - 1], blocks, full * self.layout.block_tokens)
 
     # The books
 

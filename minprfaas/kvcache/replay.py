@@ -62,17 +62,11 @@ def _replay_request(ledger: BlockLedger, keys: Sequence[int], state_blocks: int,
                 break
             entry = ledger.insert_block(key, blocks, count)
         held.append(entry)
-        if state_blocks and (count in (len(keys), branch) or count % snapshot_every == 0):
-            _snapshot(ledger, key, state_blocks, count)
+        wanted = count in (len(keys), branch) or count % snapshot_every == 0
+        if state_blocks and wanted and key not in ledger.snapshots:
+            state = ledger.allocate(state_blocks)
+            if state is not None:
+                ledger.insert_snapshot(key, state, count)
     for entry in reversed(held):
         ledger.drop(entry)
     return matched
-
-
-def _snapshot(ledger: BlockLedger, key: int, state_blocks: int, count: int) -> None:
-    entry = ledger.snapshots.get(key)
-    if entry is not None:
-        ledger.hold(entry)
-        ledger.drop(entry)
-    elif (blocks := ledger.allocate(state_blocks)) is not None:
-        ledger.insert_snapshot(key, blocks, count)
