@@ -80,7 +80,8 @@ class Lane:
 
     def receive_frames(self, handle: Callable[["Lane", Slot], None]) -> None:
         """Receive and handle, one frame at a time, until the connection breaks (RuntimeError) or `handle` raises."""
-        slots = [Slot(self.codec.payload_limit) for _ in range(POSTED_AHEAD)]
+        pinned = torch.cuda.is_initialized()  # then a sink copies to the GPU, which is twice as fast from pinned memory
+        slots = [Slot(self.codec.payload_limit, pinned) for _ in range(POSTED_AHEAD)]
         pending = deque((self._receive(slot), slot) for slot in slots)
         while True:
             work, slot = pending.popleft()

@@ -1,0 +1,293 @@
+"""The link: goodput at emulated rates, control messages beside bulk, memory, and lanes against raw Gloo. Chapter 07.
+
+    python scripts/bench.py link                       two processes on this machine, CPU memory
+    python scripts/bench.py link --device cuda         GPU 0 to GPU 1 of one host
+
+Every ratio compares readings of one run. Rates are emulated in user space; both ends run on this machine.
+"""
+
+import argparse
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.multiprocessing as multiprocessing
+from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
+from tqdm import tqdm
+
+from minprfaas.config import LinkConfig
+from minprfaas.transport import LayerPlan, Link, LinkIdentity, MessageReceived, StreamDone, StreamPlan
+
+RTT_MS = 20.0
+ROW_BYTES = 4096
+IDENTITY = LinkIdentity(bytes(32), "none", "none", b"bench")
+DEADLINE_S = 120.0
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python scripts/bench.py link", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the bytes start and end (cpu)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="how long each emulated rate is measured (5)")
+    parser.add_argument("--table", choices=["rates", "lanes", "both"], default="both")
+    parser.add_argument("--lanes", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and torch.cuda.device_count() < 2:
+        parser.error(f"--device cuda needs two GPUs; there are {torch.cuda.device_count()}")
+    if args.table != "lanes":
+        print_rates(args.seconds)
+    if args.table != "rates":
+        print_lanes(args.device, args.lanes)
+    return 0
+
+
+def in_two_processes(work, *arguments, steps: int) -> list:
+    """Run `work(rank, store, report, *arguments)` in two processes; returns what both reported, with a bar of rank 0's."""
+    store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=DEADLINE_S), wait_for_workers=False)
+    context = multiprocessing.get_context("spawn")
+    reports = context.SimpleQueue()
+    processes = [context.Process(target=_run, args=(work, rank, store.port, reports, arguments)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    found = []
+    with tqdm(total=steps, disable=None, leave=False) as bar:
+        while any(process.is_alive() for process in processes) or not reports.empty():
+            if reports.empty():
+                time.sleep(0.05)
+                if any(process.exitcode not in (None, 0) for process in processes):
+                    for process in processes:
+                        process.kill()
+                    raise SystemExit("a process of the benchmark failed; its error is above")
+            else:
+                found.append(reports.get())
+                bar.update()
+    return found
+
+
+def _run(work, rank, port, reports, arguments):
+    torch.set_num_threads(1)
+    work(rank, TCPStore("127.0.0.1", port, None, False), reports.put, *arguments)
+
+
+# ---- emulated rates
+
+def print_rates(seconds: float) -> None:
+    configs = [LinkConfig(gbps=gbps, rtt_ms=RTT_MS, lanes=4) for gbps in (0.01, 0.1, 1.0)] + [LinkConfig(lanes=4)]
+    found = in_two_processes(_rates, configs, seconds, steps=len(configs))
+    print(f"\nGoodput over 4 lanes (rates and the {RTT_MS:g} ms round trip are emulated; the last row is unthrottled)")
+    print(f"{'rate':>10} {'goodput':>12} {'of rate':>8} {'busiest 1 s':>12} {'message p50 / p99':>18} {'bound':>9} "
+          f"{'memory, sender / receiver':>26}")
+    for config, row in zip(configs, found):
+        rate = config.gbps
+        share = f"{row['gbps'] / rate:8.1%} {row['busiest_gbps'] / rate:12.1%}" if rate else f"{'–':>8} {'–':>12}"
+        print(f"{f'{rate * 1e3:g} Mbps' if rate else 'none':>10} {row['gbps'] * 1e3:7.1f} Mbps {share} "
+              f"{row['p50_ms']:6.1f} / {row['p99_ms']:6.1f} ms {f'{bound:.1f} ms' if (bound := row['bound_ms']) else '–':>9} "
+              f"{row['sender_mib']:14.1f} / {row['receiver_mib']:.1f} MiB")
+    print("message: a control message beside the stream, one way; bound: one chunk on the line + round trip. memory: growth of the process while the stream ran.")
+
+
+def _rates(rank, store, report, configs, seconds):
+    for number, config in enumerate(configs):
+        link = Link(f"rate{number}", store, rank, config, IDENTITY)
+        link.connect(DEADLINE_S)
+        rate = config.gbps * 1e9 / 8 if config.gbps else 100e6
+        tokens = int(rate * seconds) // ROW_BYTES
+        plan = StreamPlan(1, (LayerPlan(0, 0, True, ROW_BYTES),), 0, tokens)
+        row = _send_beside_messages(link, plan, config) if rank == 0 else _receive_and_time(link, plan)
+        if rank == 0:
+            report(row)
+        link.close()
+
+
+def _send_beside_messages(link: Link, plan: StreamPlan, config: LinkConfig) -> dict:
+    """Rank 0: one stream as fast as `put` lets it, and a small message every 10 ms all the while."""
+    _expect(link, "ready")
+    data, stream = torch.zeros(256 * ROW_BYTES, dtype=torch.uint8), link.open_stream(plan)
+    done = threading.Event()
+
+    def send():
+        for start in range(0, plan.end, 256):
+            end = min(start + 256, plan.end)
+            stream.put(0, start, end, data[:(end - start) * ROW_BYTES])
+        done.report = stream.finish(DEADLINE_S)
+        done.set()
+
+    memory = PeakMemory()
+    threading.Thread(target=send, daemon=True).start()
+    while not done.is_set():
+        link.send_message({"kind": "ping", "left_s": time.monotonic()})
+        memory.look()
+        done.wait(0.01)
+    growth = memory.growth_mib
+    link.send_message({"kind": "summary"})
+    summary = _expect(link, "summary")
+    # the first byte needs half a round trip to arrive, and so does the last acknowledgement: not the line's rate
+    elapsed = done.report.acked_s - done.report.first_put_s - config.rtt_ms / 1e3
+    chunk = min(config.chunk_bytes, config.gbps * 1e9 / 8 * 0.01) if config.gbps else config.chunk_bytes
+    return {"gbps": plan.total_bytes * 8 / 1e9 / elapsed, "busiest_gbps": summary["busiest_bytes"] * 8 / 1e9,
+            "bound_ms": config.rtt_ms + chunk * 8 / config.gbps / 1e6 if config.gbps else None, "sender_mib": growth, **summary}
+
+
+def _receive_and_time(link: Link, plan: StreamPlan) -> None:
+    """Rank 1: note when bytes and messages arrive; one chunk that is overwritten stands for the pool."""
+    pool, arrivals, delays = torch.zeros(link.config.chunk_bytes, dtype=torch.uint8), [], []
+    memory = PeakMemory()
+
+    def sink(layer, start, end, data):
+        pool[:data.numel()] = data
+        arrivals.append((time.monotonic(), data.numel()))
+
+    link.expect_stream(plan, sink)
+    link.send_message({"kind": "ready"})
+    while True:
+        event = link.receive(DEADLINE_S)
+        memory.look()
+        if isinstance(event, MessageReceived) and event.message["kind"] == "ping":
+            delays.append((time.monotonic() - event.message["left_s"]) * 1e3)  # one host, one clock
+        elif isinstance(event, MessageReceived):
+            delays.sort()
+            link.send_message({"kind": "summary", "busiest_bytes": busiest_second(arrivals), "p50_ms": delays[len(delays) // 2],
+                               "p99_ms": delays[int(len(delays) * 0.99)], "receiver_mib": memory.growth_mib})
+            return
+        elif not isinstance(event, StreamDone):
+            raise SystemExit(f"the receiver met {event}")
+
+
+def busiest_second(arrivals: list[tuple[float, int]]) -> int:
+    """The most bytes that arrived within any one second."""
+    best = total = first = 0
+    for at, nbytes in arrivals:
+        total += nbytes
+        while arrivals[first][0] <= at - 1.0:
+            total -= arrivals[first][1]
+            first += 1
+        best = max(best, total)
+    return best
+
+
+def _expect(link: Link, kind: str) -> dict:
+    event = link.receive(DEADLINE_S)
+    while isinstance(event, MessageReceived) and event.message["kind"] != kind:
+        event = link.receive(DEADLINE_S)
+    if not isinstance(event, MessageReceived):
+        raise SystemExit(f"expected {kind}, got {event}")
+    return event.message
+
+
+class PeakMemory:
+    """Growth of this process's resident memory since the start, at its highest look."""
+
+    def __init__(self):
+        self.start = self.peak = self._resident()
+
+    def look(self) -> None:
+        self.peak = max(self.peak, self._resident())
+
+    @property
+    def growth_mib(self) -> float:
+        return (self.peak - self.start) / 2**20
+
+    @staticmethod
+    def _resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+# ---- lanes
+
+def print_lanes(device: str, lane_counts: list[int]) -> None:
+    total = 8 * 2**30 if device == "cuda" else 256 * 2**20
+    chunk = 4 * 2**20 if device == "cuda" else 2**20
+    found = in_two_processes(_lanes, device, lane_counts, total, chunk, steps=2 * len(lane_counts))
+    readings = {(row["what"], row["lanes"]): row["GB_s"] for row in found}
+    place = "GPU memory to GPU memory" if device == "cuda" else "CPU memory to CPU memory"
+    print(f"\nUnthrottled goodput against lanes: {total / 2**20:g} MiB in chunks of {chunk / 2**20:g} MiB, {place}, loopback")
+    print(f"{'lanes':>6} {'link':>12} {'raw Gloo (CPU memory)':>22} {'link / raw':>11}")
+    for lanes in lane_counts:
+        link, raw = readings["link", lanes], readings["raw", lanes]
+        print(f"{lanes:>6} {link:7.2f} GB/s {raw:17.2f} GB/s {link / raw:11.0%}")
+    print("link: checked, acknowledged, written by the sink. raw: the same bytes, sent and received, nothing else.")
+
+
+def _lanes(rank, store, report, device, lane_counts, total, chunk):
+    for lanes in lane_counts:
+        raw = _raw_gloo(rank, store, lanes, total, chunk)
+        link = _link_goodput(rank, store, device, lanes, total, chunk)
+        if rank == 0:
+            report({"what": "raw", "lanes": lanes, "GB_s": raw})
+            report({"what": "link", "lanes": lanes, "GB_s": link})
+
+
+def _raw_gloo(rank, store, lanes, total, chunk) -> float:
+    """Each lane sends its share in messages of one chunk, two posted ahead; GB/s over all lanes."""
+    groups = [ProcessGroupGloo(PrefixStore(f"raw{lanes}/{lane}", store), rank, 2, timedelta(seconds=DEADLINE_S))
+              for lane in range(lanes)]
+
+    def pump(group):
+        buffers, posted = [torch.zeros(chunk, dtype=torch.uint8) for _ in range(2)], []
+        for number in range(total // lanes // chunk):
+            if len(posted) == 2:
+                posted.pop(0).wait()
+            move = group.send if rank == 0 else group.recv
+            posted.append(move([buffers[number % 2]], 1 - rank, 0))
+        for work in posted:
+            work.wait()
+
+    groups[0].barrier().wait()
+    began = time.monotonic()
+    with ThreadPoolExecutor(lanes) as pool:
+        list(pool.map(pump, groups))
+    groups[0].barrier().wait()
+    return total / (time.monotonic() - began) / 1e9
+
+
+def _link_goodput(rank, store, device, lanes, total, chunk) -> float:
+    """`lanes` streams (at most 8), so that their sinks write in parallel; GB/s from the first put to the last ack."""
+    config = LinkConfig(lanes=lanes, chunk_bytes=chunk, max_inflight_bytes=max(16 * 2**20, 4 * lanes * chunk))
+    link = Link(f"lanes{lanes}", store, rank, config, LinkIdentity(bytes(32), "none", "none"))
+    where = f"cuda:{rank}" if device == "cuda" else "cpu"
+    streams = min(lanes, 8)
+    tokens = total // streams // ROW_BYTES
+    plans = [StreamPlan(number, (LayerPlan(0, 0, True, ROW_BYTES),), 0, tokens) for number in range(streams)]
+    memory = torch.zeros(streams, 64 * 2**20, dtype=torch.uint8, device=where)  # each stream's stand-in for its pool
+    link.connect(DEADLINE_S)
+    goodput = _send_all(link, plans, memory) if rank == 0 else _receive_all(link, plans, memory)
+    link.close()
+    return goodput
+
+
+def _send_all(link, plans, memory) -> float:
+    _expect(link, "ready")
+    step = memory.shape[1] // ROW_BYTES
+
+    def send(plan):
+        stream = link.open_stream(plan)
+        for start in range(0, plan.end, step):
+            end = min(start + step, plan.end)
+            stream.put(0, start, end, memory[plan.stream_id, :(end - start) * ROW_BYTES])
+        return stream.finish(DEADLINE_S)
+
+    with ThreadPoolExecutor(len(plans)) as pool:
+        reports = list(pool.map(send, plans))
+    link.send_message({"kind": "done"})
+    elapsed = max(report.acked_s for report in reports) - min(report.first_put_s for report in reports)
+    return sum(report.bytes for report in reports) / elapsed / 1e9
+
+
+def _receive_all(link, plans, memory) -> float:
+    rows = memory.shape[1] // ROW_BYTES
+
+    def write_into(slab):
+        def sink(layer, start, end, data):
+            at = start % rows * ROW_BYTES
+            slab[at:at + data.numel()].copy_(data)
+
+        return sink
+
+    for plan in plans:
+        link.expect_stream(plan, write_into(memory[plan.stream_id]))
+    link.send_message({"kind": "ready"})
+    while not isinstance(link.receive(DEADLINE_S), MessageReceived):
+        pass
+    return 0.0
