@@ -131,11 +131,13 @@ class Document:
         return self.text + question.prompt_tail
 
 
-def make_document(seed: int, tokens: int, encode: Callable[[str], list], facts: int | None = None) -> Document:
+def make_document(seed: int, tokens: int, encode: Callable[[str], list], facts: int | None = None,
+                  forms: int = 7) -> Document:
     """Draw the document of `seed`: with any of its questions it fills `tokens` tokens but for a sentence or two.
 
     `encode` is the tokenizer's (`Tokenizer.encode`); `facts` defaults to one in `TOKENS_A_FACT` tokens, at most
-    `MAX_FACTS`. The same arguments give the same document. Raises UserError when `tokens` cannot hold the facts.
+    `MAX_FACTS`; facts and questions take one of so many `forms` (training begins with one). The same arguments give
+    the same document. Raises UserError when `tokens` cannot hold the facts.
     """
     if tokens < MIN_TOKENS:
         raise UserError(f"a document of {tokens} tokens is too short; it must be at least {MIN_TOKENS}")
@@ -143,10 +145,10 @@ def make_document(seed: int, tokens: int, encode: Callable[[str], list], facts: 
     if not 1 <= facts <= MAX_FACTS:
         raise UserError(f"a document with {facts} facts cannot be written; it must have 1 to {MAX_FACTS}")
     rng = random.Random(seed)
-    towns = _names(rng, _TOWN, 2 + facts // 6)
+    towns = _names(rng, _TOWN, rng.randint(2 + facts // 16, 2 + facts // 2))
     count = facts + min(MAX_FACTS, 1 + tokens // 64)  # office holders, then strangers
     people = [f"{first} {last}" for first, last in zip(_names(rng, _FIRST, count), _names(rng, _LAST, count))]
-    told, questions = _facts(rng, towns, people[:facts])
+    told, questions = _facts(rng, towns, people[:facts], forms)
     slots = {**_WORDS, "town": towns, "person": people[facts:]}
     filler = (_fill(rng, rng.choice(_FILLER), slots) for _ in itertools.count())
 
@@ -166,19 +168,20 @@ def make_document(seed: int, tokens: int, encode: Callable[[str], list], facts: 
     return Document(title + "".join(map("".join, zip(separators, sentences))), questions)
 
 
-def _facts(rng: random.Random, towns: list[str], people: list[str]) -> tuple[list[str], tuple[Question, ...]]:
+def _facts(rng: random.Random, towns: list[str], people: list[str],
+           forms: int) -> tuple[list[str], tuple[Question, ...]]:
     """One sentence and one question for each of `people`: a pair of office and town has one holder at most.
 
-    Few towns and few offices, so that most facts have neighbours: the same office elsewhere, other offices here.
+    Mostly few towns and few offices, so that facts have neighbours: the same office elsewhere, other offices here.
     """
-    offices = rng.sample(_OFFICES, 2 + len(people) // 4)
+    offices = rng.sample(_OFFICES, min(len(_OFFICES), 2 + len(people) // 2))
     posts = rng.sample(list(itertools.product(offices, towns)), len(people))
     sentences, questions = [], []
     for (office, town), person in zip(posts, people):
         slots = {**_WORDS, "office": [office], "town": [town], "person": [person]}
-        sentences.append(_fill(rng, rng.choice(_FACTS), slots))
-        cue = _fill(rng, rng.choice(_FACTS).split(" {person}")[0], slots)
-        questions.append(Question(_fill(rng, rng.choice(_QUESTIONS), slots), person, cue))
+        sentences.append(_fill(rng, rng.choice(_FACTS[:forms]), slots))
+        cue = _fill(rng, rng.choice(_FACTS[:forms]).split(" {person}")[0], slots)
+        questions.append(Question(_fill(rng, rng.choice(_QUESTIONS[:forms]), slots), person, cue))
     return sentences, tuple(questions)
 
 
