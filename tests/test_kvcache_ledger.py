@@ -1,6 +1,7 @@
 """Chain keys, prefix index, reference counts and eviction: `minprfaas.kvcache.ledger`."""
 
 import random
+import tracemalloc
 from collections import Counter
 
 import pytest
@@ -135,6 +136,16 @@ def test_events_add_up_to_what_can_be_hit():
                 ledger.insert_snapshot(keys[-1], ledger.allocate(2), 6)
             assert told == dict(ledger.hittable())
         assert ledger.evicted_entries > 100
+
+
+def test_an_entry_costs_less_than_300_bytes():
+    tracemalloc.start()
+    ledger = BlockLedger(50_000, has_tokens=True, has_state=False)
+    for number in range(50_000):
+        ledger.drop(ledger.insert_block(root_key(number.to_bytes(4, "big")), ledger.allocate(1), number))
+    used = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(ledger.blocks) == 50_000 and used < 300 * 50_000
 
 
 @pytest.mark.parametrize("damage, complaint", [

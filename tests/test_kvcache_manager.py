@@ -251,6 +251,33 @@ def test_a_snapshot_that_arrives_beside_the_final_state_can_be_hit_although_the_
     assert prefill(decoder, [*PROMPT, 1, 2]).cached_tokens == 40  # and the toy model finds the right state there
 
 
+def test_a_sender_finds_the_snapshot_of_a_boundary_that_its_request_has_passed():
+    kvcache = manager(HYBRID, 800, snapshot_every=1000)
+    cache = prefill(kvcache, PROMPT)
+    assert kvcache.snapshot_tables(cache, 36) is None and kvcache.snapshot_tables(cache, 41) is None
+    tables = kvcache.snapshot_tables(cache, 40)
+    group = kvcache.layout.request_groups[0]
+    now = kvcache.pool.read_bytes(0, cache.block_tables[group.index], 0, 42)
+    then = kvcache.pool.read_bytes(0, tables[group.index], 0, 40)
+    same = prefill(kvcache, PROMPT[:40])
+    assert torch.equal(then, kvcache.pool.read_bytes(0, same.block_tables[group.index], 0, 40))
+    assert not torch.equal(then, now)
+
+
+def test_an_expected_snapshot_that_never_came_gives_its_blocks_back():
+    kvcache = manager(HYBRID, 200)
+    cache = kvcache.open(PROMPT)
+    assert kvcache.reserve(cache, 42)
+    in_use = kvcache.stats().in_use
+    kvcache.expect_snapshot(cache, 40)
+    kvcache.forget_snapshot(cache)
+    kvcache.forget_snapshot(cache)
+    kvcache.check()
+    assert kvcache.stats().in_use == in_use
+    kvcache.advance(cache, PROMPT[:41])
+    assert kvcache.ledger.hittable() == []
+
+
 def test_an_expected_snapshot_needs_a_boundary_and_goes_with_an_aborted_request():
     kvcache = manager(HYBRID, 200)
     cache = kvcache.open(PROMPT)

@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 
+from minprfaas.errors import UserError
 from minprfaas.kvcache.layout import plan_layout
 from minprfaas.kvcache.pool import BlockPool
 from minprfaas.model.spec import StateSpec, TensorSpec
@@ -120,6 +121,11 @@ def test_bad_ranges_sizes_and_blocks_are_refused_before_anything_is_written():
     with pytest.raises(ValueError):
         pool.read_tokens(0, TABLE, 0, 13)
     assert torch.equal(pool.bytes, before)
+
+
+def test_a_pool_larger_than_the_machine_is_a_users_mistake():
+    with pytest.raises(UserError, match="10,000,000,000,000 blocks"):
+        BlockPool(plan_layout(DENSE, 64), 10**13, "cpu")
 
 
 def test_a_receiving_thread_fills_its_blocks_while_other_blocks_are_written():

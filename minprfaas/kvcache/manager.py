@@ -72,10 +72,11 @@ class KVCacheManager:
     @property
     def max_tokens(self) -> int:
         """Tokens of the longest request that the pool can hold by itself, 0 if not even its state fits."""
-        rest = max(self.config.num_blocks - self.layout.state_blocks, -1)
-        if not self.layout.token_groups:
-            return 0 if rest < 0 else 2**62
-        return max(rest, 0) // len(self.layout.token_groups) * self.layout.block_tokens
+        rest = self.config.num_blocks - self.layout.state_blocks
+        if rest < 0:
+            return 0
+        groups = len(self.layout.token_groups)
+        return rest // groups * self.layout.block_tokens if groups else 2**62
 
     def keys(self, token_ids: Sequence[int]) -> list[bytes]:
         """The chain keys of the full blocks of a prompt: what the directory is asked with."""

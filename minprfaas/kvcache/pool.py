@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from minprfaas.errors import UserError
 from minprfaas.kvcache.layout import Layout
 from minprfaas.model.spec import TensorSpec
 
@@ -17,12 +18,18 @@ class BlockPool:
 
     One more block, number `num_blocks`, is the null block: always zero, never handed out. Block tables of a batch are
     padded with it, so that what a forward pass reads past a short request's end is finite.
+
+    Raises UserError when the device cannot hold the pool.
     """
 
     def __init__(self, layout: Layout, num_blocks: int, device: torch.device | str):
         self.layout, self.num_blocks, self.null_block = layout, num_blocks, num_blocks
         self.device = torch.device(device)
-        self.bytes = torch.empty(num_blocks + 1, layout.block_bytes, dtype=torch.uint8, device=device)
+        try:
+            self.bytes = torch.empty(num_blocks + 1, layout.block_bytes, dtype=torch.uint8, device=device)
+        except RuntimeError as error:
+            raise UserError(f"a KVCache pool of {num_blocks:,} blocks of {layout.block_bytes:,} bytes does not fit on "
+                            f"{device}: {str(error).splitlines()[0]}") from None
         self.bytes[self.null_block] = 0
 
     # Token state
