@@ -6,14 +6,14 @@ wrong token, because a node looks into its own index before it uses a block.
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from minprfaas.errors import UserError
 
 Key = Hashable  # a block's chained hash: it stands for the whole prefix that ends there
 
 
-@dataclass(frozen=True, slots=True)
-class CacheEvent:
+class CacheEvent(NamedTuple):
     """Node `node` can now ("stored") or can no longer ("evicted") begin a request after the `tokens` tokens of `key`.
     A node numbers its events 1, 2, 3, …"""
 
@@ -32,8 +32,7 @@ class PrefixMatch:
     clusters: dict[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class PrefixMove:
+class PrefixMove(NamedTuple):
     """Copy the prefix that ends at `key` from an overloaded node to an idle one of the same cluster."""
 
     key: Key
@@ -124,17 +123,17 @@ class Directory:
         return found
 
     def rebalance(self, load: Mapping[str, float], min_hits: int = 8) -> PrefixMove | None:
-        """A hot prefix to copy: the most hit one (at least `min_hits` matches ended there since the last move) whose only
-        holder in a cluster has more than twice that cluster's mean load. `load`: of the nodes that take work."""
-        hot = sorted((item for item in self._hits.items() if item[1] >= min_hits), key=lambda item: -item[1])
-        for key, _ in hot:
-            holders = self._holders.get(key, {})
-            for source, tokens in holders.items():
+        """A hot prefix to copy, or None: the one at which most matches ended since the last move (at least `min_hits`),
+        whose only holder in its cluster has over twice the load of that cluster's idlest node. `load`: of the nodes
+        that take work."""
+        for key, hits in sorted(self._hits.items(), key=lambda item: -item[1]):
+            holders = self._holders[key]
+            for source, tokens in holders.items() if hits >= min_hits else ():
                 peers = [name for name in load if self._nodes[name].cluster == self._nodes[source].cluster]
-                alone = not any(name in holders for name in peers if name != source)
-                if source in load and alone and load[source] * len(peers) > 2 * sum(load[name] for name in peers):
+                idlest = min(peers, key=load.__getitem__, default=source)
+                if load.get(source, 0) > 2 * load.get(idlest, 0) and not any(peer in holders for peer in peers if peer != source):
                     self._hits.clear()
-                    return PrefixMove(key, tokens, source, min(peers, key=load.__getitem__))
+                    return PrefixMove(key, tokens, source, idlest)
         return None
 
     def _known(self, name: str) -> _Node:

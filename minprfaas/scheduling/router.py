@@ -4,8 +4,10 @@ Pure: the same request and the same view give the same decision, and the decisio
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import attrgetter
+from types import MappingProxyType
+from typing import NamedTuple
 
 from minprfaas.errors import RequestError, UserError
 
@@ -53,16 +55,14 @@ class ClusterView:
     regime: str = "scarce"
 
 
-@dataclass(frozen=True, slots=True)
-class RouteRequest:
+class RouteRequest(NamedTuple):
     """`matches`: cached prefix tokens of this prompt on each node that has any (`Directory.match(...).nodes`)."""
 
     prompt_tokens: int
-    matches: Mapping[str, int] = field(default_factory=dict)
+    matches: Mapping[str, int] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
-class CacheTransfer:
+class CacheTransfer(NamedTuple):
     """Ship cached tokens `[start, end)` from node `source` in the other cluster before the prefill begins."""
 
     source: str
@@ -71,8 +71,7 @@ class CacheTransfer:
     bytes: float
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """`route` is "prfaas" or "pdp". The router judged `incremental_tokens` against `threshold`; `node` will find
     `cached_tokens` (after `transfer`, if any), and `decode_node` already holds `decode_cached_tokens`: only what comes
     after those crosses the link."""

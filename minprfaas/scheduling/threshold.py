@@ -47,7 +47,7 @@ class Damping:
     deadband: float = 0.05
     hold_s: float = 30.0
     surge_s: float = 10.0  # seconds of waiting prefill per node that count as a surge
-    drain_s: float = 60.0  # time that backlogs are given: what they take is not there for new requests
+    drain_s: float = 300.0  # time that backlogs are given: what they take is not there for new requests
 
     def __post_init__(self):
         if not (self.max_step > 1 and 0 <= self.deadband < 1 and self.drain_s > 0):

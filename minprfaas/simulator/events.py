@@ -19,7 +19,8 @@ class Clock:
 
     def after(self, delay_s: float, event: Callable, *args) -> None:
         """Plan `event(*args)` for `delay_s` from now."""
-        self.at(self.now_s + delay_s, event, *args)
+        self._planned += 1
+        heapq.heappush(self._events, (self.now_s + delay_s, self._planned, event, args))
 
     def run(self) -> None:
         """Until nothing is planned."""
