@@ -20,7 +20,8 @@ torch.set_num_threads(1)
 torch.set_grad_enabled(False)
 torch.manual_seed(0)
 
-kda, mla = KDAConfig(num_heads=4, head_dim=32), MLAConfig(4, kv_lora_rank=64, qk_nope_dim=32, qk_shared_dim=16, v_dim=32)
+kda = KDAConfig(num_heads=4, head_dim=32)
+mla = MLAConfig(num_heads=4, kv_lora_rank=64, qk_nope_dim=32, qk_shared_dim=16, v_dim=32)
 config = ModelConfig("kimi_linear", 512, 128, tuple(LayerConfig(mixer, 256) for mixer in (kda, kda, kda, mla) * 2),
                      norm_eps=1e-6, tie_embeddings=True, max_context_tokens=8192)
 model = Transformer(config).eval()  # random weights: this chapter is about where state lies, not about answers
@@ -105,7 +106,8 @@ print("""
 One block of request A is overwritten with zeros, as if it had been lost on its way between two datacenters:
 """)
 layer = layout.token_groups[0].layers[-1]
-kvcache.pool.write_tokens(layer, requests[0].block_tables[token_group], 64, torch.zeros(64, specs[layer].tensors[0].shape[0]))
+width = specs[layer].tensors[0].shape[0]
+kvcache.pool.write_tokens(layer, requests[0].block_tables[token_group], 64, torch.zeros(64, width))
 damaged = model(token, kvcache.state([requests[0]]))[:, -1]
 print(f"  largest difference of logits: {(damaged - got).abs().max():.1e}")
 
@@ -130,11 +132,11 @@ long = kvcache.open([0] * 4096)
 if not kvcache.reserve(long, 4097):
     raise SystemExit("the pool is full")
 kvcache.advance(long, [0] * 4096)
-row = torch.randn(1, 1, specs[layer].tensors[0].shape[0])
-whole = torch.randn(1, 4096, row.shape[-1])
+row, whole = torch.randn(1, 1, width), torch.randn(1, 4096, width)
 grown = median_ms(lambda: torch.cat([whole, row], dim=1))
 paged = median_ms(lambda: kvcache.state([long]).layer(layer).append(row))
-print(table(["append and read 4,096 rows", "ms"], [("a tensor that grows", f"{grown:.2f}"), ("blocks", f"{paged:.2f}")]))
+print(table(["append and read 4,096 rows", "ms"], [
+    ("a tensor that grows", f"{grown:.2f}"), ("blocks", f"{paged:.2f}")]))
 
 print("""
 7. A full pool says no
@@ -147,5 +149,6 @@ print(f"  reserve(4,096 more tokens) -> {kvcache.reserve(another, 4096)}, {kvcac
 kvcache.check()
 
 print(f"""
-Shown: blocks use {needed / in_blocks:.0%} of their memory where whole tensors use {needed / as_tensors:.0%}, and the model computes the same through them.
+Shown: blocks use {needed / in_blocks:.0%} of their memory where whole tensors use {needed / as_tensors:.0%}, and the
+model computes the same through them.
 Next, chapter 04: prefill and decode are different machines.""")

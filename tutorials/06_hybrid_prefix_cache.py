@@ -21,7 +21,8 @@ torch.set_grad_enabled(False)
 torch.manual_seed(0)
 rng = random.Random(0)
 
-kda, mla = KDAConfig(num_heads=4, head_dim=32), MLAConfig(4, kv_lora_rank=64, qk_nope_dim=32, qk_shared_dim=16, v_dim=32)
+kda = KDAConfig(num_heads=4, head_dim=32)
+mla = MLAConfig(num_heads=4, kv_lora_rank=64, qk_nope_dim=32, qk_shared_dim=16, v_dim=32)
 config = ModelConfig("kimi_linear", 512, 128, tuple(LayerConfig(mixer, 256) for mixer in (kda, kda, kda, mla) * 2),
                      norm_eps=1e-6, tie_embeddings=True, max_context_tokens=8192)
 model = Transformer(config).eval()  # random weights: what is reused matters here, not what is said
@@ -46,7 +47,8 @@ def prefill(kvcache: KVCacheManager, tokens: list[int]) -> tuple[RequestCache, t
     return request, logits[0, -1]
 
 
-def decode(kvcache: KVCacheManager, request: RequestCache, tokens: list[int], logits: torch.Tensor, count: int) -> list[int]:
+def decode(kvcache: KVCacheManager, request: RequestCache, tokens: list[int], logits: torch.Tensor,
+           count: int) -> list[int]:
     """`count` greedy tokens after `tokens`; returns all of them."""
     for _ in range(count):
         tokens = [*tokens, int(logits.argmax())]
@@ -77,7 +79,7 @@ print("""
 
 Attention's rows of any prefix are there once they are computed. A linear layer keeps only its latest state, which
 belongs to one length. So a match of n tokens needs every full block up to n, and a snapshot of the state at exactly n.
-Snapshots are taken every 4 blocks here, and at a prompt's last full boundary. The document is prefilled; who comes next?
+Snapshots are taken every 4 blocks here, and at a prompt's last full boundary. The document is prefilled; then come:
 """)
 kvcache = node(400, snapshot_every=4)
 request, _ = prefill(kvcache, [*document, *words(40)])
@@ -134,7 +136,7 @@ prefiller, decoder = node(600), node(600)
 rows, tokens = [], words(1200)
 for turn in range(1, 5):
     sent, logits = prefill(prefiller, tokens)
-    received, start = decoder.open(tokens), 0
+    received = decoder.open(tokens)
     decoder.reserve(received, len(tokens))
     crossed = whole = 0
     for layer, spec in enumerate(layout.specs):
@@ -145,7 +147,8 @@ for turn in range(1, 5):
         whole += spec.nbytes * (len(tokens) if spec.per_token else 1)
     decoder.advance(received, tokens)
     prefiller.close(sent)
-    rows.append((turn, len(tokens), sent.cached_tokens, received.cached_tokens, human_bytes(crossed), human_bytes(whole)))
+    rows.append((turn, len(tokens), sent.cached_tokens, received.cached_tokens,
+                 human_bytes(crossed), human_bytes(whole)))
     tokens = [*decode(decoder, received, tokens, logits, 70), *words(60)]
     decoder.close(received)
 print(table(["turn", "prompt", "in prefill's cache", "in decode's cache", "crossed", "without cache"], rows))
