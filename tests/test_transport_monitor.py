@@ -11,13 +11,14 @@ def test_utilization_is_the_share_of_the_emulated_rate_that_left():
     monitor = Monitor(0.0)
     for step in range(100):
         now = step * 0.01
-        monitor.queued_bytes += 500
+        monitor.queued(500, now)
         monitor.sent(500, now)
         monitor.settled(500, 0.005, now + 0.005)
         monitor.tick(now, 100_000.0)
     sample = monitor.samples[-1]
     assert sample.utilization == pytest.approx(0.5, rel=0.05) and sample.egress_gbps == pytest.approx(0.0004, rel=0.05)
     unthrottled = Monitor(0.0)
+    unthrottled.queued(1000, 0.0)
     unthrottled.sent(1000, 0.0)
     unthrottled.settled(1000, 0.1, 0.1)
     assert unthrottled.tick(0.4, None).utilization == pytest.approx(0.25), "in flight for a quarter of the time"
@@ -27,6 +28,7 @@ def test_the_trend_is_the_slope_of_a_growing_delay():
     monitor = Monitor(0.0)
     for step in range(1, 400):
         now = step * 0.05
+        monitor.queued(1, now)
         monitor.sent(1, now)
         monitor.settled(1, 0.1 + 0.02 * now, now)
         monitor.tick(now, None)
@@ -38,11 +40,12 @@ def test_the_trend_is_the_slope_of_a_growing_delay():
 def test_bytes_in_flight_without_progress_are_one_stall_until_something_is_acknowledged():
     monitor = Monitor(0.0)
     for start in (0.0, 10.0):
-        for number in range(3):
-            monitor.sent(100, start)
+        monitor.queued(300, start)
+        monitor.sent(200, start)
         monitor.settled(100, 0.05, start + 0.05)
         for step in range(40):
             monitor.tick(start + 0.1 * step, None)
+        monitor.sent(100, start + 4.0)
         monitor.settled(200, 4.0, start + 4.0)
         monitor.tick(start + 5.0, None)
     assert monitor.stats().stalls == 2

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 SAMPLE_EVERY_S = 0.25
 RING_SAMPLES = 240  # a minute
-STALL_AFTER_S = 0.5  # bytes in flight and no acknowledgement for this long (plus the smallest delay seen) is a stall
+STALL_AFTER_S = 0.5  # bytes waiting and no acknowledgement for this long (plus the smallest delay seen) is a stall
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,19 @@ class Monitor:
 
     @property
     def progress_at(self) -> float:
-        """When the link last had nothing in flight, or something in flight was acknowledged."""
+        """When the link last had nothing to do, or something was acknowledged."""
         return self._progress_at
+
+    def queued(self, nbytes: int, now: float) -> None:
+        """`nbytes` wait to leave."""
+        if not self.queued_bytes and not self.inflight_bytes:
+            self._progress_at = now
+        self.queued_bytes += nbytes
 
     def sent(self, nbytes: int, now: float) -> None:
         """`nbytes` of a chunk left for the line."""
         if self.inflight_bytes == 0:
-            self._busy_since = self._progress_at = now
+            self._busy_since = now
         self.egress_bytes += nbytes
         self.queued_bytes -= nbytes
         self.inflight_bytes += nbytes
@@ -79,7 +85,8 @@ class Monitor:
     def tick(self, now: float, rate_bytes_per_s: float | None) -> Sample | None:
         """Call often; returns the new sample when one was due."""
         slack = self._smallest_delay_s if self._smallest_delay_s < float("inf") else 1.0
-        if self.inflight_bytes and not self._stalled and now - self._progress_at > STALL_AFTER_S + slack:
+        waiting = self.queued_bytes + self.inflight_bytes
+        if waiting and not self._stalled and now - self._progress_at > STALL_AFTER_S + slack:
             self._stalled = True
             self.stalls += 1
         elapsed = now - self._sampled_at

@@ -106,7 +106,7 @@ class Outbox:
                 stream.check()
                 held = self.monitor.queued_bytes + self.monitor.inflight_bytes
                 if held == 0 or held + nbytes <= self._config.max_inflight_bytes:
-                    self.monitor.queued_bytes += nbytes
+                    self.monitor.queued(nbytes, time.monotonic())
                     return time.monotonic() - began
                 patience = max(began, self.monitor.progress_at) + self._config.timeout_s - time.monotonic()
                 if patience <= 0:
@@ -230,7 +230,7 @@ class Outbox:
     def _requeue(self, frame: Frame) -> None:
         if frame.header.kind == Kind.CHUNK:
             self.monitor.settled(frame.nbytes, None, time.monotonic())
-            self.monitor.queued_bytes += frame.nbytes
+            self.monitor.queued(frame.nbytes, time.monotonic())
             self.monitor.resent_chunks += 1
             frame.stream.resent_chunks += 1
         self._again.append(frame)
