@@ -17,8 +17,8 @@ TINY = {
     "llama": dict(SIZES, model_type="llama", num_key_value_heads=2, max_position_embeddings=512),
     "qwen3": dict(SIZES, model_type="qwen3", num_key_value_heads=1, head_dim=16, max_position_embeddings=512),
     "kimi_linear": dict(
-        SIZES, model_type="kimi_linear", num_hidden_layers=4, first_k_dense_replace=4, model_max_length=512, kv_lora_rank=16,
-        qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, linear_attn_config=dict(
+        SIZES, model_type="kimi_linear", num_hidden_layers=4, first_k_dense_replace=4, model_max_length=512,
+        kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, linear_attn_config=dict(
             num_heads=2, head_dim=8, short_conv_kernel_size=4, kda_layers=[1, 2, 3], full_attn_layers=[4])),
 }
 FAMILIES = tuple(TINY)
@@ -37,7 +37,7 @@ def byte_tokenizer() -> tokenizers.Tokenizer:
 
 
 def write_checkpoint(directory, family: str, **overrides):
-    """A tiny random checkpoint directory with a byte tokenizer; returns `directory`. The same family, the same weights."""
+    """A tiny random checkpoint with a byte tokenizer; returns `directory`. The same family has the same weights."""
     raw = {"vocab_size": 257, **TINY[family], **overrides}
     torch.manual_seed(7)
     model = Transformer(ModelConfig.from_hf(raw))

@@ -50,7 +50,8 @@ def test_a_directory_that_is_no_checkpoint(refused, tmp_path):
 
 def test_an_architecture_that_is_not_supported(refused, damaged):
     rewrite_config(damaged, model_type="gpt2")
-    assert "architecture 'gpt2' is not supported; supported: kimi_linear, llama, qwen3" in refused("--model", damaged, "hello")
+    line = refused("--model", damaged, "hello")
+    assert "architecture 'gpt2' is not supported; supported: kimi_linear, llama, qwen3" in line
 
 
 def test_a_model_whose_tensors_do_not_fit_its_configuration(refused, damaged):
@@ -113,7 +114,8 @@ def test_an_option_out_of_range(refused, checkpoints, option, value, words):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_cuda_where_there_is_none(refused, checkpoints):
-    assert "device 'cuda' is not there; this machine has: cpu" in refused("--model", checkpoints["llama"], "--device", "cuda", "x")
+    line = refused("--model", checkpoints["llama"], "--device", "cuda", "x")
+    assert "device 'cuda' is not there; this machine has: cpu" in line
 
 
 def test_no_prompt_and_prompts_twice(refused, tmp_path):
@@ -130,7 +132,8 @@ def python_m_minprfaas(*arguments):
 def test_a_real_process_says_one_line_and_exits_with_2(tmp_path):
     done = python_m_minprfaas("generate", "--model", tmp_path / "nowhere", "hello")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: {tmp_path}/nowhere is not a directory; a checkpoint is a directory with config.json\n"
+    reason = "is not a directory; a checkpoint is a directory with config.json"
+    assert done.stderr == f"error: {tmp_path}/nowhere {reason}\n"
 
 
 def test_a_real_process_answers_prompts_as_json_lines(checkpoints, hybrid, tmp_path):

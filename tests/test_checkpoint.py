@@ -74,7 +74,8 @@ def test_tied_embeddings_are_one_tensor_with_or_without_a_stored_head(tmp_path):
     directory = write_checkpoint(tmp_path, "qwen3", tie_word_embeddings=True)
     without_head = load(directory)[0]
     assert without_head.lm_head.weight is without_head.model.embed_tokens.weight
-    change_tensors(directory, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    change_tensors(directory, lambda tensors: tensors.update(
+        {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
     with_head = load(directory)[0]
     ids = torch.arange(1, 20)[None]
     assert torch.equal(with_head(ids), without_head(ids))
@@ -82,7 +83,8 @@ def test_tied_embeddings_are_one_tensor_with_or_without_a_stored_head(tmp_path):
 
 def test_a_stored_rope_table_is_ignored_as_older_files_have_one(checkpoints, tmp_path):
     directory = shutil.copytree(checkpoints["llama"], tmp_path / "old")
-    change_tensors(directory, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    change_tensors(directory, lambda tensors: tensors.update(
+        {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
     load(directory)
 
 
@@ -171,7 +173,8 @@ def test_a_missing_or_damaged_shard_is_named(copy):
     assert f"{names[1]} is truncated or corrupt" in refusal(copy)
 
 
-@pytest.mark.parametrize("index", ['{"metadata": {}}', '{"weight_map": {}}', '{"weight_map": {"a": 5}}', '{"weight_map": [1]}', "{"])
+@pytest.mark.parametrize("index", [
+    '{"metadata": {}}', '{"weight_map": {}}', '{"weight_map": {"a": 5}}', '{"weight_map": [1]}', "{"])
 def test_a_malformed_index_is_named(copy, index):
     shard(copy, 2)
     (copy / INDEX).write_text(index)

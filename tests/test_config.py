@@ -13,6 +13,7 @@ from minprfaas.model.transformer import Transformer
 
 LLAMA = {"vocab_size": 257, **TINY["llama"]}
 KIMI = {"vocab_size": 257, **TINY["kimi_linear"]}
+LINEAR = KIMI["linear_attn_config"]
 
 
 def test_a_llama_config_becomes_a_stack_of_gqa_layers():
@@ -59,9 +60,9 @@ def test_a_llama_config_that_cannot_be_run_is_refused(change, words):
     (dict(first_k_dense_replace=1), ["mixture-of-experts", "1", "4"]),
     (dict(q_lora_rank=64), ["q_lora_rank 64"]),
     (dict(linear_attn_config=None), []),
-    (dict(linear_attn_config={**KIMI["linear_attn_config"], "kda_layers": [1, 2]}), ["[1, 2, 4]", "1 to 4"]),
-    (dict(linear_attn_config={**KIMI["linear_attn_config"], "kda_layers": [1, 2, 3, 4]}), ["[1, 2, 3, 4, 4]"]),
-    (dict(linear_attn_config={**KIMI["linear_attn_config"], "short_conv_kernel_size": 1}), ["short_conv_kernel_size 1"]),
+    (dict(linear_attn_config={**LINEAR, "kda_layers": [1, 2]}), ["[1, 2, 4]", "1 to 4"]),
+    (dict(linear_attn_config={**LINEAR, "kda_layers": [1, 2, 3, 4]}), ["[1, 2, 3, 4, 4]"]),
+    (dict(linear_attn_config={**LINEAR, "short_conv_kernel_size": 1}), ["short_conv_kernel_size 1"]),
 ])
 def test_a_kimi_config_that_cannot_be_run_is_refused(change, words):
     _refused({**KIMI, **change}, words)
@@ -84,7 +85,8 @@ def test_a_missing_field_is_named(family):
 def test_a_nonsense_value_never_gives_a_traceback(family, value):
     """Every field of every family in turn, nested ones too: either it is understood or it is one line."""
     raw = {"vocab_size": 257, "rope_scaling": {"rope_type": "default"}, **TINY[family]}
-    fields = [(name,) for name in raw] + [(name, inner) for name in raw if isinstance(raw[name], dict) for inner in raw[name]]
+    fields = [(name,) for name in raw]
+    fields += [(name, inner) for name in raw if isinstance(raw[name], dict) for inner in raw[name]]
     for path in fields:
         damaged = copy.deepcopy(raw)
         place = damaged

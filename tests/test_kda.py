@@ -56,15 +56,16 @@ def test_a_decay_of_minus_1000_a_token_forgets_everything_but_the_token_itself()
 @pytest.mark.parametrize("chunk, sub_chunk", [(16, 16), (32, 8), (64, 64), (128, 16)])
 def test_the_chunk_size_does_not_change_the_result(chunk, sub_chunk):
     arguments = inputs(150, 1.0)
-    torch.testing.assert_close(kda_chunked(*arguments, chunk=chunk, sub_chunk=sub_chunk)[0], kda_chunked(*arguments)[0], **CLOSE)
+    other = kda_chunked(*arguments, chunk=chunk, sub_chunk=sub_chunk)
+    torch.testing.assert_close(other, kda_chunked(*arguments), **CLOSE)
 
 
 def test_the_memory_carries_a_sequence_over_any_cut():
-    q, k, v, g, beta, memory = inputs(150, 0.05)
-    whole, whole_after = kda_chunked(q, k, v, g, beta, memory)
+    *tokens, memory = inputs(150, 0.05)
+    whole, whole_after = kda_chunked(*tokens, memory)
     pieces = []
     for start, end in [(0, 1), (1, 70), (70, 71), (71, 150)]:
-        out, memory = kda_chunked(q[:, start:end], k[:, start:end], v[:, start:end], g[:, start:end], beta[:, start:end], memory)
+        out, memory = kda_chunked(*(x[:, start:end] for x in tokens), memory)
         pieces.append(out)
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, **CLOSE)
     torch.testing.assert_close(memory, whole_after, **CLOSE)
@@ -77,9 +78,10 @@ def test_gradients_are_finite_and_those_of_the_recurrence(decay):
         out, memory = rule(*arguments)
         return torch.autograd.grad(out.square().sum() + memory.square().sum(), arguments)
 
-    for name, chunked, recurrent in zip("q k v g beta memory".split(), gradients(kda_chunked), gradients(kda_recurrent)):
+    names = ("q", "k", "v", "g", "beta", "memory")
+    for name, chunked, recurrent in zip(names, gradients(kda_chunked), gradients(kda_recurrent)):
         assert torch.isfinite(chunked).all(), name
-        torch.testing.assert_close(chunked, recurrent, atol=2e-3, rtol=2e-3, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(chunked, recurrent, atol=2e-3, rtol=2e-3, msg=lambda text: f"{name}: {text}")
 
 
 def test_every_exponent_in_the_chunked_form_is_bounded():

@@ -9,9 +9,9 @@ from minprfaas.errors import UserError
 
 def test_a_file_is_read_in_order_with_everything_it_says(tmp_path):
     path = tmp_path / "prompts.jsonl"
-    path.write_text('{"id": "a", "prompt": "One", "max_tokens": 3, "temperature": 0.5, "top_k": 4, "top_p": 0.9, "seed": 7, '
-                    '"stop": ["."], "ignore_eos": true, "expected": "x"}\n\n{"prompt": "Zwölf\\n"}\n{"id": 5, "prompt": "Three"}',
-                    encoding="utf-8")
+    path.write_text('{"id": "a", "prompt": "One", "max_tokens": 3, "temperature": 0.5, "top_k": 4, "top_p": 0.9, '
+                    '"seed": 7, "stop": ["."], "ignore_eos": true, "expected": "x"}\n\n'
+                    '{"prompt": "Zwölf\\n"}\n{"id": 5, "prompt": "Three"}', encoding="utf-8")
     first, second, third = read_prompts(path)
     assert (first.id, first.text, first.expected) == ("a", "One", "x")
     assert first.params == SamplingParams(3, 0.5, 4, 0.9, 7, (".",), True)
