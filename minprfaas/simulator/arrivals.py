@@ -45,6 +45,12 @@ def diurnal(rate_rps: float, rng: random.Random, period_s: float, swing: float =
             yield time_s
 
 
+def day_lengths(period_s: float, stretch: float = 0.6) -> Callable[[float], float]:
+    """What lengths are multiplied by as the day goes: busy hours have short prompts, e^-stretch at their peak, and quiet
+    hours long ones, e^stretch."""
+    return lambda time_s: math.exp(-stretch * math.sin(2 * math.pi * time_s / period_s))
+
+
 def drawn(times: Iterable[float], count: int, lengths: LengthDistribution, output_tokens: int, rng: random.Random,
           scale: Callable[[float], float] | None = None) -> Iterator[SimRequest]:
     """`count` requests at `times`, with lengths drawn from the planner's own distribution; `scale(time_s)` stretches

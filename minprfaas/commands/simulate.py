@@ -1,0 +1,187 @@
+"""`python -m minprfaas simulate`: the live scheduler against a simulated cluster, or a trace's cache hits. Chapter 12."""
+
+import argparse
+import json
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from minprfaas.errors import UserError
+from minprfaas.observe.report import table
+from minprfaas.scheduling import paper_case as paper
+from minprfaas.scheduling.lengths import EmpiricalLengths
+from minprfaas.scheduling.planner import plan
+from minprfaas.scheduling.profiles import Profile
+from minprfaas.simulator.arrivals import bursty, day_lengths, diurnal, drawn, from_trace, poisson
+from minprfaas.simulator.cluster import Setup, Simulation
+from minprfaas.simulator.nodes import SimRequest
+from minprfaas.simulator.report import Report
+from minprfaas.simulator.trace import read_trace
+
+FLEET_OPTIONS = ("prfaas_instances", "pd_instances", "link_gbps", "output_tokens")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The fleet, its traffic, what goes wrong, the policy, the output."""
+    fleet = parser.add_argument_group("fleet (default: the paper's case study)")
+    fleet.add_argument("--profile", metavar="FILE", help="profile (JSON) of a PrfaaS instance")
+    fleet.add_argument("--pd-profile", metavar="FILE", help="profile of a PD instance (default: the same as --profile)")
+    fleet.add_argument("--prfaas-instances", type=int, metavar="N")
+    fleet.add_argument("--pd-instances", type=int, metavar="N")
+    fleet.add_argument("--link-gbps", type=float, metavar="GBPS")
+    fleet.add_argument("--output-tokens", type=float, metavar="N", help="mean length of an answer (1024, or the trace's)")
+    fleet.add_argument("--n-p", type=int, metavar="N", help="PD nodes that begin with prefill (default: the planner's)")
+    fleet.add_argument("--threshold", type=float, metavar="T", help="uncached tokens (default: the planner's)")
+    traffic = parser.add_argument_group("traffic")
+    traffic.add_argument("--arrivals", choices=("poisson", "mmpp", "diurnal", "trace"), default="poisson")
+    traffic.add_argument("--trace", metavar="FILE", help="a Mooncake-format trace")
+    traffic.add_argument("--speed", type=float, default=1.0, metavar="X", help="play the trace X times as fast (1)")
+    traffic.add_argument("--requests", type=int, default=10_000, metavar="N", help="(10000)")
+    rate = traffic.add_mutually_exclusive_group()
+    rate.add_argument("--rate", type=float, metavar="R", help="requests per second")
+    rate.add_argument("--load", type=float, default=0.9, metavar="X", help="… as a share of the planned rate (0.9)")
+    traffic.add_argument("--day-s", type=float, default=7200.0, metavar="S", help="length of a diurnal day (7200)")
+    traffic.add_argument("--seed", type=int, default=0)
+    trouble = parser.add_argument_group("what goes wrong")
+    trouble.add_argument("--weather", metavar="FILE.json", help="schedule of link bandwidth and stalls, as for a live link")
+    trouble.add_argument("--fail", action="append", default=[], metavar="NODE:FROM:TO", help="e.g. prfaas0:60:120, in seconds")
+    policy = parser.add_argument_group("policy")
+    policy.add_argument("--fixed-threshold", action="store_true", help="switch the short-term loop off")
+    policy.add_argument("--convert-roles", action="store_true", help="switch the long-term loop on")
+    policy.add_argument("--least-loaded", action="store_true", help="no threshold: the least-loaded prefill node of all")
+    policy.add_argument("--cache-blocks", type=int, default=0, metavar="N", help="prefix cache of a node, 512-token blocks (0)")
+    policy.add_argument("--cache-blind", action="store_true", help="the router ignores what the nodes hold")
+    parser.add_argument("--cache-only", action="store_true", help="replay --trace against the real prefix index only")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--log", metavar="FILE.jsonl", help="write every decision with its reason")
+    parser.add_argument("--plots", metavar="DIR", help="draw pictures into DIR (needs the `plots` extra)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Simulate, draw if asked, and print. Raises UserError."""
+    if (args.arrivals == "trace" or args.cache_only) != bool(args.trace):
+        raise UserError("--trace FILE goes with --arrivals trace or with --cache-only, and they with it")
+    trace = read_trace(args.trace) if args.trace else None
+    if args.cache_only:
+        return _cache_only(args, [request.hash_ids for request in trace])
+    setup, requests, count = _prepare(args, trace)
+    decisions = []
+    with tqdm(total=count, unit="request", disable=None, leave=False) as bar:
+        report = Simulation(setup, requests, (lambda *seen: decisions.append(_decision(*seen))) if args.log else None,
+                            bar.update).run()
+    if args.log:
+        _write_whole(Path(args.log), "".join(json.dumps(decision) + "\n" for decision in decisions))
+    drawn_paths = []
+    if args.plots:
+        from minprfaas.observe.simulation_plots import draw_simulation
+        drawn_paths = draw_simulation(args.plots, report)
+    if args.json:
+        return print(json.dumps(report.to_json(), indent=2))
+    _print(setup, report)
+    for path in drawn_paths:
+        print(f"drawn: {path}")
+
+
+def _prepare(args: argparse.Namespace, trace) -> tuple[Setup, Iterator[SimRequest], int]:
+    for name, least in (("requests", 1), ("cache_blocks", 0)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is out of range; it must be at least {least}")
+    if not args.day_s > 0:
+        raise UserError(f"--day-s {args.day_s} is out of range; it must be above 0")
+    fleet = paper.paper_fleet()
+    if args.profile:
+        own = Profile.read(args.profile)
+        fleet = replace(fleet, prfaas_profile=own, pd_profile=own)
+    if args.pd_profile:
+        fleet = replace(fleet, pd_profile=Profile.read(args.pd_profile))
+    if trace:
+        fleet = replace(fleet, output_tokens=sum(request.output_tokens for request in trace) / len(trace))
+    fleet = replace(fleet, **{name: getattr(args, name) for name in FLEET_OPTIONS if getattr(args, name) is not None})
+    lengths = EmpiricalLengths(request.input_tokens for request in trace) if trace else paper.paper_lengths()
+    if args.threshold is not None and not 0 <= args.threshold <= lengths.values[-1]:
+        raise UserError(f"--threshold {args.threshold:g} is outside the lengths; it must be from 0 to {lengths.values[-1]:,.0f}")
+    planned = plan(fleet, lengths, args.n_p, args.threshold)
+    setup = Setup(fleet, planned.n_p, planned.threshold, not args.least_loaded, not (args.fixed_threshold or args.least_loaded),
+                  args.convert_roles, not args.cache_blind, args.cache_blocks, weather=_weather(args, fleet.link_gbps),
+                  failures=tuple(map(_failure, args.fail)))
+    if trace:
+        return setup, from_trace(trace, args.speed), len(trace)
+    rate, rng = args.rate if args.rate is not None else args.load * planned.lambda_max, random.Random(args.seed)
+    times = {"poisson": lambda: poisson(rate, rng), "mmpp": lambda: bursty(rate, rng),
+             "diurnal": lambda: diurnal(rate, rng, args.day_s)}[args.arrivals]()
+    scale = day_lengths(args.day_s) if args.arrivals == "diurnal" else None
+    return setup, drawn(times, args.requests, lengths, round(fleet.output_tokens), rng, scale), args.requests
+
+
+def _weather(args: argparse.Namespace, gbps: float) -> tuple[tuple[float, float], ...]:
+    """A live link's schedule as (seconds, Gbps): a stall is a bandwidth of 0."""
+    if not args.weather:
+        return ()
+    from minprfaas.transport.throttle import load_weather
+    steps = []
+    for change in load_weather(args.weather):
+        gbps = gbps if change.gbps is None else change.gbps
+        steps += [(change.at_s, 0.0), (change.at_s + change.stall_s, gbps)] if change.stall_s else [(change.at_s, gbps)]
+    return tuple(steps)
+
+
+def _failure(text: str) -> tuple[str, float, float]:
+    try:
+        node, fails_s, returns_s = text.split(":")
+        return node, float(fails_s), float(returns_s)
+    except ValueError:
+        raise UserError(f"--fail {text!r} is not NODE:FROM:TO, such as prfaas0:60:120") from None
+
+
+def _decision(time_s: float, request: SimRequest) -> dict:
+    return {"time_s": round(time_s, 3), "prompt_tokens": request.input_tokens, "attempt": request.attempts,
+            **{name: getattr(request.decision, name) for name in ("route", "node", "decode_node", "threshold", "reason")}}
+
+
+def _write_whole(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _print(setup: Setup, report: Report) -> None:
+    fleet = setup.fleet
+    print(f"{fleet.prfaas_instances} PrfaaS, {setup.n_p} PD-P and {fleet.pd_instances - setup.n_p} PD-D instances, "
+          f"{fleet.link_gbps:g} Gbps, t = {setup.threshold:,.0f} tokens. All figures are simulated.\n")
+    shown = report.to_json()
+    rows = [("throughput, req/s", f"{report.throughput_rps:.2f}"),
+            (f"goodput (TTFT ≤ {setup.ttft_slo_s:g} s), req/s", f"{report.goodput_rps:.2f}")]
+    for name, label, unit in (("ttft_s", "TTFT", 1), ("inter_token_s", "inter-token", 1000)):
+        rows += [(f"{label} {at}, {'s' if unit == 1 else 'ms'}", f"{value * unit:.2f}") for at, value in shown[name].items()]
+    rows += [(f"utilization of {stage}", f"{share:.0%}") for stage, share in report.utilization.items()]
+    rows += [("offloaded", f"{report.offloaded_fraction:.1%}"), ("prompt tokens cached", f"{report.cached_fraction:.1%}"),
+             ("egress, Gbps", f"{report.egress_gbps:.2f}"), ("most requests waiting", report.peak_waiting),
+             ("threshold moves", report.threshold_moves), ("role changes", len(report.role_changes)),
+             ("routed again after a failure", report.routed_again), ("without any node to go to", report.failed)]
+    print(table([f"{report.requests:,} requests in {report.duration_s:,.0f} s", "simulated"], rows))
+    for time_s, node, role, reason in report.role_changes:
+        print(f"  at {time_s:,.0f} s {node} → {role}: {reason}")
+
+
+def _cache_only(args: argparse.Namespace, requests: list) -> None:
+    """Hit ratio against capacity: the real index and eviction, no tensors."""
+    from minprfaas.kvcache.replay import replay_trace
+    rows = replay_trace(requests)
+    drawn_paths = []
+    if args.plots:
+        from minprfaas.observe.simulation_plots import draw_hit_ratios
+        drawn_paths = [draw_hit_ratios(args.plots, rows)]
+    if args.json:
+        return print(json.dumps([{**vars(row), "hit_ratio": row.hit_ratio} for row in rows], indent=2))
+    print(table(["capacity, blocks", "hits", "of blocks", "hit ratio", "evicted"],
+                [("unlimited" if row.capacity_blocks is None else f"{row.capacity_blocks:,}", row.hit_blocks, row.blocks,
+                  f"{row.hit_ratio:.1%}", row.evicted_entries) for row in rows]))
+    for path in drawn_paths:
+        print(f"drawn: {path}")

@@ -1,0 +1,47 @@
+"""Pictures of a simulation over time, and of a trace's cache hits over capacity. Chapters 06 and 12."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from minprfaas.observe.plots import new_figure, save_figure
+from minprfaas.simulator.report import Report
+
+ROWS_SHOWN = 2000
+
+
+def draw_simulation(directory: str | Path, report: Report) -> list[Path]:
+    """Write simulation_{queue,link,policy}.png into `directory` and return their paths. Raises UserError."""
+    series = report.series[::max(1, len(report.series) // ROWS_SHOWN)]
+    time_s, egress_gbps, _, queued_bytes, prfaas, pdp, pdd, waiting, threshold, n_p = zip(*series)
+    curves = {
+        "queue": ("requests", {"without a first token": waiting}, "busy", {"PrfaaS": prfaas, "PD-P": pdp, "PD-D": pdd}),
+        "link": ("Gbps", {"egress": egress_gbps}, "GB", {"queued": [count / 1e9 for count in queued_bytes]}),
+        "policy": ("tokens", {"threshold t": threshold}, "nodes", {"N_p": n_p}),
+    }
+    return [_draw(directory, name, time_s, *about) for name, about in curves.items()]
+
+
+def _draw(directory, name: str, time_s: Sequence[float], left_unit: str, left: dict, right_unit: str, right: dict) -> Path:
+    figure, axes = new_figure(8.0, 3.2)
+    other = axes.twinx()
+    for label, values in left.items():
+        axes.plot(time_s, values, label=label, color="black", linewidth=1)
+    for number, (label, values) in enumerate(right.items()):
+        other.plot(time_s, values, label=label, color=f"C{number}", linewidth=0.7, alpha=0.7)
+    axes.set(xlabel="simulated seconds", ylabel=left_unit, title=f"{name}, simulated")
+    other.set_ylabel(right_unit)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    return save_figure(figure, directory, f"simulation_{name}.png")
+
+
+def draw_hit_ratios(directory: str | Path, rows: Sequence) -> Path:
+    """Write hit_ratio.png: the hit ratio of `minprfaas.kvcache.replay` rows over their capacity. Raises UserError."""
+    figure, axes = new_figure()
+    limited = [row for row in rows if row.capacity_blocks is not None]
+    axes.plot([row.capacity_blocks for row in limited], [row.hit_ratio for row in limited], marker="o", label="least recently used")
+    for row in rows:
+        if row.capacity_blocks is None:
+            axes.axhline(row.hit_ratio, linestyle=":", color="black", label="unlimited")
+    axes.set(xscale="log", xlabel="capacity, blocks", ylabel="blocks found in the cache", title="Prefix-cache hits of the trace")
+    axes.legend(frameon=False)
+    return save_figure(figure, directory, "hit_ratio.png")
