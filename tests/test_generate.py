@@ -69,9 +69,9 @@ def test_parameters_are_one_for_all_or_one_for_each(hybrid):
 def test_the_default_pool_has_room_for_all_prompts_side_by_side_up_to_its_limit(hybrid):
     model = hybrid[0]
     layout = plan_layout(model_state_specs(model.config, "float32"), 64)
-    assert pool_for(model, [100, 200]).num_blocks == layout.blocks_for(100) + layout.blocks_for(200)
-    assert pool_for(model, [10**9]).num_blocks == layout.blocks_for(512)  # no more than the context
-    assert pool_for(model, [100] * 99, limit_bytes=1).num_blocks == layout.blocks_for(100)  # the longest always fits
+    assert pool_for(model, [100, 200]).num_blocks == layout.blocks_for(100) + layout.blocks_for(200) + 4 * layout.state_blocks
+    assert pool_for(model, [10**9]).num_blocks == layout.blocks_for(512) + 2 * layout.state_blocks  # no more than the context
+    assert pool_for(model, [100] * 99, limit_bytes=1).num_blocks == layout.blocks_for(100) + 2 * layout.state_blocks  # the longest always fits
 
 
 def test_the_package_offers_its_public_names_and_no_others():

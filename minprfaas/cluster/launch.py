@@ -26,7 +26,7 @@ class Launch:
     local_rank: int
     host: str
     port: int
-    hosts_store: bool  # whether this process must serve the store itself
+    hosts_store: bool  # whether this process must serve the store itself: the last one, which outlives the others
 
     @staticmethod
     def from_environment(world_size: int) -> "Launch | None":
@@ -39,7 +39,7 @@ class Launch:
         rank = int(os.environ["RANK"])
         agent_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         return Launch(rank, found, int(os.environ.get("LOCAL_RANK", rank)), os.environ["MASTER_ADDR"],
-                      int(os.environ["MASTER_PORT"]), rank == 0 and not agent_serves)
+                      int(os.environ["MASTER_PORT"]), rank == found - 1 and not agent_serves)
 
     def store(self) -> dist.Store:
         """The store at which links are agreed."""
@@ -54,7 +54,7 @@ class Launch:
 
 
 def start_processes(count: int, argv: list[str]) -> int:
-    """Run this program in `count` processes, as torchrun would; returns the first exit status that is not 0.
+    """Run this program in `count` processes, as torchrun would; returns the front end's exit status.
 
     torchrun exits with 1 whatever its workers say; this keeps the status 2 of a user's mistake.
     """
@@ -68,30 +68,22 @@ def start_processes(count: int, argv: list[str]) -> int:
         environment.setdefault("OMP_NUM_THREADS", "1")
         workers.append(subprocess.Popen([sys.executable, *argv], env=environment))
     try:
-        statuses = _wait_for_all(workers)
+        return _wait_for_the_last(workers)
     finally:
         for worker in workers:
             if worker.poll() is None:
                 worker.kill()
-    return next((status for status in statuses if status), 0)
 
 
-def _wait_for_all(workers: list[subprocess.Popen]) -> list[int]:
-    """Exit statuses in the order of ending; when one fails, the others are asked to end too."""
-    statuses: list[int] = []
-    running = list(workers)
-    while running:
-        for worker in list(running):
-            try:
-                status = worker.wait(timeout=0.05)
-            except subprocess.TimeoutExpired:
-                continue
-            running.remove(worker)
-            statuses.append(status)
-            if status:
-                for other in running:
-                    other.terminate()
-    return statuses
+def _wait_for_the_last(workers: list[subprocess.Popen]) -> int:
+    """The exit status of the last process, which hosts the front end and outlives the others; or 2, as soon as any
+    process refuses a user's mistake."""
+    while True:
+        try:
+            return workers[-1].wait(timeout=0.05)
+        except subprocess.TimeoutExpired:
+            if any(worker.poll() == 2 for worker in workers):
+                return 2
 
 
 def link_identity(model: Transformer, layout: Layout) -> LinkIdentity:

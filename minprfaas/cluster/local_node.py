@@ -85,7 +85,7 @@ class LocalNode:
     def step(self) -> None:
         """Route what waits, hear one event, compute one step, give up on what is overdue."""
         self._dispatch()
-        event = self.link.receive(0.0 if self.engine.has_work else 0.02) if self.desk.link_up else None
+        event = self.link.receive(0.0 if self.engine.is_ready else 0.02) if self.desk.link_up else None
         if event is not None:
             self._handle(event)
         if self.engine.has_work:

@@ -37,7 +37,7 @@ class PrefillNode:
         self._tell_inventory()
         with ThreadPoolExecutor(thread_name_prefix="acks") as self._acks:
             while not self._stopping or self.exports:
-                event = self.link.receive(0.0 if self.engine.has_work else 0.02)
+                event = self.link.receive(0.0 if self.engine.is_ready else 0.02)
                 if event is not None:
                     self._handle(event)
                 if self.engine.has_work:

@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--block-tokens", type=int, default=64, metavar="TOKENS", help="tokens of a KVCache block (64)")
     p.add_argument("--pool-blocks", type=int, metavar="N", help="blocks of each pool (default: room for the prompts)")
     p.add_argument("--deadline-s", type=float, default=300.0, help="seconds an offloaded prefill may take (300)")
+    p.add_argument("--link-timeout-s", type=float, default=30.0, help="a link that is away for longer is lost (30)")
     p.add_argument("--no-overlap", action="store_true", help="ship KVCache only after prefill, for comparison")
     p.add_argument("--check", action="store_true", help="recompute every answer in one process; exit 1 if a token differs")
     p.add_argument("--json", metavar="OUT.jsonl", help="write one line a request")
@@ -106,7 +107,7 @@ def _checked(args: argparse.Namespace) -> tuple[LinkConfig, tuple[WeatherChange,
         if not Path(path).resolve().parent.is_dir():
             raise UserError(f"{path} cannot be written: {Path(path).resolve().parent} is not a directory")
     weather = load_weather(args.weather) if args.weather else ()
-    return LinkConfig(args.link_gbps, args.rtt_ms, args.lanes), weather, read_prompts(args.prompts)
+    return LinkConfig(args.link_gbps, args.rtt_ms, args.lanes, timeout_s=args.link_timeout_s), weather, read_prompts(args.prompts)
 
 
 class FrontEnd:

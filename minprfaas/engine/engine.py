@@ -39,6 +39,7 @@ class Engine:
         self.waiting: deque[Request] = deque()
         self.prefilling: deque[Request] = deque()
         self.running: list[Request] = []  # oldest first
+        self._no_room = False  # whether the oldest waiting request did not fit the last time
         self._texts: dict[Request, StreamedText] = {}
 
     # What callers use
@@ -74,6 +75,11 @@ class Engine:
     def has_work(self) -> bool:
         """Whether a step would do anything (requests that another node prefills do not count)."""
         return bool(self.waiting or self.prefilling or self.running)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the next step will compute something; false while everything waits for room in the pool."""
+        return bool(self.prefilling or self.running or (self.waiting and not self._no_room))
 
     def step(self) -> list[TokenUpdate]:
         """One prefill chunk and one decode step; returns the tokens that they drew."""
@@ -155,11 +161,13 @@ class Engine:
 
     def _admit(self) -> None:
         """Move waiting requests to prefill, oldest first, while the pool has room for their whole prompts."""
+        self._no_room = False
         while self.waiting and len(self.prefilling) + len(self.running) < self.max_batch:
             request = self.waiting[0]
             request.cache = self.kvcache.open(request.token_ids)
             if not self.kvcache.reserve(request.cache, len(request.token_ids)):
                 self._close_cache(request)
+                self._no_room = True
                 return
             self.waiting.popleft()
             if not request.preemptions:

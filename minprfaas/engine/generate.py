@@ -46,9 +46,10 @@ def generate(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str | l
 
 
 def pool_for(model: Transformer, lengths: list[int], block_tokens: int = 64, limit_bytes: int = 2 * 2**30) -> CacheConfig:
-    """A pool in which requests of these lengths fit side by side, or, past `limit_bytes`, the longest of them at least."""
+    """A pool in which requests of these lengths fit side by side, each with room for two snapshots of its request-level
+    state; past `limit_bytes`, one in which the longest fits at least."""
     layout = plan_layout(model_state_specs(model.config, str(model.dtype).removeprefix("torch.")), block_tokens)
     context = model.config.max_context_tokens
-    needs = [layout.blocks_for(min(length, context)) for length in lengths] or [layout.blocks_for(1)]
+    needs = [layout.blocks_for(min(length, context)) + 2 * layout.state_blocks for length in lengths or [1]]
     most = max(limit_bytes // layout.block_bytes, max(needs))
     return CacheConfig(num_blocks=min(sum(needs), most), block_tokens=block_tokens)

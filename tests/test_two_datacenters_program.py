@@ -1,0 +1,107 @@
+"""The main program as a user runs it: processes, files, exit statuses, and a datacenter that dies. Chapter 13."""
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minprfaas.cluster.two_datacenters import main
+from minprfaas.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = [sys.executable, str(ROOT / "scripts" / "two_datacenters.py")]
+DEADLINE_S = 120
+
+
+@pytest.fixture
+def prompts_file(tmp_path):
+    draw = random.Random(0)
+    lines = [{"id": f"p{size}", "prompt": "".join(draw.choices("abcdefgh ", k=size)), "max_tokens": 8} for size in (400, 20, 300)]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def arguments(checkpoints, prompts_file, *more):
+    return ["--model", str(checkpoints["kimi_linear"]), "--prompts", str(prompts_file), "--threshold", "100",
+            "--prefill-chunk", "64", "--block-tokens", "16", *more]
+
+
+def test_two_processes_answer_and_agree_with_one(checkpoints, prompts_file, tmp_path):
+    out, timeline = tmp_path / "out.jsonl", tmp_path / "timeline.json"
+    done = subprocess.run(PROGRAM + arguments(checkpoints, prompts_file, "--check", "--json", str(out), "--timeline", str(timeline),
+                                              "--link-gbps", "0.01", "--rtt-ms", "5"),
+                          capture_output=True, text=True, timeout=DEADLINE_S)
+    assert done.returncode == 0, done.stderr
+    assert "3 of 3 answers are identical" in done.stdout and "emulated" in done.stdout
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["route"] for row in rows] == ["prfaas", "pdp", "prfaas"]
+    needed = {"id", "token_ids", "text", "route", "prompt_tokens", "cached_tokens", "kv_bytes", "prefill_s", "transfer_s", "ttft_s"}
+    assert all(needed <= set(row) for row in rows)
+    names = {event["name"] for event in json.loads(timeline.read_text())["traceEvents"]}
+    assert {"layer 0", "layer 3", "step of 1"} <= names
+
+
+def test_a_prefill_datacenter_killed_in_the_middle_costs_a_prefill_and_no_answer(checkpoints, prompts_file, tmp_path):
+    out = tmp_path / "out.jsonl"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # 10 kbit/s: the long prompts' KVCache is under way for many seconds when the short answer is printed
+    command = PROGRAM + arguments(checkpoints, prompts_file, "--check", "--json", str(out), "--link-gbps", "0.00001",
+                                  "--link-timeout-s", "2")
+    nodes = []
+    try:
+        for rank in (0, 1):
+            environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            nodes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        for line in nodes[1].stdout:
+            if line.startswith("[p20]"):
+                nodes[0].send_signal(signal.SIGKILL)
+                break
+        rest, errors = nodes[1].communicate(timeout=DEADLINE_S)
+    finally:
+        for node in nodes:
+            node.kill()
+    assert nodes[1].returncode == 0, errors
+    assert "3 of 3 answers are identical" in rest
+    rows = {row["id"]: row for row in map(json.loads, out.read_text().splitlines())}
+    assert rows["p400"]["route"] == rows["p300"]["route"] == "pdp"
+    assert "link" in rows["p400"]["fallback"]
+
+
+@pytest.mark.parametrize("change, said", [
+    (["--threshold", "-1"], "threshold -1"),
+    (["--lanes", "0"], "lane count 0"),
+    (["--link-gbps", "0"], "bandwidth 0.0 Gbps"),
+    (["--rtt-ms", "-5"], "round-trip time -5.0 ms"),
+    (["--deadline-s", "0"], "deadline 0.0 s"),
+    (["--pool-blocks", "0"], "--pool-blocks 0"),
+    (["--prompts", "/no/such/file"], "/no/such/file"),
+    (["--weather", "/no/such/weather"], "/no/such/weather"),
+    (["--json", "/no/such/folder/out.jsonl"], "/no/such/folder"),
+])
+def test_a_mistake_on_the_command_line_is_named_before_any_process_is_started(checkpoints, prompts_file, change, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        main(arguments(checkpoints, prompts_file, *change))
+
+
+@pytest.mark.parametrize("change, said", [
+    (["--device", "quantum"], "device 'quantum'"),
+    (["--pool-blocks", "2"], "KVCache pool"),
+    (["--model", "/no/such/directory"], "/no/such/directory"),
+])
+def test_a_mistake_that_the_processes_find_gets_one_line_and_status_2(checkpoints, prompts_file, tmp_path, change, said):
+    out = tmp_path / "out.jsonl"
+    done = subprocess.run(PROGRAM + arguments(checkpoints, prompts_file, "--json", str(out), *change),
+                          capture_output=True, text=True, timeout=DEADLINE_S)
+    assert done.returncode == 2
+    assert said in done.stderr and done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
+    assert not out.exists()
