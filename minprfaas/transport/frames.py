@@ -22,6 +22,7 @@ MAGIC = b"PFKV"
 VERSION = 1
 MESSAGE_LIMIT_BYTES = 4 * 2**20
 CONTROL_LIMIT_BYTES = 16 * 2**10  # payload of one control frame; a longer message travels in parts
+ACKS_PER_FRAME = CONTROL_LIMIT_BYTES // 8
 
 # magic, version, kind, layer, group, start, end, offset, nbytes, seq, stream, payload digest; then the header's tag
 _FIELDS = struct.Struct("<4sBBHHxxIIIIQQ16s")
@@ -54,6 +55,10 @@ class Header:
     offset: int = 0
     nbytes: int = 0
     payload_digest: bytes = b""
+
+    @property
+    def label(self) -> str:
+        return f"stream {self.stream} layer {self.layer} tokens {self.start}-{self.end}"
 
 
 class Slot:
@@ -93,14 +98,15 @@ class Codec:
         magic, version, kind, layer, group, start, end, offset, nbytes, seq, stream, digest = _FIELDS.unpack(fields)
         if magic != MAGIC or version != VERSION:
             raise FrameError(f"magic {magic!r} version {version}; this side speaks {MAGIC!r} version {VERSION}")
-        if kind not in Kind._value2member_map_:
+        if not Kind.CHUNK <= kind <= Kind.BYE:
             raise FrameError(f"frame kind {kind} is unknown")
+        kind = Kind(kind)
         limit = self.payload_limit if kind == Kind.CHUNK else CONTROL_LIMIT_BYTES
         if nbytes > min(limit, len(view) - HEADER_BYTES):
-            raise FrameError(f"{Kind(kind).name} of {nbytes} bytes is above the limit of {limit}")
-        if start > end and kind == Kind.CHUNK:
+            raise FrameError(f"{kind.name} of {nbytes} bytes is above the limit of {limit}")
+        if kind == Kind.CHUNK and start > end:
             raise FrameError(f"token range [{start}, {end}) is reversed")
-        return Header(Kind(kind), seq, stream, layer, group, start, end, offset, nbytes, digest)
+        return Header(kind, seq, stream, layer, group, start, end, offset, nbytes, digest)
 
     def payload_is_intact(self, header: Header, view: memoryview) -> bool:
         payload = view[HEADER_BYTES:HEADER_BYTES + header.nbytes]
@@ -134,15 +140,11 @@ def decode_message(data: bytes) -> dict:
     return message
 
 
-_SEQ = struct.Struct("<Q")
-ACKS_PER_FRAME = CONTROL_LIMIT_BYTES // _SEQ.size
-
-
 def encode_acks(seqs: list[int]) -> bytes:
     return struct.pack(f"<{len(seqs)}Q", *seqs)
 
 
 def decode_acks(data: memoryview) -> list[int]:
-    if len(data) % _SEQ.size:
+    if len(data) % 8:
         raise FrameError(f"an acknowledgement of {len(data)} bytes is no list of 8-byte numbers")
-    return [seq for (seq,) in _SEQ.iter_unpack(data)]
+    return [*struct.unpack(f"<{len(data) // 8}Q", data)]

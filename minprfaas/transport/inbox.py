@@ -3,7 +3,6 @@
 import queue
 import threading
 import time
-from dataclasses import dataclass
 
 from minprfaas.transport.events import Event, FrameError, MessageReceived, StreamAborted, StreamDone, StreamFailed
 from minprfaas.transport.frames import (CONTROL_LIMIT_BYTES, HEADER_BYTES, MESSAGE_LIMIT_BYTES, Codec, Header, Kind, Slot,
@@ -37,30 +36,16 @@ class Received:
     def done(self, seq: int) -> None:
         self._busy.discard(seq)
         self._done.add(seq)
-        while self._floor in self._done:
-            self._done.remove(self._floor)
-            self._floor += 1
+        self.settle_below(self._floor)
 
     def settle_below(self, seq: int) -> None:
         """The sender needs no answer to anything below `seq` (dropped streams leave holes)."""
         if seq > self._floor:
             self._floor = seq
             self._done = {number for number in self._done if number >= seq}
-            while self._floor in self._done:
-                self._done.remove(self._floor)
-                self._floor += 1
-
-
-@dataclass
-class _Message:
-    """Parts of control messages: those ahead of their turn, and those of the message being put together."""
-
-    next_number: int = 0
-    early: dict[int, tuple[int, bytes]] = None
-    data: bytearray = None
-
-    def __post_init__(self):
-        self.early, self.data = {}, bytearray()
+        while self._floor in self._done:
+            self._done.remove(self._floor)
+            self._floor += 1
 
 
 class Inbox:
@@ -76,7 +61,10 @@ class Inbox:
     def forget_peer(self) -> None:
         """The peer is a new process: its numbers begin again."""
         with self._lock:
-            self._received, self._message = Received(), _Message()
+            self._received = Received()
+            self._next_part = 0
+            self._early_parts: dict[int, tuple[int, bytes]] = {}  # number -> (how many follow, bytes)
+            self._message = bytearray()
 
     def expect(self, stream: IncomingStream) -> None:
         with self._lock:
@@ -99,17 +87,15 @@ class Inbox:
         for stream_id in [*self._streams]:
             self.fail(stream_id, reason)
 
-    # ---- frames
-
     def handle(self, header: Header, slot: Slot, codec: Codec) -> None:
         """Take one frame. Raises FrameError when it cannot come from a sound peer."""
         intact = codec.payload_is_intact(header, slot.view)
-        if header.kind == Kind.CHUNK:
-            return self._take_chunk(header, slot, intact)
-        if not intact:
-            raise FrameError(f"{header.kind.name} arrived with a wrong payload digest")
         payload = slot.view[HEADER_BYTES:HEADER_BYTES + header.nbytes]
-        if header.kind == Kind.ACK:
+        if header.kind == Kind.CHUNK:
+            self._take_chunk(header, slot, intact)
+        elif not intact:
+            raise FrameError(f"{header.kind.name} arrived with a wrong payload digest")
+        elif header.kind == Kind.ACK:
             self._outbox.settle(decode_acks(payload))
         elif header.kind == Kind.DAMAGED:
             self._outbox.send_again(header.seq)
@@ -118,8 +104,13 @@ class Inbox:
         elif header.kind == Kind.HEARTBEAT:
             with self._lock:
                 self._received.settle_below(header.seq)
-        elif header.kind in (Kind.MESSAGE, Kind.ABORT):
-            self._take_control(header, bytes(payload))
+        elif self._claim(header):
+            if header.kind == Kind.ABORT:
+                self.fail(header.stream, "aborted by the sender")
+            else:
+                with self._lock:
+                    self._take_message_part(header.stream, header.start, bytes(payload))
+            self._done(header)
 
     def _claim(self, header: Header) -> bool:
         """Is this frame new? One that was taken before is acknowledged again: its acknowledgement may be lost."""
@@ -129,57 +120,46 @@ class Inbox:
             self._outbox.acknowledge(header.seq)
         return state == "new"
 
-    def _answer(self, header: Header, kind: Kind) -> None:
-        """`header`'s chunk was not taken: say so."""
-        with self._lock:
-            self._received.release(header.seq)
-        self._outbox.send_control(control_frame(kind, seq=header.seq))
-
     def _done(self, header: Header) -> None:
         with self._lock:
             self._received.done(header.seq)
         self._outbox.acknowledge(header.seq)
+
+    def _decline(self, header: Header, kind: Kind) -> None:
+        """The chunk was not taken: DAMAGED asks for it again, REFUSE ends its stream."""
+        with self._lock:
+            self._received.release(header.seq)
+        self._outbox.send_control(control_frame(kind, seq=header.seq))
 
     def _take_chunk(self, header: Header, slot: Slot, intact: bool) -> None:
         if not self._claim(header):
             return
         stream = self._streams.get(header.stream)
         if stream is None:
-            return self._answer(header, Kind.REFUSE)
+            return self._decline(header, Kind.REFUSE)
         if not intact:
-            return self._answer(header, Kind.DAMAGED)
+            return self._decline(header, Kind.DAMAGED)
         try:
             complete = stream.accept(header, slot.payload[:header.nbytes], time.monotonic())
         except StreamAborted as error:
             self.fail(header.stream, str(error))
-            return self._answer(header, Kind.REFUSE)
+            return self._decline(header, Kind.REFUSE)
         if complete:
             with self._lock:
                 self._streams.pop(header.stream, None)
             self.events.put(StreamDone(header.stream, stream.report()))
         self._done(header)
 
-    def _take_control(self, header: Header, payload: bytes) -> None:
-        if not self._claim(header):
-            return
-        if header.kind == Kind.ABORT:
-            self.fail(header.stream, "aborted by the sender")
-        else:
-            with self._lock:
-                self._take_message_part(header.stream, header.start, payload)
-        self._done(header)
-
     def _take_message_part(self, number: int, parts_left: int, payload: bytes) -> None:
-        message = self._message
-        if not message.next_number <= number < message.next_number + MESSAGE_WINDOW:
-            raise FrameError(f"message part {number} is outside the window that begins at {message.next_number}")
-        message.early[number] = (parts_left, payload)
-        while message.next_number in message.early:
-            parts_left, payload = message.early.pop(message.next_number)
-            message.next_number += 1
-            message.data += payload
-            if len(message.data) > MESSAGE_LIMIT_BYTES:
+        if not self._next_part <= number < self._next_part + MESSAGE_WINDOW:
+            raise FrameError(f"message part {number} is outside the window that begins at {self._next_part}")
+        self._early_parts[number] = (parts_left, payload)
+        while self._next_part in self._early_parts:
+            parts_left, payload = self._early_parts.pop(self._next_part)
+            self._next_part += 1
+            self._message += payload
+            if len(self._message) > MESSAGE_LIMIT_BYTES:
                 raise FrameError(f"a control message is longer than {MESSAGE_LIMIT_BYTES} bytes")
             if parts_left == 0:
-                self.events.put(MessageReceived(decode_message(bytes(message.data))))
-                message.data.clear()
+                self.events.put(MessageReceived(decode_message(bytes(self._message))))
+                self._message.clear()

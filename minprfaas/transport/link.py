@@ -6,7 +6,8 @@
     link.expect_stream(plan, sink)                 # the other side: sender = link.open_stream(plan); sender.put(...)
 
 Threads: two a lane (sending, receiving) and one supervisor. The store is only where the two sides agree on an epoch
-and Gloo exchanges addresses; no KV and no message passes through it.
+and Gloo exchanges addresses; no KV and no message passes through it. Gloo binds to the interface that the host's name
+resolves to; the environment variable GLOO_SOCKET_IFNAME names another.
 """
 
 import logging
@@ -19,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch.distributed as dist
 
 from minprfaas.config import LinkConfig
+from minprfaas.observe.timeline import Timeline
 from minprfaas.transport.events import Event, LinkDown, LinkLost, LinkRefused, LinkRestored
 from minprfaas.transport.frames import CONTROL_LIMIT_BYTES, Kind, Slot, encode_message
 from minprfaas.transport.handshake import INCARNATION_BYTES, LinkIdentity, shake_hands
@@ -42,7 +44,7 @@ class Link:
     lane_type = Lane
 
     def __init__(self, name: str, store: dist.Store, rank: int, config: LinkConfig, identity: LinkIdentity,
-                 timeline=None, weather: tuple[WeatherChange, ...] = ()):
+                 timeline: Timeline | None = None, weather: tuple[WeatherChange, ...] = ()):
         self.name, self.rank, self.config, self.epoch = name, rank, config, 0
         self._owners_store = store  # kept alive: its server may be this object's
         self._store = store.clone()  # a store client does one thing at a time, and would make links wait for each other
@@ -50,7 +52,8 @@ class Link:
         self._timeline = timeline
         self._payload_limit = max(config.chunk_bytes, CONTROL_LIMIT_BYTES)
         emulated = config.gbps is not None or config.rtt_ms > 0 or weather
-        self._outbox = Outbox(config, EmulatedLine(config, weather, time.monotonic()) if emulated else None)
+        line = EmulatedLine(config, weather, time.monotonic()) if emulated else None
+        self._outbox = Outbox(name, config, line, timeline)
         self._inbox = Inbox(self._outbox)
         self._incarnation = secrets.token_bytes(INCARNATION_BYTES)
         self._peer_incarnation: bytes | None = None
@@ -63,8 +66,6 @@ class Link:
         self._broken = threading.Event()
         self._reason = ""
         self._closing = False
-
-    # ---- what users call
 
     def connect(self, deadline_s: float) -> None:
         """Meet the peer and shake hands. Raises LinkRefused, or LinkDown when `deadline_s` passes."""
@@ -131,7 +132,7 @@ class Link:
                 raise ValueError(f"layer {entry.layer}: a row of {entry.row_bytes} bytes does not fit into a chunk of "
                                  f"{self._payload_limit}; raise chunk_bytes")
 
-    # ---- connecting
+    # Connecting
 
     def _establish(self, until: float) -> None:
         failure = "the peer did not come"
@@ -216,7 +217,7 @@ class Link:
         if returned:
             self._inbox.events.put(LinkRestored(epoch, restarted))
 
-    # ---- lane threads
+    # Lane threads
 
     def _send_on(self, lane: Lane, epoch: int) -> None:
         try:
@@ -232,7 +233,7 @@ class Link:
 
     def _sent(self, lane: Lane, frame: Frame, began: float) -> None:
         if self._timeline is not None and frame.header.kind == Kind.CHUNK:
-            self._timeline.span(f"{self.name} lane {lane.index} send", _label(frame.header), began, time.monotonic())
+            self._timeline.span(f"{self.name} lane {lane.index} send", frame.header.label, began, time.monotonic())
 
     def _received(self, lane: Lane, slot: Slot) -> None:
         began = time.monotonic()
@@ -242,9 +243,9 @@ class Link:
             return self._break("closed by the peer", lane)
         self._inbox.handle(header, slot, lane.codec)
         if self._timeline is not None and header.kind == Kind.CHUNK:
-            self._timeline.span(f"{self.name} lane {lane.index} receive", _label(header), began, time.monotonic())
+            self._timeline.span(f"{self.name} lane {lane.index} receive", header.label, began, time.monotonic())
 
-    # ---- the supervisor
+    # The supervisor
 
     def _break(self, reason: str, lane: Lane | None = None) -> None:
         if lane is not None and lane not in self._lanes:
@@ -270,7 +271,7 @@ class Link:
         beat_at, beats = 0.0, []
         while not self._broken.wait(TICK_S):
             now = time.monotonic()
-            self._outbox.tick(now, self._timeline)
+            self._outbox.tick(now)
             if now >= beat_at:
                 beat_at = now + self.config.silence_s / 5
                 beats = [(work, frame) for work, frame in beats if not work.is_completed()]
@@ -298,7 +299,3 @@ class Link:
         self._outbox.close(reason)
         self._inbox.fail_all(reason)
         self._inbox.events.put(LinkLost(reason))
-
-
-def _label(header) -> str:
-    return f"stream {header.stream} layer {header.layer} tokens {header.start}-{header.end}"

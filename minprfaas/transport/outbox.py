@@ -9,14 +9,19 @@ import threading
 import time
 from collections import OrderedDict, deque
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from minprfaas.config import LinkConfig
+from minprfaas.observe.timeline import Timeline
 from minprfaas.transport.events import LinkDown
 from minprfaas.transport.frames import ACKS_PER_FRAME, HEADER_BYTES, Header, Kind, Slot, encode_acks
 from minprfaas.transport.monitor import LinkStats, Monitor
 from minprfaas.transport.throttle import EmulatedLine
+
+if TYPE_CHECKING:
+    from minprfaas.transport.sending import SendStream
 
 RELIABLE = (Kind.CHUNK, Kind.MESSAGE, Kind.ABORT)
 
@@ -24,10 +29,10 @@ RELIABLE = (Kind.CHUNK, Kind.MESSAGE, Kind.ABORT)
 class Frame:
     """One frame on its way out. `ready` is a CUDA event to wait for before the bytes are there."""
 
-    def __init__(self, header: Header, slot: Slot, stream=None, ready=None):
-        self.header = header
-        self.slot = slot
-        self.stream = stream  # the SendStream that is told of the acknowledgement
+    def __init__(self, header: Header, slot: Slot, stream: "SendStream | None" = None,
+                 ready: torch.cuda.Event | None = None):
+        self.header, self.slot = header, slot
+        self.stream = stream  # is told of the acknowledgement
         self.ready = ready
         self.queued_at = self.sent_at = 0.0
 
@@ -50,25 +55,28 @@ def control_frame(kind: Kind, payload: bytes = b"", **fields) -> Frame:
 class Outbox:
     """The shared queue of one side of a link. It outlives epochs."""
 
-    def __init__(self, config: LinkConfig, line: EmulatedLine | None):
+    def __init__(self, name: str, config: LinkConfig, line: EmulatedLine | None, timeline: Timeline | None):
         self.line = line
+        self._name = name
+        self._timeline = timeline
         self.monitor = Monitor(time.monotonic())
         self._config = config
         self._lock = threading.RLock()
         self._frames = threading.Condition(self._lock)  # lanes wait here for something to send
         self.progress = threading.Condition(self._lock)  # senders wait here for room and for acknowledgements
+        # In the order in which they leave; then what has left.
         self._acks: list[tuple[int, float]] = []  # (sequence number, since when)
         self._control: deque[Frame] = deque()
-        self._again: deque[Frame] = deque()  # has a sequence number already
-        self._streams: OrderedDict[object, deque[Frame]] = OrderedDict()
+        self._again: deque[Frame] = deque()  # numbered already
+        self._streams: OrderedDict[SendStream, deque[Frame]] = OrderedDict()
         self._on_line: deque[tuple[float, Frame]] = deque()  # (arrival time, frame)
-        self._unacked: dict[int, Frame] = {}
+        self._unacked: dict[int, Frame] = {}  # by sequence number
         self._next_seq = 1
         self._timed_until: float | None = None  # the earliest moment for which a lane's wait is timed
         self._epoch = 0
         self.closed: str | None = None  # why nothing leaves any more
 
-    # ---- what producers call
+    # What producers call
 
     def send_control(self, frame: Frame) -> None:
         with self._lock:
@@ -95,10 +103,10 @@ class Outbox:
             self._streams.setdefault(frame.stream, deque()).append(frame)
             self._frames.notify()
 
-    def wait_for_room(self, nbytes: int, stream) -> float:
-        """Block until `nbytes` more may be queued or in flight, and take them; returns the seconds it took.
+    def wait_for_room(self, nbytes: int, stream: "SendStream") -> float:
+        """Block until `nbytes` more may be queued or in flight, and claim them; returns the seconds it took.
 
-        Raises LinkDown when the link is closed or acknowledges nothing for `timeout_s`, and what `stream.check` raises.
+        Raises what `stream.check` raises, and LinkDown when nothing is acknowledged for `timeout_s`.
         """
         began = time.monotonic()
         with self._lock:
@@ -118,7 +126,7 @@ class Outbox:
         with self._lock:
             return None if self.line is None else self.line.chunk_limit(time.monotonic())
 
-    def drop_stream(self, stream) -> None:
+    def drop_stream(self, stream: "SendStream") -> None:
         """Forget the chunks of `stream` that have not left; the others settle when the peer answers."""
         with self._lock:
             dropped = [*self._streams.pop(stream, ()), *(f for f in self._again if f.stream is stream)]
@@ -128,7 +136,7 @@ class Outbox:
                 self._unacked.pop(frame.header.seq, None)
             self.progress.notify_all()
 
-    # ---- what lanes call
+    # What lanes call
 
     def next_frame(self, epoch: int, block: bool) -> Frame | None:
         """The next frame to hand to Gloo. None when `epoch` is over, and if not `block` also when there is none yet."""
@@ -159,6 +167,9 @@ class Outbox:
                 break
             frame = self._dequeue(now)
             self._on_line.append((self.line.carry(frame.nbytes, queued_at, now), frame))
+            if self._timeline is not None and self.line.free_at > now:
+                self._timeline.span(f"{self._name} line (emulated)", frame.header.kind.name, now, self.line.free_at,
+                                    waited_ms=(now - queued_at) * 1e3)
         if self._on_line and self._on_line[0][0] <= now:
             return self._on_line.popleft()[1], None
         if self._on_line:
@@ -198,7 +209,7 @@ class Outbox:
             self.monitor.sent(frame.nbytes, now)
         return frame
 
-    # ---- what the receiving lanes report
+    # What the receiving lanes report
 
     def settle(self, seqs: list[int], written: bool = True) -> None:
         """`seqs` were acknowledged, or refused (not `written`): their memory is free."""
@@ -215,6 +226,8 @@ class Outbox:
                     self.monitor.settled(frame.nbytes, now - frame.sent_at if written else None, now)
                 if frame.stream is not None:
                     frame.stream.settled(written, now)
+                    if self._timeline is not None:
+                        self._timeline.instant(f"{self._name} acknowledgements", frame.header.label, now, written=written)
             self.progress.notify_all()
 
     def send_again(self, seq: int) -> None:
@@ -241,7 +254,7 @@ class Outbox:
         with self._lock:
             return min(self._unacked, default=self._next_seq)
 
-    # ---- epochs
+    # Epochs
 
     def begin_epoch(self, epoch: int) -> None:
         """Lanes of `epoch` may pull; what no peer acknowledged leaves first, in its old order."""
@@ -285,15 +298,13 @@ class Outbox:
                     self._control or any(frame.header.kind != Kind.CHUNK for frame in self._unacked.values())):
                 self.progress.wait(max(0.0, until - time.monotonic()))
 
-    # ---- observation
-
-    def tick(self, now: float, timeline) -> None:
+    def tick(self, now: float) -> None:
         """Take a sample when one is due."""
         with self._lock:
-            sample = self.monitor.tick(now, None if self.line is None else self.line.rate_bytes_per_s)
-        if sample is not None and timeline is not None:
-            timeline.counter("link", {"egress_gbps": sample.egress_gbps, "queued_MB": sample.queued_bytes / 1e6,
-                                      "ack_delay_ms": sample.ack_delay_s * 1e3}, now)
+            sample = self.monitor.tick(now, None if self.line is None else self.line.rate)
+        if sample is not None and self._timeline is not None:
+            self._timeline.counter(self._name, {"egress Gbps": sample.egress_gbps, "queued MB": sample.queued_bytes / 1e6,
+                                                "ack delay ms": sample.ack_delay_s * 1e3}, now)
 
     def stats(self) -> LinkStats:
         with self._lock:

@@ -105,7 +105,7 @@ class SendStream:
         if self.fail(reason):
             self._outbox.send_control(control_frame(Kind.ABORT, stream=self.plan.stream_id))
 
-    # ---- what the link calls, holding the outbox's lock
+    # What the outbox calls, holding its lock
 
     def queued(self) -> None:
         self._outstanding += 1

@@ -68,41 +68,36 @@ class EmulatedLine:
     """
 
     def __init__(self, config: LinkConfig, weather: tuple[WeatherChange, ...], epoch_s: float):
-        self._rate = None if config.gbps is None else config.gbps * 1e9 / 8  # bytes per second
+        self.rate = None if config.gbps is None else config.gbps * 1e9 / 8  # bytes per second, at present
         self._half_rtt_s = config.rtt_ms / 2e3
         self._weather = [replace(change, at_s=change.at_s + epoch_s) for change in weather]
-        self._free_at = self._paced_at = self._stalled_until = epoch_s
-        self._last_arrival = epoch_s
+        self.free_at = self._paced_at = self._stalled_until = self._last_arrival = epoch_s
 
     def start_of(self, queued_at: float, now: float) -> float:
         """When a frame that has waited since `queued_at` may start; it may start now if that is not after `now`."""
         self._advance(now)
-        return max(self._free_at, queued_at, self._paced_at, self._stalled_until)
+        return max(self.free_at, queued_at, self._paced_at, self._stalled_until)
 
     def carry(self, nbytes: int, queued_at: float, now: float) -> float:
         """Occupy the line with a frame; returns when its last bit arrives at the far end."""
-        self._free_at = max(self._free_at, queued_at, now - MAX_LAG_S)
-        if self._rate is not None:
-            self._paced_at = max(self._paced_at, now - TOLERANCE_S) + nbytes / (CATCH_UP * self._rate)
-            self._free_at += nbytes / self._rate
-        self._last_arrival = max(self._last_arrival, self._free_at + self._half_rtt_s)  # bits do not overtake
+        self.free_at = max(self.free_at, queued_at, now - MAX_LAG_S)
+        if self.rate is not None:
+            self._paced_at = max(self._paced_at, now - TOLERANCE_S) + nbytes / (CATCH_UP * self.rate)
+            self.free_at += nbytes / self.rate
+        self._last_arrival = max(self._last_arrival, self.free_at + self._half_rtt_s)  # bits do not overtake
         return self._last_arrival
 
     def chunk_limit(self, now: float) -> int | None:
         """The most bytes that a chunk should have at the present rate; None when the rate is not limited."""
         self._advance(now)
-        return None if self._rate is None else max(1024, int(self._rate * CHUNK_TIME_S))
-
-    @property
-    def rate_bytes_per_s(self) -> float | None:
-        return self._rate
+        return None if self.rate is None else max(1024, int(self.rate * CHUNK_TIME_S))
 
     def _advance(self, now: float) -> None:
         while self._weather and self._weather[0].at_s <= now:
             change = self._weather.pop(0)
             if change.gbps is not None:
-                self._rate = change.gbps * 1e9 / 8
+                self.rate = change.gbps * 1e9 / 8
             if change.rtt_ms is not None:
                 self._half_rtt_s = change.rtt_ms / 2e3
             self._stalled_until = max(self._stalled_until, change.at_s + change.stall_s)
-            self._free_at = max(self._free_at, self._stalled_until)  # a stall is not caught up
+            self.free_at = max(self.free_at, self._stalled_until)  # a stall is not caught up
