@@ -33,8 +33,6 @@ def generate(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str | l
     engine = Engine(model, tokenizer, cache or pool_for(model, lengths), prefill_chunk)
     requests = [engine.request(str(number), ids, one) for number, (ids, one) in enumerate(zip(token_ids, each))]
     for request in requests:
-        engine.check_fits(request)
-    for request in requests:
         engine.add(request)
     with tqdm(total=len(requests), unit="answer", disable=None if progress else True, leave=False) as bar:
         while engine.has_work:
