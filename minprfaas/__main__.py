@@ -1,10 +1,9 @@
 """The door: `python -m minprfaas COMMAND`. Each command is a module of `minprfaas.commands`."""
 
-import argparse
 import importlib
 import sys
 
-from minprfaas.errors import exit_on_user_error
+from minprfaas.errors import ArgumentParser, exit_on_user_error
 
 COMMANDS = {
     "generate": "answer prompts in one process (the reference for everything distributed)",
@@ -19,7 +18,7 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and run one command; returns its exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="python -m minprfaas", description="Prefill-as-a-Service in readable PyTorch.")
+    parser = ArgumentParser(prog="python -m minprfaas", description="Prefill-as-a-Service in readable PyTorch.")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     chosen = next((word for word in argv if not word.startswith("-")), None)
     for name, summary in COMMANDS.items():

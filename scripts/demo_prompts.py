@@ -1,20 +1,19 @@
 """Writes a prompts file of freshly invented documents, each with a question: `python scripts/demo_prompts.py OUT.jsonl`."""
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 from minprfaas.config import ModelConfig
 from minprfaas.documents import EVALUATION_SEEDS, make_document
-from minprfaas.errors import UserError, exit_on_user_error
+from minprfaas.errors import ArgumentParser, UserError, exit_on_user_error
 from minprfaas.model.checkpoint import EMBEDDED
 from minprfaas.model.tokenizer import Tokenizer
 
 
 @exit_on_user_error
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("out", metavar="OUT.jsonl")
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 400, 4096, 700, 2048, 512],
                         help="length of each document, its question included")

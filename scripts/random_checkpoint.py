@@ -3,14 +3,13 @@
 `python scripts/random_checkpoint.py --shape qwen3-0.6b OUT`; its tokenizer is the embedded model's.
 """
 
-import argparse
 import shutil
 import sys
 
 import torch
 
 from minprfaas.config import ModelConfig
-from minprfaas.errors import exit_on_user_error
+from minprfaas.errors import ArgumentParser, exit_on_user_error
 from minprfaas.model.checkpoint import EMBEDDED, save_checkpoint
 from minprfaas.model.transformer import Transformer
 
@@ -31,7 +30,7 @@ SHAPES = {
 
 @exit_on_user_error
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("out", metavar="OUT")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-0.6b")
     parser.add_argument("--seed", type=int, default=0)

@@ -17,7 +17,7 @@ from minprfaas.engine.engine import Engine
 from minprfaas.engine.generate import generate, pool_for
 from minprfaas.engine.prompts import Prompt, read_prompts
 from minprfaas.engine.request import TokenUpdate
-from minprfaas.errors import UserError
+from minprfaas.errors import ArgumentParser, UserError
 from minprfaas.model.checkpoint import EMBEDDED, load
 from minprfaas.observe.report import human_bytes, table
 from minprfaas.observe.screen import Screen
@@ -31,7 +31,7 @@ LINK_NAME = "prfaas-pd"
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
+    p = ArgumentParser(
         description="Process 0 is the PrfaaS datacenter, process 1 the local PD datacenter with the front end. Start it "
                     "with `torchrun --nproc-per-node 2`, or plainly: then it starts its two processes itself.")
     p.add_argument("--model", metavar="DIR", help="Hugging Face directory (default: the embedded model)")
