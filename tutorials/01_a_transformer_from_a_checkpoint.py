@@ -11,6 +11,7 @@ import torch
 
 from minprfaas import load
 from minprfaas.documents import make_document
+from minprfaas.errors import exit_on_user_error
 from minprfaas.model.checkpoint import EMBEDDED
 from minprfaas.model.layers import Positions
 from minprfaas.model.spec import model_state_specs
@@ -20,6 +21,7 @@ from minprfaas.observe.report import human_bytes, table
 torch.set_num_threads(1)
 torch.set_grad_enabled(False)
 directory = Path(sys.argv[1]) if len(sys.argv) > 1 else EMBEDDED
+model, tokenizer = exit_on_user_error(load)(directory)
 
 print(f"""1. Three files
 
@@ -30,7 +32,6 @@ means = ("what the layers are", "the weights, by name", "text to token ids and b
 print(table(["file", "size", "holds"],
             [(name, human_bytes((directory / name).stat().st_size), what) for name, what in zip(files, means)]))
 
-model, tokenizer = load(directory)
 config = model.config
 parameters = sum(parameter.numel() for parameter in model.parameters())
 print(f"""

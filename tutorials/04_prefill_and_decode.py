@@ -13,6 +13,7 @@ from minprfaas import SamplingParams, load
 from minprfaas.config import CacheConfig, GQAConfig, LayerConfig, ModelConfig, RopeConfig
 from minprfaas.documents import make_document
 from minprfaas.engine.engine import Engine
+from minprfaas.errors import exit_on_user_error
 from minprfaas.model.state import ContiguousState
 from minprfaas.model.transformer import Transformer
 from minprfaas.observe.report import human_bytes, table
@@ -20,6 +21,7 @@ from minprfaas.observe.report import human_bytes, table
 torch.set_num_threads(1)
 torch.set_grad_enabled(False)
 torch.manual_seed(0)
+tiny, tokenizer = exit_on_user_error(load)(sys.argv[1] if len(sys.argv) > 1 else None)
 CONTEXT = 128  # tokens before the measured ones
 
 
@@ -113,7 +115,6 @@ On one machine they share steps. While a long prompt is prefilled, everyone who 
 prompt into chunks lets a decode step through after each. A request is being answered when a prompt of 1,500 tokens
 arrives (the embedded model, one core):
 """)
-tiny, tokenizer = load(sys.argv[1] if len(sys.argv) > 1 else None)
 document = make_document(seed=10**9 + 4, tokens=1500, encode=tokenizer.encode)
 prompt, rows, answers = document.prompt(document.questions[0]), [], set()
 for chunk in (2048, 512, 128, 32):

@@ -14,10 +14,11 @@ from minprfaas.config import CacheConfig
 from minprfaas.documents import make_document
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.request import Request
+from minprfaas.errors import exit_on_user_error
 from minprfaas.observe.report import table
 
 torch.set_num_threads(1)
-model, tokenizer = load(sys.argv[1] if len(sys.argv) > 1 else None)
+model, tokenizer = exit_on_user_error(load)(sys.argv[1] if len(sys.argv) > 1 else None)
 
 
 def prompts(count: int, tokens: int = 130) -> list[str]:
