@@ -12,7 +12,7 @@ def test_spans_instants_and_counters_become_trace_events_with_named_tracks(tmp_p
     timeline.counter("link", {"egress_gbps": 0.9}, 2.5)
     write_timeline(tmp_path / "out.json", timeline.events(), Timeline("datacenter B").events())
     events = json.loads((tmp_path / "out.json").read_text())["traceEvents"]
-    names = {(event["tid"], event["args"]["name"]) for event in events if event["name"] in ("process_name", "thread_name")}
+    names = {(event["tid"], event["args"]["name"]) for event in events if event["ph"] == "M"}
     assert names == {(0, "datacenter A"), (0, "datacenter B"), (1, "lane 0 send"), (2, "link")}
     span, instant, counter = (event for event in events if event["ph"] != "M")
     assert (span["ph"], span["tid"], span["ts"], span["dur"], span["args"]) == ("X", 1, 1.5e6, 0.25e6, {"tokens": 64})

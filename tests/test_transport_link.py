@@ -4,12 +4,12 @@ import threading
 
 import pytest
 import torch
-from transport_support import DEADLINE_S, Cargo, connected, event, in_parallel
+from transport_support import DEADLINE_S, IDENTITY, Cargo, connected, event, new_store
 
 from minprfaas.config import LinkConfig
 from minprfaas.observe.timeline import Timeline
-from minprfaas.transport import (LayerPlan, Link, LinkDown, LinkLost, MessageReceived, StreamAborted, StreamDone, StreamFailed,
-                                 StreamPlan)
+from minprfaas.transport import (LayerPlan, Link, LinkDown, LinkLost, MessageReceived, StreamAborted, StreamDone,
+                                 StreamFailed, StreamPlan)
 from minprfaas.transport.lanes import Lane
 
 
@@ -180,7 +180,8 @@ def test_an_aborted_stream_fails_on_the_receiver_with_what_had_arrived():
 def _until_settled(link):
     outbox = link._outbox
     with outbox.progress:
-        assert outbox.progress.wait_for(lambda: not outbox.monitor.queued_bytes + outbox.monitor.inflight_bytes, DEADLINE_S)
+        monitor = outbox.monitor
+        assert outbox.progress.wait_for(lambda: monitor.queued_bytes + monitor.inflight_bytes == 0, DEADLINE_S)
 
 
 def test_a_sink_that_fails_fails_its_stream_and_not_the_link():
@@ -220,6 +221,23 @@ def test_what_is_not_in_the_plan_cannot_be_put():
             sender.open_stream(StreamPlan(1, (LayerPlan(0, 0, True, 10**6),), 0, 1))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_gpu_memory_may_be_reused_as_soon_as_put_returns():
+    """The copy runs on a side stream behind the work queued so far; what the GPU computes next must not change it."""
+    cargo = Cargo(tokens=20_000)
+    with connected(LinkConfig(lanes=2)) as (sender, receiver):
+        receiver.expect_stream(cargo.plan, cargo.sink)
+        stream = sender.open_stream(cargo.plan)
+        for layer, data in cargo.sent.items():
+            scratch = data.cuda().reshape(-1)
+            stream.put(layer, cargo.plan.start, cargo.plan.end, scratch)
+            del scratch
+            torch.full((data.numel(),), 255, dtype=torch.uint8, device="cuda")  # the allocator offers the same memory
+        stream.finish(DEADLINE_S)
+    assert cargo.is_identical
+
+
 def test_closing_one_side_ends_the_other_and_its_streams_at_once():
     cargo = Cargo()
     with connected(LinkConfig(timeout_s=60)) as (sender, receiver):
@@ -236,7 +254,6 @@ def test_closing_one_side_ends_the_other_and_its_streams_at_once():
 
 
 def test_a_peer_that_never_comes_is_a_named_error_within_the_deadline():
-    from transport_support import IDENTITY, new_store
     with pytest.raises(LinkDown, match="the peer did not come"):
         Link("a-b", new_store(), 0, LinkConfig(), IDENTITY).connect(0.2)
 

@@ -1,4 +1,4 @@
-"""When things break below the frames: cut, damaged, duplicated, reordered, silenced, killed. Nothing is lost unnamed."""
+"""When things break below the frames: cut, damaged, doubled, reordered, silenced, killed. Nothing is lost unnamed."""
 
 import collections
 import multiprocessing
@@ -15,8 +15,8 @@ from torch.distributed import TCPStore
 from transport_support import DEADLINE_S, IDENTITY, Cargo, connected, event, new_store
 
 from minprfaas.config import LinkConfig
-from minprfaas.transport import (Link, LinkDown, LinkIdentity, LinkLost, LinkRestored, MessageReceived, StreamAborted, StreamDone,
-                                 StreamFailed)
+from minprfaas.transport import (Link, LinkDown, LinkIdentity, LinkLost, LinkRestored, MessageReceived, StreamAborted,
+                                 StreamDone, StreamFailed)
 from minprfaas.transport.frames import HEADER_BYTES
 from minprfaas.transport.lanes import Lane
 
@@ -172,7 +172,8 @@ def test_ninety_seeded_faults_end_in_identical_bytes_or_a_named_error(secret, ca
         assert sum(tally[kind, "identical"] for kind in KINDS if kind != "absurd") == 80, tally
         assert secret is None or tally["absurd", "identical"] == 10, "with a secret an enemy cannot even end a stream"
     with capsys.disabled():
-        print(f"\n  {'keyed' if secret else 'checksum'}: " + ", ".join(f"{k} {n} {o}" for (k, o), n in sorted(tally.items())))
+        ended = ", ".join(f"{kind} {count} {outcome}" for (kind, outcome), count in sorted(tally.items()))
+        print(f"\n  {'keyed' if secret else 'checksum'}: {ended}")
 
 
 # ---- peers that die or fall silent, in their own processes

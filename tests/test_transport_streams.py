@@ -23,7 +23,8 @@ def chunk(**fields) -> Header:
 
 @pytest.mark.parametrize("fields", [
     dict(layer=2, start=8, end=9, nbytes=4), dict(layer=0, group=1, start=8, end=9, nbytes=4),
-    dict(layer=0, start=7, end=9, nbytes=8), dict(layer=0, start=15, end=17, nbytes=8), dict(layer=0, start=8, end=8, nbytes=0),
+    dict(layer=0, start=7, end=9, nbytes=8), dict(layer=0, start=15, end=17, nbytes=8),
+    dict(layer=0, start=8, end=8, nbytes=0),
     dict(layer=0, start=8, end=9, nbytes=3), dict(layer=0, start=8, end=9, offset=4, nbytes=4),
     dict(layer=1, group=1, start=8, end=15, nbytes=10), dict(layer=1, group=1, start=8, end=16, offset=1, nbytes=10),
     dict(layer=1, group=1, start=8, end=16, nbytes=0)])

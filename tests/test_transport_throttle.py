@@ -1,4 +1,4 @@
-"""The emulated line: exactly the rate, never above it for a second, and the weather as scheduled. Time is an argument."""
+"""The emulated line: the rate, never above it for a second, and the weather as scheduled. Time is an argument."""
 
 import json
 import random
@@ -11,15 +11,15 @@ from minprfaas.transport import WeatherChange, load_weather
 from minprfaas.transport.throttle import EmulatedLine
 
 
-def carry_backlog(line: EmulatedLine, seconds: float, lateness=lambda: 0.0, start: float = 0.0) -> list[tuple[float, int]]:
-    """Keep the line busy with frames queued at `start`, served by a thread that wakes late; returns (left at, bytes)."""
-    now, left = start, []
-    while now < start + seconds:
+def carry_backlog(line: EmulatedLine, seconds: float, lateness=lambda: 0.0) -> list[tuple[float, int]]:
+    """Keep the line busy with frames queued at 0, served by a thread that wakes late; returns (left at, bytes)."""
+    now, left = 0.0, []
+    while now < seconds:
         nbytes = min(256 * 1024, line.chunk_limit(now) or 256 * 1024)
-        now = max(now, line.start_of(start, now)) + lateness()
-        if line.start_of(start, now) > now:  # a stall began meanwhile
+        now = max(now, line.start_of(0.0, now)) + lateness()
+        if line.start_of(0.0, now) > now:  # a stall began meanwhile
             continue
-        arrival = line.carry(nbytes, start, now)
+        arrival = line.carry(nbytes, 0.0, now)
         left.append((max(arrival, now), nbytes))
     return left
 
@@ -78,10 +78,13 @@ def test_a_chunk_takes_the_line_for_at_most_ten_milliseconds():
 
 
 @pytest.mark.parametrize("content, complaint", [
-    ("{", "cannot be read as JSON"), ("{}", "holds no list"), ("[]", "holds no list"), ("[1]", "change 1: 1 is no object"),
+    ("{", "cannot be read as JSON"), ("{}", "holds no list"), ("[]", "holds no list"),
+    ("[1]", "change 1: 1 is no object"),
     ('[{"gbps": 1}]', "is no object with at_s"), ('[{"at_s": 0, "speed": 1}]', "is no object with at_s"),
-    ('[{"at_s": "0"}]', "at_s is '0'; it must be a number"), ('[{"at_s": 0, "gbps": 0}]', "bandwidth 0 Gbps is out of range"),
-    ('[{"at_s": -1}]', "at_s is -1"), ('[{"at_s": NaN}]', "at_s is nan"), ('[{"at_s": 0, "stall_s": true}]', "stall_s is True"),
+    ('[{"at_s": "0"}]', "at_s is '0'; it must be a number"),
+    ('[{"at_s": 0, "gbps": 0}]', "bandwidth 0 Gbps is out of range"),
+    ('[{"at_s": -1}]', "at_s is -1"), ('[{"at_s": NaN}]', "at_s is nan"),
+    ('[{"at_s": 0, "stall_s": true}]', "stall_s is True"),
     ('[{"at_s": 0, "rtt_ms": 99999}]', "round-trip time 99999 ms"),
     ('[{"at_s": 5, "stall_s": 2}, {"at_s": 6}]', "change 2: at_s 6 lies before the end of the change before it")])
 def test_a_malformed_weather_file_is_one_line_that_names_the_change(tmp_path, content, complaint):

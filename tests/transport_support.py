@@ -42,12 +42,11 @@ def in_parallel(*calls):
 
 
 @contextlib.contextmanager
-def connected(config: LinkConfig = LinkConfig(), identity: LinkIdentity = IDENTITY, sender_type=Link, receiver_type=Link,
-              **options):
+def connected(config: LinkConfig = LinkConfig(), identity: LinkIdentity = IDENTITY, sender_type=Link, **options):
     """A connected pair (sender, receiver); `options` go to the sender."""
     store = new_store()
     sender = sender_type("a-b", store, 0, config, identity, **options)
-    receiver = receiver_type("a-b", store, 1, config, identity)
+    receiver = Link("a-b", store, 1, config, identity)
     in_parallel(lambda: sender.connect(DEADLINE_S), lambda: receiver.connect(DEADLINE_S))
     try:
         yield sender, receiver
@@ -69,8 +68,8 @@ def event(link: Link, kind: type, deadline_s: float = DEADLINE_S):
 class Cargo:
     """Seeded bytes for one stream: three layers of token state, one of request-level state; and where they arrive."""
 
-    def __init__(self, stream_id: int = 1, tokens: int = 256, row_bytes: int = 96, state_bytes: int = 20_001, seed: int = 0):
-        layers = [LayerPlan(layer, 0, True, row_bytes) for layer in range(3)] + [LayerPlan(3, 1, False, state_bytes)]
+    def __init__(self, stream_id: int = 1, tokens: int = 256, state_bytes: int = 20_001, seed: int = 0):
+        layers = [LayerPlan(layer, 0, True, 96) for layer in range(3)] + [LayerPlan(3, 1, False, state_bytes)]
         self.plan = StreamPlan(stream_id, tuple(layers), 64, 64 + tokens)
         generator = torch.Generator().manual_seed(seed)
         self.sent = {entry.layer: torch.randint(0, 256, (tokens if entry.per_token else 1, entry.row_bytes),

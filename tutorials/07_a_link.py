@@ -23,10 +23,11 @@ from minprfaas.transport.frames import HEADER_BYTES, Codec, Header, Kind, Slot
 
 IDENTITY = LinkIdentity(fingerprint=bytes(32), dtype="float32", block_layout="64 tokens", secret=b"chapter seven")
 ROW_BYTES, TOKENS = 1024, 2048  # one layer of token state: 2 MiB
-PLAN = StreamPlan(stream_id=1, entries=(LayerPlan(layer=0, group=0, per_token=True, row_bytes=ROW_BYTES),), start=0, end=TOKENS)
-LINES = [LinkConfig(gbps=0.01), LinkConfig(gbps=0.1), LinkConfig(gbps=0.1, rtt_ms=80), LinkConfig(gbps=1, rtt_ms=20, lanes=4),
-         LinkConfig(lanes=4)]
-LONG_PLAN = StreamPlan(stream_id=2, entries=PLAN.entries, start=0, end=40 * TOKENS)
+LAYER = LayerPlan(layer=0, group=0, per_token=True, row_bytes=ROW_BYTES)
+PLAN = StreamPlan(stream_id=1, entries=(LAYER,), start=0, end=TOKENS)
+LINES = [LinkConfig(gbps=0.01), LinkConfig(gbps=0.1), LinkConfig(gbps=0.1, rtt_ms=80),
+         LinkConfig(gbps=1, rtt_ms=20, lanes=4), LinkConfig(lanes=4)]
+LONG_PLAN = StreamPlan(stream_id=2, entries=(LAYER,), start=0, end=40 * TOKENS)
 WEATHER_LINE = LinkConfig(gbps=0.1, rtt_ms=10)
 WEATHER = (WeatherChange(1.0, gbps=0.03), WeatherChange(2.0, stall_s=1.0), WeatherChange(3.0, gbps=0.2))
 
@@ -59,7 +60,7 @@ def meet(store: TCPStore, number: int, config: LinkConfig, **options) -> Link:
 
 
 def rates(store: TCPStore) -> None:
-    print(f"\n1. One stream of {PLAN.total_bytes / 2**20:g} MiB over different lines (rates and round trips are emulated)\n")
+    print(f"\n1. One stream of {PLAN.total_bytes / 2**20:g} MiB over different lines (rate, round trip: emulated)\n")
     data, rows = torch.randint(0, 256, (TOKENS * ROW_BYTES,), dtype=torch.uint8), []
     for number, config in enumerate(LINES):
         link = meet(store, number, config)
@@ -73,10 +74,12 @@ def rates(store: TCPStore) -> None:
         link.close()
         took_s = report.acked_s - report.first_put_s
         goodput_mbps = report.bytes * 8e-6 / (took_s - config.rtt_ms / 1e3)  # the round trip is delay, not rate
-        rows.append([f"{config.gbps * 1e3:g} Mbps" if config.gbps else "no limit", f"{config.rtt_ms:g} ms", config.lanes,
-                     f"{goodput_mbps:.1f} Mbps", f"{took_s * 1e3:.0f} ms", f"{message_s * 1e3:.1f} ms",
+        rate = f"{config.gbps * 1e3:g} Mbps" if config.gbps else "no limit"
+        rows.append([rate, f"{config.rtt_ms:g} ms", config.lanes, f"{goodput_mbps:.1f} Mbps",
+                     f"{took_s * 1e3:.0f} ms", f"{message_s * 1e3:.1f} ms",
                      "identical" if answer["checksum"] == int(data.sum()) else "DAMAGED"])
-    print(table(["rate", "round trip", "lanes", "goodput", "last ack after", "then a message and its answer", "bytes"], rows))
+    print(table(["rate", "round trip", "lanes", "goodput", "last ack after", "then a message and its answer", "bytes"],
+                rows))
 
 
 def microscope() -> None:
@@ -94,7 +97,8 @@ def microscope() -> None:
         except FrameError:
             refused += 1
         slot.view[bit // 8] ^= 1 << bit % 8
-    print(f"   flip any one of its {HEADER_BYTES * 8} bits: {refused} of {HEADER_BYTES * 8} are noticed before a field is used")
+    print(f"   flip any one of its {HEADER_BYTES * 8} bits: {refused} of {HEADER_BYTES * 8} are noticed before a field "
+          "is used")
 
 
 def impostor(store: TCPStore) -> None:

@@ -24,8 +24,8 @@ IDENTITY = LinkIdentity(bytes(32), "uint8", "none", b"chapter eight")
 TOKENS, CHUNK_TOKENS, LAYER_S = 4096, 512, 0.020
 RTT_MS = 20.0
 # Three linear layers to one of full attention, twice: a state each, and rows for each token (paper table 1).
-LAYERS = tuple(LayerPlan(layer, group=int(layer % 4 != 3), per_token=layer % 4 == 3, row_bytes=1024 if layer % 4 == 3 else 65_536)
-               for layer in range(8))
+LAYERS = tuple(LayerPlan(layer, group=0, per_token=True, row_bytes=1024) if layer % 4 == 3 else
+               LayerPlan(layer, group=1, per_token=False, row_bytes=65_536) for layer in range(8))
 PLAN = StreamPlan(stream_id=8, entries=LAYERS, start=0, end=TOKENS)
 PREFILL_S = TOKENS // CHUNK_TOKENS * len(LAYERS) * LAYER_S
 SHARES = (0.25, 0.5, 1.0, 2.0)  # how long the transfer takes, as a share of the prefill
@@ -44,7 +44,10 @@ def decode_datacenter(port: int) -> None:
     rows, state = torch.zeros(TOKENS, 1024, dtype=torch.uint8), torch.zeros(65_536, dtype=torch.uint8)
 
     def write(layer: int, start: int, end: int, data: torch.Tensor) -> None:
-        (rows[start:end] if LAYERS[layer].per_token else state).copy_(data.view(-1, 1024) if LAYERS[layer].per_token else data)
+        if LAYERS[layer].per_token:
+            rows[start:end] = data.view(-1, 1024)
+        else:
+            state.copy_(data)
 
     for number, (share, _) in enumerate(RUNS):
         link = Link(f"run {number}", store, 1, line(share), IDENTITY)
@@ -78,7 +81,7 @@ def prefill(stream, overlap: bool, timeline: Timeline) -> None:
 
 
 def run(store: TCPStore, number: int) -> tuple[float, float, StreamReport, Timeline]:
-    """Returns the time to first token (start of prefill to last acknowledgement), the prefill's, the report, the timeline."""
+    """Returns seconds from the start of prefill to the last acknowledgement and to its end, report and timeline."""
     share, overlap = RUNS[number]
     timeline = Timeline("prefill datacenter")
     link = Link(f"run {number}", store, 0, line(share), IDENTITY, timeline=timeline)
@@ -124,7 +127,8 @@ def main() -> None:
         tail_s = max(0.0, report.acked_s - report.last_put_s - RTT_MS / 1e3)
         rows.append([f"{line(share).gbps * 1e3:.0f} Mbps", f"{transfer_s:.2f} s", f"{ttft_s:.2f} s", f"{bound_s:.2f} s",
                      f"{plain_s:.2f} s", f"{max(0.0, 1 - tail_s / transfer_s):.0%}"])
-    print(table(["line (emulated)", "transfer alone", "TTFT, layer by layer", "goal", "TTFT, shipped after", "hidden"], rows))
+    print(table(["line (emulated)", "transfer alone", "TTFT, layer by layer", "goal", "TTFT, shipped after", "hidden"],
+                rows))
     print("""
   TTFT: from the start of prefill until the last byte is acknowledged and decode may start. goal: for a transfer shorter
   than prefill 1.05 x prefill + round trip + one layer's transfer; for a longer one 1.05 x transfer + round trip + the

@@ -37,10 +37,11 @@ class Timeline:
     def _add(self, phase: str, track: str, name: str, at_s: float, **fields) -> None:
         with self._lock:
             number = self._tracks.setdefault(track, len(self._tracks) + 1)
-            self._events.append({"ph": phase, "pid": os.getpid(), "tid": number, "name": name, "ts": at_s * 1e6, **fields})
+            self._events.append({"ph": phase, "pid": os.getpid(), "tid": number, "name": name, "ts": at_s * 1e6,
+                                 **fields})
 
     def events(self) -> list[dict]:
-        """Everything so far, with the names of the process and its tracks; JSON, to be sent to whoever writes the file."""
+        """Everything so far, and the names of the process and its tracks; JSON, to be sent to who writes the file."""
         with self._lock:
             names = [{"ph": "M", "pid": os.getpid(), "tid": number, "name": "thread_name", "args": {"name": track}}
                      for track, number in self._tracks.items()]

@@ -7,9 +7,9 @@ seal the frames, so a recorded handshake or frame is worth nothing later.
 
 What this does not give: confidentiality (the KVCache crosses in the clear) and protection of the machinery below the
 frames. The `TCPStore` answers whoever reaches its port, and Gloo ends a process that is sent a longer message than it
-waits for. Both ports belong on a private link or inside WireGuard. Gloo's own TLS would be GLOO_DEVICE_TRANSPORT=TCP_TLS,
-but the wheels of torch 2.13 are built without it ("unsupported gloo device"). Without a secret only compatibility is
-checked, and an enemy on the line can write what it likes.
+waits for. Both ports belong on a private link or inside WireGuard. Gloo's own TLS (GLOO_DEVICE_TRANSPORT=TCP_TLS) is no
+way out: the wheels of torch 2.13 are built without it ("unsupported gloo device"). Without a secret only compatibility
+is checked, and an enemy on the line can write what it likes.
 """
 
 import hashlib

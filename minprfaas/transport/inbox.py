@@ -5,8 +5,8 @@ import threading
 import time
 
 from minprfaas.transport.events import Event, FrameError, MessageReceived, StreamAborted, StreamDone, StreamFailed
-from minprfaas.transport.frames import (CONTROL_LIMIT_BYTES, HEADER_BYTES, MESSAGE_LIMIT_BYTES, Codec, Header, Kind, Slot,
-                                        decode_acks, decode_message)
+from minprfaas.transport.frames import (CONTROL_LIMIT_BYTES, HEADER_BYTES, MESSAGE_LIMIT_BYTES, Codec, Header, Kind,
+                                        Slot, decode_acks, decode_message)
 from minprfaas.transport.outbox import Outbox, control_frame
 from minprfaas.transport.streams import IncomingStream
 

@@ -3,9 +3,10 @@
 - A receive may be posted with more room than the message needs; a message longer than the room ends the *process*
   (Gloo's own check). Both ends therefore agree on one slot size before any frame crosses, and never send more.
 - A send completes only once the other side has posted its receive, so receives are posted ahead.
-- A peer that dies fails every pending operation at once. There is no call that ends one's own pending receive: `abort()`
-  and `shutdown()` leave it waiting. An operation whose deadline passes does, because Gloo then closes the connection
-  under all others; `cut` uses that.
+- A peer that dies fails every pending operation at once. No call ends one's own pending receive: `abort()` and
+  `shutdown()` leave it waiting. An operation whose deadline passes does, because Gloo then closes the connection under
+  all others; `cut` uses that.
+- A send whose `Work` is dropped before it is done never arrives, and silences the lane.
 """
 
 import time
@@ -67,7 +68,8 @@ class Lane:
         """Hand one frame's bytes to Gloo."""
         return self._group.send([tensor], self._peer, _FRAMES_TAG)
 
-    def send_frames(self, next_frame: Callable[[bool], Frame | None], sent: Callable[["Lane", Frame, float], None]) -> None:
+    def send_frames(self, next_frame: Callable[[bool], Frame | None],
+                    sent: Callable[["Lane", Frame, float], None]) -> None:
         """Pull and send until a blocking `next_frame(True)` returns None. Raises RuntimeError when the lane breaks."""
         posted: deque[tuple[dist.Work, Frame, float]] = deque()
         while (frame := next_frame(not posted)) is not None or posted:

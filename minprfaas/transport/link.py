@@ -1,4 +1,4 @@
-"""A link between two datacenters: connects, notices death, comes back under the next epoch. Chapters 07 and 14, paper 3.3.
+"""A link between two datacenters: connects, notices death, comes back under the next epoch. Chapters 07, 14; paper 3.3.
 
     link = Link("a-b", store, rank, LinkConfig(gbps=1, rtt_ms=20, lanes=4), identity)
     link.connect(deadline_s=10)
@@ -39,7 +39,7 @@ LANE_TIMEOUT_S = 5.0  # for one attempt to connect and shake hands, once both si
 
 
 class Link:
-    """One side of a pairwise link; `rank` is 0 on one side and 1 on the other. Every method may be called by any thread."""
+    """One side of a pairwise link; `rank` is 0 on one side and 1 on the other. Any thread may call any method."""
 
     lane_type = Lane
 
@@ -93,7 +93,7 @@ class Link:
             return None
 
     def open_stream(self, plan: StreamPlan) -> SendStream:
-        """Begin to send; the receiver must expect the same plan. Raises LinkDown, or ValueError for an impossible plan."""
+        """Begin to send what the receiver expects. Raises LinkDown, or ValueError for an impossible plan."""
         self._check_rows(plan)
         if self._outbox.closed is not None:
             raise LinkDown(self._outbox.closed)

@@ -1,4 +1,4 @@
-"""Congestion signals of one link, sampled into a small ring for the scheduler and the timeline. Chapter 07, paper 3.4.3.
+"""Congestion signals of one link, in a small ring for the scheduler and the timeline. Chapter 07, paper 3.4.3.
 
 Pure arithmetic: time is an argument (`time.monotonic()` seconds), and the caller holds the lock.
 """

@@ -227,7 +227,7 @@ class Outbox:
                 if frame.stream is not None:
                     frame.stream.settled(written, now)
                     if self._timeline is not None:
-                        self._timeline.instant(f"{self._name} acknowledgements", frame.header.label, now, written=written)
+                        self._timeline.instant(f"{self._name} acknowledgements", frame.header.label, now)
             self.progress.notify_all()
 
     def send_again(self, seq: int) -> None:
@@ -303,8 +303,9 @@ class Outbox:
         with self._lock:
             sample = self.monitor.tick(now, None if self.line is None else self.line.rate)
         if sample is not None and self._timeline is not None:
-            self._timeline.counter(self._name, {"egress Gbps": sample.egress_gbps, "queued MB": sample.queued_bytes / 1e6,
-                                                "ack delay ms": sample.ack_delay_s * 1e3}, now)
+            values = {"egress Gbps": sample.egress_gbps, "queued MB": sample.queued_bytes / 1e6,
+                      "acknowledged after ms": sample.ack_delay_s * 1e3}
+            self._timeline.counter(self._name, values, now)
 
     def stats(self) -> LinkStats:
         with self._lock:

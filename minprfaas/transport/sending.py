@@ -84,7 +84,7 @@ class SendStream:
         return event
 
     def finish(self, deadline_s: float) -> StreamReport:
-        """Wait until the receiver has written everything. Raises TimeoutError after `deadline_s`, StreamAborted, LinkDown."""
+        """Wait until the receiver has written everything. Raises TimeoutError, StreamAborted or LinkDown."""
         missing = [layer for layer, coverage in self._coverage.items() if not coverage.complete]
         if missing:
             raise ValueError(f"stream {self.plan.stream_id} cannot finish: layers {missing} were not put completely")

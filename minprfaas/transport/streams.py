@@ -1,8 +1,8 @@
 """KV streams: a plan of what will cross, cut into chunks by the sender and written into blocks by the receiver.
 
 Chapter 08, paper 3.3 (layer-wise pipelining). A *plan* lists layers and a token range; both sides hold it before a byte
-moves, so a receiver checks every frame against what it asked for. Token state crosses in rows, `[start, end)` tokens at a
-time, as prefill emits them. Request-level state has one size and crosses once, when the last token is in it.
+moves, so a receiver checks every frame against what it asked for. Token state crosses in rows of tokens
+`[start, end)`, as prefill emits them. Request-level state has one size and crosses once, when the last token is in it.
 """
 
 import threading
@@ -42,7 +42,7 @@ class StreamPlan:
         if not 0 <= self.stream_id < 2**64:
             raise ValueError(f"stream_id {self.stream_id} is not a 64-bit number")
         if not 0 <= self.start < self.end < 2**32:
-            raise ValueError(f"stream {self.stream_id}: token range [{self.start}, {self.end}) is empty or out of range")
+            raise ValueError(f"stream {self.stream_id}: tokens [{self.start}, {self.end}) are none or out of range")
         if not self.entries or len({entry.layer for entry in self.entries}) < len(self.entries):
             raise ValueError(f"stream {self.stream_id}: it needs at least one layer, and each layer once")
         for entry in self.entries:
@@ -113,7 +113,7 @@ class IncomingStream:
         self._first_byte_s = self._last_byte_s = 0.0
 
     def accept(self, header: Header, payload: torch.Tensor, now: float) -> bool:
-        """Write one chunk; True when it was the last. Raises StreamAborted if it is not in the plan or the sink fails."""
+        """Write one chunk; True if it was the last. Raises StreamAborted: it is not in the plan, or the sink failed."""
         with self._lock:
             if self._closed:
                 raise StreamAborted("the receiver has given the stream up")
@@ -136,7 +136,7 @@ class IncomingStream:
     def _check_and_cover(self, entry: LayerPlan, header: Header) -> None:
         if entry.per_token:
             if header.offset or header.nbytes != (header.end - header.start) * entry.row_bytes:
-                raise ValueError(f"{header.nbytes} bytes for tokens [{header.start}, {header.end}) of {entry.row_bytes}")
+                raise ValueError(f"{header.nbytes} bytes for [{header.start}, {header.end}) of {entry.row_bytes} each")
             self._coverage[entry.layer].add(header.start, header.end)
             return
         if (header.start, header.end) != (self.plan.start, self.plan.end):

@@ -38,8 +38,8 @@ def load_weather(path: str | Path) -> tuple[WeatherChange, ...]:
     changes = tuple(_change(path, number, item) for number, item in enumerate(raw, 1))
     for number, (before, after) in enumerate(zip(changes, changes[1:]), 2):
         if after.at_s < before.at_s + before.stall_s:
-            raise UserError(f"weather file {path}, change {number}: at_s {after.at_s} lies before the end of the change "
-                            f"before it ({before.at_s + before.stall_s} s)")
+            raise UserError(f"weather file {path}, change {number}: at_s {after.at_s} lies before the end of the "
+                            f"change before it ({before.at_s + before.stall_s} s)")
     return changes
 
 

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
 
 
 def in_two_processes(work, *arguments, steps: int) -> list:
-    """Run `work(rank, store, report, *arguments)` in two processes; returns what both reported, with a bar of rank 0's."""
+    """Run `work(rank, store, report, *arguments)` in two processes behind a bar; returns what was reported."""
     store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=DEADLINE_S), wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
     reports = context.SimpleQueue()
@@ -81,11 +81,13 @@ def print_rates(seconds: float) -> None:
           f"{'memory, sender / receiver':>26}")
     for config, row in zip(configs, found):
         rate = config.gbps
+        bound = f"{row['bound_ms']:.1f} ms" if rate else "–"
         share = f"{row['gbps'] / rate:8.1%} {row['busiest_gbps'] / rate:12.1%}" if rate else f"{'–':>8} {'–':>12}"
         print(f"{f'{rate * 1e3:g} Mbps' if rate else 'none':>10} {row['gbps'] * 1e3:7.1f} Mbps {share} "
-              f"{row['p50_ms']:6.1f} / {row['p99_ms']:6.1f} ms {f'{bound:.1f} ms' if (bound := row['bound_ms']) else '–':>9} "
+              f"{row['p50_ms']:6.1f} / {row['p99_ms']:6.1f} ms {bound:>9} "
               f"{row['sender_mib']:14.1f} / {row['receiver_mib']:.1f} MiB")
-    print("message: a control message beside the stream, one way; bound: one chunk on the line + round trip. memory: growth of the process while the stream ran.")
+    print("message: a control message beside the stream, one way. bound: one chunk's time on the line + round trip.\n"
+          "memory: growth of the process while the stream ran.")
 
 
 def _rates(rank, store, report, configs, seconds):
@@ -102,7 +104,7 @@ def _rates(rank, store, report, configs, seconds):
 
 
 def _send_beside_messages(link: Link, plan: StreamPlan, config: LinkConfig) -> dict:
-    """Rank 0: one stream as fast as `put` lets it, and a small message every 10 ms all the while."""
+    """Rank 0: one stream as fast as `put` lets it, and a small message every 40 ms all the while."""
     _expect(link, "ready")
     data, stream = torch.zeros(256 * ROW_BYTES, dtype=torch.uint8), link.open_stream(plan)
     done = threading.Event()
@@ -119,7 +121,7 @@ def _send_beside_messages(link: Link, plan: StreamPlan, config: LinkConfig) -> d
     while not done.is_set():
         link.send_message({"kind": "ping", "left_s": time.monotonic()})
         memory.look()
-        done.wait(0.01)
+        done.wait(0.04)
     growth = memory.growth_mib
     link.send_message({"kind": "summary"})
     summary = _expect(link, "summary")
@@ -127,7 +129,8 @@ def _send_beside_messages(link: Link, plan: StreamPlan, config: LinkConfig) -> d
     elapsed = done.report.acked_s - done.report.first_put_s - config.rtt_ms / 1e3
     chunk = min(config.chunk_bytes, config.gbps * 1e9 / 8 * 0.01) if config.gbps else config.chunk_bytes
     return {"gbps": plan.total_bytes * 8 / 1e9 / elapsed, "busiest_gbps": summary["busiest_bytes"] * 8 / 1e9,
-            "bound_ms": config.rtt_ms + chunk * 8 / config.gbps / 1e6 if config.gbps else None, "sender_mib": growth, **summary}
+            "bound_ms": config.rtt_ms + chunk * 8 / config.gbps / 1e6 if config.gbps else None,
+            "sender_mib": growth, **summary}
 
 
 def _receive_and_time(link: Link, plan: StreamPlan) -> None:
@@ -148,8 +151,9 @@ def _receive_and_time(link: Link, plan: StreamPlan) -> None:
             delays.append((time.monotonic() - event.message["left_s"]) * 1e3)  # one host, one clock
         elif isinstance(event, MessageReceived):
             delays.sort()
-            link.send_message({"kind": "summary", "busiest_bytes": busiest_second(arrivals), "p50_ms": delays[len(delays) // 2],
-                               "p99_ms": delays[int(len(delays) * 0.99)], "receiver_mib": memory.growth_mib})
+            link.send_message({"kind": "summary", "busiest_bytes": busiest_second(arrivals),
+                               "p50_ms": delays[len(delays) // 2], "p99_ms": delays[int(len(delays) * 0.99)],
+                               "receiver_mib": memory.growth_mib})
             return
         elif not isinstance(event, StreamDone):
             raise SystemExit(f"the receiver met {event}")
@@ -202,7 +206,8 @@ def print_lanes(device: str, lane_counts: list[int]) -> None:
     found = in_two_processes(_lanes, device, lane_counts, total, chunk, steps=2 * len(lane_counts))
     readings = {(row["what"], row["lanes"]): row["GB_s"] for row in found}
     place = "GPU memory to GPU memory" if device == "cuda" else "CPU memory to CPU memory"
-    print(f"\nUnthrottled goodput against lanes: {total / 2**20:g} MiB in chunks of {chunk / 2**20:g} MiB, {place}, loopback")
+    print(f"\nUnthrottled goodput against lanes: {total / 2**20:g} MiB in chunks of {chunk / 2**20:g} MiB, {place}, "
+          "over loopback")
     print(f"{'lanes':>6} {'link':>12} {'raw Gloo (CPU memory)':>22} {'link / raw':>11}")
     for lanes in lane_counts:
         link, raw = readings["link", lanes], readings["raw", lanes]
