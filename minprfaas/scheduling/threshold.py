@@ -1,15 +1,17 @@
 """The short-term loop: search the threshold again from what is observed, damped. Chapter 12 (paper 3.4.3)."""
 
 import math
+from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass, replace
 
 from minprfaas.errors import UserError
-from minprfaas.scheduling.lengths import EmpiricalLengths
+from minprfaas.scheduling.lengths import LengthDistribution
 from minprfaas.scheduling.planner import Fleet, plan
 
 WINDOW_REQUESTS = 2048
 GRID_THRESHOLDS = 128  # quantiles of the recent lengths that one search tries
+RATE_SMOOTH_S = 60.0  # time constant of the observed arrival rate
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,9 @@ class Damping:
     most a factor `max_step`, not at all if it is within `deadband` of it, and does not turn around within `hold_s` of its
     last move the other way. So a step in bandwidth is followed in a few moves without overshoot, and bandwidth that
     swings faster than `hold_s` cannot make the threshold swing with it.
+
+    When more arrives than any threshold could carry, balance would make every request late. Then the threshold stays where
+    the PD-P nodes are at most `local_load` busy: the long prompts, each of which costs most, wait alone.
     """
 
     interval_s: float = 5.0
@@ -46,7 +51,8 @@ class Damping:
     max_step: float = 1.5
     deadband: float = 0.05
     hold_s: float = 30.0
-    surge_s: float = 10.0  # seconds of waiting prefill per node that count as a surge
+    local_load: float = 0.9
+    surge_s: float = 15.0  # seconds of waiting prefill per node that count as a surge
     drain_s: float = 300.0  # time that backlogs are given: what they take is not there for new requests
 
     def __post_init__(self):
@@ -64,17 +70,20 @@ class ThresholdLoop:
         self._recent: deque[int] = deque(maxlen=WINDOW_REQUESTS)
         self._searched_at, self._moved_at, self._direction = -math.inf, -math.inf, 0
         self._seen: tuple | None = None  # capacity at the last search
+        self._rate_rps, self._arrived, self._counted_at = 0.0, 0, None
 
     def record(self, incremental_tokens: int) -> None:
         """One more request, by the length that the router judged."""
         self._recent.append(incremental_tokens)
+        self._arrived += 1
 
-    def lengths(self) -> EmpiricalLengths | None:
+    def lengths(self) -> LengthDistribution | None:
         """The recent incremental lengths; None while there are too few to say anything."""
-        return EmpiricalLengths(self._recent) if len(self._recent) >= 64 else None
+        return LengthDistribution(sorted(self._recent)) if len(self._recent) >= 64 else None
 
     def update(self, now: Observation) -> float:
         """Search if there is reason to; returns the threshold to route by. Call about once a second."""
+        self._count(now.time_s)
         if not self._due(now):
             return self.threshold
         lengths = self.lengths()
@@ -83,6 +92,13 @@ class ThresholdLoop:
         self._searched_at, self._seen = now.time_s, self._capacity(now)
         self._move(self._search(now, lengths), now.time_s)
         return self.threshold
+
+    def _count(self, time_s: float) -> None:
+        """The observed arrival rate, smoothed."""
+        elapsed = time_s - self._counted_at if self._counted_at is not None else 0.0
+        if elapsed > 0:
+            self._rate_rps += (1 - math.exp(-elapsed / RATE_SMOOTH_S)) * (self._arrived / elapsed - self._rate_rps)
+        self._counted_at, self._arrived = time_s, 0
 
     def _due(self, now: Observation) -> bool:
         waited = now.time_s - self._searched_at
@@ -97,7 +113,7 @@ class ThresholdLoop:
         """Capacity, coarse enough that noise is no change: bandwidth in steps of a quarter."""
         return now.prfaas_instances, now.n_p, round(math.log(max(now.egress_gbps, 1e-6), 1.25))
 
-    def _search(self, now: Observation, lengths: EmpiricalLengths) -> float:
+    def _search(self, now: Observation, lengths: LengthDistribution) -> float:
         """The planner's t for new requests: with N_p given, and with what remains beside draining the backlogs."""
         drain_s = self.damping.drain_s
         prfaas = max(now.prfaas_instances - now.prfaas_queue_s / drain_s, 0.1 * now.prfaas_instances)
@@ -106,7 +122,12 @@ class ThresholdLoop:
         fleet = replace(self.fleet, prfaas_instances=prfaas, pd_instances=now.n_p + now.n_d, link_gbps=egress)
         values = lengths.values
         grid = [*values[::max(1, len(values) // GRID_THRESHOLDS)], values[-1]]
-        return plan(fleet, lengths, n_p=n_p, grid=grid).threshold
+        best = plan(fleet, lengths, n_p=n_p, grid=grid)
+        if best.lambda_max >= self._rate_rps:
+            return best.threshold
+        local_s = lengths.running_means(fleet.pd_profile.prefill_s)  # of PD-P work a request, if the k shortest are local
+        shortest = bisect_right(local_s, self.damping.local_load * n_p / self._rate_rps) - 1
+        return min(best.threshold, values[max(shortest - 1, 0)])
 
     def _move(self, wanted: float, time_s: float) -> None:
         damping, current = self.damping, max(self.threshold, 1.0)

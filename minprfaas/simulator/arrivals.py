@@ -10,7 +10,7 @@ from minprfaas.scheduling.profiles import require_number
 from minprfaas.simulator.nodes import SimRequest
 from minprfaas.simulator.trace import TraceRequest
 
-BURST_FACTOR = 3.0  # how much faster a burst arrives than the mean
+BURST_FACTOR = 2.0  # how much faster a burst arrives than the mean
 BURST_SHARE = 0.2  # of the time
 BURST_MEAN_S = 20.0
 
