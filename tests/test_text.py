@@ -3,8 +3,11 @@
 import random
 
 import pytest
+from conftest import TINY, byte_tokenizer
 
+from minprfaas.config import ModelConfig
 from minprfaas.engine.text import StreamedText
+from minprfaas.model.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -45,15 +48,15 @@ def test_a_stop_string_over_several_tokens_is_cut_and_never_shown(stream):
     assert "".join(pieces) == text.text == "one " and text.stopped
 
 
-def test_a_stop_string_in_the_middle_of_a_token_cuts_it(hybrid):
-    class WholeWords:
-        """A tokenizer of two words: token borders where no byte tokenizer has them."""
-
-        def stream_step(self, decoder, token_id):
-            return ["Hello wor", "ld. Bye."][token_id]
-
-    text = StreamedText(WholeWords(), ("world.",))
-    assert [text.push(0), text.push(1)] == ["Hello ", ""]
+def test_a_stop_string_in_the_middle_of_a_token_cuts_it(tmp_path):
+    long_tokens = byte_tokenizer()
+    long_tokens.add_tokens(["Hello wor", "ld. Bye."])
+    long_tokens.save(str(tmp_path / "tokenizer.json"))
+    config = ModelConfig.from_hf({**TINY["llama"], "vocab_size": 259})
+    tokenizer = Tokenizer(tmp_path, config)
+    first, second = tokenizer.encode("Hello world. Bye.")
+    text = StreamedText(tokenizer, ("world.",))
+    assert [text.push(first), text.push(second)] == ["Hello ", ""]
     assert text.stopped and text.text == "Hello "
 
 

@@ -130,6 +130,6 @@ print(f"""
 greedy, four sampled: a draw depends on the request's seed and the token's number, not on who sits in the next row.
 A preempted request keeps the tokens it has drawn and is prefilled again with them.
 
-Shown: {rates[32] / rates[1]:.0f} times the tokens a second with 32 requests a step; no row idles; a full pool costs
-time and never an answer.
+Shown: {rates[32] / rates[1]:.0f} times the tokens a second with 32 requests a step; a free row is filled at once;
+a full pool costs time and never an answer.
 Next: tutorials/06_hybrid_prefix_cache.py, how a prefix is computed once and used by many.""")
