@@ -68,7 +68,7 @@ class RoleLoop:
     def _wanted(self, now: Observation, lengths: LengthDistribution, output_tokens: float) -> tuple[str | None, str]:
         fleet = replace(self.fleet, prfaas_instances=now.prfaas_instances, pd_instances=now.n_p + now.n_d,
                         link_gbps=now.egress_gbps, output_tokens=output_tokens)
-        grid = lengths.values[::max(1, len(lengths.values) // 64)]
+        grid = [0.0, *lengths.values[::max(1, len(lengths.values) // 64)], lengths.values[-1]]
         here, best = plan(fleet, lengths, n_p=now.n_p, grid=grid), plan(fleet, lengths, grid=grid)
         if best.n_p == now.n_p or best.lambda_max < (1 + self.rule.min_gain) * here.lambda_max:
             return None, ""

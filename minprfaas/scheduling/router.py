@@ -118,11 +118,10 @@ class Router:
         cluster, incremental, transfer, why = self._choose_cluster(request, view)
         nodes = view.prfaas if cluster == "prfaas" else view.pdp
         fetched = transfer.end if transfer else 0
-        node, cached = _cheapest(request, nodes, fetched)
-        if cached > fetched:
-            transfer = None
+        node, own = _cheapest(request, nodes, fetched)
+        cached = max(own, fetched)
         if transfer is not None:  # what crosses begins where the chosen node's own cache ends
-            transfer = self._transfer(transfer.source, request.matches.get(node.name, 0), transfer.end)
+            transfer = self._transfer(transfer.source, own, fetched) if own < fetched else None
         decoder, decode_cached = _decoder(request, view.pdd)
         reason = f"{why}: {'PrfaaS' if cluster == 'prfaas' else 'PD-P'} {node.name}, cached {cached:,}"
         return Decision(cluster, node.name, decoder.name, self.threshold, incremental, cached, decode_cached, transfer, reason)
@@ -187,13 +186,14 @@ def _holders(request: RouteRequest, nodes: Sequence[NodeView]) -> Iterable[tuple
 
 
 def _cheapest(request: RouteRequest, nodes: Sequence[NodeView], fetched: int) -> tuple[NodeView, int]:
-    """(node, cached tokens) with the fewest tokens to compute until this request is done: cache affinity weighed
-    against the queue in one unit. `fetched` tokens are there on any node."""
-    best, cached = min(nodes, key=_load), fetched
+    """(node, tokens in its own cache) with the fewest tokens to compute until this request is done: cache affinity
+    weighed against the queue in one unit. `fetched` tokens will be there on any node."""
+    best, own = min(nodes, key=_load), 0
     for node, tokens in _holders(request, nodes):
-        if node.load - max(tokens, fetched) < best.load - cached or (node is best and tokens > cached):
-            best, cached = node, max(tokens, fetched)
-    return best, cached
+        more = node.load - max(tokens, fetched) - (best.load - max(own, fetched))
+        if more < 0 or (more == 0 and tokens > own):
+            best, own = node, tokens
+    return best, own
 
 
 def _decoder(request: RouteRequest, nodes: Sequence[NodeView]) -> tuple[NodeView, int]:

@@ -121,7 +121,7 @@ class ThresholdLoop:
         egress = max(now.egress_gbps - now.queued_bytes * 8e-9 / drain_s, 0.1 * now.egress_gbps)
         fleet = replace(self.fleet, prfaas_instances=prfaas, pd_instances=now.n_p + now.n_d, link_gbps=egress)
         values = lengths.values
-        grid = [*values[::max(1, len(values) // GRID_THRESHOLDS)], values[-1]]
+        grid = [0.0, *values[::max(1, len(values) // GRID_THRESHOLDS)], values[-1]]  # all away … all local
         best = plan(fleet, lengths, n_p=n_p, grid=grid)
         if best.lambda_max >= self._rate_rps:
             return best.threshold

@@ -1,0 +1,83 @@
+"""The congestion monitor: regimes with hysteresis, and the capacity that a link really has."""
+
+import pytest
+
+from minprfaas.errors import UserError
+from minprfaas.scheduling.monitor import CongestionMonitor, LinkSample, Marks
+
+
+def feed(monitor: CongestionMonitor, start_s: int, seconds: int, utilization: float, gbps: float, queued: float = 0.0) -> None:
+    for second in range(start_s, start_s + seconds):
+        monitor.observe(LinkSample(float(second), gbps, utilization, queued))
+
+
+def test_high_utilization_is_scarce_and_low_utilization_is_abundant_again():
+    monitor = CongestionMonitor(100.0)
+    feed(monitor, 0, 20, 0.3, 30.0)
+    assert monitor.regime(19) == "abundant"
+    feed(monitor, 20, 20, 0.95, 95.0)
+    assert monitor.regime(39) == "scarce"
+    feed(monitor, 40, 20, 0.3, 30.0)
+    assert monitor.regime(59) == "abundant"
+
+
+def test_between_the_marks_nothing_changes():
+    monitor = CongestionMonitor(100.0)
+    feed(monitor, 0, 30, 0.7, 70.0)
+    assert monitor.regime(29) == "abundant"
+    feed(monitor, 30, 20, 0.95, 95.0)
+    feed(monitor, 50, 300, 0.7, 70.0)
+    assert monitor.regime(349) == "scarce"
+
+
+def test_a_queue_alone_makes_bandwidth_scarce():
+    monitor = CongestionMonitor(8.0)  # 1 GB/s
+    feed(monitor, 0, 5, 0.5, 4.0, queued=0.4e9)
+    assert monitor.regime(4) == "abundant"
+    feed(monitor, 5, 1, 0.5, 4.0, queued=0.6e9)
+    assert monitor.regime(5) == "scarce"
+
+
+def test_bandwidth_that_swings_fast_does_not_swing_the_regime():
+    monitor, changes, before = CongestionMonitor(100.0), 0, "abundant"
+    for second in range(600):
+        high = second // 4 % 2
+        monitor.observe(LinkSample(float(second), 95.0 if high else 20.0, 0.95 if high else 0.2, 0.0))
+        changes += monitor.regime(second) != before
+        before = monitor.regime(second)
+    assert changes <= 600 / Marks().hold_s / 2
+
+
+def test_the_capacity_is_what_a_busy_link_delivers():
+    monitor = CongestionMonitor(100.0)
+    feed(monitor, 0, 30, 0.5, 5.0)
+    assert monitor.capacity_gbps == pytest.approx(10.0, rel=0.01)
+
+
+def test_a_stalled_link_loses_its_capacity_and_an_idle_one_is_worth_trying_again():
+    monitor = CongestionMonitor(100.0)
+    feed(monitor, 0, 60, 0.0, 0.0, queued=1e6)
+    assert monitor.capacity_gbps < 0.01 and monitor.regime(59) == "scarce"
+    feed(monitor, 60, 600, 0.0, 0.0)
+    assert monitor.capacity_gbps > 99
+
+
+def test_without_recent_samples_bandwidth_counts_as_scarce():
+    monitor = CongestionMonitor(100.0)
+    assert monitor.regime(0) == "scarce"
+    feed(monitor, 0, 10, 0.1, 10.0)
+    assert (monitor.regime(12), monitor.regime(60)) == ("abundant", "scarce")
+
+
+def test_a_sample_out_of_order_is_ignored():
+    monitor = CongestionMonitor(100.0)
+    feed(monitor, 0, 10, 0.1, 10.0)
+    before = monitor.utilization
+    monitor.observe(LinkSample(3.0, 99.0, 0.99, 1e12))
+    assert (monitor.utilization, monitor.queued_bytes) == (before, 0.0)
+
+
+@pytest.mark.parametrize("marks", [dict(low_utilization=0.9), dict(high_utilization=1.5), dict(low_queue_s=2.0)])
+def test_marks_out_of_order_are_refused(marks):
+    with pytest.raises(UserError, match="out of order"):
+        Marks(**marks)

@@ -1,0 +1,111 @@
+"""The short-term loop: it finds the planner's threshold, follows a step without overshoot, and does not oscillate."""
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from minprfaas.errors import UserError
+from minprfaas.scheduling.paper_case import paper_fleet, paper_lengths
+from minprfaas.scheduling.planner import plan
+from minprfaas.scheduling.threshold import Damping, Observation, ThresholdLoop
+
+FLEET, LENGTHS = paper_fleet(), paper_lengths()
+
+
+def loop_with_traffic(threshold: float, count: int = 2048) -> ThresholdLoop:
+    loop, rng = ThresholdLoop(FLEET, threshold), random.Random(0)
+    for _ in range(count):
+        loop.record(round(rng.choice(LENGTHS.values)))
+    return loop
+
+
+def seen(time_s: float, **changes) -> Observation:
+    return Observation(**{**dict(time_s=time_s, prfaas_instances=4, n_p=3, n_d=5, egress_gbps=100.0), **changes})
+
+
+def best(gbps: float) -> float:
+    return plan(replace(FLEET, link_gbps=gbps), LENGTHS, n_p=3).threshold
+
+
+def test_a_wrong_threshold_finds_its_way_to_the_planners():
+    loop = loop_with_traffic(4000)
+    for second in range(600):
+        loop.update(seen(second))
+    assert loop.threshold == pytest.approx(best(100.0), rel=0.1)
+
+
+def test_a_step_down_in_bandwidth_is_followed_without_overshoot():
+    loop = loop_with_traffic(best(100.0))
+    loop.update(seen(0))
+    moves_before = len(loop.moves)
+    for second in range(1, 121):
+        loop.update(seen(second, egress_gbps=4.0, scarce=True))
+    path = [threshold for _, threshold in loop.moves[moves_before:]]
+    assert 1 <= len(path) <= 4 and path == sorted(path)
+    assert path[-1] == pytest.approx(best(4.0), rel=0.1)
+    assert all(later / earlier <= 1.5 + 1e-9 for earlier, later in zip(path, path[1:]))
+
+
+def test_a_square_wave_of_bandwidth_moves_the_threshold_only_as_often_as_it_may_turn_around():
+    loop = loop_with_traffic(best(100.0))
+    for second in range(600):
+        low = second // 10 % 2
+        loop.update(seen(second, egress_gbps=4.0 if low else 100.0, scarce=bool(low)))
+    path = [threshold for _, threshold in loop.moves]
+    turns = sum((b - a) * (c - b) < 0 for a, b, c in zip(path, path[1:], path[2:]))
+    assert turns <= 600 / Damping().hold_s
+    assert 0.9 * best(100.0) < min(path) and max(path) < 1.1 * best(4.0)
+
+
+def test_without_a_reason_nothing_is_searched():
+    loop = loop_with_traffic(best(100.0))
+    loop.update(seen(0))
+    for _ in range(2048):
+        loop.record(500)  # the lengths change, but nothing presses
+    loop.update(seen(30))
+    assert loop.threshold == pytest.approx(best(100.0), rel=0.1)
+    loop.update(seen(61))
+    assert loop.threshold < 0.8 * best(100.0)
+
+
+@pytest.mark.parametrize("change", [dict(scarce=True, egress_gbps=4.0), dict(prfaas_queue_s=400.0), dict(prfaas_instances=2)])
+def test_scarce_bandwidth_a_long_queue_or_a_lost_node_keeps_more_requests_local(change):
+    loop = loop_with_traffic(best(100.0))
+    before = loop.update(seen(0))
+    assert loop.update(seen(6, **change)) > 1.1 * before
+
+
+def test_a_queue_in_the_pd_cluster_sends_more_requests_away():
+    loop = loop_with_traffic(best(100.0))
+    before = loop.update(seen(0))
+    assert loop.update(seen(6, pdp_queue_s=400.0)) < 0.9 * before
+
+
+def test_a_change_within_the_deadband_is_not_made():
+    loop = loop_with_traffic(1.03 * best(100.0))
+    for second in range(200):
+        loop.update(seen(second))
+    assert loop.moves == []
+
+
+def test_beyond_any_capacity_the_local_nodes_are_kept_below_saturation():
+    loop, rng = loop_with_traffic(best(100.0)), random.Random(1)
+    for second in range(300):
+        for _ in range(5):  # requests a second; the fleet sustains 3.2, and far fewer through 4 Gbps
+            loop.record(round(rng.choice(LENGTHS.values)))
+        loop.update(seen(second, egress_gbps=4.0, scarce=True))
+    local_share = 1 - LENGTHS.tail(loop.threshold)
+    local_s = LENGTHS.mean_below(FLEET.pd_profile.prefill_s, loop.threshold)
+    assert loop.threshold < best(4.0) / 1.5
+    assert 0.75 < 5 * local_share * local_s / 3 < 1.0
+
+
+def test_a_handful_of_requests_says_nothing():
+    loop = loop_with_traffic(4000, count=63)
+    assert loop.lengths() is None and loop.update(seen(0)) == 4000
+
+
+def test_damping_out_of_range_is_refused():
+    with pytest.raises(UserError, match="max_step 1.0"):
+        Damping(max_step=1.0)
