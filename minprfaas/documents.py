@@ -15,9 +15,7 @@ from dataclasses import dataclass
 from minprfaas.errors import UserError
 
 END_OF_TEXT = "<|end|>"
-MIN_TOKENS = 128
-MAX_FACTS = 64
-TOKENS_A_FACT = 96
+MIN_TOKENS, MAX_FACTS, TOKENS_A_FACT = 128, 64, 96
 EVALUATION_SEEDS = 1_000_000_000  # seeds from here on are never trained on
 _TAIL_TOKENS = 36  # room that a document leaves for its question and the answer
 
@@ -36,9 +34,9 @@ _LAST = (
     "ter lin ford wick worth ley more ham bury combe field stone ton er brook man".split())
 
 _OFFICES = (
-    "harbour master", "baker", "miller", "bridge keeper", "clock maker", "judge", "teacher", "doctor", "ferry captain",
-    "blacksmith", "librarian", "gardener", "treasurer", "night watch", "bell ringer", "map maker", "weaver", "mayor",
-    "innkeeper", "shepherd", "archivist", "glass blower", "organ player", "postmaster")
+    "harbour master, baker, miller, bridge keeper, clock maker, judge, teacher, doctor, ferry captain, blacksmith, "
+    "librarian, gardener, treasurer, night watch, bell ringer, map maker, weaver, mayor, innkeeper, shepherd, "
+    "archivist, glass blower, organ player, postmaster").split(", ")
 
 _FACTS = (
     "The {office} of {town} is {person}.",
@@ -101,12 +99,11 @@ _WORDS = {
 }
 
 
-
 @dataclass(frozen=True)
 class Question:
     """A question about one fact of a document, and its one right answer (a person's name).
 
-    `cue` asks the same as the beginning of a sentence ("The harbour master of Velmora is"): the easier half of training.
+    `cue` asks the same as the beginning of a sentence ("The harbour master of Velmora is"): training starts with it.
     """
 
     text: str
@@ -115,13 +112,13 @@ class Question:
 
     @property
     def prompt_tail(self) -> str:
-        """What follows the document in a prompt; the model goes on with a space, the answer and the end-of-text token."""
+        """What follows the document in a prompt; a space, the answer and the end-of-text token follow it."""
         return f"\n\nQuestion: {self.text}\nAnswer:"
 
 
 @dataclass(frozen=True)
 class Document:
-    """Prose, and one question for each fact in it, in random order."""
+    """Prose, and one question for each fact in it."""
 
     text: str
     questions: tuple[Question, ...]
@@ -132,12 +129,12 @@ class Document:
 
 
 def make_document(seed: int, tokens: int, encode: Callable[[str], list], facts: int | None = None,
-                  forms: int = 7) -> Document:
+                  forms: int | None = None) -> Document:
     """Draw the document of `seed`: with any of its questions it fills `tokens` tokens but for a sentence or two.
 
     `encode` is the tokenizer's (`Tokenizer.encode`); `facts` defaults to one in `TOKENS_A_FACT` tokens, at most
-    `MAX_FACTS`; facts and questions take one of so many `forms` (training begins with one). The same arguments give
-    the same document. Raises UserError when `tokens` cannot hold the facts.
+    `MAX_FACTS`; `forms` limits the forms of sentence that facts and questions take (training begins with one).
+    The same arguments give the same document. Raises UserError when `tokens` cannot hold the facts.
     """
     if tokens < MIN_TOKENS:
         raise UserError(f"a document of {tokens} tokens is too short; it must be at least {MIN_TOKENS}")
@@ -169,7 +166,7 @@ def make_document(seed: int, tokens: int, encode: Callable[[str], list], facts: 
 
 
 def _facts(rng: random.Random, towns: list[str], people: list[str],
-           forms: int) -> tuple[list[str], tuple[Question, ...]]:
+           forms: int | None) -> tuple[list[str], tuple[Question, ...]]:
     """One sentence and one question for each of `people`: a pair of office and town has one holder at most.
 
     Mostly few towns and few offices, so that facts have neighbours: the same office elsewhere, other offices here.

@@ -38,7 +38,8 @@ def main() -> int:
     return 0
 
 
-def evaluate(model: Transformer, tokenizer: Tokenizer, length: int, documents: int, show_wrong: bool) -> tuple[int, int]:
+def evaluate(model: Transformer, tokenizer: Tokenizer, length: int, documents: int,
+             show_wrong: bool) -> tuple[int, int]:
     """How many of `documents` questions on documents of `length` tokens are answered right, and the facts in each."""
     right = facts = 0
     with tqdm(total=documents, desc=f"{length} tokens", unit="document", leave=False, disable=None) as bar:
