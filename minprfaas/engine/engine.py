@@ -87,7 +87,9 @@ class Engine:
             return self._prefill_step() + self._decode_step()
 
     def abort(self, request: Request) -> None:
-        """Forget a request wherever it stands, and free what it holds."""
+        """Forget a request wherever it stands, and free what it holds. Harmless for one that has ended."""
+        if request.status is Status.FINISHED:
+            return
         for queue in (self.waiting, self.prefilling, self.running):
             if request in queue:
                 queue.remove(request)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import torch
 from tqdm import tqdm
 
 from minprfaas.config import CacheConfig
@@ -43,9 +44,12 @@ def generate(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str | l
     return [RequestOutput.of(request) for request in requests]
 
 
-def pool_for(model: Transformer, lengths: list[int], block_tokens: int = 64, limit_bytes: int = 2 * 2**30) -> CacheConfig:
+def pool_for(model: Transformer, lengths: list[int], block_tokens: int = 64,
+             limit_bytes: int | None = None) -> CacheConfig:
     """A pool in which requests of these lengths fit side by side, each with room for two snapshots of its request-level
-    state; past `limit_bytes`, one in which the longest fits at least."""
+    state; past `limit_bytes` (None: 2 GiB, on a GPU 40% of what is free), one in which the longest fits at least."""
+    if limit_bytes is None:
+        limit_bytes = torch.cuda.mem_get_info(model.device)[0] * 2 // 5 if model.device.type == "cuda" else 2 * 2**30
     layout = plan_layout(model_state_specs(model.config, str(model.dtype).removeprefix("torch.")), block_tokens)
     context = model.config.max_context_tokens
     needs = [layout.blocks_for(min(length, context)) + 2 * layout.state_blocks for length in lengths or [1]]

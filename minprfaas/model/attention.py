@@ -111,8 +111,8 @@ class MLA(nn.Module):
         q_nope, q_shared = q[:, 0].split([config.qk_nope_dim, config.qk_shared_dim], dim=-1)
         q_latent = torch.einsum("bhn,hnr->bhr", q_nope, expand_k)
         queries = torch.cat([q_latent, q_shared], dim=-1)  # [batch, heads, rank + shared]
-        # Plain products read the latents once for all heads; the fused kernels read them once a head (on a CPU 2 to 7
-        # times slower), and none of them is made for keys as wide as this.
+        # Plain products read the latents once for all heads; the fused kernels read them once a head (on a CPU
+        # some times slower), and none of them is made for keys as wide as this.
         scores = torch.bmm(queries, rows.transpose(1, 2)).float() * self.scale
         beyond = torch.arange(rows.shape[1], device=rows.device) > positions.index  # [batch, context]
         weights = scores.masked_fill(beyond[:, None], float("-inf")).softmax(dim=-1).to(rows.dtype)
