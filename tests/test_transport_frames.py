@@ -5,8 +5,8 @@ import random
 import pytest
 
 from minprfaas.transport.events import FrameError
-from minprfaas.transport.frames import (CONTROL_LIMIT_BYTES, HEADER_BYTES, Codec, Header, Kind, Slot, decode_acks,
-                                        decode_message, encode_acks, encode_message)
+from minprfaas.transport.frames import (CONTROL_LIMIT_BYTES, HEADER_BYTES, Codec, Header, Kind, Slot, checksum,
+                                        decode_acks, decode_message, encode_acks, encode_message)
 
 LIMIT = 32 * 1024
 
@@ -80,6 +80,23 @@ def test_ten_thousand_mutated_frames_raise_a_frame_error_or_parse_within_the_lim
         parsed += 1
         assert read.nbytes <= LIMIT and len(body) == read.nbytes
     assert 0 < parsed < 9_000, "the mutations must reach both sides of the parser"
+
+
+def test_the_checksum_of_much_data_notices_every_flipped_bit_and_everything_that_is_swapped():
+    generator = random.Random(5)
+    data = bytearray(generator.randbytes(20 * 8192 + 5000))
+    true = checksum(memoryview(data))
+    for at in [0, 7, 8191, 8192, 20 * 8192, len(data) - 1, *(generator.randrange(len(data)) for _ in range(200))]:
+        bit = 1 << generator.randrange(8)
+        data[at] ^= bit
+        assert checksum(memoryview(data)) != true, f"a flipped bit in byte {at} went unnoticed"
+        data[at] ^= bit
+    for size in (1, 8, 4096, 8192):
+        first, second = (number * size for number in generator.sample(range(20 * 8192 // size), 2))
+        swapped = bytearray(data)
+        swapped[first:first + size], swapped[second:second + size] = data[second:second + size], data[first:first + size]
+        assert swapped == data or checksum(memoryview(swapped)) != true, f"{size} swapped bytes went unnoticed"
+    assert checksum(memoryview(data)) == true
 
 
 def test_a_message_is_a_json_object_and_nothing_else():

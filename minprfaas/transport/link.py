@@ -106,9 +106,10 @@ class Link:
             raise LinkDown(self._outbox.closed)
         self._inbox.expect(IncomingStream(plan, sink))
 
-    def forget_stream(self, stream_id: int) -> None:
-        """Drop what still arrives of a stream: after this returns, its sink is not called again."""
-        self._inbox.forget(stream_id)
+    def forget_stream(self, stream_id: int) -> int | None:
+        """Drop what still arrives of a stream: after this returns, its sink is not called again. Returns the token up to
+        which all token state is written, None if the stream has ended before."""
+        return self._inbox.forget(stream_id)
 
     def stats(self) -> LinkStats:
         return self._outbox.stats()
