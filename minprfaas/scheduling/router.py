@@ -18,7 +18,7 @@ _load = attrgetter("load")
 @dataclass(slots=True)
 class NodeView:
     """A node that takes new work (a dead or draining one is not in the view). `load`: uncached tokens waiting or being
-    computed on a prefill node, requests waiting or running on a decode node."""
+    computed on a prefill node (and, where known, each request's fixed cost in tokens), requests on a decode node."""
 
     name: str
     load: float = 0

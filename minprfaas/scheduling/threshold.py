@@ -36,8 +36,8 @@ class Observation:
 class Damping:
     """When to search, and how far to follow what was found.
 
-    A search runs when bandwidth is scarce, a prefill queue surges, or instances or capacity changed, at most every
-    `interval_s`; and every `refresh_s` anyway, because lengths drift. The threshold then moves towards the optimum by at
+    A search runs when bandwidth is scarce, a prefill queue surges, instances or capacity changed, or the last move fell
+    short, at most every `interval_s`; and every `refresh_s` anyway, because lengths drift. The threshold then moves towards the optimum by at
     most a factor `max_step`, not at all if it is within `deadband` of it, and does not turn around within `hold_s` of its
     last move the other way. So a step in bandwidth is followed in a few moves without overshoot, and bandwidth that
     swings faster than `hold_s` cannot make the threshold swing with it.
@@ -70,6 +70,7 @@ class ThresholdLoop:
         self._recent: deque[int] = deque(maxlen=WINDOW_REQUESTS)
         self._searched_at, self._moved_at, self._direction = -math.inf, -math.inf, 0
         self._seen: tuple | None = None  # capacity at the last search
+        self._fell_short = False  # of what that search found
         self._rate_rps, self._arrived, self._counted_at = 0.0, 0, None
 
     def record(self, incremental_tokens: int) -> None:
@@ -106,7 +107,8 @@ class ThresholdLoop:
             return True
         surge = (now.prfaas_queue_s > self.damping.surge_s * max(now.prfaas_instances, 1)
                  or now.pdp_queue_s > self.damping.surge_s * max(now.n_p, 1))
-        return waited >= self.damping.interval_s and (now.scarce or surge or self._capacity(now) != self._seen)
+        reason = now.scarce or surge or self._fell_short or self._capacity(now) != self._seen
+        return waited >= self.damping.interval_s and reason
 
     @staticmethod
     def _capacity(now: Observation) -> tuple:
@@ -132,11 +134,12 @@ class ThresholdLoop:
     def _move(self, wanted: float, time_s: float) -> None:
         damping, current = self.damping, max(self.threshold, 1.0)
         wanted = max(wanted, 1.0)
+        self._fell_short = False
         if abs(wanted / current - 1) <= damping.deadband:
             return
         direction = 1 if wanted > current else -1
         if direction == -self._direction and time_s - self._moved_at < damping.hold_s:
             return
         self.threshold = min(max(wanted, current / damping.max_step), current * damping.max_step)
-        self._moved_at, self._direction = time_s, direction
+        self._moved_at, self._direction, self._fell_short = time_s, direction, self.threshold != wanted
         self.moves.append((time_s, self.threshold))

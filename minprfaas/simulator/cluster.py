@@ -129,7 +129,7 @@ class Simulation:
         if self._on_decision:
             self._on_decision(self.clock.now_s, request)
         node, request.decoder = self.prefill[decision.node], self.decode[decision.decode_node]
-        request.work_tokens = request.input_tokens - decision.cached_tokens
+        request.work_tokens = request.input_tokens - decision.cached_tokens + node.overhead_tokens
         node.view.load += request.work_tokens
         request.decoder.view.load += 1
         if decision.transfer is None:

@@ -73,17 +73,20 @@ class PrefixCache:
 
 class PrefillNode:
     """One instance that prefills one request at a time, in order of arrival. `started(request, seconds)` and
-    `done(request)` are the cluster's; `waiting_s` is the prefill that waits, as expected at arrival."""
+    `done(request)` are the cluster's; `waiting_s` is the prefill that waits, as expected at arrival,
+    and `overhead_tokens` what any request costs beside its tokens, in tokens: in load, short requests count with it."""
 
     def __init__(self, view: NodeView, clock: Clock, profile: Profile, cache: PrefixCache, started: Callable, done: Callable):
         self.view, self.cache, self.running, self.alive = view, cache, None, True
         self.waiting: deque[SimRequest] = deque()
         self.waiting_s = 0.0
+        first, last = profile.points[0], profile.points[-1]
+        self.overhead_tokens = round(profile.prefill_s(0) * (last.tokens - first.tokens) / (last.prefill_s - first.prefill_s))
         self._clock, self._profile, self._started, self._done = clock, profile, started, done
 
     def submit(self, request: SimRequest) -> None:
         """Queue a request that was routed here; `view.load` grew when it was."""
-        request.work_s = self._profile.prefill_s(request.work_tokens)
+        request.work_s = self._profile.prefill_s(request.work_tokens - self.overhead_tokens)
         self.waiting.append(request)
         self.waiting_s += request.work_s
         if self.running is None:
