@@ -94,7 +94,8 @@ def test_the_checksum_of_much_data_notices_every_flipped_bit_and_everything_that
     for size in (1, 8, 4096, 8192):
         first, second = (number * size for number in generator.sample(range(20 * 8192 // size), 2))
         swapped = bytearray(data)
-        swapped[first:first + size], swapped[second:second + size] = data[second:second + size], data[first:first + size]
+        swapped[first:first + size] = data[second:second + size]
+        swapped[second:second + size] = data[first:first + size]
         assert swapped == data or checksum(memoryview(swapped)) != true, f"{size} swapped bytes went unnoticed"
     assert checksum(memoryview(data)) == true
 

@@ -2,13 +2,9 @@
 
 import dataclasses
 import logging
-import time
-from datetime import timedelta
 
 import pytest
-import torch
-from torch.distributed import PrefixStore, ProcessGroupGloo
-from transport_support import DEADLINE_S, IDENTITY, Cargo, connected, event, in_parallel, new_store
+from transport_support import DEADLINE_S, IDENTITY, Cargo, Impostor, connected, event, in_parallel, new_store
 
 from minprfaas.config import LinkConfig
 from minprfaas.transport import Link, LinkDown, LinkRefused, MessageReceived
@@ -44,10 +40,11 @@ def test_a_peer_with_another_secret_or_model_is_refused_and_the_log_says_why(cap
     assert reason in str(errors[0]) and reason in caplog.text
 
 
-@pytest.mark.parametrize("other", [LinkConfig(chunk_bytes=2**20), LinkConfig(chunk_bytes=300_000)])
-def test_ends_that_disagree_on_the_frame_size_are_refused_before_a_frame_crosses(other):
+@pytest.mark.parametrize("other", [LinkConfig(chunk_bytes=2**20), LinkConfig(lanes=2)])
+def test_ends_that_disagree_on_lanes_or_frame_size_are_refused_before_a_frame_crosses(other):
     errors = connect_both(IDENTITY, IDENTITY, other_config=other)
-    assert all(isinstance(error, LinkRefused) for error in errors) and "frames of 262144 bytes" in str(errors[0])
+    assert all(isinstance(error, LinkRefused) for error in errors)
+    assert "1 lanes, frames of 262144 bytes" in str(errors[0])
 
 
 def test_without_a_secret_on_either_side_only_compatibility_is_checked():
@@ -73,28 +70,6 @@ class RecordingLane(Lane):
 
 class RecordingLink(Link):
     lane_type = RecordingLane
-
-
-class Impostor:
-    """A rank 1 without the secret: knocks, connects, and says what it was told to say, then what else it has."""
-
-    def __init__(self, store, words: list[bytes], frames: list[bytes] = ()):
-        self._store, self._words, self._frames = store.clone(), words, frames
-        self.heard: list[bytes] = []
-
-    def __call__(self):
-        knock = f"{time.monotonic_ns()}"
-        self._store.set("a-b/knock", knock)
-        self._store.wait([f"a-b/answer/{knock}"], timedelta(seconds=DEADLINE_S))
-        epoch = int(self._store.get(f"a-b/answer/{knock}"))
-        lane = Lane(PrefixStore(f"a-b/{epoch}", self._store), 0, 1, 256 * 1024, DEADLINE_S)
-        try:
-            for word in self._words:
-                self.heard.append(lane.exchange(word))
-            for frame in self._frames:
-                lane.transmit(torch.frombuffer(bytearray(frame), dtype=torch.uint8)).wait(timedelta(seconds=0.3))
-        except (LinkDown, RuntimeError):
-            pass
 
 
 def victim(store, impostor):

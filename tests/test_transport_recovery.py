@@ -12,7 +12,7 @@ import zlib
 import pytest
 import torch
 from torch.distributed import TCPStore
-from transport_support import DEADLINE_S, IDENTITY, Cargo, connected, event, new_store
+from transport_support import DEADLINE_S, IDENTITY, Cargo, Impostor, connected, event, new_store
 
 from minprfaas.config import LinkConfig
 from minprfaas.transport import (Link, LinkDown, LinkIdentity, LinkLost, LinkRestored, MessageReceived, StreamAborted,
@@ -232,6 +232,20 @@ def test_a_peer_that_is_killed_at_a_random_moment_is_a_named_error_and_its_succe
         cargo.put_all(again)
         again.finish(DEADLINE_S)
         assert event(link, MessageReceived).message == {"identical": True}
+    finally:
+        link.close()
+
+
+def test_a_stranger_that_knocks_while_the_peer_is_away_does_not_end_the_link(processes):
+    store, config = new_store(), LinkConfig(timeout_s=DEADLINE_S)
+    link, first = Link("a-b", store, 0, config, IDENTITY), Peer(processes, store, config)
+    try:
+        link.connect(DEADLINE_S)
+        assert first.started.wait(DEADLINE_S)
+        first.signal(signal.SIGKILL)
+        Impostor(store, [b"let me in"] * 4)()
+        second = Peer(processes, store, config)
+        assert event(link, LinkRestored).peer_restarted and second.started.wait(DEADLINE_S)
     finally:
         link.close()
 

@@ -6,10 +6,11 @@ import time
 from datetime import timedelta
 
 import torch
-from torch.distributed import TCPStore
+from torch.distributed import PrefixStore, TCPStore
 
 from minprfaas.config import LinkConfig
-from minprfaas.transport import LayerPlan, Link, LinkIdentity, LinkLost, StreamPlan
+from minprfaas.transport import LayerPlan, Link, LinkDown, LinkIdentity, LinkLost, StreamPlan
+from minprfaas.transport.lanes import Lane
 
 DEADLINE_S = 30.0
 IDENTITY = LinkIdentity(bytes(32), "float32", "64 tokens", b"a shared secret")
@@ -97,3 +98,25 @@ class Cargo:
     @property
     def is_identical(self) -> bool:
         return all(torch.equal(self.arrived[layer], data) for layer, data in self.sent.items())
+
+
+class Impostor:
+    """A rank 1 without the secret: knocks, connects, and says what it was told to say, then what else it has."""
+
+    def __init__(self, store, words: list[bytes], frames: list[bytes] = ()):
+        self._store, self._words, self._frames = store.clone(), words, frames
+        self.heard: list[bytes] = []
+
+    def __call__(self):
+        knock = f"{time.monotonic_ns()}"
+        self._store.set("a-b/knock", knock)
+        self._store.wait([f"a-b/answer/{knock}"], timedelta(seconds=DEADLINE_S))
+        epoch = int(self._store.get(f"a-b/answer/{knock}"))
+        lane = Lane(PrefixStore(f"a-b/{epoch}", self._store), 0, 1, 256 * 1024, DEADLINE_S)
+        try:
+            for word in self._words:
+                self.heard.append(lane.exchange(word))
+            for frame in self._frames:
+                lane.transmit(torch.frombuffer(bytearray(frame), dtype=torch.uint8)).wait(timedelta(seconds=0.3))
+        except (LinkDown, RuntimeError):
+            pass

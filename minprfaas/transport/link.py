@@ -35,6 +35,7 @@ from minprfaas.transport.throttle import EmulatedLine, WeatherChange
 log = logging.getLogger(__name__)
 TICK_S = 0.1
 POLL_S = 0.01  # of the store, while the other side is awaited
+REFUSAL_PAUSE_S = 0.2
 LANE_TIMEOUT_S = 5.0  # for one attempt to connect and shake hands, once both sides are there
 
 
@@ -51,13 +52,11 @@ class Link:
         self._identity = identity
         self._timeline = timeline
         self._payload_limit = max(config.chunk_bytes, CONTROL_LIMIT_BYTES)
-        emulated = config.gbps is not None or config.rtt_ms > 0 or weather
-        line = EmulatedLine(config, weather, time.monotonic()) if emulated else None
-        self._outbox = Outbox(name, config, line, timeline)
+        self._weather = weather
+        self._outbox = Outbox(name, config, timeline)
         self._inbox = Inbox(self._outbox)
         self._incarnation = secrets.token_bytes(INCARNATION_BYTES)
         self._peer_incarnation: bytes | None = None
-        self._answered_knock: bytes | None = None
         self._message_lock = threading.Lock()
         self._next_message = 0
         self._lanes: list[Lane] = []
@@ -107,8 +106,8 @@ class Link:
         self._inbox.expect(IncomingStream(plan, sink))
 
     def forget_stream(self, stream_id: int) -> int | None:
-        """Drop what still arrives of a stream: after this returns, its sink is not called again. Returns the token up to
-        which all token state is written, None if the stream has ended before."""
+        """Drop what still arrives of a stream: after this returns, its sink is not called again. Returns the token up
+        to which all token state is written, None if the stream has ended before."""
         return self._inbox.forget(stream_id)
 
     def stats(self) -> LinkStats:
@@ -148,7 +147,9 @@ class Link:
                 for lane in lanes:
                     lane.cut()
                 if isinstance(error, LinkRefused):
-                    raise
+                    if not self.epoch:
+                        raise
+                    time.sleep(REFUSAL_PAUSE_S)  # a stranger came while the peer was away, and may come again
                 failure = str(error)
                 continue
             self._begin_epoch(epoch, lanes, peer)
@@ -166,12 +167,12 @@ class Link:
                 if not self._await_store(lambda: self._store.check([answer]), until):
                     return None
                 return int(self._store.get(answer))
-            fresh = lambda: self._store.check([knock]) and self._store.get(knock) != self._answered_knock  # noqa: E731
-            if not self._await_store(fresh, until):
+            if not self._await_store(lambda: self._store.check([knock]) and self._store.get(knock), until):
                 return None
-            self._answered_knock = self._store.get(knock)
+            word = self._store.get(knock).decode()
+            self._store.compare_set(knock, word, "")  # answered; a newer knock stays
             epoch = self._store.add(f"{self.name}/epoch", 1)
-            self._store.set(f"{self.name}/answer/{self._answered_knock.decode()}", str(epoch))
+            self._store.set(f"{self.name}/answer/{word}", str(epoch))
             return epoch
         except RuntimeError as error:
             raise LinkDown(f"link {self.name}: its store does not answer: {one_line(error)}") from None
@@ -186,15 +187,22 @@ class Link:
     def _connect_lanes(self, epoch: int, lanes: list[Lane]) -> bytes:
         """Fill `lanes` with connected, authenticated lanes; returns the peer's incarnation."""
         store = dist.PrefixStore(f"{self.name}/{epoch}", self._store)
-        for index in range(self.config.lanes):
+        terms = f"link {self.name}, epoch {epoch}, {self.config.lanes} lanes, frames of {self._payload_limit} bytes"
+
+        def connect(index: int) -> None:
             lanes.append(self.lane_type(store, index, self.rank, self._payload_limit, LANE_TIMEOUT_S))
-        terms = f"link {self.name}, epoch {epoch}, {len(lanes)} lanes, frames of {self._payload_limit} bytes"
-        with ThreadPoolExecutor(len(lanes)) as pool:
-            peers = {*pool.map(lambda lane: shake_hands(lane, f"{terms}, lane {lane.index}", self._incarnation,
-                                                        self._identity), lanes)}
-        if len(peers) > 1:
-            raise LinkDown("the lanes lead to different peers")
-        return peers.pop()
+
+        def shake(lane: Lane) -> bytes:
+            return shake_hands(lane, f"{terms}, lane {lane.index}", self._incarnation, self._identity)
+
+        connect(0)
+        peer = shake(lanes[0])  # first, so that ends that disagree on the number of lanes hear of it
+        for index in range(1, self.config.lanes):
+            connect(index)
+        with ThreadPoolExecutor(self.config.lanes) as pool:
+            if {peer, *pool.map(shake, lanes[1:])} != {peer}:
+                raise LinkDown("the lanes lead to different peers")
+        return peer
 
     def _begin_epoch(self, epoch: int, lanes: list[Lane], peer: bytes) -> None:
         restarted = self._peer_incarnation not in (None, peer)
@@ -204,6 +212,8 @@ class Link:
             self._outbox.forget_peer("the peer restarted")
             self._next_message = 0
         returned = self._peer_incarnation is not None
+        if not returned and (self.config.gbps is not None or self.config.rtt_ms or self._weather):
+            self._outbox.line = EmulatedLine(self.config, self._weather, time.monotonic())
         self._peer_incarnation, self.epoch = peer, epoch
         self._broken.clear()
         self._lanes = lanes

@@ -55,8 +55,8 @@ def control_frame(kind: Kind, payload: bytes = b"", **fields) -> Frame:
 class Outbox:
     """The shared queue of one side of a link. It outlives epochs."""
 
-    def __init__(self, name: str, config: LinkConfig, line: EmulatedLine | None, timeline: Timeline | None):
-        self.line = line
+    def __init__(self, name: str, config: LinkConfig, timeline: Timeline | None):
+        self.line: EmulatedLine | None = None  # set once the link is up, which is when its weather begins
         self._name = name
         self._timeline = timeline
         self.monitor = Monitor(time.monotonic())
