@@ -33,6 +33,9 @@ _LAST = (
     "Lock Sax Brad Cliff Fern Nash Pres Rad Shel".split(),
     "ter lin ford wick worth ley more ham bury combe field stone ton er brook man".split())
 
+_ONSETS = "b c d f g h j k l m n p r s t v w z br ch cl dr fl gr kr pl sh sk sm st th tr".split()
+_CODAS = ["", "", "", *"k l m n r s t ld nd nt rd rk rt st th x".split()]
+
 _OFFICES = (
     "harbour master, baker, miller, bridge keeper, clock maker, judge, teacher, doctor, ferry captain, blacksmith, "
     "librarian, gardener, treasurer, night watch, bell ringer, map maker, weaver, mayor, innkeeper, shepherd, "
@@ -129,11 +132,12 @@ class Document:
 
 
 def make_document(seed: int, tokens: int, encode: Callable[[str], list], facts: int | None = None,
-                  forms: int | None = None) -> Document:
+                  forms: int | None = None, spelled: float = 0.0) -> Document:
     """Draw the document of `seed`: with any of its questions it fills `tokens` tokens but for a sentence or two.
 
     `encode` is the tokenizer's (`Tokenizer.encode`); `facts` defaults to one in `TOKENS_A_FACT` tokens, at most
-    `MAX_FACTS`; `forms` limits the forms of sentence that facts and questions take (training begins with one).
+    `MAX_FACTS`; `forms` limits the forms of sentence that facts and questions take (training begins with one);
+    `spelled` is the share of names and offices that are spelled freely, letter by letter, so that readers may bring their own.
     The same arguments give the same document. Raises UserError when `tokens` cannot hold the facts.
     """
     if tokens < MIN_TOKENS:
@@ -142,10 +146,10 @@ def make_document(seed: int, tokens: int, encode: Callable[[str], list], facts: 
     if not 1 <= facts <= MAX_FACTS:
         raise UserError(f"a document with {facts} facts cannot be written; it must have 1 to {MAX_FACTS}")
     rng = random.Random(seed)
-    towns = _names(rng, _TOWN, rng.randint(2 + facts // 16, 2 + facts // 2))
+    towns = _names(rng, _TOWN, rng.randint(2 + facts // 16, 2 + facts // 2), spelled)
     count = facts + min(MAX_FACTS, 1 + tokens // 64)  # office holders, then strangers
-    people = [f"{first} {last}" for first, last in zip(_names(rng, _FIRST, count), _names(rng, _LAST, count))]
-    told, questions = _facts(rng, towns, people[:facts], forms)
+    people = [f"{first} {last}" for first, last in zip(_names(rng, _FIRST, count, spelled), _names(rng, _LAST, count, spelled))]
+    told, questions = _facts(rng, towns, people[:facts], forms, spelled)
     slots = {**_WORDS, "town": towns, "person": people[facts:]}
     filler = (_fill(rng, rng.choice(_FILLER), slots) for _ in itertools.count())
 
@@ -166,12 +170,13 @@ def make_document(seed: int, tokens: int, encode: Callable[[str], list], facts: 
 
 
 def _facts(rng: random.Random, towns: list[str], people: list[str],
-           forms: int | None) -> tuple[list[str], tuple[Question, ...]]:
+           forms: int | None, spelled: float) -> tuple[list[str], tuple[Question, ...]]:
     """One sentence and one question for each of `people`: a pair of office and town has one holder at most.
 
     Mostly few towns and few offices, so that facts have neighbours: the same office elsewhere, other offices here.
     """
     offices = rng.sample(_OFFICES, min(len(_OFFICES), 2 + len(people) // 2))
+    offices = [office.lower() for office in _respelled(rng, offices, spelled)]
     posts = rng.sample(list(itertools.product(offices, towns)), len(people))
     sentences, questions = [], []
     for (office, town), person in zip(posts, people):
@@ -187,9 +192,22 @@ def _fill(rng: random.Random, template: str, slots: dict[str, list[str]]) -> str
     return re.sub(r"{(\w+)}", lambda slot: rng.choice(slots[slot[1]]), template)
 
 
-def _names(rng: random.Random, pieces: tuple[list[str], list[str]], count: int) -> list[str]:
-    """`count` different words, each a beginning and an ending."""
-    return ["".join(word) for word in rng.sample(list(itertools.product(*pieces)), count)]
+def _names(rng: random.Random, pieces: tuple[list[str], list[str]], count: int, spelled: float) -> list[str]:
+    """`count` different words, each a beginning and an ending, or, with probability `spelled`, spelled freely."""
+    return _respelled(rng, ["".join(word) for word in rng.sample(list(itertools.product(*pieces)), count)], spelled)
+
+
+def _respelled(rng: random.Random, words: list[str], share: float) -> list[str]:
+    """`words`, a `share` of them replaced by one to three syllables that no list holds; all different."""
+    while True:
+        kept = [_invented(rng) if share and rng.random() < share else word for word in words]
+        if len(set(map(str.lower, kept))) == len(words):
+            return kept
+
+
+def _invented(rng: random.Random) -> str:
+    syllables = (rng.choice(_ONSETS) + rng.choice("aeiouy") + rng.choice(_CODAS) for _ in range(rng.randint(1, 3)))
+    return "".join(syllables).capitalize()
 
 
 def vocabulary() -> list[str]:

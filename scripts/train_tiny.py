@@ -51,7 +51,8 @@ PADDING, TEXT, CUED, ANSWER = range(4)  # kinds of token; CUED is the answer to 
 class Stage:
     """A part of the curriculum: `steps` optimizer steps of about `step_tokens` tokens, in rows of `lengths` by turns.
 
-    `cues` is the share of questions that are put as cues, `forms` limits the forms of sentence (None: all).
+    `cues` is the share of questions that are put as cues, `forms` limits the forms of sentence (None: all), `spelled` is
+    the share of documents in which half of the names and offices are spelled freely.
     """
 
     lengths: tuple[int, ...]
@@ -59,6 +60,7 @@ class Stage:
     steps: int
     cues: float = 0.0
     forms: int | None = None
+    spelled: float = 0.0
 
 
 # One form of sentence first, and half of the asking by cues: what the model learns there carries over in seconds. With
@@ -70,7 +72,8 @@ CURRICULUM = (
     Stage((1024, 512), 32_768, 150),
     Stage((2048, 1024), 32_768, 200),
     Stage((4096, 2048), 65_536, 200),
-    Stage((9216, 4096, 12_288, 1024), 65_536, 800))
+    Stage((9216, 4096, 12_288, 1024), 65_536, 800),
+    Stage((256, 1024, 512, 4096, 256, 9216), 32_768, 450, spelled=0.6))  # names that are no pieces: copying, not knowing
 
 
 class Examples(Dataset):
@@ -96,7 +99,10 @@ class Examples(Dataset):
         asked = min(40, max(6, tokens // 40))
         room = max(MIN_TOKENS, tokens - ASK_TOKENS * (asked - 2))
         facts = rng.randint(max(3, asked // 4), min(MAX_FACTS, room // 28))
-        document = make_document(seed, room, self.tokenizer.encode, facts, stage.forms)
+        spelled = 0.0
+        if stage.spelled and rng.random() < stage.spelled:  # longer names: fewer of them
+            spelled, facts = 0.5, max(2, facts // 2)
+        document = make_document(seed, room, self.tokenizer.encode, facts, stage.forms, spelled)
         ids = self.tokenizer.encode(document.text)
         kinds = [TEXT] * len(ids)
         for index, question in enumerate(itertools.islice(itertools.cycle(document.questions), 2 * asked)):
