@@ -6,7 +6,7 @@ from minprfaas.errors import UserError
 from minprfaas.scheduling.monitor import CongestionMonitor, LinkSample, Marks
 
 
-def feed(monitor: CongestionMonitor, start_s: int, seconds: int, utilization: float, gbps: float, queued: float = 0.0) -> None:
+def feed(monitor: CongestionMonitor, start_s: int, seconds: int, utilization: float, gbps: float, queued=0.0) -> None:
     for second in range(start_s, start_s + seconds):
         monitor.observe(LinkSample(float(second), gbps, utilization, queued))
 

@@ -21,7 +21,8 @@ def nodes(prefix: str, loads) -> list[NodeView]:
 def first_change(loop: RoleLoop, lengths, start_s: int = 0, seconds: int = 600, seen: Observation = BUSY, pdp=(9, 5, 7),
                  pdd=(4, 2, 8, 6, 3)):
     for second in range(start_s, start_s + seconds):
-        change = loop.update(replace(seen, time_s=float(second)), lambda: lengths, 1024, nodes("p", pdp), nodes("d", pdd))
+        now = replace(seen, time_s=float(second))
+        change = loop.update(now, lambda: lengths, 1024, nodes("p", pdp), nodes("d", pdd))
         if change:
             return second, change
     return None

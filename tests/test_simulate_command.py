@@ -61,16 +61,18 @@ def test_policies_change_what_happens(capsys, trace):
 
 
 def test_weather_and_failures_are_applied(capsys, tmp_path):
-    (tmp_path / "weather.json").write_text('[{"at_s": 20, "stall_s": 60}, {"at_s": 200, "gbps": 50}]')
-    calm = simulated(capsys, "--requests", "300", "--rate", "1.5")
-    bad = simulated(capsys, "--requests", "300", "--rate", "1.5", "--weather", str(tmp_path / "weather.json"), "--fail", "pd5:30:60")
+    weather, traffic = tmp_path / "weather.json", ("--requests", "300", "--rate", "1.5")
+    weather.write_text('[{"at_s": 20, "stall_s": 60}, {"at_s": 200, "gbps": 50}]')
+    calm = simulated(capsys, *traffic)
+    bad = simulated(capsys, *traffic, "--weather", str(weather), "--fail", "pd5:30:60")
     assert bad["ttft_s"]["p99"] > calm["ttft_s"]["p99"] + 20 and bad["routed_again"] > 0 and bad["requests"] == 300
 
 
 def test_ones_own_profile_fleet_and_threshold_are_used(capsys, tmp_path):
     (tmp_path / "h20.json").write_text(json.dumps(h20_profile().to_json()))
-    fleet = ("--profile", str(tmp_path / "h20.json"), "--prfaas-instances", "2", "--pd-instances", "4", "--link-gbps", "10")
-    result = simulated(capsys, *fleet, "--output-tokens", "64", "--threshold", "30000", "--n-p", "3", "--requests", "100", "--fixed-threshold")
+    fleet = f"--profile {tmp_path / 'h20.json'} --prfaas-instances 2 --pd-instances 4 --link-gbps 10 --output-tokens 64"
+    policy = "--threshold 30000 --n-p 3 --requests 100 --fixed-threshold"
+    result = simulated(capsys, *fleet.split(), *policy.split())
     assert result["final_threshold"] == 30_000 and result["requests"] == 100
 
 
@@ -98,15 +100,18 @@ def test_cache_only_replays_the_trace_against_the_real_index(capsys, trace, tmp_
     assert "unlimited" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments, complaint", [
-    (("--rate", "-1"), "arrival rate is -1.0"), (("--requests", "0"), "--requests 0"), (("--threshold", "1e9"), "--threshold 1e+09"),
-    (("--threshold", "-5"), "--threshold -5"), (("--n-p", "9"), "9 prefill instances"), (("--link-gbps", "-2"), "bandwidth"),
-    (("--fail", "pd1"), "NODE:FROM:TO"), (("--fail", "pd77:1:2"), "'pd77'"), (("--arrivals", "trace"), "--trace FILE"),
-    (("--cache-only",), "--trace FILE"), (("--trace", "x"), "--trace FILE"), (("--weather", "/nowhere.json"), "weather file /nowhere.json"),
-    (("--cache-blocks", "-1"), "--cache-blocks -1"), (("--day-s", "0"), "--day-s 0"), (("--load", "nan"), "arrival rate is nan"),
-    (("--requests", "3", "--log", "/nowhere/log.jsonl"), "/nowhere/log.jsonl"), (("--profile", "/nowhere.json"), "/nowhere.json")])
-def test_a_mistake_is_one_line_and_exit_status_2(capsys, arguments, complaint):
-    assert complaint in refused(capsys, *arguments)
+MISTAKES = {
+    "--rate -1": "arrival rate is -1.0", "--load nan": "arrival rate is nan", "--requests 0": "--requests 0",
+    "--threshold 1e9": "--threshold 1e+09", "--threshold -5": "--threshold -5", "--n-p 9": "9 prefill instances",
+    "--link-gbps -2": "bandwidth", "--fail pd1": "NODE:FROM:TO", "--fail pd77:1:2": "'pd77'", "--day-s 0": "--day-s 0",
+    "--arrivals trace": "--trace FILE", "--cache-only": "--trace FILE", "--trace x": "--trace FILE",
+    "--weather /nowhere.json": "weather file /nowhere.json", "--cache-blocks -1": "--cache-blocks -1",
+    "--requests 3 --log /nowhere/log.jsonl": "/nowhere/log.jsonl", "--profile /nowhere.json": "/nowhere.json"}
+
+
+@pytest.mark.parametrize("arguments", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_status_2(capsys, arguments):
+    assert MISTAKES[arguments] in refused(capsys, *arguments.split())
 
 
 def test_a_broken_trace_names_its_line(capsys, tmp_path):

@@ -142,7 +142,8 @@ def test_a_prefix_cache_forgets_tails_first_and_tells_the_directory():
 @pytest.mark.parametrize("process", [poisson, bursty, lambda rate, rng: diurnal(rate, rng, 500.0)])
 def test_arrivals_are_seeded_rising_and_as_many_as_asked_for(process):
     def times(seed):
-        return [request.arrival_s for request in drawn(process(5.0, random.Random(seed)), 20_000, paper_lengths(), 10, random.Random(1))]
+        requests = drawn(process(5.0, random.Random(seed)), 20_000, paper_lengths(), 10, random.Random(1))
+        return [request.arrival_s for request in requests]
     first = times(1)
     assert first == times(1) and first != times(2) and first == sorted(first)
     assert 20_000 / first[-1] == pytest.approx(5.0, rel=0.05)
@@ -158,7 +159,8 @@ def test_bursts_are_burstier_than_poisson_and_days_have_a_noon():
     calm = per_window(poisson(5.0, random.Random(1)))
     burst = per_window(bursty(5.0, random.Random(1)))
     day = per_window(diurnal(5.0, random.Random(1), 4000.0))
-    assert statistics.pvariance(calm) < 1.5 * statistics.mean(calm) < 2 * statistics.mean(burst) < statistics.pvariance(burst)
+    assert statistics.pvariance(calm) < 1.5 * statistics.mean(calm)
+    assert statistics.pvariance(burst) > 2 * statistics.mean(burst)
     assert sum(day[:200]) > 1.5 * sum(day[200:])
 
 
@@ -186,7 +188,7 @@ def test_a_made_up_trace_is_read_back_and_repeats_with_its_seed(tmp_path):
     write_conversations(again, 500, 4.0, seed=3)
     trace = read_trace(path)
     assert path.read_bytes() == again.read_bytes() and len(trace) == 500
-    assert all((len(request.hash_ids) - 1) * 512 < request.input_tokens <= len(request.hash_ids) * 512 for request in trace)
+    assert all(-(-request.input_tokens // 512) == len(request.hash_ids) for request in trace)
     blocks, seen, hits = sum(len(request.hash_ids) for request in trace), set(), 0
     for request in trace:
         hits += len(seen.intersection(request.hash_ids))
@@ -201,8 +203,10 @@ GOOD = {"timestamp": 5, "input_length": 600, "output_length": 7, "hash_ids": [1,
 
 @pytest.mark.parametrize("line, complaint", [
     ("{", "not JSON"), ("[1]", "not an object"), (json.dumps({"timestamp": 1}), "not an object with"),
-    (json.dumps({**GOOD, "input_length": 0}), "input_length is 0"), (json.dumps({**GOOD, "timestamp": "now"}), "timestamp is 'now'"),
-    (json.dumps({**GOOD, "output_length": True}), "output_length is True"), (json.dumps({**GOOD, "hash_ids": [1, None]}), "hash_ids")])
+    (json.dumps({**GOOD, "input_length": 0}), "input_length is 0"),
+    (json.dumps({**GOOD, "timestamp": "now"}), "timestamp is 'now'"),
+    (json.dumps({**GOOD, "output_length": True}), "output_length is True"),
+    (json.dumps({**GOOD, "hash_ids": [1, None]}), "hash_ids")])
 def test_a_malformed_line_is_named_by_file_and_number(tmp_path, line, complaint):
     path = tmp_path / "trace.jsonl"
     path.write_text(json.dumps(GOOD) + "\n" + line + "\n")

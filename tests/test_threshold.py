@@ -69,7 +69,8 @@ def test_without_a_reason_nothing_is_searched():
     assert loop.threshold < 0.8 * best(100.0)
 
 
-@pytest.mark.parametrize("change", [dict(scarce=True, egress_gbps=4.0), dict(prfaas_queue_s=400.0), dict(prfaas_instances=2)])
+@pytest.mark.parametrize("change", [
+    dict(scarce=True, egress_gbps=4.0), dict(prfaas_queue_s=400.0), dict(prfaas_instances=2)])
 def test_scarce_bandwidth_a_long_queue_or_a_lost_node_keeps_more_requests_local(change):
     loop = loop_with_traffic(best(100.0))
     before = loop.update(seen(0))

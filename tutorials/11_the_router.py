@@ -11,7 +11,7 @@ from minprfaas.scheduling.directory import CacheEvent, Directory
 from minprfaas.scheduling.monitor import CongestionMonitor, LinkSample
 from minprfaas.scheduling.router import ClusterView, LinkView, NodeView, Router, RouteRequest, TransferCosts
 
-# Shipping a token of KVCache takes 17 KB here, computing it again 50 µs on the fast cluster and 160 µs on the slow one.
+# A token of KVCache is 17 KB here, and takes 50 µs to compute on the fast cluster and 160 µs on the slow one.
 costs = TransferCosts(token_bytes=17_000, state_bytes=2e8, prfaas_s_per_token=5e-5, pdp_s_per_token=1.6e-4)
 router = Router(threshold=5120, costs=costs)
 view = ClusterView(
@@ -23,7 +23,8 @@ view = ClusterView(
 
 print("""1. The threshold rule
 
-Above t = 5,120 uncached tokens a prompt is worth the journey to the PrfaaS cluster; below, it stays. The decision says why:
+Above t = 5,120 uncached tokens a prompt is worth the journey to the PrfaaS cluster; up to there it stays. The decision
+says why:
 """)
 for tokens in (900, 5120, 5121, 60_000):
     print("  " + router.route(RouteRequest(tokens), view).reason)
@@ -31,25 +32,28 @@ for tokens in (900, 5120, 5121, 60_000):
 print("""
 2. Which cache counts? It depends on the link
 
-Of a prompt of 40,000 tokens, PrfaaS node a0 holds 38,000 and PD-P node p1 holds 8,000. With scarce bandwidth each cluster
-is judged by its own cache. With abundant bandwidth compute is what is scarce: the longer prefix counts wherever it is, and
-is shipped to where it is needed, if it arrives sooner than it could be computed:
+Of a prompt of 40,000 tokens, PrfaaS node a0 holds 38,000 and PD-P node p1 holds 8,000. With scarce bandwidth each
+cluster is judged by its own cache. With abundant bandwidth compute is what is scarce: the longer prefix counts wherever
+it is, and is shipped to where it is needed, if it arrives sooner than it could be computed:
 """)
 prompt = RouteRequest(40_000, {"a0": 38_000, "p1": 8000})
-for title, seen in (("scarce", view), ("abundant", replace(view, regime="abundant")),
-                    ("abundant, but 90 GB wait to leave", replace(view, regime="abundant", egress=LinkView(100.0, 0.5, 90e9)))):
+abundant = replace(view, regime="abundant")
+queued = replace(abundant, egress=LinkView(gbps=100.0, utilization=0.5, queued_bytes=90e9))
+for title, seen in (("scarce", view), ("abundant", abundant), ("abundant, but 90 GB wait to leave", queued)):
     decision = router.route(prompt, seen)
-    shipped = f"ships {decision.transfer.bytes / 1e6:,.0f} MB from {decision.transfer.source}" if decision.transfer else "ships nothing"
+    transfer = decision.transfer
+    shipped = f"ships {transfer.bytes / 1e6:,.0f} MB from {transfer.source}" if transfer else "ships nothing"
     print(f"  {title}: {shipped}\n    {decision.reason}")
 
 print("""
 3. When is bandwidth scarce?
 
-A monitor smooths the link's samples and has two marks: 85% utilization makes bandwidth scarce, below 60% (and ten seconds
-later) it is abundant again. Between the marks nothing changes, so routes do not flap. One sample a second:
+A monitor smooths the link's samples and has two marks: 85% utilization makes bandwidth scarce, below 60% (and ten
+seconds later) it is abundant again. Between the marks nothing changes, so routes do not flap. One sample a second:
 """)
 monitor, rows, now_s = CongestionMonitor(nominal_gbps=100.0), [], 0.0
-for phase, seconds, share in (("calm", 20, 0.3), ("busy", 20, 0.95), ("between the marks", 40, 0.7), ("calm again", 20, 0.3)):
+phases = (("calm", 20, 0.3), ("busy", 20, 0.95), ("between the marks", 40, 0.7), ("calm again", 20, 0.3))
+for phase, seconds, share in phases:
     for _ in range(seconds):
         now_s += 1.0
         monitor.observe(LinkSample(now_s, gbps=100 * share, utilization=share, queued_bytes=0.0))
@@ -59,20 +63,21 @@ print(table(["phase", "until, s", "utilization", "regime at its end"], rows))
 print("""
 4. The node: affinity against the queue
 
-p1 holds 12,000 tokens of a prompt of 20,000; p0 is idle. A cached token saves one token of prefill, and a queued token costs
-one, so p1 is worth waiting for until its queue is as long as the prefix that it holds:
+p1 holds 12,000 tokens of a prompt of 20,000; p0 is idle. A cached token saves one token of prefill, and a queued token
+costs one, so p1 is worth waiting for until its queue is as long as the prefix that it holds:
 """)
 local, rows = Router(threshold=50_000), []
-for queued in (0, 6000, 11_999, 12_001):
-    decision = local.route(RouteRequest(20_000, {"p1": 12_000}), replace(view, pdp=[NodeView("p0"), NodeView("p1", queued)]))
-    rows.append([queued, decision.node, 20_000 - decision.cached_tokens])
+for load in (0, 6000, 11_999, 12_001):
+    waiting = replace(view, pdp=[NodeView("p0"), NodeView("p1", load)])
+    decision = local.route(RouteRequest(20_000, {"p1": 12_000}), waiting)
+    rows.append([load, decision.node, 20_000 - decision.cached_tokens])
 print(table(["tokens queued at p1", "chosen", "tokens to compute"], rows))
 
 print("""
 5. Who holds what: the directory
 
-Nodes publish what they can and can no longer start from, numbered. A missing number means that something was lost: the node
-sends everything once (a resync), and until then its events are not believed. At worst a prefill is repeated:
+Nodes publish what they can and can no longer start from, numbered. A missing number means that something was lost: the
+node sends everything once (a resync), and until then its events are not believed. At worst a prefill is repeated:
 """)
 directory, prompt_keys = Directory(), ["system prompt", "document", "question"]
 for name, cluster in (("a0", "prfaas"), ("a1", "prfaas"), ("p0", "pd")):
@@ -83,8 +88,8 @@ rows = []
 
 def publish(node: str, sequence: int, kind: str, key: str, tokens: int) -> None:
     """One event, and what the directory then knows about the prompt."""
-    believed = directory.publish(CacheEvent(node, sequence, kind, key, tokens))
-    rows.append([f"{node} #{sequence}: {kind} {key!r}", "yes" if believed else "no, resync", str(directory.match(prompt_keys).nodes)])
+    believed = "yes" if directory.publish(CacheEvent(node, sequence, kind, key, tokens)) else "no, resync"
+    rows.append([f"{node} #{sequence}: {kind} {key!r}", believed, str(directory.match(prompt_keys).nodes)])
 
 
 publish("a0", 1, "stored", "system prompt", 512)
@@ -97,8 +102,8 @@ print(table(["event", "believed", "the prompt's cached tokens, by node"], rows))
 for _ in range(8):
     directory.match(prompt_keys)
 move = directory.rebalance({"a0": 50_000, "a1": 2000, "p0": 0})
-print(f"\na0 has 50,000 tokens queued, a1 2,000, and many prompts match only at a0: copy {move.tokens} tokens of {move.key!r} "
-      f"from {move.source} to {move.target}.")
+print(f"\na0 has 50,000 tokens queued, a1 2,000, and many prompts match only at a0: copy the {move.tokens} tokens of "
+      f"{move.key!r}\nfrom {move.source} to {move.target}.")
 
 print("""
 6. When the PrfaaS cluster is gone, everything is local
@@ -109,5 +114,6 @@ print("  " + router.route(RouteRequest(60_000), replace(view, prfaas=[])).reason
 started, count = time.perf_counter(), 10_000
 for _ in range(count):
     router.route(prompt, view)
-print(f"\n{count:,} decisions took {(time.perf_counter() - started) / count * 1e6:.0f} µs each. A decision is a pure function of the "
-      f"request and the view, so the\nsimulator asks the same object as the live cluster. Chapter 12 lets it learn: two timescales.")
+decision_us = (time.perf_counter() - started) / count * 1e6
+print(f"\n{count:,} decisions took {decision_us:.0f} µs each. A decision is a pure function of the request and the view, "
+      f"so the\nsimulator asks the same object as the live cluster. Chapter 12 lets it learn: two timescales.")

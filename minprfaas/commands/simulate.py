@@ -1,4 +1,4 @@
-"""`python -m minprfaas simulate`: the live scheduler against a simulated cluster, or a trace's cache hits. Chapter 12."""
+"""`python -m minprfaas simulate`: the live scheduler on a simulated cluster, or a trace's cache hits. Chapter 12."""
 
 import argparse
 import json
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fleet.add_argument("--prfaas-instances", type=int, metavar="N")
     fleet.add_argument("--pd-instances", type=int, metavar="N")
     fleet.add_argument("--link-gbps", type=float, metavar="GBPS")
-    fleet.add_argument("--output-tokens", type=float, metavar="N", help="mean length of an answer (1024, or the trace's)")
+    fleet.add_argument("--output-tokens", type=float, metavar="N", help="length of an answer (1024, or the trace's)")
     fleet.add_argument("--n-p", type=int, metavar="N", help="PD nodes that begin with prefill (default: the planner's)")
     fleet.add_argument("--threshold", type=float, metavar="T", help="uncached tokens (default: the planner's)")
     traffic = parser.add_argument_group("traffic")
@@ -47,13 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     traffic.add_argument("--day-s", type=float, default=7200.0, metavar="S", help="length of a diurnal day (7200)")
     traffic.add_argument("--seed", type=int, default=0)
     trouble = parser.add_argument_group("what goes wrong")
-    trouble.add_argument("--weather", metavar="FILE.json", help="schedule of link bandwidth and stalls, as for a live link")
-    trouble.add_argument("--fail", action="append", default=[], metavar="NODE:FROM:TO", help="e.g. prfaas0:60:120, in seconds")
+    trouble.add_argument("--weather", metavar="FILE.json", help="schedule of bandwidth and stalls, as for a live link")
+    trouble.add_argument("--fail", action="append", default=[], metavar="NODE:FROM:TO", help="e.g. prfaas0:60:120 (s)")
     policy = parser.add_argument_group("policy")
     policy.add_argument("--fixed-threshold", action="store_true", help="switch the short-term loop off")
     policy.add_argument("--convert-roles", action="store_true", help="switch the long-term loop on")
-    policy.add_argument("--least-loaded", action="store_true", help="no threshold: the least-loaded prefill node of all")
-    policy.add_argument("--cache-blocks", type=int, default=0, metavar="N", help="prefix cache of a node, 512-token blocks (0)")
+    policy.add_argument("--least-loaded", action="store_true", help="no threshold: the least-loaded prefill node")
+    policy.add_argument("--cache-blocks", type=int, default=0, metavar="N", help="prefix cache of a node, blocks (0)")
     policy.add_argument("--cache-blind", action="store_true", help="the router ignores what the nodes hold")
     parser.add_argument("--cache-only", action="store_true", help="replay --trace against the real prefix index only")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -88,8 +88,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _prepare(args: argparse.Namespace, trace) -> tuple[Setup, Iterator[SimRequest], int]:
     for name, least in (("requests", 1), ("cache_blocks", 0)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is out of range; it must be at least {least}")
+        if (value := getattr(args, name)) < least:
+            raise UserError(f"--{name.replace('_', '-')} {value} is out of range; it must be at least {least}")
     if not args.day_s > 0:
         raise UserError(f"--day-s {args.day_s} is out of range; it must be above 0")
     fleet = paper.paper_fleet()
@@ -102,12 +102,15 @@ def _prepare(args: argparse.Namespace, trace) -> tuple[Setup, Iterator[SimReques
         fleet = replace(fleet, output_tokens=sum(request.output_tokens for request in trace) / len(trace))
     fleet = replace(fleet, **{name: getattr(args, name) for name in FLEET_OPTIONS if getattr(args, name) is not None})
     lengths = EmpiricalLengths(request.input_tokens for request in trace) if trace else paper.paper_lengths()
-    if args.threshold is not None and not 0 <= args.threshold <= lengths.values[-1]:
-        raise UserError(f"--threshold {args.threshold:g} is outside the lengths; it must be from 0 to {lengths.values[-1]:,.0f}")
+    longest = lengths.values[-1]
+    if args.threshold is not None and not 0 <= args.threshold <= longest:
+        raise UserError(f"--threshold {args.threshold:g} is outside the lengths; it must be from 0 to {longest:,.0f}")
     planned = plan(fleet, lengths, args.n_p, args.threshold)
-    setup = Setup(fleet, planned.n_p, planned.threshold, not args.least_loaded, not (args.fixed_threshold or args.least_loaded),
-                  args.convert_roles, not args.cache_blind, args.cache_blocks, weather=_weather(args, fleet.link_gbps),
-                  failures=tuple(map(_failure, args.fail)))
+    setup = Setup(
+        fleet, planned.n_p, planned.threshold, selective=not args.least_loaded,
+        adaptive=not (args.fixed_threshold or args.least_loaded), convert_roles=args.convert_roles,
+        cache_aware=not args.cache_blind, cache_blocks=args.cache_blocks,
+        weather=_weather(args, fleet.link_gbps), failures=tuple(map(_failure, args.fail)))
     if trace:
         return setup, from_trace(trace, args.speed), len(trace)
     rate, rng = args.rate if args.rate is not None else args.load * planned.lambda_max, random.Random(args.seed)
@@ -139,7 +142,7 @@ def _failure(text: str) -> tuple[str, float, float]:
 
 def _decision(time_s: float, request: SimRequest) -> dict:
     return {"time_s": round(time_s, 3), "prompt_tokens": request.input_tokens, "attempt": request.attempts,
-            **{name: getattr(request.decision, name) for name in ("route", "node", "decode_node", "threshold", "reason")}}
+            **request.decision._asdict()}
 
 
 def _write_whole(path: Path, text: str) -> None:
@@ -155,13 +158,13 @@ def _print(setup: Setup, report: Report) -> None:
     fleet = setup.fleet
     print(f"{fleet.prfaas_instances} PrfaaS, {setup.n_p} PD-P and {fleet.pd_instances - setup.n_p} PD-D instances, "
           f"{fleet.link_gbps:g} Gbps, t = {setup.threshold:,.0f} tokens. All figures are simulated.\n")
-    shown = report.to_json()
     rows = [("throughput, req/s", f"{report.throughput_rps:.2f}"),
             (f"goodput (TTFT ≤ {setup.ttft_slo_s:g} s), req/s", f"{report.goodput_rps:.2f}")]
-    for name, label, unit in (("ttft_s", "TTFT", 1), ("inter_token_s", "inter-token", 1000)):
-        rows += [(f"{label} {at}, {'s' if unit == 1 else 'ms'}", f"{value * unit:.2f}") for at, value in shown[name].items()]
+    rows += [(f"TTFT {at}, s", f"{seconds:.2f}") for at, seconds in report.ttft_s.items()]
+    rows += [(f"inter-token {at}, ms", f"{seconds * 1000:.2f}") for at, seconds in report.inter_token_s.items()]
     rows += [(f"utilization of {stage}", f"{share:.0%}") for stage, share in report.utilization.items()]
-    rows += [("offloaded", f"{report.offloaded_fraction:.1%}"), ("prompt tokens cached", f"{report.cached_fraction:.1%}"),
+    rows += [("offloaded", f"{report.offloaded_fraction:.1%}"),
+             ("prompt tokens cached", f"{report.cached_fraction:.1%}"),
              ("egress, Gbps", f"{report.egress_gbps:.2f}"), ("most requests waiting", report.peak_waiting),
              ("threshold moves", report.threshold_moves), ("role changes", len(report.role_changes)),
              ("routed again after a failure", report.routed_again), ("without any node to go to", report.failed)]
@@ -181,7 +184,7 @@ def _cache_only(args: argparse.Namespace, requests: list) -> None:
     if args.json:
         return print(json.dumps([{**vars(row), "hit_ratio": row.hit_ratio} for row in rows], indent=2))
     print(table(["capacity, blocks", "hits", "of blocks", "hit ratio", "evicted"],
-                [("unlimited" if row.capacity_blocks is None else f"{row.capacity_blocks:,}", row.hit_blocks, row.blocks,
-                  f"{row.hit_ratio:.1%}", row.evicted_entries) for row in rows]))
+                [(row.capacity_blocks or "unlimited", row.hit_blocks, row.blocks, f"{row.hit_ratio:.1%}",
+                  row.evicted_entries) for row in rows]))
     for path in drawn_paths:
         print(f"drawn: {path}")

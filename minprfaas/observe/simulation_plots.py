@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minprfaas.observe.plots import new_figure, save_figure
-from minprfaas.simulator.report import Report
+from minprfaas.simulator.report import Report, Tick
 
 ROWS_SHOWN = 2000
 
@@ -12,16 +12,18 @@ ROWS_SHOWN = 2000
 def draw_simulation(directory: str | Path, report: Report) -> list[Path]:
     """Write simulation_{queue,link,policy}.png into `directory` and return their paths. Raises UserError."""
     series = report.series[::max(1, len(report.series) // ROWS_SHOWN)]
-    time_s, egress_gbps, _, queued_bytes, prfaas, pdp, pdd, waiting, threshold, n_p = zip(*series)
+    over = Tick(*zip(*series))
+    busy = {"PrfaaS": over.prfaas_busy, "PD-P": over.pdp_busy, "PD-D": over.pdd_busy}
     curves = {
-        "queue": ("requests", {"without a first token": waiting}, "busy", {"PrfaaS": prfaas, "PD-P": pdp, "PD-D": pdd}),
-        "link": ("Gbps", {"egress": egress_gbps}, "GB", {"queued": [count / 1e9 for count in queued_bytes]}),
-        "policy": ("tokens", {"threshold t": threshold}, "nodes", {"N_p": n_p}),
+        "queue": ("requests", {"without a first token": over.waiting}, "busy", busy),
+        "link": ("Gbps", {"egress": over.egress_gbps}, "GB", {"queued": [count / 1e9 for count in over.queued_bytes]}),
+        "policy": ("tokens", {"threshold t": over.threshold}, "nodes", {"N_p": over.n_p}),
     }
-    return [_draw(directory, name, time_s, *about) for name, about in curves.items()]
+    return [_draw(directory, name, over.time_s, *about) for name, about in curves.items()]
 
 
-def _draw(directory, name: str, time_s: Sequence[float], left_unit: str, left: dict, right_unit: str, right: dict) -> Path:
+def _draw(directory, name: str, time_s: Sequence[float], left_unit: str, left: dict, right_unit: str,
+          right: dict) -> Path:
     figure, axes = new_figure(8.0, 3.2)
     other = axes.twinx()
     for label, values in left.items():
@@ -38,10 +40,10 @@ def draw_hit_ratios(directory: str | Path, rows: Sequence) -> Path:
     """Write hit_ratio.png: the hit ratio of `minprfaas.kvcache.replay` rows over their capacity. Raises UserError."""
     figure, axes = new_figure()
     limited = [row for row in rows if row.capacity_blocks is not None]
-    axes.plot([row.capacity_blocks for row in limited], [row.hit_ratio for row in limited], marker="o", label="least recently used")
+    axes.plot([row.capacity_blocks for row in limited], [row.hit_ratio for row in limited], marker="o", label="limited")
     for row in rows:
         if row.capacity_blocks is None:
             axes.axhline(row.hit_ratio, linestyle=":", color="black", label="unlimited")
-    axes.set(xscale="log", xlabel="capacity, blocks", ylabel="blocks found in the cache", title="Prefix-cache hits of the trace")
+    axes.set(xscale="log", xlabel="capacity, blocks", ylabel="share of blocks found", title="Prefix-cache hits")
     axes.legend(frameon=False)
     return save_figure(figure, directory, "hit_ratio.png")

@@ -131,7 +131,8 @@ class Directory:
             for source, tokens in holders.items() if hits >= min_hits else ():
                 peers = [name for name in load if self._nodes[name].cluster == self._nodes[source].cluster]
                 idlest = min(peers, key=load.__getitem__, default=source)
-                if load.get(source, 0) > 2 * load.get(idlest, 0) and not any(peer in holders for peer in peers if peer != source):
+                alone = all(peer == source or peer not in holders for peer in peers)
+                if alone and load.get(source, 0) > 2 * load.get(idlest, 0):
                     self._hits.clear()
                     return PrefixMove(key, tokens, source, idlest)
         return None

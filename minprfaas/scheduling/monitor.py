@@ -11,8 +11,8 @@ from minprfaas.errors import UserError
 
 @dataclass(frozen=True)
 class LinkSample:
-    """One link direction over the interval that ends at `time_s`. `utilization` is the share of the time in which it was
-    busy (or of its known rate), so delivered `gbps` over it is the capacity; `queued_bytes` still wait to leave."""
+    """One link direction over the interval that ends at `time_s`. `utilization` is the share of the time in which it
+    was busy (or of its known rate), so delivered `gbps` over it is the capacity; `queued_bytes` wait to leave."""
 
     time_s: float
     gbps: float

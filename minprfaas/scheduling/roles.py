@@ -42,8 +42,8 @@ class RoleLoop:
 
     def update(self, now: Observation, recent_lengths: Callable[[], LengthDistribution | None], output_tokens: float,
                pdp: Sequence[NodeView], pdd: Sequence[NodeView]) -> RoleChange | None:
-        """The conversion to begin now, or None. `recent_lengths` is `ThresholdLoop.lengths`; `output_tokens`: the mean answer.
-        The least-loaded node of the role with too many is chosen; each role keeps at least one."""
+        """The conversion to begin now, or None: the least-loaded node of the role with too many; each keeps one.
+        `recent_lengths` is `ThresholdLoop.lengths`; `output_tokens`: of the mean answer."""
         if self._draining or now.time_s - self._looked_at < self.rule.interval_s:
             return None
         self._looked_at = now.time_s
@@ -77,6 +77,6 @@ class RoleLoop:
         if utilization < self.rule.busy:
             return None, ""
         producers = here.theta_prfaas + here.theta_pdp
-        return role, (f"{'prefill' if role == 'pdp' else 'decode'} {utilization:.0%} busy, producers {producers:.2f} and "
-                      f"consumer {here.theta_pdd:.2f} req/s: N_p {now.n_p} sustains {here.lambda_max:.2f}, "
+        return role, (f"{'prefill' if role == 'pdp' else 'decode'} {utilization:.0%} busy, producers {producers:.2f} "
+                      f"and consumer {here.theta_pdd:.2f} req/s: N_p {now.n_p} sustains {here.lambda_max:.2f}, "
                       f"{best.n_p} would {best.lambda_max:.2f}")

@@ -124,7 +124,8 @@ class Router:
             transfer = self._transfer(transfer.source, own, fetched) if own < fetched else None
         decoder, decode_cached = _decoder(request, view.pdd)
         reason = f"{why}: {'PrfaaS' if cluster == 'prfaas' else 'PD-P'} {node.name}, cached {cached:,}"
-        return Decision(cluster, node.name, decoder.name, self.threshold, incremental, cached, decode_cached, transfer, reason)
+        return Decision(cluster, node.name, decoder.name, self.threshold, incremental, cached, decode_cached, transfer,
+                        reason)
 
     def _choose_cluster(self, request: RouteRequest, view: ClusterView) -> tuple[str, int, CacheTransfer | None, str]:
         """(cluster, the incremental length it was judged by, a cache transfer or None, the reason's first half)."""

@@ -37,13 +37,13 @@ class Damping:
     """When to search, and how far to follow what was found.
 
     A search runs when bandwidth is scarce, a prefill queue surges, instances or capacity changed, or the last move fell
-    short, at most every `interval_s`; and every `refresh_s` anyway, because lengths drift. The threshold then moves towards the optimum by at
-    most a factor `max_step`, not at all if it is within `deadband` of it, and does not turn around within `hold_s` of its
-    last move the other way. So a step in bandwidth is followed in a few moves without overshoot, and bandwidth that
-    swings faster than `hold_s` cannot make the threshold swing with it.
+    short, at most every `interval_s`; and every `refresh_s` anyway, because lengths drift. The threshold then moves
+    towards the optimum by at most a factor `max_step`, not at all if it is within `deadband` of it, and does not turn
+    around within `hold_s` of its last move the other way. So a step in bandwidth is followed in a few moves without
+    overshoot, and bandwidth that swings faster than `hold_s` cannot make the threshold swing with it.
 
-    When more arrives than any threshold could carry, balance would make every request late. Then the threshold stays where
-    the PD-P nodes are at most `local_load` busy: the long prompts, each of which costs most, wait alone.
+    When more arrives than any threshold could carry, balance would make every request late. Then the threshold stays
+    where the PD-P nodes are at most `local_load` busy: the long prompts, each of which costs most, wait alone.
     """
 
     interval_s: float = 5.0
@@ -57,8 +57,8 @@ class Damping:
 
     def __post_init__(self):
         if not (self.max_step > 1 and 0 <= self.deadband < 1 and self.drain_s > 0):
-            raise UserError(f"damping with max_step {self.max_step}, deadband {self.deadband}, drain_s {self.drain_s} is out "
-                            f"of range; it must be max_step > 1, 0 <= deadband < 1, drain_s > 0")
+            raise UserError(f"damping with max_step {self.max_step}, deadband {self.deadband}, drain_s {self.drain_s} "
+                            f"is out of range; it must be max_step > 1, 0 <= deadband < 1, drain_s > 0")
 
 
 class ThresholdLoop:
@@ -127,7 +127,7 @@ class ThresholdLoop:
         best = plan(fleet, lengths, n_p=n_p, grid=grid)
         if best.lambda_max >= self._rate_rps:
             return best.threshold
-        local_s = lengths.running_means(fleet.pd_profile.prefill_s)  # of PD-P work a request, if the k shortest are local
+        local_s = lengths.running_means(fleet.pd_profile.prefill_s)  # PD-P work a request, if the k shortest are local
         shortest = bisect_right(local_s, self.damping.local_load * n_p / self._rate_rps) - 1
         return min(best.threshold, values[max(shortest - 1, 0)])
 

@@ -46,8 +46,8 @@ def diurnal(rate_rps: float, rng: random.Random, period_s: float, swing: float =
 
 
 def day_lengths(period_s: float, stretch: float = 0.6) -> Callable[[float], float]:
-    """What lengths are multiplied by as the day goes: busy hours have short prompts, e^-stretch at their peak, and quiet
-    hours long ones, e^stretch."""
+    """What lengths are multiplied by as the day goes: busy hours have short prompts (down to e^-stretch), quiet hours
+    long ones (up to e^stretch)."""
     return lambda time_s: math.exp(-stretch * math.sin(2 * math.pi * time_s / period_s))
 
 

@@ -17,7 +17,7 @@ from minprfaas.scheduling.threshold import Observation, ThresholdLoop
 from minprfaas.simulator.events import Clock
 from minprfaas.simulator.link import FluidLink
 from minprfaas.simulator.nodes import DecodeNode, PrefillNode, PrefixCache, SimRequest
-from minprfaas.simulator.report import Recorder, Report
+from minprfaas.simulator.report import Recorder, Report, Tick
 
 TICK_S = 1.0  # how often links are sampled and the loops are asked
 ROLE_SWITCH_S = 10.0  # modelled: a drained node restarts in its other role
@@ -26,11 +26,11 @@ NO_MATCH = PrefixMatch()
 
 @dataclass(frozen=True)
 class Setup:
-    """One simulation. `weather`: (seconds, link Gbps from then on); `failures`: (node, fails at, returns at), in seconds.
+    """One simulation. `weather`: (seconds, link Gbps from then on); `failures`: (node, fails at, returns at), seconds.
 
-    Nodes are named prfaas0…, and pd0…, of which the first `n_p` begin as PD-P. `selective` False is least-loaded routing
-    without a threshold; `adaptive` and `convert_roles` switch the short-term and the long-term loop; `cache_blocks`
-    are per node; a cache-blind router (`cache_aware` False) ignores what the nodes hold, and the nodes use it all the same.
+    Nodes are named prfaas0…, and pd0…, of which the first `n_p` begin as PD-P. `selective` False is least-loaded
+    routing without a threshold; `adaptive` and `convert_roles` switch the short-term and the long-term loop;
+    `cache_blocks` are per node. Where `cache_aware` is False, nodes reuse what they hold, but the router ignores it.
     """
 
     fleet: Fleet
@@ -48,11 +48,11 @@ class Setup:
     ttft_slo_s: float = 10.0
 
     def __post_init__(self):
-        n_d = self.fleet.pd_instances - self.n_p
-        if self.n_p < 0 or n_d < 1 or self.n_p + self.fleet.prfaas_instances < 1:
-            raise UserError(f"{self.fleet.prfaas_instances} PrfaaS, {self.n_p} PD-P and {n_d} PD-D nodes cannot serve; prefill "
-                            f"and decode need one each")
-        names = {*(f"prfaas{i}" for i in range(int(self.fleet.prfaas_instances))), *(f"pd{i}" for i in range(self.fleet.pd_instances))}
+        n_prfaas, n_d = int(self.fleet.prfaas_instances), self.fleet.pd_instances - self.n_p
+        if self.n_p < 0 or n_d < 1 or self.n_p + n_prfaas < 1:
+            raise UserError(f"{n_prfaas} PrfaaS, {self.n_p} PD-P and {n_d} PD-D nodes cannot serve; prefill and decode "
+                            f"need one each")
+        names = {*(f"prfaas{i}" for i in range(n_prfaas)), *(f"pd{i}" for i in range(self.fleet.pd_instances))}
         for node, fails_s, returns_s in self.failures:
             if node not in names or not 0 <= fails_s < returns_s:
                 raise UserError(f"failure of {node!r} from {fails_s:g} s to {returns_s:g} s is not possible; nodes are "
@@ -190,7 +190,8 @@ class Simulation:
             self.decode[name] = DecodeNode(view, self.clock, fleet.pd_profile, cache, self._end)
         else:
             profile = fleet.prfaas_profile if role == "prfaas" else fleet.pd_profile
-            self.prefill[name] = PrefillNode(view, self.clock, profile, cache, self._prefill_started, self._prefill_done)
+            events = self._prefill_started, self._prefill_done
+            self.prefill[name] = PrefillNode(view, self.clock, profile, cache, *events)
 
     def _hide(self, name: str) -> None:
         """No new work for this node."""
@@ -261,19 +262,24 @@ class Simulation:
             change = self.role_loop.update(seen, self.threshold_loop.lengths, self._output_tokens, view.pdp, view.pdd)
             if change:
                 self._begin_conversion(change)
-        self.recorder.tick(now_s, sample, (remote, local, batch), self._in_system - running, self.router.threshold, len(view.pdp))
+        self.recorder.series.append(Tick(
+            now_s, sample.gbps, sample.utilization, sample.queued_bytes, remote, local, batch,
+            self._in_system - running, self.router.threshold, len(view.pdp)))
         if not self._arrivals_over or self._in_system:
             self.clock.after(TICK_S, self._tick)
 
     def _prefill_stage(self, views: list[NodeView]) -> tuple[float, float]:
         """(share of these nodes that compute, seconds of prefill that wait for them)."""
         nodes = [self.prefill[view.name] for view in views]
-        return (sum(node.running is not None for node in nodes) / max(len(nodes), 1), sum(node.waiting_s for node in nodes))
+        busy = sum(node.running is not None for node in nodes) / max(len(nodes), 1)
+        return busy, sum(node.waiting_s for node in nodes)
 
 
 def _transfer_costs(fleet: Fleet) -> TransferCosts:
     """From the profiles, between 8K and 32K tokens."""
     remote, local, span = fleet.prfaas_profile, fleet.pd_profile, 24 * 1024
-    def slope(curve):
+
+    def slope(curve: Callable[[float], float]) -> float:
         return (curve(32 * 1024) - curve(8 * 1024)) / span
+
     return TransferCosts(slope(remote.kv_bytes), remote.kv_bytes(0), slope(remote.prefill_s), slope(local.prefill_s))

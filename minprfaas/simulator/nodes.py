@@ -1,4 +1,4 @@
-"""Simulated nodes: a prefill node, a decode node with continuous batching, a prefix cache. Chapter 12 (paper 3.1-3.2)."""
+"""Simulated nodes: a prefill node, a decode node with continuous batching, a prefix cache. Chapter 12 (paper 3.1)."""
 
 import heapq
 from collections import deque
@@ -17,8 +17,8 @@ STEP_FIXED_SHARE = 0.5
 class SimRequest:
     """A request on its way. `keys`: hashes of its prompt's blocks, if prefix caching is simulated. Times in seconds."""
 
-    __slots__ = ("arrival_s", "input_tokens", "output_tokens", "keys", "decision", "attempts", "cached_tokens", "work_tokens", "work_s",
-                 "stream_rate", "decoder", "first_token_s", "finished_s")
+    __slots__ = ("arrival_s", "input_tokens", "output_tokens", "keys", "decision", "decoder", "attempts",
+                 "cached_tokens", "work_tokens", "work_s", "stream_rate", "first_token_s", "finished_s")
 
     def __init__(self, arrival_s: float, input_tokens: int, output_tokens: int, keys: Sequence = ()):
         self.arrival_s, self.input_tokens, self.output_tokens, self.keys = arrival_s, input_tokens, output_tokens, keys
@@ -76,12 +76,14 @@ class PrefillNode:
     `done(request)` are the cluster's; `waiting_s` is the prefill that waits, as expected at arrival,
     and `overhead_tokens` what any request costs beside its tokens, in tokens: in load, short requests count with it."""
 
-    def __init__(self, view: NodeView, clock: Clock, profile: Profile, cache: PrefixCache, started: Callable, done: Callable):
+    def __init__(self, view: NodeView, clock: Clock, profile: Profile, cache: PrefixCache, started: Callable,
+                 done: Callable):
         self.view, self.cache, self.running, self.alive = view, cache, None, True
         self.waiting: deque[SimRequest] = deque()
         self.waiting_s = 0.0
         first, last = profile.points[0], profile.points[-1]
-        self.overhead_tokens = round(profile.prefill_s(0) * (last.tokens - first.tokens) / (last.prefill_s - first.prefill_s))
+        s_per_token = (last.prefill_s - first.prefill_s) / (last.tokens - first.tokens)
+        self.overhead_tokens = round(profile.prefill_s(0) / s_per_token)
         self._clock, self._profile, self._started, self._done = clock, profile, started, done
 
     def submit(self, request: SimRequest) -> None:

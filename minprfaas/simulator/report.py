@@ -1,18 +1,34 @@
-"""What a simulation says: throughput, latency percentiles, utilization per stage and link, what the loops did. Chapter 12.
+"""What a simulation says: throughput, latencies, utilization per stage and link, what the loops did. Chapter 12.
 
 Everything is *simulated*: service times come from the profiles, not from a machine.
 """
 
 from array import array
 from dataclasses import asdict, dataclass, field
+from math import isfinite
+from typing import NamedTuple
 
-from minprfaas.scheduling.monitor import LinkSample
+
+class Tick(NamedTuple):
+    """The cluster at one moment. Shares: of nodes that compute, of decode places in use; `waiting`: requests without a
+    first token."""
+
+    time_s: float
+    egress_gbps: float
+    egress_utilization: float
+    queued_bytes: float
+    prfaas_busy: float
+    pdp_busy: float
+    pdd_busy: float
+    waiting: int
+    threshold: float
+    n_p: int
 
 
 @dataclass(frozen=True)
 class Report:
     """Times in seconds, simulated. Goodput counts requests whose first token came within the objective `ttft_slo_s`,
-    per second of arrivals; utilizations are means over the run; `series` has one row a tick, see `Recorder.tick`."""
+    per second of arrivals; utilizations are means over the run."""
 
     requests: int
     failed: int
@@ -31,11 +47,12 @@ class Report:
     final_threshold: float
     threshold_moves: int
     role_changes: list[tuple]
-    series: list[tuple] = field(repr=False)
+    series: list[Tick] = field(repr=False)
 
     def to_json(self) -> dict:
-        """A JSON object, without the series."""
-        return {name: value for name, value in asdict(self).items() if name != "series"}
+        """A JSON object, without the series; a threshold that offloads nothing is null."""
+        values = {name: value for name, value in asdict(self).items() if name != "series"}
+        return {**values, "final_threshold": self.final_threshold if isfinite(self.final_threshold) else None}
 
 
 class Recorder:
@@ -45,7 +62,7 @@ class Recorder:
         self.arrived = self.failed = self.routed_again = self.offloaded = 0
         self.shipped_cache_bytes = 0.0
         self.role_changes: list[tuple[float, str, str, str]] = []
-        self.series: list[tuple] = []
+        self.series: list[Tick] = []
         self._slo_s, self._good, self._last_arrival_s = ttft_slo_s, 0, 0.0
         self._ttft, self._inter_token = array("d"), array("d")
         self._prompt_tokens = self._cached_tokens = 0
@@ -65,23 +82,18 @@ class Recorder:
         self._prompt_tokens += request.input_tokens
         self._cached_tokens += request.cached_tokens
 
-    def tick(self, time_s: float, egress: LinkSample, busy: tuple[float, float, float], waiting: int, threshold: float,
-             n_p: int) -> None:
-        """(time, egress Gbps, egress utilization, queued bytes, share of PrfaaS nodes, of PD-P nodes and of decode places
-        in use, requests without a first token, threshold, N_p)."""
-        self.series.append((time_s, egress.gbps, egress.utilization, egress.queued_bytes, *busy, waiting, threshold, n_p))
-
     def report(self, duration_s: float, bytes_sent: float, threshold_moves: int) -> Report:
         """The whole run in figures."""
-        completed, columns = len(self._ttft), list(zip(*self.series))
+        completed, columns = len(self._ttft), Tick(*zip(*self.series))
         arrivals_s = self._last_arrival_s or 1.0
-        names = ("egress", "prfaas", "pdp", "pdd")
+        shares = {"egress": columns.egress_utilization, "prfaas": columns.prfaas_busy, "pdp": columns.pdp_busy,
+                  "pdd": columns.pdd_busy}
         return Report(
             completed, self.failed, self.routed_again, duration_s, completed / duration_s, self._good / arrivals_s,
             _percentiles(self._ttft), _percentiles(self._inter_token), self.offloaded / max(completed, 1),
             self._cached_tokens / max(self._prompt_tokens, 1), bytes_sent * 8e-9 / duration_s, self.shipped_cache_bytes,
-            {name: sum(columns[i]) / len(columns[i]) for name, i in zip(names, (2, 4, 5, 6))},
-            max(columns[7]), columns[8][-1], threshold_moves, self.role_changes, self.series)
+            {name: sum(share) / len(share) for name, share in shares.items()},
+            max(columns.waiting), columns.threshold[-1], threshold_moves, self.role_changes, self.series)
 
 
 def _percentiles(values: array) -> dict[str, float]:

@@ -58,8 +58,8 @@ def _parse(line: str, where: str) -> TraceRequest:
 
 
 def write_conversations(path: str | Path, requests: int, rate_rps: float, seed: int) -> None:
-    """Write a made-up trace of `requests` turns of many conversations, which share a system prompt of one block and each
-    grow from turn to turn; a quarter of the turns begin a new one."""
+    """Write a made-up trace: `requests` turns of conversations that share a system prompt of one block and grow from
+    turn to turn; a quarter of the turns begin a new one."""
     rng, now_ms, next_hash, open_chats, lines = random.Random(seed), 0.0, 1, [], []
     for _ in range(requests):
         now_ms += rng.expovariate(rate_rps) * 1000
@@ -67,9 +67,9 @@ def write_conversations(path: str | Path, requests: int, rate_rps: float, seed: 
         grown = rng.randint(1, 24)
         chat = [*chat, *range(next_hash, next_hash + grown)]
         next_hash += grown
-        tokens = len(chat) * BLOCK_TOKENS - rng.randrange(BLOCK_TOKENS)
-        lines.append(json.dumps({"timestamp": int(now_ms), "input_length": tokens, "output_length": rng.randint(20, 600),
-                                 "hash_ids": chat}))
+        tokens, answer = len(chat) * BLOCK_TOKENS - rng.randrange(BLOCK_TOKENS), rng.randint(20, 600)
+        lines.append(json.dumps(
+            {"timestamp": int(now_ms), "input_length": tokens, "output_length": answer, "hash_ids": chat}))
         open_chats = [*open_chats[-63:], chat]
     partial = Path(f"{path}.partial")
     partial.write_text("\n".join(lines) + "\n", encoding="utf-8")

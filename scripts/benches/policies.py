@@ -1,7 +1,7 @@
 """Tables of with and without: each policy's worth in the simulator, over several seeds, as mean ± standard deviation.
 
-`python scripts/bench.py policies [--seeds N] [--trace FILE] [TABLE …]`, TABLE one of stability, bandwidth, lengths, cache,
-baselines. A few minutes on one core. Chapter 12; paper 3.4.3, table 6.
+`python scripts/bench.py policies [--seeds N] [--trace FILE] [TABLE …]`, TABLE one of stability, baselines, bandwidth,
+lengths, cache. A few minutes on one core. Chapter 12; paper 3.4.3, table 6.
 """
 
 import argparse
@@ -72,9 +72,10 @@ def stability(args) -> None:
             for seed in range(args.seeds):
                 report = poisson_run(planned_setup(fleet, planned), load * planned.lambda_max, 10_000, seed)
                 waiting.append(waiting_by_quarter(report, 10_000 / (load * planned.lambda_max)))
-            rows.append([name, f"{planned.lambda_max:.2f}", f"{load:.0%}", *(_spread(list(one), ".0f") for one in zip(*waiting))])
-    print("\nRequests without a first token, mean of each quarter of 10,000 arrivals, at 95% and 105% of the planned rate\n\n"
-          + table(["deployment", "Λ_max", "load", "1st quarter", "2nd", "3rd", "4th"], rows))
+            quarters = [_spread(list(quarter), ".0f") for quarter in zip(*waiting)]
+            rows.append([name, f"{planned.lambda_max:.2f}", f"{load:.0%}", *quarters])
+    print("\nRequests without a first token, mean of each quarter of 10,000 arrivals, around the planned rate\n")
+    print(table(["deployment", "Λ_max", "load", "1st quarter", "2nd", "3rd", "4th"], rows))
 
 
 def planned_setup(fleet, planned, **changes) -> Setup:
@@ -87,8 +88,8 @@ def waiting_by_quarter(report: Report, arrivals_s: float) -> list[float]:
     """Mean number of requests without a first token in each quarter of the time in which requests arrive."""
     quarters = [[], [], [], []]
     for row in report.series:
-        if row[0] < arrivals_s:
-            quarters[int(4 * row[0] / arrivals_s)].append(row[7])
+        if row.time_s < arrivals_s:
+            quarters[int(4 * row.time_s / arrivals_s)].append(row.waiting)
     return [statistics.mean(quarter) for quarter in quarters]
 
 
@@ -98,20 +99,21 @@ def baselines(args) -> None:
     for rate in (2.0, 2.9, 3.1):
         runs = {name: [poisson_run(planned_setup(fleet, planned), rate, 10_000, seed) for seed in range(args.seeds)]
                 for name, (fleet, planned) in tqdm(deployments.items(), disable=None, leave=False)}
-        print_runs(f"The four deployments at {rate} requests/s (least_loaded: both kinds of hardware, no threshold)", runs)
+        print_runs(f"Four deployments at {rate} requests/s (least_loaded: both kinds of hardware, no threshold)", runs)
 
 
 def bandwidth(args) -> None:
     """The short-term loop, when a tenth of the bandwidth is left for five minutes."""
-    for load, note in ((0.45, "within what the shrunken link can carry"), (0.65, "beyond what any threshold can carry through it")):
-        fleet = replace(paper.paper_fleet(), link_gbps=40.0)
-        planned = plan(fleet, LENGTHS)
-        shrunken = plan(replace(fleet, link_gbps=4.0), LENGTHS, n_p=planned.n_p)
-        rate, drop = load * planned.lambda_max, ((300.0, 4.0), (600.0, 40.0))
-        runs = {name: [poisson_run(planned_setup(fleet, planned, adaptive=adaptive, weather=drop), rate, int(1200 * rate), seed)
-                       for seed in tqdm(range(args.seeds), disable=None, leave=False)]
-                for name, adaptive in (("fixed threshold", False), ("adaptive threshold", True))}
-        print_runs(f"Bandwidth falls from 40 to 4 Gbps from 300 s to 600 s of 1,200 s, at {rate:.2f} requests/s: {note}\n"
+    fleet, drop = replace(paper.paper_fleet(), link_gbps=40.0), ((300.0, 4.0), (600.0, 40.0))
+    planned = plan(fleet, LENGTHS)
+    shrunken = plan(replace(fleet, link_gbps=4.0), LENGTHS, n_p=planned.n_p)
+    for load, note in ((0.45, "within what the shrunken link can carry"), (0.65, "beyond any threshold")):
+        rate, runs = load * planned.lambda_max, {}
+        for name, adaptive in (("fixed threshold", False), ("adaptive threshold", True)):
+            setup = planned_setup(fleet, planned, adaptive=adaptive, weather=drop)
+            runs[name] = [poisson_run(setup, rate, int(1200 * rate), seed)
+                          for seed in tqdm(range(args.seeds), disable=None, leave=False)]
+        print_runs(f"40 Gbps, and 4 from 300 s to 600 s of 1,200 s, at {rate:.2f} requests/s: {note}\n"
                    f"(planned rate {planned.lambda_max:.2f} at 40 Gbps, {shrunken.lambda_max:.2f} at 4 Gbps)", runs)
 
 
@@ -125,11 +127,12 @@ def lengths(args) -> None:
     for name, policy in policies.items():
         for seed in tqdm(range(args.seeds), disable=None, leave=False):
             rng = random.Random(seed)
-            requests = drawn(diurnal(rate, rng, day_s), int(2 * rate * day_s), LENGTHS, paper.OUTPUT_TOKENS, rng, day_lengths(day_s))
+            times, count = diurnal(rate, rng, day_s), int(2 * rate * day_s)
+            requests = drawn(times, count, LENGTHS, paper.OUTPUT_TOKENS, rng, day_lengths(day_s))
             runs[name].append(Simulation(planned_setup(fleet, planned, **policy), requests).run())
     changes = _spread([len(report.role_changes) for report in runs[name]], ".1f")
-    print_runs(f"Two days of {day_s / 3600:g} h, {rate} requests/s ± 50%, prompts stretched by 0.55 at noon and 1.8 at night "
-               f"({changes} role changes)", runs)
+    print_runs(f"Two days of {day_s / 3600:g} h, {rate} requests/s ± 50%, prompts stretched by 0.55 at noon and 1.8 at "
+               f"night ({changes} role changes)", runs)
 
 
 def cache(args) -> None:
@@ -149,11 +152,13 @@ def cache(args) -> None:
         runs[name] = [Simulation(planned_setup(fleet, planned, adaptive=True, cache_aware=aware, cache_blocks=2000),
                                  from_trace(_jittered(trace, seed), speed)).run()
                       for seed in tqdm(range(args.seeds), disable=None, leave=False)]
-    print_runs(f"{Path(path).name}: {len(trace):,} requests at {speed:.2f} times their recorded speed, 105% of what is planned "
-               f"without a cache\n(a seed shifts each arrival by up to 5 s), 2,000 blocks of 512 tokens a node", runs)
+    print_runs(f"{Path(path).name}: {len(trace):,} requests at {speed:.2f} times their recorded speed, 105% of what is "
+               f"planned without a cache\n(a seed shifts each arrival by up to 5 s), 2,000 blocks of 512 tokens a node",
+               runs)
     for name, reports in runs.items():
-        print(f"  {name}: {_spread([100 * report.cached_fraction for report in reports], '.1f')}% of prompt tokens cached, "
-              f"{_spread([report.egress_gbps for report in reports], '.1f')} Gbps of egress")
+        cached = [100 * report.cached_fraction for report in reports]
+        egress = [report.egress_gbps for report in reports]
+        print(f"  {name}: {_spread(cached, '.1f')}% of prompt tokens cached, {_spread(egress, '.1f')} Gbps of egress")
 
 
 def _jittered(trace: list[TraceRequest], seed: int) -> list[TraceRequest]:

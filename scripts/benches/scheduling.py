@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
         million_s = max(million_s, seconds / requests * 1e6) if count else million_s
         rows.append([title, requests, f"{simulated_s:,.0f}", f"{seconds:.1f}", f"{seconds / requests * 1e6:.0f}",
                      f"{simulated_s / seconds:,.0f}", f"{report.ttft_s['p90']:.2f}"])
-    print("\nSimulation with the adaptive threshold, at 90% of the planned rate (bursty: 60%, in bursts 120%)\n\n" + table(
+    print("\nSimulation, adaptive threshold, at 90% of the planned rate (bursty: 60%, in bursts 120%)\n\n" + table(
         ["fleet", "requests", "simulated s", "processor s", "µs a request", "times real time", "TTFT P90, s"], rows))
     print(f"\nA decision among 64 nodes takes {decision_us:.1f} µs (goal {DECISION_GOAL_US}); a million requests take "
           f"{million_s:.0f} s (goal {MILLION_GOAL_S}).")
@@ -70,9 +70,9 @@ def _print_decisions() -> float:
 
 
 def _cluster(nodes: int) -> tuple[Router, ClusterView, Directory]:
-    """A third of the nodes in the PrfaaS cluster, and a directory in which each of 500 conversations is on two nodes."""
+    """A third of the nodes in the PrfaaS cluster, and a directory with 500 conversations on two nodes each."""
     rng, third = random.Random(1), nodes // 3
-    prfaas, pdp, pdd = ([NodeView(f"{role}{i}", rng.randrange(50_000)) for i in range(third)] for role in ("a", "p", "d"))
+    prfaas, pdp, pdd = ([NodeView(f"{role}{i}", rng.randrange(50_000)) for i in range(third)] for role in "apd")
     directory = Directory()
     for cluster, members in (("prfaas", prfaas), ("pd", pdp)):
         for node in members:
