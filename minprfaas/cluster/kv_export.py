@@ -60,12 +60,12 @@ class KVExport:
         tables = self.kvcache.snapshot_tables(cache, at)
         if tables is None:
             return
-        plan = snapshot_plan(self.kvcache.layout, self.plan.stream_id + 1, at)
         try:
+            plan = snapshot_plan(self.kvcache.layout, self.plan.stream_id + 1, at)
             stream = self.link.open_stream(plan)
             for entry in plan.entries:
                 stream.put(entry.layer, 0, at, self.kvcache.pool.read_bytes(entry.layer, tables[entry.group], 0, at))
-        except (LinkDown, StreamAborted):
+        except (LinkDown, StreamAborted, ValueError):  # ValueError: the highest stream id has no successor
             return
 
     def finish(self, pool: ThreadPoolExecutor, deadline_s: float) -> None:

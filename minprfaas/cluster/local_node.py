@@ -10,7 +10,8 @@ from minprfaas.cluster import messages
 from minprfaas.cluster.desk import RoutingDesk
 from minprfaas.cluster.kv_export import snapshot_plan, stream_plan
 from minprfaas.engine.engine import Engine
-from minprfaas.engine.request import Request, TokenUpdate
+from minprfaas.engine.request import Request, Status, TokenUpdate
+from minprfaas.errors import UserError
 from minprfaas.scheduling.router import Decision
 from minprfaas.transport.events import LinkDown, LinkLost, LinkRestored, MessageReceived, StreamDone, StreamFailed
 from minprfaas.transport.link import Link
@@ -35,6 +36,7 @@ class Journey:
     deadline_s: float = 0.0
     first_token: int | None = None
     done_tokens: int = 0
+    arrived_tokens: int = 0  # whose rows are here, in every layer that has rows; known once the stream has ended
     expected_bytes: int = 0
     received_bytes: int = 0
 
@@ -65,12 +67,26 @@ class LocalNode:
         self._stream_ids = itertools.count(secrets.randbits(32) << 16, 2)
 
     def submit(self, request: Request) -> Journey:
-        """Queue a request. UserError when its prompt can never fit."""
+        """Queue a request. UserError when its prompt can never fit, or its id was used before."""
         self.engine.check_fits(request)
+        if request.id in self.journeys:  # a late message about the old one would be taken for one about the new
+            raise UserError(f"request id {request.id!r} was used before; every request needs an id of its own")
         request.arrived_s = self.engine.clock()
         journey = self.journeys[request.id] = Journey(request)
         self._queue.append(journey)
         return journey
+
+    def abort(self, id: str) -> None:
+        """The client of this request went away: forget it wherever it stands, and free what it holds on both sides."""
+        journey = self.journeys.get(id)
+        if journey is None or journey.request.status is Status.FINISHED:
+            return
+        if journey in self._queue:
+            self._queue.remove(journey)
+        if id in self._away:
+            self._forget_away(journey)
+            self._tell(messages.PrefillAbort(id))
+        self.engine.abort(journey.request)
 
     @property
     def has_work(self) -> bool:
@@ -135,8 +151,6 @@ class LocalNode:
         self._away[request.id] = journey
         plan = stream_plan(self.engine.layout, journey.stream_id, request.cached_tokens, request.prompt_tokens)
         self._expect(journey, plan, request.cache.block_tables)
-        if request.id not in self._away:  # the link was found dead, and the request is queued here
-            return True
         boundary = (request.prompt_tokens - 1) // self.engine.layout.block_tokens * self.engine.layout.block_tokens
         tables = kvcache.expect_snapshot(request.cache, boundary) if boundary > request.cached_tokens else None
         if tables is not None:
@@ -157,8 +171,8 @@ class LocalNode:
         self._by_stream[plan.stream_id] = journey
         try:
             self.link.expect_stream(plan, write_into_blocks)
-        except LinkDown as error:
-            self._lose_link(str(error))
+        except LinkDown:
+            pass  # the link's last event, LinkLost, brings the request home
 
     # What the link brings
 
@@ -172,13 +186,17 @@ class LocalNode:
             journey = self._by_stream.pop(event.stream_id)
             journey.streams.discard(event.stream_id)
             journey.kv_bytes += event.report.bytes
+            if event.stream_id == journey.stream_id:
+                journey.arrived_tokens = journey.request.prompt_tokens
             self._admit_if_complete(journey)
         elif isinstance(event, StreamFailed) and event.stream_id in self._by_stream:
             journey = self._by_stream[event.stream_id]
             if event.stream_id == journey.stream_id:
+                journey.arrived_tokens = event.arrived_end
                 self._bring_home(journey, event.reason)
-        elif isinstance(event, LinkLost):
-            self._lose_link(event.reason)
+        elif isinstance(event, LinkLost):  # for good: from now on everything is prefilled here
+            self.desk.link_up = False
+            self._bring_all_home(f"link lost: {event.reason}")
         elif isinstance(event, LinkRestored) and event.peer_restarted:
             self.desk.peer_is_new()
             self._bring_all_home("the prefill node restarted")
@@ -224,13 +242,23 @@ class LocalNode:
         self._note(self.engine.admit_remote(journey.request, journey.first_token))
 
     def _bring_home(self, journey: Journey, reason: str) -> None:
-        """The offloaded prefill will not complete: prefill here."""
-        if journey.request.id not in self._away:  # telling the peer may itself have found the link dead
-            return
+        """The offloaded prefill will not complete: prefill here, from what arrived on."""
         self._forget_away(journey)
         journey.route, journey.fallback = "pdp", reason
         self._tell(messages.PrefillAbort(journey.request.id))
+        self._keep_arrived(journey)
         self.engine.prefill_here_instead(journey.request)
+
+    def _keep_arrived(self, journey: Journey) -> None:
+        """Turn full blocks that arrived into prefix cache. Request-level state is of no use midway: a model that has any
+        can begin only at the snapshot, if that arrived too."""
+        cache, layout = journey.request.cache, self.engine.layout
+        full = journey.arrived_tokens // layout.block_tokens
+        if layout.request_groups:
+            snapshot = cache.expected[0] if cache.expected and journey.stream_id + 1 not in journey.streams else 0
+            full = snapshot if snapshot <= full else 0
+        if full * layout.block_tokens > cache.num_tokens:
+            self.engine.kvcache.advance(cache, journey.request.token_ids[: full * layout.block_tokens])
 
     def _bring_all_home(self, reason: str) -> None:
         for journey in list(self._away.values()):
@@ -241,7 +269,9 @@ class LocalNode:
         self._away.pop(journey.request.id)
         for stream_id in journey.streams:
             self._by_stream.pop(stream_id, None)
-            self.link.forget_stream(stream_id)
+            arrived = self.link.forget_stream(stream_id)
+            if stream_id == journey.stream_id and arrived is not None:
+                journey.arrived_tokens = arrived
 
     def _note(self, update: TokenUpdate) -> None:
         request = update.request
@@ -251,14 +281,7 @@ class LocalNode:
         self.on_update(journey, update)
 
     def _tell(self, message) -> None:
-        if not self.desk.link_up:
-            return
         try:
             self.link.send_message(messages.encode(message))
-        except LinkDown as error:
-            self._lose_link(str(error))
-
-    def _lose_link(self, reason: str) -> None:
-        """For good: from now on everything is prefilled here."""
-        self.desk.link_up = False
-        self._bring_all_home(f"link lost: {reason}")
+        except LinkDown:
+            pass  # as in `_expect`

@@ -72,18 +72,18 @@ class PrefillNode:
             self._stopping = True
 
     def _accept(self, order: messages.PrefillOrder) -> None:
-        if order.id in self.exports:
-            return
         try:
+            if order.id in self.exports:
+                raise UserError(f"order {order.id!r} came before, and is not forgotten yet")
             request = Request(order.id, order.token_ids, SamplingParams(**order.sampling), prefill_only=True)
             if not 0 <= order.start < len(order.token_ids):
                 raise UserError(f"order {order.id!r} starts at token {order.start} of {len(order.token_ids)}")
             self.engine.check_fits(request)
-        except (UserError, TypeError) as error:
+            plan = stream_plan(self.engine.layout, order.stream_id, order.start, len(order.token_ids))
+            export = KVExport(self.engine.kvcache, self.link, plan, order.snapshot_at, self.overlap)
+        except (UserError, TypeError, ValueError, LinkDown) as error:
             self._tell(messages.PrefillFailed(order.id, str(error)))
             return
-        plan = stream_plan(self.engine.layout, order.stream_id, order.start, len(order.token_ids))
-        export = KVExport(self.engine.kvcache, self.link, plan, order.snapshot_at, self.overlap)
         export.attach(request)
         self.exports[order.id] = export
         self.engine.add(request)
@@ -136,7 +136,8 @@ class PrefillNode:
         request = export.request
         try:
             report = export.report.result()
-        except (LinkDown, StreamAborted) as error:
+        except (LinkDown, StreamAborted, TimeoutError) as error:
+            export.stream.abort()
             self._tell(messages.PrefillFailed(request.id, str(error)))
         else:
             exposed_s = max(0.0, report.acked_s - max(report.first_put_s, request.prefill_ended_s))
