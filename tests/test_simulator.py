@@ -96,7 +96,7 @@ def test_requests_on_nodes_that_fail_are_routed_again_and_none_is_lost():
 def test_with_the_prfaas_cluster_gone_every_request_is_served_locally():
     failures = tuple((f"prfaas{i}", 0.0, 1e6) for i in range(4))
     report = simulation(as_planned(failures=failures), 1.0, 200, seed=1).run()
-    assert (report.requests, report.offloaded_fraction) == (200, 0.0)
+    assert (report.requests, report.offloaded_fraction) == (200, 0.0) and report.duration_s < 1000
 
 
 def test_with_every_decode_node_gone_requests_end_in_a_named_failure_until_one_returns():

@@ -99,7 +99,7 @@ def test_every_byte_that_enters_leaves_whatever_the_weather():
 
 
 def decode_node(clock: Clock, done) -> DecodeNode:
-    return DecodeNode(NodeView("d0", 0), clock, h200_profile(), PrefixCache("d0", 0, 512, Directory()), done)
+    return DecodeNode(NodeView("d0", 0), clock, h200_profile(), PrefixCache("d0", 0, Directory()), done)
 
 
 def test_a_full_batch_takes_the_profiles_step_time_and_a_lone_request_its_fixed_share():
@@ -128,7 +128,7 @@ def test_a_prefix_cache_forgets_tails_first_and_tells_the_directory():
     directory = Directory()
     directory.add_node("a0", "prfaas")
     directory.resync("a0", 0, ())
-    cache = PrefixCache("a0", 4, 512, directory)
+    cache = PrefixCache("a0", 4, directory)
     cache.store([1, 2, 3])
     cache.store([1, 4, 5])  # one block too many: block 3 is the oldest, and a tail
     assert (cache.match([1, 2, 3]), cache.match([1, 4, 5]), cache.match([9])) == (1024, 1536, 0)

@@ -115,5 +115,5 @@ started, count = time.perf_counter(), 10_000
 for _ in range(count):
     router.route(prompt, view)
 decision_us = (time.perf_counter() - started) / count * 1e6
-print(f"\n{count:,} decisions took {decision_us:.0f} µs each. A decision is a pure function of the request and the view, "
-      f"so the\nsimulator asks the same object as the live cluster. Chapter 12 lets it learn: two timescales.")
+print(f"\n{count:,} decisions took {decision_us:.0f} µs each. A decision is a pure function of request and view,"
+      f"\nso the simulator asks the same object as the live cluster. Chapter 12 lets it learn: two timescales.")

@@ -78,8 +78,8 @@ print(f"""
 3. Long term: the traffic changes its shape
 
 A day of {day_s / 3600:.0f} hours: at noon prompts are half as long and come half again as often, so decoding is the
-bottleneck; at night they are long and few, and prefill is. The long-term loop converts PD nodes, one at a time, draining
-each first:
+bottleneck; at night they are long and few, and prefill is. The long-term loop converts PD nodes, one at a time,
+draining each first:
 """)
 rows = []
 for name, convert_roles in (("fixed split 3 : 5", False), ("role conversion", True)):

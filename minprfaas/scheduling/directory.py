@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from minprfaas.errors import UserError
 
+HOT_MATCHES = 8  # so many matches that end at one key make its prefix hot
 Key = Hashable  # a block's chained hash: it stands for the whole prefix that ends there
 
 
@@ -122,13 +123,12 @@ class Directory:
                 break
         return found
 
-    def rebalance(self, load: Mapping[str, float], min_hits: int = 8) -> PrefixMove | None:
-        """A hot prefix to copy, or None: the one at which most matches ended since the last move (at least `min_hits`),
-        whose only holder in its cluster has over twice the load of that cluster's idlest node. `load`: of the nodes
-        that take work."""
+    def rebalance(self, load: Mapping[str, float]) -> PrefixMove | None:
+        """A hot prefix to copy, or None: of those at which most matches ended since the last move, the first whose only
+        holder in its cluster has over twice the load of that cluster's idlest node. `load`: of nodes that take work."""
         for key, hits in sorted(self._hits.items(), key=lambda item: -item[1]):
             holders = self._holders[key]
-            for source, tokens in holders.items() if hits >= min_hits else ():
+            for source, tokens in holders.items() if hits >= HOT_MATCHES else ():
                 peers = [name for name in load if self._nodes[name].cluster == self._nodes[source].cluster]
                 idlest = min(peers, key=load.__getitem__, default=source)
                 alone = all(peer == source or peer not in holders for peer in peers)

@@ -13,6 +13,8 @@ from minprfaas.simulator.trace import TraceRequest
 BURST_FACTOR = 2.0  # how much faster a burst arrives than the mean
 BURST_SHARE = 0.2  # of the time
 BURST_MEAN_S = 20.0
+DAY_SWING = 0.5  # how far the rate of a day swings above and below its mean
+DAY_STRETCH = 0.6  # and the logarithm of its lengths, the other way
 
 
 def poisson(rate_rps: float, rng: random.Random) -> Iterator[float]:
@@ -38,17 +40,16 @@ def bursty(rate_rps: float, rng: random.Random) -> Iterator[float]:
         start_s, burst = end_s, not burst
 
 
-def diurnal(rate_rps: float, rng: random.Random, period_s: float, swing: float = 0.5) -> Iterator[float]:
-    """A day of `period_s`: the rate begins at its mean and swings by `swing` above and below it."""
-    for time_s in poisson(rate_rps * (1 + swing), rng):
-        if rng.random() * (1 + swing) < 1 + swing * math.sin(2 * math.pi * time_s / period_s):
+def diurnal(rate_rps: float, rng: random.Random, period_s: float) -> Iterator[float]:
+    """A day of `period_s`: the rate begins at its mean, rises, and falls below it."""
+    for time_s in poisson(rate_rps * (1 + DAY_SWING), rng):
+        if rng.random() * (1 + DAY_SWING) < 1 + DAY_SWING * math.sin(2 * math.pi * time_s / period_s):
             yield time_s
 
 
-def day_lengths(period_s: float, stretch: float = 0.6) -> Callable[[float], float]:
-    """What lengths are multiplied by as the day goes: busy hours have short prompts (down to e^-stretch), quiet hours
-    long ones (up to e^stretch)."""
-    return lambda time_s: math.exp(-stretch * math.sin(2 * math.pi * time_s / period_s))
+def day_lengths(period_s: float) -> Callable[[float], float]:
+    """What lengths are multiplied by as the day goes: 0.55 in the busiest hour, 1.8 in the quietest."""
+    return lambda time_s: math.exp(-DAY_STRETCH * math.sin(2 * math.pi * time_s / period_s))
 
 
 def drawn(times: Iterable[float], count: int, lengths: LengthDistribution, output_tokens: int, rng: random.Random,

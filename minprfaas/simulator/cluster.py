@@ -20,6 +20,7 @@ from minprfaas.simulator.nodes import DecodeNode, PrefillNode, PrefixCache, SimR
 from minprfaas.simulator.report import Recorder, Report, Tick
 
 TICK_S = 1.0  # how often links are sampled and the loops are asked
+RTT_S = 0.02  # modelled, between the clusters
 ROLE_SWITCH_S = 10.0  # modelled: a drained node restarts in its other role
 NO_MATCH = PrefixMatch()
 
@@ -41,11 +42,8 @@ class Setup:
     convert_roles: bool = False
     cache_aware: bool = True
     cache_blocks: int = 0
-    block_tokens: int = 512
-    rtt_s: float = 0.02
     weather: tuple[tuple[float, float], ...] = ()
     failures: tuple[tuple[str, float, float], ...] = ()
-    ttft_slo_s: float = 10.0
 
     def __post_init__(self):
         n_prfaas, n_d = int(self.fleet.prfaas_instances), self.fleet.pd_instances - self.n_p
@@ -69,9 +67,9 @@ class Simulation:
                  on_progress: Callable | None = None):
         fleet = setup.fleet
         self.setup, self._requests, self._on_decision, self._on_progress = setup, requests, on_decision, on_progress
-        self.clock, self.directory, self.recorder = Clock(), Directory(), Recorder(setup.ttft_slo_s)
-        self.egress = FluidLink(self.clock, fleet.link_gbps, setup.rtt_s)
-        self.ingress = FluidLink(self.clock, fleet.link_gbps, setup.rtt_s)
+        self.clock, self.directory, self.recorder = Clock(), Directory(), Recorder()
+        self.egress = FluidLink(self.clock, fleet.link_gbps, RTT_S)
+        self.ingress = FluidLink(self.clock, fleet.link_gbps, RTT_S)
         self.monitor = CongestionMonitor(fleet.link_gbps)
         self.router = Router(setup.threshold, _transfer_costs(fleet), setup.selective)
         self.threshold_loop = ThresholdLoop(fleet, setup.threshold)
@@ -98,7 +96,7 @@ class Simulation:
         self.clock.after(TICK_S, self._tick)
         self._expect_next()
         self.clock.run()
-        return self.recorder.report(self.clock.now_s, self.egress.bytes_sent, len(self.threshold_loop.moves))
+        return self.recorder.report(self.egress.bytes_sent, len(self.threshold_loop.moves))
 
     # A request's way
 
@@ -181,9 +179,9 @@ class Simulation:
     # Nodes come, go and change role
 
     def _add_node(self, name: str, role: str) -> None:
-        fleet, setup, view = self.setup.fleet, self.setup, NodeView(name)
+        fleet, view = self.setup.fleet, NodeView(name)
         self.directory.add_node(name, "prfaas" if role == "prfaas" else "pd")
-        cache = self._caches.setdefault(name, PrefixCache(name, setup.cache_blocks, setup.block_tokens, self.directory))
+        cache = self._caches.setdefault(name, PrefixCache(name, self.setup.cache_blocks, self.directory))
         self.directory.resync(name, *cache.entries())
         getattr(self.view, role).append(view)
         if role == "pdd":

@@ -8,6 +8,7 @@ from minprfaas.scheduling.directory import CacheEvent, Directory
 from minprfaas.scheduling.profiles import Profile
 from minprfaas.scheduling.router import Decision, NodeView
 from minprfaas.simulator.events import Clock
+from minprfaas.simulator.trace import BLOCK_TOKENS
 
 # Modelled: the share of a full batch's decode step that a batch of one would take too (weights are read once a step,
 # the KVCache once a request). A full batch takes the profile's t_decode_s whatever this is.
@@ -35,8 +36,8 @@ class PrefixCache:
     """The prefix-cache blocks of one node, least recently used out first, from the tail of a prefix; it tells the
     directory. A match can end at every block: the snapshots of request-level state are taken to be there."""
 
-    def __init__(self, node: str, capacity_blocks: int, block_tokens: int, directory: Directory):
-        self._node, self._capacity, self._block_tokens, self._directory = node, capacity_blocks, block_tokens, directory
+    def __init__(self, node: str, capacity_blocks: int, directory: Directory):
+        self._node, self._capacity, self._directory = node, capacity_blocks, directory
         self._blocks: dict = {}  # key -> tokens, oldest first
         self._sequence = 0
 
@@ -50,7 +51,7 @@ class PrefixCache:
     def store(self, keys: Sequence) -> None:
         """Keep the prefix of a request that was computed or received here."""
         for position in range(min(len(keys), self._capacity) - 1, -1, -1):
-            key, tokens = keys[position], (position + 1) * self._block_tokens
+            key, tokens = keys[position], (position + 1) * BLOCK_TOKENS
             if self._blocks.pop(key, None) is None:
                 self._tell("stored", key, tokens)
             self._blocks[key] = tokens
