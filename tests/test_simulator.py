@@ -105,6 +105,15 @@ def test_with_every_decode_node_gone_requests_end_in_a_named_failure_until_one_r
     assert report.failed > 100 and report.requests + report.failed == 400
 
 
+def test_while_the_link_is_down_new_requests_stay_local():
+    seen = []
+    outage = as_planned(weather=((50.0, 0.0), (150.0, 100.0)))
+    simulation(outage, 1.0, 200, seed=1, on_decision=lambda *decided: seen.append(decided)).run()
+    assert {request.decision.route for time_s, request in seen if 52 < time_s < 150} == {"pdp"}
+    assert {request.decision.route for time_s, request in seen if time_s > 152} == {"pdp", "prfaas"}
+    assert simulation(as_planned(fleet=replace(FLEET, link_gbps=0.0)), 1.0, 50, seed=1).run().offloaded_fraction == 0
+
+
 def test_a_link_that_stalls_delays_requests_and_loses_none():
     calm = simulation(as_planned(), 1.5, 600, seed=1).run()
     stalled = simulation(as_planned(weather=((100.0, 0.0), (160.0, 100.0))), 1.5, 600, seed=1).run()
@@ -170,7 +179,7 @@ def test_selective_offloading_beats_least_loaded_routing_on_the_same_hardware():
 
 @pytest.mark.parametrize("changes", [
     dict(n_p=8), dict(n_p=-1), dict(failures=(("pd9", 1.0, 2.0),)), dict(failures=(("pd1", 2.0, 1.0),)),
-    dict(weather=((1.0, -3.0),))])
+    dict(weather=((1.0, -3.0),)), dict(weather=((1.0, 5.0), (2.0, 0.0)))])
 def test_an_impossible_setup_is_refused(changes):
     with pytest.raises(UserError):
         as_planned(**changes)

@@ -57,6 +57,8 @@ class Setup:
                                 f"prfaas0… and pd0…, and a node fails before it returns")
         if any(time_s < 0 or gbps < 0 for time_s, gbps in self.weather):
             raise UserError(f"weather {self.weather} has a negative time or bandwidth")
+        if self.weather and max(self.weather)[1] == 0:
+            raise UserError("weather ends with a link at 0 Gbps; what is on its way would never arrive")
 
 
 class Simulation:
@@ -74,7 +76,8 @@ class Simulation:
         self.router = Router(setup.threshold, _transfer_costs(fleet), setup.selective)
         self.threshold_loop = ThresholdLoop(fleet, setup.threshold)
         self.role_loop = RoleLoop(fleet)
-        self.view = ClusterView(0.0, [], [], [], LinkView(fleet.link_gbps), LinkView(fleet.link_gbps), "abundant")
+        links = [LinkView(fleet.link_gbps, up=fleet.link_gbps > 0) for _ in range(2)]
+        self.view = ClusterView(0.0, [], [], [], *links, "abundant")
         self.prefill: dict[str, PrefillNode] = {}
         self.decode: dict[str, DecodeNode] = {}
         self._caches: dict[str, PrefixCache] = {}
@@ -242,8 +245,9 @@ class Simulation:
         sample = self.egress.sample()
         self.monitor.observe(sample)
         view.regime = self.monitor.regime(now_s)
-        view.egress = LinkView(self.monitor.capacity_gbps, self.monitor.utilization, sample.queued_bytes)
-        view.ingress = LinkView(self.ingress.gbps, self.ingress.sample().utilization, self.ingress.queued_bytes)
+        up = self.egress.gbps > 0
+        view.egress = LinkView(self.monitor.capacity_gbps, self.monitor.utilization, sample.queued_bytes, up)
+        view.ingress = LinkView(self.ingress.gbps, self.ingress.sample().utilization, self.ingress.queued_bytes, up)
         (remote, remote_wait_s), (local, local_wait_s) = self._prefill_stage(view.prfaas), self._prefill_stage(view.pdp)
         running = sum(len(node.running) for node in self.decode.values())
         batch = running / (max(len(view.pdd), 1) * self.setup.fleet.pd_profile.bs_max)
