@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from minprfaas.transport.events import LinkDown
-from minprfaas.transport.frames import Codec, Slot
+from minprfaas.transport.frames import HEADER_BYTES, Codec, Slot
 from minprfaas.transport.outbox import Frame
 
 POSTED_AHEAD = 2  # receives, and sends: one is on its way while the other is handled
@@ -94,6 +94,7 @@ class Lane:
             pending.append((self._receive(slot), slot))
 
     def _receive(self, slot: Slot) -> dist.Work:
+        slot.view[:HEADER_BYTES] = bytes(HEADER_BYTES)  # a truncated frame must not be completed by the one before it
         return self._group.recv([slot.tensor], self._peer, _FRAMES_TAG)
 
     def cut(self) -> None:
