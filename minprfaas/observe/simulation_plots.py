@@ -2,17 +2,19 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 from minprfaas.observe.plots import new_figure, save_figure
 from minprfaas.simulator.report import Report, Tick
 
-ROWS_SHOWN = 2000
+POINTS = 200  # a curve is drawn through so many means
 
 
 def draw_simulation(directory: str | Path, report: Report) -> list[Path]:
     """Write simulation_{queue,link,policy}.png into `directory` and return their paths. Raises UserError."""
-    series = report.series[::max(1, len(report.series) // ROWS_SHOWN)]
-    over = Tick(*zip(*series))
+    size = max(1, len(report.series) // POINTS)
+    buckets = (report.series[start:start + size] for start in range(0, len(report.series), size))
+    over = Tick(*zip(*([fmean(column) for column in zip(*bucket)] for bucket in buckets)))
     busy = {"PrfaaS": over.prfaas_busy, "PD-P": over.pdp_busy, "PD-D": over.pdd_busy}
     curves = {
         "queue": ("requests", {"without a first token": over.waiting}, "busy", busy),
@@ -29,8 +31,10 @@ def _draw(directory, name: str, time_s: Sequence[float], left_unit: str, left: d
     for label, values in left.items():
         axes.plot(time_s, values, label=label, color="black", linewidth=1)
     for number, (label, values) in enumerate(right.items()):
-        other.plot(time_s, values, label=label, color=f"C{number}", linewidth=0.7, alpha=0.7)
+        other.plot(time_s, values, label=label, color=f"C{number}", linewidth=1, alpha=0.8)
     axes.set(xlabel="simulated seconds", ylabel=left_unit, title=f"{name}, simulated")
+    axes.set_ylim(bottom=0)
+    other.set_ylim(bottom=0)
     other.set_ylabel(right_unit)
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
     return save_figure(figure, directory, f"simulation_{name}.png")
