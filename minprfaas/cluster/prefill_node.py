@@ -48,7 +48,7 @@ class PrefillNode:
         events = self.engine.timeline.events() if self.engine.timeline else []
         for first in range(0, len(events), TIMELINE_PART):
             self._tell(messages.TimelinePart(events[first : first + TIMELINE_PART]))
-        self._tell(messages.Goodbye(peak_memory_bytes()))
+        self._tell(messages.Goodbye(peak_memory_bytes(self.engine.model.device)))
 
     def _handle(self, event) -> None:
         if isinstance(event, LinkLost):
@@ -166,8 +166,8 @@ class PrefillNode:
             self._stopping = True
 
 
-def peak_memory_bytes() -> int:
+def peak_memory_bytes(device: torch.device) -> int:
     """The most memory this process has held: resident, plus what it took of its GPU."""
     unit = 1 if sys.platform == "darwin" else 1024
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return resident + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+    return resident + (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0)

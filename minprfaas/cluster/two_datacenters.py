@@ -107,7 +107,9 @@ def _checked(args: argparse.Namespace) -> tuple[LinkConfig, tuple[WeatherChange,
         if not Path(path).resolve().parent.is_dir():
             raise UserError(f"{path} cannot be written: {Path(path).resolve().parent} is not a directory")
     weather = load_weather(args.weather) if args.weather else ()
-    return LinkConfig(args.link_gbps, args.rtt_ms, args.lanes, timeout_s=args.link_timeout_s), weather, read_prompts(args.prompts)
+    # On GPUs each chunk costs a copy and a few launches at either end: fewer, larger ones.
+    sizes = dict(chunk_bytes=4 * 2**20, max_inflight_bytes=256 * 2**20) if args.device.startswith("cuda") else {}
+    return LinkConfig(args.link_gbps, args.rtt_ms, args.lanes, timeout_s=args.link_timeout_s, **sizes), weather, read_prompts(args.prompts)
 
 
 class FrontEnd:
@@ -190,7 +192,7 @@ class FrontEnd:
             if journey.fallback is not None:
                 print(f"  {journey.request.id} was offloaded and came back: {journey.fallback}")
         print(f"\n{len(rows)} answers in {elapsed_s:.1f} s. Peak memory: A {human_bytes(self.node.peer_peak_bytes)}, "
-              f"B {human_bytes(peak_memory_bytes())}.")
+              f"B {human_bytes(peak_memory_bytes(self.engine.model.device))}.")
         known = [j for j in self.journeys if self.prompts[j.request.id].expected is not None]
         if known:
             right = sum(j.request.text.strip() == self.prompts[j.request.id].expected for j in known)
