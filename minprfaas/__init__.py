@@ -4,7 +4,10 @@
 the pure-Python rooms (`scheduling`, `simulator`) start without torch.
 """
 
+import warnings
 from importlib import import_module
+
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch works without it, and so do we
 
 _HOMES = {
     "load": "minprfaas.model.checkpoint",

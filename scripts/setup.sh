@@ -1,5 +1,6 @@
 # Sourced by demo.sh and test.sh: a .venv with what scripts/constraints.txt pins. A second run installs nothing.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export PYTHONWARNINGS="ignore:Failed to initialize NumPy"  # torch works without it, and so does this project
 python="${PYTHON:-python3}"
 stamp=.venv/.installed
 wanted="$(cat pyproject.toml scripts/constraints.txt | cksum)"
