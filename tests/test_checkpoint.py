@@ -6,12 +6,12 @@ import shutil
 import pytest
 import torch
 from conftest import FAMILIES, TINY, write_checkpoint
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from minprfaas import load
 from minprfaas.config import ModelConfig
 from minprfaas.errors import UserError
-from minprfaas.model.checkpoint import checked_device, load_checkpoint, save_checkpoint
+from minprfaas.model.checkpoint import checked_device, load_checkpoint, save_checkpoint, save_tensors
 from minprfaas.model.transformer import Transformer
 
 INDEX = "model.safetensors.index.json"
@@ -35,7 +35,7 @@ def change_tensors(directory, change) -> None:
     """Rewrite model.safetensors after `change(tensors)`."""
     tensors = load_file(directory / "model.safetensors")
     change(tensors)
-    save_file(tensors, directory / "model.safetensors")
+    save_tensors(tensors, directory / "model.safetensors")
 
 
 def shard(directory, count: int) -> list[str]:
@@ -44,7 +44,7 @@ def shard(directory, count: int) -> list[str]:
     names = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
     weight_map = {name: names[position % count] for position, name in enumerate(tensors)}
     for file in names:
-        save_file({name: tensors[name] for name in tensors if weight_map[name] == file}, directory / file)
+        save_tensors({name: tensors[name] for name in tensors if weight_map[name] == file}, directory / file)
     (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (directory / "model.safetensors").unlink()
     return names

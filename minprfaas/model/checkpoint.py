@@ -6,8 +6,7 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 
 from minprfaas.config import ModelConfig, read_json
 from minprfaas.errors import UserError
@@ -54,10 +53,17 @@ def save_checkpoint(model: Transformer, config_json: dict, directory: str | Path
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.named_parameters()}
-    save_file(tensors, directory / (SINGLE + ".partial"), metadata={"format": "pt"})
+    save_tensors(tensors, directory / (SINGLE + ".partial"))
     (directory / "config.json.partial").write_text(json.dumps(config_json, indent=2) + "\n", encoding="utf-8")
     for name in (SINGLE, "config.json"):
         os.replace(directory / (name + ".partial"), directory / name)
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Contiguous CPU tensors as one safetensors file (the library's own torch helper needs numpy; we do without)."""
+    specs = {name: TensorSpec(dtype=str(tensor.dtype).removeprefix("torch."), shape=list(tensor.shape),
+                              data_ptr=tensor.data_ptr(), data_len=tensor.nbytes) for name, tensor in tensors.items()}
+    serialize_file(specs, path, metadata={"format": "pt"})
 
 
 def checked_device(name: str | torch.device) -> torch.device:
