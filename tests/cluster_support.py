@@ -18,7 +18,8 @@ DEADLINE_S = 60
 
 @contextmanager
 def two_datacenters(model, tokenizer, threshold, link=LinkConfig(lanes=2, chunk_bytes=4096), pool_a=200, pool_b=200,
-                    block_tokens=16, prefill_chunk=48, offload_deadline_s=DEADLINE_S, overlap=True):
+                    block_tokens=16, prefill_chunk=48, offload_deadline_s=DEADLINE_S, overlap=True,
+                    ship_prefixes=False):
     """Yields (local node, prefill node); both serve the same model. The prefill node runs in a thread of its own."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=DEADLINE_S))
     engines = [Engine(model, tokenizer, CacheConfig(blocks, block_tokens), prefill_chunk) for blocks in (pool_a, pool_b)]
@@ -37,7 +38,7 @@ def two_datacenters(model, tokenizer, threshold, link=LinkConfig(lanes=2, chunk_
     thread.start()
     try:
         links[1].connect(DEADLINE_S)
-        local = LocalNode(engines[1], links[1], threshold, offload_deadline_s)
+        local = LocalNode(engines[1], links[1], threshold, offload_deadline_s, ship_prefixes=ship_prefixes)
         yield local, remote
         local.shutdown(DEADLINE_S)
         thread.join(DEADLINE_S)

@@ -4,19 +4,30 @@ No policy lives here. Nodes' events go into the directory, link samples into the
 comes out with the router's decision and its reason.
 """
 
+import math
+from dataclasses import replace
+
 from minprfaas.cluster import messages
+from minprfaas.kvcache.layout import Layout
 from minprfaas.scheduling.directory import CacheEvent, Directory
 from minprfaas.scheduling.monitor import CongestionMonitor, LinkSample
-from minprfaas.scheduling.router import ClusterView, Decision, LinkView, NodeView, Router, RouteRequest
+from minprfaas.scheduling.router import ClusterView, Decision, LinkView, NodeView, Router, RouteRequest, TransferCosts
 
 HERE, THERE = "pd-0", "prfaas-0"
 UNTHROTTLED_GBPS = 100.0  # the paper's link; a first guess that the monitor corrects from what it observes
+ASSUMED_S_PER_TOKEN = 1e-4  # of prefill, on either side, until one was seen
 
 
 class RoutingDesk:
-    """Routes requests of the local PD node `HERE`, whose only PrfaaS node is `THERE`."""
+    """Routes requests of the local PD node `HERE`, whose only PrfaaS node is `THERE`.
 
-    def __init__(self, threshold: int, link_gbps: float | None):
+    With `costs`, cached prefixes are shipped where that is sooner than computing them; what a token costs to compute
+    is then learned from the prefills of this run.
+    """
+
+    def __init__(self, threshold: int, link_gbps: float | None, costs: TransferCosts | None = None):
+        self.costs = costs
+        self._prefills = {HERE: (1, ASSUMED_S_PER_TOKEN), THERE: (1, ASSUMED_S_PER_TOKEN)}  # tokens, seconds so far
         self.router = Router(threshold)
         self.monitor = CongestionMonitor(link_gbps or UNTHROTTLED_GBPS)
         self.directory = Directory()
@@ -37,16 +48,32 @@ class RoutingDesk:
                  for number, (key, tokens) in enumerate(pairs)]
         return all([self.directory.publish(event) for event in kinds])
 
+    def hear_prefill(self, node: str, tokens: int, seconds: float) -> None:
+        """A prefill of `tokens` uncached tokens has ended on `node`."""
+        if tokens > 0 and 0 < seconds < math.inf and self.costs is not None:
+            self._prefills[node] = (self._prefills[node][0] + tokens, self._prefills[node][1] + seconds)
+            per_token = {name: total_s / count for name, (count, total_s) in self._prefills.items()}
+            self.costs = replace(self.costs, prfaas_s_per_token=per_token[THERE], pdp_s_per_token=per_token[HERE])
+
     def peer_is_new(self) -> None:
         """The prefill node was started again: forget what the old one held."""
         self.directory.add_node(THERE, "prfaas")
 
     def route(self, prompt_tokens: int, keys: list[bytes], cached_here: int, load_here: int, load_there: int,
-              now_s: float) -> Decision:
-        """The router's decision. `keys` are the prompt's chain keys; loads are uncached tokens waiting or in work."""
+              may_ship: bool, now_s: float) -> Decision:
+        """The router's decision. `keys` are the prompt's chain keys; loads are uncached tokens waiting or in work.
+        Without `may_ship` each side counts on its own cache only."""
+        self.router.costs = self.costs if may_ship else None
         matches = {**self.directory.match([key.hex() for key in keys]).nodes, HERE: cached_here}
         egress = LinkView(self.monitor.capacity_gbps, self.monitor.utilization, self.monitor.queued_bytes, self.link_up)
         here = [NodeView(HERE, load_here)]
         view = ClusterView(now_s, [NodeView(THERE, load_there)], here, here, egress, LinkView(self.monitor.capacity_gbps),
                            self.monitor.regime(now_s))
         return self.router.route(RouteRequest(prompt_tokens, matches), view)
+
+
+def transfer_costs(layout: Layout) -> TransferCosts:
+    """What a prefix of this model costs to ship, by its layout, and (at first assumed) to compute."""
+    token_bytes = sum(spec.nbytes for spec in layout.specs if spec.per_token)
+    state_bytes = sum(spec.nbytes for spec in layout.specs if not spec.per_token)
+    return TransferCosts(token_bytes, state_bytes, ASSUMED_S_PER_TOKEN, ASSUMED_S_PER_TOKEN)

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 from minprfaas.cluster import messages
-from minprfaas.cluster.desk import RoutingDesk
+from minprfaas.cluster.desk import HERE, THERE, RoutingDesk, transfer_costs
 from minprfaas.cluster.kv_export import snapshot_plan, stream_plan
+from minprfaas.cluster.prefix_transfer import PrefixTransfers
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.request import Request, Status, TokenUpdate
 from minprfaas.errors import UserError
-from minprfaas.scheduling.router import Decision
+from minprfaas.scheduling.router import CacheTransfer, Decision
 from minprfaas.transport.events import LinkDown, LinkLost, LinkRestored, MessageReceived, StreamDone, StreamFailed
 from minprfaas.transport.link import Link
 from minprfaas.transport.streams import StreamPlan
@@ -29,6 +30,8 @@ class Journey:
     prefill_s: float = 0.0
     transfer_s: float = 0.0
     exposed_s: float = 0.0
+    prefix: CacheTransfer | None = None  # a cached prefix that was to be shipped before the prefill
+    prefix_bytes: int = 0  # of it, that were: 0 if that failed
     fallback: str | None = None  # why a request that was offloaded was prefilled here after all
     # while the request is away:
     stream_id: int = 0
@@ -53,9 +56,11 @@ class LocalNode:
     """
 
     def __init__(self, engine: Engine, link: Link, threshold: int, offload_deadline_s: float,
-                 on_update: Callable[[Journey, TokenUpdate | None], None] = lambda journey, update: None):
+                 on_update: Callable[[Journey, TokenUpdate | None], None] = lambda journey, update: None,
+                 ship_prefixes: bool = False):
         self.engine, self.link = engine, link
-        self.desk = RoutingDesk(threshold, link.config.gbps)
+        self.desk = RoutingDesk(threshold, link.config.gbps, transfer_costs(engine.layout) if ship_prefixes else None)
+        self.prefixes = PrefixTransfers(engine.kvcache, link, self._tell, offload_deadline_s)
         self.offload_deadline_s, self.on_update = offload_deadline_s, on_update
         self.peer: messages.NodeReady | None = None
         self.peer_peak_bytes = 0
@@ -64,6 +69,7 @@ class LocalNode:
         self._queue: deque[Journey] = deque()
         self._away: dict[str, Journey] = {}
         self._by_stream: dict[int, Journey] = {}
+        self._awaiting_prefix: dict[int, Journey] = {}  # by the stream that brings it, or takes it away
         self._stream_ids = itertools.count(secrets.randbits(32) << 16, 2)
 
     def submit(self, request: Request) -> Journey:
@@ -86,12 +92,15 @@ class LocalNode:
         if id in self._away:
             self._forget_away(journey)
             self._tell(messages.PrefillAbort(id))
+        for stream_id in [stream_id for stream_id, one in self._awaiting_prefix.items() if one is journey]:
+            self._awaiting_prefix.pop(stream_id)
+            self.prefixes.give_up(stream_id)
         self.engine.abort(journey.request)
 
     @property
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
-        return bool(self._queue or self._away or self.engine.has_work)
+        return bool(self._queue or self._away or self.prefixes or self.engine.has_work)
 
     def run(self) -> None:
         """Serve until every submitted request has its answer."""
@@ -100,6 +109,7 @@ class LocalNode:
 
     def step(self) -> None:
         """Route what waits, hear one event, compute one step, give up on what is overdue."""
+        self._requeue_prefixed()
         self._dispatch()
         event = self.link.receive(0.0 if self.engine.is_ready else 0.02) if self.desk.link_up else None
         if event is not None:
@@ -126,20 +136,47 @@ class LocalNode:
         """Send requests on their way, oldest first; one that has no room for its KVCache holds the queue."""
         while self._queue:
             journey = self._queue[0]
-            decision = self._decide(journey.request)
+            decision = self._decide(journey)
+            if decision.transfer is not None:
+                self._ship_prefix(journey, decision.transfer)
+                continue
             if decision.route == "prfaas" and not self._offload(journey):
                 return
             self._queue.popleft()
             journey.reason = decision.reason
+            if journey.prefix_bytes:
+                journey.reason += f"; {journey.prefix.end:,} cached tokens came from {journey.prefix.source}"
             if decision.route == "pdp":
                 self.engine.add(journey.request)
 
-    def _decide(self, request: Request) -> Decision:
-        kvcache = self.engine.kvcache
+    def _ship_prefix(self, journey: Journey, transfer: CacheTransfer) -> None:
+        """Begin to ship a prefix, if that can be: the request waits for it beside the queue, and is then routed again.
+        There is one attempt."""
+        size = self.engine.layout.block_tokens
+        journey.prefix = transfer._replace(end=transfer.end // size * size)  # no prefix ends within a block
+        begin = self.prefixes.offer if transfer.source == HERE else self.prefixes.fetch
+        stream_id = next(self._stream_ids)
+        if begin(stream_id, journey.request.token_ids[:journey.prefix.end + 1]):
+            self._awaiting_prefix[stream_id] = self._queue.popleft()
+
+    def _requeue_prefixed(self) -> None:
+        """Requests whose prefix has been shipped, or could not be, are next."""
+        for stream_id, nbytes in self.prefixes.tend():
+            journey = self._awaiting_prefix.pop(stream_id, None)
+            if journey is None:
+                continue
+            journey.prefix_bytes = nbytes
+            if not nbytes and journey.prefix.source == THERE:  # most likely it is gone
+                keys = self.engine.kvcache.keys(journey.request.token_ids[:journey.prefix.end])
+                self.desk.directory.report_stale(THERE, keys[-1].hex())
+            self._queue.appendleft(journey)
+
+    def _decide(self, journey: Journey) -> Decision:
+        request, kvcache = journey.request, self.engine.kvcache
         load_here = sum(r.prompt_tokens for r in (*self.engine.waiting, *self.engine.prefilling))
         load_there = sum(j.request.prompt_tokens - j.done_tokens for j in self._away.values())
         return self.desk.route(request.prompt_tokens, kvcache.keys(request.token_ids), kvcache.match(request.token_ids),
-                               load_here, load_there, self.engine.clock())
+                               load_here, load_there, journey.prefix is None, self.engine.clock())
 
     def _offload(self, journey: Journey) -> bool:
         """Reserve blocks, expect the streams that will fill them, order the prefill. False when there is no room."""
@@ -177,6 +214,7 @@ class LocalNode:
     # What the link brings
 
     def _handle(self, event) -> None:
+        self.prefixes.hear(event)
         if isinstance(event, MessageReceived):
             try:
                 self._hear(messages.decode(event.message))
@@ -202,6 +240,7 @@ class LocalNode:
             self._bring_all_home("the prefill node restarted")
 
     def _hear(self, message) -> None:
+        self.prefixes.hear(message)
         if isinstance(message, messages.NodeReady):
             self.peer = message
         elif isinstance(message, messages.TimelinePart):
@@ -223,6 +262,7 @@ class LocalNode:
                 self.on_update(journey, None)
             elif isinstance(message, messages.PrefillDone):
                 journey.first_token, journey.prefill_s = message.first_token, message.prefill_s
+                self.desk.hear_prefill(THERE, journey.request.prompt_tokens - message.cached_tokens, message.prefill_s)
                 journey.done_tokens = journey.request.prompt_tokens
                 self.on_update(journey, None)
                 self._admit_if_complete(journey)
@@ -278,6 +318,8 @@ class LocalNode:
         journey = self.journeys[request.id]
         if journey.route == "pdp" and request.prefill_ended_s:
             journey.prefill_s = request.prefill_ended_s - request.prefill_started_s
+            if len(request.output_ids) == 1:
+                self.desk.hear_prefill(HERE, request.prompt_tokens - request.cached_tokens, journey.prefill_s)
         self.on_update(journey, update)
 
     def _tell(self, message) -> None:

@@ -109,6 +109,38 @@ class SendInventory:
 
 
 @dataclass(frozen=True)
+class PrefixOrder:
+    """PD -> PrfaaS: stream the cached state of tokens [start, len(token_ids) - 1) as `stream_id`."""
+
+    stream_id: int
+    token_ids: list[int]
+    start: int
+
+
+@dataclass(frozen=True)
+class PrefixOffer:
+    """PD -> PrfaaS: all but the last of these tokens are cached here; `stream_id` can bring you what you lack."""
+
+    stream_id: int
+    token_ids: list[int]
+
+
+@dataclass(frozen=True)
+class PrefixReady:
+    """PrfaaS -> PD: the offer is welcome, from token `start` on."""
+
+    stream_id: int
+    start: int
+
+
+@dataclass(frozen=True)
+class PrefixAbort:
+    """Either way: this prefix will not be shipped, or not be taken."""
+
+    stream_id: int
+
+
+@dataclass(frozen=True)
 class Shutdown:
     """PD -> PrfaaS: no more requests."""
 
@@ -128,8 +160,8 @@ class Goodbye:
 
 
 TYPES = {cls.__name__: cls for cls in (NodeReady, PrefillOrder, PrefillProgress, PrefillDone, TransferDone, PrefillFailed,
-                                       PrefillAbort, EgressSample, CacheEvents, SendInventory,
-                                       Shutdown, TimelinePart, Goodbye)}
+                                       PrefillAbort, EgressSample, CacheEvents, SendInventory, PrefixOrder, PrefixOffer,
+                                       PrefixReady, PrefixAbort, Shutdown, TimelinePart, Goodbye)}
 
 
 def encode(message) -> dict:

@@ -8,6 +8,7 @@ import torch
 
 from minprfaas.cluster import messages
 from minprfaas.cluster.kv_export import KVExport, stream_plan
+from minprfaas.cluster.prefix_transfer import PrefixTransfers
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.request import Request, Status
 from minprfaas.engine.sampling import SamplingParams
@@ -25,6 +26,7 @@ class PrefillNode:
         self.engine, self.link = engine, link
         self.transfer_deadline_s, self.overlap = transfer_deadline_s, overlap
         self.exports: dict[str, KVExport] = {}
+        self.prefixes = PrefixTransfers(engine.kvcache, link, self._tell, transfer_deadline_s)
         self._stopping = False
         self._sampled_s = 0.0
         self._sequence = 0  # of the last cache event told
@@ -36,7 +38,7 @@ class PrefillNode:
         self._tell(messages.NodeReady("prfaas", str(self.engine.model.device), self.engine.kvcache.config.num_blocks))
         self._tell_inventory()
         with ThreadPoolExecutor(thread_name_prefix="acks") as self._acks:
-            while not self._stopping or self.exports:
+            while not self._stopping or self.exports or self.prefixes:
                 event = self.link.receive(0.0 if self.engine.is_ready else 0.02)
                 if event is not None:
                     self._handle(event)
@@ -44,6 +46,7 @@ class PrefillNode:
                     self.engine.step()
                     self._report_progress()
                 self._tend_exports()
+                self.prefixes.tend()
                 self._tell_news()
         events = self.engine.timeline.events() if self.engine.timeline else []
         for first in range(0, len(events), TIMELINE_PART):
@@ -51,6 +54,7 @@ class PrefillNode:
         self._tell(messages.Goodbye(peak_memory_bytes(self.engine.model.device)))
 
     def _handle(self, event) -> None:
+        self.prefixes.hear(event)
         if isinstance(event, LinkLost):
             self._stopping = True
         if isinstance(event, LinkLost) or (isinstance(event, LinkRestored) and event.peer_restarted):
@@ -62,6 +66,7 @@ class PrefillNode:
             message = messages.decode(event.message)
         except messages.BadMessage:
             return  # the link's handshake vouches for the peer; a message we do not know is one we need not obey
+        self.prefixes.hear(message)
         if isinstance(message, messages.PrefillOrder):
             self._accept(message)
         elif isinstance(message, messages.PrefillAbort):
@@ -137,8 +142,8 @@ class PrefillNode:
         try:
             report = export.report.result()
         except (LinkDown, StreamAborted, TimeoutError) as error:
-            export.stream.abort()
             self._tell(messages.PrefillFailed(request.id, str(error)))
+            export.stream.abort()
         else:
             exposed_s = max(0.0, report.acked_s - max(report.first_put_s, request.prefill_ended_s))
             self._tell(messages.TransferDone(request.id, report.bytes, report.acked_s - report.first_put_s, exposed_s))

@@ -48,6 +48,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--pool-blocks", type=int, metavar="N", help="blocks of each pool (default: room for the prompts)")
     p.add_argument("--deadline-s", type=float, default=300.0, help="seconds an offloaded prefill may take (300)")
     p.add_argument("--link-timeout-s", type=float, default=30.0, help="a link that is away for longer is lost (30)")
+    p.add_argument("--ship-prefixes", action="store_true", help="ship a cached prefix to where a request will be prefilled, "
+                   "while bandwidth is abundant and that is sooner than computing it")
     p.add_argument("--no-overlap", action="store_true", help="ship KVCache only after prefill, for comparison")
     p.add_argument("--check", action="store_true", help="recompute every answer in one process; exit 1 if a token differs")
     p.add_argument("--json", metavar="OUT.jsonl", help="write one line a request")
@@ -118,7 +120,7 @@ class FrontEnd:
     def __init__(self, args: argparse.Namespace, engine: Engine, link: Link, prompts: list[Prompt], link_config: LinkConfig):
         self.args, self.engine, self.link, self.link_config = args, engine, link, link_config
         self.prompts = {prompt.id: prompt for prompt in prompts}
-        self.node = LocalNode(engine, link, args.threshold, args.deadline_s, self._on_update)
+        self.node = LocalNode(engine, link, args.threshold, args.deadline_s, self._on_update, args.ship_prefixes)
         self.journeys: list[Journey] = []
 
     def run(self) -> int:
@@ -191,6 +193,9 @@ class FrontEnd:
         for journey in self.journeys:
             if journey.fallback is not None:
                 print(f"  {journey.request.id} was offloaded and came back: {journey.fallback}")
+            if journey.prefix_bytes:
+                print(f"  {journey.request.id} began with {journey.prefix.end:,} cached tokens shipped from "
+                      f"{journey.prefix.source} ({human_bytes(journey.prefix_bytes)})")
         print(f"\n{len(rows)} answers in {elapsed_s:.1f} s. Peak memory: A {human_bytes(self.node.peer_peak_bytes)}, "
               f"B {human_bytes(peak_memory_bytes(self.engine.model.device))}.")
         known = [j for j in self.journeys if self.prompts[j.request.id].expected is not None]
@@ -205,6 +210,7 @@ class FrontEnd:
             "id": request.id, "token_ids": request.output_ids, "text": request.text, "route": journey.route,
             "reason": journey.reason, "fallback": journey.fallback, "finish_reason": request.finish_reason,
             "prompt_tokens": request.prompt_tokens, "cached_tokens": request.cached_tokens, "kv_bytes": journey.kv_bytes,
+            "prefix_bytes": journey.prefix_bytes,
             "prefill_s": journey.prefill_s, "transfer_s": journey.transfer_s, "transfer_exposed_s": journey.exposed_s,
             "ttft_s": request.first_token_s - request.arrived_s,
             "tokens_per_s": (len(request.output_ids) - 1) / decode_s if decode_s > 0 else 0.0,
