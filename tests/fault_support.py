@@ -9,6 +9,7 @@ the prefill node sent for that place; both pools' `check()` pass with nothing in
 import collections
 import contextlib
 import functools
+import itertools
 import multiprocessing
 import os
 import random
@@ -195,6 +196,7 @@ class Site:
         self.words = collections.defaultdict(list)  # what was said in handshakes, by lane
         self.chunks: list[torch.Tensor] = []  # frames that carried KV
         self.sent: set[tuple[int, int, bytes]] = set()  # (layer, token or -1, bytes) that the prefill node put
+        self.arrived: set[tuple[int, int]] = set()  # (layer, token or -1) that the local node's blocks received
         self.stream_id = self.writes = 0
         self.writes_before_impostor: int | None = None
         self.client_gone = threading.Event()
@@ -274,7 +276,9 @@ class Site:
 
         def compared(layer, table, start, end, data):
             self.writes += 1
-            if self.victim is None and not self._pieces(layer, start, end, data) <= self.sent:
+            pieces = self._pieces(layer, start, end, data)
+            self.arrived |= {piece[:2] for piece in pieces}
+            if self.victim is None and not pieces <= self.sent:
                 self.failures.append(AssertionError(f"layer {layer}, tokens {start} to {end}: foreign bytes reached a block"))
             write_bytes(layer, table, start, end, data)
 
@@ -285,6 +289,10 @@ class Site:
         if not self.engines[0].layout.specs[layer].per_token:
             return {(layer, -1, bytes(data.tolist()))}
         return {(layer, token, bytes(row.tolist())) for token, row in zip(range(start, end), data.view(end - start, -1))}
+
+    def arrived_end(self, layer: int) -> int:
+        """Every token before it has reached the layer's blocks (in sites that serve one request)."""
+        return next(token for token in itertools.count() if (layer, token) not in self.arrived)
 
     def prompt(self, length: int) -> list[int]:
         return [self.draw.randrange(1, 257) for _ in range(length)]
@@ -414,5 +422,5 @@ def _victim(rank: int, port: int, directory, config, secret, prompt) -> None:
 def process_starter() -> multiprocessing.context.BaseContext:
     """Processes that start fast, because what they need is imported already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fault_support"])
+    context.set_forkserver_preload(["minprfaas.cluster.two_datacenters"])
     return context

@@ -1,0 +1,170 @@
+"""Whole requests while links, nodes and clients fail: every one ends in the reference's tokens, and nothing leaks.
+
+All 200 seeded faults, with their tally: python -m pytest -m heavy -s tests/test_faults.py
+"""
+
+import collections
+import random
+import time
+
+import pytest
+from cluster_support import serve, two_datacenters
+from fault_support import (DEADLINE_S, DECODE, KINDS, PARAMS, PREFILL, Site, outcome, process_starter, run_fault, seeded_fault)
+from transport_support import in_parallel, new_store
+
+from minprfaas import SamplingParams, UserError, generate
+from minprfaas.config import LinkConfig
+from minprfaas.transport.events import FrameError
+from minprfaas.transport.frames import Kind, encode_acks
+from minprfaas.transport.lanes import Lane
+from minprfaas.transport.outbox import control_frame
+
+QUICK, ALL = (0, 3), range(10)  # seeds; an even one kills the prefill node and an odd one the local node
+LONG = SamplingParams(max_tokens=40, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def processes():
+    return process_starter()
+
+
+@pytest.fixture(scope="module")
+def tally():
+    """(kind, outcome) -> how often; printed at the end."""
+    counts = collections.Counter()
+    yield counts
+    print(f"\n{sum(counts.values())} faults")
+    for (kind, how), number in sorted(counts.items()):
+        print(f"  {kind:20} {number:3} {how}")
+
+
+def run_faults(kind, seeds, models, checkpoints, processes, tally):
+    for seed in seeds:
+        family = ("kimi_linear", "qwen3")[seed // 2 % 2]
+        tally[kind, run_fault(kind, seed, *models[family], checkpoints[family], processes)] += 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_request_ends_well_and_nothing_leaks_whatever_breaks(kind, models, checkpoints, processes, tally):
+    run_faults(kind, QUICK, models, checkpoints, processes, tally)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_hundred_seeded_faults(kind, models, checkpoints, processes, tally):
+    """python -m pytest -m heavy -s tests/test_faults.py"""
+    run_faults(kind, ALL, models, checkpoints, processes, tally)
+
+
+# ---- what had arrived is kept where that is sound
+
+
+def broken_site(models, family, kind, at, gbps=None):
+    """Both nodes up; at the prefill node's frame number `at`, `kind` happens."""
+    site = Site(*models[family], random.Random(1), LinkConfig(gbps, lanes=2, chunk_bytes=2048, timeout_s=1.0), b"secret")
+    site.start_prefill_node()
+    site.start_local_node()
+    site.fault = seeded_fault(kind, site.draw)
+    site.fault.at = at
+    return site
+
+
+def test_a_dense_model_goes_on_from_the_last_full_block_that_arrived_in_every_layer(models):
+    site = broken_site(models, "qwen3", "cut for good", at=12)
+    (journey,) = site.serve(site.prompt(330))
+    whole = min(site.arrived_end(layer) for layer in range(2))
+    assert "did not connect" in journey.fallback and journey.arrived_tokens == whole >= 16
+    assert journey.request.cached_tokens == whole // 16 * 16
+    site.close()
+
+
+def test_a_hybrid_goes_on_from_the_snapshot_if_that_arrived(models):
+    site = broken_site(models, "kimi_linear", "node dies", at=10**9, gbps=2e-4)
+    local, prompt = site.local, site.prompt(330)
+    journey = local.submit(local.engine.request("0", prompt, PARAMS))
+    until = time.monotonic() + DEADLINE_S
+    while journey.streams != {journey.stream_id} or site.arrived_end(layer=3) < 320:
+        assert time.monotonic() < until
+        local.step()
+    site.kill_prefill_node()
+    local.run()
+    assert "did not connect" in journey.fallback and journey.request.cached_tokens == 320
+    assert journey.request.output_ids == generate(*models["kimi_linear"], [prompt], PARAMS)[0].token_ids
+    site.close()
+
+
+def test_a_hybrid_without_its_snapshot_starts_over_because_rows_alone_are_no_state(models):
+    site = broken_site(models, "kimi_linear", "cut for good", at=6)
+    (journey,) = site.serve(site.prompt(330))
+    assert journey.arrived_tokens >= 16 and journey.request.cached_tokens == 0
+    site.close()
+
+
+# ---- clients that go away
+
+
+@pytest.mark.parametrize("stage", ["queued", "away", "decoding", "finished"])
+def test_a_client_that_goes_away_frees_everything_on_both_sides(hybrid, stage):
+    gone, stays = [random.Random(2).choices(range(1, 257), k=size) for size in (300, 150)]
+    with two_datacenters(*hybrid, threshold=100) as (local, remote):
+        journeys = [local.submit(local.engine.request(id, prompt, LONG)) for id, prompt in (("gone", gone), ("stays", stays))]
+        reached = {"queued": lambda: True, "away": lambda: remote.exports, "decoding": lambda: journeys[0].request.output_ids,
+                   "finished": lambda: journeys[0].request.finish_reason}[stage]
+        until = time.monotonic() + DEADLINE_S
+        while not reached():
+            assert time.monotonic() < until
+            local.step()
+        local.abort("gone")
+        assert journeys[0].request.cache is None
+        local.run()
+        while remote.exports or remote.engine.has_work:
+            assert time.monotonic() < until
+            local.step()
+        assert local.engine.kvcache.stats().in_use == remote.engine.kvcache.stats().in_use == 0
+    assert journeys[0].request.finish_reason == ("length" if stage == "finished" else "aborted")
+    assert journeys[1].request.output_ids == generate(*hybrid, [stays], LONG)[0].token_ids
+
+
+def test_an_unknown_id_can_be_aborted_and_a_used_one_not_be_used_again(hybrid):
+    with two_datacenters(*hybrid, threshold=100) as (local, _):
+        local.abort("nobody")
+        serve(local, [[1, 2, 3]], PARAMS)
+        with pytest.raises(UserError, match="request id '0' was used before"):
+            local.submit(local.engine.request("0", [1, 2, 3], PARAMS))
+
+
+# ---- the node outlives one bad transfer, and the lane one bad frame
+
+
+def test_acknowledgements_that_are_overdue_end_a_transfer_and_not_the_node(hybrid):
+    prompts = [random.Random(3).choices(range(1, 257), k=200) for _ in range(2)]
+    slow = LinkConfig(gbps=1e-3, rtt_ms=600, lanes=2, chunk_bytes=4096)
+    with two_datacenters(*hybrid, threshold=100, link=slow) as (local, remote):
+        remote.transfer_deadline_s = 0.1
+        (overdue,) = serve(local, prompts[:1], PARAMS)
+        remote.transfer_deadline_s = DEADLINE_S
+        (intime,) = serve(local, prompts[1:], PARAMS)
+    assert overdue.fallback is not None and outcome(intime) == "streamed"
+    assert [j.request.output_ids for j in (overdue, intime)] == [o.token_ids for o in generate(*hybrid, prompts, PARAMS)]
+
+
+@pytest.mark.parametrize("length", [0, 37])
+def test_a_truncated_frame_is_not_completed_by_what_came_before_it(length):
+    store, opened = new_store(), []
+    sender, receiver = in_parallel(
+        *(lambda rank=rank: Lane(store.clone(), 0, rank, 4096, DEADLINE_S) for rank in (PREFILL, DECODE)))
+
+    def read():
+        with pytest.raises(FrameError):
+            receiver.receive_frames(lambda lane, slot: opened.append(lane.codec.open(slot.view)))
+
+    def send():
+        frames = [control_frame(Kind.ACK, encode_acks([number])) for number in range(3)]
+        works = [sender.post(frame) for frame in frames[:2]]
+        sender.codec.seal(frames[2].header, frames[2].slot.view)
+        works.append(sender.transmit(frames[2].tensor[:length]))
+        for work in works:
+            work.wait()
+
+    in_parallel(read, send)
+    assert len(opened) == 2
