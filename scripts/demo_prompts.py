@@ -17,6 +17,8 @@ def main() -> int:
     parser.add_argument("out", metavar="OUT.jsonl")
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 400, 4096, 700, 2048, 512],
                         help="length of each document, its question included")
+    parser.add_argument("--next-turn", type=int, default=1500, metavar="TOKENS",
+                        help="a second document, and a question about it, that continue the first conversation; 0 for none")
     parser.add_argument("--seed", type=int, default=0, help="another seed invents other towns and people")
     args = parser.parse_args()
     tokenizer = Tokenizer(EMBEDDED, ModelConfig.from_directory(EMBEDDED))
@@ -26,6 +28,11 @@ def main() -> int:
         question = document.questions[0]
         lines.append(json.dumps({"id": f"doc-{number + 1}", "prompt": document.prompt(question), "max_tokens": 16,
                                  "expected": question.answer}))
+    if args.next_turn:
+        document = make_document(EVALUATION_SEEDS + args.seed * 1000 + 999, args.next_turn, tokenizer.encode)
+        question = document.questions[0]
+        lines.append(json.dumps({"id": "doc-1-next", "after": "doc-1", "prompt": "\n\n" + document.prompt(question),
+                                 "max_tokens": 16, "expected": question.answer}))
     out = Path(args.out)
     if not out.resolve().parent.is_dir():
         raise UserError(f"{out} cannot be written: {out.resolve().parent} is not a directory")

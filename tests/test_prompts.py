@@ -61,3 +61,12 @@ def test_a_file_without_prompts_or_without_text_is_named(tmp_path):
         with pytest.raises(UserError, match=words) as caught:
             read_prompts(path)
         assert str(path) in str(caught.value)
+
+
+def test_a_line_may_continue_an_earlier_one_and_no_other(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"id": "a", "prompt": "x"}\n{"id": "b", "prompt": "y", "after": "a"}')
+    assert [prompt.after for prompt in read_prompts(path)] == [None, "a"]
+    path.write_text('{"id": "b", "prompt": "y", "after": "a"}\n{"id": "a", "prompt": "x"}')
+    with pytest.raises(UserError, match="line 1: after names 'a', which is no earlier line's id"):
+        read_prompts(path)

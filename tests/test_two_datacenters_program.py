@@ -49,6 +49,19 @@ def test_two_processes_answer_and_agree_with_one(checkpoints, prompts_file, tmp_
     assert {"layer 0", "layer 3", "step of 1"} <= names
 
 
+def test_a_second_turn_continues_the_first_and_crosses_as_an_increment(checkpoints, prompts_file, tmp_path):
+    out = tmp_path / "out.jsonl"
+    with prompts_file.open("a") as file:
+        file.write("\n" + json.dumps({"id": "next", "after": "p300", "prompt": "abc " * 33, "max_tokens": 8}))
+    done = subprocess.run(PROGRAM + arguments(checkpoints, prompts_file, "--check", "--json", str(out)),
+                          capture_output=True, text=True, timeout=DEADLINE_S)
+    assert done.returncode == 0, done.stderr
+    assert "4 of 4 answers are identical" in done.stdout
+    turn = {row["id"]: row for row in map(json.loads, out.read_text().splitlines())}["next"]
+    assert turn["route"] == "prfaas" and turn["prompt_tokens"] == 300 + 8 + 132
+    assert turn["cached_tokens"] >= 288 and turn["kv_bytes"] < turn["kv_bytes_without_cache"]
+
+
 def test_a_prefill_datacenter_killed_in_the_middle_costs_a_prefill_and_no_answer(checkpoints, prompts_file, tmp_path):
     out = tmp_path / "out.jsonl"
     with socket.socket() as probe:

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -16,9 +17,11 @@ from minprfaas.config import CacheConfig, LinkConfig
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.generate import generate, pool_for
 from minprfaas.engine.prompts import Prompt, read_prompts
-from minprfaas.engine.request import TokenUpdate
+from minprfaas.engine.request import Request, TokenUpdate
 from minprfaas.errors import ArgumentParser, UserError
 from minprfaas.model.checkpoint import EMBEDDED, load
+from minprfaas.model.spec import kv_bytes
+from minprfaas.model.tokenizer import Tokenizer
 from minprfaas.observe.report import human_bytes, table
 from minprfaas.observe.screen import Screen
 from minprfaas.observe.timeline import Timeline, write_timeline
@@ -35,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
         description="Process 0 is the PrfaaS datacenter, process 1 the local PD datacenter with the front end. Start it "
                     "with `torchrun --nproc-per-node 2`, or plainly: then it starts its two processes itself.")
     p.add_argument("--model", metavar="DIR", help="Hugging Face directory (default: the embedded model)")
-    p.add_argument("--prompts", metavar="FILE.jsonl", required=True, help='one {"id", "prompt", "max_tokens"} a line')
+    p.add_argument("--prompts", metavar="FILE.jsonl", required=True, help='one {"id", "prompt", "max_tokens"} a line; {"after": id} continues that conversation')
     p.add_argument("--threshold", type=int, default=1024, metavar="T", help="offload above T uncached tokens (1024)")
     p.add_argument("--link-gbps", type=float, metavar="G", help="emulated bandwidth (default: as fast as it goes)")
     p.add_argument("--rtt-ms", type=float, default=0.0, metavar="MS", help="emulated round-trip time (0)")
@@ -68,13 +71,13 @@ def main(argv: list[str]) -> int:
         link_config, weather, prompts = _checked(args)
         device = launch.device(args.device)
         model, tokenizer = load(args.model, getattr(torch, args.dtype), device)
-        lengths = [len(tokenizer.encode(prompt.text)) + prompt.params.max_tokens for prompt in prompts]
+        lengths = _longest_they_can_get(prompts, tokenizer)
         cache = CacheConfig(args.pool_blocks, args.block_tokens) if args.pool_blocks else \
-            pool_for(model, lengths, args.block_tokens)
+            pool_for(model, list(lengths.values()), args.block_tokens)
         timeline = Timeline("A: PrfaaS" if launch.rank == 0 else "B: PD") if args.timeline else None
         engine = Engine(model, tokenizer, cache, args.prefill_chunk, timeline=timeline)
         for prompt in prompts:
-            engine.check_fits(engine.request(prompt.id, prompt.text, prompt.params))
+            engine.check_fits(Request(prompt.id, [0] * (lengths[prompt.id] - prompt.params.max_tokens), prompt.params))
     except UserError:
         if launch.rank == 0:  # the front end sees the same mistake and says it; once is enough
             return 2
@@ -114,6 +117,15 @@ def _checked(args: argparse.Namespace) -> tuple[LinkConfig, tuple[WeatherChange,
     return LinkConfig(args.link_gbps, args.rtt_ms, args.lanes, timeout_s=args.link_timeout_s, **sizes), weather, read_prompts(args.prompts)
 
 
+def _longest_they_can_get(prompts: list[Prompt], tokenizer: Tokenizer) -> dict[str, int]:
+    """Tokens of each prompt with its answer, and with all that it comes after."""
+    lengths: dict[str, int] = {}
+    for prompt in prompts:
+        own = len(tokenizer.encode(prompt.text)) + prompt.params.max_tokens
+        lengths[prompt.id] = own + (lengths[prompt.after] if prompt.after is not None else 0)
+    return lengths
+
+
 class FrontEnd:
     """The PD process's screen: submits the prompts, shows what happens, prints the table, checks the answers."""
 
@@ -125,12 +137,14 @@ class FrontEnd:
 
     def run(self) -> int:
         """Serve every prompt; 1 if `--check` finds a token that differs, else 0."""
-        requests = [self.engine.request(prompt.id, prompt.text, prompt.params) for prompt in self.prompts.values()]
-        self.screen = Screen(sum(r.prompt_tokens for r in requests), sum(r.params.max_tokens for r in requests))
+        prompts = self.prompts.values()
+        self.screen = Screen(sum(_longest_they_can_get(list(prompts), self.engine.tokenizer).values()),
+                             sum(prompt.params.max_tokens for prompt in prompts))
         self._say_what_is_loaded()
         started_s = time.monotonic()
-        self.journeys = [self.node.submit(request) for request in requests]
+        self._submit_after(None)
         self.node.run()
+        self.journeys.sort(key=lambda journey: list(self.prompts).index(journey.request.id))
         self.node.shutdown(deadline_s=30)
         self.screen.close()
         elapsed_s = time.monotonic() - started_s
@@ -140,6 +154,14 @@ class FrontEnd:
         if self.args.timeline:
             write_timeline(self.args.timeline, self.node.peer_timeline, self.engine.timeline.events())
         return self._check() if self.args.check else 0
+
+    def _submit_after(self, finished: Request | None) -> None:
+        """Submit the prompts that continue `finished` (None: those that begin a conversation)."""
+        for prompt in self.prompts.values():
+            if prompt.after == (finished.id if finished else None):
+                history = finished.token_ids if finished else []
+                token_ids = history + self.engine.tokenizer.encode(prompt.text)
+                self.journeys.append(self.node.submit(Request(prompt.id, token_ids, prompt.params)))
 
     def _say_what_is_loaded(self) -> None:
         while self.node.peer is None and self.node.desk.link_up:
@@ -164,6 +186,7 @@ class FrontEnd:
         self.screen.decoded(sum(len(j.request.output_ids) for j in journeys), update.request.text if update else "")
         if update is not None and update.request.finish_reason is not None:
             self._print_answer(journey)
+            self._submit_after(update.request)
 
     @staticmethod
     def _prefilled_tokens(journey: Journey) -> int:
@@ -184,15 +207,18 @@ class FrontEnd:
         for journey in self.journeys:
             row = self._row(journey)
             away = journey.route == "prfaas"
-            rows.append([journey.request.id, row["prompt_tokens"], journey.route, human_bytes(journey.kv_bytes) if away else "–",
+            rows.append([journey.request.id, row["prompt_tokens"], row["cached_tokens"], journey.route, human_bytes(journey.kv_bytes) if away else "–",
                          f"{journey.prefill_s:.2f}", f"{journey.transfer_s:.2f}" if away else "–",
                          f"{journey.hidden:.0%}" if away else "–", f"{row['ttft_s']:.2f}", f"{row['tokens_per_s']:.1f}"])
-        headers = ["request", "tokens", "route", "KV crossed", "prefill s", "transfer s*", "hidden*", "TTFT s*", "tokens/s"]
+        headers = ["request", "tokens", "cached", "route", "KV crossed", "prefill s", "transfer s*", "hidden*", "TTFT s*", "tokens/s"]
         print("\n" + table(headers, rows))
         print("  * over the emulated link; hidden = share of the transfer that ran while prefill still did")
         for journey in self.journeys:
             if journey.fallback is not None:
                 print(f"  {journey.request.id} was offloaded and came back: {journey.fallback}")
+            if journey.route == "prfaas" and journey.request.cached_tokens:
+                print(f"  {journey.request.id}: B held {journey.request.cached_tokens:,} of its tokens, so {human_bytes(journey.kv_bytes)} "
+                      f"crossed instead of {human_bytes(self._row(journey)['kv_bytes_without_cache'])}")
             if journey.prefix_bytes:
                 print(f"  {journey.request.id} began with {journey.prefix.end:,} cached tokens shipped from "
                       f"{journey.prefix.source} ({human_bytes(journey.prefix_bytes)})")
@@ -211,6 +237,7 @@ class FrontEnd:
             "reason": journey.reason, "fallback": journey.fallback, "finish_reason": request.finish_reason,
             "prompt_tokens": request.prompt_tokens, "cached_tokens": request.cached_tokens, "kv_bytes": journey.kv_bytes,
             "prefix_bytes": journey.prefix_bytes,
+            "kv_bytes_without_cache": kv_bytes(self.engine.layout.specs, request.prompt_tokens),
             "prefill_s": journey.prefill_s, "transfer_s": journey.transfer_s, "transfer_exposed_s": journey.exposed_s,
             "ttft_s": request.first_token_s - request.arrived_s,
             "tokens_per_s": (len(request.output_ids) - 1) / decode_s if decode_s > 0 else 0.0,
@@ -218,12 +245,24 @@ class FrontEnd:
 
     def _check(self) -> int:
         """Recompute every answer in this process alone (`minprfaas.generate`) and compare token by token."""
-        reference = generate(self.engine.model, self.engine.tokenizer, [p.text for p in self.prompts.values()],
-                             [p.params for p in self.prompts.values()], prefill_chunk=self.args.prefill_chunk, progress=True)
-        differing = [j.request.id for j, one in zip(self.journeys, reference) if j.request.output_ids != one.token_ids]
+        reference: dict[str, list[int]] = {}  # prompt and answer
+        for wave in self._waves():
+            histories = [reference[prompt.after] if prompt.after is not None else [] for prompt in wave]
+            token_ids = [history + self.engine.tokenizer.encode(p.text) for history, p in zip(histories, wave)]
+            outputs = generate(self.engine.model, self.engine.tokenizer, token_ids, [p.params for p in wave],
+                               prefill_chunk=self.args.prefill_chunk, progress=True)
+            reference |= {p.id: ids + output.token_ids for p, ids, output in zip(wave, token_ids, outputs)}
+        differing = [j.request.id for j in self.journeys if j.request.token_ids != reference[j.request.id]]
         print(f"{len(reference) - len(differing)} of {len(reference)} answers are identical, token by token, "
               f"to the single-process reference." + (f" Different: {', '.join(differing)}" if differing else ""))
         return 1 if differing else 0
+
+    def _waves(self) -> Iterator[list[Prompt]]:
+        """The prompts in groups, each of which comes after the ones before."""
+        done: set[str | None] = {None}
+        while wave := [p for p in self.prompts.values() if p.after in done and p.id not in done]:
+            yield wave
+            done |= {prompt.id for prompt in wave}
 
 
 def _write_whole(path: Path, text: str) -> None:
