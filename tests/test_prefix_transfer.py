@@ -119,6 +119,7 @@ def test_a_directory_entry_that_turns_out_stale_costs_a_prefill_and_is_forgotten
         local.desk.hear_events(messages.CacheEvents(0, keys[-1:], [CACHED], inventory=True))
         abundant(local)
         (journey,) = serve(local, [LONGER], GREEDY)
+        assert THERE not in local.desk.directory.match(keys).nodes, "the next one is not sent for it again"
         assert nothing_in_use(local)
     assert journey.prefix.source == THERE and journey.prefix_bytes == 0
     assert journey.route == "prfaas", "each side by its own cache: 240 tokens are above the threshold"
@@ -160,9 +161,11 @@ def test_a_prefix_that_takes_too_long_or_is_wanted_no_more_is_given_up_on_both_s
     with two_datacenters(model, tokenizer, threshold=100, link=crawl, ship_prefixes=True) as (local, remote):
         direction(local)
         abundant(local)
-        local.prefixes.deadline_s = 0.05 if end == "deadline" else DEADLINE_S
+        remote.prefixes.deadline_s = local.prefixes.deadline_s = 10 * DEADLINE_S  # each side must be told
+        if end == "deadline":
+            local.prefixes.deadline_s = 0.05
         journey = local.submit(local.engine.request("last", LONGER, GREEDY))
-        local.step()
+        local._dispatch()  # no more than that: the client is to go away before the other side has answered
         assert journey.prefix is not None and local.prefixes
         if end == "client":
             local.abort("last")
@@ -170,7 +173,26 @@ def test_a_prefix_that_takes_too_long_or_is_wanted_no_more_is_given_up_on_both_s
         step_until(local, lambda: not remote.prefixes and not remote.exports)
         assert nothing_in_use(local)
     assert journey.prefix_bytes == 0 and nothing_in_use(remote)
-    assert end == "client" or tokens([journey]) == reference(model, tokenizer, [LONGER], GREEDY)
+    if end == "deadline":
+        assert tokens([journey]) == reference(model, tokenizer, [LONGER], GREEDY)
+    else:
+        receiver = local if direction is prefix_only_there else remote
+        assert receiver.engine.kvcache.match(LONGER) == 0, "it did not go on arriving"
+
+
+def test_an_offer_that_a_dead_link_never_answers_is_given_up(hybrid):
+    model, tokenizer = hybrid
+    brief = LinkConfig(lanes=2, timeout_s=0.5)
+    with two_datacenters(model, tokenizer, threshold=300, link=brief, ship_prefixes=True) as (local, remote):
+        prefix_only_here(local)
+        abundant(local)
+        local.prefixes.deadline_s = 10 * DEADLINE_S
+        remote.link.close()
+        journey = local.submit(local.engine.request("last", LONGER, GREEDY))
+        step_until(local, lambda: not local.has_work)
+        assert nothing_in_use(local)
+    assert journey.prefix is not None and journey.prefix_bytes == 0 and journey.route == "pdp"
+    assert tokens([journey]) == reference(model, tokenizer, [LONGER], GREEDY)
 
 
 def test_absurd_messages_about_prefixes_hold_nothing_and_hurt_nobody(hybrid):
