@@ -30,6 +30,7 @@ from minprfaas.transport.link import Link
 from minprfaas.transport.throttle import WeatherChange, load_weather
 
 LINK_NAME = "prfaas-pd"
+CONNECT_DEADLINE_S = 120.0  # until both processes have loaded the model and met
 
 
 def parser() -> argparse.ArgumentParser:
@@ -86,7 +87,7 @@ def main(argv: list[str]) -> int:
     link = Link(LINK_NAME, store, launch.rank, link_config, link_identity(model, engine.layout),
                 timeline, weather)
     try:
-        link.connect(deadline_s=120)
+        link.connect(CONNECT_DEADLINE_S)
     except LinkDown as error:
         raise UserError(f"no link between the datacenters: {error}") from None
     try:
@@ -164,7 +165,8 @@ class FrontEnd:
                 self.journeys.append(self.node.submit(Request(prompt.id, token_ids, prompt.params)))
 
     def _say_what_is_loaded(self) -> None:
-        while self.node.peer is None and self.node.desk.link_up:
+        until = time.monotonic() + CONNECT_DEADLINE_S
+        while self.node.peer is None and self.node.desk.link_up and time.monotonic() < until:
             self.node.step()
         model, config = self.engine.model, self.link_config
         parameters = sum(parameter.numel() for parameter in model.parameters())
