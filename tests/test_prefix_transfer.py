@@ -98,6 +98,18 @@ def test_only_what_the_receiver_lacks_of_a_prefix_crosses(models, family):
     assert tokens([journey]) == reference(model, tokenizer, [LONGER], GREEDY)
 
 
+def test_what_a_token_costs_to_compute_is_learned_from_the_prefills_of_each_side(hybrid):
+    model, tokenizer = hybrid
+    with two_datacenters(model, tokenizer, threshold=100, ship_prefixes=True) as (local, _):
+        (away,) = serve(local, prompts_of(200), GREEDY)
+        assert local.desk.costs.prfaas_s_per_token == local.desk.costs.pdp_s_per_token == away.prefill_s / 200
+        (here,) = serve(local, prompts_of(80, seed=2), GREEDY)
+        costs, specs = local.desk.costs, local.engine.layout.specs
+    assert (costs.prfaas_s_per_token, costs.pdp_s_per_token) == (away.prefill_s / 200, here.prefill_s / 80)
+    assert costs.token_bytes == sum(spec.nbytes for spec in specs if spec.per_token)
+    assert costs.state_bytes == sum(spec.nbytes for spec in specs if not spec.per_token)
+
+
 def test_without_the_option_or_with_scarce_bandwidth_no_prefix_is_shipped(hybrid):
     model, tokenizer = hybrid
     for option in (False, True):

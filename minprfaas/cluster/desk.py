@@ -15,7 +15,7 @@ from minprfaas.scheduling.router import ClusterView, Decision, LinkView, NodeVie
 
 HERE, THERE = "pd-0", "prfaas-0"
 UNTHROTTLED_GBPS = 100.0  # the paper's link; a first guess that the monitor corrects from what it observes
-ASSUMED_S_PER_TOKEN = 1e-4  # of prefill, on either side, until one was seen
+ASSUMED_S_PER_TOKEN = 1e-4  # of prefill, until one was seen; then each side is like the other until it was seen itself
 
 
 class RoutingDesk:
@@ -27,7 +27,7 @@ class RoutingDesk:
 
     def __init__(self, threshold: int, link_gbps: float | None, costs: TransferCosts | None = None):
         self.costs = costs
-        self._prefills = {HERE: (1, ASSUMED_S_PER_TOKEN), THERE: (1, ASSUMED_S_PER_TOKEN)}  # tokens, seconds so far
+        self._prefills: dict[str, tuple[int, float]] = {}  # tokens and seconds of each node so far
         self.router = Router(threshold)
         self.monitor = CongestionMonitor(link_gbps or UNTHROTTLED_GBPS)
         self.directory = Directory()
@@ -51,9 +51,11 @@ class RoutingDesk:
     def hear_prefill(self, node: str, tokens: int, seconds: float) -> None:
         """A prefill of `tokens` uncached tokens has ended on `node`."""
         if tokens > 0 and 0 < seconds < math.inf and self.costs is not None:
-            self._prefills[node] = (self._prefills[node][0] + tokens, self._prefills[node][1] + seconds)
+            before, before_s = self._prefills.get(node, (0, 0.0))
+            self._prefills[node] = (before + tokens, before_s + seconds)
             per_token = {name: total_s / count for name, (count, total_s) in self._prefills.items()}
-            self.costs = replace(self.costs, prfaas_s_per_token=per_token[THERE], pdp_s_per_token=per_token[HERE])
+            self.costs = replace(self.costs, prfaas_s_per_token=per_token.get(THERE, per_token[node]),
+                                 pdp_s_per_token=per_token.get(HERE, per_token[node]))
 
     def peer_is_new(self) -> None:
         """The prefill node was started again: forget what the old one held."""

@@ -317,8 +317,9 @@ class LocalNode:
         request = update.request
         journey = self.journeys[request.id]
         if journey.route == "pdp" and request.prefill_ended_s:
-            journey.prefill_s = request.prefill_ended_s - request.prefill_started_s
-            if len(request.output_ids) == 1:
+            prefill_s = request.prefill_ended_s - request.prefill_started_s
+            if journey.prefill_s != prefill_s:  # not told yet
+                journey.prefill_s = prefill_s
                 self.desk.hear_prefill(HERE, request.prompt_tokens - request.cached_tokens, journey.prefill_s)
         self.on_update(journey, update)
 
