@@ -1,0 +1,132 @@
+"""Memory of a long KV stream over a line that is ten times too slow: neither side may pile it up. Chapter 08.
+
+    python scripts/bench.py memory                     two processes on this machine
+
+Pools, block tables, layer-wise export, link and sink are the real ones, in the layout of a 28-layer hybrid (`hybrid-1b`
+of `scripts/random_checkpoint.py`, bfloat16). The prefill is synthetic: it emits each layer of each chunk at a steady
+rate, because a prefill of 32K tokens takes minutes on a small CPU. The line's rate is emulated.
+"""
+
+import argparse
+import threading
+import time
+from array import array
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from benches.link import DEADLINE_S, IDENTITY, PeakMemory, in_two_processes
+from random_checkpoint import SHAPES
+
+from minprfaas.cluster.kv_export import KVExport, stream_plan
+from minprfaas.config import CacheConfig, LinkConfig, ModelConfig
+from minprfaas.engine.request import Request
+from minprfaas.engine.sampling import SamplingParams
+from minprfaas.kvcache.layout import Layout, plan_layout
+from minprfaas.kvcache.manager import KVCacheManager
+from minprfaas.model.spec import model_state_specs
+from minprfaas.observe.report import human_bytes, table
+from minprfaas.transport import Link, StreamDone
+
+LIMIT_MIB = 64
+CHUNK_TOKENS = 1024
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python scripts/bench.py memory", description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=32 * 1024, help="of the prompt (32768)")
+    parser.add_argument("--natural-gbps", type=float, default=2.0, help="rate at which prefill emits KVCache (2)")
+    args = parser.parse_args(argv)
+    config = LinkConfig(gbps=args.natural_gbps / 10, rtt_ms=20, lanes=2)
+    found = in_two_processes(_node, config, args.tokens, args.natural_gbps, steps=2)
+    sender, receiver = sorted(found, key=lambda row: row["rank"])
+    print(f"{args.tokens:,} tokens, {human_bytes(sender['bytes'])} of KVCache, emitted at {args.natural_gbps:g} Gbps (synthetic "
+          f"prefill), over a line of {config.gbps:g} Gbps (emulated)\n")
+    rows = [[name, *(human_bytes(row[when]) for when in ("pool", "before", "peak", "after")),
+             f"{(row['peak'] - row['before']) / 2**20:+.1f} MiB"] for name, row in (("sender", sender), ("receiver", receiver))]
+    print(table(["process", "of it pool", "before", "peak", "after", "growth"], rows))
+    growth_mib = max(row["peak"] - row["before"] for row in found) / 2**20
+    print(f"\n  resident memory, with every page of the pool touched beforehand. At most {human_bytes(config.max_inflight_bytes)} are "
+          f"queued or in flight;\n  the sender was held back for {sender['stalled_s']:.1f} of {sender['took_s']:.1f} s.")
+    print(f"\nThe bytes {'are identical' if sender['digest'] == receiver['digest'] else 'DIFFER'}; the larger growth is {growth_mib:.1f} MiB, "
+          f"{'within' if growth_mib <= LIMIT_MIB else 'ABOVE'} the limit of {LIMIT_MIB} MiB.")
+    return int(growth_mib > LIMIT_MIB or sender["digest"] != receiver["digest"])
+
+
+def _node(rank, store, report, config, tokens, natural_gbps):
+    model = ModelConfig.from_hf(SHAPES["hybrid-1b"])
+    layout = plan_layout(model_state_specs(model, "bfloat16"), block_tokens=64)
+    kvcache = KVCacheManager(layout, CacheConfig(layout.blocks_for(tokens)), "cpu", IDENTITY.fingerprint)
+    prompt = Request("memory", [1] * tokens, SamplingParams())
+    prompt.cache = kvcache.open(prompt.token_ids)
+    kvcache.reserve(prompt.cache, tokens)
+    kvcache.pool.bytes.random_(0, 256) if rank == 0 else kvcache.pool.bytes.fill_(1)
+    link = Link("memory", store, rank, config, IDENTITY)
+    link.connect(DEADLINE_S)
+    with Watch() as memory:
+        seen = (_send if rank == 0 else _receive)(link, kvcache, prompt, natural_gbps)
+    report({"rank": rank, "pool": kvcache.pool.bytes.numel(), "before": memory.start, "peak": memory.peak, "after": memory.now(),
+            "digest": _digest(kvcache, prompt), **seen})
+    link.close()
+
+
+def _send(link: Link, kvcache: KVCacheManager, prompt: Request, natural_gbps: float) -> dict:
+    plan = stream_plan(kvcache.layout, 1, 0, prompt.prompt_tokens)
+    link.receive(DEADLINE_S)  # "ready"
+    export = KVExport(kvcache, link, plan, snapshot_at=0, overlap=True)
+    export.attach(prompt)
+    began = due = time.monotonic()
+    for start in range(0, plan.end, CHUNK_TOKENS):
+        end = min(start + CHUNK_TOKENS, plan.end)
+        for layer, spec in enumerate(kvcache.layout.specs):
+            due += (spec.nbytes * (end - start) if spec.per_token else 0) * 8e-9 / natural_gbps
+            time.sleep(max(0.0, due - time.monotonic()))  # the layer computes
+            prompt.on_kv(layer, start, end)
+    with ThreadPoolExecutor(1) as pool:
+        export.finish(pool, DEADLINE_S)
+        done = export.report.result()
+    return {"bytes": done.bytes, "stalled_s": done.stalled_s, "took_s": time.monotonic() - began}
+
+
+def _receive(link: Link, kvcache: KVCacheManager, prompt: Request, _) -> dict:
+    def write_into_blocks(layer, start, end, data):
+        kvcache.pool.write_bytes(layer, _table(kvcache.layout, prompt, layer), start, end, data)
+
+    link.expect_stream(stream_plan(kvcache.layout, 1, 0, prompt.prompt_tokens), write_into_blocks)
+    link.send_message({"ready": True})
+    while not isinstance(link.receive(DEADLINE_S), StreamDone):
+        pass
+    return {}
+
+
+def _table(layout: Layout, prompt: Request, layer: int) -> array:
+    return prompt.cache.block_tables[layout.group_of_layer[layer].index]
+
+
+def _digest(kvcache: KVCacheManager, prompt: Request) -> list[int]:
+    """A sum of each layer's bytes, each weighted by its place."""
+    sums = []
+    for layer in range(len(kvcache.layout.specs)):
+        data = kvcache.pool.read_bytes(layer, _table(kvcache.layout, prompt, layer), 0, prompt.prompt_tokens).reshape(-1)
+        sums.append(int((data.long() * torch.arange(data.numel()).remainder_(65_521)).sum()))
+    return sums
+
+
+class Watch(PeakMemory):
+    """Looks at this process's resident memory every 20 ms."""
+
+    def __enter__(self):
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        return self
+
+    def _run(self):
+        while not self._done.wait(0.02):
+            self.look()
+
+    def __exit__(self, *_):
+        self._done.set()
+        self._thread.join()
+
+    def now(self) -> int:
+        return self._resident()
