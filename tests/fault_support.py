@@ -24,6 +24,7 @@ from test_transport_recovery import Fault, FaultyLane
 from torch.distributed import TCPStore
 
 from minprfaas import SamplingParams, generate, load
+from minprfaas.cluster import messages
 from minprfaas.cluster.launch import link_identity
 from minprfaas.cluster.local_node import LocalNode
 from minprfaas.cluster.prefill_node import PrefillNode
@@ -166,26 +167,28 @@ class ImpostorLane(Lane):
         return heard
 
 
+ABSURD_ORDERS = [dict(stream_id=-1), dict(stream_id=2**64 - 1), dict(token_ids=[]), dict(token_ids=[10**9]),
+                 dict(token_ids=[1] * 5000), dict(start=-1), dict(start=10**9), dict(snapshot_at=-16),
+                 dict(snapshot_at=2**40), dict(snapshot_at=17), dict(sampling={"x": 1}), dict(id=""), dict(id="0"),
+                 dict(sampling={"temperature": "hot"}), dict(sampling={"max_tokens": -1}), dict(stream_id="7")]
 ABSURD_MESSAGES = {
-    PREFILL: [dict(type="PrefillProgress", id="0", tokens=-5), dict(type="PrefillProgress", id="0", tokens=2**63),
-              dict(type="TransferDone", id="0", kv_bytes=-1, transfer_s=-1.0, exposed_s=9e99), dict(type="Surprise"), {},
-              dict(type="CacheEvents", sequence=-7, keys=["no hex"], tokens=[10**9], inventory=True),
-              dict(type="CacheEvents", sequence=2**60, keys=["a", "b"], tokens=[1], inventory=False),
-              dict(type="NodeReady", role="king", device="abacus", num_blocks=-1), dict(type="PrefillFailed", id="nobody", reason=""),
-              dict(type="TransferDone", id=["0"], kv_bytes=0, transfer_s=0, exposed_s=0), dict(type="PrefillOrder", id="0"),
-              dict(type="PrefillDone", id="0", first_token=10**6, cached_tokens=0, prefill_s=0.0)],
-    DECODE: [dict(type="PrefillOrder", **{**dict(id=f"absurd {number}", stream_id=2**40 + number, token_ids=list(range(1, 60)),
-                                                 start=0, snapshot_at=48, sampling={}), **change})
-             for number, change in enumerate((
-                 dict(stream_id=-1), dict(stream_id=2**64 - 1), dict(token_ids=[]), dict(token_ids=[10**9]), dict(start=-1),
-                 dict(start=10**9), dict(snapshot_at=-16), dict(snapshot_at=2**40), dict(snapshot_at=17), dict(sampling={"x": 1}),
-                 dict(sampling={"temperature": "hot"}), dict(sampling={"max_tokens": -1}), dict(token_ids=[1] * 5000), dict(id=""),
-                 dict(stream_id="7"), dict(id="0")))]
-    + [dict(type="PrefillAbort", id="nobody"), dict(type="Goodbye", peak_bytes=-1), dict(type="PrefillDone"), {}]}
+    PREFILL: [messages.encode(message) for message in (
+        messages.PrefillProgress("0", tokens=-5), messages.PrefillProgress("0", tokens=2**63),
+        messages.TransferDone("0", kv_bytes=-1, transfer_s=-1.0, exposed_s=9e99),
+        messages.TransferDone(["0"], kv_bytes=0, transfer_s=0, exposed_s=0),
+        messages.CacheEvents(sequence=-7, keys=["no hex"], tokens=[10**9], inventory=True),
+        messages.CacheEvents(sequence=2**60, keys=["a", "b"], tokens=[1], inventory=False),
+        messages.NodeReady("king", "abacus", num_blocks=-1), messages.PrefillFailed("nobody", ""),
+        messages.PrefillDone("0", first_token=10**6, cached_tokens=0, prefill_s=0.0))]
+    + [dict(type="Surprise"), dict(type="PrefillOrder", id="0"), {}],
+    DECODE: [messages.encode(messages.PrefillOrder(**{
+        **dict(id=f"absurd {number}", stream_id=2**40 + number, token_ids=list(range(1, 60)), start=0, snapshot_at=48,
+               sampling={}), **change})) for number, change in enumerate(ABSURD_ORDERS)]
+    + [messages.encode(messages.PrefillAbort("nobody")), messages.encode(messages.Goodbye(-1)), dict(type="PrefillDone"), {}]}
 
 
 class Site:
-    """Both datacenters. The prefill node runs in a thread (or, to be killed, in a process); the local one in the caller."""
+    """Both datacenters. The prefill node runs in a thread (or, to be killed, in a process), the local one in the caller."""
 
     def __init__(self, model, tokenizer, draw: random.Random, config: LinkConfig, secret: bytes | None):
         self.model, self.tokenizer, self.draw, self.config = model, tokenizer, draw, config
@@ -279,7 +282,7 @@ class Site:
             pieces = self._pieces(layer, start, end, data)
             self.arrived |= {piece[:2] for piece in pieces}
             if self.victim is None and not pieces <= self.sent:
-                self.failures.append(AssertionError(f"layer {layer}, tokens {start} to {end}: foreign bytes reached a block"))
+                self.failures.append(AssertionError(f"layer {layer}, tokens {start}-{end}: foreign bytes in a block"))
             write_bytes(layer, table, start, end, data)
 
         pool.write_bytes = compared
@@ -342,8 +345,8 @@ class Site:
 def run_fault(kind: str, seed: int, model, tokenizer, directory, processes) -> str:
     """One fault; returns how the request that it hit has ended. AssertionError as the module's docstring says."""
     draw = random.Random(f"{kind} {seed}")
-    config = LinkConfig(gbps=0.004 if kind == "killed" else None, lanes=2, chunk_bytes=2048, timeout_s=1.0 if kind in FINAL else 20.0,
-                        silence_s=0.5 if kind == "silence" else 5.0)
+    config = LinkConfig(gbps=0.004 if kind == "killed" else None, lanes=2, chunk_bytes=2048,
+                        timeout_s=1.0 if kind in FINAL else 20.0, silence_s=0.5 if kind == "silence" else 5.0)
     keyed = kind not in HEALED or seed % 3 < 2
     site = Site(model, tokenizer, draw, config, b"a shared secret" if keyed else None)
     if kind == "killed":
@@ -384,8 +387,8 @@ def outcome(journey) -> str:
 def _run_killed(site: Site, seed: int, directory, processes) -> str:
     rank = (PREFILL, DECODE)[seed % 2]
     site.side, site.fault = 1 - rank, seeded_fault("killed", site.draw)
-    site.victim = processes.Process(target=_victim, args=(rank, site.store.port, directory, site.config, site.identity.secret,
-                                                          site.prompt(320)), daemon=True)
+    site.victim = processes.Process(target=_victim, daemon=True, args=(
+        rank, site.store.port, directory, site.config, site.identity.secret, site.prompt(320)))
     site.victim.start()
     try:
         if rank == DECODE:

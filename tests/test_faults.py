@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import pytest
 from cluster_support import serve, two_datacenters
-from fault_support import (DEADLINE_S, DECODE, KINDS, PARAMS, PREFILL, Site, outcome, process_starter, run_fault, seeded_fault)
+from fault_support import (DEADLINE_S, DECODE, KINDS, PARAMS, PREFILL, Site, outcome, process_starter, run_fault,
+                           seeded_fault)
 from transport_support import in_parallel, new_store
 
 from minprfaas import SamplingParams, UserError, generate
@@ -97,7 +98,7 @@ def test_a_hybrid_goes_on_from_the_snapshot_if_that_arrived(models):
 def test_a_hybrid_without_its_snapshot_starts_over_because_rows_alone_are_no_state(models):
     site = broken_site(models, "kimi_linear", "cut for good", at=6)
     kvcache = site.local.engine.kvcache
-    kvcache.config = replace(kvcache.config, snapshot_every=1)  # so that the half-arrived state would be taken, if any were
+    kvcache.config = replace(kvcache.config, snapshot_every=1)  # the half-arrived state would be taken, if any
     (journey,) = site.serve(site.prompt(330))
     assert journey.arrived_tokens >= 16 and journey.request.cached_tokens == 0
     site.close()
@@ -110,8 +111,9 @@ def test_a_hybrid_without_its_snapshot_starts_over_because_rows_alone_are_no_sta
 def test_a_client_that_goes_away_frees_everything_on_both_sides(hybrid, stage):
     gone, stays = [random.Random(2).choices(range(1, 257), k=size) for size in (450, 150)]
     with two_datacenters(*hybrid, threshold=100, overlap=False) as (local, remote):
-        journeys = [local.submit(local.engine.request(id, prompt, LONG)) for id, prompt in (("gone", gone), ("stays", stays))]
-        reached = {"queued": lambda: True, "away": lambda: remote.exports, "decoding": lambda: journeys[0].request.output_ids,
+        journeys = [local.submit(local.engine.request(*each, LONG)) for each in (("gone", gone), ("stays", stays))]
+        reached = {"queued": lambda: True, "away": lambda: remote.exports,
+                   "decoding": lambda: journeys[0].request.output_ids,
                    "finished": lambda: journeys[0].request.finish_reason}[stage]
         until = time.monotonic() + DEADLINE_S
         while not reached():

@@ -39,17 +39,19 @@ def main(argv: list[str]) -> int:
     config = LinkConfig(gbps=args.natural_gbps / 10, rtt_ms=20, lanes=2)
     found = in_two_processes(_node, config, args.tokens, args.natural_gbps, steps=2)
     sender, receiver = sorted(found, key=lambda row: row["rank"])
-    print(f"{args.tokens:,} tokens, {human_bytes(sender['bytes'])} of KVCache, emitted at {args.natural_gbps:g} Gbps (synthetic "
-          f"prefill), over a line of {config.gbps:g} Gbps (emulated)\n")
-    rows = [[name, *(human_bytes(row[when]) for when in ("pool", "before", "peak", "after")),
-             f"{(row['peak'] - row['before']) / 2**20:+.1f} MiB"] for name, row in (("sender", sender), ("receiver", receiver))]
-    print(table(["process", "of it pool", "before", "peak", "after", "growth"], rows))
-    growth_mib = max(row["peak"] - row["before"] for row in found) / 2**20
-    print(f"\n  resident memory, with every page of the pool touched beforehand. At most {human_bytes(config.max_inflight_bytes)} are "
-          f"queued or in flight;\n  the sender was held back for {sender['stalled_s']:.1f} of {sender['took_s']:.1f} s.")
-    print(f"\nThe bytes {'are identical' if sender['digest'] == receiver['digest'] else 'DIFFER'}; the larger growth is {growth_mib:.1f} MiB, "
-          f"{'within' if growth_mib <= LIMIT_MIB else 'ABOVE'} the limit of {LIMIT_MIB} MiB.")
-    return int(growth_mib > LIMIT_MIB or sender["digest"] != receiver["digest"])
+    print(f"{args.tokens:,} tokens, {human_bytes(sender['bytes'])} of KVCache, emitted at {args.natural_gbps:g} Gbps "
+          f"(synthetic prefill), over a line of {config.gbps:g} Gbps (emulated)\n")
+    growth_mib = [(row["peak"] - row["before"]) / 2**20 for row in (sender, receiver)]
+    print(table(["process", "of it pool", "before", "peak", "after", "growth"],
+                [[name, *(human_bytes(row[when]) for when in ("pool", "before", "peak", "after")), f"{growth:+.1f} MiB"]
+                 for name, row, growth in zip(("sender", "receiver"), (sender, receiver), growth_mib)]))
+    print(f"\n  Resident memory, with every page of the pool touched beforehand. At most "
+          f"{human_bytes(config.max_inflight_bytes)} are queued or in flight;\n  the sender was held back for "
+          f"{sender['stalled_s']:.1f} of {sender['took_s']:.1f} s.")
+    identical, within = sender["digest"] == receiver["digest"], max(growth_mib) <= LIMIT_MIB
+    print(f"\nThe bytes {'are identical' if identical else 'DIFFER'}; the larger growth is {max(growth_mib):.1f} MiB, "
+          f"{'within' if within else 'ABOVE'} the limit of {LIMIT_MIB} MiB.")
+    return int(not (identical and within))
 
 
 def _node(rank, store, report, config, tokens, natural_gbps):
@@ -64,8 +66,8 @@ def _node(rank, store, report, config, tokens, natural_gbps):
     link.connect(DEADLINE_S)
     with Watch() as memory:
         seen = (_send if rank == 0 else _receive)(link, kvcache, prompt, natural_gbps)
-    report({"rank": rank, "pool": kvcache.pool.bytes.numel(), "before": memory.start, "peak": memory.peak, "after": memory.now(),
-            "digest": _digest(kvcache, prompt), **seen})
+    report({"rank": rank, "pool": kvcache.pool.bytes.numel(), "before": memory.start, "peak": memory.peak,
+            "after": memory.now(), "digest": _digest(kvcache, prompt), **seen})
     link.close()
 
 

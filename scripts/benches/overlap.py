@@ -62,8 +62,8 @@ def row(args: argparse.Namespace, prompts: Path, share: float, free: dict, bar: 
     gbps = free["kv_bytes"] * 8e-9 / (share * free["prefill_s"])
     runs = [(run(args, prompts, gbps, True, bar), run(args, prompts, gbps, False, bar)) for _ in range(args.repeats)]
     ttft_s, plain_s, prefill_s, hidden = (statistics.median(values) for values in zip(*(
-        (with_it["ttft_s"], without["ttft_s"], without["prefill_s"], 1 - with_it["transfer_exposed_s"] / with_it["transfer_s"])
-        for with_it, without in runs)))
+        (one["ttft_s"], plain["ttft_s"], plain["prefill_s"], 1 - one["transfer_exposed_s"] / one["transfer_s"])
+        for one, plain in runs)))
     transfer_s = free["kv_bytes"] * 8e-9 / gbps
     chunk = args.prefill_chunk / free["prompt_tokens"]
     if transfer_s < prefill_s:
@@ -89,7 +89,8 @@ def run(args: argparse.Namespace, prompts: Path, gbps: float | None, overlap: bo
 
 
 def _program(name: str, *arguments: str) -> None:
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}  # two processes, and two cores are enough
     done = subprocess.run([sys.executable, str(SCRIPTS / name), *arguments], capture_output=True, text=True,
-                          timeout=RUN_DEADLINE_S, env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
+                          timeout=RUN_DEADLINE_S, env=environment)
     if done.returncode:
         raise UserError(f"{name} ended with status {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")

@@ -1,0 +1,190 @@
+"""Chapter 14: when things break. A cut line, a damaged byte, an impostor and a dead datacenter, and no answer lost.
+
+    python tutorials/14_when_things_break.py
+
+Datacenter A, another process, prefills long documents; datacenter B, this process, decodes. While four requests run,
+four things break. Each answer is compared, token by token, with that of one process to which nothing happens. The
+line's rate and round trip are emulated; the connections, the kill and the recovery are real. The paper is silent here.
+"""
+
+import functools
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+
+import torch
+from torch.distributed import TCPStore
+
+from minprfaas import SamplingParams, generate, load
+from minprfaas.cluster.launch import link_identity
+from minprfaas.cluster.local_node import LocalNode
+from minprfaas.cluster.prefill_node import PrefillNode
+from minprfaas.config import CacheConfig, LinkConfig
+from minprfaas.documents import EVALUATION_SEEDS, make_document
+from minprfaas.engine.engine import Engine
+from minprfaas.observe.report import human_bytes, table
+from minprfaas.transport import Link, LinkDown
+from minprfaas.transport.frames import HEADER_BYTES, Kind
+from minprfaas.transport.lanes import Lane
+
+TOKENS, GREEDY = 1536, SamplingParams(max_tokens=12)
+LINE = LinkConfig(gbps=0.02, rtt_ms=20, lanes=3, chunk_bytes=32 * 1024, timeout_s=30)
+HALF = 30  # chunks, of about 60
+SECRET = "a secret that both datacenters were given"
+HEADERS = ["what happens", "route", "epoch", "KV arrived", "chunks twice", "TTFT", "trouble to first token", "answer"]
+
+
+def node(store: TCPStore, rank: int) -> tuple[Engine, Link]:
+    """What either datacenter starts with: the embedded model, a pool, and its end of the link."""
+    torch.set_num_threads(1)
+    model, tokenizer = load()
+    engine = Engine(model, tokenizer, CacheConfig(num_blocks=400), prefill_chunk=256)
+    return engine, Link("a-b", store, rank, LINE, link_identity(model, engine.layout))
+
+
+def datacenter_a(port: int, may_come) -> None:
+    """A prefill node; the second one is a spare that waits until the first is dead."""
+    logging.disable(logging.WARNING)
+    engine, link = node(TCPStore("127.0.0.1", port, None, False), 0)
+    may_come.wait()
+    link.connect(deadline_s=60)
+    PrefillNode(engine, link, transfer_deadline_s=60).serve()
+    link.close()
+
+
+class Line:
+    """What all lanes of B lead through: looks at every chunk that arrives, and once does something to it."""
+
+    def watch(self, trouble=None) -> None:
+        """Start counting; `trouble(lane, slot)` happens to chunk number `HALF`."""
+        self.trouble, self.chunks, self.bytes, self.twice, self.struck_s = trouble, 0, 0, 0, None
+        self._seen: set[tuple] = set()
+
+    def pass_on(self, lane: Lane, slot) -> None:
+        header = lane.codec.open(slot.view)
+        if header.kind != Kind.CHUNK:
+            return
+        self.chunks, self.bytes = self.chunks + 1, self.bytes + header.nbytes
+        place = (header.stream, header.layer, header.start, header.offset)
+        self.twice += place in self._seen
+        self._seen.add(place)
+        if self.chunks == HALF and self.trouble is not None:
+            self.struck_s = time.monotonic()
+            self.trouble(lane, slot)
+
+
+class WatchedLane(Lane):
+    """A lane that shows the line what arrives before it is handled."""
+
+    def __init__(self, line: Line, *arguments):
+        self.line = line
+        super().__init__(*arguments)
+
+    def receive_frames(self, handle):
+        def look_first(lane, slot):
+            self.line.pass_on(lane, slot)
+            handle(lane, slot)
+
+        super().receive_frames(look_first)
+
+
+def serve(local: LocalNode, line: Line, seed: int, trouble=None) -> tuple:
+    """One long request, in whose middle `trouble` strikes; returns its journey and whether the answer is right."""
+    encode = local.engine.tokenizer.encode
+    document = make_document(EVALUATION_SEEDS + seed, TOKENS, encode)
+    prompt = document.prompt(document.questions[0])
+    line.watch(trouble)
+    journey = local.submit(local.engine.request(f"document {seed}", prompt, GREEDY))
+    local.run()
+    (alone,) = generate(local.engine.model, local.engine.tokenizer, [prompt], GREEDY)
+    return journey, journey.request.output_ids == alone.token_ids
+
+
+def row(what: str, local: LocalNode, line: Line, journey, same: bool) -> list:
+    """One line of a table."""
+    request = journey.request
+    after = "–" if line.struck_s is None else f"{request.first_token_s - line.struck_s:.2f} s"
+    return [what, journey.route, local.link.epoch, human_bytes(line.bytes), line.twice,
+            f"{request.first_token_s - request.arrived_s:.2f} s", after, "identical" if same else "DIFFERENT"]
+
+
+def cut(lane: Lane, slot) -> None:
+    """The connection breaks; whatever is on it is gone."""
+    lane.cut()
+
+
+def flip_a_bit(lane: Lane, slot) -> None:
+    """One of the bits that arrived is not the one that was sent."""
+    slot.view[HEADER_BYTES + 1000] ^= 4
+
+
+def impostor(store: TCPStore, identity) -> None:
+    """Takes the dead node's place at the link, with a guessed secret."""
+    try:
+        Link("a-b", store, 0, LINE, replace(identity, secret=b"a guess")).connect(deadline_s=10)
+        print("   an impostor with a guessed secret was let in")
+    except LinkDown as error:
+        print(f"   an impostor with a guessed secret knocks first, and is refused: {error}\n")
+
+
+def main() -> None:
+    os.environ["MINPRFAAS_SECRET"] = SECRET
+    logging.disable(logging.WARNING)  # what a link would log is told below
+    store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    context = multiprocessing.get_context("spawn")
+    turns = [context.Event(), context.Event()]
+    first, spare = [context.Process(target=datacenter_a, args=(store.port, turn), daemon=True) for turn in turns]
+    first.start()
+    spare.start()
+    turns[0].set()
+    engine, link = node(store, 1)
+    line = Line()
+    link.lane_type = functools.partial(WatchedLane, line)
+    link.connect(deadline_s=60)
+    local = LocalNode(engine, link, threshold=512, offload_deadline_s=60)
+    print(f"Documents of {TOKENS:,} tokens are prefilled in A; their KVCache crosses {LINE.lanes} lanes of a line of "
+          f"{LINE.gbps * 1e3:g} Mbps,\n{LINE.rtt_ms:g} ms round trip (emulated), to B, where trouble strikes "
+          f"at chunk {HALF}.\n")
+
+    print("1. A line on which something happens\n")
+    rows = [row("nothing", local, line, *serve(local, line, 0))]
+    rows.append(row("a lane is cut", local, line, *serve(local, line, 1, cut)))
+    rows.append(row("a bit is flipped", local, line, *serve(local, line, 2, flip_a_bit)))
+    print(table(HEADERS, rows))
+    print("""
+   A cut ends the epoch: all lanes come back together under the next one and go on after the last acknowledged chunk,
+   so only what was in flight crosses twice. A flipped bit costs one chunk: its digest is wrong, and it is sent again.
+""")
+
+    print("2. A is killed (SIGKILL), an impostor takes its place, and then a true spare comes\n")
+
+    def succession():
+        impostor(store, link_identity(engine.model, engine.layout))
+        turns[1].set()
+
+    def kill(lane, slot):
+        os.kill(first.pid, signal.SIGKILL)
+        threading.Thread(target=succession, daemon=True).start()
+
+    journey, same = serve(local, line, 3, kill)
+    rows = [*rows, row("A is killed", local, line, journey, same)]
+    rows.append(row("nothing, by the spare", local, line, *serve(local, line, 4)))
+    print(table(HEADERS, rows[3:]))
+    print(f"""
+   B says: {journey.fallback!r}. The request was prefilled again here (route pdp). A dense model would have gone on
+   from the last full block that arrived; this hybrid needs the state of its linear layers too, which comes last.
+""")
+    local.shutdown(deadline_s=10)
+    link.close()
+    engine.kvcache.check()
+    stats, right = engine.kvcache.stats(), sum(line[-1] == "identical" for line in rows)
+    print(f"Four mishaps, {right} of {len(rows)} answers identical to those of one process; of B's {stats.total} blocks "
+          f"{stats.free} are free,\n{stats.cached} cached and {stats.in_use} in use. Next: 15, the road to production.")
+
+
+if __name__ == "__main__":
+    main()
