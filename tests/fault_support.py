@@ -11,32 +11,26 @@ import contextlib
 import functools
 import itertools
 import multiprocessing
-import os
 import random
-import signal
 import threading
 import time
 from dataclasses import replace
 from datetime import timedelta
 
 import torch
-from test_transport_recovery import Fault, FaultyLane
+from fault_lanes import DECODE, PREFILL, ImpostorLane, NodeLane
+from test_transport_recovery import Fault
 from torch.distributed import TCPStore
 
 from minprfaas import SamplingParams, generate, load
-from minprfaas.cluster import messages
 from minprfaas.cluster.launch import link_identity
 from minprfaas.cluster.local_node import LocalNode
 from minprfaas.cluster.prefill_node import PrefillNode
 from minprfaas.config import CacheConfig, LinkConfig
 from minprfaas.engine.engine import Engine
 from minprfaas.transport import Link, LinkDown
-from minprfaas.transport.frames import HEADER_BYTES, Codec, Header, Kind, Slot
-from minprfaas.transport.handshake import NONCE_BYTES
-from minprfaas.transport.lanes import Lane
 
 DEADLINE_S = 60.0
-PREFILL, DECODE = 0, 1  # ranks: datacenter A, datacenter B
 HEALED = ("cut", "stall", "silence", "duplicate", "reorder", "flip payload", "flip header", "truncate", "garbage",
           "absurd", "replay")  # the link gets over it by itself
 ENDURED = ("absurd messages", "client gone")  # the link is well; the request may not be
@@ -44,147 +38,6 @@ IMPOSTORS = ("wrong secret", "wrong model", "replayed handshake")
 FINAL = ("cut for good", "node dies", "killed", *IMPOSTORS)  # the link is lost
 KINDS = (*HEALED, *ENDURED, *FINAL, "node restarts")
 PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
-KEY_OF_THE_HELLO = len(b"minprfaas link") + 8 + NONCE_BYTES  # where the hello's terms begin
-FOREIGN = 0xEE
-
-
-class _Sent:
-    """Stands for a send that never happens."""
-
-    def wait(self, _):
-        return True
-
-    def is_completed(self):
-        return True
-
-
-class NodeLane(FaultyLane):
-    """One lane of a node: everything that can happen to a frame below, and what can happen to a node, at that frame."""
-
-    def __init__(self, site: "Site", *arguments):
-        self.site, self.muted = site, False
-        super().__init__(*arguments)
-
-    @property
-    def fault(self):
-        return self.site.fault if self.rank == self.site.side else None
-
-    def exchange(self, data):
-        self.site.words[self.index].append(data)
-        return super().exchange(data)
-
-    def transmit(self, tensor):
-        if self.muted:
-            return _Sent()
-        is_chunk = tensor.numel() > HEADER_BYTES and tensor[5] == Kind.CHUNK
-        if is_chunk and self.rank == PREFILL:
-            self.site.chunks.append(tensor.clone())
-        if self.fault is not None and self.fault.kind == "absurd" and not is_chunk:
-            return Lane.transmit(self, tensor)
-        return super().transmit(tensor)
-
-    def _flip_payload(self, frame, draw):
-        frame[draw.randrange(HEADER_BYTES, len(frame))] ^= 1 << draw.randrange(8)
-        return self.keep(frame)
-
-    def _flip_header(self, frame, draw):
-        frame[draw.randrange(HEADER_BYTES)] ^= 1 << draw.randrange(8)
-        return self.keep(frame)
-
-    def _silence(self, frame, draw):
-        for lane in self.site.links[self.rank]._lanes if draw.random() < 0.5 else [self]:
-            lane.muted = True
-        return _Sent()
-
-    def _cut_for_good(self, frame, _):
-        for link in self.site.links.values():
-            link.lane_type = _no_line
-        self.cut()
-        return _Sent()
-
-    def _client_gone(self, frame, _):
-        self.site.client_gone.set()
-        return self.keep(frame)
-
-    def _absurd_messages(self, frame, _):
-        for message in ABSURD_MESSAGES[self.rank]:
-            self.site.links[self.rank].send_message(message)
-        return self.keep(frame)
-
-    def _node_dies(self, frame, _):
-        self.site.kill_prefill_node()
-        return _Sent()
-
-    def _node_restarts(self, frame, _):
-        self.site.kill_prefill_node()
-        self.site.start_prefill_node()
-        return _Sent()
-
-    def _wrong_secret(self, frame, _):
-        return self._impostor(replace(self.site.identity, secret=b"a guess"))
-
-    def _wrong_model(self, frame, _):
-        return self._impostor(replace(self.site.identity, fingerprint=b"another model"))
-
-    def _replayed_handshake(self, frame, _):
-        return self._impostor(self.site.identity, words={index: list(words) for index, words in self.site.words.items()})
-
-    def _impostor(self, identity, words=None):
-        self.site.start_impostor(identity, words)
-        self.site.kill_prefill_node()
-        return _Sent()
-
-    def _killed(self, frame, _):
-        os.kill(self.site.victim.pid, signal.SIGKILL)
-        return self.keep(frame)
-
-
-def _no_line(*_):
-    raise LinkDown("the line is cut")
-
-
-class ImpostorLane(Lane):
-    """Shakes hands as whoever it says it is, or in recorded words, and sends chunks whatever the verdict."""
-
-    def __init__(self, site, words, *arguments):
-        self.site, self.recorded, self.said = site, words, 0
-        super().__init__(*arguments)
-
-    def exchange(self, data):
-        if self.recorded is not None:
-            word = self.recorded[self.index][self.said]
-            data = word[:KEY_OF_THE_HELLO] + data[KEY_OF_THE_HELLO:] if self.said == 0 else word
-        self.said += 1
-        heard = super().exchange(data)
-        if self.said == 4:
-            self.site.writes_before_impostor = self.site.writes
-            header = Header(Kind.CHUNK, seq=10_000, stream=self.site.stream_id, layer=0, start=0, end=1, nbytes=64)
-            slot = Slot(64)
-            slot.payload.fill_(FOREIGN)
-            Codec(64).seal(header, slot.view)
-            for frame in (slot.tensor, *self.site.chunks[-2:]):
-                FaultyLane.kept.append((self.transmit(frame), frame))
-        return heard
-
-
-ABSURD_ORDERS = [dict(stream_id=-1), dict(stream_id=2**64 - 1), dict(token_ids=[]), dict(token_ids=[10**9]),
-                 dict(token_ids=[1] * 5000), dict(start=-1), dict(start=10**9), dict(snapshot_at=-16),
-                 dict(snapshot_at=2**40), dict(snapshot_at=17), dict(sampling={"x": 1}), dict(id=""), dict(id="0"),
-                 dict(sampling={"temperature": "hot"}), dict(sampling={"max_tokens": -1}), dict(stream_id="7")]
-ABSURD_MESSAGES = {
-    PREFILL: [messages.encode(message) for message in (
-        messages.PrefillProgress("0", tokens=-5), messages.PrefillProgress("0", tokens=2**63),
-        messages.TransferDone("0", kv_bytes=-1, transfer_s=-1.0, exposed_s=9e99),
-        messages.TransferDone(["0"], kv_bytes=0, transfer_s=0, exposed_s=0),
-        messages.CacheEvents(sequence=-7, keys=["no hex"], tokens=[10**9], inventory=True),
-        messages.CacheEvents(sequence=2**60, keys=["a", "b"], tokens=[1], inventory=False),
-        messages.NodeReady("king", "abacus", num_blocks=-1), messages.PrefillFailed("nobody", ""),
-        messages.PrefillDone("0", first_token=10**6, cached_tokens=0, prefill_s=0.0))]
-    + [dict(type="Surprise"), dict(type="PrefillOrder", id="0"), {}],
-    DECODE: [messages.encode(messages.PrefillOrder(**{
-        **dict(id=f"absurd {number}", stream_id=2**40 + number, token_ids=list(range(1, 60)), start=0, snapshot_at=48,
-               sampling={}), **change})) for number, change in enumerate(ABSURD_ORDERS)]
-    + [messages.encode(messages.PrefillAbort("nobody")), messages.encode(messages.Goodbye(-1)), dict(type="PrefillDone"), {}]}
 
 
 class Site:

@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import pytest
 from cluster_support import serve, two_datacenters
-from fault_support import (DEADLINE_S, DECODE, KINDS, PARAMS, PREFILL, Site, outcome, process_starter, run_fault,
-                           seeded_fault)
+from fault_lanes import DECODE, PREFILL
+from fault_support import DEADLINE_S, KINDS, PARAMS, Site, outcome, process_starter, run_fault, seeded_fault
 from transport_support import in_parallel, new_store
 
 from minprfaas import SamplingParams, UserError, generate
