@@ -39,7 +39,8 @@ def parser() -> argparse.ArgumentParser:
         description="Process 0 is the PrfaaS datacenter, process 1 the local PD datacenter with the front end. Start it "
                     "with `torchrun --nproc-per-node 2`, or plainly: then it starts its two processes itself.")
     p.add_argument("--model", metavar="DIR", help="Hugging Face directory (default: the embedded model)")
-    p.add_argument("--prompts", metavar="FILE.jsonl", required=True, help='one {"id", "prompt", "max_tokens"} a line; {"after": id} continues that conversation')
+    p.add_argument("--prompts", metavar="FILE.jsonl", required=True,
+                   help='one {"id", "prompt", "max_tokens"} a line; {"after": id} continues that conversation')
     p.add_argument("--threshold", type=int, default=1024, metavar="T", help="offload above T uncached tokens (1024)")
     p.add_argument("--link-gbps", type=float, metavar="G", help="emulated bandwidth (default: as fast as it goes)")
     p.add_argument("--rtt-ms", type=float, default=0.0, metavar="MS", help="emulated round-trip time (0)")
@@ -115,7 +116,8 @@ def _checked(args: argparse.Namespace) -> tuple[LinkConfig, tuple[WeatherChange,
     weather = load_weather(args.weather) if args.weather else ()
     # On GPUs each chunk costs a copy and a few launches at either end: fewer, larger ones.
     sizes = dict(chunk_bytes=4 * 2**20, max_inflight_bytes=256 * 2**20) if args.device.startswith("cuda") else {}
-    return LinkConfig(args.link_gbps, args.rtt_ms, args.lanes, timeout_s=args.link_timeout_s, **sizes), weather, read_prompts(args.prompts)
+    config = LinkConfig(args.link_gbps, args.rtt_ms, args.lanes, timeout_s=args.link_timeout_s, **sizes)
+    return config, weather, read_prompts(args.prompts)
 
 
 def _longest_they_can_get(prompts: list[Prompt], tokenizer: Tokenizer) -> dict[str, int]:
@@ -130,7 +132,8 @@ def _longest_they_can_get(prompts: list[Prompt], tokenizer: Tokenizer) -> dict[s
 class FrontEnd:
     """The PD process's screen: submits the prompts, shows what happens, prints the table, checks the answers."""
 
-    def __init__(self, args: argparse.Namespace, engine: Engine, link: Link, prompts: list[Prompt], link_config: LinkConfig):
+    def __init__(self, args: argparse.Namespace, engine: Engine, link: Link, prompts: list[Prompt],
+                 link_config: LinkConfig):
         self.args, self.engine, self.link, self.link_config = args, engine, link, link_config
         self.prompts = {prompt.id: prompt for prompt in prompts}
         self.node = LocalNode(engine, link, args.threshold, args.deadline_s, self._on_update, args.ship_prefixes)
@@ -199,7 +202,9 @@ class FrontEnd:
 
     def _print_answer(self, journey: Journey) -> None:
         request, prompt = journey.request, self.prompts[journey.request.id]
-        mark = "" if prompt.expected is None else ("  ✓" if request.text.strip() == prompt.expected else f"  ✗ expected {prompt.expected}")
+        mark = ""
+        if prompt.expected is not None:
+            mark = "  ✓" if request.text.strip() == prompt.expected else f"  ✗ expected {prompt.expected}"
         question = prompt.text.rstrip().splitlines()
         asked = next((line for line in reversed(question) if line.startswith("Question:")), question[-1])
         self.screen.line(f"[{request.id}] {asked[:90]}\n    {request.text.strip()}{mark}")
@@ -209,18 +214,20 @@ class FrontEnd:
         for journey in self.journeys:
             row = self._row(journey)
             away = journey.route == "prfaas"
-            rows.append([journey.request.id, row["prompt_tokens"], row["cached_tokens"], journey.route, human_bytes(journey.kv_bytes) if away else "–",
-                         f"{journey.prefill_s:.2f}", f"{journey.transfer_s:.2f}" if away else "–",
+            rows.append([journey.request.id, row["prompt_tokens"], row["cached_tokens"], journey.route,
+                         human_bytes(journey.kv_bytes) if away else "–", f"{journey.prefill_s:.2f}",
+                         f"{journey.transfer_s:.2f}" if away else "–",
                          f"{journey.hidden:.0%}" if away else "–", f"{row['ttft_s']:.2f}", f"{row['tokens_per_s']:.1f}"])
-        headers = ["request", "tokens", "cached", "route", "KV crossed", "prefill s", "transfer s*", "hidden*", "TTFT s*", "tokens/s"]
+        headers = ["request", "tokens", "cached", "route", "KV crossed", "prefill s", "transfer s*", "hidden*", "TTFT s*",
+                   "tokens/s"]
         print("\n" + table(headers, rows))
         print("  * over the emulated link; hidden = share of the transfer that ran while prefill still did")
         for journey in self.journeys:
             if journey.fallback is not None:
                 print(f"  {journey.request.id} was offloaded and came back: {journey.fallback}")
             if journey.route == "prfaas" and journey.request.cached_tokens:
-                print(f"  {journey.request.id}: B held {journey.request.cached_tokens:,} of its tokens, so {human_bytes(journey.kv_bytes)} "
-                      f"crossed instead of {human_bytes(self._row(journey)['kv_bytes_without_cache'])}")
+                print(f"  {journey.request.id}: B held {journey.request.cached_tokens:,} of its tokens, so "
+                      f"{human_bytes(journey.kv_bytes)} crossed instead of {human_bytes(self._row(journey)['kv_bytes_without_cache'])}")
             if journey.prefix_bytes:
                 print(f"  {journey.request.id} began with {journey.prefix.end:,} cached tokens shipped from "
                       f"{journey.prefix.source} ({human_bytes(journey.prefix_bytes)})")

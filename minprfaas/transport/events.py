@@ -43,6 +43,8 @@ class ArrivalReport:
 
 @dataclass(frozen=True)
 class MessageReceived:
+    """A control message of the peer's, whole and in order."""
+
     message: dict
 
 
@@ -65,6 +67,8 @@ class StreamFailed:
 
 @dataclass(frozen=True)
 class LinkLost:
+    """The link is gone for good; its last event."""
+
     reason: str
 
 

@@ -32,6 +32,8 @@ HEADER_BYTES = _FIELDS.size + _TAG_BYTES
 
 
 class Kind(IntEnum):
+    """What a frame is."""
+
     CHUNK = 1  # bytes of a KV stream
     MESSAGE = 2  # (part of) a JSON control message; `stream` is the part's number, `start` how many parts follow
     ACK = 3  # payload: sequence numbers that were written
@@ -156,10 +158,12 @@ def decode_message(data: bytes) -> dict:
 
 
 def encode_acks(seqs: list[int]) -> bytes:
+    """Sequence numbers as the payload of an ACK, 8 bytes each."""
     return struct.pack(f"<{len(seqs)}Q", *seqs)
 
 
 def decode_acks(data: memoryview) -> list[int]:
+    """The sequence numbers of an ACK. Raises FrameError when it is no list of them."""
     if len(data) % 8:
         raise FrameError(f"an acknowledgement of {len(data)} bytes is no list of 8-byte numbers")
     return [*struct.unpack(f"<{len(data) // 8}Q", data)]

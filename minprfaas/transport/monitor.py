@@ -13,6 +13,8 @@ STALL_AFTER_S = 0.5  # bytes waiting and no acknowledgement for this long (plus 
 
 @dataclass(frozen=True)
 class Sample:
+    """The link over one interval that ended at `time_s` (`time.monotonic()`)."""
+
     time_s: float
     egress_gbps: float
     utilization: float  # of the emulated rate; without one, the share of the time in which bytes were in flight

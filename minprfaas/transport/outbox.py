@@ -47,6 +47,7 @@ class Frame:
 
 
 def control_frame(kind: Kind, payload: bytes = b"", **fields) -> Frame:
+    """A frame that is no chunk, with its payload in place."""
     slot = Slot(len(payload))
     slot.view[HEADER_BYTES:] = payload
     return Frame(Header(kind, nbytes=len(payload), **fields), slot)
