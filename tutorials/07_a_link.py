@@ -155,7 +155,7 @@ def main() -> None:
     weather(store, len(LINES))
     other.join(10)
     print("\nA line keeps its rate whatever its delay, a header vouches for itself, and a stranger gets nothing. "
-          "Next: 08, layer by layer.")
+          "Next: tutorials/08_layerwise_streaming.py, layer by layer.")
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ def main() -> None:
         write_timeline(args.timeline, pictures[0.5].events())
         print(f"\n  {args.timeline} holds it for ui.perfetto.dev")
     print("\nA transfer that fits into the prefill all but vanishes; one that does not still starts early. "
-          "Next: 09, inside a datacenter.")
+          "Next: tutorials/10_the_throughput_model.py, which requests should go at all.")
 
 
 if __name__ == "__main__":

@@ -183,7 +183,7 @@ def main() -> None:
     engine.kvcache.check()
     stats, right = engine.kvcache.stats(), sum(line[-1] == "identical" for line in rows)
     print(f"Four mishaps, {right} of {len(rows)} answers identical to those of one process; of B's {stats.total} blocks "
-          f"{stats.free} are free,\n{stats.cached} cached and {stats.in_use} in use. Next: 15, the road to production.")
+          f"{stats.free} are free,\n{stats.cached} cached and {stats.in_use} in use. Next: bash scripts/demo.sh, all of it at once.")
 
 
 if __name__ == "__main__":
