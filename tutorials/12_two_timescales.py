@@ -113,4 +113,4 @@ print("""
 * requests/s whose first token came within 10 s. All figures are simulated: service times are the paper's profiles'.
 
 One router, two loops around it: seconds for the threshold, minutes for the roles. Tables over many seeds come from
-`python scripts/bench.py policies`. Chapter 13 puts the whole system together, with real tokens.""")
+`python scripts/bench.py policies`. `bash scripts/demo.sh` is the whole system, with real tokens.""")
