@@ -148,7 +148,8 @@ class FrontEnd:
         started_s = time.monotonic()
         self._submit_after(None)
         self.node.run()
-        self.journeys.sort(key=lambda journey: list(self.prompts).index(journey.request.id))
+        finished = {journey.request.id: journey for journey in self.journeys}
+        self.journeys = [finished[id] for id in self.prompts]  # in the file's order
         self.node.shutdown(deadline_s=30)
         self.screen.close()
         elapsed_s = time.monotonic() - started_s
@@ -185,10 +186,12 @@ class FrontEnd:
         say(f"routing       more than {self.args.threshold:,} uncached tokens → A, else B\n")
 
     def _on_update(self, journey: Journey, update: TokenUpdate | None) -> None:
-        journeys = self.journeys
-        self.screen.prefilled(sum(self._prefilled_tokens(j) for j in journeys))
-        self.screen.streamed(sum(j.received_bytes for j in journeys), sum(j.expected_bytes for j in journeys))
-        self.screen.decoded(sum(len(j.request.output_ids) for j in journeys), update.request.text if update else "")
+        if self.screen.shown:
+            journeys = self.journeys
+            self.screen.prefilled(sum(self._prefilled_tokens(j) for j in journeys))
+            self.screen.streamed(sum(j.received_bytes for j in journeys), sum(j.expected_bytes for j in journeys))
+            drawn = sum(len(j.request.token_ids) - j.request.prompt_tokens for j in journeys)
+            self.screen.decoded(drawn, update.request.text if update else "")
         if update is not None and update.request.finish_reason is not None:
             self._print_answer(journey)
             self._submit_after(update.request)
@@ -196,7 +199,7 @@ class FrontEnd:
     @staticmethod
     def _prefilled_tokens(journey: Journey) -> int:
         request = journey.request
-        if request.output_ids:
+        if len(request.token_ids) > request.prompt_tokens:
             return request.prompt_tokens
         return journey.done_tokens if request.cache is None or journey.route == "prfaas" else request.cache.num_tokens
 

@@ -9,8 +9,8 @@ class Screen:
     """Three bars on a terminal (none where the output is a file) and lines that stay. Totals may grow."""
 
     def __init__(self, prefill_tokens: int, answer_tokens: int, stream=sys.stderr):
-        shown = stream.isatty()
-        options = dict(file=stream, disable=not shown, leave=False, dynamic_ncols=True, mininterval=0.05)
+        self.shown = stream.isatty()
+        options = dict(file=stream, disable=not self.shown, leave=False, dynamic_ncols=True, mininterval=0.05)
         self._prefill = tqdm(total=prefill_tokens, desc="prefill   ", unit="tok", position=0, **options)
         self._link = tqdm(total=0, desc="KV stream ", unit="B", unit_scale=True, unit_divisor=1024, position=1, **options)
         self._decode = tqdm(total=answer_tokens, desc="decode    ", unit="tok", position=2, **options)
