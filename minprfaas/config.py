@@ -4,11 +4,27 @@
 MLP; a new architecture is a new reader in `FAMILIES` that lays out the same pieces.
 """
 
-import json
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
-from minprfaas.errors import UserError
+from minprfaas.errors import UserError, require_number
+from minprfaas.files import read_json
+
+
+class StateKind(Enum):
+    """How a layer's state relates to the tokens of a request (paper 3.2)."""
+
+    TOKEN = "token"  # a row for each token: grows with the context, partial prefixes can be reused
+    REQUEST = "request"  # one size whatever the context: reusable only at exactly the length it was taken at
+
+
+class Role(str, Enum):
+    """What a node does for requests at present. A PD node can change between PDP and PDD."""
+
+    PRFAAS = "prfaas"  # prefill only, in a datacenter of its own
+    PDP = "pdp"  # prefill in the local PD cluster
+    PDD = "pdd"  # decode, in the local PD cluster
 
 
 @dataclass(frozen=True)
@@ -128,24 +144,9 @@ class ModelConfig:
             raise UserError(f"config.json of architecture {family!r} is malformed: {error}") from None
 
 
-def read_json(path: Path, hint: str) -> dict:
-    """A JSON object from a file; UserError when it is missing, unreadable or no object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing{'; ' + hint if hint else ''}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object")
-    return value
-
-
 def _positive(config, *names: str) -> None:
     for name in names:
-        value = getattr(config, name)
-        if type(value) is not int or value < 1:  # not isinstance: True is an int too
-            raise UserError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        require_number(name, getattr(config, name), least=1, whole=True)
 
 
 def _stack(raw: dict, mixers: list[MixerConfig], **overrides) -> ModelConfig:

@@ -1,6 +1,7 @@
 """The two kinds of failure a person meets: a mistake of theirs, and a request that could not be finished."""
 
 import argparse
+import math
 import os
 import sys
 
@@ -15,6 +16,33 @@ class RequestError(Exception):
     def __init__(self, kind: str, message: str):
         super().__init__(f"{kind}: {message}")
         self.kind = kind
+
+
+def require_number(what: str, value, above: float | None = None, least: float | None = None,
+                   most: float | None = None, whole: bool = False) -> None:
+    """Raise UserError unless `value` is a finite number (a whole one, if asked for) within the limits that are given.
+
+    A bool is no number, though Python says so.
+    """
+    kinds = int if whole else (int, float)
+    is_number = isinstance(value, kinds) and not isinstance(value, bool)
+    if is_number and (isinstance(value, int) or math.isfinite(value)):
+        too_small = (above is not None and value <= above) or (least is not None and value < least)
+        if not too_small and (most is None or value <= most):
+            return
+    limits = [f"above {above:,}" if above is not None else "", f"of at least {least:,}" if least is not None else "",
+              f"of at most {most:,}" if most is not None else ""]
+    rule = " and ".join(limit for limit in limits if limit)
+    raise UserError(f"{what} is {_shown(value)}; it must be a {'whole ' if whole else ''}number {rule}".rstrip())
+
+
+def _shown(value) -> str:
+    """A value as a line can hold it: an int of 5,000 digits raises ValueError when it is printed."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} too long to print"
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -26,7 +26,7 @@ from minprfaas import SamplingParams, generate, load
 from minprfaas.cluster.launch import link_identity
 from minprfaas.cluster.local_node import LocalNode
 from minprfaas.cluster.prefill_node import PrefillNode
-from minprfaas.config import CacheConfig, LinkConfig
+from minprfaas.config import CacheConfig, LinkConfig, StateKind
 from minprfaas.engine.engine import Engine
 from minprfaas.transport import Link, LinkDown
 
@@ -142,7 +142,7 @@ class Site:
 
     def _pieces(self, layer, start, end, data) -> set[tuple[int, int, bytes]]:
         data = data.reshape(-1).clone()
-        if not self.engines[0].layout.specs[layer].per_token:
+        if self.engines[0].layout.specs[layer].kind is not StateKind.TOKEN:
             return {(layer, -1, bytes(data.tolist()))}
         return {(layer, token, bytes(row.tolist())) for token, row in zip(range(start, end), data.view(end - start, -1))}
 

@@ -2,14 +2,14 @@
 
 import torch
 
-from minprfaas.config import CacheConfig
+from minprfaas.config import CacheConfig, StateKind
 from minprfaas.kvcache.layout import plan_layout
 from minprfaas.kvcache.manager import KVCacheManager
 from minprfaas.model.spec import StateSpec, TensorSpec
 
-LINEAR = StateSpec(False, (TensorSpec("memory", (2, 8, 8), "float32"), TensorSpec("conv", (10, 3), "bfloat16")))
-LATENT = StateSpec(True, (TensorSpec("latent", (6,), "float32"),))
-KV = StateSpec(True, (TensorSpec("kv", (16,), "bfloat16"),))
+LINEAR = StateSpec(StateKind.REQUEST, (TensorSpec("memory", (2, 8, 8), "float32"), TensorSpec("conv", (10, 3), "bfloat16")))
+LATENT = StateSpec(StateKind.TOKEN, (TensorSpec("latent", (6,), "float32"),))
+KV = StateSpec(StateKind.TOKEN, (TensorSpec("kv", (16,), "bfloat16"),))
 HYBRID = (LINEAR, LINEAR, LINEAR, LATENT) * 2
 DENSE = (KV,) * 3
 ALL_LINEAR = (LINEAR,) * 2
@@ -34,7 +34,7 @@ def step(kvcache, cache, tokens, end):
     of the tokens before it."""
     start, values, state = cache.num_tokens, prefix_values(tokens[:end]), kvcache.state([cache])
     for layer, spec in enumerate(kvcache.layout.specs):
-        if spec.per_token:
+        if spec.kind is StateKind.TOKEN:
             rows = torch.tensor(values[start:], dtype=spec.tensors[0].torch_dtype)[None, :, None]
             context = state.layer(layer).append(rows.expand(1, -1, spec.tensors[0].shape[0]))
             assert context[0, :, 0].tolist() == values

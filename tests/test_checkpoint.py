@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from minprfaas import load
 from minprfaas.config import ModelConfig
 from minprfaas.errors import UserError
+from minprfaas.files import read_json
 from minprfaas.model.checkpoint import checked_device, load_checkpoint, save_checkpoint, save_tensors
 from minprfaas.model.transformer import Transformer
 

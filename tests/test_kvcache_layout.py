@@ -2,6 +2,7 @@
 
 import pytest
 
+from minprfaas.config import StateKind
 from minprfaas.kvcache.layout import plan_layout
 from minprfaas.model.spec import StateSpec, TensorSpec, kv_bytes
 from kvcache_helpers import ALL_LINEAR, DENSE, HYBRID, KV, LATENT, LINEAR
@@ -10,7 +11,7 @@ from kvcache_helpers import ALL_LINEAR, DENSE, HYBRID, KV, LATENT, LINEAR
 def test_a_three_to_one_stack_gives_three_linear_groups_and_one_full_group_of_equally_many_layers():
     layout = plan_layout(HYBRID, block_tokens=4)
     assert [group.layers for group in layout.groups] == [(0, 4), (1, 5), (2, 6), (3, 7)]
-    assert [group.spec.per_token for group in layout.groups] == [False, False, False, True]
+    assert [group.spec.kind is StateKind.TOKEN for group in layout.groups] == [False, False, False, True]
     assert layout.request_groups == layout.groups[:3] and layout.token_groups == layout.groups[3:]
 
 
@@ -45,14 +46,14 @@ def test_no_two_tensors_overlap_and_all_lie_inside_their_blocks(specs, block_tok
         for layer in group.layers:
             for tensor, offset in group.places(layer):
                 assert offset >= end and offset % 16 == 0
-                end = offset + tensor.nbytes * (block_tokens if group.spec.per_token else 1)
+                end = offset + tensor.nbytes * (block_tokens if group.spec.kind is StateKind.TOKEN else 1)
         assert end == group.used_bytes <= span
         assert layout.waste(group) == pytest.approx(1 - end / span)
 
 
 def test_the_blocks_of_a_request_hold_its_kvcache_and_little_more():
-    big = StateSpec(False, (TensorSpec("memory", (32, 128, 128), "float32"),))
-    latent = StateSpec(True, (TensorSpec("latent", (576,), "bfloat16"),))
+    big = StateSpec(StateKind.REQUEST, (TensorSpec("memory", (32, 128, 128), "float32"),))
+    latent = StateSpec(StateKind.TOKEN, (TensorSpec("latent", (576,), "bfloat16"),))
     layout = plan_layout((big, big, big, latent) * 7, block_tokens=64)
     for tokens in (1, 1024, 128 * 1024):
         held, needed = layout.blocks_for(tokens) * layout.block_bytes, kv_bytes(layout.specs, tokens)

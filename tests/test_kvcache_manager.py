@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from minprfaas.config import StateKind
 from minprfaas.model.spec import model_state_specs
 from kvcache_helpers import ALL_LINEAR, DENSE, HYBRID, KV, LATENT, LINEAR, decode, manager, prefill
 from test_kvcache_paged import MODELS, model_of
@@ -238,7 +239,7 @@ def test_a_snapshot_that_arrives_beside_the_final_state_can_be_hit_although_the_
     tables = decoder.expect_snapshot(received, 40)
     sent = prefill(prefiller, PROMPT[:40])
     for layer, spec in enumerate(HYBRID):
-        if not spec.per_token:
+        if spec.kind is not StateKind.TOKEN:
             group = decoder.layout.group_of_layer[layer].index
             data = prefiller.pool.read_bytes(layer, sent.block_tables[group], 0, 40)
             decoder.pool.write_bytes(layer, tables[group], 0, 40, data)

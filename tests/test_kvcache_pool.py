@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 
+from minprfaas.config import StateKind
 from minprfaas.errors import UserError
 from minprfaas.kvcache.layout import plan_layout
 from minprfaas.kvcache.pool import BlockPool
@@ -64,7 +65,7 @@ def test_request_state_comes_back_for_a_batch_and_leaves_its_neighbours_alone(sp
     pool = pool_of(specs, num_blocks=64, block_tokens=block_tokens)
     order, state = torch.randperm(64, generator=torch.Generator().manual_seed(1)), {}
     for layer, spec in enumerate(specs):
-        if not spec.per_token:
+        if spec.kind is not StateKind.TOKEN:
             group = pool.layout.group_of_layer[layer]
             first = group.index * 16
             blocks = order[first:first + 3 * group.state_blocks].view(3, -1)
@@ -129,7 +130,7 @@ def test_a_pool_larger_than_the_machine_is_a_users_mistake():
 
 
 def test_a_receiving_thread_fills_its_blocks_while_other_blocks_are_written():
-    specs = (StateSpec(True, (TensorSpec("kv", (64,), "float32"),)),)
+    specs = (StateSpec(StateKind.TOKEN, (TensorSpec("kv", (64,), "float32"),)),)
     pool = pool_of(specs, num_blocks=64, block_tokens=16)
     arriving, computed = torch.randn(512, 64), torch.randn(512, 64)
     theirs, ours = list(range(0, 64, 2)), list(range(1, 64, 2))

@@ -8,12 +8,13 @@ import random
 
 import pytest
 
+from minprfaas.config import StateKind
 from minprfaas.model.spec import StateSpec, TensorSpec
 from kvcache_helpers import manager
 
-STATE = StateSpec(False, (TensorSpec("memory", (8,), "float32"),))
-TOKEN = StateSpec(True, (TensorSpec("kv", (8,), "float32"),))
-OTHER = StateSpec(True, (TensorSpec("kv", (4,), "float32"),))
+STATE = StateSpec(StateKind.REQUEST, (TensorSpec("memory", (8,), "float32"),))
+TOKEN = StateSpec(StateKind.TOKEN, (TensorSpec("kv", (8,), "float32"),))
+OTHER = StateSpec(StateKind.TOKEN, (TensorSpec("kv", (4,), "float32"),))
 STACKS = {
     "hybrid": (STATE, STATE, TOKEN),
     "dense": (TOKEN,),

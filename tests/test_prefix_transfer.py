@@ -8,7 +8,7 @@ from test_two_datacenters import GREEDY, prompts_of, reference, tokens
 
 from minprfaas.cluster import messages
 from minprfaas.cluster.desk import HERE, THERE
-from minprfaas.config import LinkConfig
+from minprfaas.config import LinkConfig, StateKind
 from minprfaas.scheduling.monitor import LinkSample
 
 FAMILIES = pytest.mark.parametrize("family", ["kimi_linear", "qwen3"])
@@ -63,7 +63,7 @@ def test_a_prefix_that_only_the_prefill_node_has_is_fetched_and_only_the_rest_co
         assert nothing_in_use(local)
         layout = local.engine.layout
     assert journey.route == "pdp" and journey.request.cached_tokens == CACHED and THERE in journey.reason
-    assert journey.prefix_bytes == sum(spec.nbytes * (CACHED if spec.per_token else 1) for spec in layout.specs)
+    assert journey.prefix_bytes == sum(spec.nbytes * (CACHED if spec.kind is StateKind.TOKEN else 1) for spec in layout.specs)
     assert tokens(first + [journey]) == reference(model, tokenizer, [PREFIX, LONGER], GREEDY)
     assert nothing_in_use(remote)
 
@@ -94,7 +94,7 @@ def test_only_what_the_receiver_lacks_of_a_prefix_crosses(models, family):
         (journey,) = serve(local, [LONGER], GREEDY)
         layout = local.engine.layout
     assert journey.request.cached_tokens == CACHED
-    assert journey.prefix_bytes == sum(spec.nbytes * (CACHED - 96 if spec.per_token else 1) for spec in layout.specs)
+    assert journey.prefix_bytes == sum(spec.nbytes * (CACHED - 96 if spec.kind is StateKind.TOKEN else 1) for spec in layout.specs)
     assert tokens([journey]) == reference(model, tokenizer, [LONGER], GREEDY)
 
 
@@ -106,8 +106,8 @@ def test_what_a_token_costs_to_compute_is_learned_from_the_prefills_of_each_side
         (here,) = serve(local, prompts_of(80, seed=2), GREEDY)
         costs, specs = local.desk.costs, local.engine.layout.specs
     assert (costs.prfaas_s_per_token, costs.pdp_s_per_token) == (away.prefill_s / 200, here.prefill_s / 80)
-    assert costs.token_bytes == sum(spec.nbytes for spec in specs if spec.per_token)
-    assert costs.state_bytes == sum(spec.nbytes for spec in specs if not spec.per_token)
+    assert costs.token_bytes == sum(spec.nbytes for spec in specs if spec.kind is StateKind.TOKEN)
+    assert costs.state_bytes == sum(spec.nbytes for spec in specs if spec.kind is not StateKind.TOKEN)
 
 
 def test_without_the_option_or_with_scarce_bandwidth_no_prefix_is_shipped(hybrid):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transport_support import DEADLINE_S, IDENTITY, Cargo, connected, event, new_store
 
-from minprfaas.config import LinkConfig
+from minprfaas.config import LinkConfig, StateKind
 from minprfaas.observe.timeline import Timeline
 from minprfaas.transport import (LayerPlan, Link, LinkDown, LinkLost, MessageReceived, StreamAborted, StreamDone,
                                  StreamFailed, StreamPlan)
@@ -218,7 +218,7 @@ def test_what_is_not_in_the_plan_cannot_be_put():
         with pytest.raises(ValueError, match=r"layers \[0, 1, 2, 3\] were not put completely"):
             stream.finish(1.0)
         with pytest.raises(ValueError, match="does not fit into a chunk"):
-            sender.open_stream(StreamPlan(1, (LayerPlan(0, 0, True, 10**6),), 0, 1))
+            sender.open_stream(StreamPlan(1, (LayerPlan(0, 0, StateKind.TOKEN, 10**6),), 0, 1))
 
 
 @pytest.mark.gpu

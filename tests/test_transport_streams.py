@@ -5,11 +5,12 @@ import random
 import pytest
 import torch
 
+from minprfaas.config import StateKind
 from minprfaas.transport import LayerPlan, StreamAborted, StreamPlan
 from minprfaas.transport.frames import Header, Kind
 from minprfaas.transport.streams import Coverage, IncomingStream
 
-PLAN = StreamPlan(5, (LayerPlan(0, 0, True, 4), LayerPlan(1, 1, False, 10)), 8, 16)
+PLAN = StreamPlan(5, (LayerPlan(0, 0, StateKind.TOKEN, 4), LayerPlan(1, 1, StateKind.REQUEST, 10)), 8, 16)
 
 
 def receiver():
@@ -86,8 +87,8 @@ def test_coverage_agrees_with_a_set_of_tokens():
 
 @pytest.mark.parametrize("fields", [
     dict(stream_id=-1), dict(stream_id=2**64), dict(start=16), dict(start=-1), dict(end=2**32), dict(entries=()),
-    dict(entries=(LayerPlan(0, 0, True, 4),) * 2), dict(entries=(LayerPlan(0, 0, True, 0),)),
-    dict(entries=(LayerPlan(2**16, 0, True, 4),))])
+    dict(entries=(LayerPlan(0, 0, StateKind.TOKEN, 4),) * 2), dict(entries=(LayerPlan(0, 0, StateKind.TOKEN, 0),)),
+    dict(entries=(LayerPlan(2**16, 0, StateKind.TOKEN, 4),))])
 def test_an_impossible_plan_is_refused(fields):
     with pytest.raises(ValueError):
         StreamPlan(**{"stream_id": 5, "entries": PLAN.entries, "start": 8, "end": 16, **fields})

@@ -8,7 +8,7 @@ import pytest
 from cluster_support import serve, two_datacenters
 
 from minprfaas import SamplingParams, generate
-from minprfaas.config import LinkConfig
+from minprfaas.config import LinkConfig, StateKind
 from minprfaas.engine.request import Status
 
 GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
@@ -160,8 +160,8 @@ def test_the_next_turn_sends_only_its_increment_across(hybrid):
         layout = local.engine.layout
     assert turn.route == next_turn.route == "prfaas"
     assert next_turn.request.cached_tokens >= 288, "the decode side kept the first turn, up to its last full block"
-    rows = sum(spec.nbytes for spec in layout.specs if spec.per_token)
-    state = sum(spec.nbytes for spec in layout.specs if not spec.per_token)
+    rows = sum(spec.nbytes for spec in layout.specs if spec.kind is StateKind.TOKEN)
+    state = sum(spec.nbytes for spec in layout.specs if spec.kind is not StateKind.TOKEN)
     increment = (len(second) - next_turn.request.cached_tokens) * rows
     assert increment + state <= next_turn.kv_bytes <= increment + 2 * state, "rows of the increment, the state, a snapshot"
     assert remote.engine.kvcache.stats().hit_tokens >= 288, "the prefill node had the first turn's prompt in its own cache"

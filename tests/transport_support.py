@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 from torch.distributed import PrefixStore, TCPStore
 
-from minprfaas.config import LinkConfig
+from minprfaas.config import LinkConfig, StateKind
 from minprfaas.transport import LayerPlan, Link, LinkDown, LinkIdentity, LinkLost, StreamPlan
 from minprfaas.transport.lanes import Lane
 
@@ -70,17 +70,17 @@ class Cargo:
     """Seeded bytes for one stream: three layers of token state, one of request-level state; and where they arrive."""
 
     def __init__(self, stream_id: int = 1, tokens: int = 256, state_bytes: int = 20_001, seed: int = 0):
-        layers = [LayerPlan(layer, 0, True, 96) for layer in range(3)] + [LayerPlan(3, 1, False, state_bytes)]
+        layers = [LayerPlan(layer, 0, StateKind.TOKEN, 96) for layer in range(3)] + [LayerPlan(3, 1, StateKind.REQUEST, state_bytes)]
         self.plan = StreamPlan(stream_id, tuple(layers), 64, 64 + tokens)
         generator = torch.Generator().manual_seed(seed)
-        self.sent = {entry.layer: torch.randint(0, 256, (tokens if entry.per_token else 1, entry.row_bytes),
+        self.sent = {entry.layer: torch.randint(0, 256, (tokens if entry.kind is StateKind.TOKEN else 1, entry.row_bytes),
                                                 dtype=torch.uint8, generator=generator) for entry in self.plan.entries}
         self.arrived = {layer: torch.zeros_like(data) for layer, data in self.sent.items()}
         self.calls: list[tuple[int, int, int]] = []
 
     def sink(self, layer: int, start: int, end: int, data: torch.Tensor) -> None:
         self.calls.append((layer, start, end))
-        if self.plan.layers[layer].per_token:
+        if self.plan.layers[layer].kind is StateKind.TOKEN:
             self.arrived[layer][start - self.plan.start:end - self.plan.start] = data.view(end - start, -1)
         else:
             self.arrived[layer][0] = data

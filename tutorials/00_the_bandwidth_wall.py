@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from minprfaas.config import GQAConfig, KDAConfig, LayerConfig, MLAConfig, ModelConfig, RopeConfig
+from minprfaas.config import GQAConfig, KDAConfig, LayerConfig, MLAConfig, ModelConfig, RopeConfig, StateKind
 from minprfaas.model.spec import kv_bytes, model_state_specs, state_spec
 from minprfaas.model.transformer import Transformer
 from minprfaas.observe.report import human_bytes, table
@@ -50,7 +50,7 @@ machines, it has to travel. How much there is depends on the kind of layer (bflo
 rows = []
 for name, mixer in (("GQA, 8 KV heads of 128", gqa), ("MLA, latent of 512 + 64", mla), ("KDA, 32 heads of 128", kda)):
     spec = state_spec(mixer, "bfloat16")
-    per_token, fixed = (spec.nbytes, 0) if spec.per_token else (0, spec.nbytes)
+    per_token, fixed = (spec.nbytes, 0) if spec.kind is StateKind.TOKEN else (0, spec.nbytes)
     rows.append((name, f"{per_token:,}", human_bytes(fixed), human_bytes(per_token * 32_768 + fixed)))
 print(table(["layer", "bytes a token", "fixed", "at 32K tokens"], rows))
 print("\nGQA keeps every token's keys and values. MLA keeps one small latent for each. KDA keeps no tokens at all: one"

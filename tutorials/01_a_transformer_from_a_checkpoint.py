@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from minprfaas import load
+from minprfaas.config import StateKind
 from minprfaas.documents import make_document
 from minprfaas.errors import exit_on_user_error
 from minprfaas.model.checkpoint import EMBEDDED
@@ -42,7 +43,7 @@ rows = []
 for index, (layer, spec) in enumerate(zip(config.layers, model_state_specs(config, "float32"))):
     of_layer = sum(parameter.numel() for parameter in model.model.layers[index].parameters())
     rows.append((index, type(model.model.layers[index].self_attn).__name__, f"{of_layer:,}",
-                 f"{human_bytes(spec.nbytes)} {'a token' if spec.per_token else 'a request'}"))
+                 f"{human_bytes(spec.nbytes)} {'a token' if spec.kind is StateKind.TOKEN else 'a request'}"))
 print(table(["layer", "mixer", "parameters", "remembers"], rows))
 
 document = make_document(seed=10**9 + 1, tokens=400, encode=tokenizer.encode)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from minprfaas.config import GQAConfig, KDAConfig, MLAConfig, RopeConfig
+from minprfaas.config import GQAConfig, KDAConfig, MLAConfig, RopeConfig, StateKind
 from minprfaas.model.attention import GQA, MLA
 from minprfaas.model.kda import KDA, kda_chunked, kda_recurrent
 from minprfaas.model.layers import Positions
@@ -118,7 +118,7 @@ layers = {"GQA": [gqa], "MLA": [mla], "KDA": [kda], "3 KDA + 1 MLA, a layer": [k
 def layer_bytes(mixers: list, tokens: int) -> float:
     """Mean bytes a layer after `tokens` tokens."""
     specs = [state_spec(mixer, "bfloat16") for mixer in mixers]
-    return sum(spec.nbytes * (tokens if spec.per_token else 1) for spec in specs) / len(specs)
+    return sum(spec.nbytes * (tokens if spec.kind is StateKind.TOKEN else 1) for spec in specs) / len(specs)
 
 
 lengths = (1024, 8192, 32_768, 131_072, 1_048_576)
@@ -157,7 +157,7 @@ for name, (mixer_class, mixer_config) in small.items():
     mixer, spec, times = mixer_class(mixer_config, 256, 1e-6), state_spec(mixer_config, "float32"), []
     for context in contexts:
         width = spec.tensors[0].shape[0]
-        state = FullContext(context, width) if spec.per_token else ContiguousLayerState(spec, 1, "cpu")
+        state = FullContext(context, width) if spec.kind is StateKind.TOKEN else ContiguousLayerState(spec, 1, "cpu")
         positions, token = Positions(torch.tensor([context]), 1), torch.randn(1, 1, 256)
         times.append(seconds(lambda: mixer(token, positions, state), repeats=10))
     growth[name] = times[-1] / times[0]

@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from minprfaas.config import CacheConfig, KDAConfig, LayerConfig, MLAConfig, ModelConfig
+from minprfaas.config import CacheConfig, KDAConfig, LayerConfig, MLAConfig, ModelConfig, StateKind
 from minprfaas.kvcache.layout import plan_layout
 from minprfaas.kvcache.manager import KVCacheManager
 from minprfaas.model.spec import kv_bytes, model_state_specs
@@ -50,7 +50,7 @@ Six of this model's eight layers are linear (KDA): one state a request, whatever
 equal blocks of {layout.block_bytes:,} bytes:
 """)
 print(table(["group", "layers", "a block holds", "blocks a request"], [
-    (group.index, str(list(group.layers)), "64 tokens of both layers", "1 for 64 tokens") if group.spec.per_token else
+    (group.index, str(list(group.layers)), "64 tokens of both layers", "1 for 64 tokens") if group.spec.kind is StateKind.TOKEN else
     (group.index, str(list(group.layers)), f"{1 / group.state_blocks:.2f} of both layers' state", group.state_blocks)
     for group in layout.groups]))
 

@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from minprfaas.config import CacheConfig, KDAConfig, LayerConfig, MLAConfig, ModelConfig
+from minprfaas.config import CacheConfig, KDAConfig, LayerConfig, MLAConfig, ModelConfig, StateKind
 from minprfaas.kvcache.layout import plan_layout
 from minprfaas.kvcache.manager import KVCacheManager, RequestCache
 from minprfaas.kvcache.replay import replay_trace
@@ -144,7 +144,7 @@ for turn in range(1, 5):
         data = prefiller.pool.read_bytes(layer, sent.block_tables[group], received.cached_tokens, len(tokens))
         decoder.pool.write_bytes(layer, received.block_tables[group], received.cached_tokens, len(tokens), data)
         crossed += data.numel()
-        whole += spec.nbytes * (len(tokens) if spec.per_token else 1)
+        whole += spec.nbytes * (len(tokens) if spec.kind is StateKind.TOKEN else 1)
     decoder.advance(received, tokens)
     prefiller.close(sent)
     rows.append((turn, len(tokens), sent.cached_tokens, received.cached_tokens,

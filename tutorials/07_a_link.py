@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch.distributed import TCPStore
 
-from minprfaas.config import LinkConfig
+from minprfaas.config import LinkConfig, StateKind
 from minprfaas.observe.report import table
 from minprfaas.transport import (LayerPlan, Link, LinkIdentity, LinkLost, LinkRefused, MessageReceived, StreamPlan,
                                  WeatherChange)
@@ -23,7 +23,7 @@ from minprfaas.transport.frames import HEADER_BYTES, Codec, Header, Kind, Slot
 
 IDENTITY = LinkIdentity(fingerprint=bytes(32), dtype="float32", block_layout="64 tokens", secret=b"chapter seven")
 ROW_BYTES, TOKENS = 1024, 2048  # one layer of token state: 2 MiB
-LAYER = LayerPlan(layer=0, group=0, per_token=True, row_bytes=ROW_BYTES)
+LAYER = LayerPlan(layer=0, group=0, kind=StateKind.TOKEN, row_bytes=ROW_BYTES)
 PLAN = StreamPlan(stream_id=1, entries=(LAYER,), start=0, end=TOKENS)
 LINES = [LinkConfig(gbps=0.01), LinkConfig(gbps=0.1), LinkConfig(gbps=0.1, rtt_ms=80),
          LinkConfig(gbps=1, rtt_ms=20, lanes=4), LinkConfig(lanes=4)]

@@ -15,7 +15,7 @@ import time
 import torch
 from torch.distributed import TCPStore
 
-from minprfaas.config import LinkConfig
+from minprfaas.config import LinkConfig, StateKind
 from minprfaas.observe.report import human_bytes, table
 from minprfaas.observe.timeline import Timeline, write_timeline
 from minprfaas.transport import LayerPlan, Link, LinkIdentity, LinkLost, StreamPlan, StreamReport
@@ -24,8 +24,8 @@ IDENTITY = LinkIdentity(bytes(32), "uint8", "none", b"chapter eight")
 TOKENS, CHUNK_TOKENS, LAYER_S = 4096, 512, 0.020
 RTT_MS = 20.0
 # Three linear layers to one of full attention, twice: a state each, and rows for each token (paper table 1).
-LAYERS = tuple(LayerPlan(layer, group=0, per_token=True, row_bytes=1024) if layer % 4 == 3 else
-               LayerPlan(layer, group=1, per_token=False, row_bytes=65_536) for layer in range(8))
+LAYERS = tuple(LayerPlan(layer, group=0, kind=StateKind.TOKEN, row_bytes=1024) if layer % 4 == 3 else
+               LayerPlan(layer, group=1, kind=StateKind.REQUEST, row_bytes=65_536) for layer in range(8))
 PLAN = StreamPlan(stream_id=8, entries=LAYERS, start=0, end=TOKENS)
 PREFILL_S = TOKENS // CHUNK_TOKENS * len(LAYERS) * LAYER_S
 SHARES = (0.25, 0.5, 1.0, 2.0)  # how long the transfer takes, as a share of the prefill
@@ -44,7 +44,7 @@ def decode_datacenter(port: int) -> None:
     rows, state = torch.zeros(TOKENS, 1024, dtype=torch.uint8), torch.zeros(65_536, dtype=torch.uint8)
 
     def write(layer: int, start: int, end: int, data: torch.Tensor) -> None:
-        if LAYERS[layer].per_token:
+        if LAYERS[layer].kind is StateKind.TOKEN:
             rows[start:end] = data.view(-1, 1024)
         else:
             state.copy_(data)
@@ -69,9 +69,9 @@ def prefill(stream, overlap: bool, timeline: Timeline) -> None:
             began, due = time.monotonic(), due + LAYER_S
             time.sleep(max(0.0, due - time.monotonic()))  # the GPU computes
             timeline.span("prefill (emulated)", f"layer {entry.layer}, tokens {start}-{end}", began, time.monotonic())
-            if not entry.per_token and end < TOKENS:
+            if entry.kind is not StateKind.TOKEN and end < TOKENS:
                 continue  # a linear layer's state is final only with the last token
-            piece = (entry.layer, start, end, rows if entry.per_token else state)
+            piece = (entry.layer, start, end, rows if entry.kind is StateKind.TOKEN else state)
             if overlap:
                 stream.put(*piece)
             else:

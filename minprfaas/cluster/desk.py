@@ -8,6 +8,7 @@ import math
 from dataclasses import replace
 
 from minprfaas.cluster import messages
+from minprfaas.config import StateKind
 from minprfaas.kvcache.layout import Layout
 from minprfaas.scheduling.directory import CacheEvent, Directory
 from minprfaas.scheduling.monitor import CongestionMonitor, LinkSample
@@ -76,6 +77,6 @@ class RoutingDesk:
 
 def transfer_costs(layout: Layout) -> TransferCosts:
     """What a prefix of this model costs to ship, by its layout, and (at first assumed) to compute."""
-    token_bytes = sum(spec.nbytes for spec in layout.specs if spec.per_token)
-    state_bytes = sum(spec.nbytes for spec in layout.specs if not spec.per_token)
+    token_bytes = sum(spec.nbytes for spec in layout.specs if spec.kind is StateKind.TOKEN)
+    state_bytes = sum(spec.nbytes for spec in layout.specs if spec.kind is not StateKind.TOKEN)
     return TransferCosts(token_bytes, state_bytes, ASSUMED_S_PER_TOKEN, ASSUMED_S_PER_TOKEN)

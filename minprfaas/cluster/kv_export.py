@@ -2,6 +2,7 @@
 
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from minprfaas.config import StateKind
 from minprfaas.engine.request import Request, Status
 from minprfaas.kvcache.layout import Layout
 from minprfaas.kvcache.manager import KVCacheManager
@@ -15,7 +16,7 @@ def stream_plan(layout: Layout, stream_id: int, start: int, end: int) -> StreamP
 
     Both ends make the plan from their own layout and their own view of the request; the sender's bytes must fit it.
     """
-    entries = tuple(LayerPlan(layer, layout.group_of_layer[layer].index, spec.per_token, spec.nbytes)
+    entries = tuple(LayerPlan(layer, layout.group_of_layer[layer].index, spec.kind, spec.nbytes)
                     for layer, spec in enumerate(layout.specs))
     return StreamPlan(stream_id, entries, start, end)
 
@@ -23,7 +24,7 @@ def stream_plan(layout: Layout, stream_id: int, start: int, end: int) -> StreamP
 def snapshot_plan(layout: Layout, stream_id: int, at: int) -> StreamPlan:
     """What crosses for a snapshot: the request-level state at the block boundary `at`."""
     everything = stream_plan(layout, stream_id, 0, at)
-    return StreamPlan(stream_id, tuple(entry for entry in everything.entries if not entry.per_token), 0, at)
+    return StreamPlan(stream_id, tuple(entry for entry in everything.entries if entry.kind is not StateKind.TOKEN), 0, at)
 
 
 class KVExport:
@@ -77,9 +78,9 @@ class KVExport:
         self.report = pool.submit(self.stream.finish, deadline_s)
 
     def _ship(self, layer: int, end: int) -> None:
-        per_token = self.kvcache.layout.specs[layer].per_token
+        kind = self.kvcache.layout.specs[layer].kind
         start = self._shipped[layer]
-        if end <= start or (not per_token and end < self.plan.end):
+        if end <= start or (kind is not StateKind.TOKEN and end < self.plan.end):
             return
         group = self.kvcache.layout.group_of_layer[layer]
         data = self.kvcache.pool.read_bytes(layer, self.request.cache.block_tables[group.index], start, end)

@@ -89,5 +89,5 @@ def _wait_for_the_last(workers: list[subprocess.Popen]) -> int:
 def link_identity(model: Transformer, layout: Layout) -> LinkIdentity:
     """What both ends of a link must agree on before any KVCache crosses: model, number format, block layout, secret."""
     secret = os.environ.get("MINPRFAAS_SECRET")
-    shape = ";".join(f"{group.index}:{group.layers}:{group.spec.nbytes}:{group.spec.per_token}" for group in layout.groups)
+    shape = ";".join(f"{group.index}:{group.layers}:{group.spec.nbytes}:{group.spec.kind.value}" for group in layout.groups)
     return LinkIdentity(model.fingerprint, str(model.dtype), shape, secret.encode() if secret else None)

@@ -5,7 +5,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from minprfaas.config import CacheConfig, ModelConfig
+from minprfaas.config import CacheConfig, ModelConfig, StateKind
 from minprfaas.kvcache.layout import Layout, plan_layout
 from minprfaas.model.checkpoint import EMBEDDED
 from minprfaas.model.spec import ITEM_BYTES, kv_bytes, model_state_specs
@@ -45,12 +45,12 @@ def describe(config: ModelConfig, layout: Layout, dtype: str) -> dict:
         "max_context_tokens": config.max_context_tokens,
         "block_tokens": layout.block_tokens, "block_bytes": layout.block_bytes,
         "groups": [{
-            "index": group.index, "kind": "token" if group.spec.per_token else "request", "layers": list(group.layers),
+            "index": group.index, "kind": group.spec.kind.value, "layers": list(group.layers),
             "state": {tensor.name: [*tensor.shape, tensor.dtype] for tensor in group.spec.tensors},
             "bytes": group.spec.nbytes * len(group.layers), "blocks_per_request": group.state_blocks,
             "waste": layout.waste(group)} for group in layout.groups],
-        "bytes_per_token": sum(spec.nbytes for spec in layout.specs if spec.per_token),
-        "state_bytes": sum(spec.nbytes for spec in layout.specs if not spec.per_token),
+        "bytes_per_token": sum(spec.nbytes for spec in layout.specs if spec.kind is StateKind.TOKEN),
+        "state_bytes": sum(spec.nbytes for spec in layout.specs if spec.kind is not StateKind.TOKEN),
         "s_kv": [{"tokens": tokens, "bytes": kv_bytes(layout.specs, tokens), "blocks": layout.blocks_for(tokens),
                   "pool_bytes": layout.blocks_for(tokens) * layout.block_bytes} for tokens in LENGTHS],
     }

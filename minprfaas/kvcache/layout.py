@@ -8,6 +8,7 @@ blocks. A 3:1 stack of linear and full attention gives three request groups and 
 from dataclasses import dataclass
 from functools import cached_property
 
+from minprfaas.config import StateKind
 from minprfaas.model.spec import StateSpec
 
 BLOCK_ALIGN = 256  # bytes: what a device copies well, and a multiple of every element size
@@ -50,11 +51,11 @@ class Layout:
 
     @cached_property
     def token_groups(self) -> tuple[KVGroup, ...]:
-        return tuple(group for group in self.groups if group.spec.per_token)
+        return tuple(group for group in self.groups if group.spec.kind is StateKind.TOKEN)
 
     @cached_property
     def request_groups(self) -> tuple[KVGroup, ...]:
-        return tuple(group for group in self.groups if not group.spec.per_token)
+        return tuple(group for group in self.groups if group.spec.kind is not StateKind.TOKEN)
 
     @cached_property
     def state_blocks(self) -> int:
@@ -87,10 +88,10 @@ def plan_layout(specs: tuple[StateSpec, ...], block_tokens: int) -> Layout:
         dealt += [(spec, tuple(layers[first::count])) for first in range(count)]
     placed = [_place(spec, len(layers), block_tokens) for spec, layers in dealt]
 
-    token_sizes = [used for (spec, _), (_, used) in zip(dealt, placed) if spec.per_token]
+    token_sizes = [used for (spec, _), (_, used) in zip(dealt, placed) if spec.kind is StateKind.TOKEN]
     block_bytes = _round_up(max(token_sizes or [used for _, used in placed]), BLOCK_ALIGN)
     groups = tuple(
-        KVGroup(index, spec, layers, offsets, used, 0 if spec.per_token else -(-used // block_bytes))
+        KVGroup(index, spec, layers, offsets, used, 0 if spec.kind is StateKind.TOKEN else -(-used // block_bytes))
         for index, ((spec, layers), (offsets, used)) in enumerate(zip(dealt, placed)))
     return Layout(tuple(specs), groups, block_tokens, block_bytes)
 
@@ -104,7 +105,7 @@ def _place(spec: StateSpec, layers: int, block_tokens: int) -> tuple[tuple[tuple
         of_layer = []
         for tensor in spec.tensors:
             of_layer.append(_round_up(end, TENSOR_ALIGN))
-            end = of_layer[-1] + tensor.nbytes * (block_tokens if spec.per_token else 1)
+            end = of_layer[-1] + tensor.nbytes * (block_tokens if spec.kind is StateKind.TOKEN else 1)
         offsets.append(tuple(of_layer))
     return tuple(offsets), end
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from minprfaas.config import StateKind
 from minprfaas.kvcache.layout import KVGroup
 from minprfaas.kvcache.pool import BlockPool
 
@@ -26,7 +27,7 @@ class PagedState:
 
     def layer(self, index: int) -> "PagedTokens | PagedRequestState":
         group = self.pool.layout.group_of_layer[index]
-        return (PagedTokens if group.spec.per_token else PagedRequestState)(self, group, index)
+        return (PagedTokens if group.spec.kind is StateKind.TOKEN else PagedRequestState)(self, group, index)
 
     def token_index(self, group: KVGroup, new: int) -> "_TokenIndex":
         """Where `new` tokens of each request go in `group`, and which blocks hold the context that they complete."""

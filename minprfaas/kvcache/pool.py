@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from minprfaas.config import StateKind
 from minprfaas.errors import UserError
 from minprfaas.kvcache.layout import Layout
 from minprfaas.model.spec import TensorSpec
@@ -105,7 +106,7 @@ class BlockPool:
     def read_bytes(self, layer: int, block_table: Sequence[int], start: int, end: int) -> torch.Tensor:
         """What the wire carries: uint8 `[end - start, row_bytes]` of a token layer; of a request-level layer the whole
         state `[state_bytes]`, whatever the range (its tensors in the spec's order, without padding)."""
-        if self.layout.specs[layer].per_token:
+        if self.layout.specs[layer].kind is StateKind.TOKEN:
             return self.read_tokens(layer, block_table, start, end).view(torch.uint8)
         tensors = self.read_state(layer, self._index(block_table)[None])
         return torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in tensors])
@@ -113,13 +114,13 @@ class BlockPool:
     def write_bytes(self, layer: int, block_table: Sequence[int], start: int, end: int, data: torch.Tensor) -> None:
         """Store what `read_bytes` of the same range returned, here or elsewhere. ValueError on a bad size or range."""
         spec = self.layout.specs[layer]
-        size = spec.nbytes * (end - start if spec.per_token else 1)
+        size = spec.nbytes * (end - start if spec.kind is StateKind.TOKEN else 1)
         if data.dtype != torch.uint8 or data.numel() != size:
             raise ValueError(f"layer {layer}, tokens {start} to {end}: {data.numel()} elements of {data.dtype}; "
                              f"they must be {size} bytes")
-        parts = data.reshape(-1).split([size] if spec.per_token else [tensor.nbytes for tensor in spec.tensors])
+        parts = data.reshape(-1).split([size] if spec.kind is StateKind.TOKEN else [tensor.nbytes for tensor in spec.tensors])
         values = [_typed(part.to(self.device), tensor.torch_dtype) for part, tensor in zip(parts, spec.tensors)]
-        if spec.per_token:
+        if spec.kind is StateKind.TOKEN:
             self.write_tokens(layer, block_table, start, values[0].view(end - start, -1))
         else:
             self.write_state(layer, self._index(block_table)[None], *values)

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 
-from minprfaas.config import ModelConfig, read_json
+from minprfaas.config import ModelConfig
 from minprfaas.errors import UserError
+from minprfaas.files import read_json
 from minprfaas.model.tokenizer import Tokenizer
 from minprfaas.model.transformer import Transformer
 

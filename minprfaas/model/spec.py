@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from minprfaas.config import GQAConfig, KDAConfig, MixerConfig, MLAConfig, ModelConfig
+from minprfaas.config import GQAConfig, KDAConfig, MLAConfig, MixerConfig, ModelConfig, StateKind
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -36,9 +36,9 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class StateSpec:
-    """A layer's whole state. `per_token` tells token state (exactly one tensor) from request state (any number)."""
+    """A layer's whole state. Token state is exactly one tensor, request state any number."""
 
-    per_token: bool
+    kind: StateKind
     tensors: tuple[TensorSpec, ...]
 
     @property
@@ -50,12 +50,12 @@ class StateSpec:
 def state_spec(mixer: MixerConfig, dtype: str) -> StateSpec:
     """The state that `mixer` needs when the model runs in `dtype` (recurrent matrices stay float32)."""
     if isinstance(mixer, GQAConfig):
-        return StateSpec(True, (TensorSpec("kv", (2 * mixer.num_kv_heads * mixer.head_dim,), dtype),))
+        return StateSpec(StateKind.TOKEN, (TensorSpec("kv", (2 * mixer.num_kv_heads * mixer.head_dim,), dtype),))
     if isinstance(mixer, MLAConfig):
-        return StateSpec(True, (TensorSpec("latent", (mixer.kv_lora_rank + mixer.qk_shared_dim,), dtype),))
+        return StateSpec(StateKind.TOKEN, (TensorSpec("latent", (mixer.kv_lora_rank + mixer.qk_shared_dim,), dtype),))
     assert isinstance(mixer, KDAConfig)
     channels = mixer.num_heads * mixer.head_dim
-    return StateSpec(False, (
+    return StateSpec(StateKind.REQUEST, (
         TensorSpec("memory", (mixer.num_heads, mixer.head_dim, mixer.head_dim), "float32"),
         TensorSpec("conv", (3 * channels, mixer.conv_kernel - 1), dtype)))
 
@@ -67,7 +67,7 @@ def model_state_specs(config: ModelConfig, dtype: str) -> tuple[StateSpec, ...]:
 
 def kv_bytes(specs: tuple[StateSpec, ...], tokens: int) -> int:
     """Bytes of KVCache of a request of `tokens` tokens: S_kv(l) (paper 2.1), without block alignment."""
-    return sum(spec.nbytes * (tokens if spec.per_token else 1) for spec in specs)
+    return sum(spec.nbytes * (tokens if spec.kind is StateKind.TOKEN else 1) for spec in specs)
 
 
 class LayerState(Protocol):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from minprfaas.config import ModelConfig
+from minprfaas.config import ModelConfig, StateKind
 from minprfaas.model.spec import StateSpec, model_state_specs
 
 
@@ -11,7 +11,7 @@ class ContiguousLayerState:
     """One layer's state in tensors of its own (see `LayerState`)."""
 
     def __init__(self, spec: StateSpec, batch: int, device: torch.device):
-        shapes = [(batch, 0, *tensor.shape) if spec.per_token else (batch, *tensor.shape) for tensor in spec.tensors]
+        shapes = [(batch, 0, *tensor.shape) if spec.kind is StateKind.TOKEN else (batch, *tensor.shape) for tensor in spec.tensors]
         self.tensors = tuple(torch.zeros(shape, dtype=tensor.torch_dtype, device=device)
                              for shape, tensor in zip(shapes, spec.tensors))
 

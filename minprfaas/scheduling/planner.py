@@ -8,7 +8,8 @@ from math import ceil, inf, log10
 from minprfaas.errors import UserError
 from minprfaas.scheduling import throughput as model
 from minprfaas.scheduling.lengths import LengthDistribution
-from minprfaas.scheduling.profiles import Profile, require_number
+from minprfaas.errors import require_number
+from minprfaas.scheduling.profiles import Profile
 
 GRID_THRESHOLDS = 1500  # at most so many thresholds on a grid of round numbers: 100 tokens apart up to 128K
 BINDING_STAGES = ("prfaas compute", "prfaas egress", "pdp", "pdd")

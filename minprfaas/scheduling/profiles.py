@@ -7,11 +7,10 @@ from bisect import bisect_right
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import combinations
-from math import isfinite
 from pathlib import Path
 
-from minprfaas.config import read_json
-from minprfaas.errors import UserError
+from minprfaas.errors import UserError, require_number
+from minprfaas.files import read_json
 
 
 @dataclass(frozen=True)
@@ -123,14 +122,6 @@ class Profile:
                 if min(fit.values()) >= 0:
                     best = min(best, (error, tuple(fit.get(i, 0.0) / scale ** i for i in range(3))))
         return best[1]
-
-
-def require_number(what: str, value: float, above: float | None = None, least: float | None = None) -> None:
-    """Raise UserError unless `value` is a finite number above `above` (or of at least `least`)."""
-    limit = f"above {above}" if above is not None else f"of at least {least}"
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
-    if not number or (above is not None and value <= above) or (least is not None and value < least):
-        raise UserError(f"{what} is {value!r}; it must be a number {limit}")
 
 
 def _require_keys(what: str, raw: dict, target: type) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 from minprfaas.scheduling.lengths import LengthDistribution
-from minprfaas.scheduling.profiles import require_number
+from minprfaas.errors import require_number
 from minprfaas.simulator.nodes import SimRequest
 from minprfaas.simulator.trace import TraceRequest
 

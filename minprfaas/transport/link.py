@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch.distributed as dist
 
-from minprfaas.config import LinkConfig
+from minprfaas.config import LinkConfig, StateKind
 from minprfaas.observe.timeline import Timeline
 from minprfaas.transport.events import Event, LinkDown, LinkLost, LinkRefused, LinkRestored
 from minprfaas.transport.frames import CONTROL_LIMIT_BYTES, Kind, Slot, encode_message
@@ -128,7 +128,7 @@ class Link:
 
     def _check_rows(self, plan: StreamPlan) -> None:
         for entry in plan.entries:
-            if entry.per_token and entry.row_bytes > self._payload_limit:
+            if entry.kind is StateKind.TOKEN and entry.row_bytes > self._payload_limit:
                 raise ValueError(f"layer {entry.layer}: a row of {entry.row_bytes} bytes does not fit into a chunk of "
                                  f"{self._payload_limit}; raise chunk_bytes")
 

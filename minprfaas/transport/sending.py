@@ -4,6 +4,7 @@ import time
 
 import torch
 
+from minprfaas.config import StateKind
 from minprfaas.transport.events import LinkDown, StreamAborted, StreamReport
 from minprfaas.transport.frames import HEADER_BYTES, Header, Kind, Slot
 from minprfaas.transport.outbox import Frame, Outbox, control_frame
@@ -48,12 +49,12 @@ class SendStream:
         entry = self.plan.layers.get(layer)
         if entry is None:
             raise ValueError(f"stream {self.plan.stream_id}: layer {layer} is not in the plan")
-        expected = entry.row_bytes * (end - start if entry.per_token else 1)
+        expected = entry.row_bytes * (end - start if entry.kind is StateKind.TOKEN else 1)
         if data.dtype != torch.uint8 or not data.is_contiguous() or data.numel() != expected:
             raise ValueError(f"layer {layer}: expected {expected} contiguous uint8, got {data.numel()} of {data.dtype}")
-        if not entry.per_token and end != self.plan.end:
+        if entry.kind is not StateKind.TOKEN and end != self.plan.end:
             raise ValueError(f"layer {layer}: request-level state crosses as of token {self.plan.end}, not {end}")
-        self._coverage[layer].add(*((start, end) if entry.per_token else (0, entry.row_bytes)))
+        self._coverage[layer].add(*((start, end) if entry.kind is StateKind.TOKEN else (0, entry.row_bytes)))
         return entry
 
     def _cut(self, entry: LayerPlan, start: int, end: int, data: torch.Tensor):
@@ -62,10 +63,10 @@ class SendStream:
         at = 0
         while at < data.numel():
             limit = min(self._chunk_bytes, self._outbox.chunk_limit() or self._chunk_bytes)
-            if entry.per_token:
+            if entry.kind is StateKind.TOKEN:
                 limit = max(1, limit // entry.row_bytes) * entry.row_bytes
             piece = data[at:at + limit]
-            if entry.per_token:
+            if entry.kind is StateKind.TOKEN:
                 first = start + at // entry.row_bytes
                 where = dict(start=first, end=first + piece.numel() // entry.row_bytes)
             else:

@@ -13,6 +13,7 @@ from functools import cached_property
 
 import torch
 
+from minprfaas.config import StateKind
 from minprfaas.transport.events import ArrivalReport, StreamAborted
 from minprfaas.transport.frames import Header
 
@@ -21,11 +22,11 @@ Sink = Callable[[int, int, int, torch.Tensor], None]  # layer, start, end, uint8
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer's state on the wire: `row_bytes` a token if `per_token`, else `row_bytes` in all."""
+    """One layer's state on the wire: `row_bytes` a token of token state, else `row_bytes` in all."""
 
     layer: int
     group: int
-    per_token: bool
+    kind: StateKind
     row_bytes: int
 
 
@@ -55,7 +56,7 @@ class StreamPlan:
 
     @property
     def total_bytes(self) -> int:
-        return sum(entry.row_bytes * (self.end - self.start if entry.per_token else 1) for entry in self.entries)
+        return sum(entry.row_bytes * (self.end - self.start if entry.kind is StateKind.TOKEN else 1) for entry in self.entries)
 
 
 class Coverage:
@@ -96,7 +97,7 @@ class Coverage:
 
 def plan_coverage(plan: StreamPlan) -> dict[int, Coverage]:
     """An empty coverage a layer: of tokens for token state, of bytes for request-level state."""
-    return {entry.layer: Coverage(plan.start, plan.end) if entry.per_token else Coverage(0, entry.row_bytes)
+    return {entry.layer: Coverage(plan.start, plan.end) if entry.kind is StateKind.TOKEN else Coverage(0, entry.row_bytes)
             for entry in plan.entries}
 
 
@@ -134,7 +135,7 @@ class IncomingStream:
             return all(coverage.complete for coverage in self._coverage.values())
 
     def _check_and_cover(self, entry: LayerPlan, header: Header) -> None:
-        if entry.per_token:
+        if entry.kind is StateKind.TOKEN:
             if header.offset or header.nbytes != (header.end - header.start) * entry.row_bytes:
                 raise ValueError(f"{header.nbytes} bytes for [{header.start}, {header.end}) of {entry.row_bytes} each")
             self._coverage[entry.layer].add(header.start, header.end)
@@ -144,7 +145,7 @@ class IncomingStream:
         self._coverage[entry.layer].add(header.offset, header.offset + header.nbytes)
 
     def _write(self, entry: LayerPlan, header: Header, payload: torch.Tensor) -> None:
-        if entry.per_token:
+        if entry.kind is StateKind.TOKEN:
             self._sink(entry.layer, header.start, header.end, payload)
             return
         whole = payload
@@ -162,7 +163,7 @@ class IncomingStream:
         with self._lock:
             self._closed = True
             self._assembling.clear()
-            return min((self._coverage[entry.layer].prefix_end for entry in self.plan.entries if entry.per_token),
+            return min((self._coverage[entry.layer].prefix_end for entry in self.plan.entries if entry.kind is StateKind.TOKEN),
                        default=self.plan.start)
 
     def report(self) -> ArrivalReport:

@@ -18,7 +18,7 @@ import torch.multiprocessing as multiprocessing
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 from tqdm import tqdm
 
-from minprfaas.config import LinkConfig
+from minprfaas.config import LinkConfig, StateKind
 from minprfaas.transport import LayerPlan, Link, LinkIdentity, MessageReceived, StreamDone, StreamPlan
 
 RTT_MS = 20.0
@@ -96,7 +96,7 @@ def _rates(rank, store, report, configs, seconds):
         link.connect(DEADLINE_S)
         rate = config.gbps * 1e9 / 8 if config.gbps else 100e6
         tokens = int(rate * seconds) // ROW_BYTES
-        plan = StreamPlan(1, (LayerPlan(0, 0, True, ROW_BYTES),), 0, tokens)
+        plan = StreamPlan(1, (LayerPlan(0, 0, StateKind.TOKEN, ROW_BYTES),), 0, tokens)
         row = _send_beside_messages(link, plan, config) if rank == 0 else _receive_and_time(link, plan)
         if rank == 0:
             report(row)
@@ -254,7 +254,7 @@ def _link_goodput(rank, store, device, lanes, total, chunk) -> float:
     where = f"cuda:{rank}" if device == "cuda" else "cpu"
     streams = min(lanes, 8)
     tokens = total // streams // ROW_BYTES
-    plans = [StreamPlan(number, (LayerPlan(0, 0, True, ROW_BYTES),), 0, tokens) for number in range(streams)]
+    plans = [StreamPlan(number, (LayerPlan(0, 0, StateKind.TOKEN, ROW_BYTES),), 0, tokens) for number in range(streams)]
     memory = torch.zeros(streams, 64 * 2**20, dtype=torch.uint8, device=where)  # each stream's stand-in for its pool
     link.connect(DEADLINE_S)
     goodput = _send_all(link, plans, memory) if rank == 0 else _receive_all(link, plans, memory)

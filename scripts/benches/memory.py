@@ -18,7 +18,7 @@ from benches.link import DEADLINE_S, IDENTITY, PeakMemory, in_two_processes
 from random_checkpoint import SHAPES
 
 from minprfaas.cluster.kv_export import KVExport, stream_plan
-from minprfaas.config import CacheConfig, LinkConfig, ModelConfig
+from minprfaas.config import CacheConfig, LinkConfig, ModelConfig, StateKind
 from minprfaas.engine.request import Request
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.kvcache.layout import Layout, plan_layout
@@ -80,7 +80,7 @@ def _send(link: Link, kvcache: KVCacheManager, prompt: Request, natural_gbps: fl
     for start in range(0, plan.end, CHUNK_TOKENS):
         end = min(start + CHUNK_TOKENS, plan.end)
         for layer, spec in enumerate(kvcache.layout.specs):
-            due += (spec.nbytes * (end - start) if spec.per_token else 0) * 8e-9 / natural_gbps
+            due += (spec.nbytes * (end - start) if spec.kind is StateKind.TOKEN else 0) * 8e-9 / natural_gbps
             time.sleep(max(0.0, due - time.monotonic()))  # the layer computes
             prompt.on_kv(layer, start, end)
     with ThreadPoolExecutor(1) as pool:

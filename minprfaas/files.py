@@ -1,0 +1,73 @@
+"""Files that a person names: read with one line when they are wrong, written whole or not at all.
+
+Leaf module: standard library only, so that every room may use it.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from minprfaas.errors import UserError
+
+
+def read_json(path: str | Path, hint: str = "") -> dict:
+    """A JSON object from a file; UserError when it is missing, unreadable or no object. `hint` says what to do."""
+    value = read_json_value(path, hint)
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def read_json_value(path: str | Path, hint: str = ""):
+    """Any JSON value from a file; UserError when it is missing or unreadable."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing{'; ' + hint if hint else ''}") from None
+    except (OSError, ValueError, RecursionError, MemoryError) as error:  # ValueError: not UTF-8, not JSON, a huge number
+        raise UserError(f"{path} cannot be read as JSON: {_reason(error)}") from None
+
+
+class OutputFile:
+    """A file to be written at the end of a run, opened for writing before it.
+
+    A folder that is missing, read-only or full is then a mistake of the first second, not of the last. The text goes
+    into `NAME.partial` beside the target, which takes its place only when it is whole. Raises UserError.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._partial = self.path.with_name(f"{self.path.name}.partial{os.getpid()}")
+        if self.path.is_dir():
+            raise UserError(f"{self.path} cannot be written: it is a directory")
+        try:
+            self._file = open(self._partial, "w", encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path} cannot be written: {_reason(error)}") from None
+
+    def write(self, text: str) -> None:
+        """Write everything and put the file in its place. UserError when the disk refuses; then there is no file."""
+        try:
+            with self._file:
+                self._file.write(text)
+            os.replace(self._partial, self.path)
+        except OSError as error:
+            self.discard()
+            raise UserError(f"{self.path} cannot be written: {_reason(error)}") from None
+
+    def discard(self) -> None:
+        """Leave nothing behind: the run ended before there was anything to write. Harmless after `write`."""
+        try:
+            self._file.close()
+        except OSError:
+            pass  # the flush of a full disk; the file goes anyway
+        self._partial.unlink(missing_ok=True)
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Write a text file whole or not at all. UserError when it cannot be written."""
+    OutputFile(path).write(text)
+
+
+def _reason(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
