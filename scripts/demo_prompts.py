@@ -4,10 +4,10 @@ import json
 import sys
 from pathlib import Path
 
-from minprfaas.config import ModelConfig
 from minprfaas.documents import EVALUATION_SEEDS, make_document
 from minprfaas.errors import ArgumentParser, UserError, exit_on_user_error
 from minprfaas.model.checkpoint import EMBEDDED
+from minprfaas.model.families import read_config
 from minprfaas.model.tokenizer import Tokenizer
 
 
@@ -21,7 +21,7 @@ def main() -> int:
                         help="a second document, and a question about it, that continue the first conversation; 0 for none")
     parser.add_argument("--seed", type=int, default=0, help="another seed invents other towns and people")
     args = parser.parse_args()
-    tokenizer = Tokenizer(EMBEDDED, ModelConfig.from_directory(EMBEDDED))
+    tokenizer = Tokenizer(EMBEDDED, read_config(EMBEDDED))
     lines = []
     for number, tokens in enumerate(args.tokens):
         document = make_document(EVALUATION_SEEDS + args.seed * 1000 + number, tokens, tokenizer.encode)

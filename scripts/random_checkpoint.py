@@ -8,9 +8,9 @@ import sys
 
 import torch
 
-from minprfaas.config import ModelConfig
 from minprfaas.errors import ArgumentParser, exit_on_user_error
 from minprfaas.model.checkpoint import EMBEDDED, save_checkpoint
+from minprfaas.model.families import config_from_hf
 from minprfaas.model.transformer import Transformer
 
 QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "head_dim": 128, "rope_theta": 1e6, "rms_norm_eps": 1e-6,
@@ -36,7 +36,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    model = Transformer(ModelConfig.from_hf(SHAPES[args.shape]))
+    model = Transformer(config_from_hf(SHAPES[args.shape]))
     for parameter in model.parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.02)

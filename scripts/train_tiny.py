@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from minprfaas.config import ModelConfig
 from minprfaas.documents import END_OF_TEXT, MAX_FACTS, MIN_TOKENS, make_document, vocabulary
 from minprfaas.errors import UserError, exit_on_user_error
 from minprfaas.model.checkpoint import checked_device, save_checkpoint
+from minprfaas.model.families import config_from_hf
 from minprfaas.model.tokenizer import Tokenizer
 from minprfaas.model.transformer import Transformer
 
@@ -125,7 +125,7 @@ def main() -> int:
     out = Path(args.out)
     torch.manual_seed(SEED)
     tokenizer = write_tokenizer(out)
-    model = Transformer(ModelConfig.from_hf(CONFIG)).to(device)
+    model = Transformer(config_from_hf(CONFIG)).to(device)
     optimizers = new_optimizers(model, fused=device.type == "cuda")
     resume_file = out / "resume.pt"
     step = load_resume_file(resume_file, model, optimizers, device) if args.resume else 0
@@ -219,7 +219,7 @@ def write_tokenizer(directory: Path) -> Tokenizer:
     bpe.train_from_iterator(vocabulary() * 2, trainer)  # twice: a pair seen once is not merged
     bpe.save(str(directory / "tokenizer.json.partial"))
     os.replace(directory / "tokenizer.json.partial", directory / "tokenizer.json")
-    return Tokenizer(directory, ModelConfig.from_hf(CONFIG))
+    return Tokenizer(directory, config_from_hf(CONFIG))
 
 
 def save_resume_file(path: Path, model: Transformer, optimizers: list[torch.optim.Optimizer], step: int) -> None:

@@ -36,7 +36,7 @@ def step(kvcache, cache, tokens, end):
     for layer, spec in enumerate(kvcache.layout.specs):
         if spec.kind is StateKind.TOKEN:
             rows = torch.tensor(values[start:], dtype=spec.tensors[0].torch_dtype)[None, :, None]
-            context = state.layer(layer).append(rows.expand(1, -1, spec.tensors[0].shape[0]))
+            context = state.layer(layer).append(rows.expand(1, -1, spec.tensors[0].shape[0])).rows()
             assert context[0, :, 0].tolist() == values
         else:
             memory, conv = state.layer(layer).load()

@@ -9,10 +9,10 @@ from conftest import FAMILIES, TINY, write_checkpoint
 from safetensors.torch import load_file
 
 from minprfaas import load
-from minprfaas.config import ModelConfig
 from minprfaas.errors import UserError
 from minprfaas.files import read_json
 from minprfaas.model.checkpoint import checked_device, load_checkpoint, save_checkpoint, save_tensors
+from minprfaas.model.families import config_from_hf, read_config
 from minprfaas.model.transformer import Transformer
 
 INDEX = "model.safetensors.index.json"
@@ -55,9 +55,9 @@ def shard(directory, count: int) -> list[str]:
 def test_what_was_saved_is_what_is_loaded(tmp_path, family):
     raw = {"vocab_size": 257, **TINY[family]}
     torch.manual_seed(3)
-    model = Transformer(ModelConfig.from_hf(raw))
+    model = Transformer(config_from_hf(raw))
     save_checkpoint(model, raw, tmp_path, torch.float32)
-    loaded = load_checkpoint(tmp_path, ModelConfig.from_directory(tmp_path), torch.float32, "cpu")
+    loaded = load_checkpoint(tmp_path, read_config(tmp_path), torch.float32, "cpu")
     for (name, saved), (_, read) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
         assert torch.equal(saved, read), name
     assert not any(parameter.requires_grad for parameter in loaded.parameters()) and not loaded.training

@@ -2,16 +2,16 @@
 
 import pytest
 
-from minprfaas.config import ModelConfig
 from minprfaas.documents import END_OF_TEXT, EVALUATION_SEEDS, MAX_FACTS, make_document, vocabulary
 from minprfaas.errors import UserError
 from minprfaas.model.checkpoint import EMBEDDED
+from minprfaas.model.families import read_config
 from minprfaas.model.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer(EMBEDDED, ModelConfig.from_directory(EMBEDDED))
+    return Tokenizer(EMBEDDED, read_config(EMBEDDED))
 
 
 def sentences(text: str) -> list[str]:

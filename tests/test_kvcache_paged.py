@@ -5,10 +5,13 @@ from array import array
 import pytest
 import torch
 
-from minprfaas.config import GQAConfig, KDAConfig, LayerConfig, MLAConfig, ModelConfig, RopeConfig
+from minprfaas.config import LayerConfig, ModelConfig, RopeConfig
 from minprfaas.kvcache.layout import plan_layout
 from minprfaas.kvcache.paged import PagedState
 from minprfaas.kvcache.pool import BlockPool
+from minprfaas.model.delta import KDAConfig
+from minprfaas.model.gqa import GQAConfig
+from minprfaas.model.mla import MLAConfig
 from minprfaas.model.spec import model_state_specs
 from minprfaas.model.state import ContiguousState
 from minprfaas.model.transformer import Transformer
@@ -37,12 +40,16 @@ def test_append_returns_each_requests_own_context_however_its_blocks_lie():
     rows = [torch.randn(length + 2, 16).bfloat16() for length in lengths]
     for table, of_request, length in zip(tables, rows, lengths):
         pool.write_tokens(1, table[0], 0, of_request[:length])
-    context = paged(pool, tables, lengths).layer(1).append(
+    handle = paged(pool, tables, lengths).layer(1).append(
         torch.stack([of_request[length:] for of_request, length in zip(rows, lengths)]))
+    context, pages = handle.rows(), handle.pages()
     assert context.shape == (3, 11, 16)
     for of_request, got, length in zip(rows, context, lengths):
         assert torch.equal(got[:length + 2], of_request)
         assert got.isfinite().all()
+    assert pages.lengths.tolist() == [11, 8, 3] and pages.view.data_ptr() == pool.token_view(1).data_ptr()
+    for of_request, blocks, length in zip(rows, pages.block_table, pages.lengths):
+        assert torch.equal(pages.view[blocks].flatten(0, 1)[:length], of_request)
 
 
 def test_padding_is_finite_though_the_blocks_last_held_something_else():
@@ -53,7 +60,7 @@ def test_padding_is_finite_though_the_blocks_last_held_something_else():
     caches[0].num_tokens, caches[1].num_tokens = 12, 1
     kvcache.pool.write_tokens(3, caches[0].block_tables[3], 0, torch.ones(12, 6))
     kvcache.pool.write_tokens(3, caches[1].block_tables[3], 0, torch.ones(1, 6))
-    context = kvcache.state(caches).layer(3).append(torch.ones(2, 1, 6))
+    context = kvcache.state(caches).layer(3).append(torch.ones(2, 1, 6)).rows()
     assert context.isfinite().all() and context[1, 2:].eq(0).all()
 
 

@@ -8,13 +8,15 @@ import torch
 from conftest import FAMILIES
 from safetensors.torch import load_file
 
-from minprfaas.config import CacheConfig, MLAConfig, ModelConfig, RopeConfig
+from minprfaas.config import CacheConfig, RopeConfig, StateKind
 from minprfaas.kvcache.layout import plan_layout
 from minprfaas.kvcache.manager import KVCacheManager
-from minprfaas.model.attention import MLA
 from minprfaas.model.checkpoint import load_checkpoint
+from minprfaas.model.families import read_config
+from minprfaas.model.gqa import GQAConfig
 from minprfaas.model.layers import Positions, RMSNorm, rope_frequencies
-from minprfaas.model.spec import model_state_specs, state_spec
+from minprfaas.model.mla import MLA, MLAConfig
+from minprfaas.model.spec import model_state_specs
 from minprfaas.model.state import ContiguousLayerState, ContiguousState
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -52,13 +54,13 @@ def through_blocks(model, manager, cache, token_ids, chunk):
 
 @pytest.mark.parametrize("name", sorted(path.name for path in GOLDEN.iterdir() if (path / "config.json").exists()))
 def test_logits_are_those_of_hugging_face_transformers(name):
-    model = load_checkpoint(GOLDEN / name, ModelConfig.from_directory(GOLDEN / name), torch.float32, "cpu")
+    model = load_checkpoint(GOLDEN / name, read_config(GOLDEN / name), torch.float32, "cpu")
     expected = load_file(GOLDEN / f"{name}.logits.safetensors")
     torch.testing.assert_close(model(expected["token_ids"]), expected["logits"], atol=1e-4, rtol=0)
 
 
 def test_every_golden_family_is_there():
-    assert {ModelConfig.from_directory(path.parent).family for path in GOLDEN.glob("*/config.json")} == set(FAMILIES)
+    assert {read_config(path.parent).family for path in GOLDEN.glob("*/config.json")} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -128,6 +130,37 @@ def test_on_layer_is_called_once_the_layers_state_holds_the_tokens(hybrid):
                     (3, [True, True, True, True])]
 
 
+@pytest.mark.parametrize("before", [0, 37])
+def test_a_snapshot_inside_a_pass_is_the_state_of_a_pass_that_ends_there(hybrid, before):
+    """Within float32 rounding: passes of other lengths multiply matrices of other shapes."""
+    model, token_ids = hybrid[0], prompt(before + 200, batch=2)
+    state = through_contiguous_state(model, token_ids[:, :before], 100)[1] if before else (
+        ContiguousState(model.config, "float32", batch=2))
+    linear = [layer for layer, spec in zip(state.layers, model_state_specs(model.config, "float32"))
+              if spec.kind is StateKind.REQUEST]
+    for layer in linear:
+        layer.snapshot_offsets = (64, 192, 200)
+    model(token_ids[:, before:], state)
+    assert linear and all(set(layer.snapshots) == {64, 192, 200} for layer in linear)
+    for offset in (64, 192, 200):
+        ended_there = through_contiguous_state(model, token_ids[:, : before + offset], before or 1000)[1]
+        for layer, expected in zip(linear, ended_there.layers):
+            for tensor, expected_tensor in zip(layer.snapshots[offset], expected.tensors, strict=True):
+                torch.testing.assert_close(tensor, expected_tensor, atol=2e-6, rtol=1e-5)
+                assert tensor.abs().max() > 0.01
+
+
+def test_contiguous_pages_hold_the_rows_of_each_request():
+    state = ContiguousLayerState(GQAConfig(2, 1, 4, RopeConfig()).state_spec("float32"), 3, "cpu")
+    rows = torch.randn(3, 5, 8)
+    state.append(rows[:, :2])
+    handle = state.append(rows[:, 2:])
+    pages = handle.pages()
+    assert torch.equal(handle.rows(), rows) and pages.lengths.tolist() == [5, 5, 5]
+    for request, (blocks, length) in enumerate(zip(pages.block_table, pages.lengths)):
+        assert torch.equal(pages.view[blocks].flatten(0, 1)[:length], rows[request])
+
+
 @pytest.mark.parametrize("shared", [0, 4])
 def test_absorbed_mla_equals_expanded_mla(shared):
     torch.manual_seed(0)
@@ -135,7 +168,7 @@ def test_absorbed_mla_equals_expanded_mla(shared):
     mla = MLA(config, hidden_size=32, norm_eps=1e-6)
     x, start = torch.randn(2, 30, 32), torch.zeros(2, dtype=torch.int64)
     expanded = mla(x, Positions(start, 30), None)
-    state = ContiguousLayerState(state_spec(config, "float32"), 2, "cpu")
+    state = ContiguousLayerState(config.state_spec("float32"), 2, "cpu")
     absorbed = torch.cat([mla(x[:, t : t + 1], Positions(start + t, 1), state) for t in range(30)], dim=1)
     torch.testing.assert_close(absorbed, expanded, **CLOSE)
 
@@ -169,7 +202,7 @@ def test_rms_norm_computes_in_float32_whatever_comes_in():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_stays_near_float32(checkpoints, models, family):
     directory = checkpoints[family]
-    half = load_checkpoint(directory, ModelConfig.from_directory(directory), torch.bfloat16, "cpu")
+    half = load_checkpoint(directory, read_config(directory), torch.bfloat16, "cpu")
     exact, rough = models[family][0](prompt(50)), half(prompt(50)).float()
     assert half.dtype == torch.bfloat16 and torch.isfinite(rough).all()
     assert torch.nn.functional.cosine_similarity(exact, rough, dim=-1).mean() > 0.95
@@ -179,7 +212,7 @@ def test_bfloat16_stays_near_float32(checkpoints, models, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cuda_gives_the_logits_of_the_cpu(checkpoints, models, family):
     directory = checkpoints[family]
-    model = load_checkpoint(directory, ModelConfig.from_directory(directory), torch.float32, "cuda")
+    model = load_checkpoint(directory, read_config(directory), torch.float32, "cuda")
     torch.testing.assert_close(model(prompt(150).cuda()).cpu(), models[family][0](prompt(150)), atol=1e-3, rtol=1e-3)
 
 
@@ -187,7 +220,7 @@ def test_cuda_gives_the_logits_of_the_cpu(checkpoints, models, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_on_cuda_is_finite_and_chunks_agree(checkpoints, family):
     directory = checkpoints[family]
-    model = load_checkpoint(directory, ModelConfig.from_directory(directory), torch.bfloat16, "cuda")
+    model = load_checkpoint(directory, read_config(directory), torch.bfloat16, "cuda")
     token_ids = prompt(150).cuda()
     state = ContiguousState(model.config, "bfloat16", device="cuda")
     first = model(token_ids[:, :70], state)

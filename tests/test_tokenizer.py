@@ -7,9 +7,9 @@ import pytest
 from conftest import END_OF_TEXT
 
 from minprfaas import load
-from minprfaas.config import ModelConfig
 from minprfaas.engine.text import StreamedText
 from minprfaas.errors import UserError
+from minprfaas.model.families import config_from_hf
 from minprfaas.model.tokenizer import Tokenizer
 
 TEXTS = ["plain words", "  two spaces, a tab\t and\n\nlines", "Zoë says 你好 🙂", ""]
@@ -31,7 +31,7 @@ def test_a_tokenizer_that_does_not_match_the_vocabulary_says_both_numbers(checkp
     directory = checkpoints["kimi_linear"]
     raw = {**json.loads((directory / "config.json").read_text()), "vocab_size": 200}
     with pytest.raises(UserError, match="largest token id is 256, config.json's vocab_size is 200"):
-        Tokenizer(directory, ModelConfig.from_hf(raw))
+        Tokenizer(directory, config_from_hf(raw))
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"version": "1.0"}', b"\xff\xfe", b'{"model": {"type": "Nonsense"}}'])

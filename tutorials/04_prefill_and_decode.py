@@ -10,10 +10,11 @@ from collections.abc import Callable
 import torch
 
 from minprfaas import SamplingParams, load
-from minprfaas.config import CacheConfig, GQAConfig, LayerConfig, ModelConfig, RopeConfig
+from minprfaas.config import CacheConfig, LayerConfig, ModelConfig, RopeConfig
 from minprfaas.documents import make_document
 from minprfaas.engine.engine import Engine
 from minprfaas.errors import exit_on_user_error
+from minprfaas.model.gqa import GQAConfig
 from minprfaas.model.state import ContiguousState
 from minprfaas.model.transformer import Transformer
 from minprfaas.observe.report import human_bytes, table

@@ -8,10 +8,12 @@ import time
 
 import torch
 
-from minprfaas.config import CacheConfig, KDAConfig, LayerConfig, MLAConfig, ModelConfig, StateKind
+from minprfaas.config import CacheConfig, LayerConfig, ModelConfig, StateKind
 from minprfaas.kvcache.layout import plan_layout
 from minprfaas.kvcache.manager import KVCacheManager, RequestCache
 from minprfaas.kvcache.replay import replay_trace
+from minprfaas.model.delta import KDAConfig
+from minprfaas.model.mla import MLAConfig
 from minprfaas.model.spec import model_state_specs
 from minprfaas.model.transformer import Transformer
 from minprfaas.observe.report import human_bytes, table

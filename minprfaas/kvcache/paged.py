@@ -9,6 +9,7 @@ import torch
 from minprfaas.config import StateKind
 from minprfaas.kvcache.layout import KVGroup
 from minprfaas.kvcache.pool import BlockPool
+from minprfaas.model.spec import Pages
 
 
 class PagedState:
@@ -36,7 +37,7 @@ class PagedState:
             table = self._table(group, [-(-(start + new) // size) for start in self.starts])
             positions = self.start.unsqueeze(1) + torch.arange(new, device=self.pool.device)
             self._indexes[group.index] = _TokenIndex(
-                table.gather(1, positions // size), positions % size, table.reshape(-1), context)
+                table.gather(1, positions // size), positions % size, table, context)
         return self._indexes[group.index]
 
     def state_table(self, group: KVGroup) -> torch.Tensor:
@@ -60,7 +61,7 @@ class PagedState:
 class _TokenIndex:
     new_blocks: torch.Tensor  # [batch, new]
     new_offsets: torch.Tensor  # [batch, new]
-    context_blocks: torch.Tensor  # [batch * blocks]
+    block_table: torch.Tensor  # [batch, blocks]
     context: int  # tokens
 
 
@@ -72,13 +73,33 @@ class PagedTokens:
     group: KVGroup
     index: int
 
-    def append(self, rows: torch.Tensor) -> torch.Tensor:
-        """Store `rows` `[batch, new, width]`; returns `[batch, context, width]`, padded with finite rows."""
-        where = self.state.token_index(self.group, rows.shape[1])
+    def append(self, rows: torch.Tensor) -> "PagedContext":
+        """Store `rows` `[batch, new, width]` in the reserved blocks; returns the whole context."""
+        new = rows.shape[1]
+        where = self.state.token_index(self.group, new)
         view = self.state.pool.token_view(self.index)
         view[where.new_blocks, where.new_offsets] = rows
-        context = view.index_select(0, where.context_blocks).view(len(rows), -1, rows.shape[2])
-        return context[:, :where.context]
+        return PagedContext(view, where.block_table, self.state.start + new, where.context)
+
+
+@dataclass(frozen=True)
+class PagedContext:
+    """The context of one token-state layer of a batch, in its blocks (implements `TokenHandle`)."""
+
+    view: torch.Tensor  # [blocks, block_tokens, width]
+    block_table: torch.Tensor  # [batch, blocks]
+    lengths: torch.Tensor  # [batch]
+    context: int  # tokens of the longest request
+
+    def rows(self) -> torch.Tensor:
+        """The blocks gathered into `[batch, context, width]`; a shorter request ends in rows of its last or the null
+        block, which are finite because blocks are zeroed when they are handed out."""
+        gathered = self.view.index_select(0, self.block_table.reshape(-1))
+        return gathered.view(len(self.block_table), -1, self.view.shape[2])[:, :self.context]
+
+    def pages(self) -> Pages:
+        """The blocks where they lie."""
+        return Pages(self.view, self.block_table, self.lengths)
 
 
 @dataclass(frozen=True)
@@ -88,6 +109,7 @@ class PagedRequestState:
     state: PagedState
     group: KVGroup
     index: int
+    snapshot_offsets: tuple[int, ...] = ()
 
     def load(self) -> tuple[torch.Tensor, ...]:
         """The layer's tensors, each `[batch, *shape]`; a request at its beginning starts from zeros."""
@@ -99,3 +121,6 @@ class PagedRequestState:
 
     def store(self, *tensors: torch.Tensor) -> None:
         self.state.pool.write_state(self.index, self.state.state_table(self.group), *tensors)
+
+    def store_snapshot(self, offset: int, *tensors: torch.Tensor) -> None:
+        """Nothing: `snapshot_offsets` is empty, so no mixer calls this yet."""

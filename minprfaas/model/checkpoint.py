@@ -11,6 +11,7 @@ from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 from minprfaas.config import ModelConfig
 from minprfaas.errors import UserError
 from minprfaas.files import read_json
+from minprfaas.model.families import read_config
 from minprfaas.model.tokenizer import Tokenizer
 from minprfaas.model.transformer import Transformer
 
@@ -22,7 +23,7 @@ def load(path: str | Path | None = None, dtype: torch.dtype = torch.float32,
          device: str | torch.device = "cpu") -> tuple[Transformer, Tokenizer]:
     """A model and its tokenizer from a Hugging Face directory (no path: the embedded model). Raises UserError."""
     directory = Path(path) if path is not None else EMBEDDED
-    config = ModelConfig.from_directory(directory)
+    config = read_config(directory)
     tokenizer = Tokenizer(directory, config)
     return load_checkpoint(directory, config, dtype, device), tokenizer
 

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from minprfaas.config import GQAConfig, KDAConfig, MLAConfig, MixerConfig, ModelConfig, StateKind
+from minprfaas.config import ModelConfig, StateKind
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -36,10 +36,15 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class StateSpec:
-    """A layer's whole state. Token state is exactly one tensor, request state any number."""
+    """A layer's whole state. Token state is exactly one tensor, request state any number.
+
+    Request state has passed through every multiple of `snapshot_stride` tokens, counted from the beginning of a forward
+    pass, as a tensor of its own; there a copy of it can be had without ending the pass.
+    """
 
     kind: StateKind
     tensors: tuple[TensorSpec, ...]
+    snapshot_stride: int = 1
 
     @property
     def nbytes(self) -> int:
@@ -47,22 +52,9 @@ class StateSpec:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
-def state_spec(mixer: MixerConfig, dtype: str) -> StateSpec:
-    """The state that `mixer` needs when the model runs in `dtype` (recurrent matrices stay float32)."""
-    if isinstance(mixer, GQAConfig):
-        return StateSpec(StateKind.TOKEN, (TensorSpec("kv", (2 * mixer.num_kv_heads * mixer.head_dim,), dtype),))
-    if isinstance(mixer, MLAConfig):
-        return StateSpec(StateKind.TOKEN, (TensorSpec("latent", (mixer.kv_lora_rank + mixer.qk_shared_dim,), dtype),))
-    assert isinstance(mixer, KDAConfig)
-    channels = mixer.num_heads * mixer.head_dim
-    return StateSpec(StateKind.REQUEST, (
-        TensorSpec("memory", (mixer.num_heads, mixer.head_dim, mixer.head_dim), "float32"),
-        TensorSpec("conv", (3 * channels, mixer.conv_kernel - 1), dtype)))
-
-
 def model_state_specs(config: ModelConfig, dtype: str) -> tuple[StateSpec, ...]:
     """One `StateSpec` a layer."""
-    return tuple(state_spec(layer.mixer, dtype) for layer in config.layers)
+    return tuple(layer.mixer.state_spec(dtype) for layer in config.layers)
 
 
 def kv_bytes(specs: tuple[StateSpec, ...], tokens: int) -> int:
@@ -70,18 +62,44 @@ def kv_bytes(specs: tuple[StateSpec, ...], tokens: int) -> int:
     return sum(spec.nbytes * (tokens if spec.kind is StateKind.TOKEN else 1) for spec in specs)
 
 
+@dataclass(frozen=True)
+class Pages:
+    """Token state where it lies: request b's token t is `view[block_table[b, t // block_tokens], t % block_tokens]`."""
+
+    view: torch.Tensor  # [blocks, block_tokens, width]
+    block_table: torch.Tensor  # [batch, blocks of the longest request] int64; a shorter request's row ends in any block
+    lengths: torch.Tensor  # [batch] int64: tokens of each request, the new ones included
+
+
+class TokenHandle(Protocol):
+    """The whole context of one token-state layer, new tokens included, in either of two forms."""
+
+    def rows(self) -> torch.Tensor:
+        """A contiguous copy `[batch, context, width]`, where `context` is the longest request's; a shorter one's rows
+        end in padding, which is finite. The reference."""
+
+    def pages(self) -> Pages:
+        """The rows without a copy, for kernels that follow a block table."""
+
+
 class LayerState(Protocol):
     """One layer's state of the requests in one forward pass; a mixer sees this and never a block."""
 
-    def append(self, rows: torch.Tensor) -> torch.Tensor:
-        """Token state: store `rows` `[batch, new, width]` after what is there, and return the whole context
-        `[batch, context, width]`, where `context` is the longest; a shorter request's rows end in padding."""
+    def append(self, rows: torch.Tensor) -> TokenHandle:
+        """Token state: store `rows` `[batch, new, width]` after what is there."""
 
     def load(self) -> tuple[torch.Tensor, ...]:
         """Request state: the tensors `[batch, *shape]` in the spec's order; zeros for a request that just began."""
 
     def store(self, *tensors: torch.Tensor) -> None:
         """Request state: replace what `load` returned."""
+
+    snapshot_offsets: tuple[int, ...]
+    """Request state: tokens after this pass's beginning at which a copy of the state is wanted as well; multiples of
+    the spec's `snapshot_stride`, at most the pass's length."""
+
+    def store_snapshot(self, offset: int, *tensors: torch.Tensor) -> None:
+        """Request state: what `store` would have been given if the pass had ended at `offset`."""
 
 
 class ModelState(Protocol):

@@ -18,11 +18,12 @@ from benches.link import DEADLINE_S, IDENTITY, PeakMemory, in_two_processes
 from random_checkpoint import SHAPES
 
 from minprfaas.cluster.kv_export import KVExport, stream_plan
-from minprfaas.config import CacheConfig, LinkConfig, ModelConfig, StateKind
+from minprfaas.config import CacheConfig, LinkConfig, StateKind
 from minprfaas.engine.request import Request
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.kvcache.layout import Layout, plan_layout
 from minprfaas.kvcache.manager import KVCacheManager
+from minprfaas.model.families import config_from_hf
 from minprfaas.model.spec import model_state_specs
 from minprfaas.observe.report import human_bytes, table
 from minprfaas.transport import Link, StreamDone
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> int:
 
 
 def _node(rank, store, report, config, tokens, natural_gbps):
-    model = ModelConfig.from_hf(SHAPES["hybrid-1b"])
+    model = config_from_hf(SHAPES["hybrid-1b"])
     layout = plan_layout(model_state_specs(model, "bfloat16"), block_tokens=64)
     kvcache = KVCacheManager(layout, CacheConfig(layout.blocks_for(tokens)), "cpu", IDENTITY.fingerprint)
     prompt = Request("memory", [1] * tokens, SamplingParams())

@@ -1,26 +1,55 @@
-"""Kimi delta attention (KDA): a linear mixer whose state has one size whatever the context. Chapter 02; paper 2.2.
+"""The delta rule and Kimi delta attention (KDA): a state of one size whatever the context. Chapter 02; paper 2.2.
 
 Each head keeps a memory matrix S `[key_dim, value_dim]`. A token first lets every key channel decay, then replaces
 what S stores under its key k by its value v, as far as its gate beta asks (the delta rule), and reads with its query q:
 
     S_t = diag(exp(g_t)) S_(t-1);   S_t += beta_t k_t (v_t - k_t^T S_t)^T;   o_t = S_t^T q_t
 
-`kda_recurrent` is that, token by token: the reference, and the decode step. `kda_chunked` computes the same for whole
-chunks with matrix products: the prefill form.
+`delta_rule_recurrent` is that, token by token: the reference, and the decode step. `delta_rule_chunked` computes the
+same for whole chunks with matrix products: the prefill form.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minprfaas.config import KDAConfig
+from minprfaas.config import MAX_HEAD_SIZE, StateKind, require_sizes
+from minprfaas.errors import require_number
 from minprfaas.model.layers import Positions, RMSNorm
-from minprfaas.model.spec import LayerState
+from minprfaas.model.spec import LayerState, StateSpec, TensorSpec
+
+CHUNK_TOKENS = 64  # the prefill form holds the memory at every multiple of this, and nowhere else
 
 
-def kda_recurrent(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class KDAConfig:
+    """Kimi delta attention: short causal convolutions, per-channel decay, beta gate, gated output norm."""
+
+    num_heads: int
+    head_dim: int
+    conv_kernel: int = 4
+
+    def __post_init__(self) -> None:
+        require_sizes(self, "num_heads", "head_dim", most=MAX_HEAD_SIZE)
+        require_number("short_conv_kernel_size", self.conv_kernel, least=2, most=1024, whole=True)
+
+    def state_spec(self, dtype: str) -> StateSpec:
+        """A matrix a head, which stays float32 because its sums run over the whole context, and the last inputs of the
+        three convolutions."""
+        return StateSpec(StateKind.REQUEST, (
+            TensorSpec("memory", (self.num_heads, self.head_dim, self.head_dim), "float32"),
+            TensorSpec("conv", (3 * self.num_heads * self.head_dim, self.conv_kernel - 1), dtype)), CHUNK_TOKENS)
+
+    def build(self, hidden_size: int, norm_eps: float) -> nn.Module:
+        """The mixer's module, with fresh weights."""
+        return KDA(self, hidden_size, norm_eps)
+
+
+def delta_rule_recurrent(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor,
+                         memory: Tensor) -> tuple[Tensor, Tensor]:
     """The recurrence as written above, one token at a time.
 
     `q`, `k`, `g` `[batch, tokens, heads, key_dim]` (g: log decay, at most 0), `v` `[batch, tokens, heads, value_dim]`,
@@ -37,9 +66,12 @@ def kda_recurrent(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, memo
     return torch.stack(outputs, dim=1), memory
 
 
-def kda_chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, memory: Tensor,
-                chunk: int = 64, sub_chunk: int = 16) -> tuple[Tensor, Tensor]:
-    """The same function as `kda_recurrent` (same arguments), `chunk` tokens at a time.
+def delta_rule_chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, memory: Tensor,
+                       chunk: int = CHUNK_TOKENS, sub_chunk: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+    """The same function as `delta_rule_recurrent` (same arguments), `chunk` tokens at a time.
+
+    Returns the outputs, the memory after the last token, and the memory before each chunk
+    `[batch, heads, chunks, key_dim, value_dim]`.
 
     Inside a chunk the delta rule is a unit lower-triangular system, solved once for all of the chunk's tokens; between
     chunks only the memory is carried, by one matrix product a chunk. Every exponent is a difference of cumulative
@@ -47,10 +79,11 @@ def kda_chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, memory
     """
     tokens = q.shape[1]
     padding = -tokens % chunk  # padding has k = 0, beta = 0, g = 0: it neither writes nor decays
-    q, k, v, g = (F.pad(x, (0, 0, 0, 0, 0, padding)).unflatten(1, (-1, chunk)).permute(0, 3, 1, 2, 4) for x in (q, k, v, g))
-    beta = F.pad(beta, (0, 0, 0, padding)).unflatten(1, (-1, chunk)).permute(0, 3, 1, 2)[..., None]
+    q, k, v, g, beta = (
+        F.pad(x, (0, 0, 0, 0, 0, padding)).unflatten(1, (-1, chunk)).permute(0, 3, 1, 2, 4)
+        for x in (q, k, v, g, beta[..., None]))  # [batch, heads, chunks, chunk, dim]
     # exp(-20) is below float32's resolution; without the bound, sums of strong decays would lose the weak ones' digits.
-    decay = g.clamp(min=-20.0).cumsum(dim=-2)  # [batch, heads, chunks, chunk, key_dim]: from the chunk's beginning through each token
+    decay = g.clamp(min=-20.0).cumsum(dim=-2)  # from the chunk's beginning through each token
     total = decay[..., -1:, :]
 
     k_by_k, q_by_k = _decayed_products(q, k, decay, sub_chunk)
@@ -62,6 +95,7 @@ def kda_chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, memory
     keys_at_end = (k * (total - decay).exp()).transpose(-1, -2)
     carry = torch.diag_embed(total.squeeze(-2).exp()) - keys_at_end @ reads
     added = keys_at_end @ new_values
+    # The one loop of the prefill form: a product a chunk, which is why everything above runs for all chunks at once.
     befores, after = [], memory.flatten(0, 1)
     for carry_n, added_n in zip(carry.flatten(0, 1).unbind(1), added.flatten(0, 1).unbind(1)):
         befores.append(after)
@@ -69,7 +103,8 @@ def kda_chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, memory
     before = torch.stack(befores, dim=1).unflatten(0, memory.shape[:2])
 
     out = (q * decay.exp()) @ before + q_by_k.tril() @ (new_values - reads @ before)
-    return out.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :tokens], after.unflatten(0, memory.shape[:2])
+    out = out.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :tokens]
+    return out, after.unflatten(0, memory.shape[:2]), before
 
 
 def _decayed_products(q: Tensor, k: Tensor, decay: Tensor, sub_chunk: int) -> tuple[Tensor, Tensor]:
@@ -129,27 +164,47 @@ class KDA(nn.Module):
         """`x` `[batch, new, hidden]` -> the same shape; `state` None means that nothing came before `x`."""
         heads = (self.config.num_heads, self.config.head_dim)
         memory, tail = state.load() if state is not None else self._empty_state(x)
-        mixed, tail = self._short_convolutions(torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1), tail)
-        q, k, v = (part.unflatten(-1, heads) for part in mixed.float().chunk(3, dim=-1))
+        projected = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+        conv_input = torch.cat([tail.transpose(1, 2).to(x.dtype), projected], dim=1)
+        q, k, v = (part.unflatten(-1, heads) for part in self._short_convolutions(conv_input).float().chunk(3, dim=-1))
         q, k = _unit_length(q) * self.config.head_dim**-0.5, _unit_length(k)
         step = F.softplus((self.f_b_proj(self.f_a_proj(x)).float() + self.dt_bias.float()).unflatten(-1, heads))
         g = -self.A_log.float().exp() * step
         beta = self.b_proj(x).float().sigmoid()
-        rule = kda_recurrent if x.shape[1] == 1 else kda_chunked
         with torch.autocast(x.device.type, enabled=False):  # the memory's sums need float32
-            out, memory = rule(q, k, v, g, beta, memory)
+            if x.shape[1] == 1:  # decode: the recurrence is the shorter way, and crosses no chunk's boundary
+                out, memory = delta_rule_recurrent(q, k, v, g, beta, memory)
+                before = None
+            else:
+                out, memory, before = delta_rule_chunked(q, k, v, g, beta, memory)
         if state is not None:
-            state.store(memory, tail)
+            self._store(state, conv_input, before, memory)
         gate = self.g_b_proj(self.g_a_proj(x)).unflatten(-1, heads).float().sigmoid()
         return self.o_proj((self.o_norm(out) * gate).to(x.dtype).flatten(2))
 
-    def _short_convolutions(self, x: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
-        """Causal depthwise convolutions of q, k and v together, then SiLU; `tail` `[batch, channels, kernel - 1]`."""
+    def _store(self, state: LayerState, conv_input: Tensor, before: Tensor | None, memory: Tensor) -> None:
+        """The state after the pass, and at the offsets inside it that are wanted: the chunked rule went through them
+        all, so a snapshot costs no split of the pass.
+
+        `conv_input` `[batch, kernel - 1 + new, channels]` begins with the tail that the pass began with, so the
+        `kernel - 1` rows from `offset` on are the tail after `offset` tokens.
+        """
+        width = self.config.conv_kernel - 1
+        new = conv_input.shape[1] - width
+        for offset in state.snapshot_offsets:
+            memory_there = memory if offset == new else before[:, :, offset // CHUNK_TOKENS]
+            state.store_snapshot(offset, memory_there, conv_input[:, offset : offset + width].transpose(1, 2))
+        state.store(memory, conv_input[:, new:].transpose(1, 2))
+
+    def _short_convolutions(self, conv_input: Tensor) -> Tensor:
+        """Causal depthwise convolutions of q, k and v together, then SiLU: `[batch, kernel - 1 + new, channels]` ->
+        `[batch, new, channels]`."""
         weight = torch.cat([self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight]).squeeze(1)
-        tokens = x.shape[1]
-        padded = torch.cat([tail.transpose(1, 2).to(x.dtype), x], dim=1)
-        out = sum(padded[:, i : i + tokens] * weight[:, i] for i in range(self.config.conv_kernel))
-        return F.silu(out), padded[:, tokens:].transpose(1, 2)
+        kernel = self.config.conv_kernel
+        new = conv_input.shape[1] - kernel + 1
+        # A sum over the kernel's few taps: cuDNN's depthwise convolution wants another layout, and copies twice.
+        out = sum(conv_input[:, tap : tap + new] * weight[:, tap] for tap in range(kernel))
+        return F.silu(out)
 
     def _empty_state(self, x: Tensor) -> tuple[Tensor, Tensor]:
         heads, dim, kernel = self.config.num_heads, self.config.head_dim, self.config.conv_kernel
