@@ -141,3 +141,16 @@ class LinkConfig:
         if not self.timeout_s > 0 or not self.silence_s > 0:
             raise UserError(f"link timeout {self.timeout_s} s or silence {self.silence_s} s is out of range; both must be "
                             "above 0")
+
+
+@dataclass(frozen=True)
+class LinkSample:
+    """One direction of a link over the interval that ends at `time_s`. `utilization` is the share of the time in which it
+    was busy (or of its known rate), so `gbps` over it is the capacity; `queued_bytes` wait to leave."""
+
+    time_s: float
+    gbps: float
+    utilization: float
+    queued_bytes: float
+    inflight_bytes: float = 0.0
+    ack_delay_s: float = 0.0
