@@ -83,9 +83,9 @@ class DecodeRole:
                 self.prefixes.order(sender, message)
             case messages.PrefixAbort(stream_id=stream_id):
                 self.prefixes.aborted(sender, stream_id)
-            case messages.SendInventory():
+            case messages.SendInventory() if sender == FRONT:
                 self.news.tell_inventory()
-            case messages.Shutdown():
+            case messages.Shutdown() if sender == FRONT:
                 self.is_stopping = True
 
     def notice(self, happening: Happening) -> None:

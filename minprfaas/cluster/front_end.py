@@ -4,9 +4,8 @@ Chapter 13; paper 3.1 and 3.4.3. No policy lives here: what happens is told to t
 decisions and actions are carried out.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 
 from minprfaas.cluster import messages
 from minprfaas.cluster.mail import FRONT, Mail
@@ -15,10 +14,10 @@ from minprfaas.config import LinkSample, Role
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import RequestError, UserError
 from minprfaas.scheduling import control
-from minprfaas.scheduling.control import ControlPlane, RouteRequest
-from minprfaas.scheduling.router import Decision
+from minprfaas.scheduling.control import ControlPlane
+from minprfaas.scheduling.directory import CacheChanged, PrefixMove
+from minprfaas.scheduling.router import Decision, RouteRequest
 
-TICK_S = 1.0  # how often the control plane's loops are asked
 LOCAL_DEADLINE_S = 3600.0  # for a prefill inside the PD cluster, and for a request that no node can take yet
 
 
@@ -32,7 +31,7 @@ class Journey:
     id: str
     token_ids: list[int]
     params: SamplingParams
-    keys: list[bytes]  # of the prompt's full blocks
+    keys: list[str]  # of the prompt's full blocks, but for its last token, which is always computed
     arrived_at_s: float
     prompt_tokens: int = field(init=False)
     text: str = ""
@@ -104,26 +103,25 @@ class Update:
 class FrontEnd:
     """Takes requests, routes each once (and again after a failure), and gathers what the nodes say.
 
-    `block_keys` makes the chain keys of a prompt's full blocks, with which the directory is asked. `deadline_s` is the
-    time that an offloaded prefill may take, its transfer included.
+    `block_keys` makes the chain keys of a prompt's full blocks of `block_tokens` tokens, with which the directory is
+    asked. `deadline_s` is the time that an offloaded prefill may take, its transfer included.
     """
 
     name = FRONT
 
     def __init__(self, plane: ControlPlane, mail: Mail, block_keys: Callable[[list[int]], list[bytes]],
-                 deadline_s: float, clock: Callable[[], float]):
+                 block_tokens: int, deadline_s: float, clock: Callable[[], float]):
         self.plane, self.deadline_s = plane, deadline_s
         self.journeys: dict[str, Journey] = {}
         self.ready: dict[str, messages.NodeReady] = {}  # the nodes that take work, by name
         self.goodbyes: dict[str, int] = {}  # peak memory in bytes of the nodes that have ended
         self.timeline_events: list[dict] = []  # of other processes
         self.actions: list[control.Action] = []  # that the loops took, for the log
-        self._mail, self._block_keys, self._clock = mail, block_keys, clock
+        self._mail, self._block_keys, self._block_tokens, self._clock = mail, block_keys, block_tokens, clock
         self._unrouted: list[Journey] = []  # new ones
         self._without_node: list[Journey] = []  # that no node could take when they were routed last
         self._unfinished = 0
         self._updates: list[Update] = []
-        self._ticked_at_s = -math.inf
 
     # What callers use
 
@@ -133,7 +131,8 @@ class FrontEnd:
             raise UserError(f"request {id!r} has an empty prompt; it needs at least 1 token")
         if id in self.journeys:  # a late message about the old one would be taken for one about the new
             raise UserError(f"request id {id!r} was used before; every request needs an id of its own")
-        journey = Journey(id, list(token_ids), params, self._block_keys(token_ids), self._clock())
+        keys = [key.hex() for key in self._block_keys(token_ids[:-1])]
+        journey = Journey(id, list(token_ids), params, keys, self._clock())
         self.journeys[id] = journey
         self._unfinished += 1
         self._unrouted.append(journey)
@@ -177,9 +176,7 @@ class FrontEnd:
         self._without_node, self._unrouted = [], []
         for journey in waiting:
             self._route(journey)
-        if now_s - self._ticked_at_s >= TICK_S:
-            self._ticked_at_s = now_s
-            self._carry_out(self.plane.tick(now_s))
+        self._carry_out(self.plane.tick(now_s))  # which looks at its loops once a second
 
     def notice(self, happening: Happening) -> None:
         """Take the loss of a node. Its requests come back by themselves: their decode nodes lost it as well."""
@@ -198,10 +195,9 @@ class FrontEnd:
                 self._tell_plane(control.NodeJoined(sender, Role(role)))
             case messages.CacheNews(sequence=sequence, keys=keys, tokens=tokens, inventory=inventory):
                 if sender in self.ready:
-                    entries = list(zip(keys, tokens))
-                    self._tell_plane(control.CacheChanged(sender, sequence, entries, inventory))
+                    self._tell_plane(CacheChanged(sender, sequence, list(zip(keys, tokens)), inventory))
             case LinkSample():
-                self._tell_plane(replace(message, time_s=self._clock()))  # the sender's clock may be another machine's
+                self._tell_plane(control.LinkMeasured(sender, message))
             case messages.TimelinePart(events=events):
                 self.timeline_events += events
             case messages.Goodbye(peak_bytes=peak_bytes):
@@ -227,12 +223,16 @@ class FrontEnd:
                 journey.cached_tokens = journey.prompt_tokens - message.uncached_tokens
                 journey.prefix_bytes = message.prefix_bytes
                 self._tell_plane(control.PrefillEnded(journey.id, message.uncached_tokens, message.prefill_s))
+                prefix = journey.decision.transfer
+                if prefix is not None and not message.prefix_bytes:  # it did not come: most likely it is gone
+                    self._tell_plane(control.PrefixMissing(prefix.source, self._key_at(journey, prefix.end)))
             case messages.Started():
                 journey.held_tokens, journey.queue_s = message.cached_tokens, message.queue_s
                 journey.prefill_s, journey.admit_s = message.prefill_s, message.admit_s
                 journey.transfer_exposed_s = message.transfer_exposed_s
                 journey.kv_bytes = message.kv_bytes if journey.decision.route is Role.PRFAAS else 0
                 journey.prefilled_tokens = journey.prompt_tokens
+                self._tell_plane(control.DecodeStarted(journey.id))
             case messages.TokenDrawn():
                 self._take_token(journey, message)
             case messages.PrefillLost(reason=reason):
@@ -247,9 +247,9 @@ class FrontEnd:
         if journey.is_finished:
             return
         now_s = self._clock()
+        request = RouteRequest(journey.id, journey.prompt_tokens, journey.keys, journey.avoid)
         try:
-            decision = self.plane.route(
-                RouteRequest(journey.id, journey.prompt_tokens, [key.hex() for key in journey.keys], journey.avoid), now_s)
+            decision = self.plane.route(request, now_s)
         except RequestError as error:
             if journey.avoid or now_s - journey.arrived_at_s > LOCAL_DEADLINE_S:
                 self._fail(journey, error)  # every node that could have done it has failed it, or none has come
@@ -289,7 +289,11 @@ class FrontEnd:
         journey.finish_reason, journey.finished_at_s = finish_reason, self._clock()
         self._unfinished -= 1
         if journey.decision is not None:
-            self._tell_plane(control.RequestEnded(journey.id))
+            self._tell_plane(control.RequestEnded(journey.id, len(journey.output_ids)))
+
+    def _key_at(self, journey: Journey, tokens: int) -> str:
+        """The key of the block that ends at `tokens`."""
+        return journey.keys[tokens // self._block_tokens - 1]
 
     # The control plane
 
@@ -301,5 +305,13 @@ class FrontEnd:
             match action:
                 case control.AskInventory(node=node):
                     self._mail.send(FRONT, node, messages.SendInventory())
-                case _:
-                    self.actions.append(action)  # a new threshold is in force at once: the plane holds it
+                case PrefixMove():
+                    self._move_prefix(action)
+            self.actions.append(action)  # a new threshold is in force at once: the plane itself holds it
+
+    def _move_prefix(self, move: PrefixMove) -> None:
+        """Let a hot prefix be copied. The plane knows keys; the tokens stand in the request that was matched by them."""
+        for journey in reversed(self.journeys.values()):
+            if len(journey.keys) >= len(move.keys) and self._key_at(journey, move.tokens) == move.key:
+                prefix_and_one_more = journey.token_ids[:move.tokens + 1]
+                return self._mail.send(FRONT, move.target, messages.FetchPrefix(prefix_and_one_more, move.source))

@@ -226,6 +226,14 @@ class PrefillAbort:
 
 
 @dataclass(frozen=True)
+class FetchPrefix:
+    """Front end -> prefill node: `source` holds the prefix that is all but the last of these tokens; fetch it."""
+
+    token_ids: list[int]
+    source: str
+
+
+@dataclass(frozen=True)
 class PrefixOrder:
     """Prefill node -> any node: stream me the cached state of tokens [start, len(token_ids) - 1) as `stream_id`."""
 
@@ -243,7 +251,7 @@ class PrefixAbort:
 
 Message = (NodeReady | CacheNews | SendInventory | Shutdown | TimelinePart | Goodbye | Serve | Progress | Prefilled
            | Started | TokenDrawn | PrefillLost | ServeFailed | Abort | PrefillOrder | PrefillProgress | PrefillDone
-           | TransferDone | PrefillFailed | PrefillAbort | PrefixOrder | PrefixAbort | LinkSample)
+           | TransferDone | PrefillFailed | PrefillAbort | FetchPrefix | PrefixOrder | PrefixAbort | LinkSample)
 TYPES = {kind.__name__: kind for kind in Message.__args__}
 
 

@@ -82,13 +82,15 @@ class PrefillRole:
             case messages.PrefillAbort(id=id):
                 if id in self.prefills and self.prefills[id].decode_node == sender:
                     self._drop(self.prefills[id])
+            case messages.FetchPrefix(token_ids=token_ids, source=source) if sender == FRONT and len(token_ids) > 1:
+                self.prefixes.fetch(token_ids, source)
             case messages.PrefixOrder():
                 self.prefixes.order(sender, message)
             case messages.PrefixAbort(stream_id=stream_id):
                 self.prefixes.aborted(sender, stream_id)
-            case messages.SendInventory():
+            case messages.SendInventory() if sender == FRONT:
                 self.news.tell_inventory()
-            case messages.Shutdown():
+            case messages.Shutdown() if sender == FRONT:
                 self.is_stopping = True
 
     def notice(self, happening: Happening) -> None:

@@ -83,7 +83,8 @@ def pd_process(prefill_engine: Engine, decode_engine: Engine, link: Link, events
     """Process B over a link whose events go into `events`. The engines share the model, not the pool."""
     mail = Mail(events)
     mail.add_link(link, [PRFAAS])
-    front = FrontEnd(ControlPlane(settings), mail, decode_engine.kvcache.keys, deadline_s, decode_engine.clock)
+    front = FrontEnd(ControlPlane(settings), mail, decode_engine.kvcache.keys, decode_engine.layout.block_tokens,
+                     deadline_s, decode_engine.clock)
     prefill = PrefillRole(PD_PREFILL, Role.PDP, prefill_engine, mail, deadline_s)
     decode = DecodeRole(PD_DECODE, decode_engine, mail, room_deadline_s, deadline_s)
     node = Node(mail, [front, prefill, decode])
