@@ -5,13 +5,23 @@ and KVCache over the loopback; to parts elsewhere both go over the link that lea
 """
 
 from collections import deque
+from typing import Protocol
 
 from minprfaas.cluster.messages import BadMessage, Envelope, Message, decode, encode
-from minprfaas.transport.base import EventQueue, KVTransport, LinkDown, MessageReceived
+from minprfaas.config import LinkSample
+from minprfaas.transport.base import EventQueue, KVTransport, LinkDown, MessageChannel, MessageReceived
 from minprfaas.transport.loopback import Loopback
-from minprfaas.transport.wan.link import Link
 
 FRONT = "front"  # the front end's name
+
+
+class Connection(KVTransport, MessageChannel, Protocol):
+    """What leads to another process: KVCache and messages, and how it is doing. A link is one."""
+
+    name: str
+
+    def newest_sample(self) -> LinkSample | None:
+        """The last measurement of this side's sending direction."""
 
 
 class Mail:
@@ -22,13 +32,13 @@ class Mail:
         self._loopback = Loopback(events=events)
         self._local: deque[Envelope] = deque()
         self._here: set[str] = set()
-        self._link_to: dict[str, Link] = {}  # by the name of a part elsewhere
+        self._link_to: dict[str, Connection] = {}  # by the name of a part elsewhere
 
     def add_local(self, name: str) -> None:
         """A part of this process."""
         self._here.add(name)
 
-    def add_link(self, link: Link, names: list[str]) -> None:
+    def add_link(self, link: Connection, names: list[str]) -> None:
         """The parts called `names` are at the other end of `link`."""
         for name in names:
             self._link_to[name] = link
@@ -53,7 +63,7 @@ class Mail:
         raise LinkDown(f"there is no way to {to!r}")
 
     @property
-    def links(self) -> list[Link]:
+    def links(self) -> list[Connection]:
         """Every link of this process once."""
         return list({link.name: link for link in self._link_to.values()}.values())
 
