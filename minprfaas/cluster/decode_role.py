@@ -177,8 +177,8 @@ class DecodeRole:
         match message:
             case messages.PrefillProgress(tokens=tokens):
                 serving.prefilled_tokens = tokens
-            case messages.PrefillFailed(reason=reason):
-                self._lose_prefill(serving, reason)
+            case messages.PrefillFailed(reason=reason, prefix_missing=prefix_missing):
+                self._lose_prefill(serving, reason, prefix_missing=prefix_missing)
             case messages.PrefillDone(first_token=first_token):
                 if not 0 <= first_token < self.engine.model.config.vocab_size:
                     return self._lose_prefill(serving, f"first token {first_token} is outside the vocabulary")
@@ -229,7 +229,8 @@ class DecodeRole:
 
     # When it goes wrong
 
-    def _lose_prefill(self, serving: Serving, reason: str, arrived_end: int | None = None) -> None:
+    def _lose_prefill(self, serving: Serving, reason: str, arrived_end: int | None = None,
+                      prefix_missing: bool = False) -> None:
         """The prefill will not complete: keep what has arrived, and let the front end say who shall do it instead."""
         if serving.kv is not None:
             plan, has_arrived = serving.kv.plan, serving.kv.has_arrived
@@ -241,7 +242,7 @@ class DecodeRole:
         serving.done, serving.prefilled_tokens = None, 0
         serving.deadline_at_s = self._clock() + self.room_deadline_s
         self.news.tell()  # first: who routes the request again should know what has arrived
-        self._tell(messages.PrefillLost(serving.request.id, reason))
+        self._tell(messages.PrefillLost(serving.request.id, reason, prefix_missing))
 
     def _keep_arrived(self, serving: Serving, arrived_end: int) -> None:
         """Turn full blocks that arrived into prefix cache: whoever prefills next need not send them again."""

@@ -223,9 +223,6 @@ class FrontEnd:
                 journey.cached_tokens = journey.prompt_tokens - message.uncached_tokens
                 journey.prefix_bytes = message.prefix_bytes
                 self._tell_plane(control.PrefillEnded(journey.id, message.uncached_tokens, message.prefill_s))
-                prefix = journey.decision.transfer
-                if prefix is not None and not message.prefix_bytes:  # it did not come: most likely it is gone
-                    self._tell_plane(control.PrefixMissing(prefix.source, self._key_at(journey, prefix.end)))
             case messages.Started():
                 journey.held_tokens, journey.queue_s = message.cached_tokens, message.queue_s
                 journey.prefill_s, journey.admit_s = message.prefill_s, message.admit_s
@@ -235,8 +232,8 @@ class FrontEnd:
                 self._tell_plane(control.DecodeStarted(journey.id))
             case messages.TokenDrawn():
                 self._take_token(journey, message)
-            case messages.PrefillLost(reason=reason):
-                self._route_again(journey, reason)
+            case messages.PrefillLost(reason=reason, prefix_missing=prefix_missing):
+                self._route_again(journey, reason, prefix_missing)
             case messages.ServeFailed(kind=kind, reason=reason):
                 self._fail(journey, RequestError(kind, reason))
 
@@ -263,12 +260,18 @@ class FrontEnd:
             journey.id, journey.token_ids, asdict(journey.params), decision.node,
             self.deadline_s if away else LOCAL_DEADLINE_S, prefix.source if prefix else "", prefix.end if prefix else 0))
 
-    def _route_again(self, journey: Journey, reason: str) -> None:
-        """Its prefill node failed it: another one shall do it."""
-        if journey.decision.route is Role.PRFAAS:
-            journey.fallback = reason
-        journey.avoid |= {journey.decision.node}
+    def _route_again(self, journey: Journey, reason: str, prefix_missing: bool) -> None:
+        """Its prefill node failed it, so another one shall do it; or its cached prefix did not come: decide anew,
+        without that prefix."""
+        decision = journey.decision
         self._tell_plane(control.PrefillLost(journey.id))
+        if prefix_missing and decision.transfer is not None:
+            source, end = decision.transfer.source, decision.transfer.end
+            self._tell_plane(control.PrefixMissing(source, self._key_at(journey, end)))
+        else:
+            journey.avoid |= {decision.node}
+            if decision.route is Role.PRFAAS:
+                journey.fallback = reason
         journey.prefilled_tokens = journey.received_bytes = journey.expected_bytes = 0
         self._route(journey)
 

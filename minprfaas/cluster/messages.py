@@ -130,10 +130,12 @@ class TokenDrawn:
 
 @dataclass(frozen=True)
 class PrefillLost:
-    """Decode node -> front end: the prefill will not complete; say who shall do it instead."""
+    """Decode node -> front end: the prefill will not complete; say who shall do it instead. With `prefix_missing` the
+    prefill node is well, but the cached prefix that was to be shipped to it did not come."""
 
     id: str
     reason: str
+    prefix_missing: bool
 
 
 @dataclass(frozen=True)
@@ -209,10 +211,11 @@ class TransferDone:
 
 @dataclass(frozen=True)
 class PrefillFailed:
-    """Prefill node -> decode node: this request cannot be prefilled here, for this reason."""
+    """Prefill node -> decode node: this request cannot be prefilled here, for this reason (see `PrefillLost`)."""
 
     id: str
     reason: str
+    prefix_missing: bool
 
 
 @dataclass(frozen=True)

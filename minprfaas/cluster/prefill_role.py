@@ -138,7 +138,8 @@ class PrefillRole:
             plan = stream_plan(layout, order.stream_id, order.start, len(order.token_ids))
             snapshot = snapshot_plan(layout, order.snapshot_stream_id, order.snapshot_at) if order.snapshot_at else None
         except (UserError, TypeError, ValueError) as error:
-            return self._mail.send(self.name, sender, messages.PrefillFailed(order.id, str(error)))
+            refusal = messages.PrefillFailed(order.id, str(error), prefix_missing=False)
+            return self._mail.send(self.name, sender, refusal)
         prefill = Prefill(order, plan, snapshot, sender, request, self._clock())
         self.prefills[order.id] = prefill
         if 0 < order.prefix_tokens < len(order.token_ids):
@@ -174,19 +175,27 @@ class PrefillRole:
             prefill.sending.remove(stream)
             self._kvcache.end_transfer(prefill.cache)
         stream_ended = prefill.stream is not None and prefill.stream.outcome.done()
-        if prefill.stage is Stage.FETCHING and prefill.fetch.nbytes is not None:
-            prefill.stage = Stage.COMPUTING
-            self.engine.add(prefill.request)
+        if prefill.stage is Stage.FETCHING:
+            self._begin_once_prefix_is_here(prefill)
         elif prefill.stage is Stage.COMPUTING and prefill.cache is not None:
             self._ship_snapshot(prefill)
             if prefill.stream is None or stream_ended:
-                self._fail(prefill)
+                self._fail_stream(prefill)
             elif prefill.request.status is Status.HELD:
                 self._prefilled(prefill)
         elif prefill.stage is Stage.SENDING and stream_ended:
             self._transferred(prefill)
         elif prefill.stage is Stage.ENDED and not prefill.sending:
             del self.prefills[prefill.order.id]
+
+    def _begin_once_prefix_is_here(self, prefill: Prefill) -> None:
+        """Without its prefix this may be the wrong node for the request: that is not for this node to decide."""
+        if prefill.fetch.nbytes is None:
+            return
+        if prefill.fetch.nbytes == 0:
+            return self._fail(prefill, f"the prefix that {prefill.fetch.source} holds did not come", True)
+        prefill.stage = Stage.COMPUTING
+        self.engine.add(prefill.request)
 
     def _ship_snapshot(self, prefill: Prefill) -> None:
         """Ship the state at the boundary that the order names once prefill has passed it. A favour: it may fail."""
@@ -212,7 +221,7 @@ class PrefillRole:
     def _transferred(self, prefill: Prefill) -> None:
         error = prefill.stream.outcome.exception()
         if error is not None:
-            return self._fail(prefill)
+            return self._fail_stream(prefill)
         report: StreamReport = prefill.stream.outcome.result()
         exposed_s = max(0.0, report.acked_s - max(report.first_put_s, prefill.request.prefill_ended_s))
         self._mail.send(self.name, FRONT, messages.TransferDone(
@@ -220,12 +229,15 @@ class PrefillRole:
         self.engine.release(prefill.request)
         prefill.stage = Stage.ENDED
 
-    def _fail(self, prefill: Prefill) -> None:
+    def _fail_stream(self, prefill: Prefill) -> None:
         """The stream has ended before its last byte, or could not begin."""
         reason = "there is no way to the decode node"
         if prefill.stream is not None:
             reason = str(prefill.stream.outcome.exception())
-        self._tell(prefill, messages.PrefillFailed(prefill.order.id, reason))
+        self._fail(prefill, reason, False)
+
+    def _fail(self, prefill: Prefill, reason: str, prefix_missing: bool) -> None:
+        self._tell(prefill, messages.PrefillFailed(prefill.order.id, reason, prefix_missing))
         self._drop(prefill)
 
     def _drop(self, prefill: Prefill) -> None:
