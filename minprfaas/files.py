@@ -9,7 +9,7 @@ from pathlib import Path
 
 from minprfaas.errors import UserError
 
-MAX_BYTES = 2**28  # of a file that is read in one piece: several times the largest tokenizer or index there is
+MAX_BYTES = 2**27  # of a file that is read in one piece: several times the largest tokenizer or index there is
 
 
 def read_json(path: str | Path, hint: str = "") -> dict:
@@ -49,10 +49,10 @@ class OutputFile:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self._partial = self.path.with_name(f"{self.path.name}.partial{os.getpid()}")
-        if self.path.is_dir():
+        if os.path.isdir(self.path):
             raise UserError(f"{self.path} cannot be written: it is a directory")
         try:
+            self._partial = self.path.with_name(f"{self.path.name}.partial{os.getpid()}")
             self._file = open(self._partial, "w", encoding="utf-8")
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path} cannot be written: {_reason(error)}") from None

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 
 from minprfaas.config import ModelConfig
 from minprfaas.errors import UserError
-from minprfaas.files import read_json
+from minprfaas.files import read_json, write_whole
 from minprfaas.model.families import read_config
 from minprfaas.model.tokenizer import Tokenizer
 from minprfaas.model.transformer import Transformer, parameter_shapes
@@ -54,20 +54,25 @@ def load_checkpoint(directory: Path, config: ModelConfig, dtype: torch.dtype,
 
 
 def save_checkpoint(model: Transformer, config_json: dict, directory: str | Path, dtype: torch.dtype) -> None:
-    """Write `config.json` and `model.safetensors` (weights in `dtype`); each file appears whole or not at all."""
+    """Write `config.json` and `model.safetensors` (weights in `dtype`); each file appears whole or not at all.
+    UserError when the directory cannot be written."""
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.named_parameters()}
-    save_tensors(tensors, directory / (SINGLE + ".partial"))
-    (directory / "config.json.partial").write_text(json.dumps(config_json, indent=2) + "\n", encoding="utf-8")
-    for name in (SINGLE, "config.json"):
-        os.replace(directory / (name + ".partial"), directory / name)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        save_tensors(tensors, directory / (SINGLE + ".partial"))
+        os.replace(directory / (SINGLE + ".partial"), directory / SINGLE)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{directory} cannot be written: {error}") from None
+    write_whole(directory / "config.json", json.dumps(config_json, indent=2) + "\n")
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Contiguous CPU tensors as one safetensors file (the library's own torch helper needs numpy; we do without)."""
-    specs = {name: TensorSpec(dtype=str(tensor.dtype).removeprefix("torch."), shape=list(tensor.shape),
-                              data_ptr=tensor.data_ptr(), data_len=tensor.nbytes) for name, tensor in tensors.items()}
+    specs = {
+        name: TensorSpec(dtype=str(tensor.dtype).removeprefix("torch."), shape=list(tensor.shape),
+                         data_ptr=tensor.data_ptr(), data_len=tensor.nbytes)
+        for name, tensor in tensors.items()}
     serialize_file(specs, path, metadata={"format": "pt"})
 
 
@@ -101,11 +106,13 @@ def _weight_files(directory: Path) -> list[Path]:
     return files
 
 
-def _opened(file: Path):
+def _opened(file: Path) -> safe_open:
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is truncated or corrupt: {error}") from None
+    except RuntimeError as error:  # a file larger than memory, as a sparse one easily is
+        raise UserError(f"{file} is too large for this machine: {error}") from None
 
 
 def _tensor_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
