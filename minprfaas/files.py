@@ -9,6 +9,8 @@ from pathlib import Path
 
 from minprfaas.errors import UserError
 
+MAX_BYTES = 2**27  # of a file that is read in one piece: several times the largest tokenizer or index there is
+
 
 def read_json(path: str | Path, hint: str = "") -> dict:
     """A JSON object from a file; UserError when it is missing, unreadable or no object. `hint` says what to do."""
@@ -21,11 +23,21 @@ def read_json(path: str | Path, hint: str = "") -> dict:
 def read_json_value(path: str | Path, hint: str = ""):
     """Any JSON value from a file; UserError when it is missing or unreadable."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(read_bytes(path).decode("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing{'; ' + hint if hint else ''}") from None
     except (OSError, ValueError, RecursionError, MemoryError) as error:  # ValueError: not UTF-8, not JSON, a huge number
         raise UserError(f"{path} cannot be read as JSON: {_reason(error)}") from None
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """A file that is read in one piece. UserError when it is larger than any such file is (a sparse one may claim more
+    than there is memory); OSError when it cannot be read."""
+    with open(path, "rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise UserError(f"{path} is too large: it must have at most {MAX_BYTES:,} bytes")
+    return content
 
 
 class OutputFile:
@@ -37,10 +49,10 @@ class OutputFile:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self._partial = self.path.with_name(f"{self.path.name}.partial{os.getpid()}")
-        if self.path.is_dir():
+        if os.path.isdir(self.path):
             raise UserError(f"{self.path} cannot be written: it is a directory")
         try:
+            self._partial = self.path.with_name(f"{self.path.name}.partial{os.getpid()}")
             self._file = open(self._partial, "w", encoding="utf-8")
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path} cannot be written: {_reason(error)}") from None

@@ -1,6 +1,8 @@
 """Loading checkpoint directories: whole ones in every form, and every way in which one can be broken."""
 
 import json
+import math
+import os
 import shutil
 
 import pytest
@@ -13,7 +15,7 @@ from minprfaas.errors import UserError
 from minprfaas.files import read_json
 from minprfaas.model.checkpoint import checked_device, load_checkpoint, save_checkpoint, save_tensors
 from minprfaas.model.families import config_from_hf, read_config
-from minprfaas.model.transformer import Transformer
+from minprfaas.model.transformer import Transformer, parameter_shapes
 
 INDEX = "model.safetensors.index.json"
 
@@ -180,6 +182,34 @@ def test_a_malformed_index_is_named(copy, index):
     shard(copy, 2)
     (copy / INDEX).write_text(index)
     assert INDEX in refusal(copy)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_shapes_of_a_configuration_are_those_of_the_model(family):
+    config = config_from_hf({"vocab_size": 257, **TINY[family]})
+    model = Transformer(config)
+    assert dict(parameter_shapes(config)) == {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+
+
+@pytest.mark.parametrize("share, words", [(0.9, "the weights take"), (1000, "too large for this machine")])
+def test_weights_beyond_the_memory_are_refused_though_files_and_configuration_agree(tmp_path, share, words):
+    """A sparse file of bfloat16: 0.9 of the memory can be mapped, but takes 1.8 of it in float32."""
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    hidden_size = 2**18
+    raw = {**TINY["llama"], "hidden_size": hidden_size, "head_dim": 8, "tie_word_embeddings": True,
+           "vocab_size": min(int(share * memory_bytes / 2 / hidden_size), 2**24)}
+    header, end = {}, 0
+    for name, shape in parameter_shapes(config_from_hf(raw)):
+        size = 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(tmp_path / "model.safetensors", 8 + len(text) + end)
+    with pytest.raises(UserError, match=words) as caught:
+        load_checkpoint(tmp_path, read_config(tmp_path), torch.float32, "cpu")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_device_that_is_not_there_is_named_with_those_that_are(copy):

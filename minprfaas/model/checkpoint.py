@@ -1,8 +1,9 @@
-"""Checkpoints: Hugging Face directories, read with every tensor's name and shape checked before one is loaded. Chapter 01."""
+"""Checkpoints: Hugging Face directories, every tensor's name and shape checked before one is loaded. Chapter 01."""
 
 import hashlib
 import json
 import os
+from math import prod
 from pathlib import Path
 
 import torch
@@ -10,10 +11,10 @@ from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 
 from minprfaas.config import ModelConfig
 from minprfaas.errors import UserError
-from minprfaas.files import read_json
+from minprfaas.files import read_json, write_whole
 from minprfaas.model.families import read_config
 from minprfaas.model.tokenizer import Tokenizer
-from minprfaas.model.transformer import Transformer
+from minprfaas.model.transformer import Transformer, parameter_shapes
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "tiny-hybrid"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -28,14 +29,16 @@ def load(path: str | Path | None = None, dtype: torch.dtype = torch.float32,
     return load_checkpoint(directory, config, dtype, device), tokenizer
 
 
-def load_checkpoint(directory: Path, config: ModelConfig, dtype: torch.dtype, device: str | torch.device) -> Transformer:
-    """The model alone. UserError names a missing, extra or misshapen tensor (with both shapes) or an unreadable file."""
+def load_checkpoint(directory: Path, config: ModelConfig, dtype: torch.dtype,
+                    device: str | torch.device) -> Transformer:
+    """The model alone. UserError names a missing, extra or misshapen tensor (with both shapes), an unreadable file, or
+    weights that the device cannot hold."""
     device = checked_device(device)
+    files = _weight_files(directory)
+    elements = _check_names_and_shapes(directory, config, _tensor_shapes(files))
+    _check_memory(directory, elements * dtype.itemsize, device)
     with torch.device("meta"):
         model = Transformer(config).to(dtype)
-    files = _weight_files(directory)
-    found = _tensor_shapes(files)
-    _check_names_and_shapes(directory, model, found)
     model.to_empty(device=device)
     if config.tie_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -51,20 +54,25 @@ def load_checkpoint(directory: Path, config: ModelConfig, dtype: torch.dtype, de
 
 
 def save_checkpoint(model: Transformer, config_json: dict, directory: str | Path, dtype: torch.dtype) -> None:
-    """Write `config.json` and `model.safetensors` (weights in `dtype`); each file appears whole or not at all."""
+    """Write `config.json` and `model.safetensors` (weights in `dtype`); each file appears whole or not at all.
+    UserError when the directory cannot be written."""
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.named_parameters()}
-    save_tensors(tensors, directory / (SINGLE + ".partial"))
-    (directory / "config.json.partial").write_text(json.dumps(config_json, indent=2) + "\n", encoding="utf-8")
-    for name in (SINGLE, "config.json"):
-        os.replace(directory / (name + ".partial"), directory / name)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        save_tensors(tensors, directory / (SINGLE + ".partial"))
+        os.replace(directory / (SINGLE + ".partial"), directory / SINGLE)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{directory} cannot be written: {error}") from None
+    write_whole(directory / "config.json", json.dumps(config_json, indent=2) + "\n")
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Contiguous CPU tensors as one safetensors file (the library's own torch helper needs numpy; we do without)."""
-    specs = {name: TensorSpec(dtype=str(tensor.dtype).removeprefix("torch."), shape=list(tensor.shape),
-                              data_ptr=tensor.data_ptr(), data_len=tensor.nbytes) for name, tensor in tensors.items()}
+    specs = {
+        name: TensorSpec(dtype=str(tensor.dtype).removeprefix("torch."), shape=list(tensor.shape),
+                         data_ptr=tensor.data_ptr(), data_len=tensor.nbytes)
+        for name, tensor in tensors.items()}
     serialize_file(specs, path, metadata={"format": "pt"})
 
 
@@ -83,8 +91,9 @@ def checked_device(name: str | torch.device) -> torch.device:
 
 def _weight_files(directory: Path) -> list[Path]:
     if (directory / INDEX).exists():
-        weight_map = read_json(directory / INDEX, "").get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(x, str) for x in weight_map.values()):
+        weight_map = read_json(directory / INDEX).get("weight_map")
+        is_map = isinstance(weight_map, dict) and all(isinstance(name, str) for name in weight_map.values())
+        if not is_map or not weight_map:
             raise UserError(f"{directory / INDEX} has no weight_map of tensor names to file names")
         files = [directory / name for name in sorted(set(weight_map.values()))]
     else:
@@ -97,11 +106,13 @@ def _weight_files(directory: Path) -> list[Path]:
     return files
 
 
-def _opened(file: Path):
+def _opened(file: Path) -> safe_open:
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is truncated or corrupt: {error}") from None
+    except RuntimeError as error:  # a file larger than memory, as a sparse one easily is
+        raise UserError(f"{file} is too large for this machine: {error}") from None
 
 
 def _tensor_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
@@ -113,17 +124,33 @@ def _tensor_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _check_names_and_shapes(directory: Path, model: Transformer, found: dict[str, tuple[int, ...]]) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
-    for name, shape in expected.items():
+def _check_names_and_shapes(directory: Path, config: ModelConfig, found: dict[str, tuple[int, ...]]) -> int:
+    """UserError unless the files hold exactly the configuration's tensors; returns how many elements they have."""
+    expected = {}
+    for name, shape in parameter_shapes(config):
         if name not in found:
-            raise UserError(f"{directory}: tensor {name} is missing; {model.config.family} needs it with shape {list(shape)}")
+            raise UserError(f"{directory}: tensor {name} is missing; {config.family} needs it with shape {list(shape)}")
         if found[name] != shape:
-            raise UserError(f"{directory}: tensor {name} has shape {list(found[name])}; config.json asks for {list(shape)}")
+            raise UserError(f"{directory}: tensor {name} has shape {list(found[name])}; "
+                            f"config.json asks for {list(shape)}")
+        expected[name] = prod(shape)
     for name, shape in found.items():
-        is_tied_head = name == "lm_head.weight" and model.config.tie_embeddings
+        is_tied_head = name == "lm_head.weight" and config.tie_embeddings
         if name not in expected and not is_tied_head and not name.endswith("rotary_emb.inv_freq"):
-            raise UserError(f"{directory}: tensor {name} with shape {list(shape)} is not part of a {model.config.family} model")
+            raise UserError(f"{directory}: tensor {name} with shape {list(shape)} is not part of a "
+                            f"{config.family} model")
+    return sum(expected.values())
+
+
+def _check_memory(directory: Path, needed_bytes: int, device: torch.device) -> None:
+    """A sparse file costs its writer nothing, so a header may speak of more than any machine holds."""
+    if device.type == "cuda":
+        memory_bytes = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed_bytes > memory_bytes:
+        raise UserError(f"{directory}: the weights take {needed_bytes / 2**30:,.1f} GiB; "
+                        f"{device} has {memory_bytes / 2**30:,.1f} GiB")
 
 
 def _fingerprint(files: list[Path], dtype: torch.dtype) -> bytes:

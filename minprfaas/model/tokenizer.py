@@ -1,11 +1,26 @@
-"""Text to token ids and back: a thin coat over the `tokenizers` library. Chapter 01."""
+"""Text to token ids and back: a thin coat over the `tokenizers` library. Chapter 01.
 
+A tokenizer.json is a small program that somebody else wrote, and the library was not made for bad ones: it panics (an
+exception that is no `Exception`, and a page on stderr), or works for hours. Here each of these is a `UserError`.
+"""
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import tokenizers
 
 from minprfaas.config import ModelConfig
 from minprfaas.errors import UserError
+from minprfaas.files import read_bytes
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a prompt at a time leaves its threads nothing to do
+ENCODE_DEADLINE_S = 30.0
+
+_stderr_lock = threading.Lock()
+_nowhere = os.open(os.devnull, os.O_WRONLY)
 
 
 class Tokenizer:
@@ -15,10 +30,13 @@ class Tokenizer:
         path = directory / "tokenizer.json"
         if not path.is_file():
             raise UserError(f"{path} is missing; a checkpoint directory has one")
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception for every malformed file
-            raise UserError(f"{path} is not a tokenizer: {error}") from None
+        content = read_bytes(path)
+        with _mistakes_as_one_line(f"{path} is not a tokenizer"):
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        # Both are for batches of training data: one prompt needs no padding, and must not be cut without a word.
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._has_own_regex = b'"Regex"' in content
         largest = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         if largest < 0 or largest >= config.vocab_size:
             raise UserError(f"{path} does not match the vocabulary: its largest token id is {largest}, "
@@ -26,13 +44,78 @@ class Tokenizer:
         self.eos_token_ids = config.eos_token_ids
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, with the special tokens that the checkpoint's tokenizer adds to a prompt."""
-        return self._tokenizer.encode(text).ids
+        """Token ids of `text`, with the special tokens that the checkpoint's tokenizer adds to a prompt.
+
+        UserError when the text is no Unicode, or the tokenizer cannot be applied to it.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(f"a text has {text[error.start]!r} at character {error.start + 1}, half of a surrogate "
+                            "pair; it must be whole Unicode") from None
+        with _mistakes_as_one_line("tokenizer.json cannot encode a text"):
+            return self._encode_by_deadline(text) if self._has_own_regex else self._tokenizer.encode(text).ids
+
+    def _encode_by_deadline(self, text: str) -> list[int]:
+        """A regular expression of the file's own may take time without end (`a*a*b`), and nothing stops it from
+        outside: so it works in a thread of its own, which is left behind when it is late."""
+        outcome: list[tokenizers.Encoding | BaseException] = []
+
+        def work() -> None:
+            try:
+                outcome.extend(self._tokenizer.encode_batch([text]))  # lets other threads run, as `encode` does not
+            except BaseException as error:  # a panic is no Exception
+                outcome.append(error)
+
+        worker = threading.Thread(target=work, daemon=True)
+        worker.start()
+        worker.join(ENCODE_DEADLINE_S)
+        if not outcome:
+            raise UserError(f"tokenizer.json's regular expressions take more than {ENCODE_DEADLINE_S:g} s for a text "
+                            f"of {len(text):,} characters")
+        if isinstance(outcome[0], BaseException):
+            raise outcome[0]
+        return outcome[0].ids
 
     def decode(self, token_ids: list[int]) -> str:
         """Text of `token_ids`; special tokens are left out."""
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        with _mistakes_as_one_line("tokenizer.json cannot decode a token"):
+            return self._tokenizer.decode(token_ids, skip_special_tokens=True)
 
     def stream_step(self, decoder: tokenizers.decoders.DecodeStream, token_id: int) -> str | None:
         """The text that one more token makes certain (None in the middle of a character)."""
-        return decoder.step(self._tokenizer, token_id)
+        with _mistakes_as_one_line(f"tokenizer.json cannot decode token {token_id}"):
+            return decoder.step(self._tokenizer, token_id)
+
+
+@contextmanager
+def _mistakes_as_one_line(what: str) -> Iterator[None]:
+    """Whatever the library raises becomes a UserError, and what it writes to stderr while it panics goes nowhere.
+
+    It writes past Python, so the file descriptor itself is turned away: for all threads, hence the lock, and hence only
+    around the library's call (two microseconds more a call).
+    """
+    with _stderr_lock, _stderr_closed():
+        try:
+            yield
+        except UserError:
+            raise
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise  # Ctrl-C
+            raise UserError(f"{what}: {' '.join(str(error).split())[:200]}") from None
+
+
+@contextmanager
+def _stderr_closed() -> Iterator[None]:
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    os.dup2(_nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
