@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from minprfaas.config import StateKind
+from minprfaas.kvcache.ledger import CacheNews
 from minprfaas.model.spec import model_state_specs
 from kvcache_helpers import ALL_LINEAR, DENSE, HYBRID, KV, LATENT, LINEAR, decode, manager, prefill, step
 from test_kvcache_paged import MODELS, model_of
@@ -482,6 +483,18 @@ def test_where_the_next_turn_begins_is_as_recent_as_its_request():
     ledger = kvcache.ledger
     ledger.release(ledger.allocate(len(ledger.free) + 1))  # the pool needs one block more than is free
     assert kvcache.match(PROMPT) == 40 and kvcache.match([7] * 42) == 0
+
+
+def test_news_are_kept_for_who_watches_until_they_are_taken():
+    kvcache = manager(DENSE, 100)
+    kvcache.close(prefill(kvcache, PROMPT[:9]))
+    assert kvcache.take_news() == [] and len(kvcache.inventory()) == 2
+    kvcache.watch_news()
+    kvcache.close(prefill(kvcache, PROMPT[:13]))
+    assert kvcache.take_news() == [CacheNews(kvcache.keys(PROMPT)[2], 12)]
+    assert kvcache.take_news() == []
+    kvcache.ledger.release(kvcache.ledger.allocate(98))  # evicts a block of the three
+    assert kvcache.take_news() == [CacheNews(kvcache.keys(PROMPT)[2], 0)]
 
 
 def test_two_models_never_agree_on_a_key():
