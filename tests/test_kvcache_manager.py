@@ -168,6 +168,26 @@ def test_two_requests_that_compute_the_same_prompt_at_once_end_up_sharing_it():
     assert kvcache.stats().in_use == 10 + 2
 
 
+def test_blocks_that_a_sender_may_be_reading_are_not_handed_out_when_they_turn_out_to_be_doubles():
+    """Its thread looks block ids up and then reads; in between, another request's equal blocks may be indexed first."""
+    kvcache = manager(DENSE, 40)
+    first, second = [kvcache.open(PROMPT) for _ in range(2)]
+    assert kvcache.reserve(first, 42) and kvcache.reserve(second, 42)
+    kvcache.begin_transfer(second)
+    looked_up = list(second.block_tables[0])
+    kvcache.advance(first, PROMPT)
+    kvcache.advance(second, PROMPT)
+    kvcache.check()
+    assert second.block_tables[0][:10] == first.block_tables[0][:10]
+    assert not set(looked_up) & set(kvcache.ledger.free)
+    kvcache.close(second)
+    kvcache.check()
+    assert not set(looked_up) & set(kvcache.ledger.free)
+    kvcache.end_transfer(second)
+    kvcache.check()
+    assert set(looked_up) <= set(kvcache.ledger.free)
+
+
 def test_prompts_share_a_block_only_as_far_as_their_tokens_agree():
     kvcache = manager(HYBRID, 3000, snapshot_every=1)
     prompts = [[0] * 12, [0] * 11 + [1], [1 << 32] + [0] * 11, [-1] * 12, [256] + [0] * 11, [0] * 16]
