@@ -7,7 +7,8 @@ and KVCache over the loopback; to parts elsewhere both go over the link that lea
 from collections import deque
 from typing import Protocol
 
-from minprfaas.cluster.messages import BadMessage, Envelope, Message, decode, encode
+from minprfaas.cluster.envelope import BadMessage, Envelope, decode, encode
+from minprfaas.cluster.messages import Message
 from minprfaas.config import LinkSample
 from minprfaas.transport.base import EventQueue, KVTransport, LinkDown, MessageChannel, MessageReceived
 from minprfaas.transport.loopback import Loopback
