@@ -167,8 +167,8 @@ ABSURD_MESSAGES = {
         messages.CacheNews(sequence=-7, keys=["no hex"], tokens=[10**9], inventory=True),
         messages.CacheNews(sequence=2**60, keys=["a", "b"], tokens=[1], inventory=False),
         messages.NodeReady("king", "abacus", num_blocks=-1), messages.PrefillLost("0", "says who", False),
-        messages.TokenDrawn("0", 1, "x", "eos"), messages.ServeFailed("0", "x", "y"))]
-    + [_said(messages.TokenDrawn("0", 1, "x", "eos"), "front", "pd-0/pdd"), _said(messages.Shutdown(), "nobody"),
+        messages.TokenDrawn("0", 1, "x", "eos", ""), messages.ServeFailed("0", "x", "y"))]
+    + [_said(messages.TokenDrawn("0", 1, "x", "eos", ""), "front", "pd-0/pdd"), _said(messages.Shutdown(), "nobody"),
        dict(type="Surprise"), {"to": "front", "from": "prfaas-0", "type": "PrefillOrder", "fields": {"id": "0"}}, {}],
     DECODE: [_ordered(**{"id": f"absurd {number}", "stream_id": 2**40 + 2 * number, **change})
              for number, change in enumerate(ABSURD_ORDERS)]

@@ -85,7 +85,7 @@ def test_a_prefix_that_only_the_local_node_has_is_shipped_before_the_prompt_is_o
         (journey,) = serve(local, [LONGER], GREEDY)
         step_until(local, lambda: nothing_in_use(local))
     assert journey.route == "prfaas" and journey.fallback is None and HERE in journey.reason
-    assert journey.prefix_bytes > 0 and remote.prefill.engine.kvcache.stats().hit_tokens == CACHED
+    assert journey.prefix_bytes > 0 and journey.cached_tokens == CACHED
     assert tokens(first + [journey]) == reference(model, tokenizer, [PREFIX, LONGER], GREEDY)
     assert nothing_in_use(remote)
 

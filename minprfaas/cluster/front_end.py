@@ -202,6 +202,7 @@ class FrontEnd:
         journey.token_ids.append(drawn.token_id)
         journey.text += drawn.new_text
         if drawn.finish_reason:
+            journey.length_limit = drawn.length_limit or None
             self._end(journey, drawn.finish_reason)
         self._updates.append(Update(journey, drawn.token_id, drawn.new_text))
 

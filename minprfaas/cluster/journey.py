@@ -22,6 +22,7 @@ class Journey:
     prompt_tokens: int = field(init=False)
     text: str = ""
     finish_reason: str | None = None
+    length_limit: str | None = None  # what ended a `length` answer: max_tokens, context, or a pool too small for it
     error: RequestError | None = None  # instead of an answer
     decision: Decision | None = None  # the newest
     fallback: str | None = None  # why a request that was offloaded was prefilled in the PD cluster after all

@@ -112,12 +112,14 @@ class Started:
 
 @dataclass(frozen=True)
 class TokenDrawn:
-    """Decode node -> front end: one more token. `finish_reason` is empty until the last one."""
+    """Decode node -> front end: one more token. `finish_reason` is empty until the last one; `length_limit` says which
+    limit ended a `length` answer: `max_tokens`, `context`, or the `pool` of the node."""
 
     id: str
     token_id: int
     new_text: str
     finish_reason: str
+    length_limit: str
 
 
 @dataclass(frozen=True)

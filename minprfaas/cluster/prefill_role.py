@@ -215,15 +215,15 @@ class PrefillRole:
         prefill.stage = Stage.SENDING
         prefill.stream.finish()
         self._tell(prefill, messages.PrefillDone(
-            request.id, request.token_ids[-1], request.cached_tokens, request.prefill_started_s - prefill.arrived_at_s,
-            request.prefill_ended_s - request.prefill_started_s, prefill.fetch.nbytes if prefill.fetch else 0))
+            request.id, request.token_ids[-1], request.cached_tokens, request.prefill_started_at_s - prefill.arrived_at_s,
+            request.prefill_ended_at_s - request.prefill_started_at_s, prefill.fetch.nbytes if prefill.fetch else 0))
 
     def _transferred(self, prefill: Prefill) -> None:
         error = prefill.stream.outcome.exception()
         if error is not None:
             return self._fail_stream(prefill)
         report: StreamReport = prefill.stream.outcome.result()
-        exposed_s = max(0.0, report.acked_s - max(report.first_put_s, prefill.request.prefill_ended_s))
+        exposed_s = max(0.0, report.acked_s - max(report.first_put_s, prefill.request.prefill_ended_at_s))
         self._mail.send(self.name, FRONT, messages.TransferDone(
             prefill.order.id, report.bytes, report.acked_s - report.first_put_s, exposed_s))
         self.engine.release(prefill.request)

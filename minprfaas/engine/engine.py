@@ -137,6 +137,11 @@ class Engine:
         request.cached_tokens, request.status = request.cache.cached_tokens, Status.REMOTE
         return True
 
+    def unreserve_remote(self, request: Request) -> None:
+        """The other node failed: give the reserved blocks back. What `KVCacheManager.keep_rows` indexed stays cached."""
+        self.scheduler.close_cache(request)
+        request.status = Status.WAITING
+
     def admit_remote(self, request: Request, first_token: int) -> TokenUpdate:
         """The prompt's whole KVCache has arrived in the reserved blocks: decode from its first token on."""
         self.kvcache.advance(request.cache, request.token_ids)

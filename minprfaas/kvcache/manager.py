@@ -33,6 +33,7 @@ class RequestCache:
     cached_tokens: int  # of these, found in the cache when it was opened
     num_blocks: int  # reserved, in each token group
     entries: list[int] = field(default_factory=list)  # the index's entries of the leading full blocks, all held
+    replaced: list[int] = field(default_factory=list)  # blocks whose equals in the index are used instead
     transfers: int = 0
     closed: bool = False
 
@@ -202,7 +203,10 @@ class KVCacheManager:
             self.ledger.hold(entry)
             for table, block in zip(tables, self.ledger.members(entry)):
                 table[position] = block
-            self.ledger.release(own)
+            if cache.transfers:  # a sending thread may be reading them by the table that it was given
+                cache.replaced += own
+            else:
+                self.ledger.release(own)
         cache.entries.append(entry)
 
     def close(self, cache: RequestCache) -> None:
@@ -218,9 +222,11 @@ class KVCacheManager:
         self.ledger.release(tail)
 
     def _tail(self, cache: RequestCache) -> list[int]:
-        """Blocks of rows that are a request's alone: not full, or not indexed."""
-        return [block for group in self.layout.token_groups
-                for block in cache.block_tables[group.index][len(cache.entries):]]
+        """Blocks of rows that are a request's alone: not full, not indexed, or replaced under a transfer."""
+        tail = list(cache.replaced)
+        for group in self.layout.token_groups:
+            tail += cache.block_tables[group.index][len(cache.entries):]
+        return tail
 
     # Transfers
 
