@@ -127,7 +127,7 @@ class DecodeRole:
         serving = self.servings.get(serve.id)
         now_s = self._clock()
         if serving is None:
-            request = Request(serve.id, serve.token_ids, SamplingParams(**serve.sampling), arrived_at_s=now_s)
+            request = Request(serve.id, list(serve.token_ids), SamplingParams(**serve.sampling), arrived_at_s=now_s)
             try:
                 self.engine.check_fits(request)
             except UserError as error:
@@ -168,7 +168,7 @@ class DecodeRole:
         except LinkDown as error:  # the way was lost while the request waited for room
             return self._lose_prefill(serving, str(error))
         self._mail.send(self.name, serve.prefill_node, messages.PrefillOrder(
-            request.id, stream_id, request.token_ids, request.cached_tokens, snapshot_id,
+            request.id, stream_id, list(request.token_ids), request.cached_tokens, snapshot_id,
             snapshot_at if tables is not None else 0, serve.prefix_source, serve.prefix_tokens, asdict(request.params)))
 
     # From the order to the first token

@@ -179,7 +179,7 @@ class FrontEnd:
         away = decision.route is Role.PRFAAS
         prefix = decision.transfer
         self._mail.send(FRONT, decision.decode_node, messages.Serve(
-            journey.id, journey.token_ids, asdict(journey.params), decision.node,
+            journey.id, list(journey.token_ids), asdict(journey.params), decision.node,
             self.deadline_s if away else LOCAL_DEADLINE_S, prefix.source if prefix else "", prefix.end if prefix else 0))
 
     def _route_again(self, journey: Journey, reason: str, prefix_missing: bool) -> None:

@@ -133,7 +133,7 @@ class PrefillRole:
                 raise UserError(f"order {order.id!r} came before, and is not forgotten yet")
             if not 0 <= order.start < len(order.token_ids):
                 raise UserError(f"order {order.id!r} starts at token {order.start} of {len(order.token_ids)}")
-            request = Request(order.id, order.token_ids, SamplingParams(**order.sampling), prefill_only=True)
+            request = Request(order.id, list(order.token_ids), SamplingParams(**order.sampling), prefill_only=True)
             self.engine.check_fits(request)
             plan = stream_plan(layout, order.stream_id, order.start, len(order.token_ids))
             snapshot = snapshot_plan(layout, order.snapshot_stream_id, order.snapshot_at) if order.snapshot_at else None
