@@ -124,7 +124,7 @@ def _weather(args: argparse.Namespace, gbps: float) -> tuple[tuple[float, float]
     """A live link's schedule as (seconds, Gbps): a stall is a bandwidth of 0."""
     if not args.weather:
         return ()
-    from minprfaas.transport.throttle import load_weather
+    from minprfaas.transport import load_weather
     steps = []
     for change in load_weather(args.weather):
         gbps = gbps if change.gbps is None else change.gbps
