@@ -42,13 +42,12 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         require_number("rope_theta", self.theta, above=0)
-        if self.scaling is None:
-            return
-        factor, low, high, context = self.scaling
-        for name, value in (("factor", factor), ("low_freq_factor", low)):
-            require_number(f"rope scaling's {name}", value, above=0)
-        require_number("rope scaling's high_freq_factor", high, above=low)  # their difference is divided by
-        require_number("rope scaling's original_max_position_embeddings", context, least=1, whole=True)
+        if self.scaling is not None:
+            factor, low, high, context = self.scaling
+            require_number("the factor of rope scaling", factor, above=0)
+            require_number("low_freq_factor", low, above=0)
+            require_number("high_freq_factor", high, above=low)  # their difference is divided by
+            require_number("original_max_position_embeddings", context, least=1, whole=True)
 
 
 class MixerConfig(Protocol):
@@ -139,5 +138,5 @@ class LinkConfig:
             raise UserError(f"lane count {self.lanes} is out of range; it must be from 1 to 64")
         require_sizes(self, "chunk_bytes", "max_inflight_bytes")
         if not self.timeout_s > 0 or not self.silence_s > 0:
-            raise UserError(f"link timeout {self.timeout_s} s or silence {self.silence_s} s is out of range; both must be "
-                            "above 0")
+            raise UserError(f"link timeout {self.timeout_s} s or silence {self.silence_s} s is out of range; both must "
+                            "be above 0")
