@@ -118,11 +118,43 @@ class CacheConfig:
 
 
 @dataclass(frozen=True)
-class LinkConfig:
-    """One link between two datacenters. Bandwidth and round-trip time are emulated; None means unthrottled."""
+class WeatherChange:
+    """From `at_s` (seconds after the line first came up) on: what is None stays as it was. A stall passes nothing."""
+
+    at_s: float
+    gbps: float | None = None
+    rtt_ms: float | None = None
+    stall_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class LineConfig:
+    """The emulated line between two datacenters, in one direction. `gbps` None is a line without a limit of its own."""
 
     gbps: float | None = None
     rtt_ms: float = 0.0
+    weather: tuple[WeatherChange, ...] = ()
+
+    def __post_init__(self):
+        _check_line(self.gbps, self.rtt_ms)
+
+    @property
+    def is_emulated(self) -> bool:
+        """Whether it differs from the wire below it."""
+        return self.gbps is not None or self.rtt_ms > 0 or bool(self.weather)
+
+
+def _check_line(gbps: float | None, rtt_ms: float) -> None:
+    if gbps is not None and not 1e-6 <= gbps <= 1e5:
+        raise UserError(f"link bandwidth {gbps} Gbps is out of range; it must be from 0.000001 to 100000")
+    if not 0 <= rtt_ms <= 60_000:
+        raise UserError(f"round-trip time {rtt_ms} ms is out of range; it must be from 0 to 60000")
+
+
+@dataclass(frozen=True)
+class LinkConfig:
+    """One link between two processes of two datacenters; what it crosses is a `LineConfig`."""
+
     lanes: int = 1
     chunk_bytes: int = 256 * 1024
     max_inflight_bytes: int = 16 * 2**20
@@ -130,13 +162,22 @@ class LinkConfig:
     silence_s: float = 5.0  # a lane that brings nothing, not even a heartbeat, for this long is dead
 
     def __post_init__(self):
-        if self.gbps is not None and not 1e-6 <= self.gbps <= 1e5:
-            raise UserError(f"link bandwidth {self.gbps} Gbps is out of range; it must be from 0.000001 to 100000")
-        if not 0 <= self.rtt_ms <= 60_000:
-            raise UserError(f"round-trip time {self.rtt_ms} ms is out of range; it must be from 0 to 60000")
         if not isinstance(self.lanes, int) or not 1 <= self.lanes <= 64:
             raise UserError(f"lane count {self.lanes} is out of range; it must be from 1 to 64")
         require_sizes(self, "chunk_bytes", "max_inflight_bytes")
         if not self.timeout_s > 0 or not self.silence_s > 0:
-            raise UserError(f"link timeout {self.timeout_s} s or silence {self.silence_s} s is out of range; both must "
-                            "be above 0")
+            raise UserError(f"link timeout {self.timeout_s} s or silence {self.silence_s} s is out of range; both must be "
+                            "above 0")
+
+
+@dataclass(frozen=True)
+class LinkSample:
+    """One direction of a link over the interval that ends at `time_s`. `utilization` is the share of the time in which it
+    was busy (or of its known rate), so `gbps` over it is the capacity; `queued_bytes` wait to leave."""
+
+    time_s: float
+    gbps: float
+    utilization: float
+    queued_bytes: float
+    inflight_bytes: float = 0.0
+    ack_delay_s: float = 0.0

@@ -1,6 +1,8 @@
 """The two kinds of failure a person meets: a mistake of theirs, and a request that could not be finished."""
 
 import argparse
+import functools
+import importlib
 import math
 import os
 import sys
@@ -55,17 +57,42 @@ class ArgumentParser(argparse.ArgumentParser):
 def exit_on_user_error(main):
     """Wrap a program's `main`: a `UserError` becomes one line on stderr and exit status 2, never a traceback."""
 
+    @functools.wraps(main)
     def wrapped(*args, **kwargs):
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:  # its descriptor was closed before we began
+                setattr(sys, name, open(os.devnull, "w"))
+            elif hasattr(getattr(sys, name), "reconfigure"):  # a test's stand-in has none
+                getattr(sys, name).reconfigure(errors="replace")  # a terminal without an arrow is no reason to die
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
+            _end(2, f"error: {error}")
         except BrokenPipeError:  # whoever read our output has gone, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(1) from None
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            raise SystemExit(130) from None
+            _end(130, "interrupted")
 
     return wrapped
+
+
+def _end(status: int, line: str) -> None:
+    print(line.replace("\n", " "), file=sys.stderr)
+    raise SystemExit(status) from None
+
+
+def run_program(module: str) -> None:
+    """Import `module` and run its `main(argv)` as a program: exits with its status.
+
+    A program's file calls this instead of importing its work at its top, so that an interrupt or a mistake during the
+    long import of torch gets its one line as well.
+    """
+
+    @exit_on_user_error
+    def imported_and_run() -> int:
+        return importlib.import_module(module).main(sys.argv[1:])
+
+    # What the libraries below us log on their own ends up between our lines; errors reach us as exceptions anyway.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    sys.exit(imported_and_run())

@@ -15,9 +15,18 @@ DENSE = (KV,) * 3
 ALL_LINEAR = (LINEAR,) * 2
 
 
-def manager(specs, num_blocks, block_tokens=4, root=b"model", on_event=None, **config):
+def manager(specs, num_blocks, block_tokens=4, root=b"model", **config):
     cache_config = CacheConfig(num_blocks, block_tokens, **config)
-    return KVCacheManager(plan_layout(specs, block_tokens), cache_config, "cpu", root, on_event)
+    return KVCacheManager(plan_layout(specs, block_tokens), cache_config, "cpu", root)
+
+
+def hear(told, news):
+    """Bring `told` (key -> tokens) up to date, as a directory does; fails if the news contradict it."""
+    for one in news:
+        if one.tokens:
+            assert told.setdefault(one.key, one.tokens) == one.tokens
+        else:
+            told.pop(one.key)
 
 
 def prefix_values(tokens):
@@ -43,6 +52,9 @@ def step(kvcache, cache, tokens, end):
             before = values[start - 1] if start else 0
             assert memory.unique().tolist() == [before] and conv.unique().tolist() == [before]
             state.layer(layer).store(torch.full_like(memory, values[-1]), torch.full_like(conv, values[-1]))
+            for offset in state.layer(layer).snapshot_offsets:
+                there = values[start + offset - 1]
+                state.layer(layer).store_snapshot(offset, torch.full_like(memory, there), torch.full_like(conv, there))
     kvcache.advance(cache, tokens[:end])
 
 
@@ -50,7 +62,7 @@ def prefill(kvcache, tokens, max_chunk=16):
     """Open a request and prefill it whole."""
     cache = kvcache.open(tokens)
     while cache.num_tokens < len(tokens):
-        end = kvcache.chunk_end(cache, len(tokens), max_chunk)
+        end = kvcache.plan_chunk(cache, len(tokens), max_chunk)
         assert kvcache.reserve(cache, end)
         step(kvcache, cache, tokens, end)
         kvcache.check()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import FAMILIES, TINY
 
-from minprfaas.config import CacheConfig, LinkConfig, RopeConfig
+from minprfaas.config import CacheConfig, LineConfig, LinkConfig, RopeConfig
 from minprfaas.errors import UserError
 from minprfaas.model.delta import KDAConfig
 from minprfaas.model.families import config_from_hf, read_config
@@ -126,11 +126,11 @@ def test_a_path_that_is_no_directory_is_named(tmp_path):
 @pytest.mark.parametrize("make, words", [
     (lambda: CacheConfig(0), ["num_blocks is 0"]),
     (lambda: CacheConfig(4, block_tokens=0), ["block_tokens is 0"]),
-    (lambda: LinkConfig(gbps=0), ["bandwidth 0 Gbps"]),
-    (lambda: LinkConfig(gbps=-1), ["bandwidth -1 Gbps"]),
-    (lambda: LinkConfig(gbps=1e6), ["100000"]),
-    (lambda: LinkConfig(gbps=float("nan")), ["bandwidth nan Gbps"]),
-    (lambda: LinkConfig(rtt_ms=-1), ["round-trip time -1 ms"]),
+    (lambda: LineConfig(gbps=0), ["bandwidth 0 Gbps"]),
+    (lambda: LineConfig(gbps=-1), ["bandwidth -1 Gbps"]),
+    (lambda: LineConfig(gbps=1e6), ["100000"]),
+    (lambda: LineConfig(gbps=float("nan")), ["bandwidth nan Gbps"]),
+    (lambda: LineConfig(rtt_ms=-1), ["round-trip time -1 ms"]),
     (lambda: LinkConfig(lanes=0), ["lane count 0", "1 to 64"]),
     (lambda: LinkConfig(lanes=65), ["lane count 65", "1 to 64"]),
     (lambda: LinkConfig(timeout_s=0), ["timeout 0 s"]),

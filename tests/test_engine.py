@@ -44,11 +44,11 @@ def some_requests(engine, lengths=(5, 40, 17, 8, 64, 23), max_tokens=20, **param
             for n, prompt in enumerate(prompts)]
 
 
-def run(engine, steps=10_000):
+def run(engine, steps=10_000, on_kv=None):
     """Step until no work is left, recounting the pool's blocks after every step. Returns all updates."""
     updates = []
     while engine.has_work:
-        updates += engine.step()
+        updates += engine.step(on_kv)
         engine.kvcache.check()
         steps -= 1
         assert steps, "the engine makes no progress"
@@ -109,7 +109,7 @@ def test_a_full_pool_queues_requests_in_their_order(hybrid):
     assert list(engine.waiting) == requests[2:]
     run(engine)
     assert sum(request.preemptions for request in requests) == 0  # what was admitted had room to its end
-    finished = sorted(requests, key=lambda request: request.finished_s)
+    finished = sorted(requests, key=lambda request: request.finished_at_s)
     assert finished == requests
     assert_answers_are_the_naive_ones(engine, requests)
 
@@ -130,6 +130,24 @@ def test_a_pool_for_one_request_serves_many_one_after_another(hybrid):
     requests = some_requests(engine, lengths=(40, 40, 40, 3), max_tokens=10)
     run(engine)
     assert_answers_are_the_naive_ones(engine, requests)
+
+
+@pytest.mark.parametrize("snapshot_every", [1, 3, 1000])
+def test_the_number_of_forward_passes_of_a_prompt_does_not_depend_on_its_snapshots(hybrid, snapshot_every):
+    """400 tokens in chunks of 128, with blocks as long as the delta rule's own chunks: 4 passes, wherever snapshots
+    are taken; and a second prompt begins at any of them."""
+    engine, passes = Engine(*hybrid, CacheConfig(200, 64, snapshot_every=snapshot_every), prefill_chunk=128), []
+    hook = engine.model.register_forward_hook(lambda model, inputs, output: passes.append(inputs[0].shape[1]))
+    first = engine.add(engine.request("first", [3 + n % 200 for n in range(400)], SamplingParams(max_tokens=1)))
+    run(engine)
+    assert passes == [128, 128, 128, 16]
+    at = {1: 320, 3: 192, 1000: 384}[snapshot_every]  # 384 is the prompt's last boundary
+    tail = first.token_ids[:at] + [9] * 10
+    second = engine.add(engine.request("second", tail, SamplingParams(max_tokens=6)))
+    run(engine)
+    hook.remove()
+    assert second.cached_tokens == at
+    assert_answers_are_the_naive_ones(engine, [first, second])
 
 
 def test_running_requests_get_a_token_a_step_while_a_long_prompt_is_prefilled(hybrid):
@@ -317,9 +335,13 @@ def test_a_pool_too_small_for_any_state_refuses_every_prompt(hybrid):
 def test_kvcache_copied_to_another_engine_goes_on_with_the_same_tokens(hybrid):
     prefill, decode = new_engine(hybrid, prefill_chunk=10), new_engine(hybrid, blocks=90)
     prompt, params, heard = list(range(1, 46)), SamplingParams(max_tokens=15, temperature=1.0, seed=4), []
-    sent = prefill.request("r", prompt, params, prefill_only=True, on_kv=lambda *what: heard.append(what))
-    prefill.add(sent)
-    (update,) = run(prefill)
+    sent = prefill.add(prefill.request("r", prompt, params, prefill_only=True))
+
+    def on_kv(request, layer, start, end):
+        assert request is sent
+        heard.append((layer, start, end))
+
+    (update,) = run(prefill, on_kv=on_kv)
     assert sent.status is Status.HELD and prefill.kvcache.stats().in_use > 0
     ranges = sorted({(start, end) for _, start, end in heard})
     assert [start for start, _ in ranges] == [0, *(end for _, end in ranges[:-1])] and ranges[-1][1] == 45
@@ -350,26 +372,14 @@ def test_a_reservation_that_finds_no_room_takes_nothing(hybrid):
     assert engine.reserve_remote(remote)
 
 
-def test_a_request_whose_remote_prefill_failed_is_prefilled_here_ahead_of_the_others(hybrid):
-    engine = new_engine(hybrid)
-    remote = engine.request("remote", list(range(1, 30)), SamplingParams(max_tokens=8))
-    assert engine.reserve_remote(remote)
-    waiting = some_requests(engine, lengths=(10,), max_tokens=5)[0]
-    engine.prefill_here_instead(remote)
-    assert list(engine.waiting) == [remote, waiting]
-    run(engine)
-    assert_answers_are_the_naive_ones(engine, [remote, waiting])
-    assert_nothing_is_held(engine)
-
-
 def test_times_are_the_clocks_and_in_order(hybrid):
     ticks = iter(range(1, 10_000))
     engine = new_engine(hybrid, clock=lambda: float(next(ticks)))
     requests = some_requests(engine, max_tokens=5)
     run(engine)
     for request in requests:
-        times = [request.arrived_s, request.prefill_started_s, request.prefill_ended_s, request.first_token_s,
-                 request.finished_s]
+        times = [request.arrived_at_s, request.prefill_started_at_s, request.prefill_ended_at_s, request.first_token_at_s,
+                 request.finished_at_s]
         assert times == sorted(times) and times[0] >= 1
 
 

@@ -2,8 +2,9 @@
 
 import pytest
 
+from minprfaas.config import LinkSample
 from minprfaas.errors import UserError
-from minprfaas.scheduling.monitor import CongestionMonitor, LinkSample, Marks
+from minprfaas.scheduling.monitor import CongestionMonitor, Marks
 
 
 def feed(monitor: CongestionMonitor, start_s: int, seconds: int, utilization: float, gbps: float, queued=0.0) -> None:

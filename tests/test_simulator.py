@@ -78,8 +78,8 @@ def test_every_request_ends_once_and_every_decision_is_seen_with_its_reason():
     assert all("t=19,400" in request.decision.reason for _, request in seen)
     assert all((request.decision.route == "prfaas") == (request.input_tokens > 19_400) for _, request in seen)
     assert all(time_s <= request.first_token_s < request.finished_s for time_s, request in seen)
-    views = [*run.view.prfaas, *run.view.pdp, *run.view.pdd]
-    assert len(views) == 12 and all(view.load == 0 for view in views)
+    loads = run.control.loads()
+    assert len(loads) == 12 and set(loads.values()) == {0}
 
 
 def test_requests_on_nodes_that_fail_are_routed_again_and_none_is_lost():
@@ -87,10 +87,10 @@ def test_requests_on_nodes_that_fail_are_routed_again_and_none_is_lost():
     run = simulation(as_planned(failures=failures), 2.0, 800, seed=1)
     report = run.run()
     assert report.requests == 800 and report.failed == 0 and report.routed_again > 10
-    views = [*run.view.prfaas, *run.view.pdp, *run.view.pdd]
-    assert {view.name for view in views} == {*(f"prfaas{i}" for i in range(4)), *(f"pd{i}" for i in range(8))}
-    assert len(views) == 12
-    assert all(view.load == 0 for view in views) and run.egress.queued_bytes < 1
+    loads = run.control.loads()
+    assert set(loads) == {*(f"prfaas{i}" for i in range(4)), *(f"pd{i}" for i in range(8))}
+    assert len(loads) == 12
+    assert set(loads.values()) == {0} and run.egress.queued_bytes < 1
 
 
 def test_with_the_prfaas_cluster_gone_every_request_is_served_locally():

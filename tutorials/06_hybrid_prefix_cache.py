@@ -40,7 +40,7 @@ def prefill(kvcache: KVCacheManager, tokens: list[int]) -> tuple[RequestCache, t
     """Compute what the cache does not hold; returns the request and the logits `[vocab]` after the last token."""
     request = kvcache.open(tokens)
     while request.num_tokens < len(tokens):
-        end = kvcache.chunk_end(request, len(tokens), max_chunk=512)
+        end = kvcache.plan_chunk(request, len(tokens), max_chunk=512)
         if not kvcache.reserve(request, end):
             raise SystemExit("the pool is full")
         chunk = torch.tensor([tokens[request.num_tokens:end]])

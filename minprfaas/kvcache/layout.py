@@ -5,11 +5,12 @@ holds `block_tokens` tokens of all layers of a token group, and a request group'
 blocks. A 3:1 stack of linear and full attention gives three request groups and one token group.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 from minprfaas.config import StateKind
-from minprfaas.model.spec import StateSpec
+from minprfaas.model.spec import StateSpec, TensorSpec
 
 BLOCK_ALIGN = 256  # bytes: what a device copies well, and a multiple of every element size
 TENSOR_ALIGN = 16
@@ -30,7 +31,7 @@ class KVGroup:
     used_bytes: int  # of one block (token state) or of the whole state (request state)
     state_blocks: int  # blocks of one request's state; 0 for token state
 
-    def places(self, layer: int):
+    def places(self, layer: int) -> Iterator[tuple[TensorSpec, int]]:
         """(TensorSpec, byte offset) of each tensor of one of the group's layers."""
         return zip(self.spec.tensors, self.offsets[self.layers.index(layer)])
 

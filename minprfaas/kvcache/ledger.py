@@ -14,10 +14,18 @@ import hashlib
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 KEY_BYTES = 32  # a collision must not be able to hand one prompt another's state: 128 bits of collision resistance
-OnEvent = Callable[[str, bytes, int], None]  # ("stored" | "evicted", key, tokens): a prefix can or can no longer be hit
+
+
+@dataclass(frozen=True)
+class CacheNews:
+    """A request can begin after the `tokens` tokens that end at the block of this chain key; 0: it no longer can."""
+
+    key: bytes
+    tokens: int
 
 
 def chain_keys(previous: bytes, token_ids: Sequence[int], block_tokens: int) -> list[bytes]:
@@ -49,8 +57,8 @@ def root_key(fingerprint: bytes) -> bytes:
 class BlockLedger:
     """The books over `num_blocks` blocks. `has_tokens`, `has_state`: what a match needs, full blocks and snapshots."""
 
-    def __init__(self, num_blocks: int, has_tokens: bool, has_state: bool, on_event: OnEvent | None = None):
-        self.num_blocks, self.has_tokens, self.has_state, self.on_event = num_blocks, has_tokens, has_state, on_event
+    def __init__(self, num_blocks: int, has_tokens: bool, has_state: bool):
+        self.num_blocks, self.has_tokens, self.has_state = num_blocks, has_tokens, has_state
         self.free = list(range(num_blocks - 1, -1, -1))  # a stack: what was freed last is taken first
         self.cached = 0  # blocks of entries that nobody holds
         self.evicted_entries = 0
@@ -63,10 +71,16 @@ class BlockLedger:
         # A ring of the unheld entries, oldest to newest; position `num_blocks` is where it begins and ends.
         self._newer = array("i", [num_blocks]) * (num_blocks + 1)
         self._older = array("i", [num_blocks]) * (num_blocks + 1)
+        self._news: list[CacheNews] | None = None  # None until somebody watches: what nobody takes would only grow
+
+    @property
+    def available(self) -> int:
+        """How many blocks `allocate` could give now."""
+        return len(self.free) + self.cached
 
     def allocate(self, count: int) -> list[int] | None:
         """Take `count` blocks, evicting as many entries as that needs; None, and no change, if there are too few."""
-        if count > len(self.free) + self.cached:
+        if count > self.available:
             return None
         while len(self.free) < count:
             self.evicted_entries += 1
@@ -92,12 +106,29 @@ class BlockLedger:
         """How many leading blocks of `keys` are there, whether or not a snapshot lets a request begin at their end."""
         return next((count for count, key in enumerate(keys) if key not in self.blocks), len(keys))
 
-    def hittable(self) -> list[tuple[bytes, int]]:
-        """Every (key, tokens) at which a match can end now: what the events so far add up to."""
-        return [(key, self._tokens[entry]) for key, entry in self._hit_points().items()]
+    # News
+
+    def inventory(self) -> list[CacheNews]:
+        """Every key at which a match can end now: what the news so far add up to."""
+        return [CacheNews(key, self._tokens[entry]) for key, entry in self._hit_points().items()]
+
+    def watch_news(self) -> None:
+        """Note from now on at which keys a match can, or can no longer, end. Whoever watches must take."""
+        self._news = []
+
+    def take_news(self) -> list[CacheNews]:
+        """What has changed since the last call, oldest first."""
+        news = self._news or []
+        if news:
+            self._news = []
+        return news
 
     def _hit_points(self) -> dict[bytes, int]:
         return self.snapshots if self.has_state else self.blocks
+
+    def _note(self, index: dict[bytes, int], key: bytes, tokens: int) -> None:
+        if self._news is not None and index is self._hit_points():
+            self._news.append(CacheNews(key, tokens))
 
     # Entries
 
@@ -118,8 +149,7 @@ class BlockLedger:
         self._keys[entry], self.refs[entry], self._tokens[entry] = key, 1, tokens
         if len(members) > 1:
             self._members[entry] = tuple(members)
-        if index is self._hit_points() and self.on_event:
-            self.on_event("stored", key, tokens)
+        self._note(index, key, tokens)
         return entry
 
     def members(self, entry: int) -> tuple[int, ...]:
@@ -155,8 +185,7 @@ class BlockLedger:
         self._keys[entry], self.refs[entry] = None, 0
         index = self.snapshots if self.snapshots.get(key) == entry else self.blocks
         del index[key]
-        if index is self._hit_points() and self.on_event:
-            self.on_event("evicted", key, self._tokens[entry])
+        self._note(index, key, 0)
         if index is self.blocks and key in self.snapshots:
             self.remove(self.snapshots[key])  # unheld: whoever holds a snapshot holds the blocks before it
         return members

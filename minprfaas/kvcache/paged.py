@@ -1,7 +1,7 @@
 """State in blocks, as the model sees it: `ModelState` over a pool and block tables. Chapter 03 (paper 3.2)."""
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,36 +15,50 @@ from minprfaas.model.spec import Pages
 class PagedState:
     """The state of a batch of requests during one forward pass (implements `ModelState`).
 
-    `block_tables[request][group]` are block ids; `starts[request]` tokens are already there. Every request must have
-    room for the tokens that the pass appends. Index tensors are built once per group and shared by its layers.
+    `block_tables[request][group]` are block ids; `starts[request]` tokens are already there; `snapshots[request]` are
+    the block tables to store the state into at an offset of this pass. Every request must have room for the tokens
+    that the pass appends. Index tensors are built once per group and shared by its layers.
     """
 
-    def __init__(self, pool: BlockPool, block_tables: Sequence[Sequence[array]], starts: Sequence[int]):
+    def __init__(self, pool: BlockPool, block_tables: Sequence[Sequence[array]], starts: Sequence[int],
+                 snapshots: Sequence[Mapping[int, Sequence[array]]] = ()):
         self.pool = pool
         self.starts = list(starts)
         self.start = torch.tensor(self.starts, dtype=torch.int64, device=pool.device)
-        self._block_tables = block_tables
-        self._indexes: dict[int, "_TokenIndex | torch.Tensor"] = {}  # by group
+        self.snapshot_offsets = tuple(sorted({offset for planned in snapshots for offset in planned}))
+        self._block_tables, self._snapshots = block_tables, snapshots
+        self._token_indexes: dict[int, _TokenIndex] = {}  # by group
+        self._state_tables: dict[int, torch.Tensor] = {}  # by group
 
     def layer(self, index: int) -> "PagedTokens | PagedRequestState":
+        """The state of layer `index`."""
         group = self.pool.layout.group_of_layer[index]
-        return (PagedTokens if group.spec.kind is StateKind.TOKEN else PagedRequestState)(self, group, index)
+        if group.spec.kind is StateKind.TOKEN:
+            return PagedTokens(self, group, index)
+        return PagedRequestState(self, group, index)
 
     def token_index(self, group: KVGroup, new: int) -> "_TokenIndex":
         """Where `new` tokens of each request go in `group`, and which blocks hold the context that they complete."""
-        if group.index not in self._indexes:
+        if group.index not in self._token_indexes:
             context, size = max(self.starts) + new, self.pool.layout.block_tokens
             table = self._table(group, [-(-(start + new) // size) for start in self.starts])
             positions = self.start.unsqueeze(1) + torch.arange(new, device=self.pool.device)
-            self._indexes[group.index] = _TokenIndex(
+            self._token_indexes[group.index] = _TokenIndex(
                 table.gather(1, positions // size), positions % size, table, context)
-        return self._indexes[group.index]
+        return self._token_indexes[group.index]
 
     def state_table(self, group: KVGroup) -> torch.Tensor:
         """The blocks of each request's state in `group`, `[batch, state_blocks]`."""
-        if group.index not in self._indexes:
-            self._indexes[group.index] = self._table(group, [group.state_blocks] * len(self.starts))
-        return self._indexes[group.index]
+        if group.index not in self._state_tables:
+            self._state_tables[group.index] = self._table(group, [group.state_blocks] * len(self.starts))
+        return self._state_tables[group.index]
+
+    def snapshot_tables(self, group: KVGroup, offset: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """The requests (rows of the batch) whose state at `offset` is wanted, each with its blocks
+        `[1, state_blocks]`."""
+        for row, planned in enumerate(self._snapshots):
+            if offset in planned:
+                yield row, torch.tensor([planned[offset][group.index]], dtype=torch.int64, device=self.pool.device)
 
     def _table(self, group: KVGroup, lengths: list[int]) -> torch.Tensor:
         """The first `lengths[request]` blocks of each request, padded with the null block to the longest."""
@@ -54,7 +68,7 @@ class PagedState:
             if length > len(blocks):
                 raise ValueError(f"a request needs {length} blocks in group {group.index}; {len(blocks)} are reserved")
             row[:length] = torch.frombuffer(blocks, dtype=torch.int64, count=length)
-        return table.to(self.pool.device)
+        return table.to(self.pool.device)  # built on the host, so that a device gets one copy and not one a request
 
 
 @dataclass(frozen=True)
@@ -109,7 +123,11 @@ class PagedRequestState:
     state: PagedState
     group: KVGroup
     index: int
-    snapshot_offsets: tuple[int, ...] = ()
+
+    @property
+    def snapshot_offsets(self) -> tuple[int, ...]:
+        """Tokens after the pass's beginning at which a copy of the state is wanted as well."""
+        return self.state.snapshot_offsets
 
     def load(self) -> tuple[torch.Tensor, ...]:
         """The layer's tensors, each `[batch, *shape]`; a request at its beginning starts from zeros."""
@@ -120,7 +138,10 @@ class PagedRequestState:
         return tensors
 
     def store(self, *tensors: torch.Tensor) -> None:
+        """Replace what `load` returned."""
         self.state.pool.write_state(self.index, self.state.state_table(self.group), *tensors)
 
     def store_snapshot(self, offset: int, *tensors: torch.Tensor) -> None:
-        """Nothing: `snapshot_offsets` is empty, so no mixer calls this yet."""
+        """The state after `offset` tokens of this pass, `[batch, *shape]` each, into the blocks made ready for it."""
+        for row, table in self.state.snapshot_tables(self.group, offset):
+            self.state.pool.write_state(self.index, table, *(tensor[row:row + 1] for tensor in tensors))

@@ -118,7 +118,8 @@ class BlockPool:
         if data.dtype != torch.uint8 or data.numel() != size:
             raise ValueError(f"layer {layer}, tokens {start} to {end}: {data.numel()} elements of {data.dtype}; "
                              f"they must be {size} bytes")
-        parts = data.reshape(-1).split([size] if spec.kind is StateKind.TOKEN else [tensor.nbytes for tensor in spec.tensors])
+        sizes = [size] if spec.kind is StateKind.TOKEN else [tensor.nbytes for tensor in spec.tensors]
+        parts = data.reshape(-1).split(sizes)
         values = [_typed(part.to(self.device), tensor.torch_dtype) for part, tensor in zip(parts, spec.tensors)]
         if spec.kind is StateKind.TOKEN:
             self.write_tokens(layer, block_table, start, values[0].view(end - start, -1))

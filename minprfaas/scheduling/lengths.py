@@ -11,8 +11,7 @@ from itertools import accumulate
 from math import exp, log
 from statistics import NormalDist
 
-from minprfaas.errors import UserError
-from minprfaas.errors import require_number
+from minprfaas.errors import UserError, require_number
 
 SLICES = 4096  # of a formula: an error of about 0.01% in the means of the paper's case
 

@@ -6,18 +6,8 @@ Time is an argument: the simulator's clock and the live one are the same to it.
 import math
 from dataclasses import dataclass
 
+from minprfaas.config import LinkSample
 from minprfaas.errors import UserError
-
-
-@dataclass(frozen=True)
-class LinkSample:
-    """One link direction over the interval that ends at `time_s`. `utilization` is the share of the time in which it
-    was busy (or of its known rate), so delivered `gbps` over it is the capacity; `queued_bytes` wait to leave."""
-
-    time_s: float
-    gbps: float
-    utilization: float
-    queued_bytes: float
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import ceil, inf, log10
 
-from minprfaas.errors import UserError
+from minprfaas.config import Role
+from minprfaas.errors import UserError, require_number
 from minprfaas.scheduling import throughput as model
 from minprfaas.scheduling.lengths import LengthDistribution
-from minprfaas.errors import require_number
 from minprfaas.scheduling.profiles import Profile
 
 GRID_THRESHOLDS = 1500  # at most so many thresholds on a grid of round numbers: 100 tokens apart up to 128K
@@ -38,6 +38,10 @@ class Fleet:
             raise UserError(f"number of PD instances is {self.pd_instances!r}; it must be a whole number of at least 1")
         if self.pd_instances == 1 and not self.prfaas_instances:
             raise UserError("a fleet of 0 PrfaaS and 1 PD instance cannot serve; prefill and decode need 1 each")
+
+    def profile(self, role: Role) -> Profile:
+        """The profile of an instance that plays `role`."""
+        return self.prfaas_profile if role is Role.PRFAAS else self.pd_profile
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,13 @@ class Profile:
         c0, c1, c2 = self._prefill_coefficients
         return c0 + (c1 + c2 * tokens) * tokens
 
+    @cached_property
+    def overhead_tokens(self) -> int:
+        """What any request costs beside its tokens, in tokens: by it short requests count in a node's load too."""
+        first, last = self.points[0], self.points[-1]
+        s_per_token = (last.prefill_s - first.prefill_s) / (last.tokens - first.tokens)
+        return round(self.prefill_s(0) / s_per_token)
+
     @property
     def fit_error(self) -> float:
         """How far the prefill curve passes from the worst of its points, as a fraction of that point."""

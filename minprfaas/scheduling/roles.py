@@ -4,18 +4,19 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from minprfaas.config import Role
 from minprfaas.scheduling.lengths import LengthDistribution
 from minprfaas.scheduling.planner import Fleet, plan
 from minprfaas.scheduling.router import NodeView
 from minprfaas.scheduling.threshold import Observation
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RoleChange:
-    """Drain `node` (no new work, finish what it has), then let it play `role`: "pdp" or "pdd"."""
+    """Let `node` play `role`, PDP or PDD, once it has drained: no new work, and what it has is finished."""
 
     node: str
-    role: str
+    role: Role
     reason: str
 
 
@@ -37,7 +38,7 @@ class RoleLoop:
     def __init__(self, fleet: Fleet, rule: RoleRule = RoleRule()):
         self.fleet, self.rule = fleet, rule
         self._looked_at = self._settled_at = -math.inf
-        self._wanted_since: tuple[str, float] | None = None
+        self._wanted_since: tuple[Role, float] | None = None
         self._draining = False
 
     def update(self, now: Observation, recent_lengths: Callable[[], LengthDistribution | None], output_tokens: float,
@@ -49,7 +50,7 @@ class RoleLoop:
         self._looked_at = now.time_s
         lengths = recent_lengths()
         role, reason = self._wanted(now, lengths, output_tokens) if lengths else (None, "")
-        donors = pdd if role == "pdp" else pdp
+        donors = pdd if role is Role.PDP else pdp
         if role is None or len(donors) < 2:
             self._wanted_since = None
             return None
@@ -65,18 +66,18 @@ class RoleLoop:
         """The node plays its new role (or died on the way): the cool-down begins."""
         self._draining, self._settled_at = False, time_s
 
-    def _wanted(self, now: Observation, lengths: LengthDistribution, output_tokens: float) -> tuple[str | None, str]:
+    def _wanted(self, now: Observation, lengths: LengthDistribution, output_tokens: float) -> tuple[Role | None, str]:
         fleet = replace(self.fleet, prfaas_instances=now.prfaas_instances, pd_instances=now.n_p + now.n_d,
                         link_gbps=now.egress_gbps, output_tokens=output_tokens)
         grid = [0.0, *lengths.values[::max(1, len(lengths.values) // 64)], lengths.values[-1]]
         here, best = plan(fleet, lengths, n_p=now.n_p, grid=grid), plan(fleet, lengths, grid=grid)
         if best.n_p == now.n_p or best.lambda_max < (1 + self.rule.min_gain) * here.lambda_max:
             return None, ""
-        role = "pdp" if best.n_p > now.n_p else "pdd"
-        utilization = now.prefill_utilization if role == "pdp" else now.decode_utilization
+        role = Role.PDP if best.n_p > now.n_p else Role.PDD
+        utilization = now.prefill_utilization if role is Role.PDP else now.decode_utilization
         if utilization < self.rule.busy:
             return None, ""
         producers = here.theta_prfaas + here.theta_pdp
-        return role, (f"{'prefill' if role == 'pdp' else 'decode'} {utilization:.0%} busy, producers {producers:.2f} "
+        return role, (f"{'prefill' if role is Role.PDP else 'decode'} {utilization:.0%} busy, producers {producers:.2f} "
                       f"and consumer {here.theta_pdd:.2f} req/s: N_p {now.n_p} sustains {here.lambda_max:.2f}, "
                       f"{best.n_p} would {best.lambda_max:.2f}")

@@ -71,6 +71,7 @@ class ThresholdLoop:
         self._searched_at, self._moved_at, self._direction = -math.inf, -math.inf, 0
         self._seen: tuple | None = None  # capacity at the last search
         self._fell_short = False  # of what that search found
+        self.reason = ""  # of the last search
         self._rate_rps, self._arrived, self._counted_at = 0.0, 0, None
 
     def record(self, incremental_tokens: int) -> None:
@@ -85,13 +86,13 @@ class ThresholdLoop:
     def update(self, now: Observation) -> float:
         """Search if there is reason to; returns the threshold to route by. Call about once a second."""
         self._count(now.time_s)
-        if not self._due(now):
-            return self.threshold
-        lengths = self.lengths()
-        if lengths is None:
-            return self.threshold
-        self._searched_at, self._seen = now.time_s, self._capacity(now)
-        self._move(self._search(now, lengths), now.time_s)
+        cause = self._cause(now)
+        lengths = self.lengths() if cause is not None else None  # sorting them at each look would cost the most
+        if lengths is not None:
+            self._searched_at, self._seen = now.time_s, self._capacity(now)
+            self._move(self._search(now, lengths), now.time_s)
+            self.reason = (f"{cause}: {now.prfaas_instances:g} PrfaaS and {now.n_p} PD-P nodes, "
+                           f"{now.egress_gbps:.1f} Gbps, {self._rate_rps:.2f} req/s")
         return self.threshold
 
     def _count(self, time_s: float) -> None:
@@ -101,14 +102,21 @@ class ThresholdLoop:
             self._rate_rps += (1 - math.exp(-elapsed / RATE_SMOOTH_S)) * (self._arrived / elapsed - self._rate_rps)
         self._counted_at, self._arrived = time_s, 0
 
-    def _due(self, now: Observation) -> bool:
-        waited = now.time_s - self._searched_at
-        if waited >= self.damping.refresh_s:
-            return True
-        surge = (now.prfaas_queue_s > self.damping.surge_s * max(now.prfaas_instances, 1)
-                 or now.pdp_queue_s > self.damping.surge_s * max(now.n_p, 1))
-        reason = now.scarce or surge or self._fell_short or self._capacity(now) != self._seen
-        return waited >= self.damping.interval_s and reason
+    def _cause(self, now: Observation) -> str | None:
+        """Why to search now, or None."""
+        waited_s = now.time_s - self._searched_at
+        if waited_s >= self.damping.refresh_s:
+            return "lengths drift"
+        if waited_s < self.damping.interval_s:
+            return None
+        if now.scarce:
+            return "bandwidth is scarce"
+        if (now.prfaas_queue_s > self.damping.surge_s * max(now.prfaas_instances, 1)
+                or now.pdp_queue_s > self.damping.surge_s * max(now.n_p, 1)):
+            return "a prefill queue surges"
+        if self._capacity(now) != self._seen:
+            return "capacity changed"
+        return "the last move fell short" if self._fell_short else None
 
     @staticmethod
     def _capacity(now: Observation) -> tuple:

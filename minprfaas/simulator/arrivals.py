@@ -5,8 +5,8 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
-from minprfaas.scheduling.lengths import LengthDistribution
 from minprfaas.errors import require_number
+from minprfaas.scheduling.lengths import LengthDistribution
 from minprfaas.simulator.nodes import SimRequest
 from minprfaas.simulator.trace import TraceRequest
 

@@ -7,7 +7,7 @@ was put in before it has left. Bandwidth may change at any moment (weather); 0 i
 from collections import deque
 from collections.abc import Callable
 
-from minprfaas.scheduling.monitor import LinkSample
+from minprfaas.config import LinkSample
 from minprfaas.simulator.events import Clock
 
 _WHOLE_BYTE = 0.5  # rounding of sums of bytes must not hold a request back

@@ -44,6 +44,8 @@ class Report:
     cached_fraction: float
     egress_gbps: float
     shipped_cache_bytes: float
+    fetched_cache_bytes: float
+    prefix_moves: int
     utilization: dict[str, float]
     peak_waiting: int
     final_threshold: float
@@ -62,7 +64,8 @@ class Recorder:
 
     def __init__(self):
         self.arrived = self.failed = self.routed_again = self.offloaded = 0
-        self.shipped_cache_bytes = 0.0
+        self.threshold_moves = self.prefix_moves = 0
+        self.shipped_cache_bytes = self.fetched_cache_bytes = 0.0
         self.role_changes: list[tuple[float, str, str, str]] = []
         self.series: list[Tick] = []
         self._good, self._last_arrival_s, self._ended_s = 0, 0.0, 0.0
@@ -85,7 +88,7 @@ class Recorder:
         self._prompt_tokens += request.input_tokens
         self._cached_tokens += request.cached_tokens
 
-    def report(self, bytes_sent: float, threshold_moves: int) -> Report:
+    def report(self, bytes_sent: float) -> Report:
         """The whole run in figures."""
         duration_s = max(self._ended_s, self._last_arrival_s) or 1.0
         completed, columns = len(self._ttft), Tick(*zip(*self.series))
@@ -96,8 +99,9 @@ class Recorder:
             completed, self.failed, self.routed_again, duration_s, completed / duration_s, self._good / arrivals_s,
             _percentiles(self._ttft), _percentiles(self._inter_token), self.offloaded / max(completed, 1),
             self._cached_tokens / max(self._prompt_tokens, 1), bytes_sent * 8e-9 / duration_s, self.shipped_cache_bytes,
+            self.fetched_cache_bytes, self.prefix_moves,
             {name: sum(share) / len(share) for name, share in shares.items()},
-            max(columns.waiting), columns.threshold[-1], threshold_moves, self.role_changes, self.series)
+            max(columns.waiting), columns.threshold[-1], self.threshold_moves, self.role_changes, self.series)
 
 
 def _percentiles(values: array) -> dict[str, float]:

@@ -1,62 +1,31 @@
-"""KV streams: a plan of what will cross, cut into chunks by the sender and written into blocks by the receiver.
+"""What every transport shares: both ends hold one plan, and nothing but what it says crosses. Chapter 08, paper 3.3.
 
-Chapter 08, paper 3.3 (layer-wise pipelining). A *plan* lists layers and a token range; both sides hold it before a byte
-moves, so a receiver checks every frame against what it asked for. Token state crosses in rows of tokens
-`[start, end)`, as prefill emits them. Request-level state has one size and crosses once, when the last token is in it.
+Token state crosses in rows of tokens `[start, end)`, as prefill emits them. Request-level state has one size and crosses
+once, when the last token is in it.
 """
 
 import threading
+import time
 from bisect import bisect_left
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
 from minprfaas.config import StateKind
-from minprfaas.transport.events import ArrivalReport, StreamAborted
-from minprfaas.transport.frames import Header
-
-Sink = Callable[[int, int, int, torch.Tensor], None]  # layer, start, end, uint8 CPU tensor (valid during the call only)
+from minprfaas.transport.base import (ArrivalReport, EventQueue, LayerPlan, Sink, StreamAborted, StreamDone,
+                                      StreamFailed, StreamPlan)
 
 
 @dataclass(frozen=True)
-class LayerPlan:
-    """One layer's state on the wire: `row_bytes` a token of token state, else `row_bytes` in all."""
+class Piece:
+    """Where `nbytes` of a stream belong: rows of tokens `[start, end)`, or request-level state from byte `offset` on."""
 
     layer: int
     group: int
-    kind: StateKind
-    row_bytes: int
-
-
-@dataclass(frozen=True)
-class StreamPlan:
-    """Tokens `[start, end)` of the layers in `entries` cross; request-level layers cross once, as of `end`."""
-
-    stream_id: int
-    entries: tuple[LayerPlan, ...]
     start: int
     end: int
-
-    def __post_init__(self):
-        if not 0 <= self.stream_id < 2**64:
-            raise ValueError(f"stream_id {self.stream_id} is not a 64-bit number")
-        if not 0 <= self.start < self.end < 2**32:
-            raise ValueError(f"stream {self.stream_id}: tokens [{self.start}, {self.end}) are none or out of range")
-        if not self.entries or len({entry.layer for entry in self.entries}) < len(self.entries):
-            raise ValueError(f"stream {self.stream_id}: it needs at least one layer, and each layer once")
-        for entry in self.entries:
-            if not (0 <= entry.layer < 2**16 and 0 <= entry.group < 2**16 and 1 <= entry.row_bytes < 2**32):
-                raise ValueError(f"stream {self.stream_id}: {entry} is out of range")
-
-    @cached_property
-    def layers(self) -> dict[int, LayerPlan]:
-        return {entry.layer: entry for entry in self.entries}
-
-    @property
-    def total_bytes(self) -> int:
-        return sum(entry.row_bytes * (self.end - self.start if entry.kind is StateKind.TOKEN else 1) for entry in self.entries)
+    nbytes: int
+    offset: int = 0
 
 
 class Coverage:
@@ -75,13 +44,14 @@ class Coverage:
         if not self.start <= start < end <= self.end or overlaps:
             raise ValueError(f"[{start}, {end}) is empty, outside [{self.start}, {self.end}), or there already")
         joins_before = before is not None and before[1] == start
+        joins_after = after is not None and after[0] == end
         if joins_before:
-            before[1] = end
-        if after is not None and after[0] == end:
-            after[0] = before[0] if joins_before else start
-            if joins_before:
-                del self._intervals[index - 1]
-        elif not joins_before:
+            before[1] = after[1] if joins_after else end
+            if joins_after:
+                del self._intervals[index]
+        elif joins_after:
+            after[0] = start
+        else:
             self._intervals.insert(index, [start, end])
 
     @property
@@ -92,17 +62,56 @@ class Coverage:
 
     @property
     def complete(self) -> bool:
+        """Whether all of it is there."""
         return self.prefix_end == self.end
 
 
 def plan_coverage(plan: StreamPlan) -> dict[int, Coverage]:
-    """An empty coverage a layer: of tokens for token state, of bytes for request-level state."""
-    return {entry.layer: Coverage(plan.start, plan.end) if entry.kind is StateKind.TOKEN else Coverage(0, entry.row_bytes)
-            for entry in plan.entries}
+    """An empty coverage for each layer: of tokens for token state, of bytes for request-level state."""
+    found = {}
+    for entry in plan.entries:
+        is_rows = entry.kind is StateKind.TOKEN
+        found[entry.layer] = Coverage(plan.start, plan.end) if is_rows else Coverage(0, entry.row_bytes)
+    return found
+
+
+class PutLog:
+    """The sending side of a plan: what has been put, and that nothing else is."""
+
+    def __init__(self, plan: StreamPlan):
+        self.plan = plan
+        self.first_put_s = self.last_put_s = 0.0
+        self._coverage = plan_coverage(plan)
+
+    def add(self, layer: int, start: int, end: int, data: torch.Tensor) -> LayerPlan:
+        """Note a `put`; returns the layer's entry. ValueError when it is not in the plan, or was put before."""
+        entry = self.plan.layers.get(layer)
+        if entry is None:
+            raise ValueError(f"stream {self.plan.stream_id}: layer {layer} is not in the plan")
+        is_rows = entry.kind is StateKind.TOKEN
+        expected = entry.row_bytes * (end - start if is_rows else 1)
+        if data.dtype != torch.uint8 or not data.is_contiguous() or data.numel() != expected:
+            raise ValueError(f"layer {layer}: expected {expected} contiguous uint8, got {data.numel()} of {data.dtype}")
+        if is_rows:
+            self._coverage[layer].add(start, end)
+        elif end == self.plan.end:
+            self._coverage[layer].add(0, entry.row_bytes)
+        else:
+            raise ValueError(f"layer {layer}: request-level state crosses as of token {self.plan.end}, not {end}")
+        self.last_put_s = time.monotonic()
+        if not self.first_put_s:
+            self.first_put_s = self.last_put_s
+        return entry
+
+    def check_complete(self) -> None:
+        """ValueError unless all of the plan was put."""
+        missing = [layer for layer, coverage in self._coverage.items() if not coverage.complete]
+        if missing:
+            raise ValueError(f"stream {self.plan.stream_id} cannot finish: layers {missing} were not put completely")
 
 
 class IncomingStream:
-    """The receiving side: checks each chunk against the plan and hands it to the sink, one call at a time."""
+    """The receiving side of a plan: checks each piece against it and hands it to the sink, one call at a time."""
 
     def __init__(self, plan: StreamPlan, sink: Sink):
         self.plan = plan
@@ -110,51 +119,52 @@ class IncomingStream:
         self._lock = threading.Lock()
         self._closed = False
         self._coverage = plan_coverage(plan)
-        self._assembling: dict[int, torch.Tensor] = {}  # request-level state that is longer than a chunk
+        self._assembling: dict[int, torch.Tensor] = {}  # request-level state that is longer than a piece
         self._first_byte_s = self._last_byte_s = 0.0
 
-    def accept(self, header: Header, payload: torch.Tensor, now: float) -> bool:
-        """Write one chunk; True if it was the last. Raises StreamAborted: it is not in the plan, or the sink failed."""
+    def accept(self, piece: Piece, data: torch.Tensor, now: float) -> bool:
+        """Write one piece; True if it was the last. Raises StreamAborted: it is not in the plan, or the sink failed."""
         with self._lock:
             if self._closed:
                 raise StreamAborted("the receiver has given the stream up")
-            entry = self.plan.layers.get(header.layer)
-            if entry is None or entry.group != header.group:
-                raise StreamAborted(f"layer {header.layer} of group {header.group} is not in the plan")
+            entry = self.plan.layers.get(piece.layer)
+            if entry is None or entry.group != piece.group:
+                raise StreamAborted(f"layer {piece.layer} of group {piece.group} is not in the plan")
             try:
-                self._check_and_cover(entry, header)
+                self._check_and_cover(entry, piece)
             except ValueError as error:
-                raise StreamAborted(f"layer {header.layer}: {error}") from None
+                raise StreamAborted(f"layer {piece.layer}: {error}") from None
             try:
-                self._write(entry, header, payload)
+                self._write(entry, piece, data)
             except Exception as error:
                 self._coverage = plan_coverage(self.plan)  # what the blocks hold now is anyone's guess
-                raise StreamAborted(f"the sink failed on layer {header.layer}: {error!r}") from error
-            self._first_byte_s = self._first_byte_s or now
+                raise StreamAborted(f"the sink failed on layer {piece.layer}: {error!r}") from error
+            if not self._first_byte_s:
+                self._first_byte_s = now
             self._last_byte_s = now
             return all(coverage.complete for coverage in self._coverage.values())
 
-    def _check_and_cover(self, entry: LayerPlan, header: Header) -> None:
+    def _check_and_cover(self, entry: LayerPlan, piece: Piece) -> None:
         if entry.kind is StateKind.TOKEN:
-            if header.offset or header.nbytes != (header.end - header.start) * entry.row_bytes:
-                raise ValueError(f"{header.nbytes} bytes for [{header.start}, {header.end}) of {entry.row_bytes} each")
-            self._coverage[entry.layer].add(header.start, header.end)
+            if piece.offset or piece.nbytes != (piece.end - piece.start) * entry.row_bytes:
+                raise ValueError(f"{piece.nbytes} bytes for [{piece.start}, {piece.end}) of {entry.row_bytes} each")
+            self._coverage[entry.layer].add(piece.start, piece.end)
             return
-        if (header.start, header.end) != (self.plan.start, self.plan.end):
-            raise ValueError(f"request-level state as of {header.end}; the plan ends at {self.plan.end}")
-        self._coverage[entry.layer].add(header.offset, header.offset + header.nbytes)
+        if (piece.start, piece.end) != (self.plan.start, self.plan.end):
+            raise ValueError(f"request-level state as of {piece.end}; the plan ends at {self.plan.end}")
+        self._coverage[entry.layer].add(piece.offset, piece.offset + piece.nbytes)
 
-    def _write(self, entry: LayerPlan, header: Header, payload: torch.Tensor) -> None:
+    def _write(self, entry: LayerPlan, piece: Piece, data: torch.Tensor) -> None:
         if entry.kind is StateKind.TOKEN:
-            self._sink(entry.layer, header.start, header.end, payload)
+            self._sink(entry.layer, piece.start, piece.end, data)
             return
-        whole = payload
-        if header.nbytes < entry.row_bytes:
+        whole = data
+        if piece.nbytes < entry.row_bytes:
             if entry.layer not in self._assembling:
                 self._assembling[entry.layer] = torch.empty(entry.row_bytes, dtype=torch.uint8)
             whole = self._assembling[entry.layer]
-            whole[header.offset:header.offset + header.nbytes] = payload
-        if self._coverage[entry.layer].complete:
+            whole[piece.offset:piece.offset + piece.nbytes] = data
+        if self._coverage[entry.layer].complete:  # half a state is worth nothing: the sink gets it whole
             self._sink(entry.layer, self.plan.start, self.plan.end, whole)
             self._assembling.pop(entry.layer, None)
 
@@ -163,8 +173,62 @@ class IncomingStream:
         with self._lock:
             self._closed = True
             self._assembling.clear()
-            return min((self._coverage[entry.layer].prefix_end for entry in self.plan.entries if entry.kind is StateKind.TOKEN),
-                       default=self.plan.start)
+            ends = [self._coverage[entry.layer].prefix_end for entry in self.plan.entries
+                    if entry.kind is StateKind.TOKEN]
+            return min(ends, default=self.plan.start)
 
     def report(self) -> ArrivalReport:
+        """Of a complete stream."""
         return ArrivalReport(self.plan.total_bytes, self._first_byte_s, self._last_byte_s)
+
+
+class ExpectedStreams:
+    """The streams that one receiver waits for, by id. Any thread may call any method."""
+
+    def __init__(self, events: EventQueue):
+        self._events = events
+        self._lock = threading.Lock()
+        self._streams: dict[int, IncomingStream] = {}
+
+    def expect(self, plan: StreamPlan, sink: Sink) -> None:
+        """See `KVTransport.expect`."""
+        with self._lock:
+            if plan.stream_id in self._streams:
+                raise ValueError(f"stream {plan.stream_id} is expected already")
+            self._streams[plan.stream_id] = IncomingStream(plan, sink)
+
+    def forget(self, stream_id: int) -> int | None:
+        """See `KVTransport.forget`."""
+        with self._lock:
+            stream = self._streams.pop(stream_id, None)
+        return None if stream is None else stream.close()
+
+    def fail(self, stream_id: int, reason: str) -> None:
+        """End a stream with StreamFailed, unless it has ended before."""
+        arrived_end = self.forget(stream_id)
+        if arrived_end is not None:
+            self._events.put(StreamFailed(stream_id, reason, arrived_end))
+
+    def fail_all(self, reason: str) -> None:
+        """End every stream with StreamFailed."""
+        with self._lock:
+            stream_ids = list(self._streams)
+        for stream_id in stream_ids:
+            self.fail(stream_id, reason)
+
+    def take(self, stream_id: int, piece: Piece, data: torch.Tensor) -> None:
+        """Write one piece of a stream. Raises StreamAborted when nobody wants it; then its stream has failed."""
+        stream = self._streams.get(stream_id)
+        if stream is None:
+            raise StreamAborted(f"stream {stream_id} is not expected")
+        try:
+            complete = stream.accept(piece, data, time.monotonic())
+        except StreamAborted as error:
+            self.fail(stream_id, str(error))
+            raise
+        if not complete:
+            return
+        with self._lock:  # whoever takes it out speaks of its end: `forget` may have been faster
+            ended_here = self._streams.pop(stream_id, None) is stream
+        if ended_here:
+            self._events.put(StreamDone(stream_id, stream.report()))

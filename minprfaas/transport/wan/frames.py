@@ -16,7 +16,7 @@ from enum import IntEnum
 
 import torch
 
-from minprfaas.transport.events import FrameError
+from minprfaas.transport.base import FrameError
 
 MAGIC = b"PFKV"
 VERSION = 1

@@ -19,9 +19,9 @@ import logging
 import secrets
 from dataclasses import dataclass
 
-from minprfaas.transport.events import FrameError, LinkRefused
-from minprfaas.transport.frames import VERSION, Codec, decode_message
-from minprfaas.transport.lanes import Lane
+from minprfaas.transport.base import FrameError, LinkRefused
+from minprfaas.transport.wan.frames import VERSION, Codec, decode_message
+from minprfaas.transport.wan.lanes import Lane
 
 log = logging.getLogger(__name__)
 NONCE_BYTES = 32

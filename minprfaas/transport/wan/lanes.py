@@ -17,9 +17,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from minprfaas.transport.events import LinkDown
-from minprfaas.transport.frames import HEADER_BYTES, Codec, Slot
-from minprfaas.transport.outbox import Frame
+from minprfaas.transport.base import LinkDown
+from minprfaas.transport.wan.frames import HEADER_BYTES, Codec, Slot
+from minprfaas.transport.wan.outbox import Frame
 
 POSTED_AHEAD = 2  # receives, and sends: one is on its way while the other is handled
 _FRAMES_TAG, _HANDSHAKE_TAG, _CUT_TAG = 0, 1, 2

@@ -15,13 +15,13 @@ import torch
 
 from minprfaas.config import LinkConfig
 from minprfaas.observe.timeline import Timeline
-from minprfaas.transport.events import LinkDown
-from minprfaas.transport.frames import ACKS_PER_FRAME, HEADER_BYTES, Header, Kind, Slot, encode_acks
-from minprfaas.transport.monitor import LinkStats, Monitor
+from minprfaas.transport.base import LinkDown
+from minprfaas.transport.wan.frames import ACKS_PER_FRAME, HEADER_BYTES, Header, Kind, Slot, encode_acks
+from minprfaas.transport.wan.monitor import LinkStats, Monitor
 from minprfaas.transport.throttle import EmulatedLine
 
 if TYPE_CHECKING:
-    from minprfaas.transport.sending import SendStream
+    from minprfaas.transport.wan.sending import SendStream
 
 RELIABLE = (Kind.CHUNK, Kind.MESSAGE, Kind.ABORT)
 

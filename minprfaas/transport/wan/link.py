@@ -21,14 +21,14 @@ import torch.distributed as dist
 
 from minprfaas.config import LinkConfig, StateKind
 from minprfaas.observe.timeline import Timeline
-from minprfaas.transport.events import Event, LinkDown, LinkLost, LinkRefused, LinkRestored
-from minprfaas.transport.frames import CONTROL_LIMIT_BYTES, Kind, Slot, encode_message
-from minprfaas.transport.handshake import INCARNATION_BYTES, LinkIdentity, shake_hands
-from minprfaas.transport.inbox import Inbox
-from minprfaas.transport.lanes import Lane, one_line
-from minprfaas.transport.monitor import LinkStats
-from minprfaas.transport.outbox import Frame, Outbox, control_frame
-from minprfaas.transport.sending import SendStream
+from minprfaas.transport.base import Event, LinkDown, LinkLost, LinkRefused, LinkRestored
+from minprfaas.transport.wan.frames import CONTROL_LIMIT_BYTES, Kind, Slot, encode_message
+from minprfaas.transport.wan.handshake import INCARNATION_BYTES, LinkIdentity, shake_hands
+from minprfaas.transport.wan.inbox import Inbox
+from minprfaas.transport.wan.lanes import Lane, one_line
+from minprfaas.transport.wan.monitor import LinkStats
+from minprfaas.transport.wan.outbox import Frame, Outbox, control_frame
+from minprfaas.transport.wan.sending import SendStream
 from minprfaas.transport.streams import IncomingStream, Sink, StreamPlan
 from minprfaas.transport.throttle import EmulatedLine, WeatherChange
 

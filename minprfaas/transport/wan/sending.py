@@ -5,9 +5,9 @@ import time
 import torch
 
 from minprfaas.config import StateKind
-from minprfaas.transport.events import LinkDown, StreamAborted, StreamReport
-from minprfaas.transport.frames import HEADER_BYTES, Header, Kind, Slot
-from minprfaas.transport.outbox import Frame, Outbox, control_frame
+from minprfaas.transport.base import LinkDown, StreamAborted, StreamReport
+from minprfaas.transport.wan.frames import HEADER_BYTES, Header, Kind, Slot
+from minprfaas.transport.wan.outbox import Frame, Outbox, control_frame
 from minprfaas.transport.streams import LayerPlan, StreamPlan, plan_coverage
 
 

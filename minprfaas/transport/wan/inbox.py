@@ -4,10 +4,11 @@ import queue
 import threading
 import time
 
-from minprfaas.transport.events import Event, FrameError, MessageReceived, StreamAborted, StreamDone, StreamFailed
-from minprfaas.transport.frames import (CONTROL_LIMIT_BYTES, HEADER_BYTES, MESSAGE_LIMIT_BYTES, Codec, Header, Kind,
+from minprfaas.transport.wan.frames import FrameError
+from minprfaas.transport.base import Event, MessageReceived, StreamAborted, StreamDone, StreamFailed
+from minprfaas.transport.wan.frames import (CONTROL_LIMIT_BYTES, HEADER_BYTES, MESSAGE_LIMIT_BYTES, Codec, Header, Kind,
                                         Slot, decode_acks, decode_message)
-from minprfaas.transport.outbox import Outbox, control_frame
+from minprfaas.transport.wan.outbox import Outbox, control_frame
 from minprfaas.transport.streams import IncomingStream
 
 MESSAGE_WINDOW = 2 * MESSAGE_LIMIT_BYTES // CONTROL_LIMIT_BYTES  # parts that may arrive ahead of a missing one

@@ -1,0 +1,61 @@
+"""What a node tells the front end unasked: who it is, what it holds, how its links are doing. Chapter 13; paper 3.4.3."""
+
+from minprfaas.cluster import messages
+from minprfaas.cluster.mail import FRONT, Mail
+from minprfaas.cluster.node import peak_memory_bytes
+from minprfaas.config import Role
+from minprfaas.engine.engine import Engine
+
+TIMELINE_PART = 4096  # events a message
+
+
+class NodeNews:
+    """One part's news. The front end's directory follows its cache through numbered events, and asks for an inventory
+    when a number is missing."""
+
+    def __init__(self, name: str, role: Role, engine: Engine, mail: Mail):
+        self._name, self._role, self._engine, self._mail = name, role, engine, mail
+        self._kvcache = engine.kvcache
+        self._kvcache.watch_news()
+        self._sequence = 0  # of the last cache event told
+        self._sampled_at_s = 0.0
+
+    def introduce(self) -> None:
+        """Say who is here, and everything that it holds."""
+        device, blocks = str(self._engine.model.device), self._kvcache.config.num_blocks
+        self._tell(messages.NodeReady(self._role.value, device, blocks))
+        self.tell_inventory()
+
+    def tell_inventory(self) -> None:
+        """Everything that a prefill could begin with here. News that were not told yet are part of it."""
+        self._sequence += len(self._kvcache.take_news())
+        held = self._kvcache.inventory()
+        self._tell(messages.CacheNews(self._sequence, [one.key.hex() for one in held], [one.tokens for one in held],
+                                      inventory=True))
+
+    def tell(self) -> None:
+        """Cache events since the last time, and the newest sample of the link that carries KVCache away."""
+        news = self._kvcache.take_news()
+        if news:
+            keys, tokens = [one.key.hex() for one in news], [one.tokens for one in news]
+            self._tell(messages.CacheNews(self._sequence + 1, keys, tokens, inventory=False))
+            self._sequence += len(news)
+        if self._role is Role.PRFAAS:
+            self._tell_sample()
+
+    def _tell_sample(self) -> None:
+        for link in self._mail.links:
+            sample = link.newest_sample()
+            if sample is not None and sample.time_s > self._sampled_at_s:
+                self._sampled_at_s = sample.time_s
+                self._tell(sample)
+
+    def say_goodbye(self) -> None:
+        """The last words: the timeline, and what this process took."""
+        events = self._engine.timeline.events() if self._engine.timeline else []
+        for first in range(0, len(events), TIMELINE_PART):
+            self._tell(messages.TimelinePart(events[first:first + TIMELINE_PART]))
+        self._tell(messages.Goodbye(peak_memory_bytes(self._engine.model.device)))
+
+    def _tell(self, message: messages.Message) -> None:
+        self._mail.send(self._name, FRONT, message)

@@ -1,0 +1,210 @@
+"""Transport as everybody else sees it: stream plans, events, errors, and the two protocols. Chapters 07, 08; paper 3.3.
+
+KV moves in *streams*. A plan lists layers and a token range, and both ends hold it before a byte moves, so a receiver
+checks everything that arrives against what it asked for. Who receives calls `expect(plan, sink)`, who sends calls
+`open(plan)` and then `put` for each layer as prefill finishes it (layer-wise pipelining). What happens meanwhile arrives
+as events in a queue. `loopback` is the transport to read first; `wan/` is the one between datacenters.
+"""
+
+import queue
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+
+from minprfaas.config import StateKind
+
+
+class LinkDown(Exception):
+    """The link is gone and did not come back in time, or it was closed."""
+
+
+class LinkRefused(LinkDown):
+    """The handshake failed. The reason is known on the refusing side only; its peer learns that it was refused."""
+
+
+class StreamAborted(Exception):
+    """A KV stream ended before its last byte; the link itself may be well."""
+
+
+# ---- what crosses
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer's state on the wire: `row_bytes` for each token of token state, else `row_bytes` in all."""
+
+    layer: int
+    group: int
+    kind: StateKind
+    row_bytes: int
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """Tokens `[start, end)` of the layers in `entries` cross; request-level layers cross once, as of `end`.
+
+    `stream_id` is unique among all streams that a receiving process expects, whichever transport brings them.
+    """
+
+    stream_id: int
+    entries: tuple[LayerPlan, ...]
+    start: int
+    end: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.stream_id < 2**64:
+            raise ValueError(f"stream_id {self.stream_id} is not a 64-bit number")
+        if not 0 <= self.start < self.end < 2**32:
+            raise ValueError(f"stream {self.stream_id}: tokens [{self.start}, {self.end}) are none or out of range")
+        if not self.entries or len({entry.layer for entry in self.entries}) < len(self.entries):
+            raise ValueError(f"stream {self.stream_id}: it needs at least one layer, and each layer once")
+        for entry in self.entries:
+            if not (0 <= entry.layer < 2**16 and 0 <= entry.group < 2**16 and 1 <= entry.row_bytes < 2**32):
+                raise ValueError(f"stream {self.stream_id}: {entry} is out of range")
+
+    @cached_property
+    def layers(self) -> dict[int, LayerPlan]:
+        """The entries by layer."""
+        return {entry.layer: entry for entry in self.entries}
+
+    @property
+    def total_bytes(self) -> int:
+        """What crosses in all, headers aside."""
+        tokens = self.end - self.start
+        return sum(entry.row_bytes * (tokens if entry.kind is StateKind.TOKEN else 1) for entry in self.entries)
+
+
+# Called with (layer, start, end, data) for what has arrived: data is uint8 [bytes], valid during the call only. For
+# request-level state it is called once, with all of it and the plan's start and end.
+Sink = Callable[[int, int, int, torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class StreamReport:
+    """What a sender saw of one stream. Times are `time.monotonic()`, so the overlap with prefill can be computed."""
+
+    bytes: int
+    chunks: int
+    first_put_s: float
+    last_put_s: float
+    acked_s: float  # when the last byte was acknowledged: written into the receiver's blocks
+    stalled_s: float  # how long `put` was held back because too many bytes were in flight
+    resent_chunks: int
+
+
+@dataclass(frozen=True)
+class ArrivalReport:
+    """What a receiver saw of one stream; times are the receiver's `time.monotonic()`."""
+
+    bytes: int
+    first_byte_s: float
+    last_byte_s: float
+
+
+# ---- what a transport tells its owner
+
+
+@dataclass(frozen=True)
+class MessageReceived:
+    """A control message of the peer's, whole and in order. `link` is the name of the link that brought it."""
+
+    message: dict
+    link: str
+
+
+@dataclass(frozen=True)
+class StreamDone:
+    """Every byte of the plan has arrived and the sink has written it."""
+
+    stream_id: int
+    report: ArrivalReport
+
+
+@dataclass(frozen=True)
+class StreamFailed:
+    """The stream will not complete. Tokens before `arrived_end` are written, in every layer of token state."""
+
+    stream_id: int
+    reason: str
+    arrived_end: int
+
+
+@dataclass(frozen=True)
+class LinkLost:
+    """The link is gone for good; its last event."""
+
+    reason: str
+    link: str
+
+
+@dataclass(frozen=True)
+class LinkRestored:
+    """The link is back. If `peer_restarted`, the peer is a new process that knows nothing of what went before."""
+
+    epoch: int
+    peer_restarted: bool
+    link: str
+
+
+Event = MessageReceived | StreamDone | StreamFailed | LinkLost | LinkRestored
+EventQueue = queue.SimpleQueue  # of Event; a process gives one queue to all its transports, so one wait hears them all
+
+
+def next_event(events: EventQueue, timeout_s: float) -> Event | None:
+    """Take the next event, or None when none comes within `timeout_s`."""
+    try:
+        return events.get(timeout=timeout_s)
+    except queue.Empty:
+        return None
+
+
+# ---- what a transport can do
+
+
+class SendStream(Protocol):
+    """The sending end of one KV stream."""
+
+    plan: StreamPlan
+
+    def put(self, layer: int, start: int, end: int, data: torch.Tensor) -> None:
+        """Send tokens `[start, end)` of a layer; for request-level state, `end` is the plan's and `start` is ignored.
+
+        `data` is contiguous uint8 of the plan's size and may be reused when this returns. It may block for room, so it
+        is called from a thread that may wait, never from the model's. Raises ValueError for what is not in the plan or
+        was put before, StreamAborted, LinkDown.
+        """
+
+    def finish(self, deadline_s: float) -> StreamReport:
+        """Wait until the receiver has written everything. Raises TimeoutError, StreamAborted, LinkDown, or ValueError
+        when something of the plan was never put."""
+
+    def abort(self, reason: str = "aborted by the sender") -> None:
+        """Give the stream up, from any thread; the receiver's ends in StreamFailed. Harmless when it has ended."""
+
+
+class KVTransport(Protocol):
+    """Moves KV from one node to another."""
+
+    def expect(self, plan: StreamPlan, sink: Sink) -> None:
+        """Accept `plan` from now on; ends in StreamDone or StreamFailed. `sink` runs on threads of the transport, one
+        call at a time for one stream. Raises LinkDown, or ValueError when the stream is expected already."""
+
+    def open(self, plan: StreamPlan) -> SendStream:
+        """Begin to send what the receiver expects. Raises LinkDown, or ValueError for a plan that cannot cross."""
+
+    def forget(self, stream_id: int) -> int | None:
+        """Drop what still arrives of a stream: after this returns, its sink is not called again and no event names it.
+        Returns the token up to which all token state is written, None if the stream had ended before."""
+
+
+class MessageChannel(Protocol):
+    """Carries control messages, once and in order."""
+
+    def send_message(self, message: dict) -> None:
+        """Queue a JSON object; never blocks. Raises LinkDown, or ValueError for what is no JSON object or too long."""
+
+    def receive(self, timeout_s: float) -> Event | None:
+        """The next event of the queue, or None after `timeout_s`."""

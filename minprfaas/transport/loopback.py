@@ -1,0 +1,90 @@
+"""Both ends of a KV stream in one process: the transport to read first. Chapter 07, paper 3.3.
+
+Nothing crosses a wire, so there is nothing to frame, acknowledge or recover. What remains is what a transport is: a plan
+that both ends hold, pieces checked against it, a sink that writes them, and an event at the end.
+"""
+
+import queue
+import time
+
+import torch
+
+from minprfaas.config import StateKind
+from minprfaas.transport.base import (Event, EventQueue, MessageReceived, Sink, StreamAborted, StreamPlan, StreamReport,
+                                      next_event)
+from minprfaas.transport.streams import ExpectedStreams, Piece, PutLog
+
+
+class Loopback:
+    """A KVTransport and MessageChannel from this process to itself. Any thread may call any method."""
+
+    def __init__(self, name: str = "loopback", events: EventQueue | None = None):
+        self.name = name
+        self.events: EventQueue = queue.SimpleQueue() if events is None else events
+        self._expected = ExpectedStreams(self.events)
+
+    def expect(self, plan: StreamPlan, sink: Sink) -> None:
+        """See `KVTransport.expect`. The sink runs in the thread that calls `put`."""
+        self._expected.expect(plan, sink)
+
+    def open(self, plan: StreamPlan) -> "LoopbackStream":
+        """See `KVTransport.open`."""
+        return LoopbackStream(plan, self._expected)
+
+    def forget(self, stream_id: int) -> int | None:
+        """See `KVTransport.forget`."""
+        return self._expected.forget(stream_id)
+
+    def send_message(self, message: dict) -> None:
+        """See `MessageChannel.send_message`. The receiver gets the very object, so nobody may change it any more."""
+        if not isinstance(message, dict):
+            raise ValueError(f"a control message is a dict, not {type(message).__name__}")
+        self.events.put(MessageReceived(message, self.name))
+
+    def receive(self, timeout_s: float) -> Event | None:
+        """See `MessageChannel.receive`."""
+        return next_event(self.events, timeout_s)
+
+
+class LoopbackStream:
+    """A SendStream whose `put` calls the receiver's sink: what it has put is written when it returns."""
+
+    def __init__(self, plan: StreamPlan, expected: ExpectedStreams):
+        self.plan = plan
+        self._expected = expected
+        self._put_log = PutLog(plan)
+        self._puts = 0
+        self._failure: str | None = None
+
+    def put(self, layer: int, start: int, end: int, data: torch.Tensor) -> None:
+        """See `SendStream.put`. Never waits for room: a sink that takes its time is all that holds the caller back."""
+        self._check()
+        entry = self._put_log.add(layer, start, end, data)
+        if entry.kind is not StateKind.TOKEN:
+            start = self.plan.start  # the plan's range names request-level state, whatever the caller says
+        self._puts += 1
+        try:
+            self._expected.take(self.plan.stream_id, Piece(layer, entry.group, start, end, data.numel()), data.view(-1))
+        except StreamAborted:
+            # The receiver's StreamFailed names the reason; a sender on another machine would not learn it either.
+            if self._failure is None:
+                self._failure = "refused by the receiver"
+        self._check()
+
+    def finish(self, deadline_s: float) -> StreamReport:
+        """See `SendStream.finish`. There is nothing to wait for."""
+        self._check()
+        self._put_log.check_complete()
+        log = self._put_log
+        return StreamReport(self.plan.total_bytes, self._puts, log.first_put_s, log.last_put_s, time.monotonic(),
+                            stalled_s=0.0, resent_chunks=0)
+
+    def abort(self, reason: str = "aborted by the sender") -> None:
+        """See `SendStream.abort`."""
+        if self._failure is None:
+            self._failure = reason
+            self._expected.fail(self.plan.stream_id, "aborted by the sender")
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise StreamAborted(f"stream {self.plan.stream_id}: {self._failure}")
