@@ -42,13 +42,12 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         require_number("rope_theta", self.theta, above=0)
-        if self.scaling is None:
-            return
-        factor, low, high, context = self.scaling
-        for name, value in (("factor", factor), ("low_freq_factor", low)):
-            require_number(f"rope scaling's {name}", value, above=0)
-        require_number("rope scaling's high_freq_factor", high, above=low)  # their difference is divided by
-        require_number("rope scaling's original_max_position_embeddings", context, least=1, whole=True)
+        if self.scaling is not None:
+            factor, low, high, context = self.scaling
+            require_number("the factor of rope scaling", factor, above=0)
+            require_number("low_freq_factor", low, above=0)
+            require_number("high_freq_factor", high, above=low)  # their difference is divided by
+            require_number("original_max_position_embeddings", context, least=1, whole=True)
 
 
 class MixerConfig(Protocol):

@@ -88,7 +88,8 @@ def test_a_stack_deeper_than_the_files_is_refused_before_it_is_built(refused, ch
 def test_a_sparse_file_of_a_terabyte(refused, damaged, name):
     path = damaged / name
     os.truncate(path, 2**40)
-    assert f"{path} is t" in refused("--model", damaged, "hello")  # too large, or truncated or corrupt
+    line = refused("--model", damaged, "hello")
+    assert str(path) in line and ("is too large" in line or "is truncated or corrupt" in line)
 
 
 def test_a_truncated_weight_file(refused, damaged):
