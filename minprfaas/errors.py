@@ -35,10 +35,19 @@ def require_number(what: str, value, above: float | None = None, least: float | 
     limits = [f"above {above:,}" if above is not None else "", f"of at least {least:,}" if least is not None else "",
               f"of at most {most:,}" if most is not None else ""]
     rule = " and ".join(limit for limit in limits if limit)
-    raise UserError(f"{what} is {_shown(value)}; it must be a {'whole ' if whole else ''}number {rule}".rstrip())
+    raise UserError(f"{what} is {shown(value)}; it must be a {'whole ' if whole else ''}number {rule}".rstrip())
 
 
-def _shown(value) -> str:
+def require_unicode(what: str, text: str) -> None:
+    """Raise UserError unless `text` can be written as UTF-8: JSON and command lines can spell half of a character."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what} has {text[error.start]!r} at character {error.start + 1}, half of a surrogate pair; "
+                        "it must be whole Unicode") from None
+
+
+def shown(value: object) -> str:
     """A value as a line can hold it: an int of 5,000 digits raises ValueError when it is printed."""
     try:
         text = repr(value)

@@ -328,7 +328,7 @@ def test_rows_that_arrived_before_a_stream_broke_off_need_not_cross_again():
     for layer in (3, 7):
         data = other.pool.read_bytes(layer, sent.block_tables[3], 0, 22)
         kvcache.pool.write_bytes(layer, broken.block_tables[3], 0, 22, data)
-    kvcache.keep_rows(broken, PROMPT[:22])
+    kvcache.keep_arrived(broken, PROMPT[:22])
     kvcache.close(broken)
     kvcache.check()
     assert kvcache.inventory() == [] and kvcache.match(PROMPT) == 0  # rows without a state are no place to begin

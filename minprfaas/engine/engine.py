@@ -138,7 +138,7 @@ class Engine:
         return True
 
     def unreserve_remote(self, request: Request) -> None:
-        """The other node failed: give the reserved blocks back. What `KVCacheManager.keep_rows` indexed stays cached."""
+        """The other node's prefill will not complete: give the blocks back, so that it can be reserved for anew."""
         self.scheduler.close_cache(request)
         request.status = Status.WAITING
 

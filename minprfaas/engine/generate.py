@@ -1,25 +1,26 @@
 """The single-process reference: prompts in, answers out. Everything distributed is held against this. Chapter 04."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from tqdm import tqdm
 
 from minprfaas.config import CacheConfig
-from minprfaas.engine.engine import Engine
-from minprfaas.engine.request import RequestOutput, TokenUpdate
+from minprfaas.engine.engine import Engine, model_layout
+from minprfaas.engine.prompts import Prompt
+from minprfaas.engine.request import Request, RequestOutput, TokenUpdate
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import UserError
-from minprfaas.kvcache.layout import plan_layout
-from minprfaas.model.spec import model_state_specs
+from minprfaas.model.state import ContiguousState
 from minprfaas.model.tokenizer import Tokenizer
 from minprfaas.model.transformer import Transformer
+
+OnToken = Callable[[TokenUpdate], None]
 
 
 def generate(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str | list[int]],
              params: SamplingParams | Sequence[SamplingParams] | None = None, cache: CacheConfig | None = None,
-             prefill_chunk: int = 1024, progress: bool = False,
-             on_token: Callable[[TokenUpdate], None] | None = None) -> list[RequestOutput]:
+             prefill_chunk: int = 1024, progress: bool = False, on_token: OnToken | None = None) -> list[RequestOutput]:
     """Answers to `prompts` (texts or token ids), in their order. Raises UserError before any is computed.
 
     `params` is one for all or one for each; `cache` None sizes the pool for the prompts; `on_token` sees every token
@@ -35,13 +36,77 @@ def generate(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str | l
     requests = [engine.request(str(number), ids, one) for number, (ids, one) in enumerate(zip(token_ids, each))]
     for request in requests:
         engine.add(request)
-    with tqdm(total=len(requests), unit="answer", disable=None if progress else True, leave=False) as bar:
+    for update in _run(engine, len(requests), progress):
+        if on_token is not None:
+            on_token(update)
+    return [RequestOutput.of(request) for request in requests]
+
+
+def answer_prompts(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Prompt], cache: CacheConfig | None = None,
+                   prefill_chunk: int = 1024, progress: bool = False,
+                   on_token: OnToken | None = None) -> list[RequestOutput]:
+    """Answers to the lines of a prompts file, in their order; one that comes "after" another continues it, so it begins
+    when that has ended. Raises UserError before any is computed. Options as in `generate`.
+
+    A pool that `cache` makes too small for a whole answer ends it early (`length`, by the limit `pool`).
+    """
+    longest = longest_prompts(prompts, tokenizer, model.config.max_context_tokens)
+    lengths = [longest[prompt.id] + prompt.params.max_tokens for prompt in prompts]
+    engine = Engine(model, tokenizer, cache or pool_for(model, lengths), prefill_chunk)
+    longest = longest_prompts(prompts, tokenizer, engine.max_tokens)
+    for prompt in prompts:
+        engine.check_length(prompt.id, longest[prompt.id])
+    requests: dict[str, Request] = {}
+
+    def submit_after(before: Request | None) -> None:
+        for prompt in prompts:
+            if prompt.after == (before.id if before is not None else None):
+                history = before.token_ids if before is not None else []
+                request = engine.request(prompt.id, history + tokenizer.encode(prompt.text), prompt.params)
+                requests[prompt.id] = engine.add(request)
+
+    submit_after(None)
+    for update in _run(engine, len(prompts), progress):
+        if on_token is not None:
+            on_token(update)
+        if update.request.finish_reason is not None:
+            submit_after(update.request)
+    return [RequestOutput.of(requests[prompt.id]) for prompt in prompts]
+
+
+def longest_prompts(prompts: Sequence[Prompt], tokenizer: Tokenizer, most: int) -> dict[str, int]:
+    """Tokens of each prompt with all that it comes after, by id, if every answer before it becomes as long as it may;
+    none grows beyond `most` tokens (the context, or what the pool holds)."""
+    tokens: dict[str, int] = {}
+    after_answer = {None: 0}
+    for prompt in prompts:
+        tokens[prompt.id] = after_answer[prompt.after] + len(tokenizer.encode(prompt.text))
+        after_answer[prompt.id] = min(tokens[prompt.id] + prompt.params.max_tokens, most)
+    return tokens
+
+
+@torch.inference_mode()
+def logit_gap(model: Transformer, token_ids: list[int], first: int, second: int, chunk: int = 1024) -> float:
+    """How far apart the logits of two tokens are after `token_ids`. Two answers that part at a gap near zero part at a
+    tie, which another order of the same sums decides; at a wide gap, one of them is wrong.
+
+    Whole tensors and no pool, so that nothing which may have done damage takes part in judging it.
+    """
+    state = ContiguousState(model.config, str(model.dtype).removeprefix("torch."), device=model.device)
+    for start in range(0, len(token_ids), chunk):
+        chunk_ids = torch.tensor([token_ids[start:start + chunk]], device=model.device)
+        logits = model(chunk_ids, state, last_only=True)[0, -1]
+        state.advance(chunk_ids.shape[1])
+    return abs(float(logits[first]) - float(logits[second]))
+
+
+def _run(engine: Engine, answers: int, progress: bool) -> Iterator[TokenUpdate]:
+    """Every token of the engine's requests, until none is left; requests may be added meanwhile."""
+    with tqdm(total=answers, unit="answer", disable=None if progress else True, leave=False) as bar:
         while engine.has_work:
             for update in engine.step():
                 bar.update(update.request.finish_reason is not None)
-                if on_token is not None:
-                    on_token(update)
-    return [RequestOutput.of(request) for request in requests]
+                yield update
 
 
 def pool_for(model: Transformer, lengths: list[int], block_tokens: int = 64,
@@ -50,7 +115,7 @@ def pool_for(model: Transformer, lengths: list[int], block_tokens: int = 64,
     state; past `limit_bytes` (None: 2 GiB, on a GPU 40% of what is free), one in which the longest fits at least."""
     if limit_bytes is None:
         limit_bytes = torch.cuda.mem_get_info(model.device)[0] * 2 // 5 if model.device.type == "cuda" else 2 * 2**30
-    layout = plan_layout(model_state_specs(model.config, str(model.dtype).removeprefix("torch.")), block_tokens)
+    layout = model_layout(model, block_tokens)
     context = model.config.max_context_tokens
     needs = [layout.blocks_for(min(length, context)) + 2 * layout.state_blocks for length in lengths or [1]]
     most = max(limit_bytes // layout.block_bytes, max(needs))

@@ -170,12 +170,12 @@ class KVCacheManager:
     def advance(self, cache: RequestCache, token_ids: Sequence[int]) -> None:
         """The blocks now hold the state of all of `token_ids`: index the blocks that became full, and keep a snapshot
         of the request-level state if this is a boundary at which a later request may begin."""
-        self.keep_rows(cache, token_ids)
+        self.keep_arrived(cache, token_ids)
         full, rest = divmod(len(token_ids), self.layout.block_tokens)
         if self.snapshots.enabled and full and not rest:
             self.snapshots.take(cache.state, cache.keys, full)
 
-    def keep_rows(self, cache: RequestCache, token_ids: Sequence[int]) -> None:
+    def keep_arrived(self, cache: RequestCache, token_ids: Sequence[int]) -> None:
         """The blocks hold the rows of all of `token_ids`, and every pending snapshot up to there is complete: index
         them. For a stream that broke off before the live state came; such a request can only be closed."""
         size = self.layout.block_tokens

@@ -1,4 +1,4 @@
-"""Request-level state: where copies of it are wanted, and how they are taken, received and sent. Chapter 06 (paper 3.2).
+"""Request-level state: where copies of it are wanted, and how they are taken, received and sent. Chapter 06; paper 3.2.
 
 The state of a linear layer belongs to exactly one length, so a prefix can be begun only where a copy of the whole
 state, a *snapshot*, was kept. A snapshot is first *pending*: its blocks are its request's own while they are filled, by

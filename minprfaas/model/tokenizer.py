@@ -13,7 +13,7 @@ from pathlib import Path
 import tokenizers
 
 from minprfaas.config import ModelConfig
-from minprfaas.errors import UserError
+from minprfaas.errors import UserError, require_unicode
 from minprfaas.files import read_bytes
 
 ENCODE_DEADLINE_S = 30.0
@@ -47,11 +47,7 @@ class Tokenizer:
 
         UserError when the text is no Unicode, or the tokenizer cannot be applied to it.
         """
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise UserError(f"a text has {text[error.start]!r} at character {error.start + 1}, half of a surrogate "
-                            "pair; it must be whole Unicode") from None
+        require_unicode("a text", text)
         with _mistakes_as_one_line("tokenizer.json cannot encode a text"):
             return self._encode_by_deadline(text) if self._has_own_regex else self._tokenizer.encode(text).ids
 
