@@ -1,7 +1,7 @@
 """A cached prefix is shipped to the node that will compute; whatever goes wrong, the answer is right. Chapter 11."""
 
 import pytest
-from cluster_support import DEADLINE_S, nothing_in_use, serve, step_until, two_datacenters
+from cluster_support import DEADLINE_S, kill, nothing_in_use, serve, step_until, two_datacenters
 from test_two_datacenters import GREEDY, prompts_of, reference, tokens
 
 from minprfaas.cluster import messages
@@ -161,7 +161,7 @@ def test_a_link_that_dies_while_a_prefix_is_shipped_costs_a_prefill_here(models,
         def die_at_the_first_bytes(layer, table, start, end, data):
             write(layer, table, start, end, data)
             written.append(layer)
-            remote.link.die()
+            kill(remote.link)
 
         receiver.write_bytes = die_at_the_first_bytes
         abundant(local)
