@@ -42,8 +42,8 @@ def generate(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str | l
     return [RequestOutput.of(request) for request in requests]
 
 
-def answer_prompts(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Prompt], cache: CacheConfig | None = None,
-                   prefill_chunk: int = 1024, progress: bool = False,
+def answer_prompts(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Prompt],
+                   cache: CacheConfig | None = None, prefill_chunk: int = 1024, progress: bool = False,
                    on_token: OnToken | None = None) -> list[RequestOutput]:
     """Answers to the lines of a prompts file, in their order; one that comes "after" another continues it, so it begins
     when that has ended. Raises UserError before any is computed. Options as in `generate`.
