@@ -42,27 +42,23 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         require_number("rope_theta", self.theta, above=0)
-        if self.scaling is None:
-            return
-        factor, low, high, context = self.scaling
-        for name, value in (("factor", factor), ("low_freq_factor", low)):
-            require_number(f"rope scaling's {name}", value, above=0)
-        require_number("rope scaling's high_freq_factor", high, above=low)  # their difference is divided by
-        require_number("rope scaling's original_max_position_embeddings", context, least=1, whole=True)
+        if self.scaling is not None:
+            factor, low, high, context = self.scaling
+            require_number("the factor of rope scaling", factor, above=0)
+            require_number("low_freq_factor", low, above=0)
+            require_number("high_freq_factor", high, above=low)  # their difference is divided by
+            require_number("original_max_position_embeddings", context, least=1, whole=True)
 
 
 class MixerConfig(Protocol):
     """What a layer asks of its mixer's configuration: a frozen dataclass in the mixer's own file (`model/gqa.py`, …).
-
-    `state_spec` gives a `model.spec.StateSpec` and `build` a torch module. Neither is named here, because planning and
-    simulation read this file and start without torch.
-    """
+    The results are not typed, because planning and simulation read this file and start without torch."""
 
     def state_spec(self, dtype: str) -> Any:
-        """The state that a layer of this mixer needs when the model runs in `dtype`."""
+        """The `model.spec.StateSpec` of a layer of this mixer when the model runs in `dtype`."""
 
     def build(self, hidden_size: int, norm_eps: float) -> Any:
-        """The mixer's module, with fresh weights."""
+        """The mixer's `torch.nn.Module`, with fresh weights."""
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,8 @@ def make_document(seed: int, tokens: int, encode: Callable[[str], list], facts: 
 
     `encode` is the tokenizer's (`Tokenizer.encode`); `facts` defaults to one in `TOKENS_A_FACT` tokens, at most
     `MAX_FACTS`; `forms` limits the forms of sentence that facts and questions take (training begins with one);
-    `spelled` is the share of names and offices that are spelled freely, letter by letter, so that readers may bring their own.
+    `spelled` is the share of names and offices that are spelled freely, letter by letter, so that readers may bring
+    their own.
     The same arguments give the same document. Raises UserError when `tokens` cannot hold the facts.
     """
     if tokens < MIN_TOKENS:
@@ -148,7 +149,8 @@ def make_document(seed: int, tokens: int, encode: Callable[[str], list], facts: 
     rng = random.Random(seed)
     towns = _names(rng, _TOWN, rng.randint(2 + facts // 16, 2 + facts // 2), spelled)
     count = facts + min(MAX_FACTS, 1 + tokens // 64)  # office holders, then strangers
-    people = [f"{first} {last}" for first, last in zip(_names(rng, _FIRST, count, spelled), _names(rng, _LAST, count, spelled))]
+    first_names, last_names = _names(rng, _FIRST, count, spelled), _names(rng, _LAST, count, spelled)
+    people = [f"{first} {last}" for first, last in zip(first_names, last_names)]
     told, questions = _facts(rng, towns, people[:facts], forms, spelled)
     slots = {**_WORDS, "town": towns, "person": people[facts:]}
     filler = (_fill(rng, rng.choice(_FILLER), slots) for _ in itertools.count())

@@ -15,7 +15,8 @@ from minprfaas.model.families import config_from_hf
 from minprfaas.model.transformer import Transformer
 
 QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "head_dim": 128, "rope_theta": 1e6, "rms_norm_eps": 1e-6,
-         "tie_word_embeddings": True, "max_position_embeddings": 40960, "eos_token_id": 151645, "num_key_value_heads": 8}
+         "tie_word_embeddings": True, "max_position_embeddings": 40960, "eos_token_id": 151645,
+         "num_key_value_heads": 8}
 KIMI = {"model_type": "kimi_linear", "vocab_size": 163840, "rms_norm_eps": 1e-5, "model_max_length": 1048576,
         "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "eos_token_id": 163586}
 SHAPES = {

@@ -7,7 +7,7 @@ from dataclasses import replace
 from test_transport_recovery import FaultyLane
 
 from minprfaas.cluster import messages
-from minprfaas.transport import LinkDown
+from minprfaas.cluster.envelope import Envelope, encode
 from minprfaas.transport.wan.frames import HEADER_BYTES, Codec, Header, Kind, Slot
 from minprfaas.transport.wan.handshake import NONCE_BYTES
 from minprfaas.transport.wan.lanes import Lane
@@ -62,13 +62,12 @@ class NodeLane(FaultyLane):
         return self.keep(frame)
 
     def _silence(self, frame, draw):
-        for lane in self.site.links[self.rank]._lanes if draw.random() < 0.5 else [self]:
+        for lane in self.site.links[self.rank]._supervisor._lanes if draw.random() < 0.5 else [self]:
             lane.muted = True
         return _Sent()
 
     def _cut_for_good(self, frame, _):
-        for link in self.site.links.values():
-            link.lane_type = _no_line
+        self.site.line_is_cut = True
         self.cut()
         return _Sent()
 
@@ -109,10 +108,6 @@ class NodeLane(FaultyLane):
         return self.keep(frame)
 
 
-def _no_line(*_):
-    raise LinkDown("the line is cut")
-
-
 class ImpostorLane(Lane):
     """Shakes hands as whoever it says it is, or in recorded words, and sends chunks whatever the verdict."""
 
@@ -145,7 +140,7 @@ ABSURD_ORDERS = [dict(stream_id=-1), dict(stream_id=2**64 - 1), dict(token_ids=[
 
 
 def _said(message, to="pd-0/pdd", sender="prfaas-0"):
-    return messages.encode(messages.Envelope(to, sender, message))
+    return encode(Envelope(to, sender, message))
 
 
 def _ordered(**change):
@@ -157,7 +152,7 @@ def _ordered(**change):
 ABSURD_MESSAGES = {
     PREFILL: [_said(message) for message in (
         messages.PrefillProgress("0", tokens=-5), messages.PrefillProgress("0", tokens=2**63),
-        messages.PrefillFailed("nobody", ""), messages.PrefixOrder(-1, [], -1), messages.PrefixOrder(1, [2**63], 0),
+        messages.PrefillFailed("nobody", "", False), messages.PrefixOrder(-1, [], -1), messages.PrefixOrder(1, [2**63], 0),
         messages.PrefixAbort(7), messages.Abort("0"), messages.Serve("1", [1], {}, "x", 1.0, "", 0), messages.Shutdown(),
         messages.PrefillDone("0", first_token=10**6, cached_tokens=0, queue_s=0.0, prefill_s=0.0, prefix_bytes=0))]
     + [_said(message, "front") for message in (
@@ -165,9 +160,9 @@ ABSURD_MESSAGES = {
         messages.TransferDone(["0"], kv_bytes=0, transfer_s=0, exposed_s=0),
         messages.CacheNews(sequence=-7, keys=["no hex"], tokens=[10**9], inventory=True),
         messages.CacheNews(sequence=2**60, keys=["a", "b"], tokens=[1], inventory=False),
-        messages.NodeReady("king", "abacus", num_blocks=-1), messages.PrefillLost("0", "says who"),
-        messages.TokenDrawn("0", 1, "x", "eos"), messages.ServeFailed("0", "x", "y"))]
-    + [_said(messages.TokenDrawn("0", 1, "x", "eos"), "front", "pd-0/pdd"), _said(messages.Shutdown(), "nobody"),
+        messages.NodeReady("king", "abacus", num_blocks=-1), messages.PrefillLost("0", "says who", False),
+        messages.TokenDrawn("0", 1, "x", "eos", ""), messages.ServeFailed("0", "x", "y"))]
+    + [_said(messages.TokenDrawn("0", 1, "x", "eos", ""), "front", "pd-0/pdd"), _said(messages.Shutdown(), "nobody"),
        dict(type="Surprise"), {"to": "front", "from": "prfaas-0", "type": "PrefillOrder", "fields": {"id": "0"}}, {}],
     DECODE: [_ordered(**{"id": f"absurd {number}", "stream_id": 2**40 + 2 * number, **change})
              for number, change in enumerate(ABSURD_ORDERS)]

@@ -1,22 +1,26 @@
 """The transformer against Hugging Face's numbers, and against itself: whole, in chunks, token by token, in blocks."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import FAMILIES, SIZES, TINY, write_checkpoint
 from safetensors.torch import load_file
 
-from minprfaas.config import CacheConfig, RopeConfig, StateKind
+from minprfaas import SamplingParams, UserError, generate, load
+from minprfaas.config import CacheConfig, LayerConfig, ModelConfig, RopeConfig, StateKind
+from minprfaas.engine.engine import Engine
 from minprfaas.kvcache.layout import plan_layout
 from minprfaas.kvcache.manager import KVCacheManager
+from minprfaas.model import families
 from minprfaas.model.checkpoint import load_checkpoint
 from minprfaas.model.families import read_config
 from minprfaas.model.gqa import GQAConfig
 from minprfaas.model.layers import Positions, RMSNorm, rope_frequencies
 from minprfaas.model.mla import MLA, MLAConfig
-from minprfaas.model.spec import model_state_specs
+from minprfaas.model.spec import StateSpec, TensorSpec, model_state_specs
 from minprfaas.model.state import ContiguousLayerState, ContiguousState
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -228,3 +232,68 @@ def test_bfloat16_on_cuda_is_finite_and_chunks_agree(checkpoints, family):
     chunked = torch.cat([first, model(token_ids[:, 70:], state)], dim=1).float()
     assert torch.isfinite(chunked).all()
     assert torch.nn.functional.cosine_similarity(chunked, model(token_ids).float(), dim=-1).mean() > 0.95
+
+
+@dataclass(frozen=True)
+class DecayedMean:
+    """A toy mixer: a running sum that halves at each token. Its state is one row a request."""
+
+    width: int
+
+    def state_spec(self, dtype: str) -> StateSpec:
+        return StateSpec(StateKind.REQUEST, (TensorSpec("mean", (self.width,), dtype),))
+
+    def build(self, hidden_size: int, norm_eps: float) -> torch.nn.Module:
+        return DecayedMeanMixer(self, hidden_size)
+
+
+class DecayedMeanMixer(torch.nn.Module):
+    def __init__(self, config: DecayedMean, hidden_size: int):
+        super().__init__()
+        self.width = config.width
+        self.v_proj = torch.nn.Linear(hidden_size, config.width, bias=False)
+        self.o_proj = torch.nn.Linear(config.width, hidden_size, bias=False)
+
+    def forward(self, x, positions, state):
+        mean = state.load()[0] if state is not None else x.new_zeros(len(x), self.width)
+        means = []
+        for number, value in enumerate(self.v_proj(x).unbind(1), start=1):
+            mean = mean / 2 + value
+            means.append(mean)
+            if state is not None and number in state.snapshot_offsets:
+                state.store_snapshot(number, mean)
+        if state is not None:
+            state.store(mean)
+        return self.o_proj(torch.stack(means, dim=1))
+
+
+def toy_family(raw: dict) -> ModelConfig:
+    """One toy layer, then one of grouped-query attention."""
+    mixers = (DecayedMean(raw["mean_width"]), GQAConfig(2, 1, 8, RopeConfig()))
+    return ModelConfig(raw["model_type"], raw["vocab_size"], raw["hidden_size"],
+                       tuple(LayerConfig(mixer, raw["intermediate_size"]) for mixer in mixers),
+                       norm_eps=1e-6, tie_embeddings=False, max_context_tokens=512)
+
+
+def test_a_family_with_a_mixer_of_its_own_is_one_reader_and_one_class(monkeypatch, tmp_path):
+    """Saved, checked, loaded and decoded through pages and prefix cache, and nothing else had to hear of it."""
+    monkeypatch.setitem(families.FAMILIES, "toy", toy_family)
+    monkeypatch.setitem(TINY, "toy", dict(SIZES, model_type="toy", mean_width=12))
+    model, tokenizer = load(write_checkpoint(tmp_path, "toy"))
+    text = "a prompt that is long enough to fill a block or two, and to be met again"
+    engine = Engine(model, tokenizer, CacheConfig(64, 8, snapshot_every=2), prefill_chunk=40)
+    params = SamplingParams(max_tokens=9, ignore_eos=True)
+    for prompt_text, cached_tokens in ((text, 0), (text + " later", 72)):
+        request = engine.add(engine.request(prompt_text, prompt_text, params))
+        while engine.has_work:
+            engine.step()
+        assert request.cached_tokens == cached_tokens
+        tokens = tokenizer.encode(prompt_text)
+        for expected in request.token_ids[len(tokens):]:
+            assert model(torch.tensor([tokens]))[0, -1].argmax() == expected
+            tokens.append(expected)
+        assert tokens == request.token_ids and len(set(tokens[-9:])) > 1
+    assert len(generate(model, tokenizer, [text], params)[0].token_ids) == 9
+    (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text().replace("12", "13"))
+    with pytest.raises(UserError, match=r"layers.0.self_attn.v_proj.weight has shape \[12, 32\]; .* \[13, 32\]"):
+        load(tmp_path)

@@ -1,7 +1,7 @@
 """A cached prefix is shipped to the node that will compute; whatever goes wrong, the answer is right. Chapter 11."""
 
 import pytest
-from cluster_support import DEADLINE_S, nothing_in_use, serve, step_until, two_datacenters
+from cluster_support import DEADLINE_S, kill, nothing_in_use, serve, step_until, two_datacenters
 from test_two_datacenters import GREEDY, prompts_of, reference, tokens
 
 from minprfaas.cluster import messages
@@ -85,7 +85,7 @@ def test_a_prefix_that_only_the_local_node_has_is_shipped_before_the_prompt_is_o
         (journey,) = serve(local, [LONGER], GREEDY)
         step_until(local, lambda: nothing_in_use(local))
     assert journey.route == "prfaas" and journey.fallback is None and HERE in journey.reason
-    assert journey.prefix_bytes > 0 and remote.prefill.engine.kvcache.stats().hit_tokens == CACHED
+    assert journey.prefix_bytes > 0 and journey.cached_tokens == CACHED
     assert tokens(first + [journey]) == reference(model, tokenizer, [PREFIX, LONGER], GREEDY)
     assert nothing_in_use(remote)
 
@@ -161,7 +161,7 @@ def test_a_link_that_dies_while_a_prefix_is_shipped_costs_a_prefill_here(models,
         def die_at_the_first_bytes(layer, table, start, end, data):
             write(layer, table, start, end, data)
             written.append(layer)
-            remote.link.die()
+            kill(remote.link)
 
         receiver.write_bytes = die_at_the_first_bytes
         abundant(local)

@@ -4,9 +4,9 @@ import random
 
 import pytest
 
-from minprfaas.transport.events import FrameError
-from minprfaas.transport.frames import (CONTROL_LIMIT_BYTES, HEADER_BYTES, Codec, Header, Kind, Slot, checksum,
-                                        decode_acks, decode_message, encode_acks, encode_message)
+from minprfaas.transport.wan.frames import (CONTROL_LIMIT_BYTES, HEADER_BYTES, Codec, FrameError, Header, Kind, Slot,
+                                            checksum, decode_acks, encode_acks)
+from minprfaas.transport.wan.parts import PartsOut, decode_message, encode_message
 
 LIMIT = 32 * 1024
 
@@ -52,7 +52,7 @@ def test_absurd_fields_are_refused_although_their_checksum_is_right(header, comp
 def test_ten_thousand_mutated_frames_raise_a_frame_error_or_parse_within_the_limits():
     """Half of them get a fresh checksum, as an enemy without the key would do when there is no key."""
     generator, codec = random.Random(7), Codec(LIMIT)
-    message = encode_message({"prompt": "Once upon a time"})[0]
+    message = encode_message({"prompt": "Once upon a time"})
     parsed = 0
     for number in range(10_000):
         kind = generator.choice(list(Kind))
@@ -104,7 +104,10 @@ def test_a_message_is_a_json_object_and_nothing_else():
     for data in (b"[1]", b"{", b"\xff", b"[" * 100_000, b"1", b""):
         with pytest.raises(FrameError):
             decode_message(data)
-    parts = encode_message({"tokens": [1] * 50_000})
+    out, parts = PartsOut(), []
+    out.push(encode_message({"tokens": [1] * 50_000}), 0.0)
+    while not out.is_empty:
+        parts.append(bytes(out.pop().slot.view[HEADER_BYTES:]))
     assert len(parts) > 1 and max(map(len, parts)) <= CONTROL_LIMIT_BYTES
     assert decode_message(b"".join(parts)) == {"tokens": [1] * 50_000}
 

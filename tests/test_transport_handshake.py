@@ -8,7 +8,7 @@ from transport_support import DEADLINE_S, IDENTITY, Cargo, Impostor, connected, 
 
 from minprfaas.config import LinkConfig
 from minprfaas.transport import Link, LinkDown, LinkRefused, MessageReceived
-from minprfaas.transport.lanes import Lane
+from minprfaas.transport.wan.lanes import Lane
 
 
 def connect_both(mine, theirs, config=LinkConfig(), other_config=LinkConfig()) -> list[Exception | None]:
@@ -51,8 +51,8 @@ def test_without_a_secret_on_either_side_only_compatibility_is_checked():
     open_identity = dataclasses.replace(IDENTITY, secret=None)
     cargo = Cargo()
     with connected(identity=open_identity) as (sender, receiver):
-        receiver.expect_stream(cargo.plan, cargo.sink)
-        stream = sender.open_stream(cargo.plan)
+        receiver.expect(cargo.plan, cargo.sink)
+        stream = sender.open(cargo.plan)
         cargo.put_all(stream)
         stream.finish(DEADLINE_S)
     assert cargo.is_identical
@@ -66,10 +66,6 @@ class RecordingLane(Lane):
     def exchange(self, data: bytes) -> bytes:
         self.said.append(data)
         return super().exchange(data)
-
-
-class RecordingLink(Link):
-    lane_type = RecordingLane
 
 
 def victim(store, impostor):
@@ -89,7 +85,7 @@ def victim(store, impostor):
 def test_a_replayed_handshake_is_refused_because_the_nonce_is_fresh():
     store = new_store()
     RecordingLane.said = []
-    ends = [Link("a-b", store, 0, LinkConfig(), IDENTITY), RecordingLink("a-b", store, 1, LinkConfig(), IDENTITY)]
+    ends = [Link("a-b", store, 0, LinkConfig(), IDENTITY), Link("a-b", store, 1, LinkConfig(), IDENTITY, lane_type=RecordingLane)]
     in_parallel(*(lambda end=end: end.connect(DEADLINE_S) for end in ends))
     in_parallel(*(end.close for end in ends))
     recorded = [word.replace(b"epoch 1", b"epoch 2") for word in RecordingLane.said]

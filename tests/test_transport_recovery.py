@@ -12,20 +12,21 @@ import zlib
 import pytest
 import torch
 from torch.distributed import TCPStore
-from transport_support import DEADLINE_S, IDENTITY, Cargo, Impostor, connected, event, new_store
+from transport_support import (DEADLINE_S, IDENTITY, Cargo, Impostor, Lanes, connected, emulated, event, new_store,
+                               wait_until)
 
-from minprfaas.config import LinkConfig
+from minprfaas.config import LineConfig, LinkConfig
 from minprfaas.transport import (Link, LinkDown, LinkIdentity, LinkLost, LinkRestored, MessageReceived, StreamAborted,
                                  StreamDone, StreamFailed)
-from minprfaas.transport.frames import HEADER_BYTES
-from minprfaas.transport.lanes import Lane
+from minprfaas.transport.wan.frames import HEADER_BYTES
+from minprfaas.transport.wan.lanes import Lane
 
 CONFIG = LinkConfig(lanes=3, chunk_bytes=4096, timeout_s=10, silence_s=3)
 
 
 def test_a_cut_link_resumes_from_the_last_acknowledged_chunk():
-    cargo = Cargo(tokens=2000)
-    with connected(LinkConfig(gbps=0.02, lanes=2, chunk_bytes=4096)) as (sender, receiver):
+    cargo, lanes = Cargo(tokens=2000), Lanes()
+    with connected(LinkConfig(lanes=2, chunk_bytes=4096), LineConfig(gbps=0.004), receiver_lanes=lanes) as (sender, receiver):
         half = threading.Event()
 
         def sink(*arguments):
@@ -33,11 +34,11 @@ def test_a_cut_link_resumes_from_the_last_acknowledged_chunk():
             if len(cargo.calls) == 50:
                 half.set()
 
-        receiver.expect_stream(cargo.plan, sink)
-        stream = sender.open_stream(cargo.plan)
+        receiver.expect(cargo.plan, sink)
+        stream = sender.open(cargo.plan)
         cargo.put_all(stream)
         assert half.wait(DEADLINE_S)
-        receiver._lanes[1].cut()
+        lanes.made[1].cut()
         report = stream.finish(DEADLINE_S)
         restored = event(receiver, LinkRestored), event(sender, LinkRestored)
         event(receiver, StreamDone)
@@ -47,11 +48,12 @@ def test_a_cut_link_resumes_from_the_last_acknowledged_chunk():
 
 
 def test_messages_survive_a_cut_once_and_in_order():
-    with connected(LinkConfig(lanes=3)) as (sender, receiver):
+    lanes = Lanes()
+    with connected(LinkConfig(lanes=3), sender_lanes=lanes) as (sender, receiver):
         for number in range(300):
             sender.send_message({"number": number, "text": "x" * 2000})
             if number % 100 == 50:
-                sender._lanes[number % 3].cut()
+                lanes.made[-1 - number % 3].cut()
         assert [event(receiver, MessageReceived).message["number"] for _ in range(300)] == list(range(300))
 
 
@@ -140,10 +142,6 @@ class FaultyLane(Lane):
         return _Sent()
 
 
-class FaultyLink(Link):
-    lane_type = FaultyLane
-
-
 KINDS = ["flip", "truncate", "cut", "duplicate", "reorder", "stall", "garbage", "absurd", "replay"]
 
 
@@ -151,12 +149,12 @@ KINDS = ["flip", "truncate", "cut", "duplicate", "reorder", "stall", "garbage", 
 def test_ninety_seeded_faults_end_in_identical_bytes_or_a_named_error(secret, capsys):
     identity = LinkIdentity(IDENTITY.fingerprint, IDENTITY.dtype, IDENTITY.block_layout, secret)
     tally = collections.Counter()
-    with connected(CONFIG, identity, sender_type=FaultyLink) as (sender, receiver):
+    with connected(CONFIG, identity=identity, sender_lanes=FaultyLane) as (sender, receiver):
         for seed in range(90):
             kind, cargo = KINDS[seed % len(KINDS)], Cargo(stream_id=seed, tokens=400, seed=seed)
             FaultyLane.fault = fault = Fault(kind, random.Random(seed))
-            receiver.expect_stream(cargo.plan, cargo.sink)
-            stream = sender.open_stream(cargo.plan)
+            receiver.expect(cargo.plan, cargo.sink)
+            stream = sender.open(cargo.plan)
             try:
                 cargo.put_all(stream)
                 stream.finish(DEADLINE_S)
@@ -179,13 +177,16 @@ def test_ninety_seeded_faults_end_in_identical_bytes_or_a_named_error(secret, ca
 # ---- peers that die or fall silent, in their own processes
 
 
+SLOW = LineConfig(gbps=0.01)  # a stream of 4,000 tokens takes it a second: whatever hits it, hits it midway
+
+
 def _peer(port: int, rank: int, started, config: LinkConfig) -> None:
     """Expects streams 1, 2, 3 … one after another, until it is killed."""
     torch.set_num_threads(1)
     link = Link("a-b", TCPStore("127.0.0.1", port, None, False), rank, config, IDENTITY)
     link.connect(DEADLINE_S)
     cargo = Cargo(tokens=4000)
-    link.expect_stream(cargo.plan, cargo.sink)
+    link.expect(cargo.plan, cargo.sink)
     started.set()
     while not isinstance(found := link.receive(DEADLINE_S), (LinkLost, type(None))):
         if isinstance(found, StreamDone):
@@ -213,22 +214,23 @@ class Peer:
 @pytest.mark.parametrize("seed", range(6))
 def test_a_peer_that_is_killed_at_a_random_moment_is_a_named_error_and_its_successor_is_served(processes, seed):
     generator, store = random.Random(seed), new_store()
-    config = LinkConfig(gbps=0.05, lanes=1 + seed % 3, chunk_bytes=4096, timeout_s=DEADLINE_S, silence_s=2)
-    link, first = Link("a-b", store, 0, config, IDENTITY), Peer(processes, store, config)
+    config = LinkConfig(lanes=1 + seed % 3, chunk_bytes=4096, timeout_s=DEADLINE_S, silence_s=2)
+    link, first = Link("a-b", store, 0, config, IDENTITY, emulated(SLOW)), Peer(processes, store, config)
     try:
         link.connect(DEADLINE_S)
         assert first.started.wait(DEADLINE_S)
         cargo = Cargo(tokens=4000)
-        stream = link.open_stream(cargo.plan)
-        killer = threading.Timer(generator.random() * 0.15, first.signal, (signal.SIGKILL,))
-        killer.start()
+        stream = link.open(cargo.plan)
         cargo.put_all(stream)
+        moment_bytes = generator.random() * 0.6 * cargo.plan.total_bytes
+        wait_until(lambda: link.stats().egress_bytes >= moment_bytes)
+        first.signal(signal.SIGKILL)
         second = Peer(processes, store, config)
         with pytest.raises(StreamAborted, match="the peer restarted"):
             stream.finish(DEADLINE_S)
         assert event(link, LinkRestored).peer_restarted
         assert second.started.wait(DEADLINE_S)
-        again = link.open_stream(cargo.plan)
+        again = link.open(cargo.plan)
         cargo.put_all(again)
         again.finish(DEADLINE_S)
         assert event(link, MessageReceived).message == {"identical": True}
@@ -252,14 +254,14 @@ def test_a_stranger_that_knocks_while_the_peer_is_away_does_not_end_the_link(pro
 
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "silent"])
 def test_a_peer_that_does_not_come_back_is_a_lost_link_within_the_deadline(processes, blow):
-    store, config = new_store(), LinkConfig(gbps=0.05, lanes=2, chunk_bytes=4096, timeout_s=1.0, silence_s=0.5)
-    link, peer = Link("a-b", store, 0, config, IDENTITY), Peer(processes, store, config)
+    store, config = new_store(), LinkConfig(lanes=2, chunk_bytes=4096, timeout_s=2.0, silence_s=2.0)
+    link, peer = Link("a-b", store, 0, config, IDENTITY, emulated(SLOW)), Peer(processes, store, config)
     try:
         link.connect(DEADLINE_S)
         assert peer.started.wait(DEADLINE_S)
         expected, cargo = Cargo(stream_id=9), Cargo(tokens=4000)
-        link.expect_stream(expected.plan, expected.sink)
-        stream = link.open_stream(cargo.plan)
+        link.expect(expected.plan, expected.sink)
+        stream = link.open(cargo.plan)
         cargo.put_all(stream)
         peer.signal(blow)
         with pytest.raises(LinkDown, match="did not connect"):
@@ -267,7 +269,7 @@ def test_a_peer_that_does_not_come_back_is_a_lost_link_within_the_deadline(proce
         assert event(link, StreamFailed).stream_id == 9
         assert "did not connect" in event(link, LinkLost).reason
         with pytest.raises(LinkDown):
-            link.open_stream(cargo.plan)
+            link.open(cargo.plan)
     finally:
         peer.signal(signal.SIGKILL)
         link.close()

@@ -7,8 +7,7 @@ import torch
 
 from minprfaas.config import StateKind
 from minprfaas.transport import LayerPlan, StreamAborted, StreamPlan
-from minprfaas.transport.frames import Header, Kind
-from minprfaas.transport.streams import Coverage, IncomingStream
+from minprfaas.transport.streams import Coverage, IncomingStream, Piece
 
 PLAN = StreamPlan(5, (LayerPlan(0, 0, StateKind.TOKEN, 4), LayerPlan(1, 1, StateKind.REQUEST, 10)), 8, 16)
 
@@ -18,8 +17,8 @@ def receiver():
     return IncomingStream(PLAN, lambda layer, start, end, data: calls.append((layer, start, end, data.tolist()))), calls
 
 
-def chunk(**fields) -> Header:
-    return Header(Kind.CHUNK, stream=5, **fields)
+def chunk(**fields) -> Piece:
+    return Piece(**{"group": 0, **fields})
 
 
 @pytest.mark.parametrize("fields", [

@@ -8,9 +8,9 @@ from datetime import timedelta
 import torch
 from torch.distributed import PrefixStore, TCPStore
 
-from minprfaas.config import LinkConfig, StateKind
-from minprfaas.transport import LayerPlan, Link, LinkDown, LinkIdentity, LinkLost, StreamPlan
-from minprfaas.transport.lanes import Lane
+from minprfaas.config import LineConfig, LinkConfig, StateKind
+from minprfaas.transport import EmulatedLine, LayerPlan, Link, LinkDown, LinkIdentity, LinkLost, StreamPlan
+from minprfaas.transport.wan.lanes import Lane
 
 DEADLINE_S = 30.0
 IDENTITY = LinkIdentity(bytes(32), "float32", "64 tokens", b"a shared secret")
@@ -43,16 +43,41 @@ def in_parallel(*calls):
 
 
 @contextlib.contextmanager
-def connected(config: LinkConfig = LinkConfig(), identity: LinkIdentity = IDENTITY, sender_type=Link, **options):
-    """A connected pair (sender, receiver); `options` go to the sender."""
+def connected(config: LinkConfig = LinkConfig(), line: LineConfig = LineConfig(), identity: LinkIdentity = IDENTITY,
+              sender_lanes=Lane, receiver_lanes=Lane, timeline=None):
+    """A connected pair (sender, receiver), each with its own direction of `line`; the timeline is the sender's."""
     store = new_store()
-    sender = sender_type("a-b", store, 0, config, identity, **options)
-    receiver = Link("a-b", store, 1, config, identity)
+    sender = Link("a-b", store, 0, config, identity, emulated(line), timeline=timeline, lane_type=sender_lanes)
+    receiver = Link("a-b", store, 1, config, identity, emulated(line), lane_type=receiver_lanes)
     in_parallel(lambda: sender.connect(DEADLINE_S), lambda: receiver.connect(DEADLINE_S))
     try:
         yield sender, receiver
     finally:
         in_parallel(sender.close, receiver.close)
+
+
+def emulated(line: LineConfig) -> EmulatedLine | None:
+    """A line of this process alone."""
+    return EmulatedLine(line) if line.is_emulated else None
+
+
+class Lanes:
+    """A `lane_type` that keeps what it makes, so that a test can cut it."""
+
+    def __init__(self, lane_type=Lane):
+        self.lane_type, self.made = lane_type, []
+
+    def __call__(self, *arguments) -> Lane:
+        self.made.append(self.lane_type(*arguments))
+        return self.made[-1]
+
+
+def wait_until(reached, deadline_s: float = DEADLINE_S) -> None:
+    """Look every 5 ms whether `reached()`, for what no event tells."""
+    until = time.monotonic() + deadline_s
+    while not reached():
+        assert time.monotonic() < until, "not reached by its deadline"
+        time.sleep(0.005)
 
 
 def event(link: Link, kind: type, deadline_s: float = DEADLINE_S):
@@ -70,7 +95,8 @@ class Cargo:
     """Seeded bytes for one stream: three layers of token state, one of request-level state; and where they arrive."""
 
     def __init__(self, stream_id: int = 1, tokens: int = 256, state_bytes: int = 20_001, seed: int = 0):
-        layers = [LayerPlan(layer, 0, StateKind.TOKEN, 96) for layer in range(3)] + [LayerPlan(3, 1, StateKind.REQUEST, state_bytes)]
+        layers = [LayerPlan(layer, 0, StateKind.TOKEN, 96) for layer in range(3)]
+        layers.append(LayerPlan(3, 1, StateKind.REQUEST, state_bytes))
         self.plan = StreamPlan(stream_id, tuple(layers), 64, 64 + tokens)
         generator = torch.Generator().manual_seed(seed)
         self.sent = {entry.layer: torch.randint(0, 256, (tokens if entry.kind is StateKind.TOKEN else 1, entry.row_bytes),

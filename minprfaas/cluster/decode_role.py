@@ -127,7 +127,7 @@ class DecodeRole:
         serving = self.servings.get(serve.id)
         now_s = self._clock()
         if serving is None:
-            request = Request(serve.id, serve.token_ids, SamplingParams(**serve.sampling), arrived_s=now_s)
+            request = Request(serve.id, list(serve.token_ids), SamplingParams(**serve.sampling), arrived_at_s=now_s)
             try:
                 self.engine.check_fits(request)
             except UserError as error:
@@ -168,7 +168,7 @@ class DecodeRole:
         except LinkDown as error:  # the way was lost while the request waited for room
             return self._lose_prefill(serving, str(error))
         self._mail.send(self.name, serve.prefill_node, messages.PrefillOrder(
-            request.id, stream_id, request.token_ids, request.cached_tokens, snapshot_id,
+            request.id, stream_id, list(request.token_ids), request.cached_tokens, snapshot_id,
             snapshot_at if tables is not None else 0, serve.prefix_source, serve.prefix_tokens, asdict(request.params)))
 
     # From the order to the first token
@@ -249,7 +249,7 @@ class DecodeRole:
         cache, size = serving.request.cache, self.engine.layout.block_tokens
         full_end = arrived_end // size * size
         if full_end > cache.num_tokens:
-            self._kvcache.keep_arrived(cache, serving.request.token_ids[:full_end])
+            self._kvcache.keep_rows(cache, serving.request.token_ids[:full_end])
 
     def _overdue(self, serving: Serving) -> None:
         if serving.kv is not None:
@@ -272,7 +272,8 @@ class DecodeRole:
 
     def _tell_token(self, update: TokenUpdate) -> None:
         request = update.request
-        self._tell(messages.TokenDrawn(request.id, update.token_id, update.new_text, request.finish_reason or ""))
+        self._tell(messages.TokenDrawn(
+            request.id, update.token_id, update.new_text, request.finish_reason or "", request.length_limit or ""))
         if request.finish_reason is not None:
             del self.servings[request.id]
 

@@ -45,10 +45,10 @@ class NodeNews:
 
     def _tell_sample(self) -> None:
         for link in self._mail.links:
-            sample = link.newest_sample()
-            if sample is not None and sample.time_s > self._sampled_at_s:
-                self._sampled_at_s = sample.time_s
-                self._tell(sample)
+            samples = link.stats().samples
+            if samples and samples[-1].time_s > self._sampled_at_s:
+                self._sampled_at_s = samples[-1].time_s
+                self._tell(samples[-1])
 
     def say_goodbye(self) -> None:
         """The last words: the timeline, and what this process took."""

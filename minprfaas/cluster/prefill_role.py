@@ -133,7 +133,7 @@ class PrefillRole:
                 raise UserError(f"order {order.id!r} came before, and is not forgotten yet")
             if not 0 <= order.start < len(order.token_ids):
                 raise UserError(f"order {order.id!r} starts at token {order.start} of {len(order.token_ids)}")
-            request = Request(order.id, order.token_ids, SamplingParams(**order.sampling), prefill_only=True)
+            request = Request(order.id, list(order.token_ids), SamplingParams(**order.sampling), prefill_only=True)
             self.engine.check_fits(request)
             plan = stream_plan(layout, order.stream_id, order.start, len(order.token_ids))
             snapshot = snapshot_plan(layout, order.snapshot_stream_id, order.snapshot_at) if order.snapshot_at else None
@@ -215,15 +215,15 @@ class PrefillRole:
         prefill.stage = Stage.SENDING
         prefill.stream.finish()
         self._tell(prefill, messages.PrefillDone(
-            request.id, request.token_ids[-1], request.cached_tokens, request.prefill_started_s - prefill.arrived_at_s,
-            request.prefill_ended_s - request.prefill_started_s, prefill.fetch.nbytes if prefill.fetch else 0))
+            request.id, request.token_ids[-1], request.cached_tokens, request.prefill_started_at_s - prefill.arrived_at_s,
+            request.prefill_ended_at_s - request.prefill_started_at_s, prefill.fetch.nbytes if prefill.fetch else 0))
 
     def _transferred(self, prefill: Prefill) -> None:
         error = prefill.stream.outcome.exception()
         if error is not None:
             return self._fail_stream(prefill)
         report: StreamReport = prefill.stream.outcome.result()
-        exposed_s = max(0.0, report.acked_s - max(report.first_put_s, prefill.request.prefill_ended_s))
+        exposed_s = max(0.0, report.acked_s - max(report.first_put_s, prefill.request.prefill_ended_at_s))
         self._mail.send(self.name, FRONT, messages.TransferDone(
             prefill.order.id, report.bytes, report.acked_s - report.first_put_s, exposed_s))
         self.engine.release(prefill.request)

@@ -58,7 +58,11 @@ class PrefixShipping:
     def fetch(self, token_ids: list[int], source: str) -> Fetch | None:
         """Ask `source` for the prefix of `token_ids`, all but the last of them. None when there is nothing to ask for:
         it is here already, there is no room, or the source cannot be reached."""
-        cache, end = self._kvcache.open(token_ids), len(token_ids) - 1
+        end = len(token_ids) - 1
+        try:
+            cache = self._kvcache.open(token_ids)
+        except ValueError:  # numbers that cannot be tokens
+            return None
         if cache.cached_tokens >= end or not self._kvcache.reserve(cache, end):
             self._kvcache.close(cache)
             return None

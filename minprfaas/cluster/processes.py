@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from minprfaas.cluster.decode_role import DecodeRole
 from minprfaas.cluster.front_end import LOCAL_DEADLINE_S, FrontEnd
-from minprfaas.cluster.mail import FRONT, Mail
+from minprfaas.cluster.mail import FRONT, Connection, Mail
 from minprfaas.cluster.node import Node
 from minprfaas.cluster.prefill_role import PrefillRole
 from minprfaas.config import Role, StateKind
@@ -19,7 +19,6 @@ from minprfaas.kvcache.layout import Layout
 from minprfaas.scheduling.control import ControlPlane, ControlSettings
 from minprfaas.scheduling.router import TransferCosts
 from minprfaas.transport.base import EventQueue
-from minprfaas.transport.wan.link import Link
 
 PRFAAS, PD_PREFILL, PD_DECODE = "prfaas-0", "pd-0/pdp", "pd-0/pdd"
 UNTHROTTLED_GBPS = 100.0  # the paper's link; a first guess that the monitor corrects from what it observes
@@ -32,7 +31,7 @@ class PrfaasProcess:
 
     node: Node
     prefill: PrefillRole
-    link: Link
+    link: Connection
 
     def serve(self) -> None:
         """Take orders until the front end says that no more come, or is gone; then say goodbye."""
@@ -51,7 +50,7 @@ class PDProcess:
     front: FrontEnd
     prefill: PrefillRole
     decode: DecodeRole
-    link: Link
+    link: Connection
 
     def run(self, until: Callable[[], bool] | None = None) -> None:
         """Step until every request has ended, or until `until` says so."""
@@ -69,7 +68,7 @@ class PDProcess:
         self.decode.close()
 
 
-def prfaas_process(engine: Engine, link: Link, events: EventQueue, transfer_deadline_s: float,
+def prfaas_process(engine: Engine, link: Connection, events: EventQueue, transfer_deadline_s: float,
                    overlap: bool = True) -> PrfaasProcess:
     """Process A over a link whose events go into `events`. The link need not be connected yet."""
     mail = Mail(events)
@@ -78,7 +77,7 @@ def prfaas_process(engine: Engine, link: Link, events: EventQueue, transfer_dead
     return PrfaasProcess(Node(mail, [prefill]), prefill, link)
 
 
-def pd_process(prefill_engine: Engine, decode_engine: Engine, link: Link, events: EventQueue, settings: ControlSettings,
+def pd_process(prefill_engine: Engine, decode_engine: Engine, link: Connection, events: EventQueue, settings: ControlSettings,
                deadline_s: float, room_deadline_s: float = LOCAL_DEADLINE_S) -> PDProcess:
     """Process B over a link whose events go into `events`. The engines share the model, not the pool."""
     mail = Mail(events)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from minprfaas.cluster.front_end import Journey
+from minprfaas.cluster.journey import Journey
 from minprfaas.config import Role
 from minprfaas.engine.generate import answer_prompts, logit_gap
 from minprfaas.engine.prompts import Prompt

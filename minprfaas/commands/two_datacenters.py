@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from minprfaas.cluster.front_end import FrontEnd, Journey, Update
+from minprfaas.cluster.front_end import FrontEnd
+from minprfaas.cluster.journey import Journey, Update
 from minprfaas.cluster.launch import Launch, emulated_line, link_identity, start_processes, wait_for_the_front_end
 from minprfaas.cluster.node import peak_memory_bytes
 from minprfaas.cluster.processes import PRFAAS, PDProcess, control_settings, pd_process, prfaas_process

@@ -33,7 +33,7 @@ class RequestCache:
     cached_tokens: int  # of these, found in the cache when it was opened
     num_blocks: int  # reserved, in each token group
     entries: list[int] = field(default_factory=list)  # the index's entries of the leading full blocks, all held
-    replaced: list[int] = field(default_factory=list)  # blocks that gave way to equal ones, kept for who reads them
+    replaced: list[int] = field(default_factory=list)  # blocks whose equals in the index are used instead
     transfers: int = 0
     closed: bool = False
 
@@ -203,8 +203,8 @@ class KVCacheManager:
             self.ledger.hold(entry)
             for table, block in zip(tables, self.ledger.members(entry)):
                 table[position] = block
-            if cache.transfers:
-                cache.replaced += own  # a sending thread may have looked them up, and be about to read them
+            if cache.transfers:  # a sending thread may be reading them by the table that it was given
+                cache.replaced += own
             else:
                 self.ledger.release(own)
         cache.entries.append(entry)
@@ -222,7 +222,7 @@ class KVCacheManager:
         self.ledger.release(tail)
 
     def _tail(self, cache: RequestCache) -> list[int]:
-        """Blocks of rows that are a request's alone: not full, not indexed, or replaced by the index's own."""
+        """Blocks of rows that are a request's alone: not full, not indexed, or replaced under a transfer."""
         tail = list(cache.replaced)
         for group in self.layout.token_groups:
             tail += cache.block_tables[group.index][len(cache.entries):]

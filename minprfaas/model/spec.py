@@ -27,10 +27,12 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
+        """Bytes per token for token state, bytes per request for request state."""
         return prod(self.shape) * ITEM_BYTES[self.dtype]
 
     @property
     def torch_dtype(self) -> torch.dtype:
+        """`dtype` as torch has it; the text is what crosses to other processes."""
         return getattr(torch, self.dtype)
 
 
@@ -38,8 +40,8 @@ class TensorSpec:
 class StateSpec:
     """A layer's whole state. Token state is exactly one tensor, request state any number.
 
-    Request state has passed through every multiple of `snapshot_stride` tokens, counted from the beginning of a forward
-    pass, as a tensor of its own; there a copy of it can be had without ending the pass.
+    Inside a forward pass, request state can be copied at every multiple of `snapshot_stride` tokens from the pass's
+    beginning: a mixer must then `store_snapshot` wherever it is asked to.
     """
 
     kind: StateKind

@@ -4,9 +4,11 @@ A tokenizer.json is a small program that somebody else wrote, and the library wa
 exception that is no `Exception`, and a page on stderr), or works for hours. Here each of these is a `UserError`.
 """
 
+import concurrent.futures
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,11 +18,10 @@ from minprfaas.config import ModelConfig
 from minprfaas.errors import UserError, require_unicode
 from minprfaas.files import read_bytes
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a prompt at a time leaves its threads nothing to do
 ENCODE_DEADLINE_S = 30.0
 
 _stderr_lock = threading.Lock()
-_nowhere = os.open(os.devnull, os.O_WRONLY)
+_nowhere = os.open(os.devnull, os.O_WRONLY)  # where there is no stderr, this takes its number
 
 
 class Tokenizer:
@@ -30,8 +31,8 @@ class Tokenizer:
         path = directory / "tokenizer.json"
         if not path.is_file():
             raise UserError(f"{path} is missing; a checkpoint directory has one")
-        content = read_bytes(path)
         with _mistakes_as_one_line(f"{path} is not a tokenizer"):
+            content = read_bytes(path)
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         # Both are for batches of training data: one prompt needs no padding, and must not be cut without a word.
         self._tokenizer.no_padding()
@@ -53,25 +54,21 @@ class Tokenizer:
             return self._encode_by_deadline(text) if self._has_own_regex else self._tokenizer.encode(text).ids
 
     def _encode_by_deadline(self, text: str) -> list[int]:
-        """A regular expression of the file's own may take time without end (`a*a*b`), and nothing stops it from
-        outside: so it works in a thread of its own, which is left behind when it is late."""
-        outcome: list[tokenizers.Encoding | BaseException] = []
+        """The library bounds one match of a regular expression, but not their number: `a*a*b` takes hours for a page of
+        letters, and cannot be stopped. So it works in a thread of its own, which is left behind when it is late."""
+        ids: Future[list[int]] = Future()
 
         def work() -> None:
             try:
-                outcome.extend(self._tokenizer.encode_batch([text]))  # lets other threads run, as `encode` does not
-            except BaseException as error:  # a panic is no Exception
-                outcome.append(error)
+                ids.set_result(self._tokenizer.encode_batch([text])[0].ids)  # unlike `encode`, lets other threads run
+            except BaseException as error:  # a panic too belongs to who waits
+                ids.set_exception(error)
 
-        worker = threading.Thread(target=work, daemon=True)
-        worker.start()
-        worker.join(ENCODE_DEADLINE_S)
-        if not outcome:
-            raise UserError(f"tokenizer.json's regular expressions take more than {ENCODE_DEADLINE_S:g} s for a text "
-                            f"of {len(text):,} characters")
-        if isinstance(outcome[0], BaseException):
-            raise outcome[0]
-        return outcome[0].ids
+        threading.Thread(target=work, daemon=True).start()
+        try:
+            return ids.result(ENCODE_DEADLINE_S)
+        except concurrent.futures.TimeoutError:
+            raise TimeoutError(f"{len(text):,} characters take its regular expressions over {ENCODE_DEADLINE_S:g} s")
 
     def decode(self, token_ids: list[int]) -> str:
         """Text of `token_ids`; special tokens are left out."""
@@ -88,30 +85,18 @@ class Tokenizer:
 def _mistakes_as_one_line(what: str) -> Iterator[None]:
     """Whatever the library raises becomes a UserError, and what it writes to stderr while it panics goes nowhere.
 
-    It writes past Python, so the file descriptor itself is turned away: for all threads, hence the lock, and hence only
-    around the library's call (two microseconds more a call).
+    It writes past Python, so the file descriptor itself is turned away: for every thread, hence the lock, and hence no
+    longer than one call takes.
     """
-    with _stderr_lock, _stderr_closed():
+    with _stderr_lock:
+        kept = os.dup(2)
+        os.dup2(_nowhere, 2)
         try:
             yield
-        except UserError:
-            raise
         except BaseException as error:
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise  # Ctrl-C
             raise UserError(f"{what}: {' '.join(str(error).split())[:200]}") from None
-
-
-@contextmanager
-def _stderr_closed() -> Iterator[None]:
-    try:
-        kept = os.dup(2)
-    except OSError:  # there is none
-        yield
-        return
-    os.dup2(_nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)

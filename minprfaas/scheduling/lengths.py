@@ -13,6 +13,7 @@ from statistics import NormalDist
 
 from minprfaas.errors import UserError, require_number
 
+MAX_TOKENS = 1_000_000_000  # of a prompt or an answer
 SLICES = 4096  # of a formula: an error of about 0.01% in the means of the paper's case
 
 
@@ -61,7 +62,7 @@ class EmpiricalLengths(LengthDistribution):
         if not lengths:
             raise UserError("the list of request lengths is empty; a distribution needs at least 1")
         for length in lengths:
-            require_number("a request length", length, least=0)
+            require_number("a request length", length, least=0, most=MAX_TOKENS)
         super().__init__(sorted(lengths))
 
 
@@ -72,7 +73,7 @@ class TruncatedLogNormal(LengthDistribution):
         require_number("log-normal mu", mu, least=0)
         require_number("log-normal sigma", sigma, above=0)
         require_number("shortest request", low, above=0)
-        require_number("longest request", high, above=low)
+        require_number("longest request", high, above=low, most=MAX_TOKENS)
         normal = NormalDist(mu, sigma)
         first, last = normal.cdf(log(low)), normal.cdf(log(high))
         if last - first < 1e-6:

@@ -8,10 +8,12 @@ from math import ceil, inf, log10
 from minprfaas.config import Role
 from minprfaas.errors import UserError, require_number
 from minprfaas.scheduling import throughput as model
-from minprfaas.scheduling.lengths import LengthDistribution
+from minprfaas.scheduling.lengths import MAX_TOKENS, LengthDistribution
 from minprfaas.scheduling.profiles import Profile
 
 GRID_THRESHOLDS = 1500  # at most so many thresholds on a grid of round numbers: 100 tokens apart up to 128K
+MAX_INSTANCES = 2000  # of a cluster: 16,000 GPUs; every split is tried
+MAX_GBPS = 1e6
 BINDING_STAGES = ("prfaas compute", "prfaas egress", "pdp", "pdd")
 
 
@@ -31,11 +33,10 @@ class Fleet:
     output_tokens: float
 
     def __post_init__(self):
-        require_number("number of PrfaaS instances", self.prfaas_instances, least=0)
-        require_number("link bandwidth in Gbps", self.link_gbps, least=0)
-        require_number("output tokens", self.output_tokens, above=0)
-        if not isinstance(self.pd_instances, int) or self.pd_instances < 1:
-            raise UserError(f"number of PD instances is {self.pd_instances!r}; it must be a whole number of at least 1")
+        require_number("number of PrfaaS instances", self.prfaas_instances, least=0, most=MAX_INSTANCES)
+        require_number("number of PD instances", self.pd_instances, least=1, most=MAX_INSTANCES, whole=True)
+        require_number("link bandwidth in Gbps", self.link_gbps, least=0, most=MAX_GBPS)
+        require_number("output tokens", self.output_tokens, above=0, most=MAX_TOKENS)
         if self.pd_instances == 1 and not self.prfaas_instances:
             raise UserError("a fleet of 0 PrfaaS and 1 PD instance cannot serve; prefill and decode need 1 each")
 

@@ -86,8 +86,9 @@ class ThresholdLoop:
     def update(self, now: Observation) -> float:
         """Search if there is reason to; returns the threshold to route by. Call about once a second."""
         self._count(now.time_s)
-        cause, lengths = self._cause(now), self.lengths()
-        if cause is not None and lengths is not None:
+        cause = self._cause(now)
+        lengths = self.lengths() if cause is not None else None  # sorting them at each look would cost the most
+        if lengths is not None:
             self._searched_at, self._seen = now.time_s, self._capacity(now)
             self._move(self._search(now, lengths), now.time_s)
             self.reason = (f"{cause}: {now.prfaas_instances:g} PrfaaS and {now.n_p} PD-P nodes, "

@@ -8,7 +8,6 @@ find accidents and stop nobody.
 
 import ctypes
 import hmac
-import json
 import struct
 import zlib
 from dataclasses import dataclass
@@ -16,11 +15,10 @@ from enum import IntEnum
 
 import torch
 
-from minprfaas.transport.base import FrameError
+from minprfaas.transport.streams import Piece
 
 MAGIC = b"PFKV"
 VERSION = 1
-MESSAGE_LIMIT_BYTES = 4 * 2**20
 CONTROL_LIMIT_BYTES = 16 * 2**10  # payload of one control frame; a longer message travels in parts
 ACKS_PER_FRAME = CONTROL_LIMIT_BYTES // 8
 
@@ -29,6 +27,10 @@ _FIELDS = struct.Struct("<4sBBHHxxIIIIQQ4x16s")
 _TAG_BYTES = 16
 _ROW_BYTES = 8192  # of the matrix that is summed
 HEADER_BYTES = _FIELDS.size + _TAG_BYTES
+
+
+class FrameError(Exception):
+    """Bytes that are no frame of this link: what follows them cannot be trusted either, so the lane is cut."""
 
 
 class Kind(IntEnum):
@@ -60,7 +62,13 @@ class Header:
     payload_digest: bytes = b""
 
     @property
+    def piece(self) -> Piece:
+        """Of a chunk: where its bytes belong."""
+        return Piece(self.layer, self.group, self.start, self.end, self.nbytes, self.offset)
+
+    @property
     def label(self) -> str:
+        """Of a chunk, for the timeline."""
         return f"stream {self.stream} layer {self.layer} tokens {self.start}-{self.end}"
 
 
@@ -109,6 +117,7 @@ class Codec:
         return Header(kind, seq, stream, layer, group, start, end, offset, nbytes, digest)
 
     def payload_is_intact(self, header: Header, view: memoryview) -> bool:
+        """Whether the bytes behind `header` are the ones that it was sealed with."""
         payload = view[HEADER_BYTES:HEADER_BYTES + header.nbytes]
         return hmac.compare_digest(header.payload_digest, _digest(self._receive_key, payload))
 
@@ -136,27 +145,6 @@ def checksum(data: bytes | memoryview) -> int:
     return zlib.crc32(data[whole:], zlib.crc32(_lend(torch.cat((words.sum(0), words.sum(1))))))
 
 
-def encode_message(message: dict) -> list[bytes]:
-    """A control message as the payloads of its frames. Raises ValueError when it is no JSON object or too long."""
-    if not isinstance(message, dict):
-        raise ValueError(f"a control message is a dict, not {type(message).__name__}")
-    data = json.dumps(message, separators=(",", ":"), allow_nan=False).encode()
-    if len(data) > MESSAGE_LIMIT_BYTES:
-        raise ValueError(f"control message of {len(data)} bytes is above the limit of {MESSAGE_LIMIT_BYTES}")
-    return [data[i:i + CONTROL_LIMIT_BYTES] for i in range(0, len(data), CONTROL_LIMIT_BYTES)]
-
-
-def decode_message(data: bytes) -> dict:
-    """The message in `data`. Raises FrameError for anything but a JSON object."""
-    try:
-        message = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise FrameError(f"a control message is not JSON: {error}") from None
-    if not isinstance(message, dict):
-        raise FrameError(f"a control message is a JSON {type(message).__name__}, not an object")
-    return message
-
-
 def encode_acks(seqs: list[int]) -> bytes:
     """Sequence numbers as the payload of an ACK, 8 bytes each."""
     return struct.pack(f"<{len(seqs)}Q", *seqs)
@@ -166,4 +154,4 @@ def decode_acks(data: memoryview) -> list[int]:
     """The sequence numbers of an ACK. Raises FrameError when it is no list of them."""
     if len(data) % 8:
         raise FrameError(f"an acknowledgement of {len(data)} bytes is no list of 8-byte numbers")
-    return [*struct.unpack(f"<{len(data) // 8}Q", data)]
+    return list(struct.unpack(f"<{len(data) // 8}Q", data))

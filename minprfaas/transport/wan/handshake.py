@@ -5,11 +5,18 @@ HMAC-SHA256 over everything said so far and their own role, then compare identit
 refuses logs why; its peer learns only that it was refused. From the secret and the nonces come the session keys that
 seal the frames, so a recorded handshake or frame is worth nothing later.
 
-What this does not give: confidentiality (the KVCache crosses in the clear) and protection of the machinery below the
-frames. The `TCPStore` answers whoever reaches its port, and Gloo ends a process that is sent a longer message than it
-waits for. Both ports belong on a private link or inside WireGuard. Gloo's own TLS (GLOO_DEVICE_TRANSPORT=TCP_TLS) is no
-way out: the wheels of torch 2.13 are built without it ("unsupported gloo device"). Without a secret only compatibility
-is checked, and an enemy on the line can write what it likes.
+What this does not give: confidentiality (the KVCache crosses in the clear), and protection of the machinery below the
+frames. A stranger who reaches the ports needs no secret to do this:
+
+- The store's port (`TCPStore`) answers anybody: read, change and delete keys, so keep the two ends from meeting.
+- A lane's port (Gloo) takes any connection before a hello can be asked for. A message longer than the receive that waits
+  for it ends the process, and so does a flood of connections ("accept: Too many open files"): both in C++, where no
+  Python can catch it. That is why ports listen on loopback unless told otherwise (`binding`).
+- Without a secret, whoever shakes hands is the peer: it can write into blocks what it likes.
+
+Gloo cannot be hardened against this (its TLS, GLOO_DEVICE_TRANSPORT=TCP_TLS, is not in the wheels of torch 2.13:
+"unsupported gloo device"). Between machines the way out is a private line: both ports inside WireGuard, or a network that
+nobody else reaches, and a firewall that says so.
 """
 
 import hashlib
@@ -19,9 +26,10 @@ import logging
 import secrets
 from dataclasses import dataclass
 
-from minprfaas.transport.base import FrameError, LinkRefused
-from minprfaas.transport.wan.frames import VERSION, Codec, decode_message
+from minprfaas.transport.base import LinkRefused
+from minprfaas.transport.wan.frames import VERSION, Codec, FrameError
 from minprfaas.transport.wan.lanes import Lane
+from minprfaas.transport.wan.parts import decode_message
 
 log = logging.getLogger(__name__)
 NONCE_BYTES = 32

@@ -18,8 +18,10 @@ import torch
 import torch.distributed as dist
 
 from minprfaas.transport.base import LinkDown
+from minprfaas.transport.wan.binding import LOOPBACK, Binding
 from minprfaas.transport.wan.frames import HEADER_BYTES, Codec, Slot
-from minprfaas.transport.wan.outbox import Frame
+from minprfaas.transport.wan.one_line import one_line
+from minprfaas.transport.wan.outgoing import Frame
 
 POSTED_AHEAD = 2  # receives, and sends: one is on its way while the other is handled
 _FRAMES_TAG, _HANDSHAKE_TAG, _CUT_TAG = 0, 1, 2
@@ -30,7 +32,8 @@ _FOREVER = timedelta(days=1)  # silence is noticed by heartbeats, not by Gloo
 class Lane:
     """One connection of a link in one epoch."""
 
-    def __init__(self, store: dist.Store, index: int, rank: int, payload_limit: int, timeout_s: float):
+    def __init__(self, store: dist.Store, index: int, rank: int, payload_limit: int, timeout_s: float,
+                 binding: Binding = LOOPBACK):
         """Connect; blocks until the peer does the same. Raises LinkDown."""
         self.index = index
         self.rank = rank
@@ -38,8 +41,11 @@ class Lane:
         self.waiting_since: float | None = None  # since when nothing has arrived; None while a frame is handled
         self._timeout = timedelta(seconds=timeout_s)
         self._peer = 1 - rank
+        options = dist.ProcessGroupGloo._Options()
+        options._timeout = self._timeout
         try:
-            self._group = dist.ProcessGroupGloo(dist.PrefixStore(str(index), store), rank, 2, self._timeout)
+            options._devices = [binding.gloo_device()]  # not left to Gloo, which listens where the host's name leads
+            self._group = dist.ProcessGroupGloo(dist.PrefixStore(str(index), store), rank, 2, options)
         except RuntimeError as error:
             raise LinkDown(f"lane {index} does not connect: {one_line(error)}") from None
 
@@ -72,9 +78,12 @@ class Lane:
                     sent: Callable[["Lane", Frame, float], None]) -> None:
         """Pull and send until a blocking `next_frame(True)` returns None. Raises RuntimeError when the lane breaks."""
         posted: deque[tuple[dist.Work, Frame, float]] = deque()
-        while (frame := next_frame(not posted)) is not None or posted:
+        while True:
+            frame = next_frame(not posted)  # waits for one only when there is nothing else to wait for
             if frame is not None:
                 posted.append((self.post(frame), frame, time.monotonic()))
+            elif not posted:
+                return
             if frame is None or len(posted) == POSTED_AHEAD:
                 work, done, began = posted.popleft()
                 work.wait(_FOREVER)
@@ -103,9 +112,3 @@ class Lane:
             self._group.recv([torch.empty(1, dtype=torch.uint8)], self._peer, _CUT_TAG).wait(timedelta(milliseconds=1))
         except RuntimeError:
             pass  # that is the point
-
-
-def one_line(error: BaseException) -> str:
-    """An error as one line; Gloo begins with the path of its source file."""
-    text = str(error) or type(error).__name__
-    return text.splitlines()[0].rpartition(".cc:")[2].partition("] ")[2][:200] or text.splitlines()[0][:200]

@@ -1,41 +1,137 @@
 """Emulated weather: bandwidth, round-trip time and stalls that a laptop can impose on itself. Chapter 07, paper 3.3.
 
 The sender imposes them, each side on its own direction: a frame leaves the queue when the emulated line is free, and is
-handed to Gloo when its last bit would have arrived, half a round-trip time later.
+handed to Gloo when its last bit would have arrived, half a round-trip time later. A line belongs to two datacenters, not
+to a link: every link that is given the same line, in this process or (by a `share`) in others, shares its rate.
 """
 
-import json
-from dataclasses import dataclass, replace
+import zlib
+from bisect import bisect_right
+from dataclasses import dataclass
 from pathlib import Path
 
-from minprfaas.config import LinkConfig
-from minprfaas.errors import UserError
+from minprfaas.config import LineConfig, WeatherChange
+from minprfaas.errors import UserError, require_number
+from minprfaas.files import read_json_value
+from minprfaas.transport.wan.shared_words import SharedWords
 
 CHUNK_TIME_S = 0.010  # a chunk occupies the line at most this long, so that a control frame waits no longer
 CATCH_UP = 1.005  # a line that the machine kept from working catches up at half a percent above its rate
 TOLERANCE_S = 0.003  # a thread that wakes late by less than this loses nothing
 MAX_LAG_S = 1.0  # and forgets what it is behind by more than this
+# The words that all users of a line share.
+_BEGUN_AT, _IS_BEGUN, _FREE_AT, _PACED_AT, _LAST_ARRIVAL, _CONFIG = range(6)
 
 
 @dataclass(frozen=True)
-class WeatherChange:
-    """From `at_s` (seconds after the link first came up) on: what is None stays as it was. A stall passes nothing."""
+class _Sky:
+    """What the weather is from `at_s` on. Times are seconds since the line first came up."""
 
     at_s: float
-    gbps: float | None = None
-    rtt_ms: float | None = None
-    stall_s: float = 0.0
+    bytes_per_s: float | None
+    half_rtt_s: float
+    stalled_until_s: float
+
+
+class EmulatedLine:
+    """One direction between two datacenters. Time is an argument (seconds of `time.monotonic()`, which all processes of
+    a machine share; any steady clock without a `share`), so tests need no sleep.
+
+    Two schedules bound a frame's start. The *ideal* line begins it when the line is free and the frame is there, and so
+    carries exactly the rate over a busy period however unpunctual the machine is. The *paced* line never runs more
+    than half a percent above the rate, so that catching up breaks no one-second window.
+    """
+
+    def __init__(self, config: LineConfig, share: Path | None = None):
+        """`share` names a file for the line's few words; lines of the same file are one line. It disappears with its
+        last user. Raises UserError when the file is in use for a line of another configuration."""
+        self.config = config
+        self._skies = _forecast(config)
+        self._begun_at: float | None = None  # known once it is; it never changes
+        self._words = SharedWords(6, share)
+        digest = float(zlib.crc32(repr(config).encode()) + 1)
+        with self._words as words:
+            differs = words[_CONFIG] not in (0.0, digest)
+            if not differs:
+                words[_CONFIG] = digest
+        if differs:
+            self.close()
+            raise UserError(f"{share} is in use for an emulated line of another rate, round trip or weather")
+
+    def begin(self, now: float) -> None:
+        """The line is up: its weather begins, unless it did when another link came up."""
+        with self._words as words:
+            if not words[_IS_BEGUN]:
+                words[_IS_BEGUN] = 1.0
+                words[_BEGUN_AT] = words[_FREE_AT] = words[_PACED_AT] = words[_LAST_ARRIVAL] = now
+            self._begun_at = words[_BEGUN_AT]
+
+    def start_of(self, queued_at: float, now: float) -> float:
+        """When a frame that has waited since `queued_at` may start; it may start now if that is not after `now`."""
+        with self._words as words:
+            return max(words[_FREE_AT], words[_PACED_AT], self._stalled_until(now), queued_at)
+
+    def carry(self, nbytes: int, queued_at: float, now: float) -> float:
+        """Occupy the line with a frame; returns when its last bit arrives at the far end.
+
+        Between `start_of` and this, another user may have taken the line. Then the frame goes behind that one's: the
+        words change in one step, so the rate holds whoever comes first.
+        """
+        sky = self._sky(now)
+        with self._words as words:
+            # What a stall cost is not caught up, nor what nobody wanted to send, nor a lag of more than a second.
+            free_at = max(words[_FREE_AT], self._stalled_until(now), queued_at, now - MAX_LAG_S)
+            if sky.bytes_per_s is not None:
+                paced_from = max(words[_PACED_AT], now - TOLERANCE_S)
+                words[_PACED_AT] = paced_from + nbytes / (CATCH_UP * sky.bytes_per_s)
+                free_at += nbytes / sky.bytes_per_s
+            words[_FREE_AT] = free_at
+            words[_LAST_ARRIVAL] = max(words[_LAST_ARRIVAL], free_at + sky.half_rtt_s)  # bits do not overtake
+            return words[_LAST_ARRIVAL]
+
+    def rate(self, now: float) -> float | None:
+        """Bytes per second at `now`; None when the rate is not limited."""
+        return self._sky(now).bytes_per_s
+
+    def chunk_limit(self, now: float) -> int | None:
+        """The most bytes that a chunk should have at the rate of `now`; None when the rate is not limited."""
+        rate = self.rate(now)
+        return None if rate is None else max(1024, int(rate * CHUNK_TIME_S))
+
+    def free_at(self) -> float:
+        """When everything that it carries so far has left."""
+        with self._words as words:
+            return words[_FREE_AT]
+
+    def close(self) -> None:
+        """Use it no more. Harmless twice; the end of the process does the same."""
+        self._words.close()
+
+    def _sky(self, now: float) -> _Sky:
+        age_s = 0.0 if self._begun_at is None else now - self._begun_at
+        return self._skies[max(0, bisect_right(self._skies, age_s, key=lambda sky: sky.at_s) - 1)]
+
+    def _stalled_until(self, now: float) -> float:
+        return (self._begun_at or 0.0) + self._sky(now).stalled_until_s
+
+
+def _forecast(config: LineConfig) -> list[_Sky]:
+    gbps, rtt_ms, stalled_until_s = config.gbps, config.rtt_ms, 0.0
+    skies = []
+    for change in (WeatherChange(0.0), *config.weather):
+        gbps = gbps if change.gbps is None else change.gbps
+        rtt_ms = rtt_ms if change.rtt_ms is None else change.rtt_ms
+        stalled_until_s = max(stalled_until_s, change.at_s + change.stall_s)
+        skies.append(_Sky(change.at_s, None if gbps is None else gbps * 1e9 / 8, rtt_ms / 2e3, stalled_until_s))
+    return skies
 
 
 def load_weather(path: str | Path) -> tuple[WeatherChange, ...]:
     """Read a schedule: a JSON list of `{"at_s": 5, "gbps": 0.5, "rtt_ms": 40, "stall_s": 2}`. Raises UserError."""
-    try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"weather file {path} cannot be read as JSON: {error}") from None
+    raw = read_json_value(path)
     if not isinstance(raw, list) or not raw:
         raise UserError(f"weather file {path} holds no list of changes")
-    changes = tuple(_change(path, number, item) for number, item in enumerate(raw, 1))
+    changes = tuple(_change(f"weather file {path}, change {number}", item) for number, item in enumerate(raw, 1))
     for number, (before, after) in enumerate(zip(changes, changes[1:]), 2):
         if after.at_s < before.at_s + before.stall_s:
             raise UserError(f"weather file {path}, change {number}: at_s {after.at_s} lies before the end of the "
@@ -43,61 +139,14 @@ def load_weather(path: str | Path) -> tuple[WeatherChange, ...]:
     return changes
 
 
-def _change(path, number: int, item) -> WeatherChange:
-    where = f"weather file {path}, change {number}"
-    names = {"at_s", "gbps", "rtt_ms", "stall_s"}
-    if not isinstance(item, dict) or "at_s" not in item or not set(item) <= names:
+def _change(where: str, item: object) -> WeatherChange:
+    if not isinstance(item, dict) or "at_s" not in item or not set(item) <= {"at_s", "gbps", "rtt_ms", "stall_s"}:
         raise UserError(f"{where}: {item!r} is no object with at_s and any of gbps, rtt_ms, stall_s")
     for name, value in item.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1e6:
-            raise UserError(f"{where}: {name} is {value!r}; it must be a number from 0 to 1000000")
+        require_number(f"{where}: {name}", value, least=0, most=1_000_000)
     change = WeatherChange(**item)
     try:
-        LinkConfig(gbps=change.gbps, rtt_ms=change.rtt_ms or 0.0)
+        LineConfig(change.gbps, change.rtt_ms or 0.0)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     return change
-
-
-class EmulatedLine:
-    """One direction of the emulated line. Time is an argument (seconds of any steady clock), so tests need no sleep.
-
-    Two schedules bound a frame's start. The *ideal* line begins it when the line is free and the frame is there, and so
-    carries exactly the rate over a busy period however unpunctual the machine is. The *paced* line never runs more
-    than half a percent above the rate, so that catching up breaks no one-second window.
-    """
-
-    def __init__(self, config: LinkConfig, weather: tuple[WeatherChange, ...], epoch_s: float):
-        self.rate = None if config.gbps is None else config.gbps * 1e9 / 8  # bytes per second, at present
-        self._half_rtt_s = config.rtt_ms / 2e3
-        self._weather = [replace(change, at_s=change.at_s + epoch_s) for change in weather]
-        self.free_at = self._paced_at = self._stalled_until = self._last_arrival = epoch_s
-
-    def start_of(self, queued_at: float, now: float) -> float:
-        """When a frame that has waited since `queued_at` may start; it may start now if that is not after `now`."""
-        self._advance(now)
-        return max(self.free_at, queued_at, self._paced_at, self._stalled_until)
-
-    def carry(self, nbytes: int, queued_at: float, now: float) -> float:
-        """Occupy the line with a frame; returns when its last bit arrives at the far end."""
-        self.free_at = max(self.free_at, queued_at, now - MAX_LAG_S)
-        if self.rate is not None:
-            self._paced_at = max(self._paced_at, now - TOLERANCE_S) + nbytes / (CATCH_UP * self.rate)
-            self.free_at += nbytes / self.rate
-        self._last_arrival = max(self._last_arrival, self.free_at + self._half_rtt_s)  # bits do not overtake
-        return self._last_arrival
-
-    def chunk_limit(self, now: float) -> int | None:
-        """The most bytes that a chunk should have at the present rate; None when the rate is not limited."""
-        self._advance(now)
-        return None if self.rate is None else max(1024, int(self.rate * CHUNK_TIME_S))
-
-    def _advance(self, now: float) -> None:
-        while self._weather and self._weather[0].at_s <= now:
-            change = self._weather.pop(0)
-            if change.gbps is not None:
-                self.rate = change.gbps * 1e9 / 8
-            if change.rtt_ms is not None:
-                self._half_rtt_s = change.rtt_ms / 2e3
-            self._stalled_until = max(self._stalled_until, change.at_s + change.stall_s)
-            self.free_at = max(self.free_at, self._stalled_until)  # a stall is not caught up

@@ -1,141 +1,139 @@
-"""What waits to leave, what is on the emulated line, and what is not acknowledged yet. Chapter 07, paper 3.3.
+"""The sending side of a link: producers queue here, lanes pull from here, and acknowledgements come back here. Chapter 07.
 
-Lanes pull from here, so a slow lane takes fewer frames and holds nobody up. Acknowledgements and control messages leave
-before chunks; streams take turns. A frame that must arrive keeps its memory until it is acknowledged, so that it can be
-sent again: on another lane if it was damaged, under the next epoch if the link died.
+Lanes pull, so a slow lane takes fewer frames and holds nobody up. What leaves next is `send_queue`'s business, what is in
+flight `flow`'s, when it leaves the emulated line's; this file is the lock around them and the two things to wait for.
+Nothing in here calls out while it holds the lock. Paper 3.3.
 """
 
 import threading
 import time
-from collections import OrderedDict, deque
-from dataclasses import replace
-from typing import TYPE_CHECKING
-
-import torch
+from collections import deque
 
 from minprfaas.config import LinkConfig
 from minprfaas.observe.timeline import Timeline
-from minprfaas.transport.base import LinkDown
-from minprfaas.transport.wan.frames import ACKS_PER_FRAME, HEADER_BYTES, Header, Kind, Slot, encode_acks
-from minprfaas.transport.wan.monitor import LinkStats, Monitor
-from minprfaas.transport.throttle import EmulatedLine
-
-if TYPE_CHECKING:
-    from minprfaas.transport.wan.sending import SendStream
-
-RELIABLE = (Kind.CHUNK, Kind.MESSAGE, Kind.ABORT)
-
-
-class Frame:
-    """One frame on its way out. `ready` is a CUDA event to wait for before the bytes are there."""
-
-    def __init__(self, header: Header, slot: Slot, stream: "SendStream | None" = None,
-                 ready: torch.cuda.Event | None = None):
-        self.header, self.slot = header, slot
-        self.stream = stream  # is told of the acknowledgement
-        self.ready = ready
-        self.queued_at = self.sent_at = 0.0
-
-    @property
-    def nbytes(self) -> int:
-        return HEADER_BYTES + self.header.nbytes
-
-    @property
-    def tensor(self) -> torch.Tensor:
-        """Exactly the bytes that cross."""
-        return self.slot.tensor[:self.nbytes]
-
-
-def control_frame(kind: Kind, payload: bytes = b"", **fields) -> Frame:
-    """A frame that is no chunk, with its payload in place."""
-    slot = Slot(len(payload))
-    slot.view[HEADER_BYTES:] = payload
-    return Frame(Header(kind, nbytes=len(payload), **fields), slot)
+from minprfaas.transport.base import LinkDown, StreamAborted
+from minprfaas.transport.wan.flow import Flow
+from minprfaas.transport.wan.frames import Kind
+from minprfaas.transport.wan.line import EmulatedLine
+from minprfaas.transport.wan.monitor import LinkStats
+from minprfaas.transport.wan.outgoing import Frame, StreamRecord, control_frame
+from minprfaas.transport.wan.send_queue import SendQueue
 
 
 class Outbox:
-    """The shared queue of one side of a link. It outlives epochs."""
+    """One for each side of a link; it outlives epochs. Any thread may call any method."""
 
-    def __init__(self, name: str, config: LinkConfig, timeline: Timeline | None):
-        self.line: EmulatedLine | None = None  # set once the link is up, which is when its weather begins
-        self._name = name
-        self._timeline = timeline
-        self.monitor = Monitor(time.monotonic())
-        self._config = config
-        self._lock = threading.RLock()
-        self._frames = threading.Condition(self._lock)  # lanes wait here for something to send
-        self.progress = threading.Condition(self._lock)  # senders wait here for room and for acknowledgements
-        # In the order in which they leave; then what has left.
-        self._acks: list[tuple[int, float]] = []  # (sequence number, since when)
-        self._control: deque[Frame] = deque()
-        self._again: deque[Frame] = deque()  # numbered already
-        self._streams: OrderedDict[SendStream, deque[Frame]] = OrderedDict()
+    def __init__(self, name: str, config: LinkConfig, line: EmulatedLine | None, timeline: Timeline | None):
+        self._name, self._config, self._line, self._timeline = name, config, line, timeline
+        self._lock = threading.Lock()
+        self._sendable = threading.Condition(self._lock)  # lanes wait here for something to send
+        self._progress = threading.Condition(self._lock)  # senders wait here for room and for acknowledgements
+        self._queue = SendQueue()
+        self._flow = Flow(config.max_inflight_bytes, time.monotonic())
         self._on_line: deque[tuple[float, Frame]] = deque()  # (arrival time, frame)
-        self._unacked: dict[int, Frame] = {}  # by sequence number
-        self._next_seq = 1
         self._timed_until: float | None = None  # the earliest moment for which a lane's wait is timed
         self._epoch = 0
-        self.closed: str | None = None  # why nothing leaves any more
+        self._closed: str | None = None  # why nothing leaves any more
 
     # What producers call
 
-    def send_control(self, frame: Frame) -> None:
+    def check_open(self) -> None:
+        """Raises LinkDown when nothing leaves any more."""
+        if self._closed is not None:
+            raise LinkDown(self._closed)
+
+    def send_control(self, kind: Kind, seq: int = 0) -> None:
+        """Queue a control frame without payload."""
+        self._queue_control(control_frame(kind, seq=seq))
+
+    def _queue_control(self, frame: Frame) -> None:
         with self._lock:
-            frame.queued_at = time.monotonic()
-            self._control.append(frame)
-            self._frames.notify()
+            self._queue.push_control(frame, time.monotonic())
+            self._sendable.notify()
 
     def acknowledge(self, seq: int) -> None:
+        """Tell the peer that `seq` is taken."""
         with self._lock:
-            self._acks.append((seq, time.monotonic()))
-            self._frames.notify()
+            self._queue.push_ack(seq, time.monotonic())
+            self._sendable.notify()
 
-    def send_chunk(self, frame: Frame) -> None:
-        """Queue a chunk for which `wait_for_room` made room; raises what `stream.check` raises."""
+    def send_message(self, data: bytes) -> None:
+        """Queue an encoded message. Raises LinkDown."""
         with self._lock:
-            try:
-                frame.stream.check()  # it may have failed while the bytes were copied
-            except Exception:
-                self.monitor.queued_bytes -= frame.nbytes
-                self.progress.notify_all()
-                raise
-            frame.stream.queued()
-            frame.queued_at = time.monotonic()
-            self._streams.setdefault(frame.stream, deque()).append(frame)
-            self._frames.notify()
-
-    def wait_for_room(self, nbytes: int, stream: "SendStream") -> float:
-        """Block until `nbytes` more may be queued or in flight, and claim them; returns the seconds it took.
-
-        Raises what `stream.check` raises, and LinkDown when nothing is acknowledged for `timeout_s`.
-        """
-        began = time.monotonic()
-        with self._lock:
-            while True:
-                stream.check()
-                held = self.monitor.queued_bytes + self.monitor.inflight_bytes
-                if held == 0 or held + nbytes <= self._config.max_inflight_bytes:
-                    self.monitor.queued(nbytes, time.monotonic())
-                    return time.monotonic() - began
-                patience = max(began, self.monitor.progress_at) + self._config.timeout_s - time.monotonic()
-                if patience <= 0:
-                    raise LinkDown(f"nothing was acknowledged for {self._config.timeout_s} s")
-                self.progress.wait(patience)
+            self.check_open()
+            self._queue.push_message(data, time.monotonic())
+            self._sendable.notify()
 
     def chunk_limit(self) -> int | None:
         """The most bytes that a chunk should have at the emulated rate of this moment; None without one."""
-        with self._lock:
-            return None if self.line is None else self.line.chunk_limit(time.monotonic())
+        return None if self._line is None else self._line.chunk_limit(time.monotonic())
 
-    def drop_stream(self, stream: "SendStream") -> None:
-        """Forget the chunks of `stream` that have not left; the others settle when the peer answers."""
+    def wait_for_room(self, nbytes: int, stream: StreamRecord) -> float:
+        """Block until `nbytes` more may be queued or in flight, and claim them; returns the seconds it took.
+
+        Raises StreamAborted, and LinkDown when the link is gone or nothing is acknowledged for `timeout_s`.
+        """
+        began = time.monotonic()
+        monitor = self._flow.monitor
         with self._lock:
-            dropped = [*self._streams.pop(stream, ()), *(f for f in self._again if f.stream is stream)]
-            self._again = deque(frame for frame in self._again if frame.stream is not stream)
-            for frame in dropped:
-                self.monitor.queued_bytes -= frame.nbytes
-                self._unacked.pop(frame.header.seq, None)
-            self.progress.notify_all()
+            while True:
+                self._check(stream)
+                now = time.monotonic()
+                if self._flow.has_room(nbytes):
+                    monitor.queued(nbytes, now)
+                    return now - began
+                patience_s = max(began, monitor.progress_at) + self._config.timeout_s - now
+                if patience_s <= 0:
+                    raise LinkDown(f"nothing was acknowledged for {self._config.timeout_s} s")
+                self._progress.wait(patience_s)
+
+    def send_chunk(self, frame: Frame) -> None:
+        """Queue a chunk for which `wait_for_room` made room. Raises StreamAborted, LinkDown."""
+        with self._lock:
+            try:
+                self._check(frame.stream)  # it may have ended while the bytes were copied
+            except Exception:
+                self._flow.drop(frame)
+                self._progress.notify_all()
+                raise
+            frame.stream.chunks += 1
+            frame.stream.outstanding += 1
+            self._queue.push_chunk(frame, time.monotonic())
+            self._sendable.notify()
+
+    def wait_until_settled(self, stream: StreamRecord, deadline_s: float) -> None:
+        """Block until every chunk of a stream is acknowledged. Raises TimeoutError, StreamAborted, LinkDown."""
+        until = time.monotonic() + deadline_s
+        with self._lock:
+            while stream.outstanding:
+                self._check(stream)
+                left_s = until - time.monotonic()
+                if left_s <= 0:
+                    raise TimeoutError(f"stream {stream.stream_id}: {stream.outstanding} chunks are not acknowledged "
+                                       f"after {deadline_s} s")
+                self._progress.wait(left_s)
+            self._check(stream)
+
+    def abort(self, stream: StreamRecord, reason: str) -> None:
+        """What has not left of a stream never leaves, and the receiver is told. Harmless when it has ended."""
+        with self._lock:
+            if stream.failure is None:
+                self._fail(stream, reason)
+                self._queue.push_control(control_frame(Kind.ABORT, stream=stream.stream_id), time.monotonic())
+                self._sendable.notify()
+
+    def _check(self, stream: StreamRecord) -> None:
+        if stream.failure is not None:
+            raise StreamAborted(f"stream {stream.stream_id}: {stream.failure}")
+        self.check_open()
+
+    def _fail(self, stream: StreamRecord, reason: str) -> None:
+        """End a stream; chunks that have left settle when the peer answers. The caller holds the lock."""
+        if stream.failure is None:
+            stream.failure = reason
+            for frame in self._queue.drop_stream(stream):
+                self._flow.drop(frame)
+            self._progress.notify_all()
 
     # What lanes call
 
@@ -145,115 +143,92 @@ class Outbox:
             while self._epoch == epoch:
                 frame, wake_at = self._pull(time.monotonic())
                 if frame is not None:
-                    self._frames.notify()  # another lane looks at what comes next
+                    self._sendable.notify()  # another lane looks at what comes next
                     return frame
                 if not block:
                     return None
                 if wake_at is None or (self._timed_until is not None and self._timed_until <= wake_at):
-                    self._frames.wait()
+                    self._sendable.wait()
                 else:  # one lane keeps the time for all
                     self._timed_until = wake_at
-                    self._frames.wait(max(0.0, wake_at - time.monotonic()))
+                    self._sendable.wait(max(0.0, wake_at - time.monotonic()))
                     self._timed_until = None
             return None
 
     def _pull(self, now: float) -> tuple[Frame | None, float | None]:
-        if self.line is None:
-            return self._dequeue(now), None
-        wake_at = None
-        while (queued_at := self._queued_at()) is not None:
-            start = self.line.start_of(queued_at, now)
-            if start > now:
-                wake_at = start
-                break
-            frame = self._dequeue(now)
-            self._on_line.append((self.line.carry(frame.nbytes, queued_at, now), frame))
-            if self._timeline is not None and self.line.free_at > now:
-                self._timeline.span(f"{self._name} line (emulated)", frame.header.kind.name, now, self.line.free_at,
-                                    waited_ms=(now - queued_at) * 1e3)
-        if self._on_line and self._on_line[0][0] <= now:
+        """A frame that may be handed to Gloo now, or the moment at which to look again."""
+        if self._line is None:
+            frame = self._queue.pop()
+            if frame is not None:
+                self._flow.depart(frame, now)
+            return frame, None
+        may_start_at = self._load_line(now)
+        if not self._on_line:
+            return None, may_start_at
+        arrives_at = self._on_line[0][0]
+        if arrives_at <= now:
             return self._on_line.popleft()[1], None
-        if self._on_line:
-            wake_at = min(self._on_line[0][0], wake_at or float("inf"))
-        return None, wake_at
+        return None, arrives_at if may_start_at is None else min(arrives_at, may_start_at)
 
-    def _queued_at(self) -> float | None:
-        """Since when the frame that `_dequeue` would take has waited."""
-        if self._acks:
-            return self._acks[0][1]
-        if waiting := self._control or self._again or next(iter(self._streams.values()), None):
-            return waiting[0].queued_at
-        return None
-
-    def _dequeue(self, now: float) -> Frame | None:
-        """Take the next frame; a reliable one is numbered here, so that only dropped streams leave holes."""
-        if self._acks:
-            taken, self._acks = self._acks[:ACKS_PER_FRAME], self._acks[ACKS_PER_FRAME:]
-            return control_frame(Kind.ACK, encode_acks([seq for seq, _ in taken]))
-        if self._control or self._again:
-            frame = (self._control or self._again).popleft()
-        elif self._streams:
-            stream, waiting = next(iter(self._streams.items()))
-            frame = waiting.popleft()
-            self._streams.move_to_end(stream)  # the next chunk is another stream's
-            if not waiting:
-                del self._streams[stream]
-        else:
-            return None
-        frame.sent_at = now
-        if frame.header.kind in RELIABLE:
-            if not frame.header.seq:
-                frame.header = replace(frame.header, seq=self._next_seq)
-                self._next_seq += 1
-            self._unacked[frame.header.seq] = frame
-        if frame.header.kind == Kind.CHUNK:
-            self.monitor.sent(frame.nbytes, now)
-        return frame
+    def _load_line(self, now: float) -> float | None:
+        """Put on the line what may start by now; returns when the next frame may, None when none waits."""
+        while True:
+            queued_at = self._queue.queued_at()
+            if queued_at is None:
+                return None
+            start_at = self._line.start_of(queued_at, now)
+            if start_at > now:
+                return start_at
+            frame = self._queue.pop()
+            self._flow.depart(frame, now)
+            self._on_line.append((self._line.carry(frame.nbytes, queued_at, now), frame))
+            if self._timeline is not None:
+                self._timeline.span(f"{self._name} line (emulated)", frame.header.kind.name, now,
+                                    max(now, self._line.free_at()), waited_ms=(now - queued_at) * 1e3)
 
     # What the receiving lanes report
 
     def settle(self, seqs: list[int], written: bool = True) -> None:
         """`seqs` were acknowledged, or refused (not `written`): their memory is free."""
-        now = time.monotonic()
         with self._lock:
-            for seq in seqs:
-                frame = self._unacked.pop(seq, None)
-                if frame is None:
-                    continue  # acknowledged twice, after a resend
-                if frame.header.kind == Kind.CHUNK:
-                    if frame in self._again:  # acknowledged while it waited to be sent again
-                        self._again.remove(frame)
-                        self.monitor.sent(frame.nbytes, now)
-                    self.monitor.settled(frame.nbytes, now - frame.sent_at if written else None, now)
-                if frame.stream is not None:
-                    frame.stream.settled(written, now)
-                    if self._timeline is not None:
-                        self._timeline.instant(f"{self._name} acknowledgements", frame.header.label, now)
-            self.progress.notify_all()
+            self._settle(seqs, written)
+            if self._queue.has_messages:
+                self._sendable.notify()  # the receiver's window for messages may have moved
+
+    def _settle(self, seqs: list[int], written: bool) -> None:
+        now = time.monotonic()
+        for seq in seqs:
+            frame = self._flow.find(seq)
+            if frame is None:
+                continue  # acknowledged twice, after a resend
+            self._flow.settle(seq, written, self._queue.settled(frame), now)
+            if frame.stream is None:
+                continue
+            frame.stream.outstanding -= 1
+            frame.stream.acked_s = now
+            if not written:
+                self._fail(frame.stream, "refused by the receiver")
+            if self._timeline is not None:
+                self._timeline.instant(f"{self._name} acknowledgements", frame.header.label, now)
+        self._progress.notify_all()
 
     def send_again(self, seq: int) -> None:
-        """The peer received `seq` damaged."""
+        """The peer received chunk `seq` damaged."""
         with self._lock:
-            frame = self._unacked.get(seq)
-            if frame is None or frame in self._again or frame.header.kind != Kind.CHUNK:
-                return
-            self._requeue(frame)
-            self.monitor.damaged_chunks += 1
-            self._frames.notify()
+            frame = self._flow.find(seq)
+            if frame is not None and frame.header.kind == Kind.CHUNK and not self._queue.waits_again(frame):
+                self._send_again(frame)
+                self._sendable.notify()
 
-    def _requeue(self, frame: Frame) -> None:
-        if frame.header.kind == Kind.CHUNK:
-            self.monitor.settled(frame.nbytes, None, time.monotonic())
-            self.monitor.queued(frame.nbytes, time.monotonic())
-            self.monitor.resent_chunks += 1
-            frame.stream.resent_chunks += 1
-        self._again.append(frame)
+    def _send_again(self, frame: Frame) -> None:
+        self._flow.send_again(frame, time.monotonic())
+        self._queue.push_again(frame)
 
     @property
     def settled_below(self) -> int:
         """Every sequence number below it needs nothing more from the peer."""
         with self._lock:
-            return min(self._unacked, default=self._next_seq)
+            return self._flow.settled_below
 
     # Epochs
 
@@ -262,52 +237,61 @@ class Outbox:
         with self._lock:
             self._epoch = epoch
             self._on_line.clear()
-            self._acks.clear()
-            self._control = deque(frame for frame in self._control if frame.header.kind in RELIABLE)
-            for frame in [frame for frame in self._unacked.values() if frame not in self._again]:
-                if frame.stream is not None and frame.stream.failed:
-                    self.settle([frame.header.seq], written=False)
-                else:
-                    self._requeue(frame)
-            self._again = deque(sorted(self._again, key=lambda frame: frame.header.seq))
-            self._frames.notify_all()
+            for frame in self._flow.unacked():
+                if frame.stream is not None and frame.stream.failure is not None:
+                    self._settle([frame.header.seq], written=False)
+                elif not self._queue.waits_again(frame):
+                    self._send_again(frame)
+            self._queue.begin_epoch()
+            self._sendable.notify_all()
 
     def end_epoch(self) -> None:
         """Lanes that wait in `next_frame` return."""
         with self._lock:
             self._epoch = 0
-            self._frames.notify_all()
+            self._sendable.notify_all()
 
     def forget_peer(self, reason: str) -> None:
         """The peer is a new process: what the old one may have received is worth nothing."""
         with self._lock:
-            streams = {frame.stream for frame in self._unacked.values()} | set(self._streams)
-            for stream in streams - {None}:
-                stream.fail(reason)
-            self.settle([*self._unacked], written=False)
-            self._control.clear()
+            unacked = self._flow.unacked()
+            streams = self._queue.streams() | {frame.stream for frame in unacked if frame.stream is not None}
+            for stream in streams:
+                self._fail(stream, reason)
+            self._settle([frame.header.seq for frame in unacked], written=False)
+            self._queue.forget_peer()
 
     def close(self, reason: str) -> None:
+        """Nothing leaves any more; whoever waits here gets LinkDown with the first reason that was given."""
         with self._lock:
-            self.closed = self.closed or reason
-            self._frames.notify_all()
-            self.progress.notify_all()
+            if self._closed is None:
+                self._closed = reason
+            self._sendable.notify_all()
+            self._progress.notify_all()
 
     def wait_until_messages_are_acknowledged(self, until: float) -> None:
-        with self.progress:
-            while self.closed is None and time.monotonic() < until and (
-                    self._control or any(frame.header.kind != Kind.CHUNK for frame in self._unacked.values())):
-                self.progress.wait(max(0.0, until - time.monotonic()))
+        """Block until then at the latest, or until the link is closed."""
+        with self._lock:
+            while self._closed is None and time.monotonic() < until and self._has_messages():
+                self._progress.wait(max(0.0, until - time.monotonic()))
+
+    def _has_messages(self) -> bool:
+        in_flight = any(frame.header.kind != Kind.CHUNK for frame in self._flow.unacked())
+        return in_flight or self._queue.has_messages
+
+    # Observation
 
     def tick(self, now: float) -> None:
         """Take a sample when one is due."""
+        rate = None if self._line is None else self._line.rate(now)
         with self._lock:
-            sample = self.monitor.tick(now, None if self.line is None else self.line.rate)
+            sample = self._flow.monitor.tick(now, rate)
         if sample is not None and self._timeline is not None:
-            values = {"egress Gbps": sample.egress_gbps, "queued MB": sample.queued_bytes / 1e6,
+            values = {"egress Gbps": sample.gbps, "queued MB": sample.queued_bytes / 1e6,
                       "acknowledged after ms": sample.ack_delay_s * 1e3}
             self._timeline.counter(self._name, values, now)
 
     def stats(self) -> LinkStats:
+        """What has left, what waits, and the samples of the last minute."""
         with self._lock:
-            return self.monitor.stats()
+            return self._flow.monitor.stats()

@@ -5,10 +5,15 @@ import random
 
 import pytest
 
-from minprfaas.config import LinkConfig
+from minprfaas.config import LineConfig
 from minprfaas.errors import UserError
-from minprfaas.transport import WeatherChange, load_weather
-from minprfaas.transport.throttle import EmulatedLine
+from minprfaas.transport import EmulatedLine, WeatherChange, load_weather
+
+
+def begun(*arguments, **options) -> EmulatedLine:
+    line = EmulatedLine(LineConfig(*arguments, **options))
+    line.begin(0.0)
+    return line
 
 
 def carry_backlog(line: EmulatedLine, seconds: float, lateness=lambda: 0.0) -> list[tuple[float, int]]:
@@ -41,7 +46,7 @@ def test_goodput_is_at_least_98_percent_and_no_second_is_above_102_on_an_unpunct
     generator = random.Random(1)
     hiccups = iter([0.2, 0.1, 0.3])
     lateness = lambda: next(hiccups, 0) if generator.random() < 0.005 else generator.random() * 0.002  # noqa: E731
-    line = EmulatedLine(LinkConfig(gbps=gbps), (), 0.0)
+    line = begun(gbps=gbps)
     left = carry_backlog(line, 30.0, lateness)
     rate = gbps * 1e9 / 8
     assert sum(nbytes for _, nbytes in left) >= 0.98 * rate * left[-1][0]
@@ -49,21 +54,21 @@ def test_goodput_is_at_least_98_percent_and_no_second_is_above_102_on_an_unpunct
 
 
 def test_a_frame_arrives_half_a_round_trip_after_its_last_bit():
-    line = EmulatedLine(LinkConfig(gbps=0.008, rtt_ms=40), (), 0.0)  # 1 MB/s
+    line = begun(gbps=0.008, rtt_ms=40)  # 1 MB/s
     assert line.carry(10_000, 5.0, 5.0) == pytest.approx(5.0 + 0.010 + 0.020)
     assert line.carry(10_000, 5.0, 5.01) == pytest.approx(5.0 + 0.020 + 0.020)
     assert line.carry(10_000, 9.0, 9.0) == pytest.approx(9.0 + 0.010 + 0.020), "an idle line saves nothing up"
 
 
 def test_a_line_without_a_rate_only_delays():
-    line = EmulatedLine(LinkConfig(rtt_ms=10), (), 0.0)
+    line = begun(rtt_ms=10)
     assert line.chunk_limit(1.0) is None
     assert [line.carry(10**6, 1.0, 1.0) for _ in range(3)] == [pytest.approx(1.005)] * 3
 
 
 def test_the_weather_changes_rate_and_delay_and_a_stall_passes_nothing():
     weather = (WeatherChange(10.0, gbps=0.1), WeatherChange(20.0, stall_s=5.0), WeatherChange(30.0, rtt_ms=100))
-    line = EmulatedLine(LinkConfig(gbps=1.0), weather, 0.0)
+    line = begun(gbps=1.0, weather=weather)
     left = carry_backlog(line, 40.0)
     carried = lambda a, b: sum(n for at, n in left if a <= at < b) * 8 / 1e9 / (b - a)  # noqa: E731
     assert carried(1, 10) == pytest.approx(1.0, rel=0.02)
@@ -74,7 +79,7 @@ def test_the_weather_changes_rate_and_delay_and_a_stall_passes_nothing():
 
 
 def test_a_chunk_takes_the_line_for_at_most_ten_milliseconds():
-    assert EmulatedLine(LinkConfig(gbps=0.01), (), 0.0).chunk_limit(0.0) == 12_500
+    assert begun(gbps=0.01).chunk_limit(0.0) == 12_500
 
 
 @pytest.mark.parametrize("content, complaint", [
@@ -99,5 +104,5 @@ def test_a_weather_file_is_read_in_order(tmp_path):
     path = tmp_path / "weather.json"
     path.write_text(json.dumps([{"at_s": 1, "gbps": 0.5, "rtt_ms": 20}, {"at_s": 4, "stall_s": 1.5}]))
     assert load_weather(path) == (WeatherChange(1, 0.5, 20), WeatherChange(4, stall_s=1.5))
-    with pytest.raises(UserError, match="missing.json cannot be read"):
+    with pytest.raises(UserError, match="missing.json is missing"):
         load_weather(tmp_path / "missing.json")

@@ -1,0 +1,67 @@
+"""Where a link's lanes listen: on loopback unless told otherwise. Chapter 07; the paper does not discuss it.
+
+A Gloo port answers whoever reaches it (see `handshake`), so it is opened where the peer is, and nowhere else:
+
+1. `MINPRFAAS_BIND` names an address or a host name of this machine;
+2. else `GLOO_SOCKET_IFNAME` names an interface, as for every program that uses Gloo;
+3. else the store says where the peer is. A store on loopback: the peer is on this machine, and so is the port.
+   A store elsewhere: the address from which this machine reaches it.
+"""
+
+import os
+import socket
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from minprfaas.errors import UserError
+from minprfaas.transport.wan.one_line import one_line
+
+
+@dataclass(frozen=True)
+class Binding:
+    """A `hostname` or address of this machine, or the name of an `interface`; `source` is who said so."""
+
+    hostname: str = ""
+    interface: str = ""
+    source: str = "the store"
+
+    def gloo_device(self) -> dist.ProcessGroupGloo.Device:
+        """A listening port. Raises UserError when this machine has no such address or interface."""
+        try:
+            return dist.ProcessGroupGloo.create_device(hostname=self.hostname, interface=self.interface)
+        except RuntimeError as error:
+            there = ", ".join(name for _, name in socket.if_nameindex())
+            raise UserError(f"{self.source} {self.hostname or self.interface!r} is no address or network interface of "
+                            f"this machine (interfaces: {there}): {one_line(error)}") from None
+
+
+LOOPBACK = Binding("127.0.0.1")
+
+
+def choose_binding(store: dist.Store) -> Binding:
+    """Where to listen for a peer that meets this process at `store`. Raises UserError when what was asked for is not
+    there: at once, not when the peer's patience is over."""
+    address, interface = os.environ.get("MINPRFAAS_BIND"), os.environ.get("GLOO_SOCKET_IFNAME")
+    if address:
+        binding = Binding(hostname=address, source="MINPRFAAS_BIND")
+    elif interface:
+        binding = Binding(interface=interface, source="GLOO_SOCKET_IFNAME")
+    else:
+        binding = Binding(_address_towards(store))
+    binding.gloo_device()
+    return binding
+
+
+def _address_towards(store: dist.Store) -> str:
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    if not isinstance(store, dist.TCPStore):
+        return LOOPBACK.hostname  # a store in a file or in memory: of one machine
+    try:
+        family, kind, _, _, where = socket.getaddrinfo(store.host, store.port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(where)  # of datagrams: nothing is sent, the kernel only chooses a route
+            return probe.getsockname()[0]
+    except OSError as error:
+        raise UserError(f"no way leads from here to the store at {store.host!r}: {error}") from None

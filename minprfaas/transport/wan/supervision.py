@@ -1,0 +1,173 @@
+"""Keeps a link alive: begins epochs, beats, notices death, meets the peer again, and at last gives up. Chapters 07, 14.
+
+An *epoch* is the time between two breaks. All lanes live and die together in it: what was on any of them is sent again
+under the next one, from the last acknowledged chunk. Threads: two a lane, and the supervisor's own.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+import torch.distributed as dist
+
+from minprfaas.config import LinkConfig
+from minprfaas.observe.timeline import Timeline
+from minprfaas.transport.base import EventQueue, LinkDown, LinkLost, LinkRestored
+from minprfaas.transport.wan.frames import Kind, Slot
+from minprfaas.transport.wan.inbox import Inbox
+from minprfaas.transport.wan.lanes import Lane
+from minprfaas.transport.wan.line import EmulatedLine
+from minprfaas.transport.wan.one_line import one_line
+from minprfaas.transport.wan.outbox import Outbox
+from minprfaas.transport.wan.outgoing import Frame, control_frame
+from minprfaas.transport.wan.rendezvous import LANE_TIMEOUT_S, Meeting, Rendezvous
+
+log = logging.getLogger(__name__)
+TICK_S = 0.1
+GOODBYE_S = 1.0  # for the last messages to be acknowledged
+
+
+class Supervisor:
+    """Of one side of a link; owns its lanes."""
+
+    def __init__(self, name: str, config: LinkConfig, rendezvous: Rendezvous, outbox: Outbox, inbox: Inbox,
+                 line: EmulatedLine | None, events: EventQueue, timeline: Timeline | None):
+        self.epoch = 0
+        self._name, self._config, self._line, self._timeline = name, config, line, timeline
+        self._rendezvous, self._outbox, self._inbox, self._events = rendezvous, outbox, inbox, events
+        self._peer: bytes | None = None
+        self._lanes: list[Lane] = []
+        self._lane_threads: list[threading.Thread] = []
+        self._thread: threading.Thread | None = None
+        self._broken = threading.Event()  # this epoch is over
+        self._closing = threading.Event()  # and there will be no other
+        self._reason = ""
+
+    def connect(self, deadline_s: float) -> None:
+        """Begin the first epoch. Raises LinkRefused, LinkDown."""
+        if self._thread is not None:
+            raise LinkDown(f"link {self._name} was connected before; a lost link is replaced by a new one")
+        until = time.monotonic() + deadline_s
+        self._begin_epoch(self._rendezvous.meet(until, self._closing, bear_refusals=False))
+        self._thread = threading.Thread(target=self._run, name=f"{self._name} supervisor", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Say goodbye and end."""
+        self._closing.set()
+        if self._thread is not None and self._lanes:
+            rtt_s = self._line.config.rtt_ms / 1e3 if self._line is not None else 0.0
+            until = time.monotonic() + GOODBYE_S + rtt_s
+            self._outbox.wait_until_messages_are_acknowledged(until)
+            self._outbox.send_control(Kind.BYE)
+            self._broken.wait(max(0.0, until - time.monotonic()))  # the peer cuts the lanes when it reads the goodbye
+        self._break("closed on this side")
+        if self._thread is not None:
+            self._thread.join(LANE_TIMEOUT_S)
+        self._outbox.close("the link is closed on this side")
+
+    def _run(self) -> None:
+        while True:
+            self._watch()
+            self._tear_down()
+            if self._closing.is_set():
+                return self._lose(self._reason)
+            log.warning("link %s: epoch %d ended: %s", self._name, self.epoch, self._reason)
+            try:
+                until = time.monotonic() + self._config.timeout_s
+                self._begin_epoch(self._rendezvous.meet(until, self._closing, bear_refusals=True))
+            except Exception as error:  # whatever it is: nobody else would tell the owner that the link is gone
+                return self._lose(one_line(error))
+
+    # An epoch
+
+    def _begin_epoch(self, meeting: Meeting) -> None:
+        returned = self._peer is not None
+        restarted = returned and meeting.peer != self._peer
+        if restarted:
+            self._inbox.streams.fail_all("the peer restarted")
+            self._inbox.forget_peer()
+            self._outbox.forget_peer("the peer restarted")
+        if self._line is not None:
+            self._line.begin(time.monotonic())
+        self._peer, self.epoch, self._lanes = meeting.peer, meeting.epoch, meeting.lanes
+        self._broken.clear()
+        self._outbox.begin_epoch(meeting.epoch)
+        for lane in meeting.lanes:
+            lane.waiting_since = time.monotonic()
+            self._start_thread(lane, "send", lambda lane=lane: lane.send_frames(
+                lambda block: self._outbox.next_frame(meeting.epoch, block), self._sent))
+            self._start_thread(lane, "receive", lambda lane=lane: lane.receive_frames(self._received))
+        if returned:
+            self._events.put(LinkRestored(meeting.epoch, restarted, self._name))
+
+    def _start_thread(self, lane: Lane, role: str, work: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                work()
+            except Exception as error:  # whatever it is, the lane is dead and the supervisor must know
+                self._break(one_line(error), lane)
+
+        thread = threading.Thread(target=run, name=f"{self._name} lane {lane.index} {role}", daemon=True)
+        self._lane_threads.append(thread)
+        thread.start()
+
+    def _watch(self) -> None:
+        """Send heartbeats and take samples until the epoch breaks, or a lane is silent for too long."""
+        beat_at = 0.0
+        beats: list[tuple[dist.Work, Frame]] = []
+        while not self._broken.wait(TICK_S):
+            now = time.monotonic()
+            self._outbox.tick(now)
+            if now >= beat_at:
+                beat_at = now + self._config.silence_s / 5
+                beats = [(work, frame) for work, frame in beats if not work.is_completed()]
+                for lane in self._lanes:
+                    # Not through the queue: a line that is slow or stalled is not dead.
+                    frame = control_frame(Kind.HEARTBEAT, seq=self._outbox.settled_below)
+                    try:
+                        beats.append((lane.post(frame), frame))  # Gloo forgets a send whose handle is dropped
+                    except RuntimeError as error:
+                        self._break(one_line(error), lane)
+            for lane in self._lanes:
+                since = lane.waiting_since
+                if since is not None and now - since > self._config.silence_s:
+                    self._break(f"lane {lane.index} was silent for {self._config.silence_s} s", lane)
+
+    def _break(self, reason: str, lane: Lane | None = None) -> None:
+        if lane is not None and lane not in self._lanes:
+            return  # of an epoch that is over
+        if not self._broken.is_set():
+            self._reason = reason
+            self._broken.set()
+
+    def _tear_down(self) -> None:
+        self._outbox.end_epoch()
+        for lane in self._lanes:
+            lane.cut()
+        until = time.monotonic() + 1.0
+        for thread in self._lane_threads:  # one may still be in a sink; what it takes counts in the next epoch as well
+            thread.join(max(0.0, until - time.monotonic()))
+        self._lane_threads, self._lanes = [], []
+
+    def _lose(self, reason: str) -> None:
+        self._outbox.close(reason)
+        self._inbox.streams.fail_all(reason)
+        self._events.put(LinkLost(reason, self._name))
+
+    # What lanes report
+
+    def _sent(self, lane: Lane, frame: Frame, began: float) -> None:
+        if self._timeline is not None and frame.header.kind == Kind.CHUNK:
+            self._timeline.span(f"{self._name} lane {lane.index} send", frame.header.label, began, time.monotonic())
+
+    def _received(self, lane: Lane, slot: Slot) -> None:
+        began = time.monotonic()
+        header = lane.codec.open(slot.view)
+        if header.kind == Kind.BYE:
+            self._closing.set()
+            return self._break("closed by the peer", lane)
+        self._inbox.handle(header, slot, lane.codec)
+        if self._timeline is not None and header.kind == Kind.CHUNK:
+            self._timeline.span(f"{self._name} lane {lane.index} receive", header.label, began, time.monotonic())
