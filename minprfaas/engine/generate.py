@@ -53,7 +53,6 @@ def answer_prompts(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[P
     longest = longest_prompts(prompts, tokenizer, model.config.max_context_tokens)
     lengths = [longest[prompt.id] + prompt.params.max_tokens for prompt in prompts]
     engine = Engine(model, tokenizer, cache or pool_for(model, lengths), prefill_chunk)
-    longest = longest_prompts(prompts, tokenizer, engine.max_tokens)
     for prompt in prompts:
         engine.check_length(prompt.id, longest[prompt.id])
     requests: dict[str, Request] = {}
@@ -76,7 +75,7 @@ def answer_prompts(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[P
 
 def longest_prompts(prompts: Sequence[Prompt], tokenizer: Tokenizer, most: int) -> dict[str, int]:
     """Tokens of each prompt with all that it comes after, by id, if every answer before it becomes as long as it may;
-    none grows beyond `most` tokens (the context, or what the pool holds)."""
+    none grows beyond `most` tokens (the context)."""
     tokens: dict[str, int] = {}
     after_answer = {None: 0}
     for prompt in prompts:
