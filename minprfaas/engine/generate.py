@@ -55,7 +55,7 @@ def answer_prompts(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[P
     engine = Engine(model, tokenizer, cache or pool_for(model, lengths), prefill_chunk)
     for prompt in prompts:
         engine.check_length(prompt.id, longest[prompt.id])
-    requests: dict[str, Request] = {}
+    requests: dict[str, Request] = {}  # by id; one that continues another is made only when its history is known
 
     def submit_after(before: Request | None) -> None:
         for prompt in prompts:
@@ -117,5 +117,5 @@ def pool_for(model: Transformer, lengths: list[int], block_tokens: int = 64,
     layout = model_layout(model, block_tokens)
     context = model.config.max_context_tokens
     needs = [layout.blocks_for(min(length, context)) + 2 * layout.state_blocks for length in lengths or [1]]
-    most = max(limit_bytes // layout.block_bytes, max(needs))
+    most = max(limit_bytes // layout.block_bytes, max(needs))  # past the limit requests queue; the longest must fit
     return CacheConfig(num_blocks=min(sum(needs), most), block_tokens=block_tokens)
