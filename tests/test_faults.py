@@ -15,7 +15,7 @@ from transport_support import in_parallel, new_store
 
 from minprfaas import SamplingParams, UserError, generate
 from minprfaas.config import LineConfig, LinkConfig
-from minprfaas.transport import FrameError
+from minprfaas.transport.wan.frames import FrameError
 from minprfaas.transport.wan.frames import Kind, encode_acks
 from minprfaas.transport.wan.lanes import Lane
 from minprfaas.transport.wan.frames import control_frame
