@@ -17,10 +17,9 @@ from minprfaas.config import LinkConfig
 from minprfaas.transport.base import LinkDown, LinkRefused
 from minprfaas.transport.wan.binding import choose_binding
 from minprfaas.transport.wan.handshake import INCARNATION_BYTES, LinkIdentity, shake_hands
-from minprfaas.transport.wan.lanes import Lane
+from minprfaas.transport.wan.lanes import STORE_POLL_S, Lane
 from minprfaas.transport.wan.one_line import one_line
 
-POLL_S = 0.01  # of the store, while the other side is awaited
 REFUSAL_PAUSE_S = 0.2
 LANE_TIMEOUT_S = 5.0  # for one attempt to connect and shake hands, once both sides are there
 
@@ -112,6 +111,6 @@ class Rendezvous:
 
 def _poll(arrived: Callable[[], object], until: float, given_up: threading.Event) -> bool:
     while not arrived():
-        if time.monotonic() >= until or given_up.wait(POLL_S):
+        if time.monotonic() >= until or given_up.wait(STORE_POLL_S):
             return False
     return True
