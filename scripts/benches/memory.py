@@ -18,14 +18,14 @@ from benches.link import DEADLINE_S, IDENTITY, PeakMemory, in_two_processes
 from random_checkpoint import SHAPES
 
 from minprfaas.cluster.kv_export import KVExport, stream_plan
-from minprfaas.config import CacheConfig, LinkConfig, ModelConfig, StateKind
+from minprfaas.config import CacheConfig, LineConfig, LinkConfig, ModelConfig, StateKind
 from minprfaas.engine.request import Request
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.kvcache.layout import Layout, plan_layout
 from minprfaas.kvcache.manager import KVCacheManager
 from minprfaas.model.spec import model_state_specs
 from minprfaas.observe.report import human_bytes, table
-from minprfaas.transport import Link, StreamDone
+from minprfaas.transport import EmulatedLine, Link, StreamDone
 
 LIMIT_MIB = 64
 CHUNK_TOKENS = 1024
@@ -36,11 +36,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tokens", type=int, default=32 * 1024, help="of the prompt (32768)")
     parser.add_argument("--natural-gbps", type=float, default=2.0, help="rate at which prefill emits KVCache (2)")
     args = parser.parse_args(argv)
-    config = LinkConfig(gbps=args.natural_gbps / 10, rtt_ms=20, lanes=2)
-    found = in_two_processes(_node, config, args.tokens, args.natural_gbps, steps=2)
+    line, config = LineConfig(args.natural_gbps / 10, rtt_ms=20), LinkConfig(lanes=2)
+    found = in_two_processes(_node, line, config, args.tokens, args.natural_gbps, steps=2)
     sender, receiver = sorted(found, key=lambda row: row["rank"])
     print(f"{args.tokens:,} tokens, {human_bytes(sender['bytes'])} of KVCache, emitted at {args.natural_gbps:g} Gbps "
-          f"(synthetic prefill), over a line of {config.gbps:g} Gbps (emulated)\n")
+          f"(synthetic prefill), over a line of {line.gbps:g} Gbps (emulated)\n")
     growth_mib = [(row["peak"] - row["before"]) / 2**20 for row in (sender, receiver)]
     print(table(["process", "of it pool", "before", "peak", "after", "growth"],
                 [[name, *(human_bytes(row[when]) for when in ("pool", "before", "peak", "after")), f"{growth:+.1f} MiB"]
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
     return int(not (identical and within))
 
 
-def _node(rank, store, report, config, tokens, natural_gbps):
+def _node(rank, store, report, line, config, tokens, natural_gbps):
     model = ModelConfig.from_hf(SHAPES["hybrid-1b"])
     layout = plan_layout(model_state_specs(model, "bfloat16"), block_tokens=64)
     kvcache = KVCacheManager(layout, CacheConfig(layout.blocks_for(tokens)), "cpu", IDENTITY.fingerprint)
@@ -62,7 +62,7 @@ def _node(rank, store, report, config, tokens, natural_gbps):
     prompt.cache = kvcache.open(prompt.token_ids)
     kvcache.reserve(prompt.cache, tokens)
     kvcache.pool.bytes.random_(0, 256) if rank == 0 else kvcache.pool.bytes.fill_(1)
-    link = Link("memory", store, rank, config, IDENTITY)
+    link = Link("memory", store, rank, config, IDENTITY, EmulatedLine(line))
     link.connect(DEADLINE_S)
     with Watch() as memory:
         seen = (_send if rank == 0 else _receive)(link, kvcache, prompt, natural_gbps)
@@ -93,7 +93,7 @@ def _receive(link: Link, kvcache: KVCacheManager, prompt: Request, _) -> dict:
     def write_into_blocks(layer, start, end, data):
         kvcache.pool.write_bytes(layer, _table(kvcache.layout, prompt, layer), start, end, data)
 
-    link.expect_stream(stream_plan(kvcache.layout, 1, 0, prompt.prompt_tokens), write_into_blocks)
+    link.expect(stream_plan(kvcache.layout, 1, 0, prompt.prompt_tokens), write_into_blocks)
     link.send_message({"ready": True})
     while not isinstance(link.receive(DEADLINE_S), StreamDone):
         pass

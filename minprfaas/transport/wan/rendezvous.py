@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -44,6 +45,7 @@ class Rendezvous:
         self._lane_count, self._payload_limit, self._lane_type = config.lanes, payload_limit, lane_type
         self._owners_store = store  # kept alive: its server may be this object's
         self._store = store.clone()  # a store client does one thing at a time, and would make links wait for each other
+        self._store.set_timeout(timedelta(seconds=config.timeout_s))  # a store that stands still is waited for like a peer
         self._incarnation = secrets.token_bytes(INCARNATION_BYTES)
         self._binding = choose_binding(store)
 
