@@ -77,7 +77,7 @@ def _control_plane(nodes: int, utilization: float) -> ControlPlane:
     """A third of the nodes in the PrfaaS cluster, and a directory with 500 conversations on two nodes each."""
     rng, third = random.Random(1), nodes // 3
     costs = TransferCosts(17_000, 2e8, 5e-5, 1.6e-4)
-    control = ControlPlane(ControlSettings(19_400, costs=costs, ship_prefixes=True))
+    control = ControlPlane(ControlSettings(19_400, 100.0, costs=costs, ship_prefixes=True))
     held = {}
     for role in Role:
         for i in range(third):
