@@ -1,4 +1,4 @@
-"""The control plane: what it makes of events, what it books, when its loops act; and that the simulator only drives it."""
+"""The control plane: what it makes of events, what it books, when its loops act; the simulator only drives it."""
 
 import random
 from dataclasses import replace
@@ -96,8 +96,9 @@ def test_with_a_profile_short_prompts_count_with_what_any_request_costs():
 
 def test_events_of_unknown_requests_and_of_nodes_that_have_left_are_harmless():
     control = control_plane()
-    for event in (PrefillEnded("ghost", 10, 1.0), PrefillLost("ghost"), DecodeStarted("ghost"), RequestEnded("ghost", 5),
-                  NodeLeft("ghost"), PrefixMissing("ghost", "key"), CacheChanged("ghost", 1, [("key", 64)])):
+    for event in (PrefillEnded("ghost", 10, 1.0), PrefillLost("ghost"), DecodeStarted("ghost"),
+                  RequestEnded("ghost", 5), NodeLeft("ghost"), PrefixMissing("ghost", "key"),
+                  CacheChanged("ghost", 1, [("key", 64)])):
         assert control.hear(event, 1.0) == []
     with pytest.raises(RequestError, match="no_node"):
         ControlPlane(ControlSettings(5120, 100.0)).route(RouteRequest("r", 10), 0.0)
@@ -191,7 +192,8 @@ def test_a_line_that_is_down_keeps_requests_local_until_it_is_up():
 
 def with_traffic(**changes) -> ControlPlane:
     """The paper's cluster, whose control plane has seen 200 prompts and a calm link."""
-    control = ControlPlane(ControlSettings(**{**dict(threshold=19_400, link_gbps=100.0, fleet=paper_fleet()), **changes}))
+    settings = dict(threshold=19_400, link_gbps=100.0, fleet=paper_fleet())
+    control = ControlPlane(ControlSettings(**{**settings, **changes}))
     for i in range(4):
         join(control, f"prfaas{i}", Role.PRFAAS)
     for i in range(8):

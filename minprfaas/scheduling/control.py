@@ -30,7 +30,7 @@ class ControlSettings:
 
     `link_gbps` is what the line between the clusters is said to carry, a first guess that the monitors correct. With
     `fleet` (profiles) the loops can run: `adaptive` moves the threshold, `convert_roles` the split. `costs` are needed
-    to fetch prefixes; they come from the fleet where there is one, else prefill seconds are learned from `PrefillEnded`.
+    to fetch prefixes; they come from the fleet where there is one, else prefill seconds are learned as prefills end.
     `ship_prefixes` lets prefixes cross between clusters, and `selective` False routes without a threshold.
     """
 
@@ -349,7 +349,7 @@ class ControlPlane:
 
 
 class LineMonitor:
-    """One direction of the line between the clusters: what its senders measure, as one line, and as the router sees it."""
+    """One direction of the line between the clusters: what its senders measure, and what the router sees of it."""
 
     def __init__(self, gbps: float):
         self.monitor, self.view = CongestionMonitor(gbps), LinkView(gbps, up=gbps > 0)
