@@ -10,7 +10,7 @@ from minprfaas.scheduling.router import Decision, RouteRequest
 
 @dataclass(frozen=True)
 class Call:
-    """One call: `ask` is the event or the request, None for a tick; `answer` what came back, or a RequestError's text."""
+    """`ask` is the event or the request, None for a tick; `answer` what came back, or a RequestError's text."""
 
     method: str
     ask: Any

@@ -64,7 +64,7 @@ class Site:
         self.engines.clear()
         self.threads: list[threading.Thread] = []
         self.failures: list[BaseException] = []
-        self.victim = self.victim_rank = None
+        self.victim = None
         self.line_is_cut = False
 
     def new_engine(self) -> Engine:
@@ -101,8 +101,7 @@ class Site:
         self._record_puts(engines[0].kvcache.pool)
         self._record_puts(engines[1].kvcache.pool)
         self._compare_writes(engines[1].kvcache.pool)
-        if self.victim_rank != PREFILL:  # which begins to serve as soon as the two have met
-            step_until(self.local, lambda: "prfaas-0" in self.local.front.ready)
+        step_until(self.local, lambda: "prfaas-0" in self.local.front.ready)
 
     def start_impostor(self, identity, words) -> None:
         def knock():
@@ -257,7 +256,6 @@ def outcome(journey) -> str:
 def _run_killed(site: Site, seed: int, directory, processes) -> str:
     rank = (PREFILL, DECODE)[seed % 2]
     site.side, site.fault = 1 - rank, seeded_fault("killed", site.draw)
-    site.victim_rank = rank
     site.victim = processes.Process(target=_victim, daemon=True, args=(
         rank, site.store.port, directory, site.config, site.line, site.identity.secret, site.prompt(320)))
     site.victim.start()

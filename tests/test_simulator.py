@@ -16,10 +16,14 @@ import pytest
 
 from minprfaas.errors import UserError
 from minprfaas.scheduling import paper_case as paper
+from minprfaas.scheduling.control import Action, ControlPlane
+from minprfaas.scheduling.directory import PrefixMove
 from minprfaas.scheduling.lengths import EmpiricalLengths
 from minprfaas.scheduling.planner import plan
+from minprfaas.simulator import cluster
 from minprfaas.simulator.arrivals import day_lengths, diurnal, drawn, from_trace, poisson
 from minprfaas.simulator.cluster import Setup, Simulation
+from minprfaas.simulator.nodes import SimRequest
 from minprfaas.simulator.trace import read_trace, write_conversations
 
 FLEET, LENGTHS, PLANS = paper.paper_fleet(), paper.paper_lengths(), paper.paper_plans()
@@ -167,6 +171,41 @@ def test_on_the_conversation_trace_cache_aware_routing_beats_cache_blind():
     blind, aware = cache_reports(read_trace(TRACE), n_p=4)
     assert aware.cached_fraction > 2 * blind.cached_fraction
     assert aware.goodput_rps > 1.2 * blind.goodput_rps and aware.ttft_s["p90"] < 0.5 * blind.ttft_s["p90"]
+
+
+def test_a_prefix_that_a_decode_node_holds_is_fetched_inside_the_cluster():
+    def second_turn(cache_aware):
+        turns = [SimRequest(0.0, 16_384, 10, tuple(range(32))), SimRequest(60.0, 16_500, 10, tuple(range(33)))]
+        setup = as_planned(cache_blocks=100, cache_aware=cache_aware, failures=(("pd0", 50.0, 55.0),))  # it forgets
+        report = Simulation(setup, iter(turns)).run()
+        return report.fetched_cache_bytes, turns[1].decision, turns[1].first_token_s - turns[1].arrival_s
+    fetched_bytes, decision, ttft_s = second_turn(True)
+    assert (decision.transfer.source, decision.transfer.end) == ("pd3", 16_384)
+    assert decision.incremental_tokens == 116 and fetched_bytes == decision.transfer.bytes > 0
+    blind_bytes, _, blind_ttft_s = second_turn(False)
+    assert ttft_s < 0.5 * blind_ttft_s and blind_bytes == 0
+
+
+class MovingControlPlane(ControlPlane):
+    """Has a prefix copied at its fifth second."""
+
+    def tick(self, now_s: float) -> list[Action]:
+        move = [PrefixMove(tuple(range(16)), 8192, "pd0", "pd2")] if now_s == 5.0 else []
+        return super().tick(now_s) + move
+
+
+def test_a_hot_prefix_is_copied_to_where_the_control_plane_wants_it():
+    setup = as_planned(cache_blocks=100)
+    control = MovingControlPlane(setup.control_settings())
+    report = Simulation(setup, iter([SimRequest(0.0, 8192, 400, tuple(range(16)))]), control=control).run()
+    assert report.prefix_moves == 1 and control.directory.match(range(16)).nodes == {"pd0": 8192, "pd2": 8192,
+                                                                                    "pd3": 8192}
+
+
+def test_a_simulation_that_does_not_end_is_given_up_in_one_line(monkeypatch):
+    monkeypatch.setattr(cluster, "MAX_SIMULATED_S", 500.0)
+    with pytest.raises(UserError, match="after 500 simulated seconds 1 requests have not ended"):
+        Simulation(as_planned(), iter([SimRequest(0.0, 1000, 10**6)])).run()
 
 
 def test_selective_offloading_beats_least_loaded_routing_on_the_same_hardware():

@@ -162,8 +162,8 @@ def _check_duration(setup: Setup, lengths: LengthDistribution, count: int, rate_
     duration_s = count / served_rps if served_rps else inf
     duration_s += fleet.output_tokens * fleet.pd_profile.t_decode_s
     if duration_s > MAX_SIMULATED_S:
-        raise UserError(f"{count:,} requests at {served_rps:.3g}/s with {fleet.output_tokens:,.0f} output tokens each would "
-                        f"take {duration_s:,.3g} simulated seconds; the limit is {MAX_SIMULATED_S:,.0f}")
+        raise UserError(f"{count:,} requests at {served_rps:.3g}/s, of {fleet.output_tokens:,.0f} output tokens each, "
+                        f"would take {duration_s:,.3g} simulated seconds; the limit is {MAX_SIMULATED_S:,.0f}")
 
 
 def _weather(args: argparse.Namespace, gbps: float) -> tuple[tuple[float, float], ...]:

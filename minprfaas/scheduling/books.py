@@ -4,72 +4,63 @@ Kept from the control plane's own decisions and from what nodes report of each r
 and live ones are weighed alike, and a node need not be asked how busy it is.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-from minprfaas.config import Role
-from minprfaas.scheduling.router import NodeView
+from minprfaas.scheduling.router import Decision, NodeView
 
 
 @dataclass(slots=True)
-class PrefillBook(NodeView):
-    """A prefill node. Its requests run in the order in which they were given; `expected_s` holds the seconds of prefill
-    of each that has not ended, where a profile says how long that takes."""
+class NodeBook(NodeView):
+    """A node's page. A prefill node computes its requests in the order in which they were given; `expected_s` holds
+    the seconds of each that has not ended (0 without a profile). A decode node is `decoding` those that it has all
+    KVCache of."""
 
     expected_s: dict[Hashable, float] = field(default_factory=dict)
-    total_s: float = 0.0
+    decoding: int = 0
 
     @property
     def waiting_s(self) -> float:
         """Seconds of prefill that wait behind the request in work."""
-        return self.total_s - next(iter(self.expected_s.values()), 0.0)
-
-
-@dataclass(slots=True)
-class DecodeBook(NodeView):
-    """A decode node; of the `load` requests that it was given, `decoding` have their KVCache."""
-
-    decoding: int = 0
+        in_work_s = next(iter(self.expected_s.values()), 0.0)
+        return sum(self.expected_s.values()) - in_work_s
 
 
 @dataclass(slots=True)
 class Booking:
-    """Where one request stands. A node that has left keeps its book, which then counts for nothing."""
+    """Where one request stands. The page of a node that has left counts for nothing, and may be written to."""
 
-    route: Role
-    prefill: PrefillBook
-    decode: DecodeBook
-    load_tokens: int  # 0 when the prefill has ended
+    decision: Decision
+    prefill: NodeBook
+    decode: NodeBook
+    load_tokens: int
     is_decoding: bool = False
 
 
 class LoadBooks:
-    """Books of all requests on their way."""
+    """The pages of all nodes that are up, and what each request has booked on them."""
 
     def __init__(self) -> None:
+        self.nodes: dict[str, NodeBook] = {}
         self._bookings: dict[Hashable, Booking] = {}
 
-    def open(self, id: Hashable, booking: Booking, expected_s: float) -> None:
+    def open(self, id: Hashable, decision: Decision, load_tokens: int, expected_s: float) -> None:
         """A request was given to two nodes. What was booked for an earlier attempt is cancelled."""
         self.close(id)
+        booking = Booking(decision, self.nodes[decision.node], self.nodes[decision.decode_node], load_tokens)
         self._bookings[id] = booking
-        booking.prefill.load += booking.load_tokens
+        booking.prefill.load += load_tokens
         booking.prefill.expected_s[id] = expected_s
-        booking.prefill.total_s += expected_s
         booking.decode.load += 1
 
-    def end_prefill(self, id: Hashable) -> Booking | None:
-        """Its prefill node has nothing more to do for this request; None for an unknown one."""
+    def end_prefill(self, id: Hashable) -> Decision | None:
+        """Its prefill node has nothing more to do for this request. None for one that is not known."""
         booking = self._bookings.get(id)
-        if booking is None or id not in booking.prefill.expected_s:
-            return booking
-        prefill = booking.prefill
-        prefill.load -= booking.load_tokens
-        prefill.total_s -= prefill.expected_s.pop(id)
-        booking.load_tokens = 0
-        if not prefill.expected_s:
-            prefill.total_s = 0.0  # rounding must not add up over a million requests
-        return booking
+        if booking is None:
+            return None
+        if booking.prefill.expected_s.pop(id, None) is not None:
+            booking.prefill.load -= booking.load_tokens
+        return booking.decision
 
     def start_decode(self, id: Hashable) -> None:
         """Its KVCache is on the decode node, in a batch or waiting for a place in one."""
@@ -80,19 +71,9 @@ class LoadBooks:
 
     def close(self, id: Hashable) -> None:
         """The request has ended, or is to begin again. Harmless for an unknown one."""
-        booking = self.end_prefill(id)
-        if booking is None:
+        if self.end_prefill(id) is None:
             return
-        del self._bookings[id]
+        booking = self._bookings.pop(id)
         booking.decode.load -= 1
-        booking.decode.decoding -= booking.is_decoding
-
-
-def busy_share(nodes: Sequence[PrefillBook]) -> float:
-    """The share of these nodes that have something to prefill."""
-    return sum(bool(node.expected_s) for node in nodes) / max(len(nodes), 1)
-
-
-def batch_share(nodes: Sequence[DecodeBook], bs_max: int) -> float:
-    """The share of decode places in use; what has no place yet waits."""
-    return sum(min(node.decoding, bs_max) for node in nodes) / (max(len(nodes), 1) * bs_max)
+        if booking.is_decoding:
+            booking.decode.decoding -= 1

@@ -5,18 +5,17 @@ tells it what happened, asks it about each request, and carries out what it says
 """
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, replace
 
 from minprfaas.config import LinkSample, Role
-from minprfaas.scheduling.books import Booking, DecodeBook, LoadBooks, PrefillBook, batch_share, busy_share
+from minprfaas.scheduling.books import LoadBooks, NodeBook
 from minprfaas.scheduling.directory import CacheChanged, Directory, PrefixMove
-from minprfaas.scheduling.monitor import CongestionMonitor, Marks
+from minprfaas.scheduling.monitor import CongestionMonitor
 from minprfaas.scheduling.planner import Fleet
-from minprfaas.scheduling.roles import RoleChange, RoleLoop, RoleRule
-from minprfaas.scheduling.router import (FABRIC_GBPS, ClusterView, Decision, LinkView, NodeView, Router, RouteRequest,
-                                         TransferCosts)
-from minprfaas.scheduling.threshold import Damping, Observation, ThresholdLoop
+from minprfaas.scheduling.roles import RoleChange, RoleLoop
+from minprfaas.scheduling.router import ClusterView, Decision, LinkView, Router, RouteRequest, TransferCosts
+from minprfaas.scheduling.threshold import Observation, ThresholdLoop
 
 TICK_S = 1.0  # how often the loops look; `tick` may be called more often
 REBALANCE_S = 30.0  # how long hits are counted before hot prefixes are looked for
@@ -31,22 +30,18 @@ class ControlSettings:
 
     `link_gbps` is what the line between the clusters is said to carry, a first guess that the monitors correct. With
     `fleet` (profiles) the loops can run: `adaptive` moves the threshold, `convert_roles` the split. `costs` are needed
-    to fetch prefixes; they come from the fleet where there is one, else prefill seconds are learned from `PrefillEnded`.
+    to fetch prefixes; they come from the fleet where there is one, else prefill seconds are learned as prefills end.
     `ship_prefixes` lets prefixes cross between clusters, and `selective` False routes without a threshold.
     """
 
     threshold: float
-    link_gbps: float = 100.0
-    fabric_gbps: float = FABRIC_GBPS
+    link_gbps: float
     costs: TransferCosts | None = None
     ship_prefixes: bool = False
     selective: bool = True
     fleet: Fleet | None = None
     adaptive: bool = False
     convert_roles: bool = False
-    marks: Marks = Marks()
-    damping: Damping = Damping()
-    rule: RoleRule = RoleRule()
 
 
 # Events
@@ -154,23 +149,19 @@ class ControlPlane:
     def __init__(self, settings: ControlSettings):
         self.settings, self.directory = settings, Directory()
         fleet, costs = settings.fleet, settings.costs
-        if costs is None and fleet is not None:
+        if fleet is not None:
             costs = profile_costs(fleet)
+            self._threshold_loop, self._role_loop = ThresholdLoop(fleet, settings.threshold), RoleLoop(fleet)
+            self._output_tokens = float(fleet.output_tokens)  # of the mean answer, smoothed
         self._router = Router(settings.threshold, costs, settings.ship_prefixes, settings.selective)
+        self._egress, self._ingress = LineMonitor(settings.link_gbps), LineMonitor(settings.link_gbps)
+        self._view = ClusterView([], [], [], self._egress.view, self._ingress.view)
         self._books = LoadBooks()
-        self._egress = LineMonitor(settings.link_gbps, settings.marks)
-        self._ingress = LineMonitor(settings.link_gbps, settings.marks)
-        self._view = ClusterView([], [], [], self._egress.view, self._ingress.view,
-                                 fabric=LinkView(settings.fabric_gbps))
-        self._threshold_loop = ThresholdLoop(fleet, settings.threshold, settings.damping) if fleet else None
-        self._role_loop = RoleLoop(fleet, settings.rule) if fleet else None
-        self._nodes: dict[str, NodeView] = {}  # that are up, whether they take new work or drain
         self._conversion: RoleChange | None = None  # from the beginning of the drain until the node has joined again
         self._asked_at_s: dict[str, float] = {}  # inventories that are awaited
         self._learned: dict[Role, tuple[int, float]] = {}  # tokens and seconds of prefill so far
         self._ticked_at_s = self._rebalanced_at_s = -math.inf
         self._prefill_busy = self._decode_busy = 0.0  # smoothed
-        self._output_tokens = float(fleet.output_tokens) if fleet else 0.0  # smoothed
 
     # What a screen shows
 
@@ -202,7 +193,7 @@ class ControlPlane:
                 self._books.start_decode(id)
             case RequestEnded(id, output_tokens):
                 self._books.close(id)
-                if output_tokens:
+                if output_tokens and self.settings.fleet is not None:
                     self._output_tokens += (output_tokens - self._output_tokens) / ANSWER_SMOOTH_REQUESTS
             case PrefillLost(id):
                 self._books.end_prefill(id)
@@ -224,14 +215,14 @@ class ControlPlane:
         return []
 
     def _end_prefill(self, event: PrefillEnded) -> None:
-        booking = self._books.end_prefill(event.id)
+        decision = self._books.end_prefill(event.id)
         is_measured = event.uncached_tokens > 0 and 0 < event.seconds < math.inf
-        if booking is None or not is_measured or self.settings.fleet is not None or self._router.costs is None:
+        if decision is None or not is_measured or self.settings.fleet is not None or self._router.costs is None:
             return
-        tokens, seconds = self._learned.get(booking.route, (0, 0.0))
-        self._learned[booking.route] = (tokens + event.uncached_tokens, seconds + event.seconds)
+        tokens, seconds = self._learned.get(decision.route, (0, 0.0))
+        self._learned[decision.route] = (tokens + event.uncached_tokens, seconds + event.seconds)
         per_token = {role: total_s / count for role, (count, total_s) in self._learned.items()}
-        here = per_token[booking.route]  # until the other cluster was seen, it is like this one
+        here = per_token[decision.route]  # until the other cluster was seen, it is like this one
         self._router.costs = replace(self._router.costs, prfaas_s_per_token=per_token.get(Role.PRFAAS, here),
                                      pdp_s_per_token=per_token.get(Role.PDP, here))
 
@@ -253,22 +244,21 @@ class ControlPlane:
 
     def _add(self, name: str, role: Role) -> None:
         self.directory.add_node(name, "prfaas" if role is Role.PRFAAS else "pd")
-        self._nodes[name] = DecodeBook(name) if role is Role.PDD else PrefillBook(name)
-        self._taking_work()[role].append(self._nodes[name])
+        self._books.nodes[name] = NodeBook(name)
+        self._taking_work()[role].append(self._books.nodes[name])
 
     def _remove(self, name: str, now_s: float) -> None:
         """Nothing goes to this node, or comes from it, until it joins (again)."""
-        self._hide(name)
+        self._switch_off(name)
         self._egress.forget(name)
         self._ingress.forget(name)
         if self._conversion is not None and self._conversion.node == name:
             self._conversion = None  # it comes back in its new role, or died on the way
             self._role_loop.converted(now_s)
 
-    def _hide(self, name: str) -> None:
-        """The node is gone for now, and what it holds with it."""
+    def _switch_off(self, name: str) -> None:
         self._stop_work(name)
-        self._nodes.pop(name, None)
+        self._books.nodes.pop(name, None)
         self.directory.drop_node(name)
         self._asked_at_s.pop(name, None)
 
@@ -276,7 +266,7 @@ class ControlPlane:
         for nodes in self._taking_work().values():
             nodes[:] = [node for node in nodes if node.name != name]
 
-    def _taking_work(self) -> dict[Role, list[NodeView]]:
+    def _taking_work(self) -> dict[Role, list[NodeBook]]:
         return {Role.PRFAAS: self._view.prfaas, Role.PDP: self._view.pdp, Role.PDD: self._view.pdd}
 
     # Where a request goes
@@ -294,8 +284,7 @@ class ControlPlane:
             expected_s = profile.prefill_s(uncached)
             uncached += profile.overhead_tokens
             self._threshold_loop.record(decision.incremental_tokens)
-        booking = Booking(decision.route, self._nodes[decision.node], self._nodes[decision.decode_node], uncached)
-        self._books.open(request.id, booking, expected_s)
+        self._books.open(request.id, decision, uncached, expected_s)
         return decision
 
     # What time brings
@@ -322,11 +311,12 @@ class ControlPlane:
 
     def _observe(self, now_s: float, elapsed_s: float) -> Observation:
         """The stages as the books show them, their utilizations smoothed over `BUSY_SMOOTH_S`."""
-        view, weight = self._view, 1 - math.exp(-min(elapsed_s, BUSY_SMOOTH_S) / BUSY_SMOOTH_S)
-        busy = max(busy_share(view.prfaas), busy_share(view.pdp))
-        decoding = batch_share(view.pdd, self.settings.fleet.pd_profile.bs_max)
-        self._prefill_busy += weight * (busy - self._prefill_busy)
-        self._decode_busy += weight * (decoding - self._decode_busy)
+        view, places = self._view, self.settings.fleet.pd_profile.bs_max
+        prefill = max(_share(bool(node.expected_s) for node in nodes) for nodes in (view.prfaas, view.pdp))
+        decode = _share(min(node.decoding / places, 1.0) for node in view.pdd)  # more than fit in the batch wait
+        weight = 1 - math.exp(-min(elapsed_s, BUSY_SMOOTH_S) / BUSY_SMOOTH_S)
+        self._prefill_busy += weight * (prefill - self._prefill_busy)
+        self._decode_busy += weight * (decode - self._decode_busy)
         return Observation(
             now_s, len(view.prfaas), len(view.pdp), len(view.pdd), view.egress.gbps, view.egress.queued_bytes,
             self.regime(now_s) == "scarce", sum(node.waiting_s for node in view.prfaas),
@@ -351,26 +341,25 @@ class ControlPlane:
     def _finish_drain(self) -> list[Action]:
         """A node that is to change its role does so when it has finished what it was given."""
         change = self._conversion
-        node = self._nodes.get(change.node)
+        node = self._books.nodes.get(change.node)
         if node is None or node.load > 0:  # it changes its role at present, or drains
             return []
-        self._hide(change.node)
+        self._switch_off(change.node)
         return [change]
 
 
 class LineMonitor:
-    """One direction of the line between the clusters: what its senders measure, as one line, and as the router sees it."""
+    """One direction of the line between the clusters: what its senders measure, and what the router sees of it."""
 
-    def __init__(self, gbps: float, marks: Marks):
-        self.monitor = CongestionMonitor(gbps, marks)
-        self.view = LinkView(gbps, up=gbps > 0)
-        self._samples: dict[str, tuple[float, LinkSample]] = {}  # the last of each sender, and when it was heard
+    def __init__(self, gbps: float):
+        self.monitor, self.view = CongestionMonitor(gbps), LinkView(gbps, up=gbps > 0)
+        self._samples: dict[str, LinkSample] = {}  # the last of each sender, by the time at which it was heard
 
     def observe(self, sender: str, sample: LinkSample, now_s: float) -> None:
         """Add up what the senders do: the line is theirs together. A sender's own clock may differ from ours."""
-        self._samples[sender] = (now_s, sample)
+        self._samples[sender] = replace(sample, time_s=now_s)
         stale_s = self.monitor.marks.stale_s
-        recent = [one for heard_at_s, one in self._samples.values() if now_s - heard_at_s <= stale_s]
+        recent = [one for one in self._samples.values() if now_s - one.time_s <= stale_s]
         utilization = min(sum(one.utilization for one in recent), 1.0)
         queued_bytes = sum(one.queued_bytes for one in recent)
         self.monitor.observe(LinkSample(now_s, sum(one.gbps for one in recent), utilization, queued_bytes))
@@ -380,6 +369,12 @@ class LineMonitor:
     def forget(self, sender: str) -> None:
         """This sender is gone. Harmless for an unknown one."""
         self._samples.pop(sender, None)
+
+
+def _share(parts: Iterable[float]) -> float:
+    """The mean of shares, 0 of none."""
+    listed = list(parts)
+    return sum(listed) / max(len(listed), 1)
 
 
 def profile_costs(fleet: Fleet) -> TransferCosts:

@@ -24,7 +24,7 @@ class Marks:
     forget_s: float = 60.0  # time constant with which an idle link's capacity returns to its nominal value
     stale_s: float = 15.0  # without a sample for this long, be careful: scarce
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.low_utilization < self.high_utilization <= 1:
             raise UserError(f"utilization marks {self.low_utilization} and {self.high_utilization} are out of order; "
                             f"they must be 0 < low < high <= 1")

@@ -32,7 +32,7 @@ class Fleet:
     pd_profile: Profile
     output_tokens: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_number("number of PrfaaS instances", self.prfaas_instances, least=0, most=MAX_INSTANCES)
         require_number("number of PD instances", self.pd_instances, least=1, most=MAX_INSTANCES, whole=True)
         require_number("link bandwidth in Gbps", self.link_gbps, least=0, most=MAX_GBPS)

@@ -41,7 +41,7 @@ class Profile:
     t_decode_s: float
     bs_max: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise UserError(f"profile name {self.name!r} is not a text of at least one character")
         require_number(f"profile {self.name!r}: t_decode_s", self.t_decode_s, above=0)

@@ -77,7 +77,8 @@ class RoleLoop:
         utilization = now.prefill_utilization if role is Role.PDP else now.decode_utilization
         if utilization < self.rule.busy:
             return None, ""
+        stage = "prefill" if role is Role.PDP else "decode"
         producers = here.theta_prfaas + here.theta_pdp
-        return role, (f"{'prefill' if role is Role.PDP else 'decode'} {utilization:.0%} busy, producers {producers:.2f} "
-                      f"and consumer {here.theta_pdd:.2f} req/s: N_p {now.n_p} sustains {here.lambda_max:.2f}, "
-                      f"{best.n_p} would {best.lambda_max:.2f}")
+        reason = (f"{stage} {utilization:.0%} busy, producers {producers:.2f} and consumer {here.theta_pdd:.2f} req/s: "
+                  f"N_p {now.n_p} sustains {here.lambda_max:.2f}, {best.n_p} would {best.lambda_max:.2f}")
+        return role, reason

@@ -45,8 +45,8 @@ class LinkView:
 class ClusterView:
     """What the router sees.
 
-    `egress` carries KVCache from the PrfaaS cluster to the PD cluster, `ingress` cached prefixes the other way, `fabric`
-    those that stay inside a cluster; `regime` is the congestion monitor's: "scarce" or "abundant".
+    `egress` carries KVCache from the PrfaaS cluster to the PD cluster, `ingress` cached prefixes the other way, and
+    `fabric` those that stay inside a cluster; `regime` is the congestion monitor's: "scarce" or "abundant".
     """
 
     prfaas: Sequence[NodeView]

@@ -55,7 +55,7 @@ class Damping:
     surge_s: float = 15.0  # seconds of waiting prefill per node that count as a surge
     drain_s: float = 300.0  # time that backlogs are given: what they take is not there for new requests
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not (self.max_step > 1 and 0 <= self.deadband < 1 and self.drain_s > 0):
             raise UserError(f"damping with max_step {self.max_step}, deadband {self.deadband}, drain_s {self.drain_s} "
                             f"is out of range; it must be max_step > 1, 0 <= deadband < 1, drain_s > 0")

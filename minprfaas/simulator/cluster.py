@@ -1,8 +1,8 @@
 """The simulated cluster: nodes and a link that are modelled, under the very control plane that the live cluster has.
 
 A request's way: arrival, route, (cached prefix shipped or fetched), prefill queue, prefill with its KVCache streaming
-over the link, decode. What happens is told to `ControlPlane.hear`, and its actions are carried out here. A failed node's
-requests are routed again; prefix reuse is looked up again when a prefill begins. Chapter 12 (paper 3.3, 3.4.3).
+over the link, decode. What happens is told to `ControlPlane.hear`, and its actions are carried out here. Requests of a
+node that fails are routed again; prefix reuse is looked up again when a prefill begins. Chapter 12 (paper 3.3, 3.4.3).
 """
 
 from collections.abc import Callable, Iterator
@@ -135,7 +135,7 @@ class Simulation:
             self._bring_prefix(decision.transfer, node, request)
 
     def _bring_prefix(self, transfer: CacheTransfer, node: PrefillNode, request: SimRequest) -> None:
-        """Over the link if the source is in the other cluster, else over the fabric, which is modelled as never busy."""
+        """Over the link from the other cluster, or over the fabric, which is modelled as never busy."""
         if transfer.source.startswith("prfaas") == (node.role is Role.PRFAAS):
             self.recorder.fetched_cache_bytes += transfer.bytes
             self.clock.after(_fabric_s(transfer.bytes), self._submit, node, request)
@@ -195,7 +195,8 @@ class Simulation:
         if role is Role.PDD:
             self.decode[name] = DecodeNode(self.clock, profile, self._end)
         else:
-            self.prefill[name] = PrefillNode(role, self.clock, profile, cache, self._prefill_started, self._prefill_done)
+            self.prefill[name] = PrefillNode(role, self.clock, profile, cache, self._prefill_started,
+                                             self._prefill_done)
         self._tell(plane.NodeJoined(name, role))
 
     def _fail(self, name: str, returns_s: float) -> None:
@@ -252,8 +253,8 @@ class Simulation:
     def _tick(self) -> None:
         now_s = self.clock.now_s
         if now_s > MAX_SIMULATED_S:
-            raise UserError(f"after {MAX_SIMULATED_S:,.0f} simulated seconds {self._in_system:,} requests have not ended; "
-                            "this cluster is too slow for them")
+            raise UserError(f"after {MAX_SIMULATED_S:,.0f} simulated seconds {self._in_system:,} requests have not "
+                            "ended; this cluster is too slow for them")
         sample = self.egress.sample()
         self._tell(plane.LinkMeasured(LINE, sample))
         self._tell(plane.LinkMeasured(LINE, self.ingress.sample(), ingress=True))

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import NamedTuple
 
+from minprfaas.simulator.nodes import SimRequest
+
 TTFT_OBJECTIVE_S = 10.0
 
 
@@ -72,7 +74,7 @@ class Recorder:
         self._ttft, self._inter_token = array("d"), array("d")
         self._prompt_tokens = self._cached_tokens = 0
 
-    def ended(self, request, failed: bool) -> None:
+    def ended(self, request: SimRequest, failed: bool) -> None:
         """A request has drawn its last token, or found no node."""
         self._last_arrival_s = max(self._last_arrival_s, request.arrival_s)
         if failed:

@@ -6,7 +6,7 @@ are of the processor (`time.process_time`), so other work on the machine does no
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from tqdm import tqdm
@@ -20,6 +20,7 @@ from minprfaas.scheduling.planner import plan
 from minprfaas.scheduling.router import RouteRequest, TransferCosts
 from minprfaas.simulator.arrivals import bursty, drawn, poisson
 from minprfaas.simulator.cluster import Setup, Simulation
+from minprfaas.simulator.report import Report
 
 DECISION_GOAL_US = 50
 MILLION_GOAL_S = 120
@@ -77,7 +78,7 @@ def _control_plane(nodes: int, utilization: float) -> ControlPlane:
     """A third of the nodes in the PrfaaS cluster, and a directory with 500 conversations on two nodes each."""
     rng, third = random.Random(1), nodes // 3
     costs = TransferCosts(17_000, 2e8, 5e-5, 1.6e-4)
-    control = ControlPlane(ControlSettings(19_400, costs=costs, ship_prefixes=True))
+    control = ControlPlane(ControlSettings(19_400, 100.0, costs=costs, ship_prefixes=True))
     held = {}
     for role in Role:
         for i in range(third):
@@ -93,7 +94,8 @@ def _control_plane(nodes: int, utilization: float) -> ControlPlane:
     return control
 
 
-def _simulate(scale: int, count: int | None, arrivals, load: float, share: float):
+def _simulate(scale: int, count: int | None, arrivals: Callable[[float, random.Random], Iterator[float]], load: float,
+              share: float) -> tuple[float, float, int, Report]:
     fleet, lengths, rng = paper.paper_fleet(4 * scale, 8 * scale), paper.paper_lengths(), random.Random(1)
     fleet = replace(fleet, link_gbps=paper.LINK_GBPS * scale)
     planned = plan(paper.paper_fleet(), lengths)
