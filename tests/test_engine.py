@@ -367,6 +367,16 @@ def test_kvcache_copied_to_another_engine_goes_on_with_the_same_tokens(hybrid):
     assert_nothing_is_held(decode)
 
 
+def test_a_reservation_shares_the_longest_run_of_blocks_though_no_prefill_could_begin_there(hybrid):
+    engine = new_engine(hybrid)
+    (first,) = some_requests(engine, lengths=(45,), max_tokens=2)
+    run(engine)
+    prompt = first.token_ids[:29] + [7] * 10
+    assert engine.kvcache.match(prompt) == 16  # a snapshot every second block of 8
+    remote = engine.request("remote", prompt, SamplingParams(max_tokens=5))
+    assert engine.reserve_remote(remote) and remote.cached_tokens == 24
+
+
 def test_a_reservation_that_finds_no_room_takes_nothing(hybrid):
     engine = new_engine(hybrid, blocks=new_engine(hybrid).layout.blocks_for(40))
     engine.add(engine.request("running", [5] * 20, SamplingParams(max_tokens=15)))
@@ -404,10 +414,17 @@ def test_times_are_the_clocks_and_in_order(hybrid):
 
 
 def test_a_clock_that_begins_at_zero_is_believed(hybrid):
-    engine = new_engine(hybrid, clock=lambda: 0.0)
+    now_s = [0.0]
+    engine = new_engine(hybrid, clock=lambda: now_s[0], prefill_chunk=8)
     (request,) = some_requests(engine, lengths=(20,), max_tokens=3)
-    run(engine)
-    assert {request.arrived_at_s, request.prefill_started_at_s, request.first_token_at_s, request.finished_at_s} == {0.0}
+    while engine.has_work:
+        engine.step()
+        now_s[0] += 1
+    assert (request.arrived_at_s, request.prefill_started_at_s) == (0.0, 0.0)
+    assert (request.prefill_ended_at_s, request.first_token_at_s, request.finished_at_s) == (2.0, 2.0, 3.0)
+    noted_before = engine.request("r", [5], SamplingParams(max_tokens=1))
+    noted_before.arrived_at_s = 0.0
+    assert engine.add(noted_before).arrived_at_s == 0.0
 
 
 def test_spans_of_the_timeline_are_the_engines_clock_too(hybrid):

@@ -48,8 +48,8 @@ def test_a_file_is_read_in_order_with_everything_it_says(tmp_path):
     ('{"prompt": "x", "stop": ["END", "\\udfff"]}', r"stop has '\udfff' at character 1"),
     ('{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deep"),
     ('{"prompt": "x", "seed": ' + "[" * 400 + "]" * 400 + "}", "seed is [[["),
-    ('{"prompt": "x", "max_tokens": 1048577}', "max_tokens is 1048577; it must be a whole number of at least 1 and of at "
-                                               "most 1,048,576"),
+    ('{"prompt": "x", "max_tokens": 1048577}',
+     "max_tokens is 1048577; it must be a whole number of at least 1 and of at most 1,048,576"),
     ('{"prompt": "x", "max_tokens": 1%s}' % ("0" * 15), "of at most 1,048,576"),
     ('{"prompt": "x", "max_tokens": 1%s}' % ("0" * 5000), "a number is too long"),
 ])
