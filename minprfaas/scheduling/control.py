@@ -186,7 +186,7 @@ class ControlPlane:
 
     def hear(self, event: Event, now_s: float) -> list[Action]:
         """Take note of something that happened. Events about nodes or requests that are not known are harmless."""
-        match event:
+        match event:  # the most frequent ones first: a simulation tells a few million
             case PrefillEnded():
                 self._end_prefill(event)
             case DecodeStarted(id):
@@ -207,7 +207,7 @@ class ControlPlane:
             case PrefixMissing(node, key):
                 self.directory.forget(node, key)
             case NodeJoined(node, role):
-                self._remove(node, now_s)
+                self._remove(node, now_s)  # of a node that was started again nothing that is known is true
                 self._add(node, role)
                 return self._ask_inventory(node, now_s)
             case NodeLeft(node):
@@ -217,7 +217,9 @@ class ControlPlane:
     def _end_prefill(self, event: PrefillEnded) -> None:
         decision = self._books.end_prefill(event.id)
         is_measured = event.uncached_tokens > 0 and 0 < event.seconds < math.inf
-        if decision is None or not is_measured or self.settings.fleet is not None or self._router.costs is None:
+        if decision is None or not is_measured or self._router.costs is None:
+            return
+        if self.settings.fleet is not None:  # a profile knows more than the prefills of this run, whatever their length
             return
         tokens, seconds = self._learned.get(decision.route, (0, 0.0))
         self._learned[decision.route] = (tokens + event.uncached_tokens, seconds + event.seconds)
@@ -274,6 +276,7 @@ class ControlPlane:
     def route(self, request: RouteRequest, now_s: float) -> Decision:
         """Decide, and book the request on the nodes that were chosen, in place of an earlier attempt of the same id.
         Raises RequestError ("no_node") when nothing can prefill or nothing can decode."""
+        self._books.close(request.id)  # first: what it is given anew must not be weighed against what it had
         match = self.directory.match(request.keys)
         self._view.regime = self._egress.regime(now_s)
         decision = self._router.route(request, match.nodes, self._view)
@@ -335,7 +338,7 @@ class ControlPlane:
             self._conversion = self._role_loop.update(seen, self._threshold_loop.lengths, self._output_tokens,
                                                       self._view.pdp, self._view.pdd)
             if self._conversion is not None:
-                self._stop_work(self._conversion.node)
+                self._stop_work(self._conversion.node)  # it drains; what it holds can still be fetched
         return actions
 
     def _finish_drain(self) -> list[Action]:
@@ -344,7 +347,7 @@ class ControlPlane:
         node = self._books.nodes.get(change.node)
         if node is None or node.load > 0:  # it changes its role at present, or drains
             return []
-        self._switch_off(change.node)
+        self._switch_off(change.node)  # its cache may survive, but nothing can be fetched from it meanwhile
         return [change]
 
 
