@@ -72,6 +72,7 @@ def test_a_request_that_is_routed_again_is_booked_once_and_not_where_it_failed()
     second = control.route(RouteRequest("r", 9000, avoid=frozenset({first.node})), 1.0)
     assert second.node != first.node and f"avoiding {first.node}" in second.reason
     assert sorted(control.loads().values()) == [0, 0, 0, 0, 1, 9000]
+    assert second.decode_node == first.decode_node  # its own earlier booking was not weighed against it
 
 
 def test_what_a_node_was_given_before_it_left_does_not_burden_it_when_it_returns():

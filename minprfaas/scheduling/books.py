@@ -45,8 +45,7 @@ class LoadBooks:
         self._bookings: dict[Hashable, Booking] = {}
 
     def open(self, id: Hashable, decision: Decision, load_tokens: int, expected_s: float) -> None:
-        """A request was given to two nodes. What was booked for an earlier attempt is cancelled."""
-        self.close(id)
+        """A request was given to two nodes."""
         booking = Booking(decision, self.nodes[decision.node], self.nodes[decision.decode_node], load_tokens)
         self._bookings[id] = booking
         booking.prefill.load += load_tokens

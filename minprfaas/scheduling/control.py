@@ -14,7 +14,7 @@ from minprfaas.scheduling.directory import CacheChanged, Directory, PrefixMove
 from minprfaas.scheduling.monitor import CongestionMonitor
 from minprfaas.scheduling.planner import Fleet
 from minprfaas.scheduling.roles import RoleChange, RoleLoop
-from minprfaas.scheduling.router import ClusterView, Decision, LinkView, Router, RouteRequest, TransferCosts
+from minprfaas.scheduling.router import ClusterView, Decision, Router, RouteRequest, TransferCosts
 from minprfaas.scheduling.threshold import Observation, ThresholdLoop
 
 TICK_S = 1.0  # how often the loops look; `tick` may be called more often
@@ -154,8 +154,8 @@ class ControlPlane:
             self._threshold_loop, self._role_loop = ThresholdLoop(fleet, settings.threshold), RoleLoop(fleet)
             self._output_tokens = float(fleet.output_tokens)  # of the mean answer, smoothed
         self._router = Router(settings.threshold, costs, settings.ship_prefixes, settings.selective)
-        self._egress, self._ingress = LineMonitor(settings.link_gbps), LineMonitor(settings.link_gbps)
-        self._view = ClusterView([], [], [], self._egress.view, self._ingress.view)
+        self._egress, self._ingress = CongestionMonitor(settings.link_gbps), CongestionMonitor(settings.link_gbps)
+        self._view = ClusterView([], [], [], self._egress, self._ingress)
         self._books = LoadBooks()
         self._conversion: RoleChange | None = None  # from the beginning of the drain until the node has joined again
         self._asked_at_s: dict[str, float] = {}  # inventories that are awaited
@@ -172,7 +172,7 @@ class ControlPlane:
 
     def regime(self, now_s: float) -> str:
         """Whether bandwidth out of the PrfaaS cluster is "scarce" or "abundant"."""
-        return self._egress.monitor.regime(now_s)
+        return self._egress.regime(now_s)
 
     def loads(self) -> dict[str, float]:
         """Prefill load (uncached tokens) and decode load (requests) of each node that takes new work."""
@@ -186,7 +186,7 @@ class ControlPlane:
 
     def hear(self, event: Event, now_s: float) -> list[Action]:
         """Take note of something that happened. Events about nodes or requests that are not known are harmless."""
-        match event:
+        match event:  # the most frequent ones first: a simulation tells a few million
             case PrefillEnded():
                 self._end_prefill(event)
             case DecodeStarted(id):
@@ -201,13 +201,13 @@ class ControlPlane:
                 return self._change_cache(event, now_s)
             case LinkMeasured():
                 line = self._ingress if event.ingress else self._egress
-                line.observe(event.node, event.sample, now_s)
+                line.hear(event.node, event.sample, now_s)
             case LineChanged(up):
-                self._egress.view.up = self._ingress.view.up = up
+                self._egress.up = self._ingress.up = up
             case PrefixMissing(node, key):
                 self.directory.forget(node, key)
             case NodeJoined(node, role):
-                self._remove(node, now_s)
+                self._remove(node, now_s)  # of a node that was started again nothing that is known is true
                 self._add(node, role)
                 return self._ask_inventory(node, now_s)
             case NodeLeft(node):
@@ -217,7 +217,9 @@ class ControlPlane:
     def _end_prefill(self, event: PrefillEnded) -> None:
         decision = self._books.end_prefill(event.id)
         is_measured = event.uncached_tokens > 0 and 0 < event.seconds < math.inf
-        if decision is None or not is_measured or self.settings.fleet is not None or self._router.costs is None:
+        if decision is None or not is_measured or self._router.costs is None:
+            return
+        if self.settings.fleet is not None:  # a profile knows more than the prefills of this run, whatever their length
             return
         tokens, seconds = self._learned.get(decision.route, (0, 0.0))
         self._learned[decision.route] = (tokens + event.uncached_tokens, seconds + event.seconds)
@@ -274,8 +276,9 @@ class ControlPlane:
     def route(self, request: RouteRequest, now_s: float) -> Decision:
         """Decide, and book the request on the nodes that were chosen, in place of an earlier attempt of the same id.
         Raises RequestError ("no_node") when nothing can prefill or nothing can decode."""
+        self._books.close(request.id)  # first: what it is given anew must not be weighed against what it had
         match = self.directory.match(request.keys)
-        self._view.regime = self._egress.monitor.regime(now_s)
+        self._view.regime = self._egress.regime(now_s)
         decision = self._router.route(request, match.nodes, self._view)
         self.directory.count_hit(request.keys, match)
         uncached, expected_s = request.prompt_tokens - decision.cached_tokens, 0.0
@@ -335,7 +338,7 @@ class ControlPlane:
             self._conversion = self._role_loop.update(seen, self._threshold_loop.lengths, self._output_tokens,
                                                       self._view.pdp, self._view.pdd)
             if self._conversion is not None:
-                self._stop_work(self._conversion.node)
+                self._stop_work(self._conversion.node)  # it drains; what it holds can still be fetched
         return actions
 
     def _finish_drain(self) -> list[Action]:
@@ -344,31 +347,8 @@ class ControlPlane:
         node = self._books.nodes.get(change.node)
         if node is None or node.load > 0:  # it changes its role at present, or drains
             return []
-        self._switch_off(change.node)
+        self._switch_off(change.node)  # its cache may survive, but nothing can be fetched from it meanwhile
         return [change]
-
-
-class LineMonitor:
-    """One direction of the line between the clusters: what its senders measure, and what the router sees of it."""
-
-    def __init__(self, gbps: float):
-        self.monitor, self.view = CongestionMonitor(gbps), LinkView(gbps, up=gbps > 0)
-        self._samples: dict[str, LinkSample] = {}  # the last of each sender, by the time at which it was heard
-
-    def observe(self, sender: str, sample: LinkSample, now_s: float) -> None:
-        """Add up what the senders do: the line is theirs together. A sender's own clock may differ from ours."""
-        self._samples[sender] = replace(sample, time_s=now_s)
-        stale_s = self.monitor.marks.stale_s
-        recent = [one for one in self._samples.values() if now_s - one.time_s <= stale_s]
-        utilization = min(sum(one.utilization for one in recent), 1.0)
-        queued_bytes = sum(one.queued_bytes for one in recent)
-        self.monitor.observe(LinkSample(now_s, sum(one.gbps for one in recent), utilization, queued_bytes))
-        self.view.gbps, self.view.utilization = self.monitor.capacity_gbps, self.monitor.utilization
-        self.view.queued_bytes = queued_bytes
-
-    def forget(self, sender: str) -> None:
-        """This sender is gone. Harmless for an unknown one."""
-        self._samples.pop(sender, None)
 
 
 def _share(parts: Iterable[float]) -> float:

@@ -4,10 +4,11 @@ Time is an argument: the simulator's clock and the live one are the same to it.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from minprfaas.config import LinkSample
 from minprfaas.errors import UserError
+from minprfaas.scheduling.router import LinkView
 
 
 @dataclass(frozen=True)
@@ -33,36 +34,51 @@ class Marks:
                             f"they must be 0 <= low < high")
 
 
-class CongestionMonitor:
-    """Watches one link direction whose nominal capacity is `nominal_gbps`."""
+class CongestionMonitor(LinkView):
+    """One direction of the line between the clusters, said to carry `nominal_gbps`, kept up to date from samples.
+
+    `gbps` is what the line really gives when it is asked to, and like `utilization` smoothed.
+    """
 
     def __init__(self, nominal_gbps: float, marks: Marks = Marks()):
+        super().__init__(nominal_gbps, up=nominal_gbps > 0)
         self.nominal_gbps, self.marks = nominal_gbps, marks
-        self.utilization = 0.0  # smoothed
-        self.capacity_gbps = nominal_gbps  # smoothed; what the link really gives when it is asked to
-        self.queued_bytes = 0.0
-        self._sampled_at: float | None = None
+        self._samples: dict[str, LinkSample] = {}  # the last of each sender, by the time at which it was heard
+        self._observed_at_s = -math.inf
         self._regime, self._since_s = "abundant", -math.inf
 
     @property
     def queue_s(self) -> float:
         """Seconds until what is queued has left, at the observed capacity."""
-        return self.queued_bytes * 8e-9 / self.capacity_gbps if self.queued_bytes else 0.0
+        return self.queued_bytes * 8e-9 / self.gbps if self.queued_bytes else 0.0
+
+    def hear(self, sender: str, sample: LinkSample, now_s: float) -> None:
+        """Take one sender's sample. The line is theirs together, so what each does adds up; that of a sender that has
+        been silent counts no more. A sender's clock may be another machine's: it is not looked at."""
+        self._samples[sender] = replace(sample, time_s=now_s)
+        recent = [one for one in self._samples.values() if now_s - one.time_s <= self.marks.stale_s]
+        utilization = min(sum(one.utilization for one in recent), 1.0)
+        queued_bytes = sum(one.queued_bytes for one in recent)
+        self.observe(LinkSample(now_s, sum(one.gbps for one in recent), utilization, queued_bytes))
+
+    def forget(self, sender: str) -> None:
+        """This sender is gone. Harmless for an unknown one."""
+        self._samples.pop(sender, None)
 
     def observe(self, sample: LinkSample) -> None:
-        """Take one sample; samples older than the last one are ignored."""
-        if self._sampled_at is not None and sample.time_s <= self._sampled_at:
+        """Take a sample of the whole line; one that is not younger than the last is ignored."""
+        elapsed_s = sample.time_s - self._observed_at_s  # infinite for the first one, which then counts alone
+        if elapsed_s <= 0:
             return
-        elapsed = sample.time_s - self._sampled_at if self._sampled_at is not None else math.inf
-        weight = 1 - math.exp(-elapsed / self.marks.smooth_s)
-        self._sampled_at, self.queued_bytes = sample.time_s, sample.queued_bytes
+        self._observed_at_s, self.queued_bytes = sample.time_s, sample.queued_bytes
+        weight = 1 - math.exp(-elapsed_s / self.marks.smooth_s)
         self.utilization += weight * (sample.utilization - self.utilization)
         if sample.utilization > 0.02 or sample.queued_bytes:
             capacity = sample.gbps / sample.utilization if sample.utilization > 0.02 else sample.gbps
-            self.capacity_gbps += weight * (max(capacity, 1e-6) - self.capacity_gbps)
+            self.gbps += weight * (max(capacity, 1e-6) - self.gbps)
         else:  # an idle link says nothing about its capacity, but is more and more worth trying
-            weight = 1 - math.exp(-elapsed / self.marks.forget_s)
-            self.capacity_gbps += weight * (self.nominal_gbps - self.capacity_gbps)
+            weight = 1 - math.exp(-elapsed_s / self.marks.forget_s)
+            self.gbps += weight * (self.nominal_gbps - self.gbps)
         self._settle(sample.time_s)
 
     def _settle(self, time_s: float) -> None:
@@ -76,6 +92,4 @@ class CongestionMonitor:
 
     def regime(self, time_s: float) -> str:
         """"scarce" or "abundant" at `time_s`."""
-        if self._sampled_at is None or time_s - self._sampled_at > self.marks.stale_s:
-            return "scarce"
-        return self._regime
+        return self._regime if time_s - self._observed_at_s <= self.marks.stale_s else "scarce"

@@ -66,7 +66,6 @@ class ThresholdLoop:
 
     def __init__(self, fleet: Fleet, threshold: float, damping: Damping = Damping()):
         self.fleet, self.threshold, self.damping = fleet, threshold, damping
-        self.moves: list[tuple[float, float]] = []  # (time, threshold), for logs and pictures
         self._recent: deque[int] = deque(maxlen=WINDOW_REQUESTS)
         self._searched_at, self._moved_at, self._direction = -math.inf, -math.inf, 0
         self._seen: tuple | None = None  # capacity at the last search
@@ -150,4 +149,3 @@ class ThresholdLoop:
             return
         self.threshold = min(max(wanted, current / damping.max_step), current * damping.max_step)
         self._moved_at, self._direction, self._fell_short = time_s, direction, self.threshold != wanted
-        self.moves.append((time_s, self.threshold))
