@@ -52,16 +52,13 @@ class RopeConfig:
 
 class MixerConfig(Protocol):
     """What a layer asks of its mixer's configuration: a frozen dataclass in the mixer's own file (`model/gqa.py`, …).
-
-    `state_spec` gives a `model.spec.StateSpec` and `build` a torch module. Neither is named here, because planning and
-    simulation read this file and start without torch.
-    """
+    The results are not typed, because planning and simulation read this file and start without torch."""
 
     def state_spec(self, dtype: str) -> Any:
-        """The state that a layer of this mixer needs when the model runs in `dtype`."""
+        """The `model.spec.StateSpec` of a layer of this mixer when the model runs in `dtype`."""
 
     def build(self, hidden_size: int, norm_eps: float) -> Any:
-        """The mixer's module, with fresh weights."""
+        """The mixer's `torch.nn.Module`, with fresh weights."""
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,8 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse, but a wrong command line is a `UserError` like any other mistake: one line instead of the usage."""
 
     def error(self, message: str):
-        raise UserError(f"{message} (see {self.prog} --help)")
+        shortened = message if len(message) <= 300 else message[:297] + "..."  # it may quote a number of 5,000 digits
+        raise UserError(f"{shortened} (see {self.prog} --help)")
 
 
 def exit_on_user_error(main):

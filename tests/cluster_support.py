@@ -29,7 +29,7 @@ def two_datacenters(model, tokenizer, threshold, link=FAST, line=LineConfig(), p
                for blocks in (pool_a, pool_b, pool_b)]
     queues = [queue.SimpleQueue(), queue.SimpleQueue()]
     links = [Link("test", store, rank, link, link_identity(model, engines[0].layout), events=queues[rank],
-                  line=None if line == LineConfig() else EmulatedLine(line)) for rank in (0, 1)]
+                  line=EmulatedLine(line) if line.is_emulated else None) for rank in (0, 1)]
     remote = prfaas_process(engines[0], links[0], queues[0], DEADLINE_S, overlap)
     failures = []
 
@@ -74,6 +74,14 @@ def step_until(local, condition, deadline_s=DEADLINE_S):
     while not condition():
         assert time.monotonic() < until_s, "the condition did not come to hold by its deadline"
         local.node.step()
+
+
+def kill(link):
+    """As the other side sees a killed process: no goodbye, every connection reset, and it does not come back."""
+    supervisor = link._supervisor
+    supervisor._closing.set()
+    for lane in supervisor._lanes:
+        lane.cut()
 
 
 def nothing_in_use(process):

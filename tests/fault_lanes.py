@@ -8,7 +8,6 @@ from test_transport_recovery import FaultyLane
 
 from minprfaas.cluster import messages
 from minprfaas.cluster.envelope import Envelope, encode
-from minprfaas.transport import LinkDown
 from minprfaas.transport.wan.frames import HEADER_BYTES, Codec, Header, Kind, Slot
 from minprfaas.transport.wan.handshake import NONCE_BYTES
 from minprfaas.transport.wan.lanes import Lane
@@ -63,13 +62,12 @@ class NodeLane(FaultyLane):
         return self.keep(frame)
 
     def _silence(self, frame, draw):
-        for lane in self.site.links[self.rank]._lanes if draw.random() < 0.5 else [self]:
+        for lane in self.site.links[self.rank]._supervisor._lanes if draw.random() < 0.5 else [self]:
             lane.muted = True
         return _Sent()
 
     def _cut_for_good(self, frame, _):
-        for link in self.site.links.values():
-            link.lane_type = _no_line
+        self.site.line_is_cut = True
         self.cut()
         return _Sent()
 
@@ -108,10 +106,6 @@ class NodeLane(FaultyLane):
     def _killed(self, frame, _):
         os.kill(self.site.victim.pid, signal.SIGKILL)
         return self.keep(frame)
-
-
-def _no_line(*_):
-    raise LinkDown("the line is cut")
 
 
 class ImpostorLane(Lane):

@@ -7,7 +7,8 @@ from minprfaas.kvcache.layout import plan_layout
 from minprfaas.kvcache.manager import KVCacheManager
 from minprfaas.model.spec import StateSpec, TensorSpec
 
-LINEAR = StateSpec(StateKind.REQUEST, (TensorSpec("memory", (2, 8, 8), "float32"), TensorSpec("conv", (10, 3), "bfloat16")))
+LINEAR = StateSpec(
+    StateKind.REQUEST, (TensorSpec("memory", (2, 8, 8), "float32"), TensorSpec("conv", (10, 3), "bfloat16")))
 LATENT = StateSpec(StateKind.TOKEN, (TensorSpec("latent", (6,), "float32"),))
 KV = StateSpec(StateKind.TOKEN, (TensorSpec("kv", (16,), "bfloat16"),))
 HYBRID = (LINEAR, LINEAR, LINEAR, LATENT) * 2

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from kvcache_helpers import hear
-from minprfaas.kvcache.ledger import BlockLedger, CacheNews, chain_keys, root_key
+from minprfaas.kvcache.ledger import BlockLedger, chain_keys, root_key
 
 ROOT = root_key(b"model")
 
@@ -121,24 +121,16 @@ def test_the_news_add_up_to_what_can_be_hit():
     rng = random.Random(0)
     for has_state in (False, True):
         told, ledger = {}, BlockLedger(24, True, has_state)
-        ledger.watch_news()
+        ledger.news = []
         for _ in range(500):
             keys = names("".join(rng.choice("ab") for _ in range(6)))
             use(ledger, keys)
             if has_state and keys[-1] not in ledger.snapshots:
                 ledger.insert_snapshot(keys[-1], ledger.allocate(2), 6)
-            hear(told, ledger.take_news())
+            hear(told, ledger.news)
+            ledger.news.clear()
             assert told == {news.key: news.tokens for news in ledger.inventory()}
-        assert ledger.evicted_entries > 100 and ledger.take_news() == []
-
-
-def test_news_that_nobody_watches_are_not_kept():
-    ledger = BlockLedger(8, has_tokens=True, has_state=False)
-    use(ledger, names("abc"))
-    assert ledger.take_news() == []
-    ledger.watch_news()
-    use(ledger, names("abcd"))
-    assert ledger.take_news() == [CacheNews(b"abcd", 4)]
+        assert ledger.evicted_entries > 100
 
 
 def test_an_entry_costs_less_than_300_bytes():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from minprfaas.config import StateKind
+from minprfaas.kvcache.ledger import CacheNews
 from minprfaas.model.spec import model_state_specs
 from kvcache_helpers import ALL_LINEAR, DENSE, HYBRID, KV, LATENT, LINEAR, decode, manager, prefill, step
 from test_kvcache_paged import MODELS, model_of
@@ -165,6 +166,26 @@ def test_two_requests_that_compute_the_same_prompt_at_once_end_up_sharing_it():
         kvcache.check()
     assert caches[0].block_tables[0][:10] == caches[1].block_tables[0][:10]
     assert kvcache.stats().in_use == 10 + 2
+
+
+def test_blocks_that_a_sender_may_be_reading_are_not_handed_out_when_they_turn_out_to_be_doubles():
+    """Its thread looks block ids up and then reads; in between, another request's equal blocks may be indexed first."""
+    kvcache = manager(DENSE, 40)
+    first, second = [kvcache.open(PROMPT) for _ in range(2)]
+    assert kvcache.reserve(first, 42) and kvcache.reserve(second, 42)
+    kvcache.begin_transfer(second)
+    looked_up = list(second.block_tables[0])
+    kvcache.advance(first, PROMPT)
+    kvcache.advance(second, PROMPT)
+    kvcache.check()
+    assert second.block_tables[0][:10] == first.block_tables[0][:10]
+    assert not set(looked_up) & set(kvcache.ledger.free)
+    kvcache.close(second)
+    kvcache.check()
+    assert not set(looked_up) & set(kvcache.ledger.free)
+    kvcache.end_transfer(second)
+    kvcache.check()
+    assert set(looked_up) <= set(kvcache.ledger.free)
 
 
 def test_prompts_share_a_block_only_as_far_as_their_tokens_agree():
@@ -381,10 +402,11 @@ def test_a_held_snapshot_outlives_its_request_until_the_transfer_is_acknowledged
     kvcache.begin_transfer(cache)
     kvcache.close(cache)
     kvcache.check()
-    squeeze = prefill(kvcache, [9] * 600, max_chunk=600)
+    taken = kvcache.ledger.allocate(kvcache.ledger.available)  # all that can be had, and written over
+    kvcache.pool.zero(taken)
     assert torch.equal(kvcache.pool.read_bytes(0, tables[group], 0, 40), before)
+    kvcache.ledger.release(taken)
     kvcache.end_transfer(cache)
-    kvcache.close(squeeze)
     kvcache.check()
     assert kvcache.stats().in_use == 0
 
@@ -482,6 +504,18 @@ def test_where_the_next_turn_begins_is_as_recent_as_its_request():
     ledger = kvcache.ledger
     ledger.release(ledger.allocate(len(ledger.free) + 1))  # the pool needs one block more than is free
     assert kvcache.match(PROMPT) == 40 and kvcache.match([7] * 42) == 0
+
+
+def test_news_are_kept_for_who_watches_until_they_are_taken():
+    kvcache = manager(DENSE, 100)
+    kvcache.close(prefill(kvcache, PROMPT[:9]))
+    assert kvcache.take_news() == [] and len(kvcache.inventory()) == 2
+    kvcache.watch_news()
+    kvcache.close(prefill(kvcache, PROMPT[:13]))
+    assert kvcache.take_news() == [CacheNews(kvcache.keys(PROMPT)[2], 12)]
+    assert kvcache.take_news() == []
+    kvcache.ledger.release(kvcache.ledger.allocate(98))  # evicts a block of the three
+    assert kvcache.take_news() == [CacheNews(kvcache.keys(PROMPT)[2], 0)]
 
 
 def test_two_models_never_agree_on_a_key():

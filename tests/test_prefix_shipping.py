@@ -1,7 +1,7 @@
 """A cached prefix is shipped to the node that will compute; whatever goes wrong, the answer is right. Chapter 11."""
 
 import pytest
-from cluster_support import DEADLINE_S, nothing_in_use, serve, step_until, two_datacenters
+from cluster_support import DEADLINE_S, kill, nothing_in_use, serve, step_until, two_datacenters
 from test_two_datacenters import GREEDY, prompts_of, reference, tokens
 
 from minprfaas.cluster import messages
@@ -17,8 +17,9 @@ LONGER = PREFIX + prompts_of(40, seed=9)[0]
 
 def measure(local, gbps, utilization, queued_bytes):
     """This is how the line is for the rest of the test, whatever a busy machine's own samples would say."""
-    sample = LinkSample(0.0, gbps, utilization, queued_bytes)
-    local.front.plane.hear(LinkMeasured(THERE, sample), local.decode.engine.clock() + 3600)
+    sample, later_s = LinkSample(0.0, gbps, utilization, queued_bytes), local.decode.engine.clock() + 3600
+    local.front.plane.hear(LinkMeasured(THERE, sample), later_s)
+    local.front.plane.hear(LinkMeasured(HERE, sample, ingress=True), later_s)
 
 
 def abundant(local):
@@ -132,11 +133,11 @@ def test_without_the_option_or_with_scarce_bandwidth_no_prefix_is_shipped(hybrid
 def test_a_directory_entry_that_turns_out_stale_costs_a_prefill_and_is_forgotten(hybrid):
     model, tokenizer = hybrid
     with two_datacenters(model, tokenizer, threshold=100, ship_prefixes=True) as (local, remote):
-        step_until(local, lambda: local.front.plane.directory.is_known(THERE))
+        serve(local, prompts_of(150, seed=4), GREEDY)  # by then its inventory has come
         stale = CacheChanged(THERE, 0, [(keys_of(local, PREFIX)[-1], CACHED)], inventory=True)
         local.front.plane.hear(stale, local.decode.engine.clock())
         abundant(local)
-        journey = local.front.submit("0", LONGER, GREEDY)
+        journey = local.front.submit("stale", LONGER, GREEDY)
         local.front.step()
         assert journey.decision.transfer.source == THERE and journey.route == "pdp"
         step_until(local, lambda: not local.front.has_work)
@@ -161,7 +162,7 @@ def test_a_link_that_dies_while_a_prefix_is_shipped_costs_a_prefill_here(models,
         def die_at_the_first_bytes(layer, table, start, end, data):
             write(layer, table, start, end, data)
             written.append(layer)
-            remote.link.die()
+            kill(remote.link)
 
         receiver.write_bytes = die_at_the_first_bytes
         abundant(local)

@@ -79,6 +79,12 @@ def test_a_panic_while_decoding_is_one_line_and_leaves_stderr_as_it_was(checkpoi
     assert capfd.readouterr().err == "still here"
 
 
+def test_text_that_is_no_unicode_is_refused_by_its_character(hybrid):
+    with pytest.raises(UserError) as caught:
+        hybrid[1].encode("two \ud800 halves")
+    assert "surrogate" in str(caught.value) and str(caught.value).isascii() and "TextInput" not in str(caught.value)
+
+
 def test_what_others_write_to_stderr_outside_a_call_is_kept(hybrid, capfd):
     os.write(2, b"before ")
     hybrid[1].decode(hybrid[1].encode("words"))

@@ -44,11 +44,12 @@ def in_parallel(*calls):
 
 @contextlib.contextmanager
 def connected(config: LinkConfig = LinkConfig(), line: LineConfig = LineConfig(), identity: LinkIdentity = IDENTITY,
-              sender_lanes=Lane, receiver_lanes=Lane, timeline=None):
-    """A connected pair (sender, receiver), each with its own direction of `line`; the timeline is the sender's."""
-    store = new_store()
+              sender_lanes=Lane, receiver_lanes=Lane, timeline=None, events=None, store=None):
+    """A connected pair (sender, receiver), each with its own direction of `line`; the timeline is the sender's, the queue
+    of events the receiver's."""
+    store = store or new_store()
     sender = Link("a-b", store, 0, config, identity, emulated(line), timeline=timeline, lane_type=sender_lanes)
-    receiver = Link("a-b", store, 1, config, identity, emulated(line), lane_type=receiver_lanes)
+    receiver = Link("a-b", store, 1, config, identity, emulated(line), events, lane_type=receiver_lanes)
     in_parallel(lambda: sender.connect(DEADLINE_S), lambda: receiver.connect(DEADLINE_S))
     try:
         yield sender, receiver
@@ -110,6 +111,10 @@ class Cargo:
             self.arrived[layer][start - self.plan.start:end - self.plan.start] = data.view(end - start, -1)
         else:
             self.arrived[layer][0] = data
+
+    def wait_for_rows(self, layer: int, end: int) -> None:
+        """Until the rows up to token `end` of a layer were written, and so whatever was put before them, in order."""
+        wait_until(lambda: any(call[0] == layer and call[2] >= end for call in list(self.calls)))
 
     def put_all(self, sender, chunk_tokens: int = 64) -> None:
         """As prefill does: every layer of a chunk, then the next chunk; request-level state at the end."""

@@ -132,13 +132,14 @@ print("""
 4. Only the increment crosses
 
 When another datacenter prefills the turn, its KVCache is shipped; but the decode side still has the last turn's. The
-link carries the rows of the missing tokens and each linear layer's final state:
+link carries the rows of the missing tokens and each linear layer's final state. To receive, no snapshot is needed: the
+state crosses in any case, so the decode side counts on every full block that it has.
 """)
 prefiller, decoder = node(600), node(600)
 rows, tokens = [], words(1200)
 for turn in range(1, 5):
     sent, logits = prefill(prefiller, tokens)
-    received = decoder.open(tokens)
+    received = decoder.open_to_receive(tokens)
     decoder.reserve(received, len(tokens))
     crossed = whole = 0
     for layer, spec in enumerate(layout.specs):

@@ -14,37 +14,37 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch.distributed import TCPStore
 
-from minprfaas.config import LinkConfig, StateKind
+from minprfaas.config import LineConfig, LinkConfig, StateKind, WeatherChange
 from minprfaas.observe.report import table
-from minprfaas.transport import (LayerPlan, Link, LinkIdentity, LinkLost, LinkRefused, MessageReceived, StreamPlan,
-                                 WeatherChange)
-from minprfaas.transport.events import FrameError
-from minprfaas.transport.frames import HEADER_BYTES, Codec, Header, Kind, Slot
+from minprfaas.transport import (EmulatedLine, LayerPlan, Link, LinkIdentity, LinkLost, LinkRefused, MessageReceived,
+                                 StreamPlan)
+from minprfaas.transport.wan.frames import HEADER_BYTES, Codec, FrameError, Header, Kind, Slot
 
 IDENTITY = LinkIdentity(fingerprint=bytes(32), dtype="float32", block_layout="64 tokens", secret=b"chapter seven")
 ROW_BYTES, TOKENS = 1024, 2048  # one layer of token state: 2 MiB
 LAYER = LayerPlan(layer=0, group=0, kind=StateKind.TOKEN, row_bytes=ROW_BYTES)
 PLAN = StreamPlan(stream_id=1, entries=(LAYER,), start=0, end=TOKENS)
-LINES = [LinkConfig(gbps=0.01), LinkConfig(gbps=0.1), LinkConfig(gbps=0.1, rtt_ms=80),
-         LinkConfig(gbps=1, rtt_ms=20, lanes=4), LinkConfig(lanes=4)]
+LINES = [LineConfig(gbps=0.01), LineConfig(gbps=0.1), LineConfig(gbps=0.1, rtt_ms=80), LineConfig(gbps=1, rtt_ms=20),
+         LineConfig()]
+LANES = [1, 1, 1, 4, 4]
 LONG_PLAN = StreamPlan(stream_id=2, entries=(LAYER,), start=0, end=40 * TOKENS)
-WEATHER_LINE = LinkConfig(gbps=0.1, rtt_ms=10)
 WEATHER = (WeatherChange(1.0, gbps=0.03), WeatherChange(2.0, stall_s=1.0), WeatherChange(3.0, gbps=0.2))
+WEATHER_LINE = LineConfig(gbps=0.1, rtt_ms=10, weather=WEATHER)
 
 
 def datacenter_b(port: int) -> None:
     """The other process: on each line, expect one stream, answer messages, leave when the peer leaves."""
     torch.set_num_threads(1)
     store = TCPStore("127.0.0.1", port, None, False)
-    for number, config in enumerate([*LINES, WEATHER_LINE]):
-        link = Link(f"line {number}", store, 1, config, IDENTITY)
+    for number, (line, lanes) in enumerate(zip([*LINES, WEATHER_LINE], [*LANES, 1])):
+        link = Link(f"line {number}", store, 1, LinkConfig(lanes), IDENTITY, EmulatedLine(line))
         link.connect(deadline_s=30)
         arrived = torch.zeros(TOKENS, ROW_BYTES, dtype=torch.uint8)  # in the real thing: the decode node's blocks
 
         def write(layer: int, start: int, end: int, data: torch.Tensor) -> None:
             arrived[start % TOKENS:][:end - start] = data.view(end - start, ROW_BYTES)
 
-        link.expect_stream(PLAN if config in LINES else LONG_PLAN, write)
+        link.expect(PLAN if line in LINES else LONG_PLAN, write)
         link.send_message({"ready": number})
         while not isinstance(event := link.receive(timeout_s=30), LinkLost):
             if isinstance(event, MessageReceived):
@@ -52,8 +52,8 @@ def datacenter_b(port: int) -> None:
         link.close()
 
 
-def meet(store: TCPStore, number: int, config: LinkConfig, **options) -> Link:
-    link = Link(f"line {number}", store, 0, config, IDENTITY, **options)
+def meet(store: TCPStore, number: int, line: LineConfig, lanes: int = 1) -> Link:
+    link = Link(f"line {number}", store, 0, LinkConfig(lanes), IDENTITY, EmulatedLine(line))
     link.connect(deadline_s=30)
     link.receive(timeout_s=30)  # "ready": the other side expects the stream
     return link
@@ -62,9 +62,9 @@ def meet(store: TCPStore, number: int, config: LinkConfig, **options) -> Link:
 def rates(store: TCPStore) -> None:
     print(f"\n1. One stream of {PLAN.total_bytes / 2**20:g} MiB over different lines (rate, round trip: emulated)\n")
     data, rows = torch.randint(0, 256, (TOKENS * ROW_BYTES,), dtype=torch.uint8), []
-    for number, config in enumerate(LINES):
-        link = meet(store, number, config)
-        stream = link.open_stream(PLAN)
+    for number, (line, lanes) in enumerate(zip(LINES, LANES)):
+        link = meet(store, number, line, lanes)
+        stream = link.open(PLAN)
         stream.put(0, 0, TOKENS, data)
         report = stream.finish(deadline_s=30)
         began = time.monotonic()
@@ -73,9 +73,9 @@ def rates(store: TCPStore) -> None:
         message_s = time.monotonic() - began
         link.close()
         took_s = report.acked_s - report.first_put_s
-        goodput_mbps = report.bytes * 8e-6 / (took_s - config.rtt_ms / 1e3)  # the round trip is delay, not rate
-        rate = f"{config.gbps * 1e3:g} Mbps" if config.gbps else "no limit"
-        rows.append([rate, f"{config.rtt_ms:g} ms", config.lanes, f"{goodput_mbps:.1f} Mbps",
+        goodput_mbps = report.bytes * 8e-6 / (took_s - line.rtt_ms / 1e3)  # the round trip is delay, not rate
+        rate = f"{line.gbps * 1e3:g} Mbps" if line.gbps else "no limit"
+        rows.append([rate, f"{line.rtt_ms:g} ms", lanes, f"{goodput_mbps:.1f} Mbps",
                      f"{took_s * 1e3:.0f} ms", f"{message_s * 1e3:.1f} ms",
                      "identical" if answer["checksum"] == int(data.sum()) else "DAMAGED"])
     print(table(["rate", "round trip", "lanes", "goodput", "last ack after", "then a message and its answer", "bytes"],
@@ -120,13 +120,13 @@ def impostor(store: TCPStore) -> None:
 
 def weather(store: TCPStore, number: int) -> None:
     print("\n4. Weather: 100 Mbps, after 1 s 30 Mbps, after 2 s nothing for a second, then 200 Mbps (emulated)\n")
-    link = meet(store, number, WEATHER_LINE, weather=WEATHER)
-    began, stream = time.monotonic(), link.open_stream(LONG_PLAN)
+    link = meet(store, number, WEATHER_LINE)
+    began, stream = time.monotonic(), link.open(LONG_PLAN)
     print(table(["second", "egress", "queued + in flight", "acknowledged after"],
-                [[f"{sample.time_s - began:.2f}", f"{sample.egress_gbps * 1e3:.1f} Mbps",
+                [[f"{sample.time_s - began:.2f}", f"{sample.gbps * 1e3:.1f} Mbps",
                   f"{(sample.queued_bytes + sample.inflight_bytes) / 1e6:.2f} MB", f"{sample.ack_delay_s * 1e3:.0f} ms"]
                  for sample in push_until(stream, link, until=began + 4.0)]))
-    print(f"\n   stalls noticed: {link.stats().stalls}. These samples are what the scheduler reads in chapter 12")
+    print("\n   These samples are what the scheduler reads in chapter 12")
     stream.abort()
     link.close()
 

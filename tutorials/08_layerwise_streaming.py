@@ -15,10 +15,10 @@ import time
 import torch
 from torch.distributed import TCPStore
 
-from minprfaas.config import LinkConfig, StateKind
+from minprfaas.config import LineConfig, LinkConfig, StateKind
 from minprfaas.observe.report import human_bytes, table
 from minprfaas.observe.timeline import Timeline, write_timeline
-from minprfaas.transport import LayerPlan, Link, LinkIdentity, LinkLost, StreamPlan, StreamReport
+from minprfaas.transport import EmulatedLine, LayerPlan, Link, LinkIdentity, LinkLost, StreamPlan, StreamReport
 
 IDENTITY = LinkIdentity(bytes(32), "uint8", "none", b"chapter eight")
 TOKENS, CHUNK_TOKENS, LAYER_S = 4096, 512, 0.020
@@ -32,9 +32,12 @@ SHARES = (0.25, 0.5, 1.0, 2.0)  # how long the transfer takes, as a share of the
 RUNS = [(share, overlap) for share in SHARES for overlap in (True, False)]
 
 
-def line(share: float) -> LinkConfig:
+LINK = LinkConfig(lanes=2, chunk_bytes=64 * 1024)
+
+
+def line(share: float) -> LineConfig:
     """A line on which the KVCache takes `share` of the prefill's time."""
-    return LinkConfig(gbps=PLAN.total_bytes * 8e-9 / (share * PREFILL_S), rtt_ms=RTT_MS, lanes=2, chunk_bytes=64 * 1024)
+    return LineConfig(gbps=PLAN.total_bytes * 8e-9 / (share * PREFILL_S), rtt_ms=RTT_MS)
 
 
 def decode_datacenter(port: int) -> None:
@@ -50,9 +53,9 @@ def decode_datacenter(port: int) -> None:
             state.copy_(data)
 
     for number, (share, _) in enumerate(RUNS):
-        link = Link(f"run {number}", store, 1, line(share), IDENTITY)
+        link = Link(f"run {number}", store, 1, LINK, IDENTITY, EmulatedLine(line(share)))
         link.connect(deadline_s=30)
-        link.expect_stream(PLAN, write)
+        link.expect(PLAN, write)
         link.send_message({"ready": number})
         while not isinstance(link.receive(timeout_s=30), LinkLost):
             pass
@@ -84,10 +87,10 @@ def run(store: TCPStore, number: int) -> tuple[float, float, StreamReport, Timel
     """Returns seconds from the start of prefill to the last acknowledgement and to its end, report and timeline."""
     share, overlap = RUNS[number]
     timeline = Timeline("prefill datacenter")
-    link = Link(f"run {number}", store, 0, line(share), IDENTITY, timeline=timeline)
+    link = Link(f"run {number}", store, 0, LINK, IDENTITY, EmulatedLine(line(share)), timeline=timeline)
     link.connect(deadline_s=30)
     link.receive(timeout_s=30)  # "ready"
-    stream, began = link.open_stream(PLAN), time.monotonic()
+    stream, began = link.open(PLAN), time.monotonic()
     prefill(stream, overlap, timeline)
     prefilled_s = time.monotonic() - began
     report = stream.finish(deadline_s=30)

@@ -48,10 +48,10 @@ def engines(count: int) -> list[Engine]:
     return [Engine(model, tokenizer, CacheConfig(num_blocks=400), prefill_chunk=256) for _ in range(count)]
 
 
-def end_of_link(store: TCPStore, rank: int, engine: Engine, events: queue.SimpleQueue) -> Link:
+def end_of_link(store: TCPStore, rank: int, engine: Engine, events: queue.SimpleQueue, lane_type=Lane) -> Link:
     """What both datacenters have: one end of the link, over a line that is emulated on the way out."""
     identity = link_identity(engine.model, engine.layout)
-    return Link("a-b", store, rank, LINK, identity, line=EmulatedLine(LINE), events=events)
+    return Link("a-b", store, rank, LINK, identity, line=EmulatedLine(LINE), events=events, lane_type=lane_type)
 
 
 def datacenter_a(port: int, may_come) -> None:
@@ -150,8 +150,8 @@ def main() -> None:
     spare.start()
     turns[0].set()
     (prefill_engine, engine), events = engines(2), queue.SimpleQueue()
-    link, line = end_of_link(store, 1, engine, events), Line()
-    link.lane_type = functools.partial(WatchedLane, line)
+    line = Line()
+    link = end_of_link(store, 1, engine, events, functools.partial(WatchedLane, line))
     link.connect(deadline_s=60)
     settings = control_settings(512, LINE.gbps, engine.layout, ship_prefixes=False)
     local = pd_process(prefill_engine, engine, link, events, settings, deadline_s=60)

@@ -119,7 +119,8 @@ class FrontEnd:
                 if sender in self.ready:
                     self._tell_plane(CacheChanged(sender, sequence, list(zip(keys, tokens)), inventory))
             case LinkSample():
-                self._tell_plane(control.LinkMeasured(sender, message))
+                is_ingress = sender in self.ready and self.ready[sender].role != Role.PRFAAS.value
+                self._tell_plane(control.LinkMeasured(sender, message, is_ingress))
             case messages.TimelinePart(events=events):
                 self.timeline_events += events
             case messages.Goodbye(peak_bytes=peak_bytes):

@@ -9,9 +9,9 @@ from typing import Protocol
 
 from minprfaas.cluster.envelope import BadMessage, Envelope, decode, encode
 from minprfaas.cluster.messages import Message
-from minprfaas.config import LinkSample
 from minprfaas.transport.base import EventQueue, KVTransport, LinkDown, MessageChannel, MessageReceived
 from minprfaas.transport.loopback import Loopback
+from minprfaas.transport.wan.monitor import LinkStats
 
 FRONT = "front"  # the front end's name
 
@@ -21,8 +21,8 @@ class Connection(KVTransport, MessageChannel, Protocol):
 
     name: str
 
-    def newest_sample(self) -> LinkSample | None:
-        """The last measurement of this side's sending direction."""
+    def stats(self) -> LinkStats:
+        """Of this side's sending direction."""
 
 
 class Mail:

@@ -21,10 +21,9 @@ class NodeNews:
         self._sampled_at_s = 0.0
 
     def introduce(self) -> None:
-        """Say who is here, and everything that it holds."""
+        """Say who is here. The front end then asks for an inventory."""
         device, blocks = str(self._engine.model.device), self._kvcache.config.num_blocks
         self._tell(messages.NodeReady(self._role.value, device, blocks))
-        self.tell_inventory()
 
     def tell_inventory(self) -> None:
         """Everything that a prefill could begin with here. News that were not told yet are part of it."""
@@ -40,15 +39,15 @@ class NodeNews:
             keys, tokens = [one.key.hex() for one in news], [one.tokens for one in news]
             self._tell(messages.CacheNews(self._sequence + 1, keys, tokens, inventory=False))
             self._sequence += len(news)
-        if self._role is Role.PRFAAS:
-            self._tell_sample()
+        if self._role is not Role.PDD:  # where one process plays both PD roles, one of them is enough
+            self._tell_samples()
 
-    def _tell_sample(self) -> None:
+    def _tell_samples(self) -> None:
         for link in self._mail.links:
-            sample = link.newest_sample()
-            if sample is not None and sample.time_s > self._sampled_at_s:
-                self._sampled_at_s = sample.time_s
-                self._tell(sample)
+            samples = link.stats().samples
+            if samples and samples[-1].time_s > self._sampled_at_s:
+                self._sampled_at_s = samples[-1].time_s
+                self._tell(samples[-1])
 
     def say_goodbye(self) -> None:
         """The last words: the timeline, and what this process took."""

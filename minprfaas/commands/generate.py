@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from dataclasses import asdict
 
 import torch
 
@@ -49,15 +50,12 @@ def run(args: argparse.Namespace) -> None:
     outputs = answer_prompts(model, tokenizer, prompts, cache, args.prefill_chunk, progress=not streams,
                              on_token=show if streams else None)
     if args.json:
-        for prompt, output in zip(prompts, outputs):
-            print(json.dumps({"id": prompt.id, "token_ids": output.token_ids, "text": output.text,
-                              "finish_reason": output.finish_reason, "length_limit": output.length_limit,
-                              "prompt_tokens": output.prompt_tokens, "cached_tokens": output.cached_tokens,
-                              "ttft_s": output.ttft_s}))
+        for output in outputs:
+            print(json.dumps(asdict(output)))
         return
     if not streams:
-        for prompt, output in zip(prompts, outputs):
-            print(f"[{prompt.id}] {output.text.strip()}")
+        for output in outputs:
+            print(f"[{output.id}] {output.text.strip()}")
     rows = []
     for output in outputs:
         ended_by = output.length_limit if output.finish_reason == "length" else output.finish_reason

@@ -6,7 +6,6 @@ delays the others' next token by one chunk at most.
 """
 
 import time
-from collections import deque
 from collections.abc import Callable
 
 from minprfaas.config import CacheConfig
@@ -42,6 +41,9 @@ class Engine:
         self.kvcache = KVCacheManager(self.layout, cache, model.device, root=model.fingerprint)
         self.max_tokens = min(model.config.max_context_tokens, self.kvcache.max_tokens)
         self.scheduler = Scheduler(self.kvcache, prefill_chunk, max_batch)
+        # The scheduler's own queues, to look at: requests without blocks, admitted, and decoding, each oldest first.
+        self.waiting, self.prefilling = self.scheduler.waiting, self.scheduler.prefilling
+        self.running = self.scheduler.running
         self.runner = Runner(model, self.kvcache, clock, timeline)
         self._texts: dict[Request, StreamedText] = {}
 
@@ -57,7 +59,7 @@ class Engine:
         self.check_fits(request)
         if request.arrived_at_s is None:  # the front end may have noted it already
             request.arrived_at_s = self.clock()
-        self.scheduler.add(request)
+        self.waiting.append(request)
         return request
 
     def check_fits(self, request: Request) -> None:
@@ -81,29 +83,14 @@ class Engine:
                             f"holds {self.max_tokens} tokens of one request, one of them for the answer")
 
     @property
-    def waiting(self) -> deque[Request]:
-        """Requests that have no blocks yet, oldest first."""
-        return self.scheduler.waiting
-
-    @property
-    def prefilling(self) -> deque[Request]:
-        """Admitted requests whose prompt is not computed to its end, oldest first."""
-        return self.scheduler.prefilling
-
-    @property
-    def running(self) -> list[Request]:
-        """Requests that decode, oldest first."""
-        return self.scheduler.running
-
-    @property
     def has_work(self) -> bool:
         """Whether a step would do anything (requests that another node prefills do not count)."""
-        return self.scheduler.has_work
+        return bool(self.waiting or self.prefilling or self.running)
 
     @property
     def is_ready(self) -> bool:
         """Whether the next step will compute something; false while everything waits for room in the pool."""
-        return self.scheduler.is_ready
+        return bool(self.prefilling or self.running or (self.waiting and not self.scheduler.has_no_room))
 
     def step(self, on_kv: KVListener | None = None) -> list[TokenUpdate]:
         """One prefill chunk and one decode step; returns the tokens that they drew.

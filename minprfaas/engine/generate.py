@@ -42,8 +42,8 @@ def generate(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str | l
     return [RequestOutput.of(request) for request in requests]
 
 
-def answer_prompts(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Prompt], cache: CacheConfig | None = None,
-                   prefill_chunk: int = 1024, progress: bool = False,
+def answer_prompts(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Prompt],
+                   cache: CacheConfig | None = None, prefill_chunk: int = 1024, progress: bool = False,
                    on_token: OnToken | None = None) -> list[RequestOutput]:
     """Answers to the lines of a prompts file, in their order; one that comes "after" another continues it, so it begins
     when that has ended. Raises UserError before any is computed. Options as in `generate`.
@@ -53,10 +53,9 @@ def answer_prompts(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[P
     longest = longest_prompts(prompts, tokenizer, model.config.max_context_tokens)
     lengths = [longest[prompt.id] + prompt.params.max_tokens for prompt in prompts]
     engine = Engine(model, tokenizer, cache or pool_for(model, lengths), prefill_chunk)
-    longest = longest_prompts(prompts, tokenizer, engine.max_tokens)
     for prompt in prompts:
         engine.check_length(prompt.id, longest[prompt.id])
-    requests: dict[str, Request] = {}
+    requests: dict[str, Request] = {}  # by id; one that continues another is made only when its history is known
 
     def submit_after(before: Request | None) -> None:
         for prompt in prompts:
@@ -76,7 +75,7 @@ def answer_prompts(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[P
 
 def longest_prompts(prompts: Sequence[Prompt], tokenizer: Tokenizer, most: int) -> dict[str, int]:
     """Tokens of each prompt with all that it comes after, by id, if every answer before it becomes as long as it may;
-    none grows beyond `most` tokens (the context, or what the pool holds)."""
+    none grows beyond `most` tokens (the context)."""
     tokens: dict[str, int] = {}
     after_answer = {None: 0}
     for prompt in prompts:
@@ -118,5 +117,5 @@ def pool_for(model: Transformer, lengths: list[int], block_tokens: int = 64,
     layout = model_layout(model, block_tokens)
     context = model.config.max_context_tokens
     needs = [layout.blocks_for(min(length, context)) + 2 * layout.state_blocks for length in lengths or [1]]
-    most = max(limit_bytes // layout.block_bytes, max(needs))
+    most = max(limit_bytes // layout.block_bytes, max(needs))  # past the limit requests queue; the longest must fit
     return CacheConfig(num_blocks=min(sum(needs), most), block_tokens=block_tokens)

@@ -71,5 +71,6 @@ def _random_prompt(model: Transformer, tokens: int) -> list[int]:
 
 
 def _settle(model: Transformer) -> None:
+    """Wait for the device: a GPU's kernels run on after the call that started them has returned."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)

@@ -27,8 +27,9 @@ class Prompt:
     def __post_init__(self) -> None:
         if not 0 < len(self.id) <= MAX_ID or not self.id.isprintable():
             raise UserError(f"id is {shown(self.id)}; it must be 1 to {MAX_ID} printable characters")
-        for name in ("text", "expected", "after"):
-            require_unicode("prompt" if name == "text" else name, getattr(self, name) or "")
+        for name, text in (("prompt", self.text), ("expected", self.expected), ("after", self.after)):
+            if text is not None:
+                require_unicode(name, text)
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:

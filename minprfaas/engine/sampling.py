@@ -47,7 +47,7 @@ def sample(logits: Tensor, params: SamplingParams, position: int) -> int:
     """
     if params.temperature == 0:
         return int(logits.argmax())
-    scores = logits.detach().float().cpu() / params.temperature
+    scores = logits.detach().float().cpu() / params.temperature  # the CPU's noise is the same beside every device
     scores = _keep_top_p(_keep_top_k(scores, params.top_k), params.top_p)
     return int((scores + _gumbel_noise(params.seed, position, scores.shape[0])).argmax())
 
@@ -72,6 +72,7 @@ def _keep_top_p(scores: Tensor, top_p: float) -> Tensor:
 
 def _gumbel_noise(seed: int, position: int, vocab: int) -> Tensor:
     digest = hashlib.blake2b(f"{seed}/{position}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)  # a seed has 63 bits
+    # In float64, where 0 hardly ever comes up, and never as 0: its logarithm would be minus infinity.
     uniform = torch.rand(vocab, generator=generator, dtype=torch.float64).clamp_min(1e-300)
     return -(-uniform.log()).log().float()

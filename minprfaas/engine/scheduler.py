@@ -37,21 +37,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.prefilling: deque[Request] = deque()
         self.running: list[Request] = []
-        self._no_room = False  # whether the oldest waiting request did not fit the last time
-
-    @property
-    def has_work(self) -> bool:
-        """Whether any request waits or runs."""
-        return bool(self.waiting or self.prefilling or self.running)
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether the next step will compute something; false while everything waits for room in the pool."""
-        return bool(self.prefilling or self.running or (self.waiting and not self._no_room))
-
-    def add(self, request: Request) -> None:
-        """Queue a request behind the others."""
-        self.waiting.append(request)
+        self.has_no_room = False  # whether the oldest waiting request did not fit the last time
 
     def remove(self, request: Request) -> None:
         """Take a request out of whichever queue it is in; harmless if it is in none."""
@@ -91,11 +77,11 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Move waiting requests to prefill, oldest first, while the pool has room for their whole prompts."""
-        self._no_room = False
+        self.has_no_room = False
         while self.waiting and len(self.prefilling) + len(self.running) < self.max_batch:
             request = self.waiting[0]
             if not self.open_cache(request):
-                self._no_room = True  # nobody overtakes the oldest: a long prompt would starve behind short ones
+                self.has_no_room = True  # nobody overtakes the oldest: a long prompt would starve behind short ones
                 return
             self.waiting.popleft()
             if not request.preemptions:  # afterwards it finds its own blocks: no saving that a client should hear of

@@ -47,15 +47,18 @@ class Layout:
 
     @cached_property
     def group_of_layer(self) -> tuple[KVGroup, ...]:
+        """The group of each layer."""
         owner = {layer: group for group in self.groups for layer in group.layers}
         return tuple(owner[layer] for layer in range(len(self.specs)))
 
     @cached_property
     def token_groups(self) -> tuple[KVGroup, ...]:
+        """Groups with a row a token."""
         return tuple(group for group in self.groups if group.spec.kind is StateKind.TOKEN)
 
     @cached_property
     def request_groups(self) -> tuple[KVGroup, ...]:
+        """Groups with one state a request, whatever its length."""
         return tuple(group for group in self.groups if group.spec.kind is not StateKind.TOKEN)
 
     @cached_property

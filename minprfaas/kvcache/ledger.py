@@ -71,7 +71,7 @@ class BlockLedger:
         # A ring of the unheld entries, oldest to newest; position `num_blocks` is where it begins and ends.
         self._newer = array("i", [num_blocks]) * (num_blocks + 1)
         self._older = array("i", [num_blocks]) * (num_blocks + 1)
-        self._news: list[CacheNews] | None = None  # None until somebody watches: what nobody takes would only grow
+        self.news: list[CacheNews] | None = None  # None until somebody watches: what nobody takes would only grow
 
     @property
     def available(self) -> int:
@@ -106,29 +106,16 @@ class BlockLedger:
         """How many leading blocks of `keys` are there, whether or not a snapshot lets a request begin at their end."""
         return next((count for count, key in enumerate(keys) if key not in self.blocks), len(keys))
 
-    # News
-
     def inventory(self) -> list[CacheNews]:
         """Every key at which a match can end now: what the news so far add up to."""
         return [CacheNews(key, self._tokens[entry]) for key, entry in self._hit_points().items()]
-
-    def watch_news(self) -> None:
-        """Note from now on at which keys a match can, or can no longer, end. Whoever watches must take."""
-        self._news = []
-
-    def take_news(self) -> list[CacheNews]:
-        """What has changed since the last call, oldest first."""
-        news = self._news or []
-        if news:
-            self._news = []
-        return news
 
     def _hit_points(self) -> dict[bytes, int]:
         return self.snapshots if self.has_state else self.blocks
 
     def _note(self, index: dict[bytes, int], key: bytes, tokens: int) -> None:
-        if self._news is not None and index is self._hit_points():
-            self._news.append(CacheNews(key, tokens))
+        if self.news is not None and index is self._hit_points():
+            self.news.append(CacheNews(key, tokens))
 
     # Entries
 

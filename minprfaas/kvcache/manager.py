@@ -126,7 +126,7 @@ class KVCacheManager:
         """Make room for `num_tokens` tokens in every group, evicting by policy. False changes nothing."""
         more = self._more_blocks(cache, num_tokens)
         token_need = more * len(self.layout.token_groups)
-        state_need = self.snapshots.live_need(cache.state)
+        state_need = self._state_need(cache)
         blocks = self.ledger.allocate(token_need + state_need)
         if blocks is None and self.snapshots.has_own_origin(cache.state):
             # No room for the snapshot and a copy of it: its only holder takes the snapshot itself. So a request that
@@ -148,18 +148,18 @@ class KVCacheManager:
         """Blocks that each token group lacks for `num_tokens` tokens."""
         return max(-(-num_tokens // self.layout.block_tokens) - cache.num_blocks, 0)
 
+    def _state_need(self, cache: RequestCache) -> int:
+        return 0 if cache.state.live else self.layout.state_blocks
+
     def plan_chunk(self, cache: RequestCache, token_count: int, max_chunk: int) -> int:
         """Where the next prefill chunk of a prompt of `token_count` tokens must end, at most `max_chunk` further.
 
         Blocks are made ready for the snapshots that the pass is to take on its way; `state` offers them to the model,
         and `advance` indexes them. Only what the chunk itself does not need is spent on them.
         """
-        start = cache.num_tokens
-        furthest = min(start + max_chunk, token_count)
-        end = self.snapshots.pass_end(cache.state, cache.keys, start, furthest)
-        needed = self._more_blocks(cache, end) * len(self.layout.token_groups) + self.snapshots.live_need(cache.state)
-        self.snapshots.plan(cache.state, cache.keys, start, end, self.ledger.available - needed)
-        return end
+        end = min(cache.num_tokens + max_chunk, token_count)
+        needed = self._more_blocks(cache, end) * len(self.layout.token_groups) + self._state_need(cache)
+        return self.snapshots.plan(cache.state, cache.keys, cache.num_tokens, end, self.ledger.available - needed)
 
     def state(self, caches: Sequence[RequestCache]) -> PagedState:
         """What the model reads and writes in one forward pass over these requests."""
@@ -252,7 +252,7 @@ class KVCacheManager:
 
     def forget_snapshot(self, cache: RequestCache) -> None:
         """Expected snapshots did not arrive: give their blocks back. Nobody may write into them any more."""
-        self.snapshots.forget(cache.state)
+        self.snapshots.give_back(cache.state, arrives=True)
 
     def hold_snapshot(self, cache: RequestCache, num_tokens: int) -> list[array] | None:
         """For the sender: block tables of the indexed snapshot at the boundary `num_tokens`, which this request has
@@ -270,11 +270,15 @@ class KVCacheManager:
 
     def watch_news(self) -> None:
         """Note from now on what `inventory` gains and loses. Whoever watches must take the news."""
-        self.ledger.watch_news()
+        self.ledger.news = []
 
     def take_news(self) -> list[CacheNews]:
         """What `inventory` has gained and lost since the last call, oldest first."""
-        return self.ledger.take_news()
+        news = self.ledger.news
+        if not news:
+            return []
+        self.ledger.news = []
+        return news
 
     def stats(self) -> CacheStats:
         """Counts of blocks, now."""

@@ -1,7 +1,7 @@
 """State in blocks, as the model sees it: `ModelState` over a pool and block tables. Chapter 03 (paper 3.2)."""
 
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,7 @@ class PagedState:
         self.starts = list(starts)
         self.start = torch.tensor(self.starts, dtype=torch.int64, device=pool.device)
         self.snapshot_offsets = tuple(sorted({offset for planned in snapshots for offset in planned}))
-        self._block_tables, self._snapshots = block_tables, snapshots
+        self.snapshots, self._block_tables = snapshots, block_tables
         self._token_indexes: dict[int, _TokenIndex] = {}  # by group
         self._state_tables: dict[int, torch.Tensor] = {}  # by group
 
@@ -52,13 +52,6 @@ class PagedState:
         if group.index not in self._state_tables:
             self._state_tables[group.index] = self._table(group, [group.state_blocks] * len(self.starts))
         return self._state_tables[group.index]
-
-    def snapshot_tables(self, group: KVGroup, offset: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """The requests (rows of the batch) whose state at `offset` is wanted, each with its blocks
-        `[1, state_blocks]`."""
-        for row, planned in enumerate(self._snapshots):
-            if offset in planned:
-                yield row, torch.tensor([planned[offset][group.index]], dtype=torch.int64, device=self.pool.device)
 
     def _table(self, group: KVGroup, lengths: list[int]) -> torch.Tensor:
         """The first `lengths[request]` blocks of each request, padded with the null block to the longest."""
@@ -143,5 +136,8 @@ class PagedRequestState:
 
     def store_snapshot(self, offset: int, *tensors: torch.Tensor) -> None:
         """The state after `offset` tokens of this pass, `[batch, *shape]` each, into the blocks made ready for it."""
-        for row, table in self.state.snapshot_tables(self.group, offset):
-            self.state.pool.write_state(self.index, table, *(tensor[row:row + 1] for tensor in tensors))
+        pool = self.state.pool
+        for row, planned in enumerate(self.state.snapshots):
+            if offset in planned:  # others of the batch may not want theirs
+                table = torch.tensor([planned[offset][self.group.index]], dtype=torch.int64, device=pool.device)
+                pool.write_state(self.index, table, *(tensor[row:row + 1] for tensor in tensors))

@@ -31,13 +31,14 @@ class BlockPool:
         except RuntimeError as error:
             raise UserError(f"a KVCache pool of {num_blocks:,} blocks of {layout.block_bytes:,} bytes does not fit on "
                             f"{device}: {str(error).splitlines()[0]}") from None
-        self.bytes[self.null_block] = 0
+        self.bytes[self.null_block] = 0  # the others hold whatever was there: `zero` cleans one when it is handed out
 
     # Token state
 
     def token_view(self, layer: int) -> torch.Tensor:
         """A layer's rows in every block, `[num_blocks + 1, block_tokens, width]`: a strided view, no copy."""
         ((tensor, offset),) = self.layout.group_of_layer[layer].places(layer)
+        # Blocks have BLOCK_ALIGN bytes and offsets TENSOR_ALIGN, so that both are whole numbers of elements.
         blocks, width = self.bytes.view(tensor.torch_dtype), tensor.shape[0]
         return blocks.as_strided((self.num_blocks + 1, self.layout.block_tokens, width), (blocks.stride(0), width, 1),
                                  offset // blocks.element_size())

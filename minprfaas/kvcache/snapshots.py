@@ -75,10 +75,6 @@ class Snapshots:
         hold.origin = self.ledger.snapshots[key]
         self.ledger.hold(hold.origin)
 
-    def live_need(self, hold: StateHold) -> int:
-        """Blocks that the request still needs for its live state."""
-        return 0 if hold.live else self.layout.state_blocks
-
     def has_own_origin(self, hold: StateHold) -> bool:
         """Whether the live state begins as a snapshot that nobody else holds."""
         return hold.origin is not None and self.ledger.refs[hold.origin] == 1
@@ -107,36 +103,33 @@ class Snapshots:
         that two share is likely to come again."""
         size, tokens = self.layout.block_tokens, hold.prompt_tokens
         last = (tokens // size, (tokens - 1) // size)
-        return full % self.config.snapshot_every == 0 or full == hold.branch or full in last
+        return self.enabled and (full % self.config.snapshot_every == 0 or full == hold.branch or full in last)
 
-    def _wanted_inside(self, hold: StateHold, keys: Sequence[bytes], start: int, end: int) -> list[int]:
-        """Boundaries between tokens `start` and `end` at which a snapshot is wanted and not there yet."""
-        size = self.layout.block_tokens
-        inside = range(start // size + 1, -(-end // size))
-        there = self.ledger.snapshots
-        return [full for full in inside
-                if self._is_wanted(hold, full) and not (full <= len(keys) and keys[full - 1] in there)]
+    def _is_there(self, keys: Sequence[bytes], full: int) -> bool:
+        return full <= len(keys) and keys[full - 1] in self.ledger.snapshots
 
     # Inside a pass
 
-    def pass_end(self, hold: StateHold, keys: Sequence[bytes], start: int, end: int) -> int:
-        """Where a pass over tokens from `start` to `end` at most must end: at the first wanted boundary at which the
-        layers do not hold their state anyway."""
-        size = self.layout.block_tokens
-        wanted = self._wanted_inside(hold, keys, start, end) if self.enabled else []
-        return next((full * size for full in wanted if (full * size - start) % self.stride), end)
+    def plan(self, hold: StateHold, keys: Sequence[bytes], start: int, end: int, spare_blocks: int) -> int:
+        """Where a pass over tokens `start` to `end` at most must end: at the first wanted boundary at which the layers
+        do not hold their state anyway. Makes blocks for the snapshots before that, of `spare_blocks` at most.
 
-    def plan(self, hold: StateHold, keys: Sequence[bytes], start: int, end: int, spare_blocks: int) -> None:
-        """Make blocks for the snapshots that the pass over tokens `start` to `end` is to take, of `spare_blocks` at
-        most. The latest come first: of one prompt, the longest prefix saves most. A plan replaces the one before."""
-        self._give_back(hold, arrives=False)
-        wanted = self._wanted_inside(hold, keys, start, end) if self.enabled else []
-        for full in reversed(wanted):
+        The latest come first: of one prompt, the longest prefix saves most. A plan replaces the one before.
+        """
+        self.give_back(hold, arrives=False)
+        size, inside = self.layout.block_tokens, []
+        for full in range(start // size + 1, -(-end // size)):
+            if not self._is_wanted(hold, full) or self._is_there(keys, full):
+                continue
+            if (full * size - start) % self.stride:
+                end = full * size
+                break
+            inside.append(full)
+        for full in reversed(inside):
             spare_blocks -= self.layout.state_blocks
-            if spare_blocks < 0:
-                return  # that boundary cannot be begun at later, and nothing else suffers
-            if full not in hold.pending:
+            if spare_blocks >= 0 and full not in hold.pending:  # without room, it is no place to begin at later
                 hold.pending[full] = PendingSnapshot(self.ledger.allocate(self.layout.state_blocks), arrives=False)
+        return end
 
     def planned(self, hold: StateHold, start: int) -> dict[int, list[array]]:
         """What the pass that begins at token `start` is to store: offset in tokens -> block tables."""
@@ -161,7 +154,7 @@ class Snapshots:
         previous, hold.rolling = self.ledger.snapshots.get(hold.rolling), None
         if previous is not None and self.ledger.refs[previous] == 0:
             self.ledger.remove(previous)
-        if keys[full - 1] in self.ledger.snapshots:
+        if self._is_there(keys, full):
             return
         blocks = self.ledger.allocate(self.layout.state_blocks)
         if blocks is None:
@@ -181,7 +174,7 @@ class Snapshots:
 
     def expect(self, hold: StateHold, keys: Sequence[bytes], full: int) -> list[array] | None:
         """Block tables for the state at boundary `full`, which a stream will bring; None without room or use for it."""
-        if not self.enabled or full in hold.pending or (full <= len(keys) and keys[full - 1] in self.ledger.snapshots):
+        if not self.enabled or full in hold.pending or self._is_there(keys, full):
             return None
         blocks = self.ledger.allocate(self.layout.state_blocks)
         if blocks is None:
@@ -189,11 +182,8 @@ class Snapshots:
         hold.pending[full] = PendingSnapshot(blocks, arrives=True)
         return self._tables(blocks)
 
-    def forget(self, hold: StateHold) -> None:
-        """Give back the blocks of snapshots that were to arrive."""
-        self._give_back(hold, arrives=True)
-
-    def _give_back(self, hold: StateHold, arrives: bool) -> None:
+    def give_back(self, hold: StateHold, arrives: bool) -> None:
+        """Free the blocks of pending snapshots of that kind: they will not be filled."""
         for full, snapshot in list(hold.pending.items()):
             if snapshot.arrives == arrives:
                 self.ledger.release(hold.pending.pop(full).blocks)

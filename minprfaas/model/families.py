@@ -43,20 +43,19 @@ def config_from_hf(raw: dict) -> ModelConfig:
 
 def _llama(raw: dict) -> ModelConfig:
     _require_plain(raw, mlp_bias=False)
-    heads = raw["num_attention_heads"]
-    mixer = GQAConfig(
-        num_heads=heads, num_kv_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-        rope=_rope(raw), bias=bool(raw.get("attention_bias", False)))
-    return _model(raw, [mixer] * _layer_count(raw))
+    return _dense(raw, head_dim=raw["hidden_size"] // raw["num_attention_heads"])
 
 
 def _qwen3(raw: dict) -> ModelConfig:
     _require_plain(raw, use_sliding_window=False)
-    mixer = GQAConfig(
-        num_heads=raw["num_attention_heads"], num_kv_heads=raw["num_key_value_heads"],
-        head_dim=raw.get("head_dim", 128),
-        rope=_rope(raw), bias=bool(raw.get("attention_bias", False)), qk_norm=True)
+    return _dense(raw, head_dim=128, qk_norm=True)
+
+
+def _dense(raw: dict, head_dim: int, qk_norm: bool = False) -> ModelConfig:
+    """Grouped-query attention in every layer; `head_dim` is what the family takes where the file names none."""
+    heads = raw["num_attention_heads"]
+    mixer = GQAConfig(heads, raw.get("num_key_value_heads") or heads, raw.get("head_dim") or head_dim, _rope(raw),
+                      qk_norm, bias=bool(raw.get("attention_bias", False)))
     return _model(raw, [mixer] * _layer_count(raw))
 
 
@@ -68,11 +67,9 @@ def _kimi_linear(raw: dict) -> ModelConfig:
                         f"num_hidden_layers {count}")
     _require_plain(raw, q_lora_rank=None)
     linear = raw["linear_attn_config"]
-    full = MLAConfig(
-        num_heads=raw["num_attention_heads"], kv_lora_rank=raw["kv_lora_rank"], qk_nope_dim=raw["qk_nope_head_dim"],
-        qk_shared_dim=raw["qk_rope_head_dim"], v_dim=raw["v_head_dim"])
-    kda = KDAConfig(
-        num_heads=linear["num_heads"], head_dim=linear["head_dim"], conv_kernel=linear["short_conv_kernel_size"])
+    full = MLAConfig(raw["num_attention_heads"], raw["kv_lora_rank"], raw["qk_nope_head_dim"], raw["qk_rope_head_dim"],
+                     raw["v_head_dim"])
+    kda = KDAConfig(linear["num_heads"], linear["head_dim"], linear["short_conv_kernel_size"])
     numbers = sorted([*linear["full_attn_layers"], *linear["kda_layers"]])
     if numbers != list(range(1, count + 1)):
         raise UserError(f"full_attn_layers and kda_layers name layers {str(numbers)[:80]}; "

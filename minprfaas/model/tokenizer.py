@@ -4,9 +4,11 @@ A tokenizer.json is a small program that somebody else wrote, and the library wa
 exception that is no `Exception`, and a page on stderr), or works for hours. Here each of these is a `UserError`.
 """
 
+import concurrent.futures
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,22 +56,19 @@ class Tokenizer:
     def _encode_by_deadline(self, text: str) -> list[int]:
         """The library bounds one match of a regular expression, but not their number: `a*a*b` takes hours for a page of
         letters, and cannot be stopped. So it works in a thread of its own, which is left behind when it is late."""
-        outcome: list[tokenizers.Encoding | BaseException] = []
+        ids: Future[list[int]] = Future()
 
         def work() -> None:
             try:
-                outcome.extend(self._tokenizer.encode_batch([text]))  # unlike `encode`, it lets other threads run
-            except BaseException as error:
-                outcome.append(error)
+                ids.set_result(self._tokenizer.encode_batch([text])[0].ids)  # unlike `encode`, lets other threads run
+            except BaseException as error:  # a panic too belongs to who waits
+                ids.set_exception(error)
 
-        worker = threading.Thread(target=work, daemon=True)
-        worker.start()
-        worker.join(ENCODE_DEADLINE_S)
-        if not outcome:
+        threading.Thread(target=work, daemon=True).start()
+        try:
+            return ids.result(ENCODE_DEADLINE_S)
+        except concurrent.futures.TimeoutError:
             raise TimeoutError(f"{len(text):,} characters take its regular expressions over {ENCODE_DEADLINE_S:g} s")
-        if isinstance(outcome[0], BaseException):
-            raise outcome[0]
-        return outcome[0].ids
 
     def decode(self, token_ids: list[int]) -> str:
         """Text of `token_ids`; special tokens are left out."""

@@ -18,8 +18,8 @@ import torch.multiprocessing as multiprocessing
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 from tqdm import tqdm
 
-from minprfaas.config import LinkConfig, StateKind
-from minprfaas.transport import LayerPlan, Link, LinkIdentity, MessageReceived, StreamDone, StreamPlan
+from minprfaas.config import LineConfig, LinkConfig, StateKind
+from minprfaas.transport import EmulatedLine, LayerPlan, Link, LinkIdentity, MessageReceived, StreamDone, StreamPlan
 
 RTT_MS = 20.0
 ROW_BYTES = 4096
@@ -74,13 +74,13 @@ def _run(work, rank, port, reports, arguments):
 # ---- emulated rates
 
 def print_rates(seconds: float) -> None:
-    configs = [LinkConfig(gbps=gbps, rtt_ms=RTT_MS, lanes=4) for gbps in (0.01, 0.1, 1.0)] + [LinkConfig(lanes=4)]
-    found = in_two_processes(_rates, configs, seconds, steps=len(configs))
+    lines = [LineConfig(gbps, RTT_MS) for gbps in (0.01, 0.1, 1.0)] + [LineConfig()]
+    found = in_two_processes(_rates, lines, seconds, steps=len(lines))
     print(f"\nGoodput over 4 lanes (rates and the {RTT_MS:g} ms round trip are emulated; the last row is unthrottled)")
     print(f"{'rate':>10} {'goodput':>12} {'of rate':>8} {'busiest 1 s':>12} {'message p50 / p99':>18} {'bound':>9} "
           f"{'memory, sender / receiver':>26}")
-    for config, row in zip(configs, found):
-        rate = config.gbps
+    for line, row in zip(lines, found):
+        rate = line.gbps
         bound = f"{row['bound_ms']:.1f} ms" if rate else "–"
         share = f"{row['gbps'] / rate:8.1%} {row['busiest_gbps'] / rate:12.1%}" if rate else f"{'–':>8} {'–':>12}"
         print(f"{f'{rate * 1e3:g} Mbps' if rate else 'none':>10} {row['gbps'] * 1e3:7.1f} Mbps {share} "
@@ -90,23 +90,24 @@ def print_rates(seconds: float) -> None:
           "memory: growth of the process while the stream ran.")
 
 
-def _rates(rank, store, report, configs, seconds):
-    for number, config in enumerate(configs):
-        link = Link(f"rate{number}", store, rank, config, IDENTITY)
+def _rates(rank, store, report, lines, seconds):
+    for number, line in enumerate(lines):
+        emulated = EmulatedLine(line) if line.is_emulated else None
+        link = Link(f"rate{number}", store, rank, LinkConfig(lanes=4), IDENTITY, emulated)
         link.connect(DEADLINE_S)
-        rate = config.gbps * 1e9 / 8 if config.gbps else 100e6
+        rate = line.gbps * 1e9 / 8 if line.gbps else 100e6
         tokens = int(rate * seconds) // ROW_BYTES
         plan = StreamPlan(1, (LayerPlan(0, 0, StateKind.TOKEN, ROW_BYTES),), 0, tokens)
-        row = _send_beside_messages(link, plan, config) if rank == 0 else _receive_and_time(link, plan)
+        row = _send_beside_messages(link, plan, line) if rank == 0 else _receive_and_time(link, plan)
         if rank == 0:
             report(row)
         link.close()
 
 
-def _send_beside_messages(link: Link, plan: StreamPlan, config: LinkConfig) -> dict:
+def _send_beside_messages(link: Link, plan: StreamPlan, line: LineConfig) -> dict:
     """Rank 0: one stream as fast as `put` lets it, and a small message every 40 ms all the while."""
     _expect(link, "ready")
-    data, stream = torch.zeros(256 * ROW_BYTES, dtype=torch.uint8), link.open_stream(plan)
+    data, stream = torch.zeros(256 * ROW_BYTES, dtype=torch.uint8), link.open(plan)
     done = threading.Event()
 
     def send():
@@ -126,10 +127,10 @@ def _send_beside_messages(link: Link, plan: StreamPlan, config: LinkConfig) -> d
     link.send_message({"kind": "summary"})
     summary = _expect(link, "summary")
     # the first byte needs half a round trip to arrive, and so does the last acknowledgement: not the line's rate
-    elapsed = done.report.acked_s - done.report.first_put_s - config.rtt_ms / 1e3
-    chunk = min(config.chunk_bytes, config.gbps * 1e9 / 8 * 0.01) if config.gbps else config.chunk_bytes
+    elapsed = done.report.acked_s - done.report.first_put_s - line.rtt_ms / 1e3
+    chunk = min(link.config.chunk_bytes, line.gbps * 1e9 / 8 * 0.01) if line.gbps else link.config.chunk_bytes
     return {"gbps": plan.total_bytes * 8 / 1e9 / elapsed, "busiest_gbps": summary["busiest_bytes"] * 8 / 1e9,
-            "bound_ms": config.rtt_ms + chunk * 8 / config.gbps / 1e6 if config.gbps else None,
+            "bound_ms": line.rtt_ms + chunk * 8 / line.gbps / 1e6 if line.gbps else None,
             "sender_mib": growth, **summary}
 
 
@@ -142,7 +143,7 @@ def _receive_and_time(link: Link, plan: StreamPlan) -> None:
         pool[:data.numel()] = data
         arrivals.append((time.monotonic(), data.numel()))
 
-    link.expect_stream(plan, sink)
+    link.expect(plan, sink)
     link.send_message({"kind": "ready"})
     while True:
         event = link.receive(DEADLINE_S)
@@ -267,7 +268,7 @@ def _send_all(link, plans, memory) -> float:
     step = memory.shape[1] // ROW_BYTES
 
     def send(plan):
-        stream = link.open_stream(plan)
+        stream = link.open(plan)
         for start in range(0, plan.end, step):
             end = min(start + step, plan.end)
             stream.put(0, start, end, memory[plan.stream_id, :(end - start) * ROW_BYTES])
@@ -291,7 +292,7 @@ def _receive_all(link, plans, memory) -> float:
         return sink
 
     for plan in plans:
-        link.expect_stream(plan, write_into(memory[plan.stream_id]))
+        link.expect(plan, write_into(memory[plan.stream_id]))
     link.send_message({"kind": "ready"})
     while not isinstance(link.receive(DEADLINE_S), MessageReceived):
         pass

@@ -20,7 +20,7 @@ from random_checkpoint import SHAPES
 from minprfaas.cluster.kv_receive import KVReceive
 from minprfaas.cluster.kv_send import KVSend
 from minprfaas.cluster.stream_plans import stream_plan
-from minprfaas.config import CacheConfig, LinkConfig, StateKind
+from minprfaas.config import CacheConfig, LineConfig, LinkConfig, StateKind
 from minprfaas.engine.request import Request
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.kvcache.layout import Layout, plan_layout
@@ -28,7 +28,7 @@ from minprfaas.kvcache.manager import KVCacheManager
 from minprfaas.model.families import config_from_hf
 from minprfaas.model.spec import model_state_specs
 from minprfaas.observe.report import human_bytes, table
-from minprfaas.transport import Link, StreamDone
+from minprfaas.transport import EmulatedLine, Link, StreamDone
 
 LIMIT_MIB = 64
 CHUNK_TOKENS = 1024
@@ -39,11 +39,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tokens", type=int, default=32 * 1024, help="of the prompt (32768)")
     parser.add_argument("--natural-gbps", type=float, default=2.0, help="rate at which prefill emits KVCache (2)")
     args = parser.parse_args(argv)
-    config = LinkConfig(gbps=args.natural_gbps / 10, rtt_ms=20, lanes=2)
-    found = in_two_processes(_node, config, args.tokens, args.natural_gbps, steps=2)
+    line, config = LineConfig(args.natural_gbps / 10, rtt_ms=20), LinkConfig(lanes=2)
+    found = in_two_processes(_node, line, config, args.tokens, args.natural_gbps, steps=2)
     sender, receiver = sorted(found, key=lambda row: row["rank"])
     print(f"{args.tokens:,} tokens, {human_bytes(sender['bytes'])} of KVCache, emitted at {args.natural_gbps:g} Gbps "
-          f"(synthetic prefill), over a line of {config.gbps:g} Gbps (emulated)\n")
+          f"(synthetic prefill), over a line of {line.gbps:g} Gbps (emulated)\n")
     growth_mib = [(row["peak"] - row["before"]) / 2**20 for row in (sender, receiver)]
     print(table(["process", "of it pool", "before", "peak", "after", "growth"],
                 [[name, *(human_bytes(row[when]) for when in ("pool", "before", "peak", "after")), f"{growth:+.1f} MiB"]
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     return int(not (identical and within))
 
 
-def _node(rank, store, report, config, tokens, natural_gbps):
+def _node(rank, store, report, line, config, tokens, natural_gbps):
     model = config_from_hf(SHAPES["hybrid-1b"])
     layout = plan_layout(model_state_specs(model, "bfloat16"), block_tokens=64)
     kvcache = KVCacheManager(layout, CacheConfig(layout.blocks_for(tokens)), "cpu", IDENTITY.fingerprint)
@@ -65,7 +65,7 @@ def _node(rank, store, report, config, tokens, natural_gbps):
     prompt.cache = kvcache.open(prompt.token_ids)
     kvcache.reserve(prompt.cache, tokens)
     kvcache.pool.bytes.random_(0, 256) if rank == 0 else kvcache.pool.bytes.fill_(1)
-    link = Link("memory", store, rank, config, IDENTITY)
+    link = Link("memory", store, rank, config, IDENTITY, EmulatedLine(line))
     link.connect(DEADLINE_S)
     with Watch() as memory:
         seen = (_send if rank == 0 else _receive)(link, kvcache, prompt, natural_gbps)

@@ -24,6 +24,7 @@ from minprfaas.transport.wan.one_line import one_line
 from minprfaas.transport.wan.outgoing import Frame
 
 POSTED_AHEAD = 2  # receives, and sends: one is on its way while the other is handled
+STORE_POLL_S = 0.01  # while the other side is awaited
 _FRAMES_TAG, _HANDSHAKE_TAG, _CUT_TAG = 0, 1, 2
 _HANDSHAKE_BYTES = 2048
 _FOREVER = timedelta(days=1)  # silence is noticed by heartbeats, not by Gloo
@@ -45,7 +46,7 @@ class Lane:
         options._timeout = self._timeout
         try:
             options._devices = [binding.gloo_device()]  # not left to Gloo, which listens where the host's name leads
-            self._group = dist.ProcessGroupGloo(dist.PrefixStore(str(index), store), rank, 2, options)
+            self._group = dist.ProcessGroupGloo(_PatientStore(dist.PrefixStore(str(index), store)), rank, 2, options)
         except RuntimeError as error:
             raise LinkDown(f"lane {index} does not connect: {one_line(error)}") from None
 
@@ -112,3 +113,25 @@ class Lane:
             self._group.recv([torch.empty(1, dtype=torch.uint8)], self._peer, _CUT_TAG).wait(timedelta(milliseconds=1))
         except RuntimeError:
             pass  # that is the point
+
+
+class _PatientStore(dist.Store):
+    """The store through which Gloo exchanges addresses. A TCPStore that waits in vain prints a C++ stack before it
+    raises, once an attempt, for as long as a line is down; this one asks again and again, and raises one line."""
+
+    def __init__(self, store: dist.Store):
+        super().__init__()
+        self._store = store
+
+    def set(self, key: str, value: str | bytes) -> None:
+        self._store.set(key, value)
+
+    def get(self, key: str) -> bytes:
+        return self._store.get(key)  # after `wait` has seen it
+
+    def wait(self, keys: list[str], timeout: timedelta) -> None:
+        until = time.monotonic() + timeout.total_seconds()
+        while not self._store.check(keys):
+            if time.monotonic() >= until:
+                raise RuntimeError("the peer's end of the lane did not come")
+            time.sleep(STORE_POLL_S)

@@ -10,5 +10,6 @@ def one_line(error: BaseException) -> str:
     """The first line of what `error` says, at most 200 characters, without C++ source places and stack frames."""
     text = str(error).strip() or type(error).__name__
     first = text.splitlines()[0]
-    first = first.partition("Exception raised from")[0].strip()  # what follows are frames of the C++ stack
+    for advice in ("Exception raised from", "This is typically caused by"):  # torch's C++ stack; Gloo's good wishes
+        first = first.partition(advice)[0].strip()
     return _GLOO_PLACE.sub("", first)[:200] or type(error).__name__

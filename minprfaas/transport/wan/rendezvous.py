@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -17,10 +18,9 @@ from minprfaas.config import LinkConfig
 from minprfaas.transport.base import LinkDown, LinkRefused
 from minprfaas.transport.wan.binding import choose_binding
 from minprfaas.transport.wan.handshake import INCARNATION_BYTES, LinkIdentity, shake_hands
-from minprfaas.transport.wan.lanes import Lane
+from minprfaas.transport.wan.lanes import STORE_POLL_S, Lane
 from minprfaas.transport.wan.one_line import one_line
 
-POLL_S = 0.01  # of the store, while the other side is awaited
 REFUSAL_PAUSE_S = 0.2
 LANE_TIMEOUT_S = 5.0  # for one attempt to connect and shake hands, once both sides are there
 
@@ -45,6 +45,7 @@ class Rendezvous:
         self._lane_count, self._payload_limit, self._lane_type = config.lanes, payload_limit, lane_type
         self._owners_store = store  # kept alive: its server may be this object's
         self._store = store.clone()  # a store client does one thing at a time, and would make links wait for each other
+        self._store.set_timeout(timedelta(seconds=config.timeout_s))  # a store that stands still is waited for like a peer
         self._incarnation = secrets.token_bytes(INCARNATION_BYTES)
         self._binding = choose_binding(store)
 
@@ -112,6 +113,6 @@ class Rendezvous:
 
 def _poll(arrived: Callable[[], object], until: float, given_up: threading.Event) -> bool:
     while not arrived():
-        if time.monotonic() >= until or given_up.wait(POLL_S):
+        if time.monotonic() >= until or given_up.wait(STORE_POLL_S):
             return False
     return True
