@@ -1,4 +1,4 @@
-"""One emulated line between two datacenters, whoever uses it: links, threads and processes share its rate and weather."""
+"""One emulated line between two datacenters: links, threads and processes share its rate and its weather."""
 
 import multiprocessing
 import os
