@@ -229,6 +229,8 @@ class ExpectedStreams:
         if not complete:
             return
         with self._lock:  # whoever takes it out speaks of its end: `forget` may have been faster
-            ended_here = self._streams.pop(stream_id, None) is stream
-        if ended_here:
+            ends_here = self._streams.get(stream_id) is stream
+            if ends_here:
+                del self._streams[stream_id]
+        if ends_here:
             self._events.put(StreamDone(stream_id, stream.report()))
