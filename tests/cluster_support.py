@@ -12,6 +12,7 @@ from minprfaas.cluster.launch import link_identity
 from minprfaas.cluster.processes import control_settings, pd_process, prfaas_process
 from minprfaas.config import CacheConfig, LineConfig, LinkConfig
 from minprfaas.engine.engine import Engine
+from minprfaas.scheduling.control import ControlPlane
 from minprfaas.transport import Link
 from minprfaas.transport.wan.line import EmulatedLine
 
@@ -44,8 +45,8 @@ def two_datacenters(model, tokenizer, threshold, link=FAST, line=LineConfig(), p
     thread.start()
     try:
         links[1].connect(DEADLINE_S)
-        settings = control_settings(threshold, line.gbps, engines[1].layout, ship_prefixes)
-        local = pd_process(engines[1], engines[2], links[1], queues[1], settings, deadline_s, room_deadline_s)
+        plane = ControlPlane(control_settings(threshold, line.gbps, engines[1].layout, ship_prefixes))
+        local = pd_process(engines[1], engines[2], {"prfaas-0": links[1]}, queues[1], plane, deadline_s, room_deadline_s)
         step_until(local, lambda: "prfaas-0" in local.front.ready)
         yield local, remote
         local.shut_down(DEADLINE_S)

@@ -38,12 +38,12 @@ class FrontEnd:
         self.ready: dict[str, messages.NodeReady] = {}  # the nodes that take work, by name
         self.goodbyes: dict[str, int] = {}  # peak memory in bytes of the nodes that have ended
         self.timeline_events: list[dict] = []  # of other processes
-        self.actions: list[control.Action] = []  # that the loops took, for the log
         self._mail, self._block_keys, self._block_tokens, self._clock = mail, block_keys, block_tokens, clock
         self._unrouted: list[Journey] = []  # new ones
         self._without_node: list[Journey] = []  # that no node could take when they were routed last
         self._unfinished = 0
         self._updates: list[Update] = []
+        self._actions: list[control.Action] = []
 
     # What callers use
 
@@ -82,6 +82,11 @@ class FrontEnd:
     def take_updates(self) -> list[Update]:
         """What has happened to requests since the last call, oldest first."""
         taken, self._updates = self._updates, []
+        return taken
+
+    def take_actions(self) -> list[control.Action]:
+        """What the control plane's loops have done since the last call, for a log or a screen."""
+        taken, self._actions = self._actions, []
         return taken
 
     def shut_down_nodes(self) -> None:
@@ -234,7 +239,7 @@ class FrontEnd:
                     self._mail.send(FRONT, node, messages.SendInventory())
                 case PrefixMove():
                     self._move_prefix(action)
-            self.actions.append(action)  # a new threshold is in force at once: the plane itself holds it
+            self._actions.append(action)  # a new threshold is in force at once: the plane itself holds it
 
     def _move_prefix(self, move: PrefixMove) -> None:
         """Let a hot prefix be copied. The plane knows keys; the tokens stand in the request that was matched by them."""
