@@ -3,9 +3,6 @@
 Modules carry the names of Hugging Face checkpoints, so a tensor's name says where it lives.
 """
 
-from collections.abc import Iterator
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
@@ -79,20 +76,3 @@ class Transformer(nn.Module):
         """
         hidden = self.model(token_ids, state, on_layer)
         return self.lm_head(hidden[:, -1:] if last_only else hidden)
-
-
-def parameter_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every parameter. One layer of each sort is built, without memory, and stands for all of them:
-    so a configuration of thousands of layers is compared with a checkpoint's files before it costs anything."""
-    sorts = list(dict.fromkeys(config.layers))
-    with torch.device("meta"):
-        sample = Transformer(replace(config, layers=tuple(sorts)))
-    shapes = {name: tuple(parameter.shape) for name, parameter in sample.named_parameters()}
-    for name, shape in shapes.items():
-        if not name.startswith("model.layers."):
-            yield name, shape
-    for index, layer in enumerate(config.layers):
-        prefix = f"model.layers.{sorts.index(layer)}."
-        for name, shape in shapes.items():
-            if name.startswith(prefix):
-                yield f"model.layers.{index}.{name.removeprefix(prefix)}", shape
