@@ -163,8 +163,8 @@ class LinkConfig:
             raise UserError(f"lane count {self.lanes} is out of range; it must be from 1 to 64")
         require_sizes(self, "chunk_bytes", "max_inflight_bytes")
         if not self.timeout_s > 0 or not self.silence_s > 0:
-            raise UserError(f"link timeout {self.timeout_s} s or silence {self.silence_s} s is out of range; both must be "
-                            "above 0")
+            raise UserError(f"link timeout {self.timeout_s} s or silence {self.silence_s} s is out of range; "
+                            "both must be above 0")
 
 
 @dataclass(frozen=True)

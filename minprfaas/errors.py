@@ -5,6 +5,7 @@ import functools
 import importlib
 import math
 import os
+import re
 import sys
 
 
@@ -18,6 +19,19 @@ class RequestError(Exception):
     def __init__(self, kind: str, message: str):
         super().__init__(f"{kind}: {message}")
         self.kind = kind
+
+
+# Gloo begins with the place in its source, "[/…/tcp/pair.cc:547] ", and for a failed check names the condition as well.
+_GLOO_PLACE = re.compile(r"^\[[^\]]*\.(?:cc|h|cpp):\d+\] ")
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what `error` says, at most 200 characters, without C++ source places and stack frames."""
+    text = str(error).strip() or type(error).__name__
+    first = text.splitlines()[0]
+    for advice in ("Exception raised from", "This is typically caused by"):  # torch's C++ stack; Gloo's good wishes
+        first = first.partition(advice)[0].strip()
+    return _GLOO_PLACE.sub("", first)[:200] or type(error).__name__
 
 
 def require_number(what: str, value, above: float | None = None, least: float | None = None,
@@ -60,7 +74,8 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse, but a wrong command line is a `UserError` like any other mistake: one line instead of the usage."""
 
     def error(self, message: str):
-        raise UserError(f"{message} (see {self.prog} --help)")
+        shortened = message if len(message) <= 300 else message[:297] + "..."  # it may quote a number of 5,000 digits
+        raise UserError(f"{shortened} (see {self.prog} --help)")
 
 
 def exit_on_user_error(main):

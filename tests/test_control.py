@@ -175,8 +175,7 @@ def test_what_several_senders_put_on_the_line_adds_up():
     alone = control_plane()
     measure(alone, 0, 20, 45.0, 0.45)
     assert alone.regime(19.0) == "abundant"
-    control.hear(NodeLeft("a1"), 20.0)
-    measure(control, 20, 50, 45.0, 0.45)
+    measure(control, 20, 50, 45.0, 0.45)  # a1 is silent
     assert control.regime(49.0) == "abundant"
 
 

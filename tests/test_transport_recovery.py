@@ -26,7 +26,8 @@ CONFIG = LinkConfig(lanes=3, chunk_bytes=4096, timeout_s=10, silence_s=3)
 
 def test_a_cut_link_resumes_from_the_last_acknowledged_chunk():
     cargo, lanes = Cargo(tokens=2000), Lanes()
-    with connected(LinkConfig(lanes=2, chunk_bytes=4096), LineConfig(gbps=0.004), receiver_lanes=lanes) as (sender, receiver):
+    config, line = LinkConfig(lanes=2, chunk_bytes=4096), LineConfig(gbps=0.004)
+    with connected(config, line, receiver_lanes=lanes) as (sender, receiver):
         half = threading.Event()
 
         def sink(*arguments):

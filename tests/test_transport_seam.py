@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from transport_support import DEADLINE_S, Cargo, connected, event
+from transport_support import DEADLINE_S, Cargo, connected, event, wait_until
 
 from minprfaas.config import LinkConfig
 from minprfaas.transport import Loopback, MessageReceived, StreamAborted, StreamDone, StreamFailed
@@ -217,6 +217,31 @@ def test_forget_waits_for_a_sink_that_is_writing(ends):
     putting.join(DEADLINE_S)
     assert not forgetting.is_alive() and not putting.is_alive()
     assert 1 <= len(cargo.calls) == written < 4
+
+
+def test_a_stream_that_is_forgotten_while_its_last_piece_is_written_is_not_done_too(ends):
+    sender, receiver = ends
+    cargo, again = Cargo(), Cargo(seed=2)
+    forgetting = threading.Thread(target=receiver.forget, args=(1,), daemon=True)
+
+    def sink(layer, *_):
+        if layer == 3:  # the last piece
+            forgetting.start()
+            wait_until(is_forgotten)
+
+    def is_forgotten():
+        with contextlib.suppress(ValueError):  # expected already, still
+            receiver.expect(again.plan, again.sink)
+            return True
+
+    receiver.expect(cargo.plan, sink)
+    cargo.put_all(sender.open(cargo.plan))
+    wait_until(lambda: forgetting.ident is not None and not forgetting.is_alive())
+    stream = sender.open(again.plan)
+    again.put_all(stream)
+    stream.finish(DEADLINE_S)
+    event(receiver, StreamDone)
+    assert again.is_identical and receiver.receive(0.0) is None, "one stream is done, and it is the second"
 
 
 def test_messages_arrive_in_order_and_say_which_link_brought_them(ends):

@@ -45,8 +45,8 @@ def in_parallel(*calls):
 @contextlib.contextmanager
 def connected(config: LinkConfig = LinkConfig(), line: LineConfig = LineConfig(), identity: LinkIdentity = IDENTITY,
               sender_lanes=Lane, receiver_lanes=Lane, timeline=None, events=None, store=None):
-    """A connected pair (sender, receiver), each with its own direction of `line`; the timeline is the sender's, the queue
-    of events the receiver's."""
+    """A connected pair (sender, receiver), each with its own direction of `line`; the timeline is the sender's, the
+    queue of events the receiver's."""
     store = store or new_store()
     sender = Link("a-b", store, 0, config, identity, emulated(line), timeline=timeline, lane_type=sender_lanes)
     receiver = Link("a-b", store, 1, config, identity, emulated(line), events, lane_type=receiver_lanes)
@@ -100,8 +100,10 @@ class Cargo:
         layers.append(LayerPlan(3, 1, StateKind.REQUEST, state_bytes))
         self.plan = StreamPlan(stream_id, tuple(layers), 64, 64 + tokens)
         generator = torch.Generator().manual_seed(seed)
-        self.sent = {entry.layer: torch.randint(0, 256, (tokens if entry.kind is StateKind.TOKEN else 1, entry.row_bytes),
-                                                dtype=torch.uint8, generator=generator) for entry in self.plan.entries}
+        self.sent = {}
+        for entry in self.plan.entries:
+            shape = (tokens if entry.kind is StateKind.TOKEN else 1, entry.row_bytes)
+            self.sent[entry.layer] = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
         self.arrived = {layer: torch.zeros_like(data) for layer, data in self.sent.items()}
         self.calls: list[tuple[int, int, int]] = []
 

@@ -35,11 +35,11 @@ class PrfaasProcess:
 
     def serve(self) -> None:
         """Take orders until the front end says that no more come, or is gone; then say goodbye."""
-        self.prefill.news.introduce()
-        while self.prefill.has_work or not self.prefill.is_stopping:
+        self.prefill.upkeep.introduce()
+        while self.prefill.has_work or not self.prefill.upkeep.is_stopping:
             self.node.step()
-        self.prefill.close()
-        self.prefill.news.say_goodbye()
+        self.prefill.upkeep.close()
+        self.prefill.upkeep.say_goodbye()
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class PDProcess:
         self.front.shut_down_nodes()
         while PRFAAS in self.front.ready and PRFAAS not in self.front.goodbyes and clock() < give_up_at_s:
             self.node.step()
-        self.prefill.close()
-        self.decode.close()
+        self.prefill.upkeep.close()
+        self.decode.upkeep.close()
 
 
 def prfaas_process(engine: Engine, link: Connection, events: EventQueue, transfer_deadline_s: float,
@@ -87,8 +87,8 @@ def pd_process(prefill_engine: Engine, decode_engine: Engine, link: Connection, 
     prefill = PrefillRole(PD_PREFILL, Role.PDP, prefill_engine, mail, deadline_s)
     decode = DecodeRole(PD_DECODE, decode_engine, mail, room_deadline_s, deadline_s)
     node = Node(mail, [front, prefill, decode])
-    prefill.news.introduce()
-    decode.news.introduce()
+    prefill.upkeep.introduce()
+    decode.upkeep.introduce()
     return PDProcess(node, front, prefill, decode, link)
 
 

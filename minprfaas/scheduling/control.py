@@ -252,8 +252,6 @@ class ControlPlane:
     def _remove(self, name: str, now_s: float) -> None:
         """Nothing goes to this node, or comes from it, until it joins (again)."""
         self._switch_off(name)
-        self._egress.forget(name)
-        self._ingress.forget(name)
         if self._conversion is not None and self._conversion.node == name:
             self._conversion = None  # it comes back in its new role, or died on the way
             self._role_loop.converted(now_s)

@@ -61,10 +61,6 @@ class CongestionMonitor(LinkView):
         queued_bytes = sum(one.queued_bytes for one in recent)
         self.observe(LinkSample(now_s, sum(one.gbps for one in recent), utilization, queued_bytes))
 
-    def forget(self, sender: str) -> None:
-        """This sender is gone. Harmless for an unknown one."""
-        self._samples.pop(sender, None)
-
     def observe(self, sample: LinkSample) -> None:
         """Take a sample of the whole line; one that is not younger than the last is ignored."""
         elapsed_s = sample.time_s - self._observed_at_s  # infinite for the first one, which then counts alone

@@ -2,8 +2,8 @@
 
 KV moves in *streams*. A plan lists layers and a token range, and both ends hold it before a byte moves, so a receiver
 checks everything that arrives against what it asked for. Who receives calls `expect(plan, sink)`, who sends calls
-`open(plan)` and then `put` for each layer as prefill finishes it (layer-wise pipelining). What happens meanwhile arrives
-as events in a queue. `loopback` is the transport to read first; `wan/` is the one between datacenters.
+`open(plan)` and then `put` for each layer as prefill finishes it (layer-wise pipelining). What happens meanwhile is
+told in a queue of events. `loopback` is the transport to read first; `wan/` is the one between datacenters.
 """
 
 import queue

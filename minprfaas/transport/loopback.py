@@ -1,7 +1,7 @@
 """Both ends of a KV stream in one process: the transport to read first. Chapter 07, paper 3.3.
 
-Nothing crosses a wire, so there is nothing to frame, acknowledge or recover. What remains is what a transport is: a plan
-that both ends hold, pieces checked against it, a sink that writes them, and an event at the end.
+Nothing crosses a wire, so there is nothing to frame, acknowledge or recover. What remains is what a transport is: a
+plan that both ends hold, pieces checked against it, a sink that writes them, and an event at the end.
 """
 
 import queue
@@ -9,10 +9,9 @@ import time
 
 import torch
 
-from minprfaas.config import StateKind
 from minprfaas.transport.base import (Event, EventQueue, MessageReceived, Sink, StreamAborted, StreamPlan, StreamReport,
                                       next_event)
-from minprfaas.transport.streams import ExpectedStreams, Piece, PutLog
+from minprfaas.transport.streams import ExpectedStreams, PutLog
 
 
 class Loopback:
@@ -59,12 +58,10 @@ class LoopbackStream:
     def put(self, layer: int, start: int, end: int, data: torch.Tensor) -> None:
         """See `SendStream.put`. Never waits for room: a sink that takes its time is all that holds the caller back."""
         self._check()
-        entry = self._put_log.add(layer, start, end, data)
-        if entry.kind is not StateKind.TOKEN:
-            start = self.plan.start  # the plan's range names request-level state, whatever the caller says
+        piece = self._put_log.add(layer, start, end, data)
         self._puts += 1
         try:
-            self._expected.take(self.plan.stream_id, Piece(layer, entry.group, start, end, data.numel()), data.view(-1))
+            self._expected.take(self.plan.stream_id, piece, data.view(-1))
         except StreamAborted:
             # The receiver's StreamFailed names the reason; a sender on another machine would not learn it either.
             if self._failure is None:

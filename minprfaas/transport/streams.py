@@ -1,7 +1,7 @@
 """What every transport shares: both ends hold one plan, and nothing but what it says crosses. Chapter 08, paper 3.3.
 
-Token state crosses in rows of tokens `[start, end)`, as prefill emits them. Request-level state has one size and crosses
-once, when the last token is in it.
+Token state crosses in rows of tokens `[start, end)`, as prefill emits them. Request-level state has one size and
+crosses once, when the last token is in it.
 """
 
 import threading
@@ -18,7 +18,7 @@ from minprfaas.transport.base import (ArrivalReport, EventQueue, LayerPlan, Sink
 
 @dataclass(frozen=True)
 class Piece:
-    """Where `nbytes` of a stream belong: rows of tokens `[start, end)`, or request-level state from byte `offset` on."""
+    """Where `nbytes` of a stream belong: rows of tokens `[start, end)`, or a request-level state from `offset` on."""
 
     layer: int
     group: int
@@ -75,6 +75,19 @@ def plan_coverage(plan: StreamPlan) -> dict[int, Coverage]:
     return found
 
 
+def cover(plan: StreamPlan, coverage: dict[int, Coverage], piece: Piece) -> None:
+    """Note a piece of one of the plan's layers. ValueError unless it is in the plan, and new."""
+    entry = plan.layers[piece.layer]
+    if entry.kind is StateKind.TOKEN:
+        if piece.offset or piece.nbytes != (piece.end - piece.start) * entry.row_bytes:
+            raise ValueError(f"{piece.nbytes} bytes for [{piece.start}, {piece.end}) of {entry.row_bytes} each")
+        coverage[piece.layer].add(piece.start, piece.end)
+        return
+    if (piece.start, piece.end) != (plan.start, plan.end):
+        raise ValueError(f"layer {piece.layer}: request-level state crosses as of token {plan.end}, not {piece.end}")
+    coverage[piece.layer].add(piece.offset, piece.offset + piece.nbytes)
+
+
 class PutLog:
     """The sending side of a plan: what has been put, and that nothing else is."""
 
@@ -83,25 +96,22 @@ class PutLog:
         self.first_put_s = self.last_put_s = 0.0
         self._coverage = plan_coverage(plan)
 
-    def add(self, layer: int, start: int, end: int, data: torch.Tensor) -> LayerPlan:
-        """Note a `put`; returns the layer's entry. ValueError when it is not in the plan, or was put before."""
+    def add(self, layer: int, start: int, end: int, data: torch.Tensor) -> Piece:
+        """Note a `put`; returns where it belongs. ValueError when it is not in the plan, or was put before."""
         entry = self.plan.layers.get(layer)
         if entry is None:
             raise ValueError(f"stream {self.plan.stream_id}: layer {layer} is not in the plan")
-        is_rows = entry.kind is StateKind.TOKEN
-        expected = entry.row_bytes * (end - start if is_rows else 1)
+        expected = entry.row_bytes * (end - start if entry.kind is StateKind.TOKEN else 1)
         if data.dtype != torch.uint8 or not data.is_contiguous() or data.numel() != expected:
             raise ValueError(f"layer {layer}: expected {expected} contiguous uint8, got {data.numel()} of {data.dtype}")
-        if is_rows:
-            self._coverage[layer].add(start, end)
-        elif end == self.plan.end:
-            self._coverage[layer].add(0, entry.row_bytes)
-        else:
-            raise ValueError(f"layer {layer}: request-level state crosses as of token {self.plan.end}, not {end}")
+        if entry.kind is not StateKind.TOKEN:
+            start = self.plan.start  # whatever the caller says: such state has no first token
+        piece = Piece(layer, entry.group, start, end, expected)
+        cover(self.plan, self._coverage, piece)
         self.last_put_s = time.monotonic()
         if not self.first_put_s:
             self.first_put_s = self.last_put_s
-        return entry
+        return piece
 
     def check_complete(self) -> None:
         """ValueError unless all of the plan was put."""
@@ -131,7 +141,7 @@ class IncomingStream:
             if entry is None or entry.group != piece.group:
                 raise StreamAborted(f"layer {piece.layer} of group {piece.group} is not in the plan")
             try:
-                self._check_and_cover(entry, piece)
+                cover(self.plan, self._coverage, piece)
             except ValueError as error:
                 raise StreamAborted(f"layer {piece.layer}: {error}") from None
             try:
@@ -143,16 +153,6 @@ class IncomingStream:
                 self._first_byte_s = now
             self._last_byte_s = now
             return all(coverage.complete for coverage in self._coverage.values())
-
-    def _check_and_cover(self, entry: LayerPlan, piece: Piece) -> None:
-        if entry.kind is StateKind.TOKEN:
-            if piece.offset or piece.nbytes != (piece.end - piece.start) * entry.row_bytes:
-                raise ValueError(f"{piece.nbytes} bytes for [{piece.start}, {piece.end}) of {entry.row_bytes} each")
-            self._coverage[entry.layer].add(piece.start, piece.end)
-            return
-        if (piece.start, piece.end) != (self.plan.start, self.plan.end):
-            raise ValueError(f"request-level state as of {piece.end}; the plan ends at {self.plan.end}")
-        self._coverage[entry.layer].add(piece.offset, piece.offset + piece.nbytes)
 
     def _write(self, entry: LayerPlan, piece: Piece, data: torch.Tensor) -> None:
         if entry.kind is StateKind.TOKEN:
@@ -229,6 +229,8 @@ class ExpectedStreams:
         if not complete:
             return
         with self._lock:  # whoever takes it out speaks of its end: `forget` may have been faster
-            ended_here = self._streams.pop(stream_id, None) is stream
-        if ended_here:
+            ends_here = self._streams.get(stream_id) is stream
+            if ends_here:
+                del self._streams[stream_id]
+        if ends_here:
             self._events.put(StreamDone(stream_id, stream.report()))

@@ -17,10 +17,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from minprfaas.errors import one_line
 from minprfaas.transport.base import LinkDown
 from minprfaas.transport.wan.binding import LOOPBACK, Binding
 from minprfaas.transport.wan.frames import HEADER_BYTES, Codec, Slot
-from minprfaas.transport.wan.one_line import one_line
 from minprfaas.transport.wan.outgoing import Frame
 
 POSTED_AHEAD = 2  # receives, and sends: one is on its way while the other is handled

@@ -1,8 +1,8 @@
-"""The sending side of a link: producers queue here, lanes pull from here, and acknowledgements come back here. Chapter 07.
+"""The sending side of a link: producers queue here, lanes pull from here, acknowledgements come back here. Chapter 07.
 
-Lanes pull, so a slow lane takes fewer frames and holds nobody up. What leaves next is `send_queue`'s business, what is in
-flight `flow`'s, when it leaves the emulated line's; this file is the lock around them and the two things to wait for.
-Nothing in here calls out while it holds the lock. Paper 3.3.
+Lanes pull, so a slow lane takes fewer frames and holds nobody up. What leaves next is `send_queue`'s business, what is
+in flight `flow`'s, when it leaves the emulated line's; this file is the lock around them and the two things to wait
+for. Nothing in here calls a stream or a link while it holds the lock. Paper 3.3.
 """
 
 import threading

@@ -1,8 +1,8 @@
 """Control messages: JSON objects of any size that a prompt or an inventory has, in parts of a frame each. Chapter 07.
 
-A part carries its number (in the header's `stream`) and how many parts of its message follow (`start`). Parts may arrive
-in any order, as lanes do; the receiver keeps at most `MESSAGE_WINDOW` of them ahead of a missing one, and the sender
-never has more under way, so a message of any length costs the same few megabytes beside its own bytes.
+A part carries its number (in the header's `stream`) and how many parts of its message follow (`start`). Lanes bring
+parts in any order; the receiver keeps at most `MESSAGE_WINDOW` of them ahead of a missing one, and the sender never has
+more under way, so a message of any length costs the same few megabytes beside its own bytes.
 """
 
 import json
@@ -39,7 +39,7 @@ def decode_message(data: bytes | bytearray) -> dict:
 
 
 class PartsOut:
-    """Messages that wait to leave. A frame is made only when it leaves: a long message is in memory once, not thrice."""
+    """Messages that wait to leave. A frame is made when it leaves, so a long message is in memory once, not thrice."""
 
     def __init__(self) -> None:
         self._waiting: deque[tuple[memoryview, float]] = deque()  # (what is left of a message, since when)

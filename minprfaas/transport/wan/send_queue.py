@@ -1,4 +1,4 @@
-"""In which order frames leave: acknowledgements, control, what is sent again, messages, then chunks in turns. Chapter 07.
+"""In which order frames leave: acknowledgements, control, what leaves again, messages, chunks in turns. Chapter 07.
 
 Pure: no locks and no clocks. The outbox holds its lock while it calls.
 """
@@ -51,13 +51,13 @@ class SendQueue:
         """Since when the frame that `pop` would take has waited; None when nothing may leave."""
         if self._acks:
             return self._acks[0][1]
-        for waiting in (self._control, self._again):
-            if waiting:
-                return waiting[0].queued_at
+        urgent = self._control or self._again
+        if urgent:
+            return urgent[0].queued_at
         if self._a_message_is_next():
             return self._messages.queued_at
-        for waiting in self._streams.values():
-            return waiting[0].queued_at
+        if self._streams:
+            return next(iter(self._streams.values()))[0].queued_at
         return None
 
     def pop(self) -> Frame | None:
@@ -65,9 +65,9 @@ class SendQueue:
         if self._acks:
             taken, self._acks = self._acks[:ACKS_PER_FRAME], self._acks[ACKS_PER_FRAME:]
             return control_frame(Kind.ACK, encode_acks([seq for seq, _ in taken]))
-        for waiting in (self._control, self._again):
-            if waiting:
-                return waiting.popleft()
+        urgent = self._control or self._again
+        if urgent:
+            return urgent.popleft()
         if self._a_message_is_next():
             frame = self._messages.pop()
             self._lead_bytes = self._lead_bytes + frame.nbytes if self._streams else 0

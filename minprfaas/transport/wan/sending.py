@@ -1,11 +1,12 @@
-"""The sending end of a KV stream on a link: layer by layer, while prefill still computes the next. Chapter 08, paper 3.3."""
+"""The sending end of a stream on a link: layer by layer, while prefill still computes the next. Chapter 08, paper 3.3."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
 from minprfaas.config import StateKind
-from minprfaas.transport.base import LayerPlan, StreamPlan, StreamReport
+from minprfaas.transport.base import StreamPlan, StreamReport
 from minprfaas.transport.streams import Piece, PutLog
 from minprfaas.transport.wan.frames import HEADER_BYTES, Header, Kind, Slot
 from minprfaas.transport.wan.outbox import Outbox
@@ -30,20 +31,21 @@ class LinkStream:
         On a CPU the bytes are copied before this returns. On a GPU the copy to pinned memory runs on a side stream
         behind the work queued so far, and prefill goes on.
         """
-        entry = self._put_log.add(layer, start, end, data)
-        for piece, rows in self._cut(entry, start, data.view(-1)):
+        whole = self._put_log.add(layer, start, end, data)
+        for piece, part in self._cut(whole, data.view(-1)):
             self._stalled_s += self._outbox.wait_for_room(HEADER_BYTES + piece.nbytes, self._record)
             slot = Slot(piece.nbytes, pinned=data.is_cuda)
             ready = None
             if data.is_cuda:
-                ready = self._copy_beside_prefill(slot, rows)
+                ready = self._copy_beside_prefill(slot, part)
             else:
-                slot.payload.copy_(rows)
+                slot.payload.copy_(part)
             header = Header(Kind.CHUNK, stream=self.plan.stream_id, **vars(piece))
             self._outbox.send_chunk(Frame(header, slot, self._record, ready))
 
-    def _cut(self, entry: LayerPlan, start: int, data: torch.Tensor) -> Iterator[tuple[Piece, torch.Tensor]]:
+    def _cut(self, whole: Piece, data: torch.Tensor) -> Iterator[tuple[Piece, torch.Tensor]]:
         """Whole rows of token state, any bytes of request-level state; at most a chunk each."""
+        entry = self.plan.layers[whole.layer]
         at = 0
         while at < data.numel():
             # Asked anew for each chunk: the weather may have changed since the last.
@@ -54,10 +56,10 @@ class LinkStream:
             part = data[at:at + limit]
             nbytes = part.numel()
             if entry.kind is StateKind.TOKEN:
-                first = start + at // entry.row_bytes
-                yield Piece(entry.layer, entry.group, first, first + nbytes // entry.row_bytes, nbytes), part
+                first = whole.start + at // entry.row_bytes
+                yield replace(whole, start=first, end=first + nbytes // entry.row_bytes, nbytes=nbytes), part
             else:
-                yield Piece(entry.layer, entry.group, self.plan.start, self.plan.end, nbytes, offset=at), part
+                yield replace(whole, nbytes=nbytes, offset=at), part
             at += nbytes
 
     def _copy_beside_prefill(self, slot: Slot, rows: torch.Tensor) -> torch.cuda.Event:
