@@ -66,29 +66,26 @@ def kv_bytes(specs: tuple[StateSpec, ...], tokens: int) -> int:
 
 @dataclass(frozen=True)
 class Pages:
-    """Token state where it lies: request b's token t is `view[block_table[b, t // block_tokens], t % block_tokens]`."""
+    """The whole context of one token-state layer where it lies, for kernels that follow a block table: request b's
+    token t is `view[block_table[b, t // block_tokens], t % block_tokens]`."""
 
     view: torch.Tensor  # [blocks, block_tokens, width]
     block_table: torch.Tensor  # [batch, blocks of the longest request] int64; a shorter request's row ends in any block
     lengths: torch.Tensor  # [batch] int64: tokens of each request, the new ones included
-
-
-class TokenHandle(Protocol):
-    """The whole context of one token-state layer, new tokens included, in either of two forms."""
+    context: int  # the longest of them
 
     def rows(self) -> torch.Tensor:
-        """A contiguous copy `[batch, context, width]`, where `context` is the longest request's; a shorter one's rows
-        end in padding, which is finite. The reference."""
-
-    def pages(self) -> Pages:
-        """The rows without a copy, for kernels that follow a block table."""
+        """A contiguous copy `[batch, context, width]`: the reference. A shorter request's rows end in padding, which is
+        finite, because blocks are zeroed when they are handed out."""
+        gathered = self.view.index_select(0, self.block_table.flatten())
+        return gathered.view(len(self.block_table), -1, self.view.shape[2])[:, : self.context]
 
 
 class LayerState(Protocol):
     """One layer's state of the requests in one forward pass; a mixer sees this and never a block."""
 
-    def append(self, rows: torch.Tensor) -> TokenHandle:
-        """Token state: store `rows` `[batch, new, width]` after what is there."""
+    def append(self, rows: torch.Tensor) -> Pages:
+        """Token state: store `rows` `[batch, new, width]` after what is there; returns the whole context."""
 
     def load(self) -> tuple[torch.Tensor, ...]:
         """Request state: the tensors `[batch, *shape]` in the spec's order; zeros for a request that just began."""
