@@ -8,8 +8,7 @@ from minprfaas.model.spec import Pages, StateSpec, model_state_specs
 
 
 class ContiguousLayerState:
-    """One layer's state in tensors of its own (see `LayerState`). Set `snapshot_offsets` before a pass; its snapshots
-    are in `snapshots` afterwards, by offset."""
+    """One layer's state (see `LayerState`). Set `snapshot_offsets` before a pass; it leaves `snapshots` by offset."""
 
     def __init__(self, spec: StateSpec, batch: int, device: torch.device | str):
         self.tensors: tuple[Tensor, ...] = ()

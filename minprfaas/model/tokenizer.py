@@ -1,7 +1,7 @@
 """Text to token ids and back: a thin coat over the `tokenizers` library. Chapter 01.
 
-A tokenizer.json is a small program that somebody else wrote, and the library was not made for bad ones: it panics (an
-exception that is no `Exception`, and a page on stderr), or works for hours. Here each of these is a `UserError`.
+A tokenizer.json is a small program that somebody else wrote, and the library was not made for bad ones: it panics, or
+works for hours. Here each of these is a `UserError`.
 """
 
 import concurrent.futures
@@ -45,10 +45,7 @@ class Tokenizer:
         self.eos_token_ids = config.eos_token_ids
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, with the special tokens that the checkpoint's tokenizer adds to a prompt.
-
-        UserError when the text is no Unicode, or the tokenizer cannot be applied to it.
-        """
+        """Token ids of `text`, with the special tokens that the file adds. UserError when it cannot be applied."""
         require_unicode("a text", text)
         with _mistakes_as_one_line("tokenizer.json cannot encode a text"):
             return self._encode_by_deadline(text) if self._has_own_regex else self._tokenizer.encode(text).ids
@@ -83,18 +80,15 @@ class Tokenizer:
 
 @contextmanager
 def _mistakes_as_one_line(what: str) -> Iterator[None]:
-    """Whatever the library raises becomes a UserError, and what it writes to stderr while it panics goes nowhere.
-
-    It writes past Python, so the file descriptor itself is turned away: for every thread, hence the lock, and hence no
-    longer than one call takes.
-    """
+    """Whatever the library raises becomes a UserError, and the page that it writes to stderr in a panic goes nowhere:
+    past Python, so the file descriptor itself is turned away, for every thread (hence the lock) and for one call."""
     with _stderr_lock:
         kept = os.dup(2)
         os.dup2(_nowhere, 2)
         try:
             yield
         except BaseException as error:
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # nor is that one
                 raise  # Ctrl-C
             raise UserError(f"{what}: {' '.join(str(error).split())[:200]}") from None
         finally:
