@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the layout; only `config.json` is read, no weights."""
-    directory = Path(args.directory) if args.directory else EMBEDDED
+    directory = Path(args.directory or EMBEDDED)
     config = read_config(directory)
     block_tokens = CacheConfig(num_blocks=1, block_tokens=args.block_tokens).block_tokens
     layout = plan_layout(model_state_specs(config, args.dtype), block_tokens)

@@ -53,8 +53,7 @@ def load_checkpoint(directory: Path, config: ModelConfig, dtype: torch.dtype,
 
 
 def save_checkpoint(model: Transformer, config_json: dict, directory: str | Path, dtype: torch.dtype) -> None:
-    """Write `config.json` and `model.safetensors` (weights in `dtype`); each file appears whole or not at all.
-    UserError when the directory cannot be written."""
+    """Write `config.json` and `model.safetensors` (weights in `dtype`), each whole or not at all. Raises UserError."""
     directory = Path(directory)
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.named_parameters()}
     try:

@@ -88,7 +88,7 @@ def _mistakes_as_one_line(what: str) -> Iterator[None]:
         try:
             yield
         except BaseException as error:
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # nor is that one
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # a panic is none either
                 raise  # Ctrl-C
             raise UserError(f"{what}: {' '.join(str(error).split())[:200]}") from None
         finally:

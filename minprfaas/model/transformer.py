@@ -32,7 +32,7 @@ class Stack(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
     def forward(self, token_ids: Tensor, state: ModelState | None, on_layer: OnLayer | None) -> Tensor:
-        """`token_ids` `[batch, new]` -> hidden states `[batch, new, hidden]`; see `Transformer.forward`."""
+        """The last hidden states `[batch, new, hidden]`; see `Transformer.forward`."""
         start = token_ids.new_zeros(token_ids.shape[0]) if state is None else state.start
         positions = Positions(start, token_ids.shape[1])
         x = self.embed_tokens(token_ids)
