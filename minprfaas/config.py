@@ -1,8 +1,4 @@
-"""What a model, a cache and a link are made of: frozen dataclasses, no tensors, no files. Chapter 00.
-
-A model is a stack of layers, each a mixer plus an MLP. `model/families.py` reads one from a checkpoint's `config.json`;
-each mixer's configuration stands in the mixer's own file.
-"""
+"""What a model, a cache and a link are made of: frozen dataclasses, no tensors, no files. Chapter 00."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -78,7 +74,7 @@ class LayerConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer: embeddings, `layers`, a final norm and a head."""
+    """A decoder-only transformer: embeddings, `layers`, a final norm and a head (read by `model/families.py`)."""
 
     family: str
     vocab_size: int

@@ -37,7 +37,7 @@ def one_line(error: BaseException) -> str:
 
 def require_number(what: str, value, above: float | None = None, least: float | None = None,
                    most: float | None = None, whole: bool = False) -> None:
-    """Raise UserError unless `value` is a finite number (a whole one, if asked for) within the limits that are given."""
+    """Raise UserError unless `value` is a finite number (a whole one, if asked for) within the given limits."""
     is_right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)  # which Python counts
     is_right = is_right and abs(value) < math.inf  # a NaN is not
     rules = []
@@ -106,8 +106,8 @@ def _end(status: int, line: str) -> None:
 
 
 def run_program(module: str) -> None:
-    """Import `module`, run its `main(argv)` and exit with its status: an interrupt or a mistake during the long import of
-    torch gets its one line as well."""
+    """Import `module`, run its `main(argv)` and exit with its status: an interrupt or a mistake during the long import
+    of torch gets its one line as well."""
 
     @exit_on_user_error
     def imported_and_run() -> int:

@@ -37,8 +37,8 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 class OutputFile:
-    """A file to be written at the end of a run, opened before it: a folder that is missing, read-only or full is then a
-    mistake of the first second. The text takes the target's place only when it is whole. Raises UserError."""
+    """A file to be written at the end of a run, opened before it: a folder that is missing, read-only or full is then
+    a mistake of the first second. The text takes the target's place only when it is whole. Raises UserError."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)

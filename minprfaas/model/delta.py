@@ -20,6 +20,7 @@ from minprfaas.config import MAX_HEAD_SIZE, StateKind, require_sizes
 from minprfaas.errors import require_number
 from minprfaas.model.layers import Positions, RMSNorm
 from minprfaas.model.spec import LayerState, StateSpec, TensorSpec
+from minprfaas.model.state import ContiguousLayerState
 
 CHUNK_TOKENS = 64  # the prefill form holds the memory at every multiple of this, and nowhere else
 
@@ -138,7 +139,7 @@ class KDA(nn.Module):
         channels, kernel = config.num_heads * config.head_dim, config.conv_kernel
         for name in ("q", "k", "v"):
             self.add_module(f"{name}_proj", nn.Linear(hidden_size, channels, bias=False))
-            taps = torch.randn(channels, 1, kernel) * kernel**-0.5
+            taps = torch.randn(channels, 1, kernel) * kernel**-0.5  # a depthwise convolution's, as checkpoints have it
             self.add_module(f"{name}_conv1d", nn.ParameterDict({"weight": taps}))
         self.A_log = nn.Parameter(torch.empty(1, 1, config.num_heads, 1).uniform_(1, 16).log())
         # Biases whose softplus is spread evenly in logarithm over [1e-3, 1e-1]: heads that forget fast and slowly.
@@ -155,7 +156,9 @@ class KDA(nn.Module):
     def forward(self, x: Tensor, positions: Positions, state: LayerState | None) -> Tensor:
         """`x` `[batch, new, hidden]` -> the same shape; `state` None means that nothing came before `x`."""
         heads = (self.config.num_heads, self.config.head_dim)
-        memory, tail = state.load() if state is not None else self._empty_state(x)
+        if state is None:
+            state = ContiguousLayerState(self.config.state_spec("float32"), len(x), x.device)
+        memory, tail = state.load()
         projected = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
         conv_input = torch.cat([tail.transpose(1, 2).to(x.dtype), projected], dim=1)
         q, k, v = (part.unflatten(-1, heads) for part in self._short_convolutions(conv_input).float().chunk(3, dim=-1))
@@ -169,8 +172,7 @@ class KDA(nn.Module):
                 before = None
             else:
                 out, memory, before = delta_rule_chunked(q, k, v, g, beta, memory)
-        if state is not None:
-            self._store(state, conv_input, before, memory)
+        self._store(state, conv_input, before, memory)
         gate = self.g_b_proj(self.g_a_proj(x)).unflatten(-1, heads).float().sigmoid()
         return self.o_proj((self.o_norm(out) * gate).to(x.dtype).flatten(2))
 
@@ -194,11 +196,6 @@ class KDA(nn.Module):
         new = conv_input.shape[1] - kernel + 1
         # A sum over the kernel's few taps: cuDNN's depthwise convolution wants another layout, and copies twice.
         return F.silu(sum(conv_input[:, tap : tap + new] * weight[:, tap] for tap in range(kernel)))
-
-    def _empty_state(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        heads, dim, kernel = self.config.num_heads, self.config.head_dim, self.config.conv_kernel
-        memory = torch.zeros(x.shape[0], heads, dim, dim, dtype=torch.float32, device=x.device)
-        return memory, x.new_zeros(x.shape[0], 3 * heads * dim, kernel - 1)
 
 
 def _unit_length(x: Tensor) -> Tensor:
