@@ -23,7 +23,7 @@ def read_json_value(path: str | Path, hint: str = ""):
         return json.loads(read_bytes(path).decode("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing{'; ' + hint if hint else ''}") from None
-    except (OSError, ValueError, RecursionError, MemoryError) as error:  # ValueError: not UTF-8, not JSON, a huge number
+    except (OSError, ValueError, RecursionError, MemoryError) as error:  # ValueError: no UTF-8, no JSON, a huge number
         raise UserError(f"{path} cannot be read as JSON: {_reason(error)}") from None
 
 

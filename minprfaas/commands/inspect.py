@@ -12,7 +12,7 @@ from minprfaas.model.families import read_config
 from minprfaas.model.spec import ITEM_BYTES, kv_bytes, model_state_specs
 from minprfaas.observe.report import table
 
-LENGTHS = tuple(1024 << doubling for doubling in range(8))  # 1K to 128K tokens
+LENGTHS = [1024 << doubling for doubling in range(8)]  # 1K to 128K tokens
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

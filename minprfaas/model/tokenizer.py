@@ -8,7 +8,6 @@ import concurrent.futures
 import os
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -53,7 +52,7 @@ class Tokenizer:
     def _encode_by_deadline(self, text: str) -> list[int]:
         """The library bounds one match of a regular expression, but not their number: `a*a*b` takes hours for a page of
         letters, and cannot be stopped. So it works in a thread of its own, which is left behind when it is late."""
-        ids: Future[list[int]] = Future()
+        ids: concurrent.futures.Future[list[int]] = concurrent.futures.Future()
 
         def work() -> None:
             try:
