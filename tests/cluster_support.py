@@ -30,7 +30,7 @@ def two_datacenters(model, tokenizer, threshold, link=FAST, line=LineConfig(), p
                for blocks in (pool_a, pool_b, pool_b)]
     queues = [queue.SimpleQueue(), queue.SimpleQueue()]
     links = [Link("test", store, rank, link, link_identity(model, engines[0].layout), events=queues[rank],
-                  line=EmulatedLine(line) if line.is_emulated else None) for rank in (0, 1)]
+                  line=EmulatedLine(line) if line != LineConfig() else None) for rank in (0, 1)]
     remote = prfaas_process(engines[0], links[0], queues[0], DEADLINE_S, overlap)
     failures = []
 

@@ -80,33 +80,13 @@ class PagedTokens:
     group: KVGroup
     index: int
 
-    def append(self, rows: torch.Tensor) -> "PagedContext":
+    def append(self, rows: torch.Tensor) -> Pages:
         """Store `rows` `[batch, new, width]` in the reserved blocks; returns the whole context."""
         new = rows.shape[1]
         where = self.state.token_index(self.group, new)
         view = self.state.pool.token_view(self.index)
         view[where.new_blocks, where.new_offsets] = rows
-        return PagedContext(view, where.block_table, self.state.start + new, where.context)
-
-
-@dataclass(frozen=True)
-class PagedContext:
-    """The context of one token-state layer of a batch, in its blocks (implements `TokenHandle`)."""
-
-    view: torch.Tensor  # [blocks, block_tokens, width]
-    block_table: torch.Tensor  # [batch, blocks]
-    lengths: torch.Tensor  # [batch]
-    context: int  # tokens of the longest request
-
-    def rows(self) -> torch.Tensor:
-        """The blocks gathered into `[batch, context, width]`; a shorter request ends in rows of its last or the null
-        block, which are finite because blocks are zeroed when they are handed out."""
-        gathered = self.view.index_select(0, self.block_table.reshape(-1))
-        return gathered.view(len(self.block_table), -1, self.view.shape[2])[:, :self.context]
-
-    def pages(self) -> Pages:
-        """The blocks where they lie."""
-        return Pages(self.view, self.block_table, self.lengths)
+        return Pages(view, where.block_table, self.state.start + new, where.context)
 
 
 @dataclass(frozen=True)
