@@ -10,7 +10,8 @@ import torch
 
 from minprfaas.config import CacheConfig, LayerConfig, ModelConfig, StateKind
 from minprfaas.kvcache.layout import plan_layout
-from minprfaas.kvcache.manager import KVCacheManager, RequestCache
+from minprfaas.kvcache.manager import KVCacheManager
+from minprfaas.kvcache.request_cache import RequestCache
 from minprfaas.kvcache.replay import replay_trace
 from minprfaas.model.delta import KDAConfig
 from minprfaas.model.mla import MLAConfig

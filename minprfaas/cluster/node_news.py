@@ -15,26 +15,26 @@ class NodeNews:
 
     def __init__(self, name: str, role: Role, engine: Engine, mail: Mail):
         self._name, self._role, self._engine, self._mail = name, role, engine, mail
-        self._kvcache = engine.kvcache
-        self._kvcache.watch_news()
+        self._ledger = engine.kvcache.ledger
+        self._ledger.take_news()  # from now on there are some
         self._sequence = 0  # of the last cache event told
         self._sampled_at_s = 0.0
 
     def introduce(self) -> None:
         """Say who is here. The front end then asks for an inventory."""
-        device, blocks = str(self._engine.model.device), self._kvcache.config.num_blocks
+        device, blocks = str(self._engine.model.device), self._ledger.num_blocks
         self._tell(messages.NodeReady(self._role.value, device, blocks))
 
     def tell_inventory(self) -> None:
         """Everything that a prefill could begin with here. News that were not told yet are part of it."""
-        self._sequence += len(self._kvcache.take_news())
-        held = self._kvcache.inventory()
+        self._sequence += len(self._ledger.take_news())
+        held = self._ledger.inventory()
         self._tell(messages.CacheNews(self._sequence, [one.key.hex() for one in held], [one.tokens for one in held],
                                       inventory=True))
 
     def tell(self) -> None:
         """Cache events since the last time, and the newest sample of the link that carries KVCache away."""
-        news = self._kvcache.take_news()
+        news = self._ledger.take_news()
         if news:
             keys, tokens = [one.key.hex() for one in news], [one.tokens for one in news]
             self._tell(messages.CacheNews(self._sequence + 1, keys, tokens, inventory=False))
