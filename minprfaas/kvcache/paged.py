@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from minprfaas.config import StateKind
 from minprfaas.kvcache.layout import KVGroup
 from minprfaas.kvcache.pool import BlockPool
 from minprfaas.model.spec import Pages
@@ -30,12 +29,9 @@ class PagedState:
         self._token_indexes: dict[int, _TokenIndex] = {}  # by group
         self._state_tables: dict[int, torch.Tensor] = {}  # by group
 
-    def layer(self, index: int) -> "PagedTokens | PagedRequestState":
+    def layer(self, index: int) -> "PagedLayer":
         """The state of layer `index`."""
-        group = self.pool.layout.group_of_layer[index]
-        if group.spec.kind is StateKind.TOKEN:
-            return PagedTokens(self, group, index)
-        return PagedRequestState(self, group, index)
+        return PagedLayer(self, self.pool.layout.group_of_layer[index], index)
 
     def token_index(self, group: KVGroup, new: int) -> "_TokenIndex":
         """Where `new` tokens of each request go in `group`, and which blocks hold the context that they complete."""
@@ -73,8 +69,8 @@ class _TokenIndex:
 
 
 @dataclass(frozen=True)
-class PagedTokens:
-    """One token-state layer of a batch."""
+class PagedLayer:
+    """One layer of a batch (implements `LayerState`)."""
 
     state: PagedState
     group: KVGroup
@@ -87,6 +83,31 @@ class PagedTokens:
         view = self.state.pool.token_view(self.index)
         view[where.new_blocks, where.new_offsets] = rows
         return PagedContext(view, where.block_table, self.state.start + new, where.context)
+
+    def load(self) -> tuple[torch.Tensor, ...]:
+        """The layer's tensors, each `[batch, *shape]`; a request at its beginning starts from zeros."""
+        tensors = self.state.pool.read_state(self.index, self.state.state_table(self.group))
+        if min(self.state.starts) == 0:  # its blocks hold whatever was there before
+            fresh = self.state.start == 0
+            tensors = tuple(tensor.masked_fill(fresh.view(-1, *[1] * (tensor.dim() - 1)), 0) for tensor in tensors)
+        return tensors
+
+    def store(self, *tensors: torch.Tensor) -> None:
+        """Replace what `load` returned."""
+        self.state.pool.write_state(self.index, self.state.state_table(self.group), *tensors)
+
+    @property
+    def snapshot_offsets(self) -> tuple[int, ...]:
+        """Tokens after the pass's beginning at which a copy of the state is wanted as well."""
+        return self.state.snapshot_offsets
+
+    def store_snapshot(self, offset: int, *tensors: torch.Tensor) -> None:
+        """The state after `offset` tokens of this pass, `[batch, *shape]` each, into the blocks made ready for it."""
+        pool = self.state.pool
+        for row, planned in enumerate(self.state.snapshots):
+            if offset in planned:  # others of the batch may not want theirs
+                table = torch.tensor([planned[offset][self.group.index]], dtype=torch.int64, device=pool.device)
+                pool.write_state(self.index, table, *(tensor[row:row + 1] for tensor in tensors))
 
 
 @dataclass(frozen=True)
@@ -107,37 +128,3 @@ class PagedContext:
     def pages(self) -> Pages:
         """The blocks where they lie."""
         return Pages(self.view, self.block_table, self.lengths)
-
-
-@dataclass(frozen=True)
-class PagedRequestState:
-    """One request-level layer of a batch."""
-
-    state: PagedState
-    group: KVGroup
-    index: int
-
-    @property
-    def snapshot_offsets(self) -> tuple[int, ...]:
-        """Tokens after the pass's beginning at which a copy of the state is wanted as well."""
-        return self.state.snapshot_offsets
-
-    def load(self) -> tuple[torch.Tensor, ...]:
-        """The layer's tensors, each `[batch, *shape]`; a request at its beginning starts from zeros."""
-        tensors = self.state.pool.read_state(self.index, self.state.state_table(self.group))
-        if min(self.state.starts) == 0:  # its blocks hold whatever was there before
-            fresh = self.state.start == 0
-            tensors = tuple(tensor.masked_fill(fresh.view(-1, *[1] * (tensor.dim() - 1)), 0) for tensor in tensors)
-        return tensors
-
-    def store(self, *tensors: torch.Tensor) -> None:
-        """Replace what `load` returned."""
-        self.state.pool.write_state(self.index, self.state.state_table(self.group), *tensors)
-
-    def store_snapshot(self, offset: int, *tensors: torch.Tensor) -> None:
-        """The state after `offset` tokens of this pass, `[batch, *shape]` each, into the blocks made ready for it."""
-        pool = self.state.pool
-        for row, planned in enumerate(self.state.snapshots):
-            if offset in planned:  # others of the batch may not want theirs
-                table = torch.tensor([planned[offset][self.group.index]], dtype=torch.int64, device=pool.device)
-                pool.write_state(self.index, table, *(tensor[row:row + 1] for tensor in tensors))
