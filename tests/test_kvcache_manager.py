@@ -295,7 +295,7 @@ def test_only_the_increment_crosses_to_a_pool_that_has_the_prefix(specs):
     tokens, crossed = list(PROMPT), []
     for turn in range(3):
         sent = prefill(prefiller, tokens)
-        received = decoder.open_to_receive(tokens)
+        received = decoder.open(tokens, to_receive=True)
         assert decoder.reserve(received, len(tokens))
         crossed.append(ship(prefiller, sent, decoder, received, received.cached_tokens, len(tokens)))
         decoder.advance(received, tokens)
@@ -316,7 +316,7 @@ def test_a_receiver_asks_only_for_rows_after_its_longest_run_of_full_blocks():
     tokens = [*PROMPT[:29], *range(13)]
     assert kvcache.match(tokens) == 0
     in_use = kvcache.stats().in_use
-    received = kvcache.open_to_receive(tokens)
+    received = kvcache.open(tokens, to_receive=True)
     assert received.cached_tokens == 28 and kvcache.reserve(received, 42)
     kvcache.check()
     groups, state = len(kvcache.layout.token_groups), kvcache.layout.state_blocks
@@ -340,13 +340,13 @@ def test_a_receiver_asks_only_for_rows_after_its_longest_run_of_full_blocks():
 def test_a_receiver_always_asks_for_at_least_one_token(specs):
     kvcache = manager(specs, 800, snapshot_every=1)
     kvcache.close(prefill(kvcache, PROMPT[:40]))
-    assert kvcache.open_to_receive(PROMPT[:40]).cached_tokens == (36 if kvcache.layout.token_groups else 0)
+    assert kvcache.open(PROMPT[:40], to_receive=True).cached_tokens == (36 if kvcache.layout.token_groups else 0)
 
 
 def test_rows_that_arrived_before_a_stream_broke_off_need_not_cross_again():
     kvcache, other = manager(HYBRID, 800), manager(HYBRID, 800)
     sent = prefill(other, PROMPT)
-    broken = kvcache.open_to_receive(PROMPT)
+    broken = kvcache.open(PROMPT, to_receive=True)
     assert kvcache.reserve(broken, 42)
     for layer in (3, 7):
         data = other.pool.read_bytes(layer, sent.block_tables[3], 0, 22)
@@ -355,7 +355,7 @@ def test_rows_that_arrived_before_a_stream_broke_off_need_not_cross_again():
     kvcache.close(broken)
     kvcache.check()
     assert kvcache.ledger.inventory() == [] and kvcache.match(PROMPT) == 0  # rows without a state are no place to begin
-    again = kvcache.open_to_receive(PROMPT)
+    again = kvcache.open(PROMPT, to_receive=True)
     assert again.cached_tokens == 20 and kvcache.reserve(again, 42)
     ship(other, sent, kvcache, again, 20, 42)
     kvcache.advance(again, PROMPT)
@@ -444,7 +444,7 @@ def test_a_cached_prefix_can_be_shipped_to_another_cluster_as_it_is():
     source, target = manager(HYBRID, 800), manager(HYBRID, 800)
     source.close(prefill(source, PROMPT))
     prefix = PROMPT[:source.match(PROMPT)]
-    sent, received = source.open(PROMPT), target.open_to_receive(PROMPT)
+    sent, received = source.open(PROMPT), target.open(PROMPT, to_receive=True)
     assert target.reserve(received, len(prefix))
     state = source.snapshots.hold(sent, len(prefix))
     for group in source.layout.request_groups:

@@ -183,7 +183,7 @@ class Storm:
             return False
         prefix = self.rng.choice(self.documents)
         tokens = [*prefix[:self.rng.randrange(len(prefix) + 1)], *(self.rng.randrange(3) for _ in range(9))]
-        cache = self.kvcache.open_to_receive(tokens)
+        cache = self.kvcache.open(tokens, to_receive=True)
         longest_run = self.kvcache.ledger.common(self.kvcache.keys(tokens)[:(len(tokens) - 1) // SIZE])
         assert cache.cached_tokens == (longest_run * SIZE if self.kvcache.config.prefix_cache else 0)
         if not self.kvcache.reserve(cache, len(tokens)):

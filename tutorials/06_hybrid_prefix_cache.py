@@ -140,7 +140,7 @@ prefiller, decoder = node(600), node(600)
 rows, tokens = [], words(1200)
 for turn in range(1, 5):
     sent, logits = prefill(prefiller, tokens)
-    received = decoder.open_to_receive(tokens)
+    received = decoder.open(tokens, to_receive=True)
     decoder.reserve(received, len(tokens))
     crossed = whole = 0
     for layer, spec in enumerate(layout.specs):

@@ -76,27 +76,19 @@ class KVCacheManager:
 
     # A request's life
 
-    def open(self, token_ids: Sequence[int], known: Sequence[bytes] = ()) -> RequestCache:
-        """Begin a request that is to be prefilled here: attach the longest cached prefix at which a prefill can begin,
-        that is full blocks and a snapshot at exactly their end. `known` as in `keys`."""
-        keys = self.keys(token_ids, known)
-        matched = self.ledger.match(self._usable(keys, len(token_ids)))
-        cache = self._attach(keys, len(token_ids), matched)
-        if matched and self.snapshots.enabled:
-            self.snapshots.begin_at(cache, keys[matched - 1])
-        return cache
+    def open(self, token_ids: Sequence[int], known: Sequence[bytes] = (), to_receive: bool = False) -> RequestCache:
+        """Begin a request: attach, and hold, the longest cached prefix at which a prefill can begin, that is full
+        blocks and a snapshot at exactly their end. `known` as in `keys`.
 
-    def open_to_receive(self, token_ids: Sequence[int], known: Sequence[bytes] = ()) -> RequestCache:
-        """Begin a request whose KVCache comes from another node: attach the longest run of full blocks. No snapshot is
-        needed at its end, for the live state crosses in any case; only rows after `cached_tokens` have to."""
+        `to_receive`: its KVCache comes from another node. Then the longest run of full blocks serves, because the live
+        state crosses in any case; only rows after `cached_tokens` have to.
+        """
         keys = self.keys(token_ids, known)
-        return self._attach(keys, len(token_ids), self.ledger.common(self._usable(keys, len(token_ids))))
-
-    def _attach(self, keys: list[bytes], prompt_tokens: int, matched: int) -> RequestCache:
-        """A request that shares the first `matched` blocks of its prompt, and holds them."""
+        usable = self._usable(keys, len(token_ids))
+        matched = self.ledger.common(usable) if to_receive else self.ledger.match(usable)
         branch = self.ledger.common(keys) if self.config.prefix_cache else 0
         tokens = matched * self.layout.block_tokens
-        cache = RequestCache([array("q") for _ in self.layout.groups], keys, prompt_tokens, branch,
+        cache = RequestCache([array("q") for _ in self.layout.groups], keys, len(token_ids), branch,
                              num_tokens=tokens, cached_tokens=tokens, num_blocks=matched)
         if self.layout.token_groups:
             for key in keys[:matched]:
@@ -105,6 +97,8 @@ class KVCacheManager:
                 cache.entries.append(entry)
                 for group, block in zip(self.layout.token_groups, self.ledger.members(entry)):
                     cache.block_tables[group.index].append(block)
+        if matched and self.snapshots.enabled and not to_receive:
+            self.snapshots.begin_at(cache, keys[matched - 1])
         self._requests.add(cache)
         return cache
 
