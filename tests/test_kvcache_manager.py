@@ -55,7 +55,7 @@ def test_decoding_keeps_one_snapshot_in_the_index_not_one_a_block():
 def test_snapshots_fall_on_every_nth_block_and_on_the_last_boundary():
     kvcache = manager(HYBRID, 800, snapshot_every=3)
     cache = prefill(kvcache, PROMPT, max_chunk=7)
-    assert sorted(news.tokens for news in kvcache.inventory()) == [12, 24, 36, 40]
+    assert sorted(news.tokens for news in kvcache.ledger.inventory()) == [12, 24, 36, 40]
     kvcache.close(cache)
     for length, hit in ((12, 0), (13, 12), (30, 24), (39, 36), (42, 40)):
         assert kvcache.match(PROMPT[:length]) == hit
@@ -102,7 +102,7 @@ def test_every_snapshot_inside_a_pass_is_the_state_of_its_own_boundary(stride):
     specs = [replace(spec, snapshot_stride=stride) if spec is LINEAR else spec for spec in HYBRID]
     kvcache = manager(specs, 3000, snapshot_every=2)
     kvcache.close(prefill(kvcache, PROMPT, max_chunk=1000))
-    assert sorted(news.tokens for news in kvcache.inventory()) == [8, 16, 24, 32, 40]
+    assert sorted(news.tokens for news in kvcache.ledger.inventory()) == [8, 16, 24, 32, 40]
     for at in (8, 16, 24, 32, 40):
         assert prefill(kvcache, [*PROMPT[:at], 7, 7, 7]).cached_tokens == at
 
@@ -118,7 +118,7 @@ def test_the_snapshots_of_a_pass_take_only_blocks_that_its_chunk_can_spare():
         assert end == 42 and kvcache.reserve(cache, 42)
         step(kvcache, cache, PROMPT, 42)
         kvcache.check()
-        assert sorted(news.tokens for news in kvcache.inventory()) == kept
+        assert sorted(news.tokens for news in kvcache.ledger.inventory()) == kept
 
 
 def test_a_plan_replaces_the_one_before_and_goes_with_an_aborted_request():
@@ -150,7 +150,9 @@ def test_running_requests_share_the_blocks_of_a_common_prefix(specs):
     second = prefill(kvcache, PROMPT[:32] + [1, 2, 3])
     for group in kvcache.layout.token_groups:
         assert first.block_tables[group.index][:8] == second.block_tables[group.index][:8]
-    assert not set(first.state.live) & set(second.state.live)
+    for group in kvcache.layout.request_groups:
+        assert first.block_tables[group.index]
+        assert not set(first.block_tables[group.index]) & set(second.block_tables[group.index])
     kvcache.close(first)
     kvcache.check()
     decode(kvcache, second, PROMPT[:32] + [1, 2, 3], range(8))
@@ -293,7 +295,7 @@ def test_only_the_increment_crosses_to_a_pool_that_has_the_prefix(specs):
     tokens, crossed = list(PROMPT), []
     for turn in range(3):
         sent = prefill(prefiller, tokens)
-        received = decoder.open_to_receive(tokens)
+        received = decoder.open(tokens, to_receive=True)
         assert decoder.reserve(received, len(tokens))
         crossed.append(ship(prefiller, sent, decoder, received, received.cached_tokens, len(tokens)))
         decoder.advance(received, tokens)
@@ -314,7 +316,7 @@ def test_a_receiver_asks_only_for_rows_after_its_longest_run_of_full_blocks():
     tokens = [*PROMPT[:29], *range(13)]
     assert kvcache.match(tokens) == 0
     in_use = kvcache.stats().in_use
-    received = kvcache.open_to_receive(tokens)
+    received = kvcache.open(tokens, to_receive=True)
     assert received.cached_tokens == 28 and kvcache.reserve(received, 42)
     kvcache.check()
     groups, state = len(kvcache.layout.token_groups), kvcache.layout.state_blocks
@@ -338,13 +340,13 @@ def test_a_receiver_asks_only_for_rows_after_its_longest_run_of_full_blocks():
 def test_a_receiver_always_asks_for_at_least_one_token(specs):
     kvcache = manager(specs, 800, snapshot_every=1)
     kvcache.close(prefill(kvcache, PROMPT[:40]))
-    assert kvcache.open_to_receive(PROMPT[:40]).cached_tokens == (36 if kvcache.layout.token_groups else 0)
+    assert kvcache.open(PROMPT[:40], to_receive=True).cached_tokens == (36 if kvcache.layout.token_groups else 0)
 
 
 def test_rows_that_arrived_before_a_stream_broke_off_need_not_cross_again():
     kvcache, other = manager(HYBRID, 800), manager(HYBRID, 800)
     sent = prefill(other, PROMPT)
-    broken = kvcache.open_to_receive(PROMPT)
+    broken = kvcache.open(PROMPT, to_receive=True)
     assert kvcache.reserve(broken, 42)
     for layer in (3, 7):
         data = other.pool.read_bytes(layer, sent.block_tables[3], 0, 22)
@@ -352,8 +354,8 @@ def test_rows_that_arrived_before_a_stream_broke_off_need_not_cross_again():
     kvcache.keep_arrived(broken, PROMPT[:22])
     kvcache.close(broken)
     kvcache.check()
-    assert kvcache.inventory() == [] and kvcache.match(PROMPT) == 0  # rows without a state are no place to begin
-    again = kvcache.open_to_receive(PROMPT)
+    assert kvcache.ledger.inventory() == [] and kvcache.match(PROMPT) == 0  # rows without a state are no place to begin
+    again = kvcache.open(PROMPT, to_receive=True)
     assert again.cached_tokens == 20 and kvcache.reserve(again, 42)
     ship(other, sent, kvcache, again, 20, 42)
     kvcache.advance(again, PROMPT)
@@ -364,7 +366,7 @@ def test_a_snapshot_that_arrives_beside_the_final_state_can_be_hit_although_the_
     prefiller, decoder = manager(HYBRID, 800), manager(HYBRID, 800)
     received = decoder.open(PROMPT)
     assert decoder.reserve(received, len(PROMPT))
-    tables = decoder.expect_snapshot(received, 40)
+    tables = decoder.snapshots.expect(received, 40)
     sent = prefill(prefiller, PROMPT[:40])
     for layer, spec in enumerate(HYBRID):
         if spec.kind is not StateKind.TOKEN:
@@ -383,8 +385,8 @@ def test_a_snapshot_that_arrives_beside_the_final_state_can_be_hit_although_the_
 def test_a_sender_finds_the_snapshot_of_a_boundary_that_its_request_has_passed():
     kvcache = manager(HYBRID, 800, snapshot_every=1000)
     cache = prefill(kvcache, PROMPT)
-    assert kvcache.hold_snapshot(cache, 36) is None and kvcache.hold_snapshot(cache, 41) is None
-    tables = kvcache.hold_snapshot(cache, 40)
+    assert kvcache.snapshots.hold(cache, 36) is None and kvcache.snapshots.hold(cache, 41) is None
+    tables = kvcache.snapshots.hold(cache, 40)
     group = kvcache.layout.request_groups[0]
     now = kvcache.pool.read_bytes(0, cache.block_tables[group.index], 0, 42)
     then = kvcache.pool.read_bytes(0, tables[group.index], 0, 40)
@@ -396,7 +398,7 @@ def test_a_sender_finds_the_snapshot_of_a_boundary_that_its_request_has_passed()
 def test_a_held_snapshot_outlives_its_request_until_the_transfer_is_acknowledged():
     kvcache = manager(HYBRID, 400)
     cache = prefill(kvcache, PROMPT)
-    tables = kvcache.hold_snapshot(cache, 40)
+    tables = kvcache.snapshots.hold(cache, 40)
     group = kvcache.layout.request_groups[0].index
     before = kvcache.pool.read_bytes(0, tables[group], 0, 40)
     kvcache.begin_transfer(cache)
@@ -416,35 +418,35 @@ def test_an_expected_snapshot_that_never_came_gives_its_blocks_back():
     cache = kvcache.open(PROMPT)
     assert kvcache.reserve(cache, 42)
     in_use = kvcache.stats().in_use
-    kvcache.expect_snapshot(cache, 40)
-    kvcache.forget_snapshot(cache)
-    kvcache.forget_snapshot(cache)
+    kvcache.snapshots.expect(cache, 40)
+    kvcache.snapshots.forget(cache)
+    kvcache.snapshots.forget(cache)
     kvcache.check()
     assert kvcache.stats().in_use == in_use
     kvcache.advance(cache, PROMPT[:41])
-    assert kvcache.inventory() == []
+    assert kvcache.ledger.inventory() == []
 
 
 def test_an_expected_snapshot_needs_a_boundary_and_goes_with_an_aborted_request():
     kvcache = manager(HYBRID, 200)
     cache = kvcache.open(PROMPT)
-    assert kvcache.expect_snapshot(cache, 41) is None and kvcache.expect_snapshot(cache, 0) is None
-    assert kvcache.expect_snapshot(cache, 40) is not None
+    assert kvcache.snapshots.expect(cache, 41) is None and kvcache.snapshots.expect(cache, 0) is None
+    assert kvcache.snapshots.expect(cache, 40) is not None
     kvcache.check()
     kvcache.close(cache)
     kvcache.check()
     assert kvcache.stats().free == 200
     dense = manager(DENSE, 200)
-    assert dense.expect_snapshot(dense.open(PROMPT), 40) is None
+    assert dense.snapshots.expect(dense.open(PROMPT), 40) is None
 
 
 def test_a_cached_prefix_can_be_shipped_to_another_cluster_as_it_is():
     source, target = manager(HYBRID, 800), manager(HYBRID, 800)
     source.close(prefill(source, PROMPT))
     prefix = PROMPT[:source.match(PROMPT)]
-    sent, received = source.open(PROMPT), target.open_to_receive(PROMPT)
+    sent, received = source.open(PROMPT), target.open(PROMPT, to_receive=True)
     assert target.reserve(received, len(prefix))
-    state = source.hold_snapshot(sent, len(prefix))
+    state = source.snapshots.hold(sent, len(prefix))
     for group in source.layout.request_groups:
         sent.block_tables[group.index] = state[group.index]
     ship(source, sent, target, received, 0, len(prefix))
@@ -509,13 +511,13 @@ def test_where_the_next_turn_begins_is_as_recent_as_its_request():
 def test_news_are_kept_for_who_watches_until_they_are_taken():
     kvcache = manager(DENSE, 100)
     kvcache.close(prefill(kvcache, PROMPT[:9]))
-    assert kvcache.take_news() == [] and len(kvcache.inventory()) == 2
-    kvcache.watch_news()
+    assert kvcache.ledger.news is None and len(kvcache.ledger.inventory()) == 2
+    assert kvcache.ledger.take_news() == []
     kvcache.close(prefill(kvcache, PROMPT[:13]))
-    assert kvcache.take_news() == [CacheNews(kvcache.keys(PROMPT)[2], 12)]
-    assert kvcache.take_news() == []
+    assert kvcache.ledger.take_news() == [CacheNews(kvcache.keys(PROMPT)[2], 12)]
+    assert kvcache.ledger.take_news() == []
     kvcache.ledger.release(kvcache.ledger.allocate(98))  # evicts a block of the three
-    assert kvcache.take_news() == [CacheNews(kvcache.keys(PROMPT)[2], 0)]
+    assert kvcache.ledger.take_news() == [CacheNews(kvcache.keys(PROMPT)[2], 0)]
 
 
 def test_two_models_never_agree_on_a_key():

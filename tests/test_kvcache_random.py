@@ -40,7 +40,7 @@ class Storm:
         self.rng = random.Random(seed)
         self.told = {}
         self.kvcache = manager(specs, num_blocks, SIZE, snapshot_every=3, prefix_cache=prefix_cache)
-        self.kvcache.watch_news()
+        self.kvcache.ledger.take_news()  # begins to watch
         self.bytes = self.kvcache.pool.bytes
         self.running, self.preempted, self.in_transfer, self.documents = [], [], [], [[]]
         self.done = dict.fromkeys(self.operations(), 0)
@@ -63,8 +63,8 @@ class Storm:
             stats = self.kvcache.stats()
             assert stats.free + stats.cached + stats.in_use == stats.total and stats.transfer <= stats.in_use
             if number % 100 == 0:
-                hear(self.told, self.kvcache.take_news())
-                assert self.told == {news.key: news.tokens for news in self.kvcache.inventory()}
+                hear(self.told, self.kvcache.ledger.take_news())
+                assert self.told == {news.key: news.tokens for news in self.kvcache.ledger.inventory()}
                 self.check_matches()
         for request in (*self.running, *self.in_transfer):
             self.kvcache.close(request.cache)
@@ -172,7 +172,7 @@ class Storm:
         if not candidates:
             return False
         request = self.rng.choice(candidates)
-        tables = self.kvcache.expect_snapshot(request.cache, request.target // SIZE * SIZE)
+        tables = self.kvcache.snapshots.expect(request.cache, request.target // SIZE * SIZE)
         if tables is not None:
             self.mark([block for table in tables for block in table], request.tokens[:request.target // SIZE * SIZE])
         return tables is not None
@@ -183,7 +183,7 @@ class Storm:
             return False
         prefix = self.rng.choice(self.documents)
         tokens = [*prefix[:self.rng.randrange(len(prefix) + 1)], *(self.rng.randrange(3) for _ in range(9))]
-        cache = self.kvcache.open_to_receive(tokens)
+        cache = self.kvcache.open(tokens, to_receive=True)
         longest_run = self.kvcache.ledger.common(self.kvcache.keys(tokens)[:(len(tokens) - 1) // SIZE])
         assert cache.cached_tokens == (longest_run * SIZE if self.kvcache.config.prefix_cache else 0)
         if not self.kvcache.reserve(cache, len(tokens)):
@@ -206,7 +206,7 @@ class Storm:
             return False
         request = self.rng.choice(self.running)
         at = self.rng.randrange(request.cache.num_tokens // SIZE + 1) * SIZE
-        tables = self.kvcache.hold_snapshot(request.cache, at)
+        tables = self.kvcache.snapshots.hold(request.cache, at)
         if tables is None:
             return False
         blocks = [block for table in tables for block in table]
@@ -225,8 +225,9 @@ class Storm:
             blocks = [cache.block_tables[group.index][position] for group in self.kvcache.layout.token_groups]
             self.mark(blocks, tokens[:min((position + 1) * SIZE, end)])
         if has_state:
-            self.mark(cache.state.live, tokens[:end])
-            for offset, tables in self.kvcache.snapshots.planned(cache.state, start).items():
+            live = [block for group in self.kvcache.layout.request_groups for block in cache.block_tables[group.index]]
+            self.mark(live, tokens[:end])
+            for offset, tables in self.kvcache.snapshots.planned(cache).items():
                 self.mark([block for table in tables for block in table], tokens[:start + offset])
 
     def check_marks(self, cache, tokens):
@@ -239,7 +240,8 @@ class Storm:
             for group in self.kvcache.layout.token_groups:
                 assert int(self.bytes[cache.block_tables[group.index][position], 0]) == mark
         if self.kvcache.layout.request_groups:
-            state = cache.state.live or self.kvcache.ledger.members(cache.state.origin)
+            last = self.kvcache.layout.request_groups[-1].index
+            state = cache.block_tables[last] if cache.has_state else self.kvcache.ledger.members(cache.origin)
             assert int(self.bytes[state[-1], 0]) == hash(tuple(tokens[:held])) % 251
 
     def check_matches(self):

@@ -10,7 +10,8 @@ import torch
 
 from minprfaas.config import CacheConfig, LayerConfig, ModelConfig, StateKind
 from minprfaas.kvcache.layout import plan_layout
-from minprfaas.kvcache.manager import KVCacheManager, RequestCache
+from minprfaas.kvcache.manager import KVCacheManager
+from minprfaas.kvcache.request_cache import RequestCache
 from minprfaas.kvcache.replay import replay_trace
 from minprfaas.model.delta import KDAConfig
 from minprfaas.model.mla import MLAConfig
@@ -139,7 +140,7 @@ prefiller, decoder = node(600), node(600)
 rows, tokens = [], words(1200)
 for turn in range(1, 5):
     sent, logits = prefill(prefiller, tokens)
-    received = decoder.open_to_receive(tokens)
+    received = decoder.open(tokens, to_receive=True)
     decoder.reserve(received, len(tokens))
     crossed = whole = 0
     for layer, spec in enumerate(layout.specs):

@@ -133,7 +133,7 @@ class DecodeRole:
         serving.ordered_at_s = self._clock()
         serving.deadline_at_s = serving.ordered_at_s + serve.deadline_s
         snapshot_at = (request.prompt_tokens - 1) // layout.block_tokens * layout.block_tokens
-        tables = self._kvcache.expect_snapshot(request.cache, snapshot_at) if snapshot_at else None
+        tables = self._kvcache.snapshots.expect(request.cache, snapshot_at) if snapshot_at else None
         stream_id, snapshot_id = next(self._stream_ids), next(self._stream_ids)
         plan = stream_plan(layout, stream_id, request.cached_tokens, request.prompt_tokens)
         try:
@@ -202,7 +202,7 @@ class DecodeRole:
                 given_up = stream.give_up()
                 arrived_end = given_up if stream is serving.kv else arrived_end
         if serving.snapshot is not None and not serving.snapshot.has_arrived:
-            self._kvcache.forget_snapshot(serving.request.cache)
+            self._kvcache.snapshots.forget(serving.request.cache)
         serving.kv = serving.snapshot = None
         return arrived_end
 

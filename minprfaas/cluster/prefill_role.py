@@ -18,7 +18,7 @@ from minprfaas.engine.engine import Engine
 from minprfaas.engine.request import Request, Status
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import UserError
-from minprfaas.kvcache.manager import RequestCache
+from minprfaas.kvcache.request_cache import RequestCache
 from minprfaas.transport.base import LinkDown, StreamPlan, StreamReport
 
 
@@ -179,7 +179,7 @@ class PrefillRole:
         if plan is None or prefill.snapshot is not None or cache.num_tokens < plan.end or not may_ship:
             return
         prefill.snapshot_plan = None  # one attempt
-        tables = self._kvcache.hold_snapshot(cache, plan.end)
+        tables = self._kvcache.snapshots.hold(cache, plan.end)
         if tables is not None:
             prefill.snapshot = self._open(prefill, plan, tables)
         if prefill.snapshot is not None:

@@ -16,7 +16,8 @@ from minprfaas.cluster.kv_send import KVSend
 from minprfaas.cluster.mail import Mail
 from minprfaas.cluster.messages import PrefixAbort, PrefixOrder
 from minprfaas.cluster.stream_plans import stream_plan
-from minprfaas.kvcache.manager import KVCacheManager, RequestCache
+from minprfaas.kvcache.manager import KVCacheManager
+from minprfaas.kvcache.request_cache import RequestCache
 from minprfaas.transport.base import LinkDown, StreamDone, StreamFailed
 
 
@@ -118,7 +119,7 @@ class PrefixShipping:
 
     def _tables(self, cache: RequestCache, end: int) -> list:
         """The rows' blocks from the request's tables, the state's from the snapshot at the end."""
-        snapshot = self._kvcache.hold_snapshot(cache, end)
+        snapshot = self._kvcache.snapshots.hold(cache, end)
         tables = list(cache.block_tables)
         for group in self._kvcache.layout.request_groups:
             tables[group.index] = snapshot[group.index]

@@ -21,8 +21,8 @@ class Upkeep:
         self.is_stopping = False  # the front end sends no more requests, or is gone
         self.threads = ThreadPoolExecutor(STREAMS_AT_ONCE, thread_name_prefix=f"{name} send")
         self.prefixes = PrefixShipping(name, engine.kvcache, mail, self.threads, engine.clock, transfer_deadline_s)
-        self._name, self._role, self._engine, self._mail, self._kvcache = name, role, engine, mail, engine.kvcache
-        self._kvcache.watch_news()
+        self._name, self._role, self._engine, self._mail, self._ledger = name, role, engine, mail, engine.kvcache.ledger
+        self._ledger.take_news()  # from now on there are some
         self._sequence = 0  # of the last cache event told
         self._sampled_at_s = 0.0
 
@@ -64,7 +64,7 @@ class Upkeep:
 
     def introduce(self) -> None:
         """Say who is here. The front end then asks for an inventory."""
-        device, blocks = str(self._engine.model.device), self._kvcache.config.num_blocks
+        device, blocks = str(self._engine.model.device), self._ledger.num_blocks
         self._tell(messages.NodeReady(self._role.value, device, blocks))
 
     def say_goodbye(self) -> None:
@@ -76,7 +76,7 @@ class Upkeep:
 
     def tell_news(self) -> None:
         """Cache events since the last time, and the newest sample of the links that carry KVCache away."""
-        news = self._kvcache.take_news()
+        news = self._ledger.take_news()
         if news:
             self._tell_cache(self._sequence + 1, news, inventory=False)
             self._sequence += len(news)
@@ -89,8 +89,8 @@ class Upkeep:
 
     def _tell_inventory(self) -> None:
         """Everything that a prefill could begin with here. News that were not told yet are part of it."""
-        self._sequence += len(self._kvcache.take_news())
-        self._tell_cache(self._sequence, self._kvcache.inventory(), inventory=True)
+        self._sequence += len(self._ledger.take_news())
+        self._tell_cache(self._sequence, self._ledger.inventory(), inventory=True)
 
     def _tell_cache(self, sequence: int, entries: list, inventory: bool) -> None:
         keys, tokens = [one.key.hex() for one in entries], [one.tokens for one in entries]

@@ -12,7 +12,7 @@ from minprfaas.config import CacheConfig
 from minprfaas.engine.request import KVListener, Request, Status, TokenUpdate
 from minprfaas.engine.runner import Runner
 from minprfaas.engine.sampling import SamplingParams
-from minprfaas.engine.scheduler import Scheduler
+from minprfaas.engine.scheduler import PrefillChunk, Scheduler
 from minprfaas.engine.text import StreamedText
 from minprfaas.errors import UserError
 from minprfaas.kvcache.layout import Layout, plan_layout
@@ -26,6 +26,11 @@ from minprfaas.observe.timeline import Timeline
 def model_layout(model: Transformer, block_tokens: int) -> Layout:
     """How the state of a model, in the number format that it runs in, lies in blocks of so many tokens."""
     return plan_layout(model_state_specs(model.config, str(model.dtype).removeprefix("torch.")), block_tokens)
+
+
+def token_ids_of(prompt: str | list[int], tokenizer: Tokenizer) -> list[int]:
+    """The tokens of a prompt that is a text, or is tokens already."""
+    return tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
 
 
 class Engine:
@@ -51,8 +56,7 @@ class Engine:
 
     def request(self, id: str, prompt: str | list[int], params: SamplingParams, prefill_only: bool = False) -> Request:
         """Make a request out of text or token ids (not queued yet)."""
-        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        return Request(id, token_ids, params, prefill_only)
+        return Request(id, token_ids_of(prompt, self.tokenizer), params, prefill_only)
 
     def add(self, request: Request) -> Request:
         """Queue a request. UserError when its prompt can never fit."""
@@ -98,12 +102,19 @@ class Engine:
         `on_kv(request, layer, start, end)` hears, between the layers of the prefill pass, that a layer's state now
         holds tokens [start, end): it can be shipped while the next layer computes.
         """
-        return self._prefill_step(on_kv) + self._decode_step()
+        updates = []
+        chunk = self.scheduler.next_chunk()
+        if chunk is not None:
+            updates += self._prefill(chunk, on_kv)
+        batch = self.scheduler.next_batch()
+        if batch:
+            for request, token in zip(batch, self.runner.decode(batch)):
+                updates.append(self._accept_token(request, token))
+        return updates
 
     def abort(self, request: Request) -> None:
         """Forget a request wherever it stands, and free what it holds. Harmless for one that has ended."""
         if request.status is not Status.FINISHED:
-            self.scheduler.remove(request)
             self._finish(request, "aborted")
 
     # Prefill on one node, decode on another
@@ -136,10 +147,8 @@ class Engine:
 
     # A step
 
-    def _prefill_step(self, on_kv: KVListener | None) -> list[TokenUpdate]:
-        chunk = self.scheduler.next_chunk()
-        if chunk is None:
-            return []
+    def _prefill(self, chunk: PrefillChunk, on_kv: KVListener | None) -> list[TokenUpdate]:
+        """Compute a chunk; the request's first token, if that completed its prompt."""
         request = chunk.request
         if request.prefill_started_at_s is None:
             request.prefill_started_at_s = self.clock()
@@ -149,15 +158,6 @@ class Engine:
         self.scheduler.remove(request)
         request.prefill_ended_at_s = self.clock()
         return [self._accept_first_token(request, token)]
-
-    def _decode_step(self) -> list[TokenUpdate]:
-        batch = self.scheduler.next_batch()
-        if not batch:
-            return []
-        tokens = self.runner.decode(batch)
-        return [self._accept_token(request, token) for request, token in zip(batch, tokens)]
-
-    # Tokens
 
     def _accept_first_token(self, request: Request, token: int) -> TokenUpdate:
         if request.first_token_at_s is None:  # not so when a preempted request was prefilled again
@@ -177,28 +177,29 @@ class Engine:
         request.token_ids.append(token)
         is_eos = token in self.model.config.eos_token_ids and not request.params.ignore_eos
         new_text = "" if is_eos else text.push(token)
-        reason = "eos" if is_eos else self._finish_reason(request, text)
-        if reason is not None:
-            new_text += "" if text.stopped else text.finish()
+        reason = "eos" if is_eos else self._end_of(request, text)
         request.text = text.text
         if reason is not None:
-            self.scheduler.remove(request)
+            if not text.stopped:
+                new_text += text.finish()
             self._finish(request, reason)
         return TokenUpdate(request, token, new_text)
 
-    def _finish_reason(self, request: Request, text: StreamedText) -> str | None:
+    def _end_of(self, request: Request, text: StreamedText) -> str | None:
+        """Why the answer ends here, if it does; notes which limit it was."""
         if text.stopped:
             return "stop"
+        # "pool" comes last: this node could hold no more, but one with a larger pool, or the reference, would go on.
         limits = {"max_tokens": request.prompt_tokens + request.params.max_tokens,
                   "context": self.model.config.max_context_tokens, "pool": self.kvcache.max_tokens}
-        reached = [name for name, limit in limits.items() if len(request.token_ids) >= limit]
-        if not reached:
-            return None
-        # "pool": this node could hold no more, while a node with a larger pool, or the reference, would go on.
-        request.length_limit = reached[0]
-        return "length"
+        for name, limit in limits.items():
+            if len(request.token_ids) >= limit:
+                request.length_limit = name
+                return "length"
+        return None
 
     def _finish(self, request: Request, reason: str) -> None:
         self._texts.pop(request, None)
+        self.scheduler.remove(request)
         self.scheduler.close_cache(request)
         request.finish_reason, request.finished_at_s, request.status = reason, self.clock(), Status.FINISHED

@@ -1,12 +1,12 @@
 """The single-process reference: prompts in, answers out. Everything distributed is held against this. Chapter 04."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from tqdm import tqdm
 
 from minprfaas.config import CacheConfig
-from minprfaas.engine.engine import Engine, model_layout
+from minprfaas.engine.engine import Engine, model_layout, token_ids_of
 from minprfaas.engine.prompts import Prompt
 from minprfaas.engine.request import Request, RequestOutput, TokenUpdate
 from minprfaas.engine.sampling import SamplingParams
@@ -26,20 +26,12 @@ def generate(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str | l
     `params` is one for all or one for each; `cache` None sizes the pool for the prompts; `on_token` sees every token
     as it is drawn.
     """
-    params = params if params is not None else SamplingParams()
+    params = SamplingParams() if params is None else params
     each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     if len(each) != len(prompts):
         raise UserError(f"{len(each)} sampling parameters for {len(prompts)} prompts; give one, or one for each")
-    token_ids = [tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
-    lengths = [len(ids) + one.max_tokens for ids, one in zip(token_ids, each)]
-    engine = Engine(model, tokenizer, cache or pool_for(model, lengths), prefill_chunk)
-    requests = [engine.request(str(number), ids, one) for number, (ids, one) in enumerate(zip(token_ids, each))]
-    for request in requests:
-        engine.add(request)
-    for update in _run(engine, len(requests), progress):
-        if on_token is not None:
-            on_token(update)
-    return [RequestOutput.of(request) for request in requests]
+    lines = [Prompt(str(number), prompt, one) for number, (prompt, one) in enumerate(zip(prompts, each))]
+    return answer_prompts(model, tokenizer, lines, cache, prefill_chunk, progress, on_token)
 
 
 def answer_prompts(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Prompt],
@@ -59,17 +51,20 @@ def answer_prompts(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[P
 
     def submit_after(before: Request | None) -> None:
         for prompt in prompts:
-            if prompt.after == (before.id if before is not None else None):
-                history = before.token_ids if before is not None else []
-                request = engine.request(prompt.id, history + tokenizer.encode(prompt.text), prompt.params)
+            if prompt.after == (before.id if before else None):
+                history = before.token_ids if before else []
+                request = engine.request(prompt.id, history + token_ids_of(prompt.text, tokenizer), prompt.params)
                 requests[prompt.id] = engine.add(request)
 
     submit_after(None)
-    for update in _run(engine, len(prompts), progress):
-        if on_token is not None:
-            on_token(update)
-        if update.request.finish_reason is not None:
-            submit_after(update.request)
+    with tqdm(total=len(prompts), unit="answer", disable=None if progress else True, leave=False) as bar:
+        while engine.has_work:
+            for update in engine.step():
+                if on_token is not None:
+                    on_token(update)
+                if update.request.finish_reason is not None:
+                    bar.update()
+                    submit_after(update.request)
     return [RequestOutput.of(requests[prompt.id]) for prompt in prompts]
 
 
@@ -79,7 +74,7 @@ def longest_prompts(prompts: Sequence[Prompt], tokenizer: Tokenizer, most: int) 
     tokens: dict[str, int] = {}
     after_answer = {None: 0}
     for prompt in prompts:
-        tokens[prompt.id] = after_answer[prompt.after] + len(tokenizer.encode(prompt.text))
+        tokens[prompt.id] = after_answer[prompt.after] + len(token_ids_of(prompt.text, tokenizer))
         after_answer[prompt.id] = min(tokens[prompt.id] + prompt.params.max_tokens, most)
     return tokens
 
@@ -97,15 +92,6 @@ def logit_gap(model: Transformer, token_ids: list[int], first: int, second: int,
         logits = model(chunk_ids, state, last_only=True)[0, -1]
         state.advance(chunk_ids.shape[1])
     return abs(float(logits[first]) - float(logits[second]))
-
-
-def _run(engine: Engine, answers: int, progress: bool) -> Iterator[TokenUpdate]:
-    """Every token of the engine's requests, until none is left; requests may be added meanwhile."""
-    with tqdm(total=answers, unit="answer", disable=None if progress else True, leave=False) as bar:
-        while engine.has_work:
-            for update in engine.step():
-                bar.update(update.request.finish_reason is not None)
-                yield update
 
 
 def pool_for(model: Transformer, lengths: list[int], block_tokens: int = 64,

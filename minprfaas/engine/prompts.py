@@ -1,15 +1,19 @@
 """The prompts file: one JSON object a line, checked before anything runs. Chapter 04."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from types import NoneType
 
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import UserError, require_unicode, shown
 from minprfaas.files import read_bytes
 
-TEXT_KEYS = ("id", "prompt", "after", "expected")
-SAMPLING_KEYS = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop", "ignore_eos")
+SAMPLING_KEYS = tuple(field.name for field in fields(SamplingParams))
+KINDS = {  # types of the values that are no numbers, and what to say of another
+    "id": ((str, int), "a string or a whole number"), "prompt": ((str,), "a non-empty string"),
+    "after": ((str, NoneType), "a string"), "expected": ((str, NoneType), "a string"),
+    "stop": ((str, list), "a string or a list of strings")}
 MAX_ID = 200  # characters: an id is printed beside every answer, and crosses in every message about its request
 
 
@@ -19,7 +23,7 @@ class Prompt:
     `after` names an earlier line whose conversation this one continues: its prompt, its answer, then `text`."""
 
     id: str
-    text: str
+    text: str | list[int]  # token ids only where a program made the prompt
     params: SamplingParams
     expected: str | None = None
     after: str | None = None
@@ -28,7 +32,7 @@ class Prompt:
         if not 0 < len(self.id) <= MAX_ID or not self.id.isprintable():
             raise UserError(f"id is {shown(self.id)}; it must be 1 to {MAX_ID} printable characters")
         for name, text in (("prompt", self.text), ("expected", self.expected), ("after", self.after)):
-            if text is not None:
+            if isinstance(text, str):
                 require_unicode(name, text)
 
 
@@ -65,18 +69,13 @@ def _parse(line: str, default_id: str) -> Prompt:
         raise UserError("not JSON that can be read: a number is too long, or it is nested too deep") from None
     if not isinstance(raw, dict):
         raise UserError(f"a JSON {type(raw).__name__}, not an object")
-    unknown = sorted(set(raw) - {*TEXT_KEYS, *SAMPLING_KEYS})
+    known = list(dict.fromkeys((*KINDS, *SAMPLING_KEYS)))
+    unknown = sorted(set(raw) - set(known))
     if unknown:
-        raise UserError(f"unknown key {shown(unknown[0])}; known: {', '.join(TEXT_KEYS + SAMPLING_KEYS)}")
-    if not isinstance(raw.get("prompt"), str) or not raw["prompt"]:
-        raise UserError(f"prompt is {shown(raw.get('prompt'))}; it must be a non-empty string")
-    if not isinstance(raw.get("stop", []), (str, list)):
-        raise UserError(f"stop is {shown(raw['stop'])}; it must be a string or a list of strings")
-    for key in ("expected", "after"):
-        if not isinstance(raw.get(key), (str, type(None))):
-            raise UserError(f"{key} is {shown(raw[key])}; it must be a string")
-    id = raw.get("id", default_id)
-    if isinstance(id, bool) or not isinstance(id, (str, int)):
-        raise UserError(f"id is {shown(id)}; it must be a string or a whole number")
+        raise UserError(f"unknown key {shown(unknown[0])}; known: {', '.join(known)}")
+    values = {"id": default_id, "prompt": None, "after": None, "expected": None, "stop": [], **raw}
+    for key, (kinds, rule) in KINDS.items():
+        if type(values[key]) not in kinds or (key == "prompt" and not values[key]):  # `type`: true is no whole number
+            raise UserError(f"{key} is {shown(values[key])}; it must be {rule}")
     params = SamplingParams(**{key: raw[key] for key in SAMPLING_KEYS if key in raw})
-    return Prompt(str(id), raw["prompt"], params, raw.get("expected"), raw.get("after"))
+    return Prompt(str(values["id"]), values["prompt"], params, values["expected"], values["after"])

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from minprfaas.engine.sampling import SamplingParams
-from minprfaas.kvcache.manager import RequestCache
+from minprfaas.kvcache.request_cache import RequestCache
 
 
 class Status(enum.Enum):

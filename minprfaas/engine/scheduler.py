@@ -50,8 +50,7 @@ class Scheduler:
         held, when the pool has no room now."""
         # The keys stay with the request: one that waits for room must not be hashed again at every step.
         request.keys = self.kvcache.keys(request.token_ids, request.keys)
-        open_cache = self.kvcache.open_to_receive if to_receive else self.kvcache.open
-        request.cache = open_cache(request.token_ids, request.keys)
+        request.cache = self.kvcache.open(request.token_ids, request.keys, to_receive)
         if self.kvcache.reserve(request.cache, len(request.token_ids)):
             return True
         self.close_cache(request)

@@ -13,7 +13,7 @@ Eviction policy, for entries that nobody holds:
 import hashlib
 import sys
 from array import array
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -68,9 +68,8 @@ class BlockLedger:
         self._keys: list[bytes | None] = [None] * num_blocks
         self._tokens = array("i", bytes(4 * num_blocks))
         self._members: dict[int, tuple[int, ...]] = {}  # only of entries of more than one block
-        # A ring of the unheld entries, oldest to newest; position `num_blocks` is where it begins and ends.
-        self._newer = array("i", [num_blocks]) * (num_blocks + 1)
-        self._older = array("i", [num_blocks]) * (num_blocks + 1)
+        self._unheld: OrderedDict[int, None] = OrderedDict()  # entries that nobody holds, oldest to newest
+        self._hit_points = self.snapshots if has_state else self.blocks  # where a match can end
         self.news: list[CacheNews] | None = None  # None until somebody watches: what nobody takes would only grow
 
     @property
@@ -84,7 +83,7 @@ class BlockLedger:
             return None
         while len(self.free) < count:
             self.evicted_entries += 1
-            self.remove(self._newer[self.num_blocks])
+            self.remove(next(iter(self._unheld)))
         cut = len(self.free) - count
         taken = self.free[cut:]
         del self.free[cut:]
@@ -107,14 +106,17 @@ class BlockLedger:
         return next((count for count, key in enumerate(keys) if key not in self.blocks), len(keys))
 
     def inventory(self) -> list[CacheNews]:
-        """Every key at which a match can end now: what the news so far add up to."""
-        return [CacheNews(key, self._tokens[entry]) for key, entry in self._hit_points().items()]
+        """Every prefix at which a request can begin now: what the news so far add up to."""
+        return [CacheNews(key, self._tokens[entry]) for key, entry in self._hit_points.items()]
 
-    def _hit_points(self) -> dict[bytes, int]:
-        return self.snapshots if self.has_state else self.blocks
+    def take_news(self) -> list[CacheNews]:
+        """What `inventory` has gained and lost since the last call, oldest first. The first call only begins to watch;
+        whoever watches must go on taking the news."""
+        news, self.news = self.news, []
+        return news or []
 
     def _note(self, index: dict[bytes, int], key: bytes, tokens: int) -> None:
-        if self.news is not None and index is self._hit_points():
+        if self.news is not None and index is self._hit_points:
             self.news.append(CacheNews(key, tokens))
 
     # Entries
@@ -156,9 +158,8 @@ class BlockLedger:
             return
         self._link(entry)
         snapshot = self.snapshots.get(self._keys[entry], entry)
-        if snapshot != entry and self.refs[snapshot] == 0:
-            self._unlink(snapshot)
-            self._link(snapshot)
+        if self.refs[snapshot] == 0:
+            self._unheld.move_to_end(snapshot)
 
     def remove(self, entry: int) -> None:
         """Take an unheld entry out of the index and free its blocks."""
@@ -178,14 +179,11 @@ class BlockLedger:
         return members
 
     def _link(self, entry: int) -> None:
-        newest = self._older[self.num_blocks]
-        self._newer[newest] = self._older[self.num_blocks] = entry
-        self._older[entry], self._newer[entry] = newest, self.num_blocks
+        self._unheld[entry] = None
         self.cached += len(self.members(entry))
 
     def _unlink(self, entry: int) -> None:
-        older, newer = self._older[entry], self._newer[entry]
-        self._newer[older], self._older[newer] = newer, older
+        del self._unheld[entry]
         self.cached -= len(self.members(entry))
 
     # The audit
@@ -205,17 +203,9 @@ class BlockLedger:
         for entry in entries:
             if holders[entry] != self.refs[entry]:
                 raise RuntimeError(f"entry {entry} counts {self.refs[entry]} holders and has {holders[entry]}")
-        unheld = self._unheld()
-        if sorted(unheld) != sorted(entry for entry in entries if not self.refs[entry]):
+        if self._unheld.keys() != {entry for entry in entries if not self.refs[entry]}:
             raise RuntimeError("the eviction order and the index disagree on which entries nobody holds")
-        if self.cached != sum(len(self.members(entry)) for entry in unheld):
+        if self.cached != sum(len(self.members(entry)) for entry in self._unheld):
             raise RuntimeError(f"{self.cached} blocks are counted as cached; the unheld entries have another number")
         if self.has_tokens and not self.snapshots.keys() <= self.blocks.keys():
             raise RuntimeError("a snapshot has lost the block that it ends at")
-
-    def _unheld(self) -> list[int]:
-        entries, entry = [], self._newer[self.num_blocks]
-        while entry != self.num_blocks:
-            entries.append(entry)
-            entry = self._newer[entry]
-        return entries

@@ -10,32 +10,17 @@ This file is about rows of tokens. What is different for request-level state sta
 from array import array
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from minprfaas.config import CacheConfig
 from minprfaas.kvcache.layout import Layout
-from minprfaas.kvcache.ledger import BlockLedger, CacheNews, chain_keys, root_key
+from minprfaas.kvcache.ledger import BlockLedger, chain_keys, root_key
 from minprfaas.kvcache.paged import PagedState
 from minprfaas.kvcache.pool import BlockPool
-from minprfaas.kvcache.snapshots import Snapshots, StateHold
-
-
-@dataclass(eq=False)
-class RequestCache:
-    """One request's hold on the pool. `block_tables[group]`: block ids, in token order or of the live state."""
-
-    block_tables: list[array]
-    keys: list[bytes]  # of the full blocks, as far as they are known
-    state: StateHold
-    num_tokens: int  # tokens whose state the blocks hold
-    cached_tokens: int  # of these, found in the cache when it was opened
-    num_blocks: int  # reserved, in each token group
-    entries: list[int] = field(default_factory=list)  # the index's entries of the leading full blocks, all held
-    replaced: list[int] = field(default_factory=list)  # blocks whose equals in the index are used instead
-    transfers: int = 0
-    closed: bool = False
+from minprfaas.kvcache.request_cache import RequestCache
+from minprfaas.kvcache.snapshots import Snapshots
 
 
 @dataclass(frozen=True)
@@ -53,7 +38,8 @@ class CacheStats:
 class KVCacheManager:
     """Hands out the blocks of one pool. `root` is the model's fingerprint: two models never share a block.
 
-    One thread calls the manager; other threads may only read and write blocks that a request holds, through `pool`.
+    One thread calls the manager, its `ledger` (the index and its news) and its `snapshots`; other threads may only read
+    and write blocks that a request holds, through `pool`.
     """
 
     def __init__(self, layout: Layout, config: CacheConfig, device: torch.device | str, root: bytes):
@@ -61,7 +47,7 @@ class KVCacheManager:
         self.pool = BlockPool(layout, config.num_blocks, device)
         self.ledger = BlockLedger(config.num_blocks, bool(layout.token_groups), bool(layout.request_groups))
         self.snapshots = Snapshots(layout, config, self.pool, self.ledger)
-        self._requests: dict[int, RequestCache] = {}  # by identity; the closed ones too while in transfer
+        self._requests: set[RequestCache] = set()  # the closed ones too while in transfer
 
     @property
     def max_tokens(self) -> int:
@@ -90,27 +76,19 @@ class KVCacheManager:
 
     # A request's life
 
-    def open(self, token_ids: Sequence[int], keys: Sequence[bytes] | None = None) -> RequestCache:
-        """Begin a request that is to be prefilled here: attach the longest cached prefix at which a prefill can begin,
-        that is full blocks and a snapshot at exactly their end. `keys` are `keys(token_ids)`, if they are known."""
-        keys = self.keys(token_ids) if keys is None else list(keys)
-        matched = self.ledger.match(self._usable(keys, len(token_ids)))
-        cache = self._attach(keys, len(token_ids), matched)
-        if matched and self.snapshots.enabled:
-            self.snapshots.begin_at(cache.state, keys[matched - 1])
-        return cache
+    def open(self, token_ids: Sequence[int], known: Sequence[bytes] = (), to_receive: bool = False) -> RequestCache:
+        """Begin a request: attach, and hold, the longest cached prefix at which a prefill can begin, that is full
+        blocks and a snapshot at exactly their end. `known` as in `keys`.
 
-    def open_to_receive(self, token_ids: Sequence[int], keys: Sequence[bytes] | None = None) -> RequestCache:
-        """Begin a request whose KVCache comes from another node: attach the longest run of full blocks. No snapshot is
-        needed at its end, for the live state crosses in any case; only rows after `cached_tokens` have to."""
-        keys = self.keys(token_ids) if keys is None else list(keys)
-        return self._attach(keys, len(token_ids), self.ledger.common(self._usable(keys, len(token_ids))))
-
-    def _attach(self, keys: list[bytes], prompt_tokens: int, matched: int) -> RequestCache:
-        """A request that shares the first `matched` blocks of its prompt, and holds them."""
+        `to_receive`: its KVCache comes from another node. Then the longest run of full blocks serves, because the live
+        state crosses in any case; only rows after `cached_tokens` have to.
+        """
+        keys = self.keys(token_ids, known)
+        usable = self._usable(keys, len(token_ids))
+        matched = self.ledger.common(usable) if to_receive else self.ledger.match(usable)
         branch = self.ledger.common(keys) if self.config.prefix_cache else 0
         tokens = matched * self.layout.block_tokens
-        cache = RequestCache([array("q") for _ in self.layout.groups], keys, StateHold(prompt_tokens, branch),
+        cache = RequestCache([array("q") for _ in self.layout.groups], keys, len(token_ids), branch,
                              num_tokens=tokens, cached_tokens=tokens, num_blocks=matched)
         if self.layout.token_groups:
             for key in keys[:matched]:
@@ -119,24 +97,24 @@ class KVCacheManager:
                 cache.entries.append(entry)
                 for group, block in zip(self.layout.token_groups, self.ledger.members(entry)):
                     cache.block_tables[group.index].append(block)
-        self._requests[id(cache)] = cache
+        if matched and self.snapshots.enabled and not to_receive:
+            self.snapshots.begin_at(cache, keys[matched - 1])
+        self._requests.add(cache)
         return cache
 
     def reserve(self, cache: RequestCache, num_tokens: int) -> bool:
         """Make room for `num_tokens` tokens in every group, evicting by policy. False changes nothing."""
         more = self._more_blocks(cache, num_tokens)
         token_need = more * len(self.layout.token_groups)
-        state_need = self._state_need(cache)
-        blocks = self.ledger.allocate(token_need + state_need)
-        if blocks is None and self.snapshots.has_own_origin(cache.state):
+        blocks = self.ledger.allocate(token_need + self._state_need(cache))
+        if blocks is None and self.snapshots.has_own_origin(cache):
             # No room for the snapshot and a copy of it: its only holder takes the snapshot itself. So a request that
             # fits the pool without its cached prefix fits with it too.
             blocks = self.ledger.allocate(token_need)
         if blocks is None:
             return False
-        if state_need:
-            self.snapshots.begin(cache.state, blocks[token_need:])
-            self.snapshots.deal(cache.state.live, cache.block_tables)
+        if self._state_need(cache):
+            self.snapshots.begin(cache, blocks[token_need:])
         # Attention reads a block's rows beyond the last token too, masked; what an old request left there may be NaN.
         self.pool.zero(blocks[:token_need])
         for position, group in enumerate(self.layout.token_groups):
@@ -149,7 +127,7 @@ class KVCacheManager:
         return max(-(-num_tokens // self.layout.block_tokens) - cache.num_blocks, 0)
 
     def _state_need(self, cache: RequestCache) -> int:
-        return 0 if cache.state.live else self.layout.state_blocks
+        return 0 if cache.has_state else self.layout.state_blocks
 
     def plan_chunk(self, cache: RequestCache, token_count: int, max_chunk: int) -> int:
         """Where the next prefill chunk of a prompt of `token_count` tokens must end, at most `max_chunk` further.
@@ -159,12 +137,12 @@ class KVCacheManager:
         """
         end = min(cache.num_tokens + max_chunk, token_count)
         needed = self._more_blocks(cache, end) * len(self.layout.token_groups) + self._state_need(cache)
-        return self.snapshots.plan(cache.state, cache.keys, cache.num_tokens, end, self.ledger.available - needed)
+        return self.snapshots.plan(cache, end, self.ledger.available - needed)
 
     def state(self, caches: Sequence[RequestCache]) -> PagedState:
         """What the model reads and writes in one forward pass over these requests."""
         tables = [cache.block_tables for cache in caches]
-        planned = [self.snapshots.planned(cache.state, cache.num_tokens) for cache in caches]
+        planned = [self.snapshots.planned(cache) for cache in caches]
         return PagedState(self.pool, tables, [cache.num_tokens for cache in caches], planned)
 
     def advance(self, cache: RequestCache, token_ids: Sequence[int]) -> None:
@@ -173,10 +151,10 @@ class KVCacheManager:
         self.keep_arrived(cache, token_ids)
         full, rest = divmod(len(token_ids), self.layout.block_tokens)
         if self.snapshots.enabled and full and not rest:
-            self.snapshots.take(cache.state, cache.keys, full)
+            self.snapshots.take(cache, full)
 
     def keep_arrived(self, cache: RequestCache, token_ids: Sequence[int]) -> None:
-        """The blocks hold the rows of all of `token_ids`, and every pending snapshot up to there is complete: index
+        """The blocks hold the rows of all of `token_ids`, and every snapshot on its way up to there is complete: index
         them. For a stream that broke off before the live state came; such a request can only be closed."""
         size = self.layout.block_tokens
         if len(token_ids) > cache.num_blocks * size:
@@ -189,7 +167,7 @@ class KVCacheManager:
             cache.keys = self.keys(token_ids, cache.keys)
         while self.layout.token_groups and len(cache.entries) < full:
             self._index_block(cache, len(cache.entries))
-        self.snapshots.publish(cache.state, cache.keys, full)
+        self.snapshots.publish(cache, full)
 
     def _index_block(self, cache: RequestCache, position: int) -> None:
         """Index a full block; if an equal one is there already, use that and free this one. So a request holds the
@@ -213,13 +191,13 @@ class KVCacheManager:
         """End a request: its indexed blocks stay as prefix cache; the others are freed, after its last transfer.
         Closing twice is harmless."""
         cache.closed = True
-        if cache.transfers or self._requests.pop(id(cache), None) is None:
+        if cache.transfers or cache not in self._requests:
             return
-        tail = self._tail(cache)
-        self.snapshots.close(cache.state)
+        self._requests.remove(cache)
+        self.snapshots.close(cache)
         for entry in reversed(cache.entries):  # from the tail: see the ledger's eviction policy
             self.ledger.drop(entry)
-        self.ledger.release(tail)
+        self.ledger.release(self._tail(cache))
 
     def _tail(self, cache: RequestCache) -> list[int]:
         """Blocks of rows that are a request's alone: not full, not indexed, or replaced under a transfer."""
@@ -232,7 +210,7 @@ class KVCacheManager:
 
     def begin_transfer(self, cache: RequestCache) -> None:
         """Keep the request's blocks, beyond `close` too, until the matching `end_transfer`."""
-        if id(cache) not in self._requests:
+        if cache not in self._requests:
             raise ValueError("the request is closed; its blocks may be another's already")
         cache.transfers += 1
 
@@ -244,53 +222,22 @@ class KVCacheManager:
         if cache.closed:
             self.close(cache)
 
-    def expect_snapshot(self, cache: RequestCache, num_tokens: int) -> list[array] | None:
-        """For the receiver: block tables (per group; empty for token groups) to write the state at the block boundary
-        `num_tokens` into. `advance` to there or beyond indexes it. None when there is no room, or no use for it."""
-        full, rest = divmod(num_tokens, self.layout.block_tokens)
-        return self.snapshots.expect(cache.state, cache.keys, full) if full and not rest else None
-
-    def forget_snapshot(self, cache: RequestCache) -> None:
-        """Expected snapshots did not arrive: give their blocks back. Nobody may write into them any more."""
-        self.snapshots.give_back(cache.state, arrives=True)
-
-    def hold_snapshot(self, cache: RequestCache, num_tokens: int) -> list[array] | None:
-        """For the sender: block tables of the indexed snapshot at the boundary `num_tokens`, which this request has
-        passed or begun at; None if there is none. It is held until the request is closed."""
-        full, rest = divmod(num_tokens, self.layout.block_tokens)
-        if rest or not 0 < num_tokens <= cache.num_tokens or full > len(cache.keys):
-            return None
-        return self.snapshots.send(cache.state, cache.keys[full - 1])
-
-    # News of what can be begun at, and the books
-
-    def inventory(self) -> list[CacheNews]:
-        """Every prefix at which a request can begin now."""
-        return self.ledger.inventory()
-
-    def watch_news(self) -> None:
-        """Note from now on what `inventory` gains and loses. Whoever watches must take the news."""
-        self.ledger.news = []
-
-    def take_news(self) -> list[CacheNews]:
-        """What `inventory` has gained and lost since the last call, oldest first."""
-        news = self.ledger.news
-        if not news:
-            return []
-        self.ledger.news = []
-        return news
+    # The books
 
     def stats(self) -> CacheStats:
         """Counts of blocks, now."""
         free, cached, total = len(self.ledger.free), self.ledger.cached, self.config.num_blocks
-        transfer = sum(len(self._owned(cache)) for cache in self._requests.values() if cache.closed)
+        transfer = sum(len(self._owned(cache)) for cache in self._requests if cache.closed)
         return CacheStats(total, free, cached, total - free - cached, transfer, self.ledger.evicted_entries)
 
     def check(self) -> None:
         """Recount everything (see `BlockLedger.check`). RuntimeError names a violation. Time grows with the pool."""
-        requests = self._requests.values()
-        holders = Counter(entry for cache in requests for entry in (*cache.entries, *cache.state.entries))
-        self.ledger.check([block for cache in requests for block in self._owned(cache)], holders)
+        holders, owned = Counter(), []
+        for cache in self._requests:
+            holders.update(cache.entries)
+            holders.update(cache.snapshots)
+            owned += self._owned(cache)
+        self.ledger.check(owned, holders)
 
     def _owned(self, cache: RequestCache) -> list[int]:
-        return self._tail(cache) + cache.state.owned
+        return self._tail(cache) + self.snapshots.owned(cache)

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from minprfaas.config import StateKind
 from minprfaas.kvcache.layout import KVGroup
 from minprfaas.kvcache.pool import BlockPool
-from minprfaas.model.spec import Pages
+from minprfaas.model.spec import Pages, TokenContext
 
 
 class PagedState:
@@ -30,12 +29,9 @@ class PagedState:
         self._token_indexes: dict[int, _TokenIndex] = {}  # by group
         self._state_tables: dict[int, torch.Tensor] = {}  # by group
 
-    def layer(self, index: int) -> "PagedTokens | PagedRequestState":
+    def layer(self, index: int) -> "PagedLayer":
         """The state of layer `index`."""
-        group = self.pool.layout.group_of_layer[index]
-        if group.spec.kind is StateKind.TOKEN:
-            return PagedTokens(self, group, index)
-        return PagedRequestState(self, group, index)
+        return PagedLayer(self, self.pool.layout.group_of_layer[index], index)
 
     def token_index(self, group: KVGroup, new: int) -> "_TokenIndex":
         """Where `new` tokens of each request go in `group`, and which blocks hold the context that they complete."""
@@ -73,34 +69,20 @@ class _TokenIndex:
 
 
 @dataclass(frozen=True)
-class PagedTokens:
-    """One token-state layer of a batch."""
+class PagedLayer:
+    """One layer of a batch (implements `LayerState`)."""
 
     state: PagedState
     group: KVGroup
     index: int
 
-    def append(self, rows: torch.Tensor) -> Pages:
+    def append(self, rows: torch.Tensor) -> TokenContext:
         """Store `rows` `[batch, new, width]` in the reserved blocks; returns the whole context."""
         new = rows.shape[1]
         where = self.state.token_index(self.group, new)
         view = self.state.pool.token_view(self.index)
         view[where.new_blocks, where.new_offsets] = rows
-        return Pages(view, where.block_table, self.state.start + new, where.context)
-
-
-@dataclass(frozen=True)
-class PagedRequestState:
-    """One request-level layer of a batch."""
-
-    state: PagedState
-    group: KVGroup
-    index: int
-
-    @property
-    def snapshot_offsets(self) -> tuple[int, ...]:
-        """Tokens after the pass's beginning at which a copy of the state is wanted as well."""
-        return self.state.snapshot_offsets
+        return TokenContext(Pages(view, where.block_table, self.state.start + new), where.context)
 
     def load(self) -> tuple[torch.Tensor, ...]:
         """The layer's tensors, each `[batch, *shape]`; a request at its beginning starts from zeros."""
@@ -113,6 +95,11 @@ class PagedRequestState:
     def store(self, *tensors: torch.Tensor) -> None:
         """Replace what `load` returned."""
         self.state.pool.write_state(self.index, self.state.state_table(self.group), *tensors)
+
+    @property
+    def snapshot_offsets(self) -> tuple[int, ...]:
+        """Tokens after the pass's beginning at which a copy of the state is wanted as well."""
+        return self.state.snapshot_offsets
 
     def store_snapshot(self, offset: int, *tensors: torch.Tensor) -> None:
         """The state after `offset` tokens of this pass, `[batch, *shape]` each, into the blocks made ready for it."""

@@ -8,7 +8,7 @@ per head and the tail of its convolutions), so it can be reused only at exactly 
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -60,21 +60,30 @@ def kv_bytes(specs: tuple[StateSpec, ...], tokens: int) -> int:
     return sum(spec.nbytes * (tokens if spec.kind is StateKind.TOKEN else 1) for spec in specs)
 
 
-@dataclass(frozen=True)
-class Pages:
-    """The whole context of one token-state layer where it lies, for kernels that follow a block table: request b's
-    token t is `view[block_table[b, t // block_tokens], t % block_tokens]`."""
+class Pages(NamedTuple):
+    """Token state where it lies: request b's token t is `view[block_table[b, t // block_tokens], t % block_tokens]`."""
 
     view: torch.Tensor  # [blocks, block_tokens, width]
     block_table: torch.Tensor  # [batch, blocks of the longest request] int64; a shorter request's row ends in any block
     lengths: torch.Tensor  # [batch] int64: tokens of each request, the new ones included
-    context: int  # the longest of them
+
+
+@dataclass(frozen=True)
+class TokenContext:
+    """The whole context of one token-state layer, new tokens included: as rows, or as the pages that hold them."""
+
+    where: Pages
+    longest: int  # of the lengths
+
+    def pages(self) -> Pages:
+        """Without a copy, for kernels that follow a block table."""
+        return self.where
 
     def rows(self) -> torch.Tensor:
-        """A contiguous copy `[batch, context, width]`: the reference. A shorter request's rows end in padding, which is
+        """A contiguous copy `[batch, longest, width]`: the reference. A shorter request's rows end in padding, which is
         finite, because blocks are zeroed when they are handed out."""
-        gathered = self.view.index_select(0, self.block_table.flatten())
-        return gathered.view(len(self.block_table), -1, self.view.shape[2])[:, : self.context]
+        gathered = self.where.view.index_select(0, self.where.block_table.flatten())
+        return gathered.view(len(self.where.block_table), -1, self.where.view.shape[2])[:, :self.longest]
 
 
 class LayerState(Protocol):
@@ -89,7 +98,7 @@ class LayerState(Protocol):
 
     snapshot_offsets: tuple[int, ...]
 
-    def append(self, rows: torch.Tensor) -> Pages: ...
+    def append(self, rows: torch.Tensor) -> TokenContext: ...
     def load(self) -> tuple[torch.Tensor, ...]: ...
     def store(self, *tensors: torch.Tensor) -> None: ...
     def store_snapshot(self, offset: int, *tensors: torch.Tensor) -> None: ...

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from minprfaas.config import ModelConfig, StateKind
-from minprfaas.model.spec import Pages, StateSpec, model_state_specs
+from minprfaas.model.spec import Pages, StateSpec, TokenContext, model_state_specs
 
 
 class ContiguousLayerState:
@@ -18,13 +18,13 @@ class ContiguousLayerState:
         self.snapshot_offsets: tuple[int, ...] = ()
         self.snapshots: dict[int, tuple[Tensor, ...]] = {}
 
-    def append(self, rows: Tensor) -> Pages:
+    def append(self, rows: Tensor) -> TokenContext:
         """Store `rows` `[batch, new, width]`; returns the whole context, as one block a request."""
         context = torch.cat([self.tensors[0], rows], dim=1)
         self.tensors = (context,)
         block_table = torch.arange(len(context), device=context.device)[:, None]
         lengths = torch.full_like(block_table[:, 0], context.shape[1])
-        return Pages(context, block_table, lengths, context.shape[1])
+        return TokenContext(Pages(context, block_table, lengths), context.shape[1])
 
     def load(self) -> tuple[Tensor, ...]:
         """The tensors, each `[batch, *shape]`."""
