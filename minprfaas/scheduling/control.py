@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from minprfaas.config import LinkSample, Role
 from minprfaas.scheduling.books import LoadBooks, NodeBook
-from minprfaas.scheduling.directory import CacheChanged, Directory, PrefixMove
+from minprfaas.scheduling.directory import CacheChanged, Directory
 from minprfaas.scheduling.monitor import CongestionMonitor
 from minprfaas.scheduling.planner import Fleet
 from minprfaas.scheduling.roles import RoleChange, RoleLoop
@@ -18,7 +18,6 @@ from minprfaas.scheduling.router import ClusterView, Decision, Router, RouteRequ
 from minprfaas.scheduling.threshold import Observation, ThresholdLoop
 
 TICK_S = 1.0  # how often the loops look; `tick` may be called more often
-REBALANCE_S = 30.0  # how long hits are counted before hot prefixes are looked for
 INVENTORY_S = 10.0  # an inventory that was asked for and has not come is asked for again
 BUSY_SMOOTH_S = 20.0  # time constant of the stages' utilizations
 ANSWER_SMOOTH_REQUESTS = 100  # over so many answers their mean length is taken
@@ -140,7 +139,7 @@ class NewThreshold:
     reason: str
 
 
-Action = AskInventory | NewThreshold | RoleChange | PrefixMove
+Action = AskInventory | NewThreshold | RoleChange
 
 
 class ControlPlane:
@@ -160,7 +159,7 @@ class ControlPlane:
         self._conversion: RoleChange | None = None  # from the beginning of the drain until the node has joined again
         self._asked_at_s: dict[str, float] = {}  # inventories that are awaited
         self._learned: dict[Role, tuple[int, float]] = {}  # tokens and seconds of prefill so far
-        self._ticked_at_s = self._rebalanced_at_s = -math.inf
+        self._ticked_at_s = -math.inf
         self._prefill_busy = self._decode_busy = 0.0  # smoothed
 
     # What a screen shows
@@ -245,7 +244,7 @@ class ControlPlane:
         return [AskInventory(node)]
 
     def _add(self, name: str, role: Role) -> None:
-        self.directory.add_node(name, "prfaas" if role is Role.PRFAAS else "pd")
+        self.directory.add_node(name)
         self._books.nodes[name] = NodeBook(name)
         self._taking_work()[role].append(self._books.nodes[name])
 
@@ -275,10 +274,9 @@ class ControlPlane:
         """Decide, and book the request on the nodes that were chosen, in place of an earlier attempt of the same id.
         Raises RequestError ("no_node") when nothing can prefill or nothing can decode."""
         self._books.close(request.id)  # first: what it is given anew must not be weighed against what it had
-        match = self.directory.match(request.keys)
+        matches = self.directory.match(request.keys)
         self._view.regime = self._egress.regime(now_s)
-        decision = self._router.route(request, match.nodes, self._view)
-        self.directory.count_hit(request.keys, match)
+        decision = self._router.route(request, matches, self._view)
         uncached, expected_s = request.prompt_tokens - decision.cached_tokens, 0.0
         if self.settings.fleet is not None:
             profile = self.settings.fleet.profile(decision.route)
@@ -299,16 +297,9 @@ class ControlPlane:
         actions: list[Action] = []
         for node in list(self._asked_at_s):
             actions += self._ask_inventory(node, now_s)
-        if now_s - self._rebalanced_at_s >= REBALANCE_S:
-            actions += self._rebalance(now_s)
         if self.settings.fleet is not None:
             actions += self._run_loops(self._observe(now_s, elapsed_s))
         return actions
-
-    def _rebalance(self, now_s: float) -> list[Action]:
-        self._rebalanced_at_s = now_s
-        move = self.directory.rebalance({node.name: node.load for node in (*self._view.prfaas, *self._view.pdp)})
-        return [move] if move is not None else []
 
     def _observe(self, now_s: float, elapsed_s: float) -> Observation:
         """The stages as the books show them, their utilizations smoothed over `BUSY_SMOOTH_S`."""

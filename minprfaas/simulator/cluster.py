@@ -12,7 +12,6 @@ from minprfaas.config import Role
 from minprfaas.errors import RequestError, UserError
 from minprfaas.scheduling import control as plane
 from minprfaas.scheduling.control import ControlPlane, ControlSettings
-from minprfaas.scheduling.directory import PrefixMove
 from minprfaas.scheduling.planner import Fleet
 from minprfaas.scheduling.roles import RoleChange
 from minprfaas.scheduling.router import FABRIC_GBPS, CacheTransfer, RouteRequest
@@ -241,14 +240,6 @@ class Simulation:
                 drained = self.prefill.pop(node, None) or self.decode.pop(node)
                 drained.alive = False
                 self.clock.after(ROLE_SWITCH_S, self._start_node, node, role)
-            case PrefixMove(keys, tokens, _, target):
-                self.recorder.prefix_moves += 1
-                nbytes = self.setup.fleet.prfaas_profile.kv_bytes(tokens)
-                self.clock.after(_fabric_s(nbytes), self._place_copy, target, keys)
-
-    def _place_copy(self, target: str, keys: tuple) -> None:
-        if target in self.prefill:  # else it failed, or changed its role
-            self._remember(target, keys)
 
     def _tick(self) -> None:
         now_s = self.clock.now_s

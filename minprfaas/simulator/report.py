@@ -47,7 +47,6 @@ class Report:
     egress_gbps: float
     shipped_cache_bytes: float
     fetched_cache_bytes: float
-    prefix_moves: int
     utilization: dict[str, float]
     peak_waiting: int
     final_threshold: float
@@ -66,7 +65,7 @@ class Recorder:
 
     def __init__(self):
         self.arrived = self.failed = self.routed_again = self.offloaded = 0
-        self.threshold_moves = self.prefix_moves = 0
+        self.threshold_moves = 0
         self.shipped_cache_bytes = self.fetched_cache_bytes = 0.0
         self.role_changes: list[tuple[float, str, str, str]] = []
         self.series: list[Tick] = []
@@ -101,7 +100,7 @@ class Recorder:
             completed, self.failed, self.routed_again, duration_s, completed / duration_s, self._good / arrivals_s,
             _percentiles(self._ttft), _percentiles(self._inter_token), self.offloaded / max(completed, 1),
             self._cached_tokens / max(self._prompt_tokens, 1), bytes_sent * 8e-9 / duration_s, self.shipped_cache_bytes,
-            self.fetched_cache_bytes, self.prefix_moves,
+            self.fetched_cache_bytes,
             {name: sum(share) / len(share) for name, share in shares.items()},
             max(columns.waiting), columns.threshold[-1], self.threshold_moves, self.role_changes, self.series)
 
