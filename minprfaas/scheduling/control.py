@@ -5,7 +5,7 @@ tells it what happened, asks it about each request, and carries out what it says
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 
 from minprfaas.config import LinkSample, Role
@@ -25,13 +25,10 @@ ANSWER_SMOOTH_REQUESTS = 100  # over so many answers their mean length is taken
 
 @dataclass(frozen=True)
 class ControlSettings:
-    """What the control plane is told once.
-
-    `link_gbps` is what the line between the clusters is said to carry, a first guess that the monitors correct. With
+    """`link_gbps` is what the line between the clusters is said to carry, a first guess that the monitors correct. With
     `fleet` (profiles) the loops can run: `adaptive` moves the threshold, `convert_roles` the split. `costs` are needed
     to fetch prefixes; they come from the fleet where there is one, else prefill seconds are learned as prefills end.
-    `ship_prefixes` lets prefixes cross between clusters, and `selective` False routes without a threshold.
-    """
+    `ship_prefixes` lets prefixes cross between clusters, and `selective` False routes without a threshold."""
 
     threshold: float
     link_gbps: float
@@ -71,8 +68,7 @@ class PrefixMissing:
 
 @dataclass(frozen=True, slots=True)
 class LinkMeasured:
-    """A sample of the line out of the PrfaaS cluster (or, with `ingress`, into it), as the sending `node` sees it; what
-    several nodes send at once adds up. The moment that counts is the one at which it is heard."""
+    """A sample of the line out of the PrfaaS cluster (or, with `ingress`, into it), as the sending `node` sees it."""
 
     node: str
     sample: LinkSample
@@ -81,7 +77,7 @@ class LinkMeasured:
 
 @dataclass(frozen=True, slots=True)
 class LineChanged:
-    """The line between the clusters has stopped, or works again, for all nodes at once."""
+    """The line between the clusters has stopped, or works again; the nodes go on with what they have."""
 
     up: bool
 
@@ -133,7 +129,7 @@ class AskInventory:
 
 @dataclass(frozen=True, slots=True)
 class NewThreshold:
-    """Requests are routed by this threshold (tokens) from now on; nothing is left to do but to tell people."""
+    """Requests are routed by this threshold (tokens) from now on; there is only to tell people."""
 
     threshold: float
     reason: str
@@ -154,8 +150,9 @@ class ControlPlane:
             self._output_tokens = float(fleet.output_tokens)  # of the mean answer, smoothed
         self._router = Router(settings.threshold, costs, settings.ship_prefixes, settings.selective)
         self._egress, self._ingress = CongestionMonitor(settings.link_gbps), CongestionMonitor(settings.link_gbps)
-        self._view = ClusterView([], [], [], self._egress, self._ingress)
         self._books = LoadBooks()
+        self._taking_work: dict[Role, list[NodeBook]] = {role: [] for role in Role}
+        self._view = ClusterView(*self._taking_work.values(), self._egress, self._ingress)
         self._conversion: RoleChange | None = None  # from the beginning of the drain until the node has joined again
         self._asked_at_s: dict[str, float] = {}  # inventories that are awaited
         self._learned: dict[Role, tuple[int, float]] = {}  # tokens and seconds of prefill so far
@@ -175,11 +172,11 @@ class ControlPlane:
 
     def loads(self) -> dict[str, float]:
         """Prefill load (uncached tokens) and decode load (requests) of each node that takes new work."""
-        return {node.name: node.load for nodes in self._taking_work().values() for node in nodes}
+        return {node.name: node.load for nodes in self._taking_work.values() for node in nodes}
 
     def nodes(self, role: Role) -> list[str]:
         """The nodes that take new work in this role."""
-        return [node.name for node in self._taking_work()[role]]
+        return [node.name for node in self._taking_work[role]]
 
     # What happened
 
@@ -207,7 +204,9 @@ class ControlPlane:
                 self.directory.forget(node, key)
             case NodeJoined(node, role):
                 self._remove(node, now_s)  # of a node that was started again nothing that is known is true
-                self._add(node, role)
+                self.directory.add_node(node)
+                self._books.nodes[node] = NodeBook(node)
+                self._taking_work[role].append(self._books.nodes[node])
                 return self._ask_inventory(node, now_s)
             case NodeLeft(node):
                 self._remove(node, now_s)
@@ -216,9 +215,8 @@ class ControlPlane:
     def _end_prefill(self, event: PrefillEnded) -> None:
         decision = self._books.end_prefill(event.id)
         is_measured = event.uncached_tokens > 0 and 0 < event.seconds < math.inf
-        if decision is None or not is_measured or self._router.costs is None:
-            return
-        if self.settings.fleet is not None:  # a profile knows more than the prefills of this run, whatever their length
+        # A profile knows more than the prefills of this run, whatever their length.
+        if decision is None or not is_measured or self._router.costs is None or self.settings.fleet is not None:
             return
         tokens, seconds = self._learned.get(decision.route, (0, 0.0))
         self._learned[decision.route] = (tokens + event.uncached_tokens, seconds + event.seconds)
@@ -228,13 +226,10 @@ class ControlPlane:
                                      pdp_s_per_token=per_token.get(Role.PDP, here))
 
     def _change_cache(self, change: CacheChanged, now_s: float) -> list[Action]:
-        if change.node not in self.directory:  # it has left meanwhile
-            return []
-        if not self.directory.apply(change):
-            return self._ask_inventory(change.node, now_s)
         if change.inventory:
             self._asked_at_s.pop(change.node, None)
-        return []
+        has_left = change.node not in self.directory
+        return [] if has_left or self.directory.apply(change) else self._ask_inventory(change.node, now_s)
 
     def _ask_inventory(self, node: str, now_s: float) -> list[Action]:
         """Once in a while is enough: an inventory can be large, and is on its way already."""
@@ -242,11 +237,6 @@ class ControlPlane:
             return []
         self._asked_at_s[node] = now_s
         return [AskInventory(node)]
-
-    def _add(self, name: str, role: Role) -> None:
-        self.directory.add_node(name)
-        self._books.nodes[name] = NodeBook(name)
-        self._taking_work()[role].append(self._books.nodes[name])
 
     def _remove(self, name: str, now_s: float) -> None:
         """Nothing goes to this node, or comes from it, until it joins (again)."""
@@ -262,11 +252,8 @@ class ControlPlane:
         self._asked_at_s.pop(name, None)
 
     def _stop_work(self, name: str) -> None:
-        for nodes in self._taking_work().values():
+        for nodes in self._taking_work.values():
             nodes[:] = [node for node in nodes if node.name != name]
-
-    def _taking_work(self) -> dict[Role, list[NodeBook]]:
-        return {Role.PRFAAS: self._view.prfaas, Role.PDP: self._view.pdp, Role.PDD: self._view.pdd}
 
     # Where a request goes
 
@@ -304,8 +291,10 @@ class ControlPlane:
     def _observe(self, now_s: float, elapsed_s: float) -> Observation:
         """The stages as the books show them, their utilizations smoothed over `BUSY_SMOOTH_S`."""
         view, places = self._view, self.settings.fleet.pd_profile.bs_max
-        prefill = max(_share(bool(node.expected_s) for node in nodes) for nodes in (view.prfaas, view.pdp))
-        decode = _share(min(node.decoding / places, 1.0) for node in view.pdd)  # more than fit in the batch wait
+        prefill = max(sum(bool(node.expected_s) for node in nodes) / max(len(nodes), 1)
+                      for nodes in (view.prfaas, view.pdp))
+        in_batches = sum(min(node.decoding, places) for node in view.pdd)  # more than fit in the batch wait
+        decode = in_batches / max(places * len(view.pdd), 1)
         weight = 1 - math.exp(-min(elapsed_s, BUSY_SMOOTH_S) / BUSY_SMOOTH_S)
         self._prefill_busy += weight * (prefill - self._prefill_busy)
         self._decode_busy += weight * (decode - self._decode_busy)
@@ -338,12 +327,6 @@ class ControlPlane:
             return []
         self._switch_off(change.node)  # its cache may survive, but nothing can be fetched from it meanwhile
         return [change]
-
-
-def _share(parts: Iterable[float]) -> float:
-    """The mean of shares, 0 of none."""
-    listed = list(parts)
-    return sum(listed) / max(len(listed), 1)
 
 
 def profile_costs(fleet: Fleet) -> TransferCosts:
