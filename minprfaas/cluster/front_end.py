@@ -187,7 +187,6 @@ class FrontEnd:
         """Its prefill node failed it, so another one shall do it; or its cached prefix did not come: decide anew,
         without that prefix."""
         decision = journey.decision
-        self._tell_plane(control.PrefillLost(journey.id))
         if prefix_missing and decision.transfer is not None:
             source, end = decision.transfer.source, decision.transfer.end
             self._tell_plane(control.PrefixMissing(source, self._key_at(journey, end)))

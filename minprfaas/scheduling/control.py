@@ -84,18 +84,11 @@ class LineChanged:
 
 @dataclass(frozen=True, slots=True)
 class PrefillEnded:
-    """A request's prompt has been computed: `uncached_tokens` of it in `seconds`."""
+    """A request's prompt has been computed, `uncached_tokens` of it in `seconds`; 0 where nothing was measured."""
 
     id: Hashable
     uncached_tokens: int
     seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillLost:
-    """A request's prefill will not end on the node that it was given to."""
-
-    id: Hashable
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +106,8 @@ class RequestEnded:
     output_tokens: int = 0
 
 
-Event = (NodeJoined | NodeLeft | CacheChanged | PrefixMissing | LinkMeasured | LineChanged | PrefillEnded | PrefillLost
-         | DecodeStarted | RequestEnded)
+Event = (NodeJoined | NodeLeft | CacheChanged | PrefixMissing | LinkMeasured | LineChanged | PrefillEnded | DecodeStarted
+         | RequestEnded)
 
 
 # Actions
@@ -152,7 +145,8 @@ class ControlPlane:
         self._egress, self._ingress = CongestionMonitor(settings.link_gbps), CongestionMonitor(settings.link_gbps)
         self._books = LoadBooks()
         self._taking_work: dict[Role, list[NodeBook]] = {role: [] for role in Role}
-        self._view = ClusterView(*self._taking_work.values(), self._egress, self._ingress)
+        prfaas, pdp, pdd = (self._taking_work[role] for role in (Role.PRFAAS, Role.PDP, Role.PDD))
+        self._view = ClusterView(prfaas, pdp, pdd, self._egress, self._ingress)
         self._conversion: RoleChange | None = None  # from the beginning of the drain until the node has joined again
         self._asked_at_s: dict[str, float] = {}  # inventories that are awaited
         self._learned: dict[Role, tuple[int, float]] = {}  # tokens and seconds of prefill so far
@@ -181,7 +175,7 @@ class ControlPlane:
     # What happened
 
     def hear(self, event: Event, now_s: float) -> list[Action]:
-        """Take note of something that happened. Events about nodes or requests that are not known are harmless."""
+        """Take note of an event; one about a node or a request that is not known is harmless."""
         match event:  # the most frequent ones first: a simulation tells a few million
             case PrefillEnded():
                 self._end_prefill(event)
@@ -191,8 +185,6 @@ class ControlPlane:
                 self._books.close(id)
                 if output_tokens and self.settings.fleet is not None:
                     self._output_tokens += (output_tokens - self._output_tokens) / ANSWER_SMOOTH_REQUESTS
-            case PrefillLost(id):
-                self._books.end_prefill(id)
             case CacheChanged():
                 return self._change_cache(event, now_s)
             case LinkMeasured():
@@ -320,7 +312,7 @@ class ControlPlane:
         return actions
 
     def _finish_drain(self) -> list[Action]:
-        """A node that is to change its role does so when it has finished what it was given."""
+        """The node changes its role when it has finished what it was given."""
         change = self._conversion
         node = self._books.nodes.get(change.node)
         if node is None or node.load > 0:  # it changes its role at present, or drains
@@ -331,9 +323,9 @@ class ControlPlane:
 
 def profile_costs(fleet: Fleet) -> TransferCosts:
     """What a token costs to ship and to compute by the profiles, between 8K and 32K tokens."""
-    remote, local, span = fleet.prfaas_profile, fleet.pd_profile, 24 * 1024
+    remote, local = fleet.prfaas_profile, fleet.pd_profile
 
     def slope(curve: Callable[[float], float]) -> float:
-        return (curve(32 * 1024) - curve(8 * 1024)) / span
+        return (curve(32 * 1024) - curve(8 * 1024)) / (24 * 1024)
 
     return TransferCosts(slope(remote.kv_bytes), remote.kv_bytes(0), slope(remote.prefill_s), slope(local.prefill_s))

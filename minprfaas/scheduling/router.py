@@ -18,8 +18,8 @@ _load = attrgetter("load")
 
 @dataclass(slots=True)
 class NodeView:
-    """A node that takes new work. `load`: uncached tokens waiting or being computed on a prefill node (where it is known,
-    with each request's fixed cost in tokens), requests on a decode node."""
+    """A node that takes new work. `load`: uncached tokens waiting or being computed on a prefill node (with each
+    request's fixed cost in tokens, where it is known), requests on a decode node."""
 
     name: str
     load: float = 0
@@ -220,7 +220,7 @@ class Router:
             node, own = candidate
             return node.load - max(own, saved_by_fetch(own)), -own
 
-        best = min([_Holder(min(nodes, key=_load), 0), *holders], key=rank)
+        best = min([_idlest(nodes), *holders], key=rank)
         if saved_by_fetch(best.tokens) <= best.tokens:
             return best, None
         nbytes = self.costs.bytes_of(end - best.tokens)
@@ -240,12 +240,17 @@ def _holders(nodes: Sequence[NodeView], matches: Mapping[str, int], most: int) -
     return [_Holder(node, min(matches[node.name], most)) for node in nodes if node.name in matches]
 
 
+def _idlest(nodes: Sequence[NodeView]) -> _Holder:
+    """Counted on for nothing; where it holds something it is among the holders too."""
+    return _Holder(min(nodes, key=_load), 0)
+
+
 def _longest(holders: list[_Holder]) -> _Holder:
     return max(holders, key=attrgetter("tokens"), default=_Holder(NodeView("nobody"), 0))
 
 
 def _choose_decoder(nodes: Sequence[NodeView], holders: list[_Holder]) -> _Holder:
     """The decode node with the longest prefix, unless its queue is much longer than the shortest."""
-    idlest = _Holder(min(nodes, key=_load), 0)
+    idlest = _idlest(nodes)
     limit = idlest.node.load + DECODE_SLACK_REQUESTS
     return max([idlest, *(holder for holder in holders if holder.node.load <= limit)], key=attrgetter("tokens"))
