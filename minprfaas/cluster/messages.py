@@ -5,7 +5,7 @@ Who receives one dispatches it with `match`. `envelope` turns them into JSON for
 
 from dataclasses import dataclass
 
-from minprfaas.cluster.upkeep_messages import (CacheNews, FetchPrefix, Goodbye, NodeReady, PrefixAbort, PrefixOrder,
+from minprfaas.cluster.upkeep_messages import (CacheNews, Goodbye, NodeReady, PrefixAbort, PrefixOrder,
                                                SendInventory, Shutdown, TimelinePart)
 from minprfaas.config import LinkSample
 
@@ -174,4 +174,4 @@ class PrefillAbort:
 
 Message = (NodeReady | CacheNews | SendInventory | Shutdown | TimelinePart | Goodbye | Serve | Progress | Prefilled
            | Started | TokenDrawn | PrefillLost | ServeFailed | Abort | PrefillOrder | PrefillProgress | PrefillDone
-           | TransferDone | PrefillFailed | PrefillAbort | FetchPrefix | PrefixOrder | PrefixAbort | LinkSample)
+           | TransferDone | PrefillFailed | PrefillAbort | PrefixOrder | PrefixAbort | LinkSample)

@@ -33,8 +33,6 @@ class Upkeep:
                 self.prefixes.order(sender, message)
             case messages.PrefixAbort(stream_id=stream_id):
                 self.prefixes.aborted(sender, stream_id)
-            case messages.FetchPrefix(token_ids=token_ids, source=source) if sender == FRONT and len(token_ids) > 1:
-                self.prefixes.fetch(token_ids, source)
             case messages.SendInventory() if sender == FRONT:
                 self._tell_inventory()
             case messages.Shutdown() if sender == FRONT:

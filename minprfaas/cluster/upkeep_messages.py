@@ -50,14 +50,6 @@ class Goodbye:
 
 
 @dataclass(frozen=True)
-class FetchPrefix:
-    """Front end -> prefill node: `source` holds the prefix that is all but the last of these tokens; fetch it."""
-
-    token_ids: list[int]
-    source: str
-
-
-@dataclass(frozen=True)
 class PrefixOrder:
     """Prefill node -> any node: stream me the cached state of tokens [start, len(token_ids) - 1) as `stream_id`."""
 

@@ -12,9 +12,8 @@ from minprfaas.scheduling.router import Decision, NodeView
 
 @dataclass(slots=True)
 class NodeBook(NodeView):
-    """A node's page. A prefill node computes its requests in the order in which they were given; `expected_s` holds
-    the seconds of each that has not ended (0 without a profile). A decode node is `decoding` those that it has all
-    KVCache of."""
+    """A node's page. A prefill node computes its requests in the order in which they were given; `expected_s` holds the
+    seconds of each that has not ended (0 without a profile). A decode node is `decoding` what it has all KVCache of."""
 
     expected_s: dict[Hashable, float] = field(default_factory=dict)
     decoding: int = 0

@@ -31,7 +31,7 @@ class FluidLink:
         return self._backlog
 
     def open_stream(self, bytes_per_s: float) -> None:
-        """A prefill begins to put its KVCache in, layer by layer, at a steady rate."""
+        """A prefill begins to put its KVCache in at a steady rate."""
         self._advance()
         self._inflow += bytes_per_s
 
@@ -63,10 +63,8 @@ class FluidLink:
         """What happened since the last sample."""
         self._advance()
         now, sent = self._clock.now_s, self.bytes_sent - self._sampled_bytes
-        elapsed = now - self._sampled_s
-        gbps, utilization = 0.0, 0.0
-        if elapsed > 0:
-            gbps, utilization = sent * 8e-9 / elapsed, self._busy_s / elapsed
+        elapsed = max(now - self._sampled_s, 1e-9)  # a first sample at once: nothing was sent
+        gbps, utilization = sent * 8e-9 / elapsed, self._busy_s / elapsed
         self._sampled_s, self._sampled_bytes, self._busy_s = now, self.bytes_sent, 0.0
         return LinkSample(now, gbps, utilization, self._backlog)
 
