@@ -228,7 +228,7 @@ class DecodeRole:
         cache, size = serving.request.cache, self.engine.layout.block_tokens
         full_end = arrived_end // size * size
         if full_end > cache.num_tokens:
-            self._kvcache.keep_arrived(cache, serving.request.token_ids[:full_end])
+            self._kvcache.advance(cache, serving.request.token_ids[:full_end], has_state=False)
 
     def _overdue(self, serving: Serving) -> None:
         if serving.kv is not None:

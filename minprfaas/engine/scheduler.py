@@ -21,11 +21,6 @@ class PrefillChunk:
     start: int
     end: int
 
-    @property
-    def completes_prompt(self) -> bool:
-        """Whether the pass ends at the last known token, so that the next one can be drawn from it."""
-        return self.end == len(self.request.token_ids)
-
 
 class Scheduler:
     """The requests of one engine, in three queues: `waiting`, `prefilling` and `running`, each oldest first."""
@@ -89,11 +84,6 @@ class Scheduler:
             self.prefilling.append(request)
 
     # Decode
-
-    def start_decoding(self, request: Request) -> None:
-        """The prompt's KVCache is here, computed or received: the request joins the batch."""
-        self.running.append(request)
-        request.status = Status.DECODE
 
     def next_batch(self) -> list[Request]:
         """The running requests, each with room for one more token; the youngest are preempted until that holds."""
