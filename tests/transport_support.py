@@ -114,9 +114,9 @@ class Cargo:
         else:
             self.arrived[layer][0] = data
 
-    def wait_for_rows(self, layer: int, end: int) -> None:
-        """Until the rows up to token `end` of a layer were written, and so whatever was put before them, in order."""
-        wait_until(lambda: any(call[0] == layer and call[2] >= end for call in list(self.calls)))
+    def wait_for_rows(self, count: int) -> None:
+        """Until `count` rows of token state are written, over all layers: lanes bring them in any order."""
+        wait_until(lambda: sum(end - start for layer, start, end in list(self.calls) if layer != 3) >= count)
 
     def put_all(self, sender, chunk_tokens: int = 64) -> None:
         """As prefill does: every layer of a chunk, then the next chunk; request-level state at the end."""
