@@ -44,12 +44,12 @@ def in_parallel(*calls):
 
 @contextlib.contextmanager
 def connected(config: LinkConfig = LinkConfig(), line: LineConfig = LineConfig(), identity: LinkIdentity = IDENTITY,
-              sender_lanes=Lane, receiver_lanes=Lane, timeline=None, events=None, store=None):
+              sender_lanes=Lane, receiver_lanes=Lane, timeline=None, events=None, store=None, name="a-b"):
     """A connected pair (sender, receiver), each with its own direction of `line`; the timeline is the sender's, the
     queue of events the receiver's."""
     store = store or new_store()
-    sender = Link("a-b", store, 0, config, identity, emulated(line), timeline=timeline, lane_type=sender_lanes)
-    receiver = Link("a-b", store, 1, config, identity, emulated(line), events, lane_type=receiver_lanes)
+    sender = Link(name, store, 0, config, identity, emulated(line), timeline=timeline, lane_type=sender_lanes)
+    receiver = Link(name, store, 1, config, identity, emulated(line), events, lane_type=receiver_lanes)
     in_parallel(lambda: sender.connect(DEADLINE_S), lambda: receiver.connect(DEADLINE_S))
     try:
         yield sender, receiver
