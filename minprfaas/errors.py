@@ -1,7 +1,10 @@
 """The two kinds of failure a person meets: a mistake of theirs, and a request that could not be finished."""
 
 import argparse
+import functools
+import importlib
 import math
+import operator
 import os
 import re
 import sys
@@ -34,23 +37,30 @@ def one_line(error: BaseException) -> str:
 
 def require_number(what: str, value, above: float | None = None, least: float | None = None,
                    most: float | None = None, whole: bool = False) -> None:
-    """Raise UserError unless `value` is a finite number (a whole one, if asked for) within the limits that are given.
-
-    A bool is no number, though Python says so.
-    """
-    kinds = int if whole else (int, float)
-    is_number = isinstance(value, kinds) and not isinstance(value, bool)
-    if is_number and (isinstance(value, int) or math.isfinite(value)):
-        too_small = (above is not None and value <= above) or (least is not None and value < least)
-        if not too_small and (most is None or value <= most):
-            return
-    limits = [f"above {above:,}" if above is not None else "", f"of at least {least:,}" if least is not None else "",
-              f"of at most {most:,}" if most is not None else ""]
-    rule = " and ".join(limit for limit in limits if limit)
-    raise UserError(f"{what} is {_shown(value)}; it must be a {'whole ' if whole else ''}number {rule}".rstrip())
+    """Raise UserError unless `value` is a finite number (a whole one, if asked for) within the given limits."""
+    is_right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)  # which Python counts
+    is_right = is_right and abs(value) < math.inf  # a NaN is not
+    rules = []
+    for words, limit, is_within in (("above", above, operator.gt), ("of at least", least, operator.ge),
+                                    ("of at most", most, operator.le)):
+        if limit is not None:
+            rules.append(f"{words} {limit:,}")
+            is_right = is_right and is_within(value, limit)
+    if not is_right:
+        rule = f"{'whole ' if whole else ''}number {' and '.join(rules)}".rstrip()
+        raise UserError(f"{what} is {shown(value)}; it must be a {rule}")
 
 
-def _shown(value) -> str:
+def require_unicode(what: str, text: str) -> None:
+    """Raise UserError unless `text` can be written as UTF-8: JSON and command lines can spell half of a character."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what} has {text[error.start]!r} at character {error.start + 1}, half of a surrogate pair; "
+                        "it must be whole Unicode") from None
+
+
+def shown(value: object) -> str:
     """A value as a line can hold it: an int of 5,000 digits raises ValueError when it is printed."""
     try:
         text = repr(value)
@@ -63,23 +73,46 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse, but a wrong command line is a `UserError` like any other mistake: one line instead of the usage."""
 
     def error(self, message: str):
-        raise UserError(f"{message} (see {self.prog} --help)")
+        shortened = message if len(message) <= 300 else message[:297] + "..."  # it may quote a number of 5,000 digits
+        raise UserError(f"{shortened} (see {self.prog} --help)")
 
 
 def exit_on_user_error(main):
     """Wrap a program's `main`: a `UserError` becomes one line on stderr and exit status 2, never a traceback."""
 
+    @functools.wraps(main)
     def wrapped(*args, **kwargs):
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:  # its descriptor was closed before we began
+                setattr(sys, name, open(os.devnull, "w"))
+            elif hasattr(getattr(sys, name), "reconfigure"):  # a test's stand-in has none
+                getattr(sys, name).reconfigure(errors="replace")  # a terminal without an arrow is no reason to die
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
+            _end(2, f"error: {error}")
         except BrokenPipeError:  # whoever read our output has gone, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(1) from None
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            raise SystemExit(130) from None
+            _end(130, "interrupted")
 
     return wrapped
+
+
+def _end(status: int, line: str) -> None:
+    print(line.replace("\n", " "), file=sys.stderr)
+    raise SystemExit(status) from None
+
+
+def run_program(module: str) -> None:
+    """Import `module`, run its `main(argv)` and exit with its status: an interrupt or a mistake during the long import
+    of torch gets its one line as well."""
+
+    @exit_on_user_error
+    def imported_and_run() -> int:
+        return importlib.import_module(module).main(sys.argv[1:])
+
+    # What the libraries below us log on their own ends up between our lines; errors reach us as exceptions anyway.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    sys.exit(imported_and_run())

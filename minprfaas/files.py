@@ -1,13 +1,12 @@
-"""Files that a person names: read with one line when they are wrong, written whole or not at all.
-
-Leaf module: standard library only, so that every room may use it.
-"""
+"""Files that a person names: read with one line when they are wrong, written whole or not at all."""
 
 import json
 import os
 from pathlib import Path
 
 from minprfaas.errors import UserError
+
+MAX_BYTES = 2**27  # several times the largest tokenizer or index there is; a sparse file may claim more than the memory
 
 
 def read_json(path: str | Path, hint: str = "") -> dict:
@@ -21,26 +20,32 @@ def read_json(path: str | Path, hint: str = "") -> dict:
 def read_json_value(path: str | Path, hint: str = ""):
     """Any JSON value from a file; UserError when it is missing or unreadable."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(read_bytes(path).decode("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing{'; ' + hint if hint else ''}") from None
-    except (OSError, ValueError, RecursionError, MemoryError) as error:  # ValueError: not UTF-8, not JSON, a huge number
+    except (OSError, ValueError, RecursionError, MemoryError) as error:  # ValueError: no UTF-8, no JSON, a huge number
         raise UserError(f"{path} cannot be read as JSON: {_reason(error)}") from None
 
 
-class OutputFile:
-    """A file to be written at the end of a run, opened for writing before it.
+def read_bytes(path: str | Path) -> bytes:
+    """A file that is read in one piece. UserError when it is larger than any such file is; OSError as usual."""
+    with open(path, "rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise UserError(f"{path} is too large: it must have at most {MAX_BYTES:,} bytes")
+    return content
 
-    A folder that is missing, read-only or full is then a mistake of the first second, not of the last. The text goes
-    into `NAME.partial` beside the target, which takes its place only when it is whole. Raises UserError.
-    """
+
+class OutputFile:
+    """A file to be written at the end of a run, opened before it: a folder that is missing, read-only or full is then
+    a mistake of the first second. The text takes the target's place only when it is whole. Raises UserError."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self._partial = self.path.with_name(f"{self.path.name}.partial{os.getpid()}")
-        if self.path.is_dir():
+        if os.path.isdir(self.path):
             raise UserError(f"{self.path} cannot be written: it is a directory")
         try:
+            self._partial = self.path.with_name(f"{self.path.name}.partial{os.getpid()}")
             self._file = open(self._partial, "w", encoding="utf-8")
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path} cannot be written: {_reason(error)}") from None

@@ -1,46 +1,55 @@
-"""Two datacenters inside one test: two engines, two threads, and a real Gloo link over loopback between them."""
+"""Two datacenters inside one test: both processes' parts in two threads, and a real Gloo link over loopback between them."""
 
+import queue
 import threading
+import time
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
 
 from minprfaas.cluster.launch import link_identity
-from minprfaas.cluster.local_node import LocalNode
-from minprfaas.cluster.prefill_node import PrefillNode
-from minprfaas.config import CacheConfig, LinkConfig
+from minprfaas.cluster.processes import control_settings, pd_process, prfaas_process
+from minprfaas.config import CacheConfig, LineConfig, LinkConfig
 from minprfaas.engine.engine import Engine
-from minprfaas.transport.link import Link
+from minprfaas.scheduling.control import ControlPlane
+from minprfaas.transport import Link
+from minprfaas.transport.wan.line import EmulatedLine
 
 DEADLINE_S = 60
+FAST = LinkConfig(lanes=2, chunk_bytes=4096)
 
 
 @contextmanager
-def two_datacenters(model, tokenizer, threshold, link=LinkConfig(lanes=2, chunk_bytes=4096), pool_a=200, pool_b=200,
-                    block_tokens=16, prefill_chunk=48, offload_deadline_s=DEADLINE_S, overlap=True,
+def two_datacenters(model, tokenizer, threshold, link=FAST, line=LineConfig(), pool_a=200, pool_b=200, block_tokens=16,
+                    prefill_chunk=48, deadline_s=DEADLINE_S, room_deadline_s=DEADLINE_S, overlap=True,
                     ship_prefixes=False):
-    """Yields (local node, prefill node); both serve the same model. The prefill node runs in a thread of its own."""
+    """Yields (process B, process A); both serve the same model. Process A runs in a thread of its own."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=DEADLINE_S))
-    engines = [Engine(model, tokenizer, CacheConfig(blocks, block_tokens), prefill_chunk) for blocks in (pool_a, pool_b)]
-    links = [Link("test", store, rank, link, link_identity(model, engine.layout)) for rank, engine in enumerate(engines)]
-    remote = PrefillNode(engines[0], links[0], DEADLINE_S, overlap)
+    engines = [Engine(model, tokenizer, CacheConfig(blocks, block_tokens), prefill_chunk)
+               for blocks in (pool_a, pool_b, pool_b)]
+    queues = [queue.SimpleQueue(), queue.SimpleQueue()]
+    links = [Link("test", store, rank, link, link_identity(model, engines[0].layout), events=queues[rank],
+                  line=EmulatedLine(line) if line != LineConfig() else None) for rank in (0, 1)]
+    remote = prfaas_process(engines[0], links[0], queues[0], DEADLINE_S, overlap)
     failures = []
 
-    def serve():
+    def serve_remotely():
         try:
             links[0].connect(DEADLINE_S)
             remote.serve()
         except Exception as error:  # shown by the test, not lost in the thread
             failures.append(error)
 
-    thread = threading.Thread(target=serve, daemon=True)
+    thread = threading.Thread(target=serve_remotely, daemon=True)
     thread.start()
     try:
         links[1].connect(DEADLINE_S)
-        local = LocalNode(engines[1], links[1], threshold, offload_deadline_s, ship_prefixes=ship_prefixes)
+        plane = ControlPlane(control_settings(threshold, line.gbps, engines[1].layout, ship_prefixes))
+        local = pd_process(engines[1], engines[2], {"prfaas-0": links[1]}, queues[1], plane, deadline_s, room_deadline_s)
+        step_until(local, lambda: "prfaas-0" in local.front.ready)
         yield local, remote
-        local.shutdown(DEADLINE_S)
+        local.shut_down(DEADLINE_S)
         thread.join(DEADLINE_S)
         assert not thread.is_alive(), "the prefill node did not end"
     finally:
@@ -54,8 +63,29 @@ def two_datacenters(model, tokenizer, threshold, link=LinkConfig(lanes=2, chunk_
 def serve(local, prompts, params):
     """Submit every prompt, run to the end; returns the journeys in order. `params` is one for all, or one for each."""
     each = params if isinstance(params, list) else [params] * len(prompts)
-    number = len(local.journeys)
-    journeys = [local.submit(local.engine.request(str(number + i), prompt, one))
-                for i, (prompt, one) in enumerate(zip(prompts, each))]
-    local.run()
+    number = len(local.front.journeys)
+    journeys = [local.front.submit(str(number + i), prompt, one) for i, (prompt, one) in enumerate(zip(prompts, each))]
+    step_until(local, lambda: not local.front.has_work, 2 * DEADLINE_S)
     return journeys
+
+
+def step_until(local, condition, deadline_s=DEADLINE_S):
+    """Step process B until `condition()` holds."""
+    until_s = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < until_s, "the condition did not come to hold by its deadline"
+        local.node.step()
+
+
+def kill(link):
+    """As the other side sees a killed process: no goodbye, every connection reset, and it does not come back."""
+    supervisor = link._supervisor
+    supervisor._closing.set()
+    for lane in supervisor._lanes:
+        lane.cut()
+
+
+def nothing_in_use(process):
+    """Whether no part of a process holds a block for a request."""
+    parts = [process.prefill, process.decode] if hasattr(process, "decode") else [process.prefill]
+    return all(part.engine.kvcache.stats().in_use == 0 for part in parts)

@@ -8,8 +8,8 @@ import pytest
 import tokenizers
 import torch
 
-from minprfaas.config import ModelConfig
 from minprfaas.model.checkpoint import load, save_checkpoint
+from minprfaas.model.families import config_from_hf
 from minprfaas.model.transformer import Transformer
 
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, eos_token_id=0)
@@ -40,7 +40,7 @@ def write_checkpoint(directory, family: str, **overrides):
     """A tiny random checkpoint with a byte tokenizer; returns `directory`. The same family has the same weights."""
     raw = {"vocab_size": 257, **TINY[family], **overrides}
     torch.manual_seed(7)
-    model = Transformer(ModelConfig.from_hf(raw))
+    model = Transformer(config_from_hf(raw))
     with torch.no_grad():  # loud enough that every earlier token sways the next one
         for name, weight in model.named_parameters():
             if weight.dim() == 2:

@@ -7,10 +7,10 @@ from dataclasses import replace
 from test_transport_recovery import FaultyLane
 
 from minprfaas.cluster import messages
-from minprfaas.transport import LinkDown
-from minprfaas.transport.frames import HEADER_BYTES, Codec, Header, Kind, Slot
-from minprfaas.transport.handshake import NONCE_BYTES
-from minprfaas.transport.lanes import Lane
+from minprfaas.cluster.envelope import Envelope, encode
+from minprfaas.transport.wan.frames import HEADER_BYTES, Codec, Header, Kind, Slot
+from minprfaas.transport.wan.handshake import NONCE_BYTES
+from minprfaas.transport.wan.lanes import Lane
 
 PREFILL, DECODE = 0, 1  # ranks: datacenter A, datacenter B
 HELLO_TERMS = len(b"minprfaas link") + 8 + NONCE_BYTES  # where the terms begin in a hello
@@ -62,13 +62,12 @@ class NodeLane(FaultyLane):
         return self.keep(frame)
 
     def _silence(self, frame, draw):
-        for lane in self.site.links[self.rank]._lanes if draw.random() < 0.5 else [self]:
+        for lane in self.site.links[self.rank]._supervisor._lanes if draw.random() < 0.5 else [self]:
             lane.muted = True
         return _Sent()
 
     def _cut_for_good(self, frame, _):
-        for link in self.site.links.values():
-            link.lane_type = _no_line
+        self.site.line_is_cut = True
         self.cut()
         return _Sent()
 
@@ -109,10 +108,6 @@ class NodeLane(FaultyLane):
         return self.keep(frame)
 
 
-def _no_line(*_):
-    raise LinkDown("the line is cut")
-
-
 class ImpostorLane(Lane):
     """Shakes hands as whoever it says it is, or in recorded words, and sends chunks whatever the verdict."""
 
@@ -139,19 +134,38 @@ class ImpostorLane(Lane):
 
 ABSURD_ORDERS = [dict(stream_id=-1), dict(stream_id=2**64 - 1), dict(token_ids=[]), dict(token_ids=[10**9]),
                  dict(token_ids=[1] * 5000), dict(start=-1), dict(start=10**9), dict(snapshot_at=-16),
-                 dict(snapshot_at=2**40), dict(snapshot_at=17), dict(sampling={"x": 1}), dict(id=""), dict(id="0"),
+                 dict(snapshot_at=2**40), dict(snapshot_at=17), dict(snapshot_stream_id=-1),
+                 dict(prefix_source="nobody", prefix_tokens=32), dict(prefix_tokens=-4), dict(prefix_tokens=2**40), dict(sampling={"x": 1}), dict(id=""), dict(id="0"),
                  dict(sampling={"temperature": "hot"}), dict(sampling={"max_tokens": -1}), dict(stream_id="7")]
+
+
+def _said(message, to="pd-0/pdd", sender="prfaas-0"):
+    return encode(Envelope(to, sender, message))
+
+
+def _ordered(**change):
+    order = dict(id="absurd", stream_id=2**40, token_ids=list(range(1, 60)), start=0, snapshot_stream_id=2**41,
+                 snapshot_at=48, prefix_source="", prefix_tokens=0, sampling={})
+    return _said(messages.PrefillOrder(**{**order, **change}), "prfaas-0", "pd-0/pdd")
+
+
 ABSURD_MESSAGES = {
-    PREFILL: [messages.encode(message) for message in (
+    PREFILL: [_said(message) for message in (
         messages.PrefillProgress("0", tokens=-5), messages.PrefillProgress("0", tokens=2**63),
+        messages.PrefillFailed("nobody", "", False), messages.PrefixOrder(-1, [], -1), messages.PrefixOrder(1, [2**63], 0),
+        messages.PrefixAbort(7), messages.Abort("0"), messages.Serve("1", [1], {}, "x", 1.0, "", 0), messages.Shutdown(),
+        messages.PrefillDone("0", first_token=10**6, cached_tokens=0, queue_s=0.0, prefill_s=0.0, prefix_bytes=0))]
+    + [_said(message, "front") for message in (
         messages.TransferDone("0", kv_bytes=-1, transfer_s=-1.0, exposed_s=9e99),
         messages.TransferDone(["0"], kv_bytes=0, transfer_s=0, exposed_s=0),
-        messages.CacheEvents(sequence=-7, keys=["no hex"], tokens=[10**9], inventory=True),
-        messages.CacheEvents(sequence=2**60, keys=["a", "b"], tokens=[1], inventory=False),
-        messages.NodeReady("king", "abacus", num_blocks=-1), messages.PrefillFailed("nobody", ""),
-        messages.PrefillDone("0", first_token=10**6, cached_tokens=0, prefill_s=0.0))]
-    + [dict(type="Surprise"), dict(type="PrefillOrder", id="0"), {}],
-    DECODE: [messages.encode(messages.PrefillOrder(**{
-        **dict(id=f"absurd {number}", stream_id=2**40 + number, token_ids=list(range(1, 60)), start=0, snapshot_at=48,
-               sampling={}), **change})) for number, change in enumerate(ABSURD_ORDERS)]
-    + [messages.encode(messages.PrefillAbort("nobody")), messages.encode(messages.Goodbye(-1)), dict(type="PrefillDone"), {}]}
+        messages.CacheNews(sequence=-7, keys=["no hex"], tokens=[10**9], inventory=True),
+        messages.CacheNews(sequence=2**60, keys=["a", "b"], tokens=[1], inventory=False),
+        messages.NodeReady("king", "abacus", num_blocks=-1), messages.PrefillLost("0", "says who", False),
+        messages.TokenDrawn("0", 1, "x", "eos", ""), messages.ServeFailed("0", "x", "y"))]
+    + [_said(messages.TokenDrawn("0", 1, "x", "eos", ""), "front", "pd-0/pdd"), _said(messages.Shutdown(), "nobody"),
+       dict(type="Surprise"), {"to": "front", "from": "prfaas-0", "type": "PrefillOrder", "fields": {"id": "0"}}, {}],
+    DECODE: [_ordered(**{"id": f"absurd {number}", "stream_id": 2**40 + 2 * number, **change})
+             for number, change in enumerate(ABSURD_ORDERS)]
+    + [_said(message, "prfaas-0", "pd-0/pdd") for message in (
+        messages.PrefillAbort("nobody"), messages.Goodbye(-1), messages.PrefixOrder(3, [], 0))]
+    + [dict(type="PrefillDone"), {}]}

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import itertools
 import multiprocessing
+import queue
 import random
 import threading
 import time
@@ -18,17 +19,19 @@ from dataclasses import replace
 from datetime import timedelta
 
 import torch
+from cluster_support import kill, step_until
 from fault_lanes import DECODE, PREFILL, ImpostorLane, NodeLane
 from test_transport_recovery import Fault
 from torch.distributed import TCPStore
 
 from minprfaas import SamplingParams, generate, load
 from minprfaas.cluster.launch import link_identity
-from minprfaas.cluster.local_node import LocalNode
-from minprfaas.cluster.prefill_node import PrefillNode
-from minprfaas.config import CacheConfig, LinkConfig, StateKind
+from minprfaas.cluster.processes import control_settings, pd_process, prfaas_process
+from minprfaas.config import CacheConfig, LineConfig, LinkConfig, StateKind
 from minprfaas.engine.engine import Engine
+from minprfaas.scheduling.control import ControlPlane
 from minprfaas.transport import Link, LinkDown
+from minprfaas.transport.wan.line import EmulatedLine
 
 DEADLINE_S = 60.0
 HEALED = ("cut", "stall", "silence", "duplicate", "reorder", "flip payload", "flip header", "truncate", "garbage",
@@ -43,8 +46,9 @@ PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
 class Site:
     """Both datacenters. The prefill node runs in a thread (or, to be killed, in a process), the local one in the caller."""
 
-    def __init__(self, model, tokenizer, draw: random.Random, config: LinkConfig, secret: bytes | None):
-        self.model, self.tokenizer, self.draw, self.config = model, tokenizer, draw, config
+    def __init__(self, model, tokenizer, draw: random.Random, config: LinkConfig, secret: bytes | None,
+                 line: LineConfig | None = None):
+        self.model, self.tokenizer, self.draw, self.config, self.line = model, tokenizer, draw, config, line
         self.store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=DEADLINE_S), wait_for_workers=False)
         self.fault: Fault | None = None
         self.side = PREFILL
@@ -62,38 +66,48 @@ class Site:
         self.threads: list[threading.Thread] = []
         self.failures: list[BaseException] = []
         self.victim = None
+        self.line_is_cut = False
 
     def new_engine(self) -> Engine:
         self.engines.append(Engine(self.model, self.tokenizer, CacheConfig(160, 16), prefill_chunk=48))
         return self.engines[-1]
 
-    def new_link(self, rank: int) -> Link:
-        link = self.links[rank] = Link("site", self.store, rank, self.config, self.identity)
-        link.lane_type = functools.partial(NodeLane, self)
-        return link
+    def new_link(self, rank: int, events: queue.SimpleQueue) -> Link:
+        line = EmulatedLine(self.line) if self.line is not None else None
+        self.links[rank] = Link("site", self.store, rank, self.config, self.identity, line=line, events=events,
+                                lane_type=self.new_lane)
+        return self.links[rank]
+
+    def new_lane(self, *arguments) -> NodeLane:
+        if self.line_is_cut:
+            raise LinkDown("the line is cut")
+        return NodeLane(self, *arguments)
 
     def start_prefill_node(self) -> None:
-        self.prefill_node = PrefillNode(self.new_engine(), self.new_link(PREFILL), DEADLINE_S)
-        self._record_puts(self.prefill_node.engine.kvcache.pool)
+        events, engine = queue.SimpleQueue(), self.new_engine()
+        self.prefill_node = prfaas_process(engine, self.new_link(PREFILL, events), events, DEADLINE_S)
+        self._record_puts(engine.kvcache.pool)
         self._in_thread(self._serve_prefill, self.prefill_node)
 
-    def _serve_prefill(self, node: PrefillNode) -> None:
-        node.link.connect(DEADLINE_S)
-        node.serve()
+    def _serve_prefill(self, process) -> None:
+        process.link.connect(DEADLINE_S)
+        process.serve()
 
     def start_local_node(self) -> None:
-        link = self.new_link(DECODE)
+        events, engines = queue.SimpleQueue(), (self.new_engine(), self.new_engine())
+        link = self.new_link(DECODE, events)
         link.connect(DEADLINE_S)
-        self.local = LocalNode(self.new_engine(), link, threshold=64, offload_deadline_s=DEADLINE_S / 4)
-        self._compare_writes(self.local.engine.kvcache.pool)
+        plane = ControlPlane(control_settings(64, None, engines[0].layout))
+        self.local = pd_process(*engines, {"prfaas-0": link}, events, plane, DEADLINE_S / 4)
+        self._record_puts(engines[0].kvcache.pool)
+        self._record_puts(engines[1].kvcache.pool)
+        self._compare_writes(engines[1].kvcache.pool)
+        step_until(self.local, lambda: "prfaas-0" in self.local.front.ready)
 
     def start_impostor(self, identity, words) -> None:
-        answered = self.store.get("site/knock")
-
         def knock():
-            link = Link("site", self.store, PREFILL, self.config, identity)
-            link._answered_knock = answered  # not to wait for a meeting that was long ago
-            link.lane_type = functools.partial(ImpostorLane, self, words)
+            link = Link("site", self.store, PREFILL, self.config, identity,
+                        lane_type=functools.partial(ImpostorLane, self, words))
             with contextlib.suppress(LinkDown):
                 link.connect(5.0)
                 raise AssertionError("an impostor was let in")
@@ -112,10 +126,7 @@ class Site:
 
     def kill_prefill_node(self) -> None:
         """As the other side sees a killed process: no goodbye, every connection reset."""
-        link = self.links[PREFILL]
-        link._closing = True
-        for lane in link._lanes:
-            lane.cut()
+        kill(self.links[PREFILL])
 
     def _record_puts(self, pool) -> None:
         read_bytes = pool.read_bytes
@@ -131,9 +142,10 @@ class Site:
         write_bytes = pool.write_bytes
 
         def compared(layer, table, start, end, data):
-            self.writes += 1
             pieces = self._pieces(layer, start, end, data)
-            self.arrived |= {piece[:2] for piece in pieces}
+            if not threading.current_thread().name.startswith("pd-0"):  # over the link, not from this process's PD-P
+                self.writes += 1
+                self.arrived |= {piece[:2] for piece in pieces}
             if self.victim is None and not pieces <= self.sent:
                 self.failures.append(AssertionError(f"layer {layer}, tokens {start}-{end}: foreign bytes in a block"))
             write_bytes(layer, table, start, end, data)
@@ -155,33 +167,38 @@ class Site:
 
     def serve(self, *prompts: list[int]) -> list:
         """Submit the prompts and run until all have ended, as they do or because the first one's client goes away."""
-        number = len(self.local.journeys)
-        journeys = [self.local.submit(self.local.engine.request(str(number + i), prompt, PARAMS))
-                    for i, prompt in enumerate(prompts)]
+        front, number = self.local.front, len(self.local.front.journeys)
+        journeys = [front.submit(str(number + i), prompt, PARAMS) for i, prompt in enumerate(prompts)]
         until = time.monotonic() + DEADLINE_S
-        while self.local.has_work:
+        while front.has_work:
             assert time.monotonic() < until, "a request did not end by its deadline"
-            self.local.step()
-            self.stream_id = max(self.stream_id, journeys[0].stream_id)
+            self.local.node.step()
+            serving = self.local.decode.servings.get(journeys[0].id)
+            if serving is not None and serving.kv is not None:
+                self.stream_id = serving.kv.plan.stream_id
             if self.client_gone.is_set():
                 self.client_gone.clear()
-                self.local.abort(journeys[0].request.id)
+                front.abort(journeys[0].id)
         self.settle()
         for journey, wanted in zip(journeys, generate(self.model, self.tokenizer, list(prompts), PARAMS)):
-            assert journey.request.finish_reason == "aborted" or journey.request.output_ids == wanted.token_ids, journey
+            assert journey.finish_reason == "aborted" or journey.output_ids == wanted.token_ids, journey
         return journeys
 
     def settle(self) -> None:
         """Wait until neither node holds anything for a request. A node whose link is lost has ended by itself."""
         until = time.monotonic() + DEADLINE_S
-        while self.victim is None and (self.prefill_node.exports or self.prefill_node.engine.has_work):
-            assert time.monotonic() < until, f"the prefill node still holds {[*self.prefill_node.exports]}"
-            self.local.step()
+        while self._holds_something():
+            assert time.monotonic() < until, f"the prefill node still holds {[*self.prefill_node.prefill.prefills]}"
+            self.local.node.step()
+
+    def _holds_something(self) -> bool:
+        here = self.local.prefill.has_work or self.local.decode.has_work
+        return here or (self.victim is None and self.prefill_node.prefill.has_work)
 
     def close(self) -> None:
         """End everything, and audit the books of every engine that ever served here."""
         if DECODE in self.links:
-            self.local.shutdown(DEADLINE_S)
+            self.local.shut_down(DEADLINE_S)
         until = time.monotonic() + DEADLINE_S
         for thread in self.threads:
             thread.join(max(0.0, until - time.monotonic()))
@@ -198,10 +215,11 @@ class Site:
 def run_fault(kind: str, seed: int, model, tokenizer, directory, processes) -> str:
     """One fault; returns how the request that it hit has ended. AssertionError as the module's docstring says."""
     draw = random.Random(f"{kind} {seed}")
-    config = LinkConfig(gbps=0.004 if kind == "killed" else None, lanes=2, chunk_bytes=2048,
-                        timeout_s=1.0 if kind in FINAL else 20.0, silence_s=0.5 if kind == "silence" else 5.0)
+    config = LinkConfig(lanes=2, chunk_bytes=2048, timeout_s=1.0 if kind in FINAL else 20.0,
+                        silence_s=0.5 if kind == "silence" else 5.0)
+    line = LineConfig(gbps=0.004) if kind == "killed" else None
     keyed = kind not in HEALED or seed % 3 < 2
-    site = Site(model, tokenizer, draw, config, b"a shared secret" if keyed else None)
+    site = Site(model, tokenizer, draw, config, b"a shared secret" if keyed else None, line)
     if kind == "killed":
         return _run_killed(site, seed, directory, processes)
     site.start_prefill_node()
@@ -211,7 +229,7 @@ def run_fault(kind: str, seed: int, model, tokenizer, directory, processes) -> s
     while not fault.happened:  # a short request may have ended before it was due
         hit, _ = site.serve(site.prompt(draw.randrange(100, 350)), site.prompt(20))
     site.fault = None
-    if kind != "node restarts" and kind not in FINAL and hit.request.finish_reason != "aborted" and keyed:
+    if kind != "node restarts" and kind not in FINAL and hit.finish_reason != "aborted" and keyed:
         assert hit.fallback is None or kind in ENDURED, f"{kind} {seed}: {hit.fallback}"
     assert kind not in IMPOSTORS or site.writes_before_impostor is not None, f"{kind} {seed}: the impostor never came"
     (after,) = site.serve(site.prompt(200))
@@ -227,11 +245,11 @@ def seeded_fault(kind: str, draw: random.Random) -> Fault:
 
 
 def outcome(journey) -> str:
-    if journey.request.finish_reason == "aborted":
+    if journey.finish_reason == "aborted":
         return "aborted"
     if journey.fallback is None:
         return "streamed"
-    return "prefilled here" + (", arrived blocks kept" if journey.request.cached_tokens else "")
+    return "prefilled here" + (", arrived blocks kept" if journey.cached_tokens else "")
 
 
 # ---- nodes in processes of their own, to be killed
@@ -241,7 +259,7 @@ def _run_killed(site: Site, seed: int, directory, processes) -> str:
     rank = (PREFILL, DECODE)[seed % 2]
     site.side, site.fault = 1 - rank, seeded_fault("killed", site.draw)
     site.victim = processes.Process(target=_victim, daemon=True, args=(
-        rank, site.store.port, directory, site.config, site.identity.secret, site.prompt(320)))
+        rank, site.store.port, directory, site.config, site.line, site.identity.secret, site.prompt(320)))
     site.victim.start()
     try:
         if rank == DECODE:
@@ -259,24 +277,26 @@ def _run_killed(site: Site, seed: int, directory, processes) -> str:
         site.victim.kill()
 
 
-def _victim(rank: int, port: int, directory, config, secret, prompt) -> None:
+def _victim(rank: int, port: int, directory, config, line, secret, prompt) -> None:
     torch.set_num_threads(1)
     model, tokenizer = load(directory)
-    engine = Engine(model, tokenizer, CacheConfig(160, 16), prefill_chunk=48)
+    engines = [Engine(model, tokenizer, CacheConfig(160, 16), prefill_chunk=48) for _ in range(2)]
+    events = queue.SimpleQueue()
     link = Link("site", TCPStore("127.0.0.1", port, None, False), rank, config,
-                replace(link_identity(model, engine.layout), secret=secret))
+                replace(link_identity(model, engines[0].layout), secret=secret), line=EmulatedLine(line), events=events)
     link.connect(DEADLINE_S)
     if rank == PREFILL:
-        PrefillNode(engine, link, DEADLINE_S).serve()
-        return
-    node = LocalNode(engine, link, threshold=64, offload_deadline_s=DEADLINE_S)
-    node.submit(engine.request("0", prompt, PARAMS))
-    node.run()
+        return prfaas_process(engines[0], link, events, DEADLINE_S).serve()
+    plane = ControlPlane(control_settings(64, None, engines[0].layout))
+    process = pd_process(*engines, {"prfaas-0": link}, events, plane, DEADLINE_S)
+    step_until(process, lambda: "prfaas-0" in process.front.ready)
+    process.front.submit("0", prompt, PARAMS)
+    process.run()
     threading.Event().wait(DEADLINE_S)
 
 
 def process_starter() -> multiprocessing.context.BaseContext:
     """Processes that start fast, because what they need is imported already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["minprfaas.cluster.two_datacenters"])
+    context.set_forkserver_preload(["minprfaas.commands.two_datacenters"])
     return context

@@ -7,7 +7,8 @@ from minprfaas.kvcache.layout import plan_layout
 from minprfaas.kvcache.manager import KVCacheManager
 from minprfaas.model.spec import StateSpec, TensorSpec
 
-LINEAR = StateSpec(StateKind.REQUEST, (TensorSpec("memory", (2, 8, 8), "float32"), TensorSpec("conv", (10, 3), "bfloat16")))
+LINEAR = StateSpec(
+    StateKind.REQUEST, (TensorSpec("memory", (2, 8, 8), "float32"), TensorSpec("conv", (10, 3), "bfloat16")))
 LATENT = StateSpec(StateKind.TOKEN, (TensorSpec("latent", (6,), "float32"),))
 KV = StateSpec(StateKind.TOKEN, (TensorSpec("kv", (16,), "bfloat16"),))
 HYBRID = (LINEAR, LINEAR, LINEAR, LATENT) * 2
@@ -15,9 +16,18 @@ DENSE = (KV,) * 3
 ALL_LINEAR = (LINEAR,) * 2
 
 
-def manager(specs, num_blocks, block_tokens=4, root=b"model", on_event=None, **config):
+def manager(specs, num_blocks, block_tokens=4, root=b"model", **config):
     cache_config = CacheConfig(num_blocks, block_tokens, **config)
-    return KVCacheManager(plan_layout(specs, block_tokens), cache_config, "cpu", root, on_event)
+    return KVCacheManager(plan_layout(specs, block_tokens), cache_config, "cpu", root)
+
+
+def hear(told, news):
+    """Bring `told` (key -> tokens) up to date, as a directory does; fails if the news contradict it."""
+    for one in news:
+        if one.tokens:
+            assert told.setdefault(one.key, one.tokens) == one.tokens
+        else:
+            told.pop(one.key)
 
 
 def prefix_values(tokens):
@@ -36,13 +46,16 @@ def step(kvcache, cache, tokens, end):
     for layer, spec in enumerate(kvcache.layout.specs):
         if spec.kind is StateKind.TOKEN:
             rows = torch.tensor(values[start:], dtype=spec.tensors[0].torch_dtype)[None, :, None]
-            context = state.layer(layer).append(rows.expand(1, -1, spec.tensors[0].shape[0]))
+            context = state.layer(layer).append(rows.expand(1, -1, spec.tensors[0].shape[0])).rows()
             assert context[0, :, 0].tolist() == values
         else:
             memory, conv = state.layer(layer).load()
             before = values[start - 1] if start else 0
             assert memory.unique().tolist() == [before] and conv.unique().tolist() == [before]
             state.layer(layer).store(torch.full_like(memory, values[-1]), torch.full_like(conv, values[-1]))
+            for offset in state.layer(layer).snapshot_offsets:
+                there = values[start + offset - 1]
+                state.layer(layer).store_snapshot(offset, torch.full_like(memory, there), torch.full_like(conv, there))
     kvcache.advance(cache, tokens[:end])
 
 
@@ -50,7 +63,7 @@ def prefill(kvcache, tokens, max_chunk=16):
     """Open a request and prefill it whole."""
     cache = kvcache.open(tokens)
     while cache.num_tokens < len(tokens):
-        end = kvcache.chunk_end(cache, len(tokens), max_chunk)
+        end = kvcache.plan_chunk(cache, len(tokens), max_chunk)
         assert kvcache.reserve(cache, end)
         step(kvcache, cache, tokens, end)
         kvcache.check()

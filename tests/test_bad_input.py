@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -10,20 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 
+from minprfaas import load
 from minprfaas.__main__ import main
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
-def refused(capsys, tmp_path):
-    """`refused(argument, ...)` runs `python -m minprfaas generate` and returns its one line on stderr."""
+def refused(capfd, tmp_path):
+    """`refused(argument, ...)` runs `python -m minprfaas generate` and returns its one line on stderr, where libraries
+    may write past Python."""
 
     def run(*arguments) -> str:
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(SystemExit) as stop:
             main(["generate", *map(str, arguments)])
-        out, err = capsys.readouterr()
+        out, err = capfd.readouterr()
         assert stop.value.code == 2 and out == ""
         assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n")
         assert sorted(tmp_path.rglob("*")) == before
@@ -60,6 +63,41 @@ def test_a_model_whose_tensors_do_not_fit_its_configuration(refused, damaged):
     assert "model.layers.0.mlp.gate_proj.weight" in line and "[48, 32]" in line and "[50, 32]" in line
 
 
+@pytest.mark.parametrize("change", [
+    dict(num_hidden_layers=10**9), dict(num_hidden_layers=300_000), dict(num_attention_heads=2**62),
+    dict(hidden_size=2**62), dict(vocab_size=2**62), dict(intermediate_size=2**62), dict(kv_lora_rank=2**62),
+    dict(max_position_embeddings=2**62), dict(rms_norm_eps=-1), dict(rope_theta=0),
+    dict(eos_token_id="end")])
+def test_a_configuration_beyond_every_model_is_refused_by_its_number(refused, damaged, checkpoints, change):
+    (name, value), = change.items()
+    if name in ("rope_theta", "max_position_embeddings"):  # the hybrid has no RoPE, and another name for its context
+        shutil.copy(checkpoints["llama"] / "config.json", damaged)
+    rewrite_config(damaged, **change)
+    line = refused("--model", damaged, "hello")
+    assert "; it must be a whole number of" in line or "; it must be a number" in line
+    assert repr(value) in line
+
+
+def test_a_stack_deeper_than_the_files_is_refused_before_it_is_built(refused, checkpoints, tmp_path):
+    deep = shutil.copytree(checkpoints["llama"], tmp_path / "deep")
+    rewrite_config(deep, num_hidden_layers=10_000)
+    built = []
+    hook = torch.nn.modules.module.register_module_module_registration_hook(lambda *names: built.append(names))
+    try:
+        assert "tensor model.layers.2.self_attn.q_proj.weight is missing" in refused("--model", deep, "hello")
+    finally:
+        hook.remove()
+    assert 0 < len(built) < 100
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_sparse_file_of_a_terabyte(refused, damaged, name):
+    path = damaged / name
+    os.truncate(path, 2**40)
+    line = refused("--model", damaged, "hello")
+    assert str(path) in line and ("is too large" in line or "is truncated or corrupt" in line)
+
+
 def test_a_truncated_weight_file(refused, damaged):
     path = damaged / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
@@ -72,6 +110,38 @@ def test_a_tokenizer_of_another_model(refused, damaged):
     (damaged / "tokenizer.json").write_text(json.dumps(tokenizer))
     line = refused("--model", damaged, "hello")
     assert "does not match the vocabulary" in line and "999" in line and "257" in line
+
+
+REPLACE = {"type": "Replace", "content": "x"}
+HARD = {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": r"(a+)+\d\d"}}
+
+
+@pytest.mark.parametrize("parts, words", [
+    (dict(normalizer={**REPLACE, "pattern": {"String": ""}}), "tokenizer.json cannot encode a text: index out of"),
+    (dict(normalizer={"type": "Precompiled", "precompiled_charsmap": ""}), "tokenizer.json is not a tokenizer: Pre"),
+    (dict(pre_tokenizer={"type": "FixedLength", "length": 0}), "cannot encode a text: chunk size must be non-zero"),
+    (dict(pre_tokenizer=HARD), "cannot encode a text: Onig: Regex search error: retry-limit-in-match over"),
+    (dict(model={"type": "WordLevel", "vocab": {"hello": 0}, "unk_token": "<unk>"}, pre_tokenizer=None),
+     "cannot encode a text: WordLevel error: Missing [UNK] token"),
+])
+def test_a_tokenizer_that_panics(refused, damaged, parts, words):
+    tokenizer = {**json.loads((damaged / "tokenizer.json").read_text()), **parts}
+    (damaged / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert words in refused("--model", damaged, "a" * 60 + "1")
+
+
+def test_padding_and_truncation_of_a_tokenizer_do_not_touch_a_prompt(damaged):
+    tokenizer = json.loads((damaged / "tokenizer.json").read_text())
+    tokenizer["padding"] = {"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_to_multiple_of": None,
+                            "pad_id": 0, "pad_type_id": 0, "pad_token": "<|end|>"}
+    tokenizer["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    (damaged / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert len(load(damaged)[1].encode("a" * 60)) == 60
+
+
+def test_a_lone_surrogate_in_a_prompt(refused, checkpoints):
+    line = refused("--model", checkpoints["llama"], "two \ud800 halves")
+    assert r"'\ud800' at character 5, half of a surrogate pair" in line
 
 
 def test_a_prompt_longer_than_the_context(refused, checkpoints):
@@ -97,6 +167,8 @@ def test_a_bad_line_in_a_prompts_file(refused, checkpoints, tmp_path):
 
 @pytest.mark.parametrize("option, value, words", [
     ("--max-tokens", "0", "max_tokens is 0"),
+    ("--max-tokens", str(10**15), "max_tokens is 1000000000000000; it must be a whole number of at least 1"),
+    ("--max-tokens", "1" + "0" * 5000, "argument --max-tokens: invalid int value: '1000"),
     ("--temperature", "-1", "temperature is -1.0"),
     ("--temperature", "nan", "temperature is nan"),
     ("--top-k", "-2", "top_k is -2"),
@@ -109,7 +181,8 @@ def test_a_bad_line_in_a_prompts_file(refused, checkpoints, tmp_path):
     ("--device", "toaster", "device 'toaster' is not there; this machine has: cpu"),
 ])
 def test_an_option_out_of_range(refused, checkpoints, option, value, words):
-    assert words in refused("--model", checkpoints["llama"], option, value, "hello")
+    line = refused("--model", checkpoints["llama"], option, value, "hello")
+    assert words in line and len(line) < 500
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
@@ -123,10 +196,36 @@ def test_no_prompt_and_prompts_twice(refused, tmp_path):
     assert "both" in refused("--prompts", tmp_path / "p.jsonl", "hello")
 
 
-def python_m_minprfaas(*arguments):
+def run_program(*arguments, **options):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-m", "minprfaas", *map(str, arguments)], capture_output=True, text=True,
-                          timeout=120, env=environment)
+    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=120,
+                          env=environment, **options)
+
+
+def python_m_minprfaas(*arguments):
+    return run_program("-m", "minprfaas", *arguments)
+
+
+@pytest.mark.parametrize("program", ["demo_prompts.py", "random_checkpoint.py"])
+def test_a_script_that_cannot_write_its_file_says_so_before_its_work(tmp_path, program):
+    (tmp_path / "file").write_text("")
+    places = [tmp_path / "file" / "out", "/proc/nowhere/out"]
+    if program == "demo_prompts.py":
+        places += [tmp_path, "/", ""]
+    for place in places:
+        done = run_program(ROOT / "scripts" / program, place)
+        assert done.returncode == 2 and done.stdout == "", place
+        assert "cannot be written" in done.stderr.splitlines()[-1], (place, done.stderr)
+        assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_demo_prompts_on_a_full_disk_leaves_nothing_behind(tmp_path):
+    """The limit on a file's size stands for the disk's end."""
+    done = run_program(ROOT / "scripts" / "demo_prompts.py", tmp_path / "out", "--tokens", 4096,
+                       preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024)))
+    assert (done.returncode, done.stderr) == (2, f"error: {tmp_path}/out cannot be written: File too large\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_real_process_says_one_line_and_exits_with_2(tmp_path):

@@ -1,6 +1,7 @@
 """Loading checkpoint directories: whole ones in every form, and every way in which one can be broken."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -9,10 +10,10 @@ from conftest import FAMILIES, TINY, write_checkpoint
 from safetensors.torch import load_file
 
 from minprfaas import load
-from minprfaas.config import ModelConfig
 from minprfaas.errors import UserError
 from minprfaas.files import read_json
 from minprfaas.model.checkpoint import checked_device, load_checkpoint, save_checkpoint, save_tensors
+from minprfaas.model.families import config_from_hf, read_config
 from minprfaas.model.transformer import Transformer
 
 INDEX = "model.safetensors.index.json"
@@ -55,9 +56,9 @@ def shard(directory, count: int) -> list[str]:
 def test_what_was_saved_is_what_is_loaded(tmp_path, family):
     raw = {"vocab_size": 257, **TINY[family]}
     torch.manual_seed(3)
-    model = Transformer(ModelConfig.from_hf(raw))
+    model = Transformer(config_from_hf(raw))
     save_checkpoint(model, raw, tmp_path, torch.float32)
-    loaded = load_checkpoint(tmp_path, ModelConfig.from_directory(tmp_path), torch.float32, "cpu")
+    loaded = load_checkpoint(tmp_path, read_config(tmp_path), torch.float32, "cpu")
     for (name, saved), (_, read) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
         assert torch.equal(saved, read), name
     assert not any(parameter.requires_grad for parameter in loaded.parameters()) and not loaded.training
@@ -180,6 +181,29 @@ def test_a_malformed_index_is_named(copy, index):
     shard(copy, 2)
     (copy / INDEX).write_text(index)
     assert INDEX in refusal(copy)
+
+
+@pytest.mark.parametrize("share, words", [(0.9, "the weights take"), (1000, "too large for this machine")])
+def test_weights_beyond_the_memory_are_refused_though_files_and_configuration_agree(tmp_path, share, words):
+    """A sparse file of bfloat16: 0.9 of the memory can be mapped, but takes 1.8 of it in float32."""
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    hidden_size = 2**18
+    raw = {**TINY["llama"], "hidden_size": hidden_size, "head_dim": 8, "tie_word_embeddings": True,
+           "vocab_size": min(int(share * memory_bytes / 2 / hidden_size), 2**24)}
+    header, end = {}, 0
+    with torch.device("meta"):
+        model = Transformer(config_from_hf(raw))
+    for name, weight in model.named_parameters():
+        size = 2 * weight.numel()
+        header[name] = {"dtype": "BF16", "shape": list(weight.shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(tmp_path / "model.safetensors", 8 + len(text) + end)
+    with pytest.raises(UserError, match=words) as caught:
+        load_checkpoint(tmp_path, read_config(tmp_path), torch.float32, "cpu")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_device_that_is_not_there_is_named_with_those_that_are(copy):

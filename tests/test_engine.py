@@ -1,7 +1,10 @@
 """The engine: the same tokens however a request is batched, chunked, queued, preempted or reused."""
 
+import ast
+import inspect
 import random
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +15,9 @@ from minprfaas.config import CacheConfig
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.request import Status
 from minprfaas.engine.sampling import sample
+from minprfaas.engine.scheduler import Scheduler
 from minprfaas.model.state import ContiguousState
+from minprfaas.observe.timeline import Timeline
 
 BLOCK = 8
 
@@ -44,11 +49,11 @@ def some_requests(engine, lengths=(5, 40, 17, 8, 64, 23), max_tokens=20, **param
             for n, prompt in enumerate(prompts)]
 
 
-def run(engine, steps=10_000):
+def run(engine, steps=10_000, on_kv=None):
     """Step until no work is left, recounting the pool's blocks after every step. Returns all updates."""
     updates = []
     while engine.has_work:
-        updates += engine.step()
+        updates += engine.step(on_kv)
         engine.kvcache.check()
         steps -= 1
         assert steps, "the engine makes no progress"
@@ -109,7 +114,7 @@ def test_a_full_pool_queues_requests_in_their_order(hybrid):
     assert list(engine.waiting) == requests[2:]
     run(engine)
     assert sum(request.preemptions for request in requests) == 0  # what was admitted had room to its end
-    finished = sorted(requests, key=lambda request: request.finished_s)
+    finished = sorted(requests, key=lambda request: request.finished_at_s)
     assert finished == requests
     assert_answers_are_the_naive_ones(engine, requests)
 
@@ -130,6 +135,24 @@ def test_a_pool_for_one_request_serves_many_one_after_another(hybrid):
     requests = some_requests(engine, lengths=(40, 40, 40, 3), max_tokens=10)
     run(engine)
     assert_answers_are_the_naive_ones(engine, requests)
+
+
+@pytest.mark.parametrize("snapshot_every", [1, 3, 1000])
+def test_the_number_of_forward_passes_of_a_prompt_does_not_depend_on_its_snapshots(hybrid, snapshot_every):
+    """400 tokens in chunks of 128, with blocks as long as the delta rule's own chunks: 4 passes, wherever snapshots
+    are taken; and a second prompt begins at any of them."""
+    engine, passes = Engine(*hybrid, CacheConfig(200, 64, snapshot_every=snapshot_every), prefill_chunk=128), []
+    hook = engine.model.register_forward_hook(lambda model, inputs, output: passes.append(inputs[0].shape[1]))
+    first = engine.add(engine.request("first", [3 + n % 200 for n in range(400)], SamplingParams(max_tokens=1)))
+    run(engine)
+    assert passes == [128, 128, 128, 16]
+    at = {1: 320, 3: 192, 1000: 384}[snapshot_every]  # 384 is the prompt's last boundary
+    tail = first.token_ids[:at] + [9] * 10
+    second = engine.add(engine.request("second", tail, SamplingParams(max_tokens=6)))
+    run(engine)
+    hook.remove()
+    assert second.cached_tokens == at
+    assert_answers_are_the_naive_ones(engine, [first, second])
 
 
 def test_running_requests_get_a_token_a_step_while_a_long_prompt_is_prefilled(hybrid):
@@ -239,20 +262,21 @@ def test_max_tokens_ends_an_answer_after_exactly_so_many(hybrid):
     run(engine)
     assert [len(request.output_ids) for request in requests] == [1, 2, 9]
     assert {request.finish_reason for request in requests} == {"length"}
+    assert {request.length_limit for request in requests} == {"max_tokens"}
 
 
 def test_the_context_ends_an_answer(hybrid):
     engine = new_engine(hybrid, blocks=200)
     request = engine.add(engine.request("full", [5] * 505, SamplingParams(max_tokens=100)))
     run(engine)
-    assert (len(request.token_ids), request.finish_reason) == (512, "length")
+    assert (len(request.token_ids), request.finish_reason, request.length_limit) == (512, "length", "context")
 
 
 def test_the_pool_ends_an_answer_that_it_cannot_hold(hybrid):
     engine = new_engine(hybrid, blocks=new_engine(hybrid).layout.blocks_for(40))
     request = engine.add(engine.request("long", [5] * 30, SamplingParams(max_tokens=100)))
     run(engine)
-    assert (len(request.token_ids), request.finish_reason) == (40, "length")
+    assert (len(request.token_ids), request.finish_reason, request.length_limit) == (40, "length", "pool")
     assert_nothing_is_held(engine)
 
 
@@ -317,9 +341,13 @@ def test_a_pool_too_small_for_any_state_refuses_every_prompt(hybrid):
 def test_kvcache_copied_to_another_engine_goes_on_with_the_same_tokens(hybrid):
     prefill, decode = new_engine(hybrid, prefill_chunk=10), new_engine(hybrid, blocks=90)
     prompt, params, heard = list(range(1, 46)), SamplingParams(max_tokens=15, temperature=1.0, seed=4), []
-    sent = prefill.request("r", prompt, params, prefill_only=True, on_kv=lambda *what: heard.append(what))
-    prefill.add(sent)
-    (update,) = run(prefill)
+    sent = prefill.add(prefill.request("r", prompt, params, prefill_only=True))
+
+    def on_kv(request, layer, start, end):
+        assert request is sent
+        heard.append((layer, start, end))
+
+    (update,) = run(prefill, on_kv=on_kv)
     assert sent.status is Status.HELD and prefill.kvcache.stats().in_use > 0
     ranges = sorted({(start, end) for _, start, end in heard})
     assert [start for start, _ in ranges] == [0, *(end for _, end in ranges[:-1])] and ranges[-1][1] == 45
@@ -339,6 +367,16 @@ def test_kvcache_copied_to_another_engine_goes_on_with_the_same_tokens(hybrid):
     assert_nothing_is_held(decode)
 
 
+def test_a_reservation_shares_the_longest_run_of_blocks_though_no_prefill_could_begin_there(hybrid):
+    engine = new_engine(hybrid)
+    (first,) = some_requests(engine, lengths=(45,), max_tokens=2)
+    run(engine)
+    prompt = first.token_ids[:29] + [7] * 10
+    assert engine.kvcache.match(prompt) == 16  # a snapshot every second block of 8
+    remote = engine.request("remote", prompt, SamplingParams(max_tokens=5))
+    assert engine.reserve_remote(remote) and remote.cached_tokens == 24
+
+
 def test_a_reservation_that_finds_no_room_takes_nothing(hybrid):
     engine = new_engine(hybrid, blocks=new_engine(hybrid).layout.blocks_for(40))
     engine.add(engine.request("running", [5] * 20, SamplingParams(max_tokens=15)))
@@ -350,16 +388,18 @@ def test_a_reservation_that_finds_no_room_takes_nothing(hybrid):
     assert engine.reserve_remote(remote)
 
 
-def test_a_request_whose_remote_prefill_failed_is_prefilled_here_ahead_of_the_others(hybrid):
+def test_a_reservation_given_back_can_be_made_anew(hybrid):
     engine = new_engine(hybrid)
     remote = engine.request("remote", list(range(1, 30)), SamplingParams(max_tokens=8))
     assert engine.reserve_remote(remote)
-    waiting = some_requests(engine, lengths=(10,), max_tokens=5)[0]
-    engine.prefill_here_instead(remote)
-    assert list(engine.waiting) == [remote, waiting]
-    run(engine)
-    assert_answers_are_the_naive_ones(engine, [remote, waiting])
+    engine.unreserve_remote(remote)
+    assert (remote.status, remote.cache) == (Status.WAITING, None)
     assert_nothing_is_held(engine)
+    assert engine.reserve_remote(remote) and remote.status is Status.REMOTE
+    engine.unreserve_remote(remote)
+    engine.add(remote)  # or it is prefilled here after all
+    run(engine)
+    assert_answers_are_the_naive_ones(engine, [remote])
 
 
 def test_times_are_the_clocks_and_in_order(hybrid):
@@ -368,9 +408,54 @@ def test_times_are_the_clocks_and_in_order(hybrid):
     requests = some_requests(engine, max_tokens=5)
     run(engine)
     for request in requests:
-        times = [request.arrived_s, request.prefill_started_s, request.prefill_ended_s, request.first_token_s,
-                 request.finished_s]
+        times = [request.arrived_at_s, request.prefill_started_at_s, request.prefill_ended_at_s,
+                 request.first_token_at_s, request.finished_at_s]
         assert times == sorted(times) and times[0] >= 1
+
+
+def test_a_clock_that_begins_at_zero_is_believed(hybrid):
+    now_s = [0.0]
+    engine = new_engine(hybrid, clock=lambda: now_s[0], prefill_chunk=8)
+    (request,) = some_requests(engine, lengths=(20,), max_tokens=3)
+    while engine.has_work:
+        engine.step()
+        now_s[0] += 1
+    assert (request.arrived_at_s, request.prefill_started_at_s) == (0.0, 0.0)
+    assert (request.prefill_ended_at_s, request.first_token_at_s, request.finished_at_s) == (2.0, 2.0, 3.0)
+    noted_before = engine.request("r", [5], SamplingParams(max_tokens=1))
+    noted_before.arrived_at_s = 0.0
+    assert engine.add(noted_before).arrived_at_s == 0.0
+
+
+def test_spans_of_the_timeline_are_the_engines_clock_too(hybrid):
+    ticks = iter(range(1_000_000, 2_000_000))
+    engine = new_engine(hybrid, clock=lambda: float(next(ticks)), timeline=Timeline("engine"))
+    some_requests(engine, lengths=(20,), max_tokens=3)
+    run(engine)
+    spans = [event for event in engine.timeline.events() if event["ph"] == "X"]
+    assert {event["name"] for event in spans} == {"layer 0", "layer 1", "layer 2", "layer 3", "step of 1"}
+    assert all(1e6 <= event["ts"] / 1e6 < 2e6 and event["dur"] >= 1e6 for event in spans)
+
+
+def test_the_scheduler_knows_no_tensor():
+    """Its file imports no torch: what runs next is decided without a look at a tensor."""
+    source = Path(inspect.getfile(Scheduler)).read_text()
+    imported = {name for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Import, ast.ImportFrom))
+                for name in ([node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])}
+    assert "minprfaas.engine.request" in imported and not {name for name in imported if name.startswith("torch")}
+
+
+def test_a_request_that_waits_for_room_is_not_hashed_again_at_every_step(hybrid):
+    engine = new_engine(hybrid, blocks=new_engine(hybrid).layout.blocks_for(80))
+    running, waiting = some_requests(engine, lengths=(20, 50), max_tokens=30)
+    while running.finish_reason is None:
+        engine.step()
+        keys = waiting.keys
+        if running.finish_reason is None:
+            assert waiting.status is Status.WAITING and len(keys) == 6
+            assert engine.step() is not None and all(a is b for a, b in zip(keys, waiting.keys))
+    run(engine)
+    assert_answers_are_the_naive_ones(engine, [running, waiting])
 
 
 @pytest.mark.gpu

@@ -5,21 +5,20 @@ All 200 seeded faults, with their tally: python -m pytest -m heavy -s tests/test
 
 import collections
 import random
-import time
 from dataclasses import replace
 
 import pytest
-from cluster_support import serve, two_datacenters
+from cluster_support import nothing_in_use, serve, step_until, two_datacenters
 from fault_lanes import DECODE, PREFILL
 from fault_support import DEADLINE_S, KINDS, PARAMS, Site, outcome, process_starter, run_fault, seeded_fault
 from transport_support import in_parallel, new_store
 
 from minprfaas import SamplingParams, UserError, generate
-from minprfaas.config import LinkConfig
-from minprfaas.transport.events import FrameError
-from minprfaas.transport.frames import Kind, encode_acks
-from minprfaas.transport.lanes import Lane
-from minprfaas.transport.outbox import control_frame
+from minprfaas.config import LineConfig, LinkConfig
+from minprfaas.transport.wan.frames import FrameError
+from minprfaas.transport.wan.frames import Kind, encode_acks
+from minprfaas.transport.wan.lanes import Lane
+from minprfaas.transport.wan.outgoing import control_frame
 
 QUICK, ALL = (0, 3), range(10)  # seeds; an even one kills the prefill node and an odd one the local node
 LONG = SamplingParams(max_tokens=40, ignore_eos=True)
@@ -63,7 +62,8 @@ def test_two_hundred_seeded_faults(kind, models, checkpoints, processes, tally):
 
 def broken_site(models, family, kind, at, gbps=None):
     """Both nodes up; at the prefill node's frame number `at`, `kind` happens."""
-    site = Site(*models[family], random.Random(1), LinkConfig(gbps, lanes=2, chunk_bytes=2048, timeout_s=1.0), b"secret")
+    site = Site(*models[family], random.Random(1), LinkConfig(lanes=2, chunk_bytes=2048, timeout_s=1.0), b"secret",
+                LineConfig(gbps) if gbps is not None else None)
     site.start_prefill_node()
     site.start_local_node()
     site.fault = seeded_fault(kind, site.draw)
@@ -75,32 +75,36 @@ def test_a_dense_model_goes_on_from_the_last_full_block_that_arrived_in_every_la
     site = broken_site(models, "qwen3", "cut for good", at=12)
     (journey,) = site.serve(site.prompt(330))
     whole = min(site.arrived_end(layer) for layer in range(2))
-    assert "did not connect" in journey.fallback and journey.arrived_tokens == whole >= 16
-    assert journey.request.cached_tokens == whole // 16 * 16
+    assert "did not connect" in journey.fallback and whole >= 16
+    assert journey.cached_tokens == journey.held_tokens == whole // 16 * 16
     site.close()
 
 
 def test_a_hybrid_goes_on_from_the_snapshot_if_that_arrived(models):
     site = broken_site(models, "kimi_linear", "node dies", at=10**9, gbps=2e-4)
     local, prompt = site.local, site.prompt(330)
-    journey = local.submit(local.engine.request("0", prompt, PARAMS))
-    until = time.monotonic() + DEADLINE_S
-    while journey.streams != {journey.stream_id} or site.arrived_end(layer=3) < 320:
-        assert time.monotonic() < until
-        local.step()
+    journey = local.front.submit("0", prompt, PARAMS)
+
+    def snapshot_and_rows_have_arrived():
+        serving = local.decode.servings.get("0")
+        return serving is not None and serving.snapshot is not None and serving.snapshot.has_arrived \
+            and site.arrived_end(layer=3) >= 320
+
+    step_until(local, snapshot_and_rows_have_arrived)
     site.kill_prefill_node()
-    local.run()
-    assert "did not connect" in journey.fallback and journey.request.cached_tokens == 320
-    assert journey.request.output_ids == generate(*models["kimi_linear"], [prompt], PARAMS)[0].token_ids
+    step_until(local, lambda: not local.front.has_work)
+    assert "did not connect" in journey.fallback and journey.cached_tokens == journey.held_tokens == 320
+    assert journey.output_ids == generate(*models["kimi_linear"], [prompt], PARAMS)[0].token_ids
     site.close()
 
 
 def test_a_hybrid_without_its_snapshot_starts_over_because_rows_alone_are_no_state(models):
     site = broken_site(models, "kimi_linear", "cut for good", at=6)
-    kvcache = site.local.engine.kvcache
-    kvcache.config = replace(kvcache.config, snapshot_every=1)  # the half-arrived state would be taken, if any
+    for part in (site.local.prefill, site.local.decode):  # the half-arrived state would be taken, if any
+        part.engine.kvcache.config = replace(part.engine.kvcache.config, snapshot_every=1)
     (journey,) = site.serve(site.prompt(330))
-    assert journey.arrived_tokens >= 16 and journey.request.cached_tokens == 0
+    assert journey.held_tokens == site.arrived_end(layer=3) // 16 * 16 >= 16, "its rows need not be sent again"
+    assert journey.cached_tokens == 0
     site.close()
 
 
@@ -111,33 +115,26 @@ def test_a_hybrid_without_its_snapshot_starts_over_because_rows_alone_are_no_sta
 def test_a_client_that_goes_away_frees_everything_on_both_sides(hybrid, stage):
     gone, stays = [random.Random(2).choices(range(1, 257), k=size) for size in (450, 150)]
     with two_datacenters(*hybrid, threshold=100, overlap=False) as (local, remote):
-        journeys = [local.submit(local.engine.request(*each, LONG)) for each in (("gone", gone), ("stays", stays))]
-        reached = {"queued": lambda: True, "away": lambda: remote.exports,
-                   "decoding": lambda: journeys[0].request.output_ids,
-                   "finished": lambda: journeys[0].request.finish_reason}[stage]
-        until = time.monotonic() + DEADLINE_S
-        while not reached():
-            assert time.monotonic() < until
-            local.step()
-        export = remote.exports.get("gone")
-        local.abort("gone")
-        assert journeys[0].request.cache is None
-        local.run()
-        while remote.exports or remote.engine.has_work:
-            assert time.monotonic() < until
-            local.step()
-        assert local.engine.kvcache.stats().in_use == remote.engine.kvcache.stats().in_use == 0
-    assert stage != "away" or export.request.finish_reason == "aborted", "its prefill is not computed to the end"
-    assert journeys[0].request.finish_reason == ("length" if stage == "finished" else "aborted")
-    assert journeys[1].request.output_ids == generate(*hybrid, [stays], LONG)[0].token_ids
+        journeys = [local.front.submit(*each, LONG) for each in (("gone", gone), ("stays", stays))]
+        prefills = remote.prefill.prefills
+        reached = {"queued": lambda: True, "away": lambda: prefills, "decoding": lambda: journeys[0].output_ids,
+                   "finished": lambda: journeys[0].finish_reason}[stage]
+        step_until(local, reached)
+        prefill = prefills.get("gone")
+        local.front.abort("gone")
+        step_until(local, lambda: not local.front.has_work and not remote.prefill.has_work and nothing_in_use(local))
+        assert "gone" not in local.decode.servings and nothing_in_use(remote)
+    assert stage != "away" or prefill.request.finish_reason == "aborted", "its prefill is not computed to the end"
+    assert journeys[0].finish_reason == ("length" if stage == "finished" else "aborted")
+    assert journeys[1].output_ids == generate(*hybrid, [stays], LONG)[0].token_ids
 
 
 def test_an_unknown_id_can_be_aborted_and_a_used_one_not_be_used_again(hybrid):
     with two_datacenters(*hybrid, threshold=100) as (local, _):
-        local.abort("nobody")
+        local.front.abort("nobody")
         serve(local, [[1, 2, 3]], PARAMS)
         with pytest.raises(UserError, match="request id '0' was used before"):
-            local.submit(local.engine.request("0", [1, 2, 3], PARAMS))
+            local.front.submit("0", [1, 2, 3], PARAMS)
 
 
 # ---- the node outlives one bad transfer, and the lane one bad frame
@@ -145,14 +142,14 @@ def test_an_unknown_id_can_be_aborted_and_a_used_one_not_be_used_again(hybrid):
 
 def test_acknowledgements_that_are_overdue_end_a_transfer_and_not_the_node(hybrid):
     prompts = [random.Random(3).choices(range(1, 257), k=200) for _ in range(2)]
-    slow = LinkConfig(gbps=1e-3, rtt_ms=600, lanes=2, chunk_bytes=4096)
-    with two_datacenters(*hybrid, threshold=100, link=slow) as (local, remote):
-        remote.transfer_deadline_s = 0.1
+    slow = LineConfig(gbps=1e-3, rtt_ms=600)
+    with two_datacenters(*hybrid, threshold=100, line=slow) as (local, remote):
+        remote.prefill.transfer_deadline_s = 0.1
         (overdue,) = serve(local, prompts[:1], PARAMS)
-        remote.transfer_deadline_s = DEADLINE_S
+        remote.prefill.transfer_deadline_s = DEADLINE_S
         (intime,) = serve(local, prompts[1:], PARAMS)
     assert overdue.fallback is not None and outcome(intime) == "streamed"
-    assert [j.request.output_ids for j in (overdue, intime)] == [o.token_ids for o in generate(*hybrid, prompts, PARAMS)]
+    assert [j.output_ids for j in (overdue, intime)] == [o.token_ids for o in generate(*hybrid, prompts, PARAMS)]
 
 
 @pytest.mark.parametrize("length", [0, 37])

@@ -5,10 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minprfaas.config import KDAConfig
-from minprfaas.model.kda import KDA, kda_chunked, kda_recurrent
+from minprfaas.model.delta import KDA, KDAConfig, delta_rule_chunked, delta_rule_recurrent
 from minprfaas.model.layers import Positions
-from minprfaas.model.spec import state_spec
 from minprfaas.model.state import ContiguousLayerState
 
 CLOSE = dict(atol=1e-4, rtol=1e-4)
@@ -39,15 +37,15 @@ def memories_wiped_now_and_then(shape):
 @pytest.mark.parametrize("tokens", [1, 15, 64, 65, 200])
 def test_the_chunked_form_equals_the_recurrence_however_strong_the_decay(tokens, decay):
     arguments = inputs(tokens, decay)
-    expected, memory = kda_recurrent(*arguments)
-    out, memory_after = kda_chunked(*arguments)
+    expected, memory = delta_rule_recurrent(*arguments)
+    out, memory_after, _ = delta_rule_chunked(*arguments)
     torch.testing.assert_close(out, expected, **CLOSE)
     torch.testing.assert_close(memory_after, memory, **CLOSE)
 
 
 def test_a_decay_of_minus_1000_a_token_forgets_everything_but_the_token_itself():
     q, k, v, _, beta, memory = inputs(100, 0.0)
-    out, after = kda_chunked(q, k, v, torch.full_like(q, -1000.0), beta, memory)
+    out, after, _ = delta_rule_chunked(q, k, v, torch.full_like(q, -1000.0), beta, memory)
     own = (q * k).sum(-1, keepdim=True) * beta[..., None] * v
     torch.testing.assert_close(out, own, **CLOSE)
     torch.testing.assert_close(after, k[:, -1, :, :, None] * (beta[:, -1, :, None] * v[:, -1])[:, :, None], **CLOSE)
@@ -56,16 +54,16 @@ def test_a_decay_of_minus_1000_a_token_forgets_everything_but_the_token_itself()
 @pytest.mark.parametrize("chunk, sub_chunk", [(16, 16), (32, 8), (64, 64), (128, 16)])
 def test_the_chunk_size_does_not_change_the_result(chunk, sub_chunk):
     arguments = inputs(150, 1.0)
-    other = kda_chunked(*arguments, chunk=chunk, sub_chunk=sub_chunk)
-    torch.testing.assert_close(other, kda_chunked(*arguments), **CLOSE)
+    other = delta_rule_chunked(*arguments, chunk=chunk, sub_chunk=sub_chunk)
+    torch.testing.assert_close(other[:2], delta_rule_chunked(*arguments)[:2], **CLOSE)
 
 
 def test_the_memory_carries_a_sequence_over_any_cut():
     *tokens, memory = inputs(150, 0.05)
-    whole, whole_after = kda_chunked(*tokens, memory)
+    whole, whole_after, _ = delta_rule_chunked(*tokens, memory)
     pieces = []
     for start, end in [(0, 1), (1, 70), (70, 71), (71, 150)]:
-        out, memory = kda_chunked(*(x[:, start:end] for x in tokens), memory)
+        out, memory, _ = delta_rule_chunked(*(x[:, start:end] for x in tokens), memory)
         pieces.append(out)
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, **CLOSE)
     torch.testing.assert_close(memory, whole_after, **CLOSE)
@@ -75,11 +73,11 @@ def test_the_memory_carries_a_sequence_over_any_cut():
 def test_gradients_are_finite_and_those_of_the_recurrence(decay):
     def gradients(rule):
         arguments = [x.requires_grad_() for x in inputs(80, decay)]
-        out, memory = rule(*arguments)
+        out, memory = rule(*arguments)[:2]
         return torch.autograd.grad(out.square().sum() + memory.square().sum(), arguments)
 
     names = ("q", "k", "v", "g", "beta", "memory")
-    for name, chunked, recurrent in zip(names, gradients(kda_chunked), gradients(kda_recurrent)):
+    for name, chunked, recurrent in zip(names, gradients(delta_rule_chunked), gradients(delta_rule_recurrent)):
         assert torch.isfinite(chunked).all(), name
         torch.testing.assert_close(chunked, recurrent, atol=2e-3, rtol=2e-3, msg=lambda text: f"{name}: {text}")
 
@@ -95,7 +93,7 @@ def test_every_exponent_in_the_chunked_form_is_bounded():
             return func(*args, **(kwargs or {}))
 
     with WatchExponents():
-        kda_chunked(*arguments)
+        delta_rule_chunked(*arguments)
     assert largest and max(largest) <= 0.0
 
 
@@ -125,7 +123,7 @@ def test_the_mixer_in_chunks_equals_the_mixer_at_once(chunk):
     torch.manual_seed(0)
     config = KDAConfig(num_heads=2, head_dim=8, conv_kernel=4)
     mixer, x, start = KDA(config, 16, 1e-6), torch.randn(2, 90, 16), torch.zeros(2, dtype=torch.int64)
-    state, pieces, done = ContiguousLayerState(state_spec(config, "float32"), 2, "cpu"), [], 0
+    state, pieces, done = ContiguousLayerState(config.state_spec("float32"), 2, "cpu"), [], 0
     with torch.no_grad():
         whole = mixer(x, Positions(start, 90), None)
         for piece in x.split(chunk, dim=1):
@@ -145,5 +143,5 @@ def test_a_fresh_mixer_has_heads_that_forget_slowly_and_fast():
 @pytest.mark.parametrize("decay", [0.01, 3.0, 500.0, from_faint_to_total])
 def test_the_chunked_form_equals_the_recurrence_on_cuda(decay):
     arguments = inputs(200, decay, device="cuda")
-    for chunked, recurrent in zip(kda_chunked(*arguments), kda_recurrent(*arguments)):
+    for chunked, recurrent in zip(delta_rule_chunked(*arguments), delta_rule_recurrent(*arguments)):
         torch.testing.assert_close(chunked, recurrent, **CLOSE)

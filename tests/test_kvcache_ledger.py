@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from kvcache_helpers import hear
 from minprfaas.kvcache.ledger import BlockLedger, chain_keys, root_key
 
 ROOT = root_key(b"model")
@@ -116,25 +117,19 @@ def test_a_snapshot_leaves_with_the_block_that_it_ends_at():
     assert len(ledger.free) == 2  # its blocks are free at once
 
 
-def test_events_add_up_to_what_can_be_hit():
-    told = {}
-
-    def on_event(kind, key, tokens):
-        if kind == "stored":
-            told[key] = tokens
-        else:
-            assert told.pop(key) == tokens
-
+def test_the_news_add_up_to_what_can_be_hit():
     rng = random.Random(0)
     for has_state in (False, True):
-        told.clear()
-        ledger = BlockLedger(24, True, has_state, on_event)
+        told, ledger = {}, BlockLedger(24, True, has_state)
+        ledger.news = []
         for _ in range(500):
             keys = names("".join(rng.choice("ab") for _ in range(6)))
             use(ledger, keys)
             if has_state and keys[-1] not in ledger.snapshots:
                 ledger.insert_snapshot(keys[-1], ledger.allocate(2), 6)
-            assert told == dict(ledger.hittable())
+            hear(told, ledger.news)
+            ledger.news.clear()
+            assert told == {news.key: news.tokens for news in ledger.inventory()}
         assert ledger.evicted_entries > 100
 
 

@@ -1,13 +1,15 @@
 """Requests' blocks, prefix reuse, snapshots and transfers: `minprfaas.kvcache.manager`."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from minprfaas.config import StateKind
+from minprfaas.kvcache.ledger import CacheNews
 from minprfaas.model.spec import model_state_specs
-from kvcache_helpers import ALL_LINEAR, DENSE, HYBRID, KV, LATENT, LINEAR, decode, manager, prefill
+from kvcache_helpers import ALL_LINEAR, DENSE, HYBRID, KV, LATENT, LINEAR, decode, manager, prefill, step
 from test_kvcache_paged import MODELS, model_of
 
 SPECS = {"hybrid": HYBRID, "dense": DENSE, "linear only": ALL_LINEAR, "two token groups": (LATENT, KV, KV, LINEAR)}
@@ -21,7 +23,7 @@ def test_a_repeated_prompt_is_found_up_to_its_last_full_boundary(specs):
     kvcache.close(cold)
     warm = prefill(kvcache, PROMPT)
     assert (cold.cached_tokens, warm.cached_tokens) == (0, 40)
-    assert kvcache.match(PROMPT) == 40 and kvcache.stats().hit_tokens == 40
+    assert kvcache.match(PROMPT) == 40
 
 
 @pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS)
@@ -53,7 +55,7 @@ def test_decoding_keeps_one_snapshot_in_the_index_not_one_a_block():
 def test_snapshots_fall_on_every_nth_block_and_on_the_last_boundary():
     kvcache = manager(HYBRID, 800, snapshot_every=3)
     cache = prefill(kvcache, PROMPT, max_chunk=7)
-    assert sorted(tokens for _, tokens in kvcache.ledger.hittable()) == [12, 24, 36, 40]
+    assert sorted(news.tokens for news in kvcache.ledger.inventory()) == [12, 24, 36, 40]
     kvcache.close(cache)
     for length, hit in ((12, 0), (13, 12), (30, 24), (39, 36), (42, 40)):
         assert kvcache.match(PROMPT[:length]) == hit
@@ -69,15 +71,66 @@ def test_where_two_prompts_part_a_third_can_begin():
     assert hits == [0, 0, 24]
 
 
-def test_a_chunk_never_runs_past_its_limit_nor_past_a_wanted_boundary():
-    kvcache = manager(HYBRID, 800, snapshot_every=3)
-    cache, ends = kvcache.open(PROMPT), []
-    while cache.num_tokens < len(PROMPT):
-        cache.num_tokens = kvcache.chunk_end(cache, len(PROMPT), 7)
+def chunk_ends(kvcache, tokens, max_chunk):
+    """Where the chunks of a prompt end, if every one is as long as it may be."""
+    cache, ends = kvcache.open(tokens), []
+    while cache.num_tokens < len(tokens):
+        cache.num_tokens = kvcache.plan_chunk(cache, len(tokens), max_chunk)
         ends.append(cache.num_tokens)
-    assert ends == [7, 12, 19, 24, 31, 36, 40, 42]
-    dense = manager(DENSE, 800)
-    assert dense.chunk_end(dense.open(PROMPT), len(PROMPT), 33) == 33  # no state, no need to stop
+    return ends
+
+
+def test_a_chunk_runs_to_its_limit_where_the_layers_hold_their_state_at_every_wanted_boundary():
+    """With a stride of one token; and without any request-level state there is nothing to stop for."""
+    for specs in (HYBRID, DENSE):
+        assert chunk_ends(manager(specs, 800, snapshot_every=3), PROMPT, 7) == [7, 14, 21, 28, 35, 42]
+        assert chunk_ends(manager(specs, 800, snapshot_every=3), PROMPT, 1000) == [42]
+
+
+def test_a_chunk_ends_at_a_wanted_boundary_at_which_the_layers_do_not_hold_their_state():
+    """Wanted are 12, 24, 36 and 40; the state is held every 8 tokens from where a pass began."""
+    strided = [replace(spec, snapshot_stride=8) if spec is LINEAR else spec for spec in HYBRID]
+    assert chunk_ends(manager(strided, 800, snapshot_every=3), PROMPT, 1000) == [12, 24, 36, 40, 42]
+    assert chunk_ends(manager(strided, 800, snapshot_every=6), PROMPT, 1000) == [42]  # 24 and 40 are multiples of 8
+    assert chunk_ends(manager(strided, 800, snapshot_every=6), PROMPT[:39], 1000) == [36, 39]
+    assert chunk_ends(manager(strided, 800, snapshot_every=3), PROMPT, 7) == [7, 12, 19, 24, 31, 36, 40, 42]
+
+
+@pytest.mark.parametrize("stride", [1, 4, 8])
+def test_every_snapshot_inside_a_pass_is_the_state_of_its_own_boundary(stride):
+    """The toy model stores what it is asked for; whoever begins there later fails on anything else."""
+    specs = [replace(spec, snapshot_stride=stride) if spec is LINEAR else spec for spec in HYBRID]
+    kvcache = manager(specs, 3000, snapshot_every=2)
+    kvcache.close(prefill(kvcache, PROMPT, max_chunk=1000))
+    assert sorted(news.tokens for news in kvcache.ledger.inventory()) == [8, 16, 24, 32, 40]
+    for at in (8, 16, 24, 32, 40):
+        assert prefill(kvcache, [*PROMPT[:at], 7, 7, 7]).cached_tokens == at
+
+
+def test_the_snapshots_of_a_pass_take_only_blocks_that_its_chunk_can_spare():
+    """The latest are taken first. So a prompt that fits the pool is never stopped by its own snapshots."""
+    needed, one = manager(HYBRID, 1).layout.blocks_for(42), manager(HYBRID, 1).layout.state_blocks
+    for spare, kept in ((0, []), (one, [40]), (2 * one, [36, 40]), (3 * one + 1, [24, 36, 40])):
+        kvcache = manager(HYBRID, needed + spare, snapshot_every=3)
+        cache = kvcache.open(PROMPT)
+        end = kvcache.plan_chunk(cache, 42, 1000)
+        kvcache.check()
+        assert end == 42 and kvcache.reserve(cache, 42)
+        step(kvcache, cache, PROMPT, 42)
+        kvcache.check()
+        assert sorted(news.tokens for news in kvcache.ledger.inventory()) == kept
+
+
+def test_a_plan_replaces_the_one_before_and_goes_with_an_aborted_request():
+    kvcache = manager(HYBRID, 800, snapshot_every=3)
+    cache = kvcache.open(PROMPT)
+    for max_chunk, snapshots in ((1000, 4), (1000, 4), (13, 1), (3, 0), (30, 2)):
+        kvcache.plan_chunk(cache, 42, max_chunk)
+        kvcache.check()
+        assert kvcache.stats().in_use == snapshots * kvcache.layout.state_blocks
+    kvcache.close(cache)
+    kvcache.check()
+    assert kvcache.stats().free == 800
 
 
 @pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS)
@@ -97,7 +150,9 @@ def test_running_requests_share_the_blocks_of_a_common_prefix(specs):
     second = prefill(kvcache, PROMPT[:32] + [1, 2, 3])
     for group in kvcache.layout.token_groups:
         assert first.block_tables[group.index][:8] == second.block_tables[group.index][:8]
-    assert not set(first.live) & set(second.live)
+    for group in kvcache.layout.request_groups:
+        assert first.block_tables[group.index]
+        assert not set(first.block_tables[group.index]) & set(second.block_tables[group.index])
     kvcache.close(first)
     kvcache.check()
     decode(kvcache, second, PROMPT[:32] + [1, 2, 3], range(8))
@@ -113,6 +168,26 @@ def test_two_requests_that_compute_the_same_prompt_at_once_end_up_sharing_it():
         kvcache.check()
     assert caches[0].block_tables[0][:10] == caches[1].block_tables[0][:10]
     assert kvcache.stats().in_use == 10 + 2
+
+
+def test_blocks_that_a_sender_may_be_reading_are_not_handed_out_when_they_turn_out_to_be_doubles():
+    """Its thread looks block ids up and then reads; in between, another request's equal blocks may be indexed first."""
+    kvcache = manager(DENSE, 40)
+    first, second = [kvcache.open(PROMPT) for _ in range(2)]
+    assert kvcache.reserve(first, 42) and kvcache.reserve(second, 42)
+    kvcache.begin_transfer(second)
+    looked_up = list(second.block_tables[0])
+    kvcache.advance(first, PROMPT)
+    kvcache.advance(second, PROMPT)
+    kvcache.check()
+    assert second.block_tables[0][:10] == first.block_tables[0][:10]
+    assert not set(looked_up) & set(kvcache.ledger.free)
+    kvcache.close(second)
+    kvcache.check()
+    assert not set(looked_up) & set(kvcache.ledger.free)
+    kvcache.end_transfer(second)
+    kvcache.check()
+    assert set(looked_up) <= set(kvcache.ledger.free)
 
 
 def test_prompts_share_a_block_only_as_far_as_their_tokens_agree():
@@ -140,16 +215,17 @@ def test_reserve_that_fails_changes_nothing():
 def test_a_request_that_fits_the_pool_fits_it_whatever_is_cached(name):
     """Also where there is no room for a snapshot and a copy of it: its only holder takes it over."""
     kvcache = manager(SPECS[name], manager(SPECS[name], 1).layout.blocks_for(200), snapshot_every=4)
-    rng = random.Random(0)
+    rng, hit_tokens = random.Random(0), 0
     for _ in range(6):
         tokens = PROMPT[:rng.randrange(9, 42)]
         kvcache.close(prefill(kvcache, tokens))
         cache = kvcache.open(longest := [*tokens, *range(200 - len(tokens))])
+        hit_tokens += cache.cached_tokens
         assert kvcache.reserve(cache, 200)
         kvcache.check()
         kvcache.close(cache)
         kvcache.close(prefill(kvcache, longest))
-    assert kvcache.stats().hit_tokens > 0 and kvcache.max_tokens == 200
+    assert hit_tokens > 0 and kvcache.max_tokens == 200
 
 
 def test_the_pool_says_how_long_a_request_it_can_hold():
@@ -219,7 +295,7 @@ def test_only_the_increment_crosses_to_a_pool_that_has_the_prefix(specs):
     tokens, crossed = list(PROMPT), []
     for turn in range(3):
         sent = prefill(prefiller, tokens)
-        received = decoder.open(tokens)
+        received = decoder.open(tokens, to_receive=True)
         assert decoder.reserve(received, len(tokens))
         crossed.append(ship(prefiller, sent, decoder, received, received.cached_tokens, len(tokens)))
         decoder.advance(received, tokens)
@@ -232,11 +308,65 @@ def test_only_the_increment_crosses_to_a_pool_that_has_the_prefix(specs):
         assert crossed[1] < crossed[0] and crossed[2] < crossed[0]
 
 
+def test_a_receiver_asks_only_for_rows_after_its_longest_run_of_full_blocks():
+    """To begin a prefill after 29 common tokens, a snapshot must be there; to receive the rest, none has to."""
+    kvcache = manager(HYBRID, 800, snapshot_every=1000)
+    first = prefill(kvcache, PROMPT)
+    kvcache.close(first)
+    tokens = [*PROMPT[:29], *range(13)]
+    assert kvcache.match(tokens) == 0
+    in_use = kvcache.stats().in_use
+    received = kvcache.open(tokens, to_receive=True)
+    assert received.cached_tokens == 28 and kvcache.reserve(received, 42)
+    kvcache.check()
+    groups, state = len(kvcache.layout.token_groups), kvcache.layout.state_blocks
+    assert kvcache.stats().in_use - in_use == 11 * groups + state  # 7 of the 11 blocks a group were cached
+    for group in kvcache.layout.token_groups:
+        assert received.block_tables[group.index][:7] == first.block_tables[group.index][:7]
+
+    other = manager(HYBRID, 800)
+    sent = prefill(other, tokens)
+    ship(other, sent, kvcache, received, received.cached_tokens, 42)
+    kvcache.advance(received, tokens)
+    kvcache.check()
+    shared = prefill(kvcache, [*tokens[:40], 9, 9, 9])  # the toy model fails on a block that holds something else
+    assert shared.cached_tokens == 0  # no snapshot arrived beside the final state; the rows are shared all the same
+    for group in kvcache.layout.token_groups:
+        assert shared.block_tables[group.index][:10] == received.block_tables[group.index][:10]
+    decode(kvcache, received, tokens, range(9))
+
+
+@pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS)
+def test_a_receiver_always_asks_for_at_least_one_token(specs):
+    kvcache = manager(specs, 800, snapshot_every=1)
+    kvcache.close(prefill(kvcache, PROMPT[:40]))
+    assert kvcache.open(PROMPT[:40], to_receive=True).cached_tokens == (36 if kvcache.layout.token_groups else 0)
+
+
+def test_rows_that_arrived_before_a_stream_broke_off_need_not_cross_again():
+    kvcache, other = manager(HYBRID, 800), manager(HYBRID, 800)
+    sent = prefill(other, PROMPT)
+    broken = kvcache.open(PROMPT, to_receive=True)
+    assert kvcache.reserve(broken, 42)
+    for layer in (3, 7):
+        data = other.pool.read_bytes(layer, sent.block_tables[3], 0, 22)
+        kvcache.pool.write_bytes(layer, broken.block_tables[3], 0, 22, data)
+    kvcache.keep_arrived(broken, PROMPT[:22])
+    kvcache.close(broken)
+    kvcache.check()
+    assert kvcache.ledger.inventory() == [] and kvcache.match(PROMPT) == 0  # rows without a state are no place to begin
+    again = kvcache.open(PROMPT, to_receive=True)
+    assert again.cached_tokens == 20 and kvcache.reserve(again, 42)
+    ship(other, sent, kvcache, again, 20, 42)
+    kvcache.advance(again, PROMPT)
+    decode(kvcache, again, PROMPT, range(9))
+
+
 def test_a_snapshot_that_arrives_beside_the_final_state_can_be_hit_although_the_answer_is_short():
     prefiller, decoder = manager(HYBRID, 800), manager(HYBRID, 800)
     received = decoder.open(PROMPT)
     assert decoder.reserve(received, len(PROMPT))
-    tables = decoder.expect_snapshot(received, 40)
+    tables = decoder.snapshots.expect(received, 40)
     sent = prefill(prefiller, PROMPT[:40])
     for layer, spec in enumerate(HYBRID):
         if spec.kind is not StateKind.TOKEN:
@@ -255,8 +385,8 @@ def test_a_snapshot_that_arrives_beside_the_final_state_can_be_hit_although_the_
 def test_a_sender_finds_the_snapshot_of_a_boundary_that_its_request_has_passed():
     kvcache = manager(HYBRID, 800, snapshot_every=1000)
     cache = prefill(kvcache, PROMPT)
-    assert kvcache.snapshot_tables(cache, 36) is None and kvcache.snapshot_tables(cache, 41) is None
-    tables = kvcache.snapshot_tables(cache, 40)
+    assert kvcache.snapshots.hold(cache, 36) is None and kvcache.snapshots.hold(cache, 41) is None
+    tables = kvcache.snapshots.hold(cache, 40)
     group = kvcache.layout.request_groups[0]
     now = kvcache.pool.read_bytes(0, cache.block_tables[group.index], 0, 42)
     then = kvcache.pool.read_bytes(0, tables[group.index], 0, 40)
@@ -265,41 +395,60 @@ def test_a_sender_finds_the_snapshot_of_a_boundary_that_its_request_has_passed()
     assert not torch.equal(then, now)
 
 
+def test_a_held_snapshot_outlives_its_request_until_the_transfer_is_acknowledged():
+    kvcache = manager(HYBRID, 400)
+    cache = prefill(kvcache, PROMPT)
+    tables = kvcache.snapshots.hold(cache, 40)
+    group = kvcache.layout.request_groups[0].index
+    before = kvcache.pool.read_bytes(0, tables[group], 0, 40)
+    kvcache.begin_transfer(cache)
+    kvcache.close(cache)
+    kvcache.check()
+    taken = kvcache.ledger.allocate(kvcache.ledger.available)  # all that can be had, and written over
+    kvcache.pool.zero(taken)
+    assert torch.equal(kvcache.pool.read_bytes(0, tables[group], 0, 40), before)
+    kvcache.ledger.release(taken)
+    kvcache.end_transfer(cache)
+    kvcache.check()
+    assert kvcache.stats().in_use == 0
+
+
 def test_an_expected_snapshot_that_never_came_gives_its_blocks_back():
     kvcache = manager(HYBRID, 200)
     cache = kvcache.open(PROMPT)
     assert kvcache.reserve(cache, 42)
     in_use = kvcache.stats().in_use
-    kvcache.expect_snapshot(cache, 40)
-    kvcache.forget_snapshot(cache)
-    kvcache.forget_snapshot(cache)
+    kvcache.snapshots.expect(cache, 40)
+    kvcache.snapshots.forget(cache)
+    kvcache.snapshots.forget(cache)
     kvcache.check()
     assert kvcache.stats().in_use == in_use
     kvcache.advance(cache, PROMPT[:41])
-    assert kvcache.ledger.hittable() == []
+    assert kvcache.ledger.inventory() == []
 
 
 def test_an_expected_snapshot_needs_a_boundary_and_goes_with_an_aborted_request():
     kvcache = manager(HYBRID, 200)
     cache = kvcache.open(PROMPT)
-    assert kvcache.expect_snapshot(cache, 41) is None and kvcache.expect_snapshot(cache, 0) is None
-    assert kvcache.expect_snapshot(cache, 40) is not None
+    assert kvcache.snapshots.expect(cache, 41) is None and kvcache.snapshots.expect(cache, 0) is None
+    assert kvcache.snapshots.expect(cache, 40) is not None
     kvcache.check()
     kvcache.close(cache)
     kvcache.check()
     assert kvcache.stats().free == 200
     dense = manager(DENSE, 200)
-    assert dense.expect_snapshot(dense.open(PROMPT), 40) is None
+    assert dense.snapshots.expect(dense.open(PROMPT), 40) is None
 
 
 def test_a_cached_prefix_can_be_shipped_to_another_cluster_as_it_is():
     source, target = manager(HYBRID, 800), manager(HYBRID, 800)
     source.close(prefill(source, PROMPT))
     prefix = PROMPT[:source.match(PROMPT)]
-    sent = source.open(PROMPT)
-    assert source.reserve(sent, sent.cached_tokens)  # makes the live state a copy of the snapshot
-    received = target.open(prefix)
+    sent, received = source.open(PROMPT), target.open(PROMPT, to_receive=True)
     assert target.reserve(received, len(prefix))
+    state = source.snapshots.hold(sent, len(prefix))
+    for group in source.layout.request_groups:
+        sent.block_tables[group.index] = state[group.index]
     ship(source, sent, target, received, 0, len(prefix))
     target.advance(received, prefix)
     target.close(received)
@@ -319,7 +468,7 @@ def test_the_same_greedy_tokens_with_the_cache_cold_warm_partly_evicted_and_off(
     def answer(kvcache, prompt):
         cache, tokens = kvcache.open(prompt), list(prompt)
         while len(tokens) < len(prompt) + 12:
-            end = kvcache.chunk_end(cache, len(tokens), 32)
+            end = kvcache.plan_chunk(cache, len(tokens), 32)
             assert kvcache.reserve(cache, end)
             logits = model(torch.tensor([tokens[cache.num_tokens:end]]), kvcache.state([cache]), last_only=True)
             kvcache.advance(cache, tokens[:end])
@@ -332,15 +481,20 @@ def test_the_same_greedy_tokens_with_the_cache_cold_warm_partly_evicted_and_off(
     off = manager(specs, 400, block_tokens=8, prefix_cache=False)
     expected = [answer(off, prompt)[0] for prompt in prompts]
     ample = manager(specs, 3000, block_tokens=8, snapshot_every=4)
+    hit_tokens = 0
     for prompt, tokens in [*zip(prompts, expected)] * 3:
-        assert answer(ample, prompt)[0] == tokens
+        answered, cached_tokens = answer(ample, prompt)
+        assert answered == tokens
+        hit_tokens += cached_tokens
+    assert ample.stats().evicted_entries == 0 and hit_tokens > sum(map(len, prompts))
     tight = manager(specs, ample.stats().cached * 2 // 3, block_tokens=8, snapshot_every=4)
-    order = random.Random(0)
+    order, hit_tokens = random.Random(0), 0
     for _ in range(12):
         which = order.randrange(len(prompts))
-        assert answer(tight, prompts[which])[0] == expected[which]
-    assert ample.stats().evicted_entries == 0 and ample.stats().hit_tokens > sum(map(len, prompts))
-    assert tight.stats().evicted_entries > 0 and tight.stats().hit_tokens > 0
+        answered, cached_tokens = answer(tight, prompts[which])
+        assert answered == expected[which]
+        hit_tokens += cached_tokens
+    assert tight.stats().evicted_entries > 0 and hit_tokens > 0
 
 
 def test_where_the_next_turn_begins_is_as_recent_as_its_request():
@@ -352,6 +506,18 @@ def test_where_the_next_turn_begins_is_as_recent_as_its_request():
     ledger = kvcache.ledger
     ledger.release(ledger.allocate(len(ledger.free) + 1))  # the pool needs one block more than is free
     assert kvcache.match(PROMPT) == 40 and kvcache.match([7] * 42) == 0
+
+
+def test_news_are_kept_for_who_watches_until_they_are_taken():
+    kvcache = manager(DENSE, 100)
+    kvcache.close(prefill(kvcache, PROMPT[:9]))
+    assert kvcache.ledger.news is None and len(kvcache.ledger.inventory()) == 2
+    assert kvcache.ledger.take_news() == []
+    kvcache.close(prefill(kvcache, PROMPT[:13]))
+    assert kvcache.ledger.take_news() == [CacheNews(kvcache.keys(PROMPT)[2], 12)]
+    assert kvcache.ledger.take_news() == []
+    kvcache.ledger.release(kvcache.ledger.allocate(98))  # evicts a block of the three
+    assert kvcache.ledger.take_news() == [CacheNews(kvcache.keys(PROMPT)[2], 0)]
 
 
 def test_two_models_never_agree_on_a_key():

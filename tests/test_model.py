@@ -1,20 +1,26 @@
 """The transformer against Hugging Face's numbers, and against itself: whole, in chunks, token by token, in blocks."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import FAMILIES, SIZES, TINY, write_checkpoint
 from safetensors.torch import load_file
 
-from minprfaas.config import CacheConfig, MLAConfig, ModelConfig, RopeConfig
+from minprfaas import SamplingParams, UserError, generate, load
+from minprfaas.config import CacheConfig, LayerConfig, ModelConfig, RopeConfig, StateKind
+from minprfaas.engine.engine import Engine
 from minprfaas.kvcache.layout import plan_layout
 from minprfaas.kvcache.manager import KVCacheManager
-from minprfaas.model.attention import MLA
+from minprfaas.model import families
 from minprfaas.model.checkpoint import load_checkpoint
+from minprfaas.model.families import read_config
+from minprfaas.model.gqa import GQAConfig
 from minprfaas.model.layers import Positions, RMSNorm, rope_frequencies
-from minprfaas.model.spec import model_state_specs, state_spec
+from minprfaas.model.mla import MLA, MLAConfig
+from minprfaas.model.spec import StateSpec, TensorSpec, model_state_specs
 from minprfaas.model.state import ContiguousLayerState, ContiguousState
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -52,13 +58,13 @@ def through_blocks(model, manager, cache, token_ids, chunk):
 
 @pytest.mark.parametrize("name", sorted(path.name for path in GOLDEN.iterdir() if (path / "config.json").exists()))
 def test_logits_are_those_of_hugging_face_transformers(name):
-    model = load_checkpoint(GOLDEN / name, ModelConfig.from_directory(GOLDEN / name), torch.float32, "cpu")
+    model = load_checkpoint(GOLDEN / name, read_config(GOLDEN / name), torch.float32, "cpu")
     expected = load_file(GOLDEN / f"{name}.logits.safetensors")
     torch.testing.assert_close(model(expected["token_ids"]), expected["logits"], atol=1e-4, rtol=0)
 
 
 def test_every_golden_family_is_there():
-    assert {ModelConfig.from_directory(path.parent).family for path in GOLDEN.glob("*/config.json")} == set(FAMILIES)
+    assert {read_config(path.parent).family for path in GOLDEN.glob("*/config.json")} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -128,6 +134,36 @@ def test_on_layer_is_called_once_the_layers_state_holds_the_tokens(hybrid):
                     (3, [True, True, True, True])]
 
 
+@pytest.mark.parametrize("before", [0, 37])
+def test_a_snapshot_inside_a_pass_is_the_state_of_a_pass_that_ends_there(hybrid, before):
+    """Within float32 rounding: passes of other lengths multiply matrices of other shapes."""
+    model, token_ids = hybrid[0], prompt(before + 200, batch=2)
+    state = through_contiguous_state(model, token_ids[:, :before], 100)[1] if before else (
+        ContiguousState(model.config, "float32", batch=2))
+    linear = [layer for layer, spec in zip(state.layers, model_state_specs(model.config, "float32"))
+              if spec.kind is StateKind.REQUEST]
+    for layer in linear:
+        layer.snapshot_offsets = (64, 192, 200)
+    model(token_ids[:, before:], state)
+    assert linear and all(set(layer.snapshots) == {64, 192, 200} for layer in linear)
+    for offset in (64, 192, 200):
+        ended_there = through_contiguous_state(model, token_ids[:, : before + offset], before or 1000)[1]
+        for layer, expected in zip(linear, ended_there.layers):
+            for tensor, expected_tensor in zip(layer.snapshots[offset], expected.tensors, strict=True):
+                torch.testing.assert_close(tensor, expected_tensor, atol=2e-6, rtol=1e-5)
+                assert tensor.abs().max() > 0.01
+
+
+def test_contiguous_pages_hold_the_rows_of_each_request():
+    state = ContiguousLayerState(GQAConfig(2, 1, 4, RopeConfig()).state_spec("float32"), 3, "cpu")
+    rows = torch.randn(3, 5, 8)
+    state.append(rows[:, :2])
+    pages = state.append(rows[:, 2:])
+    assert torch.equal(pages.rows(), rows) and pages.lengths.tolist() == [5, 5, 5]
+    for request, (blocks, length) in enumerate(zip(pages.block_table, pages.lengths)):
+        assert torch.equal(pages.view[blocks].flatten(0, 1)[:length], rows[request])
+
+
 @pytest.mark.parametrize("shared", [0, 4])
 def test_absorbed_mla_equals_expanded_mla(shared):
     torch.manual_seed(0)
@@ -135,7 +171,7 @@ def test_absorbed_mla_equals_expanded_mla(shared):
     mla = MLA(config, hidden_size=32, norm_eps=1e-6)
     x, start = torch.randn(2, 30, 32), torch.zeros(2, dtype=torch.int64)
     expanded = mla(x, Positions(start, 30), None)
-    state = ContiguousLayerState(state_spec(config, "float32"), 2, "cpu")
+    state = ContiguousLayerState(config.state_spec("float32"), 2, "cpu")
     absorbed = torch.cat([mla(x[:, t : t + 1], Positions(start + t, 1), state) for t in range(30)], dim=1)
     torch.testing.assert_close(absorbed, expanded, **CLOSE)
 
@@ -169,7 +205,7 @@ def test_rms_norm_computes_in_float32_whatever_comes_in():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_stays_near_float32(checkpoints, models, family):
     directory = checkpoints[family]
-    half = load_checkpoint(directory, ModelConfig.from_directory(directory), torch.bfloat16, "cpu")
+    half = load_checkpoint(directory, read_config(directory), torch.bfloat16, "cpu")
     exact, rough = models[family][0](prompt(50)), half(prompt(50)).float()
     assert half.dtype == torch.bfloat16 and torch.isfinite(rough).all()
     assert torch.nn.functional.cosine_similarity(exact, rough, dim=-1).mean() > 0.95
@@ -179,7 +215,7 @@ def test_bfloat16_stays_near_float32(checkpoints, models, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cuda_gives_the_logits_of_the_cpu(checkpoints, models, family):
     directory = checkpoints[family]
-    model = load_checkpoint(directory, ModelConfig.from_directory(directory), torch.float32, "cuda")
+    model = load_checkpoint(directory, read_config(directory), torch.float32, "cuda")
     torch.testing.assert_close(model(prompt(150).cuda()).cpu(), models[family][0](prompt(150)), atol=1e-3, rtol=1e-3)
 
 
@@ -187,7 +223,7 @@ def test_cuda_gives_the_logits_of_the_cpu(checkpoints, models, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_on_cuda_is_finite_and_chunks_agree(checkpoints, family):
     directory = checkpoints[family]
-    model = load_checkpoint(directory, ModelConfig.from_directory(directory), torch.bfloat16, "cuda")
+    model = load_checkpoint(directory, read_config(directory), torch.bfloat16, "cuda")
     token_ids = prompt(150).cuda()
     state = ContiguousState(model.config, "bfloat16", device="cuda")
     first = model(token_ids[:, :70], state)
@@ -195,3 +231,68 @@ def test_bfloat16_on_cuda_is_finite_and_chunks_agree(checkpoints, family):
     chunked = torch.cat([first, model(token_ids[:, 70:], state)], dim=1).float()
     assert torch.isfinite(chunked).all()
     assert torch.nn.functional.cosine_similarity(chunked, model(token_ids).float(), dim=-1).mean() > 0.95
+
+
+@dataclass(frozen=True)
+class DecayedMean:
+    """A toy mixer: a running sum that halves at each token. Its state is one row a request."""
+
+    width: int
+
+    def state_spec(self, dtype: str) -> StateSpec:
+        return StateSpec(StateKind.REQUEST, (TensorSpec("mean", (self.width,), dtype),))
+
+    def build(self, hidden_size: int, norm_eps: float) -> torch.nn.Module:
+        return DecayedMeanMixer(self, hidden_size)
+
+
+class DecayedMeanMixer(torch.nn.Module):
+    def __init__(self, config: DecayedMean, hidden_size: int):
+        super().__init__()
+        self.width = config.width
+        self.v_proj = torch.nn.Linear(hidden_size, config.width, bias=False)
+        self.o_proj = torch.nn.Linear(config.width, hidden_size, bias=False)
+
+    def forward(self, x, positions, state):
+        mean = state.load()[0] if state is not None else x.new_zeros(len(x), self.width)
+        means = []
+        for number, value in enumerate(self.v_proj(x).unbind(1), start=1):
+            mean = mean / 2 + value
+            means.append(mean)
+            if state is not None and number in state.snapshot_offsets:
+                state.store_snapshot(number, mean)
+        if state is not None:
+            state.store(mean)
+        return self.o_proj(torch.stack(means, dim=1))
+
+
+def toy_family(raw: dict) -> ModelConfig:
+    """One toy layer, then one of grouped-query attention."""
+    mixers = (DecayedMean(raw["mean_width"]), GQAConfig(2, 1, 8, RopeConfig()))
+    return ModelConfig(raw["model_type"], raw["vocab_size"], raw["hidden_size"],
+                       tuple(LayerConfig(mixer, raw["intermediate_size"]) for mixer in mixers),
+                       norm_eps=1e-6, tie_embeddings=False, max_context_tokens=512)
+
+
+def test_a_family_with_a_mixer_of_its_own_is_one_reader_and_one_class(monkeypatch, tmp_path):
+    """Saved, checked, loaded and decoded through pages and prefix cache, and nothing else had to hear of it."""
+    monkeypatch.setitem(families.FAMILIES, "toy", toy_family)
+    monkeypatch.setitem(TINY, "toy", dict(SIZES, model_type="toy", mean_width=12))
+    model, tokenizer = load(write_checkpoint(tmp_path, "toy"))
+    text = "a prompt that is long enough to fill a block or two, and to be met again"
+    engine = Engine(model, tokenizer, CacheConfig(64, 8, snapshot_every=2), prefill_chunk=40)
+    params = SamplingParams(max_tokens=9, ignore_eos=True)
+    for prompt_text, cached_tokens in ((text, 0), (text + " later", 72)):
+        request = engine.add(engine.request(prompt_text, prompt_text, params))
+        while engine.has_work:
+            engine.step()
+        assert request.cached_tokens == cached_tokens
+        tokens = tokenizer.encode(prompt_text)
+        for expected in request.token_ids[len(tokens):]:
+            assert model(torch.tensor([tokens]))[0, -1].argmax() == expected
+            tokens.append(expected)
+        assert tokens == request.token_ids and len(set(tokens[-9:])) > 1
+    assert len(generate(model, tokenizer, [text], params)[0].token_ids) == 9
+    (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text().replace("12", "13"))
+    with pytest.raises(UserError, match=r"layers.0.self_attn.v_proj.weight has shape \[12, 32\]; .* \[13, 32\]"):
+        load(tmp_path)

@@ -2,8 +2,9 @@
 
 import pytest
 
+from minprfaas.config import LinkSample
 from minprfaas.errors import UserError
-from minprfaas.scheduling.monitor import CongestionMonitor, LinkSample, Marks
+from minprfaas.scheduling.monitor import CongestionMonitor, Marks
 
 
 def feed(monitor: CongestionMonitor, start_s: int, seconds: int, utilization: float, gbps: float, queued=0.0) -> None:
@@ -51,15 +52,15 @@ def test_bandwidth_that_swings_fast_does_not_swing_the_regime():
 def test_the_capacity_is_what_a_busy_link_delivers():
     monitor = CongestionMonitor(100.0)
     feed(monitor, 0, 30, 0.5, 5.0)
-    assert monitor.capacity_gbps == pytest.approx(10.0, rel=0.01)
+    assert monitor.gbps == pytest.approx(10.0, rel=0.01)
 
 
 def test_a_stalled_link_loses_its_capacity_and_an_idle_one_is_worth_trying_again():
     monitor = CongestionMonitor(100.0)
     feed(monitor, 0, 60, 0.0, 0.0, queued=1e6)
-    assert monitor.capacity_gbps < 0.01 and monitor.regime(59) == "scarce"
+    assert monitor.gbps < 0.01 and monitor.regime(59) == "scarce"
     feed(monitor, 60, 600, 0.0, 0.0)
-    assert monitor.capacity_gbps > 99
+    assert monitor.gbps > 99
 
 
 def test_without_recent_samples_bandwidth_counts_as_scarce():

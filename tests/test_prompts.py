@@ -36,6 +36,22 @@ def test_a_file_is_read_in_order_with_everything_it_says(tmp_path):
     ('{"prompt": "x", "stop": [""]}', "stop is"),
     ('{"prompt": "x", "expected": 3}', "expected is 3"),
     ('{"id": "first", "prompt": "x"}', "id 'first' was used"),
+    ('{"id": "%s", "prompt": "x"}' % ("a" * 5_000_000), "it must be 1 to 200 printable characters"),
+    ('{"id": "", "prompt": "x"}', "it must be 1 to 200 printable characters"),
+    ('{"id": "two\\nlines", "prompt": "x"}', r"id is 'two\nlines'"),
+    ('{"id": ["a"], "prompt": "x"}', "id is ['a']; it must be a string or a whole number"),
+    ('{"id": true, "prompt": "x"}', "id is True"),
+    ('{"id": "\\ud800", "prompt": "x"}', r"id is '\ud800'"),
+    ('{"prompt": "two \\ud800 halves"}', r"prompt has '\ud800' at character 5, half of a surrogate pair"),
+    ('{"prompt": "x", "expected": "\\udfff"}', r"expected has '\udfff' at character 1"),
+    ('{"prompt": "x", "after": "\\udfff"}', r"after has '\udfff' at character 1"),
+    ('{"prompt": "x", "stop": ["END", "\\udfff"]}', r"stop has '\udfff' at character 1"),
+    ('{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deep"),
+    ('{"prompt": "x", "seed": ' + "[" * 400 + "]" * 400 + "}", "seed is [[["),
+    ('{"prompt": "x", "max_tokens": 1048577}',
+     "max_tokens is 1048577; it must be a whole number of at least 1 and of at most 1,048,576"),
+    ('{"prompt": "x", "max_tokens": 1%s}' % ("0" * 15), "of at most 1,048,576"),
+    ('{"prompt": "x", "max_tokens": 1%s}' % ("0" * 5000), "a number is too long"),
 ])
 def test_a_bad_line_is_named_with_file_and_number(tmp_path, line, words):
     path = tmp_path / "prompts.jsonl"
@@ -43,7 +59,7 @@ def test_a_bad_line_is_named_with_file_and_number(tmp_path, line, words):
     with pytest.raises(UserError) as caught:
         read_prompts(path)
     assert f"{path}, line 3: " in str(caught.value) and words in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400 and str(caught.value).encode("utf-8")
 
 
 def test_a_line_may_hold_unicode_line_separators(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 
 from minprfaas.__main__ import main
 from minprfaas.scheduling.paper_case import h20_profile
+from minprfaas.simulator import cluster
 from minprfaas.simulator.trace import write_conversations
 
 
@@ -87,6 +88,14 @@ def test_the_decision_log_and_the_pictures_are_written_whole(capsys, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
 
 
+def test_a_log_that_cannot_be_written_is_found_first_and_a_failed_run_leaves_none(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "MAX_SIMULATED_S", 10.0)
+    assert "/nowhere/log.jsonl cannot be written" in refused(capsys, "--log", "/nowhere/log.jsonl")
+    assert "it is a directory" in refused(capsys, "--log", str(tmp_path))
+    assert "after 10 simulated seconds" in refused(capsys, "--log", str(tmp_path / "log.jsonl"))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_cache_only_replays_the_trace_against_the_real_index(capsys, trace, tmp_path):
     rows = simulated(capsys, "--cache-only", "--trace", trace)
     requests = [json.loads(line)["hash_ids"] for line in open(trace)]
@@ -101,11 +110,13 @@ def test_cache_only_replays_the_trace_against_the_real_index(capsys, trace, tmp_
 
 
 MISTAKES = {
-    "--rate -1": "arrival rate is -1.0", "--load nan": "arrival rate is nan", "--requests 0": "--requests 0",
+    "--rate -1": "arrival rate is -1.0", "--load nan": "arrival rate is nan", "--requests 0": "--requests is 0",
     "--threshold 1e9": "--threshold 1e+09", "--threshold -5": "--threshold -5", "--n-p 9": "9 prefill instances",
-    "--link-gbps -2": "bandwidth", "--fail pd1": "NODE:FROM:TO", "--fail pd77:1:2": "'pd77'", "--day-s 0": "--day-s 0",
+    "--link-gbps -2": "bandwidth", "--fail pd1": "NODE:FROM:TO", "--fail pd77:1:2": "'pd77'",
+    "--day-s 0": "--day-s is 0.0",
     "--arrivals trace": "--trace FILE", "--cache-only": "--trace FILE", "--trace x": "--trace FILE",
-    "--weather /nowhere.json": "weather file /nowhere.json", "--cache-blocks -1": "--cache-blocks -1",
+    "--weather /nowhere.json": "/nowhere.json is missing",
+    "--cache-blocks -1": "--cache-blocks is -1",
     "--requests 3 --log /nowhere/log.jsonl": "/nowhere/log.jsonl", "--profile /nowhere.json": "/nowhere.json"}
 
 

@@ -18,8 +18,10 @@ from minprfaas.errors import UserError
 from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.lengths import EmpiricalLengths
 from minprfaas.scheduling.planner import plan
+from minprfaas.simulator import cluster
 from minprfaas.simulator.arrivals import day_lengths, diurnal, drawn, from_trace, poisson
 from minprfaas.simulator.cluster import Setup, Simulation
+from minprfaas.simulator.nodes import SimRequest
 from minprfaas.simulator.trace import read_trace, write_conversations
 
 FLEET, LENGTHS, PLANS = paper.paper_fleet(), paper.paper_lengths(), paper.paper_plans()
@@ -78,8 +80,8 @@ def test_every_request_ends_once_and_every_decision_is_seen_with_its_reason():
     assert all("t=19,400" in request.decision.reason for _, request in seen)
     assert all((request.decision.route == "prfaas") == (request.input_tokens > 19_400) for _, request in seen)
     assert all(time_s <= request.first_token_s < request.finished_s for time_s, request in seen)
-    views = [*run.view.prfaas, *run.view.pdp, *run.view.pdd]
-    assert len(views) == 12 and all(view.load == 0 for view in views)
+    loads = run.control.loads()
+    assert len(loads) == 12 and set(loads.values()) == {0}
 
 
 def test_requests_on_nodes_that_fail_are_routed_again_and_none_is_lost():
@@ -87,10 +89,10 @@ def test_requests_on_nodes_that_fail_are_routed_again_and_none_is_lost():
     run = simulation(as_planned(failures=failures), 2.0, 800, seed=1)
     report = run.run()
     assert report.requests == 800 and report.failed == 0 and report.routed_again > 10
-    views = [*run.view.prfaas, *run.view.pdp, *run.view.pdd]
-    assert {view.name for view in views} == {*(f"prfaas{i}" for i in range(4)), *(f"pd{i}" for i in range(8))}
-    assert len(views) == 12
-    assert all(view.load == 0 for view in views) and run.egress.queued_bytes < 1
+    loads = run.control.loads()
+    assert set(loads) == {*(f"prfaas{i}" for i in range(4)), *(f"pd{i}" for i in range(8))}
+    assert len(loads) == 12
+    assert set(loads.values()) == {0} and run.egress.queued_bytes < 1
 
 
 def test_with_the_prfaas_cluster_gone_every_request_is_served_locally():
@@ -167,6 +169,25 @@ def test_on_the_conversation_trace_cache_aware_routing_beats_cache_blind():
     blind, aware = cache_reports(read_trace(TRACE), n_p=4)
     assert aware.cached_fraction > 2 * blind.cached_fraction
     assert aware.goodput_rps > 1.2 * blind.goodput_rps and aware.ttft_s["p90"] < 0.5 * blind.ttft_s["p90"]
+
+
+def test_a_prefix_that_a_decode_node_holds_is_fetched_inside_the_cluster():
+    def second_turn(cache_aware):
+        turns = [SimRequest(0.0, 16_384, 10, tuple(range(32))), SimRequest(60.0, 16_500, 10, tuple(range(33)))]
+        setup = as_planned(cache_blocks=100, cache_aware=cache_aware, failures=(("pd0", 50.0, 55.0),))  # it forgets
+        report = Simulation(setup, iter(turns)).run()
+        return report.fetched_cache_bytes, turns[1].decision, turns[1].first_token_s - turns[1].arrival_s
+    fetched_bytes, decision, ttft_s = second_turn(True)
+    assert (decision.transfer.source, decision.transfer.end) == ("pd3", 16_384)
+    assert decision.incremental_tokens == 116 and fetched_bytes == decision.transfer.bytes > 0
+    blind_bytes, _, blind_ttft_s = second_turn(False)
+    assert ttft_s < 0.5 * blind_ttft_s and blind_bytes == 0
+
+
+def test_a_simulation_that_does_not_end_is_given_up_in_one_line(monkeypatch):
+    monkeypatch.setattr(cluster, "MAX_SIMULATED_S", 500.0)
+    with pytest.raises(UserError, match="after 500 simulated seconds 1 requests have not ended"):
+        Simulation(as_planned(), iter([SimRequest(0.0, 1000, 10**6)])).run()
 
 
 def test_selective_offloading_beats_least_loaded_routing_on_the_same_hardware():

@@ -9,7 +9,6 @@ import pytest
 from minprfaas.errors import UserError
 from minprfaas.scheduling.directory import Directory
 from minprfaas.scheduling.paper_case import h200_profile, paper_lengths
-from minprfaas.scheduling.router import NodeView
 from minprfaas.simulator.arrivals import bursty, day_lengths, diurnal, drawn, from_trace, poisson
 from minprfaas.simulator.events import Clock
 from minprfaas.simulator.link import FluidLink
@@ -99,7 +98,7 @@ def test_every_byte_that_enters_leaves_whatever_the_weather():
 
 
 def decode_node(clock: Clock, done) -> DecodeNode:
-    return DecodeNode(NodeView("d0", 0), clock, h200_profile(), PrefixCache("d0", 0, Directory()), done)
+    return DecodeNode(clock, h200_profile(), done)
 
 
 def test_a_full_batch_takes_the_profiles_step_time_and_a_lone_request_its_fixed_share():
@@ -121,19 +120,19 @@ def test_a_request_beyond_the_batch_waits_for_a_place_and_joins_between_steps():
     clock.run()
     last = max(finished, key=lambda request: request.first_token_s)
     assert last.first_token_s == pytest.approx(100 * 0.025)  # when the short one left
-    assert len(finished) == 21 and node.view.load == -21 and not node.running
+    assert len(finished) == 21 and not node.running and not node.waiting
 
 
 def test_a_prefix_cache_forgets_tails_first_and_tells_the_directory():
-    directory = Directory()
-    directory.add_node("a0", "prfaas")
-    directory.resync("a0", 0, ())
-    cache = PrefixCache("a0", 4, directory)
-    cache.store([1, 2, 3])
-    cache.store([1, 4, 5])  # one block too many: block 3 is the oldest, and a tail
+    directory, cache = Directory(), PrefixCache("a0", 4)
+    directory.add_node("a0")
+    directory.apply(cache.inventory())
+    assert directory.apply(cache.store([1, 2, 3]))
+    assert directory.apply(cache.store([1, 4, 5]))  # one block too many: block 3 is the oldest, and a tail
     assert (cache.match([1, 2, 3]), cache.match([1, 4, 5]), cache.match([9])) == (1024, 1536, 0)
-    assert directory.match([1, 2, 3]).nodes == {"a0": 1024} and directory.match([1, 4, 5]).nodes == {"a0": 1536}
-    assert cache.entries()[0] == 6  # five blocks stored, one evicted
+    assert directory.match([1, 2, 3]) == {"a0": 1024} and directory.match([1, 4, 5]) == {"a0": 1536}
+    assert cache.inventory().sequence == 6  # five blocks stored, one evicted
+    assert cache.store([1, 4, 5]) is None  # nothing new
 
 
 # Arrivals

@@ -5,8 +5,8 @@ import random
 import pytest
 from conftest import TINY, byte_tokenizer
 
-from minprfaas.config import ModelConfig
 from minprfaas.engine.text import StreamedText
+from minprfaas.model.families import config_from_hf
 from minprfaas.model.tokenizer import Tokenizer
 
 
@@ -52,7 +52,7 @@ def test_a_stop_string_in_the_middle_of_a_token_cuts_it(tmp_path):
     long_tokens = byte_tokenizer()
     long_tokens.add_tokens(["Hello wor", "ld. Bye."])
     long_tokens.save(str(tmp_path / "tokenizer.json"))
-    config = ModelConfig.from_hf({**TINY["llama"], "vocab_size": 259})
+    config = config_from_hf({**TINY["llama"], "vocab_size": 259})
     tokenizer = Tokenizer(tmp_path, config)
     first, second = tokenizer.encode("Hello world. Bye.")
     text = StreamedText(tokenizer, ("world.",))

@@ -24,6 +24,12 @@ def seen(time_s: float, **changes) -> Observation:
     return Observation(**{**dict(time_s=time_s, prfaas_instances=4, n_p=3, n_d=5, egress_gbps=100.0), **changes})
 
 
+def moves(loop: ThresholdLoop, observations) -> list[float]:
+    """Each new threshold that these bring."""
+    path = [loop.threshold, *(loop.update(now) for now in observations)]
+    return [later for earlier, later in zip(path, path[1:]) if later != earlier]
+
+
 def best(gbps: float) -> float:
     return plan(replace(FLEET, link_gbps=gbps), LENGTHS, n_p=3).threshold
 
@@ -38,10 +44,7 @@ def test_a_wrong_threshold_finds_its_way_to_the_planners():
 def test_a_step_down_in_bandwidth_is_followed_without_overshoot():
     loop = loop_with_traffic(best(100.0))
     loop.update(seen(0))
-    moves_before = len(loop.moves)
-    for second in range(1, 121):
-        loop.update(seen(second, egress_gbps=4.0, scarce=True))
-    path = [threshold for _, threshold in loop.moves[moves_before:]]
+    path = moves(loop, [seen(second, egress_gbps=4.0, scarce=True) for second in range(1, 121)])
     assert 1 <= len(path) <= 4 and path == sorted(path)
     assert path[-1] == pytest.approx(best(4.0), rel=0.1)
     assert all(later / earlier <= 1.5 + 1e-9 for earlier, later in zip(path, path[1:]))
@@ -49,10 +52,8 @@ def test_a_step_down_in_bandwidth_is_followed_without_overshoot():
 
 def test_a_square_wave_of_bandwidth_moves_the_threshold_only_as_often_as_it_may_turn_around():
     loop = loop_with_traffic(best(100.0))
-    for second in range(600):
-        low = second // 10 % 2
-        loop.update(seen(second, egress_gbps=4.0 if low else 100.0, scarce=bool(low)))
-    path = [threshold for _, threshold in loop.moves]
+    weather = [dict(egress_gbps=100.0, scarce=False), dict(egress_gbps=4.0, scarce=True)]
+    path = moves(loop, [seen(second, **weather[second // 10 % 2]) for second in range(600)])
     turns = sum((b - a) * (c - b) < 0 for a, b, c in zip(path, path[1:], path[2:]))
     assert turns <= 600 / Damping().hold_s
     assert 0.9 * best(100.0) < min(path) and max(path) < 1.1 * best(4.0)
@@ -85,9 +86,7 @@ def test_a_queue_in_the_pd_cluster_sends_more_requests_away():
 
 def test_a_change_within_the_deadband_is_not_made():
     loop = loop_with_traffic(1.03 * best(100.0))
-    for second in range(200):
-        loop.update(seen(second))
-    assert loop.moves == []
+    assert moves(loop, [seen(second) for second in range(200)]) == []
 
 
 def test_beyond_any_capacity_the_local_nodes_are_kept_below_saturation():

@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from minprfaas import SamplingParams, generate, load
-from minprfaas.config import KDAConfig, MLAConfig, ModelConfig
 from minprfaas.documents import EVALUATION_SEEDS, make_document
 from minprfaas.model.checkpoint import EMBEDDED
+from minprfaas.model.delta import KDAConfig
+from minprfaas.model.families import read_config
+from minprfaas.model.mla import MLAConfig
 from minprfaas.model.tokenizer import Tokenizer
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
@@ -78,6 +80,11 @@ def test_the_embedded_tokenizer_is_the_one_that_training_writes(embedded, tmp_pa
     assert written.encode(text) == tokenizer.encode(text)
 
 
+def test_every_word_of_the_documents_is_one_token(embedded):
+    _, tokenizer = embedded
+    assert [word for word in script("train_tiny").vocabulary() if len(tokenizer.encode(word)) != 1] == []
+
+
 def test_no_training_document_has_an_evaluation_seed(monkeypatch, embedded):
     train_tiny = script("train_tiny")
     seeds = []
@@ -118,7 +125,7 @@ def test_a_resume_without_an_earlier_run_is_refused_in_one_line(monkeypatch, tmp
 def test_training_counts_an_answer_as_right_only_when_all_of_it_is(embedded):
     """The share that training prints, against greedy answers to the same questions."""
     train_tiny = script("train_tiny")
-    model = train_tiny.Transformer(ModelConfig.from_directory(EMBEDDED))
+    model = train_tiny.Transformer(read_config(EMBEDDED))
     model.load_state_dict(embedded[0].state_dict())
     train_tiny.CURRICULUM = (train_tiny.Stage((512,), 1024, 1),)
     ids, kinds = train_tiny.Examples(embedded[1])[0]

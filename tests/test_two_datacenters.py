@@ -2,13 +2,12 @@
 
 import random
 import threading
-import time
 
 import pytest
-from cluster_support import serve, two_datacenters
+from cluster_support import serve, step_until, two_datacenters
 
 from minprfaas import SamplingParams, generate
-from minprfaas.config import LinkConfig, StateKind
+from minprfaas.config import LineConfig, StateKind
 from minprfaas.engine.request import Status
 
 GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
@@ -20,7 +19,7 @@ def prompts_of(*lengths, seed=0):
 
 
 def tokens(journeys):
-    return [journey.request.output_ids for journey in journeys]
+    return [journey.output_ids for journey in journeys]
 
 
 def reference(model, tokenizer, prompts, params):
@@ -49,8 +48,8 @@ def test_sampled_and_stopped_requests_get_the_answers_of_one_process(hybrid):
         journeys = serve(local, prompts, params)
     alone = generate(model, tokenizer, prompts, params)
     assert tokens(journeys) == [output.token_ids for output in alone]
-    assert [j.request.text for j in journeys] == [output.text for output in alone]
-    assert journeys[2].request.finish_reason == "stop" and journeys[3].request.finish_reason == "length"
+    assert [j.text for j in journeys] == [output.text for output in alone]
+    assert journeys[2].finish_reason == "stop" and journeys[3].finish_reason == "length"
 
 
 def test_damaging_any_layers_transferred_state_changes_the_answer(hybrid):
@@ -59,12 +58,12 @@ def test_damaging_any_layers_transferred_state_changes_the_answer(hybrid):
     wanted = reference(model, tokenizer, prompts, GREEDY)
     for damaged in range(len(model.config.layers)):
         with two_datacenters(model, tokenizer, threshold=100) as (local, _):
-            write = local.engine.kvcache.pool.write_bytes
+            write = local.decode.engine.kvcache.pool.write_bytes
 
             def write_damaged(layer, table, start, end, data):
                 write(layer, table, start, end, data if layer != damaged else data.zero_())
 
-            local.engine.kvcache.pool.write_bytes = write_damaged
+            local.decode.engine.kvcache.pool.write_bytes = write_damaged
             journeys = serve(local, prompts, GREEDY)
         assert tokens(journeys) != wanted, f"layer {damaged} can be damaged unnoticed"
 
@@ -73,14 +72,14 @@ def test_each_layer_is_shipped_while_prefill_still_runs(hybrid):
     model, tokenizer = hybrid
     shipped_during_prefill = []
     with two_datacenters(model, tokenizer, threshold=100) as (local, remote):
-        write = local.engine.kvcache.pool.write_bytes
+        write = local.decode.engine.kvcache.pool.write_bytes
 
         def watch(layer, table, start, end, data):
-            export = remote.exports["0"]
-            shipped_during_prefill.append((layer, end, export.request.status is Status.PREFILL))
+            prefill = remote.prefill.prefills["0"]
+            shipped_during_prefill.append((layer, end, prefill.request.status is Status.PREFILL))
             write(layer, table, start, end, data)
 
-        local.engine.kvcache.pool.write_bytes = watch
+        local.decode.engine.kvcache.pool.write_bytes = watch
         serve(local, prompts_of(480), GREEDY)
     token_layer = 3
     early = [end for layer, end, prefilling in shipped_during_prefill if layer == token_layer and prefilling]
@@ -90,14 +89,14 @@ def test_each_layer_is_shipped_while_prefill_still_runs(hybrid):
 def test_without_overlap_nothing_is_shipped_before_prefill_ends(hybrid):
     model, tokenizer = hybrid
     with two_datacenters(model, tokenizer, threshold=100, overlap=False) as (local, remote):
-        write = local.engine.kvcache.pool.write_bytes
+        write = local.decode.engine.kvcache.pool.write_bytes
         during = []
 
         def watch(layer, table, start, end, data):
-            during.append(remote.exports["0"].request.status is Status.PREFILL)
+            during.append(remote.prefill.prefills["0"].request.status is Status.PREFILL)
             write(layer, table, start, end, data)
 
-        local.engine.kvcache.pool.write_bytes = watch
+        local.decode.engine.kvcache.pool.write_bytes = watch
         prompts = prompts_of(300)
         journeys = serve(local, prompts, GREEDY)
     assert during and not any(during)
@@ -124,8 +123,8 @@ def test_a_prompt_that_the_prefill_node_cannot_hold_is_prefilled_here(hybrid):
 def test_an_overdue_transfer_is_given_up_and_the_prompt_prefilled_here(hybrid):
     model, tokenizer = hybrid
     prompts = prompts_of(400)
-    crawl = LinkConfig(gbps=2e-5, lanes=2, chunk_bytes=4096)  # 20 kbit/s: 40 KiB take 16 s
-    with two_datacenters(model, tokenizer, threshold=100, link=crawl, offload_deadline_s=0.5) as (local, _):
+    crawl = LineConfig(gbps=2e-5)  # 20 kbit/s: 40 KiB take 16 s
+    with two_datacenters(model, tokenizer, threshold=100, line=crawl, deadline_s=0.5) as (local, _):
         journeys = serve(local, prompts, GREEDY)
     assert "deadline" in journeys[0].fallback
     assert tokens(journeys) == reference(model, tokenizer, prompts, GREEDY)
@@ -135,7 +134,7 @@ def test_when_the_prefill_node_leaves_every_request_is_still_answered(hybrid):
     model, tokenizer = hybrid
     prompts = prompts_of(300, 250)
     with two_datacenters(model, tokenizer, threshold=100) as (local, remote):
-        write = local.engine.kvcache.pool.write_bytes
+        write = local.decode.engine.kvcache.pool.write_bytes
         leaving = threading.Thread(target=remote.link.close)
 
         def leave_after_first_bytes(layer, table, start, end, data):
@@ -143,7 +142,7 @@ def test_when_the_prefill_node_leaves_every_request_is_still_answered(hybrid):
             if leaving.ident is None:
                 leaving.start()
 
-        local.engine.kvcache.pool.write_bytes = leave_after_first_bytes
+        local.decode.engine.kvcache.pool.write_bytes = leave_after_first_bytes
         journeys = serve(local, prompts, GREEDY)
         leaving.join(60)
     assert [journey.route for journey in journeys] == ["pdp", "pdp"]
@@ -155,16 +154,16 @@ def test_the_next_turn_sends_only_its_increment_across(hybrid):
     (first,) = prompts_of(300)
     with two_datacenters(model, tokenizer, threshold=50) as (local, remote):
         (turn,) = serve(local, [first], GREEDY)
-        second = first + turn.request.output_ids + prompts_of(150, seed=5)[0]
+        second = first + turn.output_ids + prompts_of(150, seed=5)[0]
         (next_turn,) = serve(local, [second], GREEDY)
-        layout = local.engine.layout
+        layout = local.decode.engine.layout
     assert turn.route == next_turn.route == "prfaas"
-    assert next_turn.request.cached_tokens >= 288, "the decode side kept the first turn, up to its last full block"
+    assert next_turn.held_tokens == 304, "the decode side kept the first turn and its answer, up to the last full block"
     rows = sum(spec.nbytes for spec in layout.specs if spec.kind is StateKind.TOKEN)
     state = sum(spec.nbytes for spec in layout.specs if spec.kind is not StateKind.TOKEN)
-    increment = (len(second) - next_turn.request.cached_tokens) * rows
+    increment = (len(second) - next_turn.held_tokens) * rows
     assert increment + state <= next_turn.kv_bytes <= increment + 2 * state, "rows of the increment, the state, a snapshot"
-    assert remote.engine.kvcache.stats().hit_tokens >= 288, "the prefill node had the first turn's prompt in its own cache"
+    assert next_turn.cached_tokens >= 288, "the prefill node had the first turn's prompt in its own cache"
     assert tokens([turn, next_turn]) == reference(model, tokenizer, [first, second], GREEDY)
 
 
@@ -173,10 +172,8 @@ def test_the_directory_knows_what_the_prefill_node_holds(hybrid):
     prompts = prompts_of(200)
     with two_datacenters(model, tokenizer, threshold=50) as (local, remote):
         serve(local, prompts, GREEDY)
-        until = time.monotonic() + 30
-        keys = [key.hex() for key in local.engine.kvcache.keys(prompts[0])]
-        while local.desk.directory.match(keys).clusters.get("prfaas") != 192 and time.monotonic() < until:
-            local.step()
-        assert local.desk.directory.match(keys).nodes == {"prfaas-0": 192}
+        keys = [key.hex() for key in local.decode.engine.kvcache.keys(prompts[0])]
+        directory = local.front.plane.directory
+        step_until(local, lambda: directory.match(keys).get("prfaas-0") == 192)
         journey = serve(local, [prompts[0] + prompts_of(100, seed=9)[0]], GREEDY)[0]
     assert "cached 192" in journey.reason

@@ -59,7 +59,7 @@ def connected(config: LinkConfig = LinkConfig(), line: LineConfig = LineConfig()
 
 def emulated(line: LineConfig) -> EmulatedLine | None:
     """A line of this process alone."""
-    return EmulatedLine(line) if line.is_emulated else None
+    return EmulatedLine(line) if line != LineConfig() else None
 
 
 class Lanes:

@@ -7,8 +7,11 @@ import time
 
 import torch
 
-from minprfaas.config import GQAConfig, KDAConfig, LayerConfig, MLAConfig, ModelConfig, RopeConfig, StateKind
-from minprfaas.model.spec import kv_bytes, model_state_specs, state_spec
+from minprfaas.config import LayerConfig, ModelConfig, RopeConfig, StateKind
+from minprfaas.model.delta import KDAConfig
+from minprfaas.model.gqa import GQAConfig
+from minprfaas.model.mla import MLAConfig
+from minprfaas.model.spec import kv_bytes, model_state_specs
 from minprfaas.model.transformer import Transformer
 from minprfaas.observe.report import human_bytes, table
 from minprfaas.scheduling import paper_case as paper
@@ -49,7 +52,7 @@ machines, it has to travel. How much there is depends on the kind of layer (bflo
 """)
 rows = []
 for name, mixer in (("GQA, 8 KV heads of 128", gqa), ("MLA, latent of 512 + 64", mla), ("KDA, 32 heads of 128", kda)):
-    spec = state_spec(mixer, "bfloat16")
+    spec = mixer.state_spec("bfloat16")
     per_token, fixed = (spec.nbytes, 0) if spec.kind is StateKind.TOKEN else (0, spec.nbytes)
     rows.append((name, f"{per_token:,}", human_bytes(fixed), human_bytes(per_token * 32_768 + fixed)))
 print(table(["layer", "bytes a token", "fixed", "at 32K tokens"], rows))

@@ -9,11 +9,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from minprfaas.config import GQAConfig, KDAConfig, MLAConfig, RopeConfig, StateKind
-from minprfaas.model.attention import GQA, MLA
-from minprfaas.model.kda import KDA, kda_chunked, kda_recurrent
+from minprfaas.config import RopeConfig, StateKind
+from minprfaas.model.delta import KDAConfig, delta_rule_chunked, delta_rule_recurrent
+from minprfaas.model.gqa import GQAConfig
 from minprfaas.model.layers import Positions
-from minprfaas.model.spec import state_spec
+from minprfaas.model.mla import MLAConfig
 from minprfaas.model.state import ContiguousLayerState
 from minprfaas.observe.report import human_bytes, table
 
@@ -58,8 +58,8 @@ story = [("write 5 under a", a, 5.0, 1.0, 0.0, a),  # key, value, beta, g, query
 memory, rows = torch.zeros(1, 1, 2, 1), []
 for what, key, value, beta, g, query in story:
     q, k = torch.tensor(query).view(1, 1, 1, 2), torch.tensor(key).view(1, 1, 1, 2)
-    out, memory = kda_recurrent(q, k, torch.full((1, 1, 1, 1), value), torch.full((1, 1, 1, 2), g),
-                                torch.full((1, 1, 1), beta), memory)
+    out, memory = delta_rule_recurrent(q, k, torch.full((1, 1, 1, 1), value), torch.full((1, 1, 1, 2), g),
+                                       torch.full((1, 1, 1), beta), memory)
     rows.append((what, f"{out.item():.1f}", f"{memory[0, 0, 0].item():.1f}", f"{memory[0, 0, 1].item():.1f}"))
 print(table(["token", "output", "S under a", "S under b"], rows))
 print("\nThe second value under a took the place of the first (the delta rule); a plain sum would now say 14.")
@@ -67,15 +67,16 @@ print("\nThe second value under a took the place of the first (the delta rule); 
 print("""
 2. Two forms of one function
 
-Decode has one token at a time, so it uses the recurrence as it stands. Prefill has them all: `kda_chunked` solves each
-chunk of 64 tokens as one triangular system and carries S from chunk to chunk. The same numbers, in fewer, larger steps
+Decode has one token at a time, so it uses the recurrence as it stands. Prefill has them all: `delta_rule_chunked` solves
+each chunk of 64 tokens as one triangular system and carries S from chunk to chunk. The same numbers, in fewer, larger steps
 (2 heads of 64, one core, float32):
 """)
 rows = []
 for tokens in (256, 1024, 4096):
     arguments = random_tokens(tokens, decay=0.1)
-    difference = (kda_recurrent(*arguments)[0] - kda_chunked(*arguments)[0]).abs().max().item()
-    slow, fast = seconds(lambda: kda_recurrent(*arguments), repeats=1), seconds(lambda: kda_chunked(*arguments))
+    difference = (delta_rule_recurrent(*arguments)[0] - delta_rule_chunked(*arguments)[0]).abs().max().item()
+    slow = seconds(lambda: delta_rule_recurrent(*arguments), repeats=1)
+    fast = seconds(lambda: delta_rule_chunked(*arguments))
     rows.append((tokens, f"{slow:.4f}", f"{fast:.4f}", f"{slow / fast:.1f}x", f"{difference:.0e}"))
 print(table(["tokens", "recurrence, s", "chunked, s", "ratio", "largest difference"], rows))
 
@@ -95,11 +96,11 @@ for decay in (0.1, 1.0, 1.3, 2.0, 20.0, 1000.0):
     exact = torch.einsum("bihd,bjhd,bijhd->bhij", k.double(), k.double(), pair_decay)
     error = (naive - exact).tril().abs().max().item()
     arguments = (q, k, v, g, beta, memory)
-    chunked = (kda_chunked(*arguments)[0] - kda_recurrent(*arguments)[0]).abs().max().item()
+    chunked = (delta_rule_chunked(*arguments)[0] - delta_rule_recurrent(*arguments)[0]).abs().max().item()
     if not error < 1e-3:
         broken = broken or decay
     rows.append((f"{decay:g}", f"{torch.exp(-total).max().item():.0e}", f"{error:.0e}", f"{chunked:.0e}"))
-print(table(["decay a token", "largest factor", "error of the one product", "error of kda_chunked"], rows))
+print(table(["decay a token", "largest factor", "error of the one product", "error of the chunked form"], rows))
 print(f"\nFrom a decay of {broken:g} a token on, the one product is of no use, and a gate that wants to forget asks for more"
       "\nthan that. The bounded form does not notice.")
 
@@ -117,7 +118,7 @@ layers = {"GQA": [gqa], "MLA": [mla], "KDA": [kda], "3 KDA + 1 MLA, a layer": [k
 
 def layer_bytes(mixers: list, tokens: int) -> float:
     """Mean bytes a layer after `tokens` tokens."""
-    specs = [state_spec(mixer, "bfloat16") for mixer in mixers]
+    specs = [mixer.state_spec("bfloat16") for mixer in mixers]
     return sum(spec.nbytes * (tokens if spec.kind is StateKind.TOKEN else 1) for spec in specs) / len(specs)
 
 
@@ -143,18 +144,20 @@ class FullContext:
     """The token state of one layer with one free row at its end: a step writes that row and copies nothing."""
 
     def __init__(self, context: int, width: int):
-        self.rows = torch.randn(1, context + 1, width)
+        self.tensor = torch.randn(1, context + 1, width)
 
-    def append(self, new_rows: torch.Tensor) -> torch.Tensor:
-        self.rows[:, -1:] = new_rows
-        return self.rows
+    def append(self, new_rows: torch.Tensor) -> "FullContext":
+        self.tensor[:, -1:] = new_rows
+        return self
+
+    def rows(self) -> torch.Tensor:
+        return self.tensor
 
 
-small = {"GQA": (GQA, GQAConfig(4, 4, 64, RopeConfig())), "MLA": (MLA, MLAConfig(4, 128, 64, 16, 64)),
-         "KDA": (KDA, KDAConfig(4, 64))}
+small = {"GQA": GQAConfig(4, 4, 64, RopeConfig()), "MLA": MLAConfig(4, 128, 64, 16, 64), "KDA": KDAConfig(4, 64)}
 contexts, rows, growth = (1024, 8192, 65_536), [], {}
-for name, (mixer_class, mixer_config) in small.items():
-    mixer, spec, times = mixer_class(mixer_config, 256, 1e-6), state_spec(mixer_config, "float32"), []
+for name, mixer_config in small.items():
+    mixer, spec, times = mixer_config.build(256, 1e-6), mixer_config.state_spec("float32"), []
     for context in contexts:
         width = spec.tensors[0].shape[0]
         state = FullContext(context, width) if spec.kind is StateKind.TOKEN else ContiguousLayerState(spec, 1, "cpu")

@@ -8,9 +8,11 @@ import time
 
 import torch
 
-from minprfaas.config import CacheConfig, KDAConfig, LayerConfig, MLAConfig, ModelConfig, StateKind
+from minprfaas.config import CacheConfig, LayerConfig, ModelConfig, StateKind
 from minprfaas.kvcache.layout import plan_layout
 from minprfaas.kvcache.manager import KVCacheManager
+from minprfaas.model.delta import KDAConfig
+from minprfaas.model.mla import MLAConfig
 from minprfaas.model.spec import kv_bytes, model_state_specs
 from minprfaas.model.state import ContiguousState
 from minprfaas.model.transformer import Transformer
@@ -49,10 +51,13 @@ Six of this model's eight layers are linear (KDA): one state a request, whatever
 (MLA): a row a token. Layers of one kind form groups of equally many layers, and every group draws on the same pool of
 equal blocks of {layout.block_bytes:,} bytes:
 """)
-print(table(["group", "layers", "a block holds", "blocks a request"], [
-    (group.index, str(list(group.layers)), "64 tokens of both layers", "1 for 64 tokens") if group.spec.kind is StateKind.TOKEN else
-    (group.index, str(list(group.layers)), f"{1 / group.state_blocks:.2f} of both layers' state", group.state_blocks)
-    for group in layout.groups]))
+rows = []
+for group in layout.groups:
+    holds, needs = "64 tokens of both layers", "1 for 64 tokens"
+    if group.spec.kind is not StateKind.TOKEN:
+        holds, needs = f"{1 / group.state_blocks:.2f} of both layers' state", group.state_blocks
+    rows.append((group.index, str(list(group.layers)), holds, needs))
+print(table(["group", "layers", "a block holds", "blocks a request"], rows))
 
 print("""
 3. Block tables

@@ -10,10 +10,11 @@ from collections.abc import Callable
 import torch
 
 from minprfaas import SamplingParams, load
-from minprfaas.config import CacheConfig, GQAConfig, LayerConfig, ModelConfig, RopeConfig
+from minprfaas.config import CacheConfig, LayerConfig, ModelConfig, RopeConfig
 from minprfaas.documents import make_document
 from minprfaas.engine.engine import Engine
 from minprfaas.errors import exit_on_user_error
+from minprfaas.model.gqa import GQAConfig
 from minprfaas.model.state import ContiguousState
 from minprfaas.model.transformer import Transformer
 from minprfaas.observe.report import human_bytes, table
@@ -131,7 +132,8 @@ for chunk in (2048, 512, 128, 32):
     while reader.finish_reason is None:
         engine.step()
     answers.add(tuple(reader.output_ids))
-    rows.append((chunk, len(pauses), f"{reader.first_token_s - reader.arrived_s:.2f}", f"{1e3 * max(pauses):.0f}"))
+    ttft_s = reader.first_token_at_s - reader.arrived_at_s
+    rows.append((chunk, len(pauses), f"{ttft_s:.2f}", f"{1e3 * max(pauses):.0f}"))
 print(table(["chunk, tokens", "steps", "first token after, s", "longest wait of the other, ms"], rows))
 verdict = "The answer is the same every time" if len(answers) == 1 else "THE ANSWERS DIFFER"
 drawn = list(answers.pop())

@@ -8,10 +8,13 @@ import time
 
 import torch
 
-from minprfaas.config import CacheConfig, KDAConfig, LayerConfig, MLAConfig, ModelConfig, StateKind
+from minprfaas.config import CacheConfig, LayerConfig, ModelConfig, StateKind
 from minprfaas.kvcache.layout import plan_layout
-from minprfaas.kvcache.manager import KVCacheManager, RequestCache
+from minprfaas.kvcache.manager import KVCacheManager
+from minprfaas.kvcache.request_cache import RequestCache
 from minprfaas.kvcache.replay import replay_trace
+from minprfaas.model.delta import KDAConfig
+from minprfaas.model.mla import MLAConfig
 from minprfaas.model.spec import model_state_specs
 from minprfaas.model.transformer import Transformer
 from minprfaas.observe.report import human_bytes, table
@@ -38,7 +41,7 @@ def prefill(kvcache: KVCacheManager, tokens: list[int]) -> tuple[RequestCache, t
     """Compute what the cache does not hold; returns the request and the logits `[vocab]` after the last token."""
     request = kvcache.open(tokens)
     while request.num_tokens < len(tokens):
-        end = kvcache.chunk_end(request, len(tokens), max_chunk=512)
+        end = kvcache.plan_chunk(request, len(tokens), max_chunk=512)
         if not kvcache.reserve(request, end):
             raise SystemExit("the pool is full")
         chunk = torch.tensor([tokens[request.num_tokens:end]])
@@ -130,13 +133,14 @@ print("""
 4. Only the increment crosses
 
 When another datacenter prefills the turn, its KVCache is shipped; but the decode side still has the last turn's. The
-link carries the rows of the missing tokens and each linear layer's final state:
+link carries the rows of the missing tokens and each linear layer's final state. To receive, no snapshot is needed: the
+state crosses in any case, so the decode side counts on every full block that it has.
 """)
 prefiller, decoder = node(600), node(600)
 rows, tokens = [], words(1200)
 for turn in range(1, 5):
     sent, logits = prefill(prefiller, tokens)
-    received = decoder.open(tokens)
+    received = decoder.open(tokens, to_receive=True)
     decoder.reserve(received, len(tokens))
     crossed = whole = 0
     for layer, spec in enumerate(layout.specs):

@@ -11,6 +11,7 @@ import functools
 import logging
 import multiprocessing
 import os
+import queue
 import signal
 import threading
 import time
@@ -21,38 +22,47 @@ from torch.distributed import TCPStore
 
 from minprfaas import SamplingParams, generate, load
 from minprfaas.cluster.launch import link_identity
-from minprfaas.cluster.local_node import LocalNode
-from minprfaas.cluster.prefill_node import PrefillNode
-from minprfaas.config import CacheConfig, LinkConfig
+from minprfaas.cluster.processes import PRFAAS, PDProcess, control_settings, pd_process, prfaas_process
+from minprfaas.config import CacheConfig, LineConfig, LinkConfig
 from minprfaas.documents import EVALUATION_SEEDS, make_document
 from minprfaas.engine.engine import Engine
 from minprfaas.observe.report import human_bytes, table
-from minprfaas.transport import Link, LinkDown
-from minprfaas.transport.frames import HEADER_BYTES, Kind
-from minprfaas.transport.lanes import Lane
+from minprfaas.scheduling.control import ControlPlane
+from minprfaas.transport import LinkDown
+from minprfaas.transport.wan.frames import HEADER_BYTES, Kind
+from minprfaas.transport.wan.lanes import Lane
+from minprfaas.transport.wan.line import EmulatedLine
+from minprfaas.transport.wan.link import Link
 
 TOKENS, GREEDY = 1536, SamplingParams(max_tokens=12)
-LINE = LinkConfig(gbps=0.02, rtt_ms=20, lanes=3, chunk_bytes=32 * 1024, timeout_s=30)
+LINE = LineConfig(gbps=0.02, rtt_ms=20)
+LINK = LinkConfig(lanes=3, chunk_bytes=32 * 1024, timeout_s=30)
 HALF = 30  # chunks, of about 60
 SECRET = "a secret that both datacenters were given"
 HEADERS = ["what happens", "route", "epoch", "KV arrived", "chunks twice", "TTFT", "trouble to first token", "answer"]
 
 
-def node(store: TCPStore, rank: int) -> tuple[Engine, Link]:
-    """What either datacenter starts with: the embedded model, a pool, and its end of the link."""
+def engines(count: int) -> list[Engine]:
+    """The embedded model, and an engine with a pool of its own for each role."""
     torch.set_num_threads(1)
     model, tokenizer = load()
-    engine = Engine(model, tokenizer, CacheConfig(num_blocks=400), prefill_chunk=256)
-    return engine, Link("a-b", store, rank, LINE, link_identity(model, engine.layout))
+    return [Engine(model, tokenizer, CacheConfig(num_blocks=400), prefill_chunk=256) for _ in range(count)]
+
+
+def end_of_link(store: TCPStore, rank: int, engine: Engine, events: queue.SimpleQueue, lane_type=Lane) -> Link:
+    """What both datacenters have: one end of the link, over a line that is emulated on the way out."""
+    identity = link_identity(engine.model, engine.layout)
+    return Link("a-b", store, rank, LINK, identity, line=EmulatedLine(LINE), events=events, lane_type=lane_type)
 
 
 def datacenter_a(port: int, may_come) -> None:
     """A prefill node; the second one is a spare that waits until the first is dead."""
     logging.disable(logging.WARNING)
-    engine, link = node(TCPStore("127.0.0.1", port, None, False), 0)
+    (engine,), events = engines(1), queue.SimpleQueue()
+    link = end_of_link(TCPStore("127.0.0.1", port, None, False), 0, engine, events)
     may_come.wait()
     link.connect(deadline_s=60)
-    PrefillNode(engine, link, transfer_deadline_s=60).serve()
+    prfaas_process(engine, link, events, transfer_deadline_s=60).serve()
     link.close()
 
 
@@ -92,24 +102,23 @@ class WatchedLane(Lane):
         super().receive_frames(look_first)
 
 
-def serve(local: LocalNode, line: Line, seed: int, trouble=None) -> tuple:
+def serve(local: PDProcess, line: Line, seed: int, trouble=None) -> tuple:
     """One long request, in whose middle `trouble` strikes; returns its journey and whether the answer is right."""
-    encode = local.engine.tokenizer.encode
-    document = make_document(EVALUATION_SEEDS + seed, TOKENS, encode)
-    prompt = document.prompt(document.questions[0])
+    engine = local.decode.engine
+    document = make_document(EVALUATION_SEEDS + seed, TOKENS, engine.tokenizer.encode)
+    prompt = engine.tokenizer.encode(document.prompt(document.questions[0]))
     line.watch(trouble)
-    journey = local.submit(local.engine.request(f"document {seed}", prompt, GREEDY))
+    journey = local.front.submit(f"document {seed}", prompt, GREEDY)
     local.run()
-    (alone,) = generate(local.engine.model, local.engine.tokenizer, [prompt], GREEDY)
-    return journey, journey.request.output_ids == alone.token_ids
+    (alone,) = generate(engine.model, engine.tokenizer, [prompt], GREEDY)
+    return journey, journey.output_ids == alone.token_ids
 
 
-def row(what: str, local: LocalNode, line: Line, journey, same: bool) -> list:
+def row(what: str, local: PDProcess, line: Line, journey, same: bool) -> list:
     """One line of a table."""
-    request = journey.request
-    after = "–" if line.struck_s is None else f"{request.first_token_s - line.struck_s:.2f} s"
-    return [what, journey.route, local.link.epoch, human_bytes(line.bytes), line.twice,
-            f"{request.first_token_s - request.arrived_s:.2f} s", after, "identical" if same else "DIFFERENT"]
+    after = "–" if line.struck_s is None else f"{journey.first_token_at_s - line.struck_s:.2f} s"
+    return [what, journey.route, local.links[PRFAAS].epoch, human_bytes(line.bytes), line.twice, f"{journey.ttft_s:.2f} s", after,
+            "identical" if same else "DIFFERENT"]
 
 
 def cut(lane: Lane, slot) -> None:
@@ -125,7 +134,7 @@ def flip_a_bit(lane: Lane, slot) -> None:
 def impostor(store: TCPStore, identity) -> None:
     """Takes the dead node's place at the link, with a guessed secret."""
     try:
-        Link("a-b", store, 0, LINE, replace(identity, secret=b"a guess")).connect(deadline_s=10)
+        Link("a-b", store, 0, LINK, replace(identity, secret=b"a guess")).connect(deadline_s=10)
         print("   an impostor with a guessed secret was let in")
     except LinkDown as error:
         print(f"   an impostor with a guessed secret knocks first, and is refused: {error}\n")
@@ -141,12 +150,14 @@ def main() -> None:
     first.start()
     spare.start()
     turns[0].set()
-    engine, link = node(store, 1)
+    (prefill_engine, engine), events = engines(2), queue.SimpleQueue()
     line = Line()
-    link.lane_type = functools.partial(WatchedLane, line)
+    link = end_of_link(store, 1, engine, events, functools.partial(WatchedLane, line))
     link.connect(deadline_s=60)
-    local = LocalNode(engine, link, threshold=512, offload_deadline_s=60)
-    print(f"Documents of {TOKENS:,} tokens are prefilled in A; their KVCache crosses {LINE.lanes} lanes of a line of "
+    plane = ControlPlane(control_settings(512, LINE.gbps, engine.layout))
+    local = pd_process(prefill_engine, engine, {PRFAAS: link}, events, plane, deadline_s=60)
+    local.run_until(lambda: PRFAAS in local.front.ready, deadline_s=60)
+    print(f"Documents of {TOKENS:,} tokens are prefilled in A; their KVCache crosses {LINK.lanes} lanes of a line of "
           f"{LINE.gbps * 1e3:g} Mbps,\n{LINE.rtt_ms:g} ms round trip (emulated), to B, where trouble strikes "
           f"at chunk {HALF}.\n")
 
@@ -172,13 +183,14 @@ def main() -> None:
 
     journey, same = serve(local, line, 3, kill)
     rows = [*rows, row("A is killed", local, line, journey, same)]
+    local.run_until(lambda: PRFAAS in local.front.ready, deadline_s=60)  # the spare has introduced itself
     rows.append(row("nothing, by the spare", local, line, *serve(local, line, 4)))
     print(table(HEADERS, rows[3:]))
     print(f"""
    B says: {journey.fallback!r}. The request was prefilled again here (route pdp). A dense model would have gone on
    from the last full block that arrived; this hybrid needs the state of its linear layers too, which comes last.
 """)
-    local.shutdown(deadline_s=10)
+    local.shut_down(deadline_s=10)
     link.close()
     engine.kvcache.check()
     stats, right = engine.kvcache.stats(), sum(line[-1] == "identical" for line in rows)

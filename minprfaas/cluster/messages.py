@@ -1,46 +1,132 @@
-"""What two nodes tell each other besides KVCache: small typed messages, JSON on the wire. Chapter 13; paper 3.1.
+"""What the parts of the cluster tell each other besides KVCache: small typed messages. Chapter 13; paper 3.1.
 
-A message from another datacenter is input from outside: `decode` accepts exactly the known types with exactly their
-fields, or raises `BadMessage`.
+Who receives one dispatches it with `match`. `envelope` turns them into JSON for the wire and checks what comes from it.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 
-MAX_ITEMS = 1 << 20  # of one list; far above any prompt here, far below what could exhaust memory
+from minprfaas.cluster.upkeep_messages import (CacheNews, Goodbye, NodeReady, PrefixAbort, PrefixOrder,
+                                               SendInventory, Shutdown, TimelinePart)
+from minprfaas.config import LinkSample
 
-
-class BadMessage(Exception):
-    """A message that is not one of ours."""
+# A request: front end and decode node
 
 
 @dataclass(frozen=True)
-class NodeReady:
-    """A node introduces itself after the handshake."""
+class Serve:
+    """Front end -> decode node: answer this prompt; `prefill_node` computes its KVCache within `deadline_s`.
 
-    role: str
-    device: str
-    num_blocks: int
+    A prefix of `prefix_tokens` (0: none) that `prefix_source` holds is shipped to the prefill node first. The same id
+    again, after `PrefillLost`, names another prefill node.
+    """
+
+    id: str
+    token_ids: list[int]
+    sampling: dict
+    prefill_node: str
+    deadline_s: float
+    prefix_source: str
+    prefix_tokens: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Decode node -> front end: how far the prefill is and how much of the KVCache is here."""
+
+    id: str
+    prefilled_tokens: int
+    received_bytes: int
+    expected_bytes: int
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """Decode node -> front end: the prefill has ended, after `prefill_s` for `uncached_tokens`."""
+
+    id: str
+    uncached_tokens: int
+    prefill_s: float
+    prefix_bytes: int
+
+
+@dataclass(frozen=True)
+class Started:
+    """Decode node -> front end: decoding begins. The parts of the time until the first token, as this node saw them;
+    `kv_bytes` arrived for tokens from `cached_tokens` on."""
+
+    id: str
+    cached_tokens: int
+    kv_bytes: int
+    queue_s: float
+    prefill_s: float
+    transfer_exposed_s: float
+    admit_s: float
+
+
+@dataclass(frozen=True)
+class TokenDrawn:
+    """Decode node -> front end: one more token. `finish_reason` is empty until the last one; `length_limit` says which
+    limit ended a `length` answer: `max_tokens`, `context`, or the `pool` of the node."""
+
+    id: str
+    token_id: int
+    new_text: str
+    finish_reason: str
+    length_limit: str
+
+
+@dataclass(frozen=True)
+class PrefillLost:
+    """Decode node -> front end: the prefill will not complete; say who shall do it instead. With `prefix_missing` the
+    prefill node is well, but the cached prefix that was to be shipped to it did not come."""
+
+    id: str
+    reason: str
+    prefix_missing: bool
+
+
+@dataclass(frozen=True)
+class ServeFailed:
+    """Decode node -> front end: this request ends here, without its answer, for this reason."""
+
+    id: str
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Abort:
+    """Front end -> decode node: the client has gone; forget this request."""
+
+    id: str
+
+
+# A prefill: decode node and prefill node
 
 
 @dataclass(frozen=True)
 class PrefillOrder:
-    """PD -> PrfaaS: prefill this prompt and stream the KVCache of tokens [start, len(token_ids)) as `stream_id`.
+    """Decode node -> prefill node: prefill this prompt and stream the KVCache of tokens [start, len(token_ids)) to me as
+    `stream_id`.
 
-    Unless `snapshot_at` is 0, the request-level state at that block boundary is welcome too, as stream `stream_id + 1`:
-    with it the PD side can begin the conversation's next turn there.
+    Unless `snapshot_at` is 0, the request-level state at that block boundary is welcome too, as `snapshot_stream_id`:
+    with it a later prompt can begin there. `prefix_source` and `prefix_tokens` are those of `Serve`.
     """
 
     id: str
     stream_id: int
     token_ids: list[int]
     start: int
+    snapshot_stream_id: int
     snapshot_at: int
+    prefix_source: str
+    prefix_tokens: int
     sampling: dict
 
 
 @dataclass(frozen=True)
 class PrefillProgress:
-    """PrfaaS -> PD: `tokens` of the prompt are done."""
+    """Prefill node -> decode node: `tokens` of the prompt are done."""
 
     id: str
     tokens: int
@@ -48,17 +134,21 @@ class PrefillProgress:
 
 @dataclass(frozen=True)
 class PrefillDone:
-    """PrfaaS -> PD: the prompt is prefilled; this is its first token. Its last KVCache may still be on the link."""
+    """Prefill node -> decode node: the prompt is prefilled; this is its first token. Its last KVCache may still be on
+    the way. The order waited for `queue_s` before its prefill began."""
 
     id: str
     first_token: int
     cached_tokens: int
+    queue_s: float
     prefill_s: float
+    prefix_bytes: int
 
 
 @dataclass(frozen=True)
 class TransferDone:
-    """PrfaaS -> PD: every byte is acknowledged. `exposed_s` of `transfer_s` came after the prefill had ended."""
+    """Prefill node -> front end: every byte is acknowledged. `exposed_s` of `transfer_s` came after the prefill had
+    ended."""
 
     id: str
     kv_bytes: int
@@ -68,126 +158,20 @@ class TransferDone:
 
 @dataclass(frozen=True)
 class PrefillFailed:
-    """PrfaaS -> PD: this request cannot be served here, for this reason."""
+    """Prefill node -> decode node: this request cannot be prefilled here, for this reason (see `PrefillLost`)."""
 
     id: str
     reason: str
+    prefix_missing: bool
 
 
 @dataclass(frozen=True)
 class PrefillAbort:
-    """PD -> PrfaaS: forget this request."""
+    """Decode node -> prefill node: forget this request."""
 
     id: str
 
 
-@dataclass(frozen=True)
-class EgressSample:
-    """PrfaaS -> PD: what its side of the link did lately; `queued_bytes` wait to leave."""
-
-    gbps: float
-    utilization: float
-    queued_bytes: int
-
-
-@dataclass(frozen=True)
-class CacheEvents:
-    """PrfaaS -> PD: prefixes that it can begin with (`tokens` at a `key`) or, where tokens are 0, no longer can.
-
-    `sequence` numbers the first of them. With `inventory` they are all that the node holds, as of `sequence`.
-    """
-
-    sequence: int
-    keys: list[str]
-    tokens: list[int]
-    inventory: bool
-
-
-@dataclass(frozen=True)
-class SendInventory:
-    """PD -> PrfaaS: events were lost; say what you hold."""
-
-
-@dataclass(frozen=True)
-class PrefixOrder:
-    """PD -> PrfaaS: stream the cached state of tokens [start, len(token_ids) - 1) as `stream_id`."""
-
-    stream_id: int
-    token_ids: list[int]
-    start: int
-
-
-@dataclass(frozen=True)
-class PrefixOffer:
-    """PD -> PrfaaS: all but the last of these tokens are cached here; `stream_id` can bring you what you lack."""
-
-    stream_id: int
-    token_ids: list[int]
-
-
-@dataclass(frozen=True)
-class PrefixReady:
-    """PrfaaS -> PD: the offer is welcome, from token `start` on."""
-
-    stream_id: int
-    start: int
-
-
-@dataclass(frozen=True)
-class PrefixAbort:
-    """Either way: this prefix will not be shipped, or not be taken."""
-
-    stream_id: int
-
-
-@dataclass(frozen=True)
-class Shutdown:
-    """PD -> PrfaaS: no more requests."""
-
-
-@dataclass(frozen=True)
-class TimelinePart:
-    """PrfaaS -> PD: some of its timeline's events."""
-
-    events: list[dict]
-
-
-@dataclass(frozen=True)
-class Goodbye:
-    """PrfaaS -> PD: the last message, with the process's peak memory."""
-
-    peak_bytes: int
-
-
-TYPES = {cls.__name__: cls for cls in (NodeReady, PrefillOrder, PrefillProgress, PrefillDone, TransferDone, PrefillFailed,
-                                       PrefillAbort, EgressSample, CacheEvents, SendInventory, PrefixOrder, PrefixOffer,
-                                       PrefixReady, PrefixAbort, Shutdown, TimelinePart, Goodbye)}
-
-
-def encode(message) -> dict:
-    """A JSON-ready object."""
-    return {"type": type(message).__name__, **asdict(message)}
-
-
-def decode(raw: dict):
-    """The message that `raw` encodes. Raises BadMessage on an unknown type, a missing, extra or ill-typed field."""
-    cls = TYPES.get(raw.get("type")) if isinstance(raw, dict) and isinstance(raw.get("type"), str) else None
-    if cls is None:
-        raise BadMessage("unknown message type")
-    names = {field.name: field.type for field in fields(cls)}
-    if set(raw) != {"type", *names}:
-        raise BadMessage(f"{cls.__name__} has fields {sorted(raw)}")
-    for name, kind in names.items():
-        if not _is_a(raw[name], kind):
-            raise BadMessage(f"{cls.__name__}.{name} is not {kind}")
-    return cls(**{name: raw[name] for name in names})
-
-
-def _is_a(value, kind) -> bool:
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**64
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind in (list[int], list[str], list[dict]):
-        return isinstance(value, list) and len(value) <= MAX_ITEMS and all(_is_a(item, kind.__args__[0]) for item in value)
-    return isinstance(value, kind)
+Message = (NodeReady | CacheNews | SendInventory | Shutdown | TimelinePart | Goodbye | Serve | Progress | Prefilled
+           | Started | TokenDrawn | PrefillLost | ServeFailed | Abort | PrefillOrder | PrefillProgress | PrefillDone
+           | TransferDone | PrefillFailed | PrefillAbort | PrefixOrder | PrefixAbort | LinkSample)

@@ -3,11 +3,12 @@
 import argparse
 import json
 import sys
+from dataclasses import asdict
 
 import torch
 
 from minprfaas.config import CacheConfig
-from minprfaas.engine.generate import generate
+from minprfaas.engine.generate import answer_prompts
 from minprfaas.engine.prompts import Prompt, read_prompts
 from minprfaas.engine.request import TokenUpdate
 from minprfaas.engine.sampling import SamplingParams
@@ -20,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("prompt", nargs="*", help="prompts; or give --prompts")
     parser.add_argument("--model", metavar="DIR", help="Hugging Face directory (default: the embedded model)")
-    parser.add_argument("--prompts", metavar="FILE.jsonl", help='one {"id", "prompt", "max_tokens"} a line')
+    parser.add_argument("--prompts", metavar="FILE.jsonl",
+                        help='one {"id", "prompt", "max_tokens"} a line; {"after": id} continues that conversation')
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (0)")
     parser.add_argument("--top-k", type=int, default=0)
@@ -30,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--prefill-chunk", type=int, default=1024, metavar="TOKENS")
-    parser.add_argument("--pool-blocks", type=int, metavar="N", help="blocks of the KVCache pool (default: room for all)")
+    parser.add_argument("--pool-blocks", type=int, metavar="N",
+                        help="blocks of the KVCache pool (default: room for all)")
     parser.add_argument("--json", action="store_true", help="print one JSON line an answer")
 
 
@@ -43,20 +46,21 @@ def run(args: argparse.Namespace) -> None:
     def show(update: TokenUpdate) -> None:
         print(update.new_text, end="", flush=True)
 
-    outputs = generate(model, tokenizer, [p.text for p in prompts], [p.params for p in prompts],
-                       CacheConfig(args.pool_blocks) if args.pool_blocks is not None else None, args.prefill_chunk,
-                       progress=not streams, on_token=show if streams else None)
+    cache = CacheConfig(args.pool_blocks) if args.pool_blocks is not None else None
+    outputs = answer_prompts(model, tokenizer, prompts, cache, args.prefill_chunk, progress=not streams,
+                             on_token=show if streams else None)
     if args.json:
-        for prompt, output in zip(prompts, outputs):
-            print(json.dumps({"id": prompt.id, "token_ids": output.token_ids, "text": output.text,
-                              "finish_reason": output.finish_reason, "prompt_tokens": output.prompt_tokens,
-                              "cached_tokens": output.cached_tokens, "ttft_s": output.ttft_s}))
+        for output in outputs:
+            print(json.dumps(asdict(output)))
         return
     if not streams:
-        for prompt, output in zip(prompts, outputs):
-            print(f"[{prompt.id}] {output.text.strip()}")
-    rows = [[prompt.id, output.prompt_tokens, len(output.token_ids), output.finish_reason, f"{output.ttft_s:.2f}",
-             f"{output.decode_tokens_per_s:.1f}"] for prompt, output in zip(prompts, outputs)]
+        for output in outputs:
+            print(f"[{output.id}] {output.text.strip()}")
+    rows = []
+    for output in outputs:
+        ended_by = output.length_limit if output.finish_reason == "length" else output.finish_reason
+        rows.append([output.id, output.prompt_tokens, len(output.token_ids), ended_by, f"{output.ttft_s:.2f}",
+                     f"{output.decode_tokens_per_s:.1f}"])
     print("\n\n" + table(["request", "prompt", "answer", "ended by", "TTFT s", "tokens/s"], rows), file=sys.stderr)
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from minprfaas.config import CacheConfig, ModelConfig, StateKind
 from minprfaas.kvcache.layout import Layout, plan_layout
 from minprfaas.model.checkpoint import EMBEDDED
+from minprfaas.model.families import read_config
 from minprfaas.model.spec import ITEM_BYTES, kv_bytes, model_state_specs
 from minprfaas.observe.report import table
 
-LENGTHS = tuple(1024 << doubling for doubling in range(8))  # 1K to 128K tokens
+LENGTHS = [1024 << doubling for doubling in range(8)]  # 1K to 128K tokens
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the layout; only `config.json` is read, no weights."""
-    directory = Path(args.directory) if args.directory else EMBEDDED
-    config = ModelConfig.from_directory(directory)
+    directory = Path(args.directory or EMBEDDED)
+    config = read_config(directory)
     block_tokens = CacheConfig(num_blocks=1, block_tokens=args.block_tokens).block_tokens
     layout = plan_layout(model_state_specs(config, args.dtype), block_tokens)
     report = describe(config, layout, args.dtype)

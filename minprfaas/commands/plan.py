@@ -5,6 +5,7 @@ import json
 from math import inf, isfinite
 
 from minprfaas.errors import UserError
+from minprfaas.observe.plots import draw_plan, prepare_plots
 from minprfaas.observe.report import table
 from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.lengths import EmpiricalLengths, LengthDistribution, TruncatedLogNormal
@@ -53,45 +54,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Plan, draw if asked, and print. Raises UserError."""
-    given = [option for option in FLEET_OPTIONS if getattr(args, option) is not None]
-    if given and not args.profile:
-        raise UserError(f"--{given[0].replace('_', '-')} goes with --profile; the paper's case is as published")
+    _check_options(args)
+    if args.plots:
+        prepare_plots(args.plots)
     if not (args.case or args.profile):
-        if not args.egress or args.plots:
-            raise UserError("there is nothing to plan" + (" or draw" if args.plots else "")
-                            + "; give --case paper or --profile FILE, or --egress alone")
         return print(json.dumps(_egress_cases(), indent=2)) if args.json else _print_egress()
     if args.case:
         lengths, plans = paper.paper_lengths(), paper.paper_plans()
-        best_fleet, best = plans["prfaas_pd"]
-        curves = {name: list(zip(paper.TABLE_3_TOKENS, gbps)) for name, gbps in paper.TABLE_3_GBPS.items()}
+        fleet, best = plans["prfaas_pd"]
         result = {name: _figures(*planned, lengths, plans["homogeneous"][1]) for name, planned in plans.items()}
     else:
-        best_fleet, lengths = _own_fleet(args), _own_lengths(args)
-        best = plan(best_fleet, lengths, args.n_p, _own_threshold(args, lengths))
-        curves = {p.name: [(point.tokens, kv_throughput_gbps(point.kv_bytes, point.prefill_s)) for point in p.points]
-                  for p in (best_fleet.prfaas_profile, best_fleet.pd_profile)}
-        result = {"plan": _figures(best_fleet, best, lengths), "binding_stage": best.binding_stage,
-                  "bounds": {stage: rate if isfinite(rate) else None for stage, rate in best.bounds.items()},
-                  "sensitivity": {change: more.lambda_max for change, more in sensitivity(best_fleet, lengths)}}
+        fleet, lengths = _own_fleet(args), _own_lengths(args)
+        best = plan(fleet, lengths, args.n_p, _own_threshold(args, lengths))
+        result = {"plan": _figures(fleet, best, lengths), "binding_stage": best.binding_stage,
+                  "bounds": {stage: rate if isfinite(rate) else None for stage, rate in best.bounds.items()}}
+    more = sensitivity(fleet, lengths)
+    if args.profile:
+        result["sensitivity"] = {change: changed.lambda_max for change, changed in more}
     if args.egress:
         result["egress"] = _egress_cases()
-    drawn = []
-    if args.plots:
-        from minprfaas.observe.plots import draw_plan
-        drawn = draw_plan(args.plots, best_fleet, lengths, best, curves)
+    drawn = draw_plan(args.plots, fleet, lengths, best, _curves(args, fleet)) if args.plots else []
     if args.json:
         return print(json.dumps(result, indent=2))
     if args.case:
         _print_table_6(result)
     else:
-        _print_own(best_fleet, lengths, result["plan"])
-    _print_margins(best_fleet, lengths, best)
+        _print_own(fleet, lengths, result["plan"])
+    _print_margins(best, more)
     if args.egress:
         print()
         _print_egress()
     for path in drawn:
         print(f"drawn: {path}")
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    for option in FLEET_OPTIONS:
+        if getattr(args, option) is not None and not args.profile:
+            raise UserError(f"--{option.replace('_', '-')} goes with --profile; the paper's case is as published")
+    if not (args.case or args.profile) and (args.plots or not args.egress):
+        raise UserError("there is nothing to plan" + (" or draw" if args.plots else "")
+                        + "; give --case paper or --profile FILE, or --egress alone")
+
+
+def _curves(args: argparse.Namespace, fleet: Fleet) -> dict[str, list[tuple[int, float]]]:
+    """Figure 2's: (tokens, Gbps an instance) of each of the paper's models, or of one's own profiles."""
+    if args.case:
+        return {name: list(zip(paper.TABLE_3_TOKENS, gbps)) for name, gbps in paper.TABLE_3_GBPS.items()}
+    return {p.name: [(point.tokens, kv_throughput_gbps(point.kv_bytes, point.prefill_s)) for point in p.points]
+            for p in (fleet.prfaas_profile, fleet.pd_profile)}
 
 
 def _own_fleet(args: argparse.Namespace) -> Fleet:
@@ -155,13 +166,13 @@ def _print_own(fleet: Fleet, lengths: LengthDistribution, figures: dict) -> None
     print()
 
 
-def _print_margins(fleet: Fleet, lengths: LengthDistribution, best: Plan) -> None:
+def _print_margins(best: Plan, more: list[tuple[str, Plan]]) -> None:
     bounds = [(stage, f"{rate:.2f}" if rate < inf else "–") for stage, rate in best.bounds.items()]
     print(table(["stage", "saturates at, req/s"], bounds))
     print(f"\n{best.binding_stage} binds first. What more would buy, planned anew:\n")
-    rows = [(change, f"{more.lambda_max:.2f}", f"{more.lambda_max - best.lambda_max:+.2f}",
-             _cell("threshold", more.threshold), f"{more.n_p} / {more.n_d}", more.binding_stage)
-            for change, more in sensitivity(fleet, lengths)]
+    rows = [(change, f"{changed.lambda_max:.2f}", f"{changed.lambda_max - best.lambda_max:+.2f}",
+             _cell("threshold", changed.threshold), f"{changed.n_p} / {changed.n_d}", changed.binding_stage)
+            for change, changed in more]
     print(table(["", "Λ_max, req/s", "gain, req/s", "t, tokens", "N_p / N_d", "binds"], rows))
 
 

@@ -2,13 +2,13 @@
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import torch
 
 from minprfaas.engine.measure import measure_decode, measure_prefill
-from minprfaas.errors import UserError
+from minprfaas.errors import UserError, require_number
+from minprfaas.files import OutputFile
 from minprfaas.model.checkpoint import EMBEDDED, load
 from minprfaas.observe.report import human_bytes, table
 from minprfaas.scheduling.profiles import Profile, ProfilePoint
@@ -29,27 +29,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure, check that it is a profile, print or write it."""
-    for name in ("repeats", "batch", "context"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)} is out of range; it must be at least 1")
+    """Measure, check that it is a profile, print it, and write it to `--out`."""
+    for name in ("repeats", "batch", "context", "prefill_chunk"):
+        require_number(f"--{name.replace('_', '-')}", getattr(args, name), least=1, whole=True)
     if len(set(args.lengths)) < 2 or min(args.lengths) < 1:
         raise UserError(f"--lengths {args.lengths} is no curve; it needs two different lengths of at least 1 token")
+    out = OutputFile(args.out) if args.out else None  # a path that cannot be written is said before minutes of work
+    try:
+        profile = _measure(args)
+        text = json.dumps(profile.to_json(), indent=2)
+        print(text if args.json else _table(profile))
+        if out is not None:
+            out.write(text + "\n")
+    finally:
+        if out is not None:
+            out.discard()
+
+
+def _measure(args: argparse.Namespace) -> Profile:
     torch.manual_seed(0)
     model, tokenizer = load(args.model, getattr(torch, args.dtype), args.device)
     points = measure_prefill(model, tokenizer, sorted(set(args.lengths)), args.repeats, args.prefill_chunk)
     t_decode_s = measure_decode(model, tokenizer, args.batch, args.context, steps=16)
     name = f"{Path(args.model).name if args.model else EMBEDDED.name} on {args.device}, {args.dtype}"
-    profile = Profile(name, tuple(ProfilePoint(*point) for point in points), t_decode_s, args.batch)
-    text = json.dumps(profile.to_json(), indent=2)
-    if args.out:
-        partial = Path(args.out + ".partial")
-        try:
-            partial.write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{args.out} cannot be written: {error.strerror}") from None
-        os.replace(partial, args.out)
-    print(text if args.json else _table(profile))
+    return Profile(name, tuple(ProfilePoint(*point) for point in points), t_decode_s, args.batch)
 
 
 def _table(profile: Profile) -> str:

@@ -1,28 +1,30 @@
-"""`python -m minprfaas simulate`: the live scheduler on a simulated cluster, or a trace's cache hits. Chapter 12."""
+"""`python -m minprfaas simulate`: the live control plane on a simulated cluster, or a trace's hits. Chapter 12."""
 
 import argparse
 import json
-import os
 import random
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
+from math import inf
 
 from tqdm import tqdm
 
-from minprfaas.errors import UserError
+from minprfaas.errors import UserError, require_number
+from minprfaas.files import OutputFile
+from minprfaas.observe.plots import prepare_plots
 from minprfaas.observe.report import table
 from minprfaas.scheduling import paper_case as paper
-from minprfaas.scheduling.lengths import EmpiricalLengths
-from minprfaas.scheduling.planner import plan
+from minprfaas.scheduling.lengths import EmpiricalLengths, LengthDistribution
+from minprfaas.scheduling.planner import Fleet, plan
 from minprfaas.scheduling.profiles import Profile
 from minprfaas.simulator.arrivals import bursty, day_lengths, diurnal, drawn, from_trace, poisson
-from minprfaas.simulator.cluster import Setup, Simulation
+from minprfaas.simulator.cluster import MAX_SIMULATED_S, Setup, Simulation
 from minprfaas.simulator.nodes import SimRequest
 from minprfaas.simulator.report import TTFT_OBJECTIVE_S, Report
-from minprfaas.simulator.trace import read_trace
+from minprfaas.simulator.trace import TraceRequest, read_trace
 
 FLEET_OPTIONS = ("prfaas_instances", "pd_instances", "link_gbps", "output_tokens")
+LIMITS = (("requests", 1, 10_000_000), ("day-s", 1, 1e6), ("cache-blocks", 0, None), ("speed", 1e-6, 1e9))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     trouble.add_argument("--fail", action="append", default=[], metavar="NODE:FROM:TO", help="e.g. prfaas0:60:120 (s)")
     policy = parser.add_argument_group("policy")
     policy.add_argument("--fixed-threshold", action="store_true", help="switch the short-term loop off")
-    policy.add_argument("--convert-roles", action="store_true", help="switch the long-term loop on")
+    policy.add_argument("--convert-roles", action="store_true",
+                        help="switch the long-term loop on (simulated only so far)")
     policy.add_argument("--least-loaded", action="store_true", help="no threshold: the least-loaded prefill node")
     policy.add_argument("--cache-blocks", type=int, default=0, metavar="N", help="prefix cache of a node, blocks (0)")
     policy.add_argument("--cache-blind", action="store_true", help="the router ignores what the nodes hold")
@@ -65,16 +68,26 @@ def run(args: argparse.Namespace) -> None:
     """Simulate, draw if asked, and print. Raises UserError."""
     if (args.arrivals == "trace" or args.cache_only) != bool(args.trace):
         raise UserError("--trace FILE goes with --arrivals trace or with --cache-only, and they with it")
-    trace = read_trace(args.trace) if args.trace else None
+    if args.plots:
+        prepare_plots(args.plots)
+    trace = read_trace(args.trace) if args.trace else []
     if args.cache_only:
         return _cache_only(args, [request.hash_ids for request in trace])
     setup, requests, count = _prepare(args, trace)
-    decisions = []
-    with tqdm(total=count, unit="request", disable=None, leave=False) as bar:
-        report = Simulation(setup, requests, (lambda *seen: decisions.append(_decision(*seen))) if args.log else None,
-                            bar.update).run()
-    if args.log:
-        _write_whole(Path(args.log), "".join(json.dumps(decision) + "\n" for decision in decisions))
+    log = OutputFile(args.log) if args.log else None
+    decisions: list[str] = []
+
+    def note(time_s: float, request: SimRequest) -> None:
+        decisions.append(_decision_line(time_s, request))
+
+    try:
+        with tqdm(total=count, unit="request", disable=None, leave=False) as bar:
+            report = Simulation(setup, requests, note if log else None, bar.update).run()
+        if log:
+            log.write("".join(decisions))
+    finally:
+        if log:
+            log.discard()
     drawn_paths = []
     if args.plots:
         from minprfaas.observe.simulation_plots import draw_simulation
@@ -86,21 +99,13 @@ def run(args: argparse.Namespace) -> None:
         print(f"drawn: {path}")
 
 
-def _prepare(args: argparse.Namespace, trace) -> tuple[Setup, Iterator[SimRequest], int]:
-    for name, least in (("requests", 1), ("cache_blocks", 0)):
-        if (value := getattr(args, name)) < least:
-            raise UserError(f"--{name.replace('_', '-')} {value} is out of range; it must be at least {least}")
-    if not args.day_s > 0:
-        raise UserError(f"--day-s {args.day_s} is out of range; it must be above 0")
-    fleet = paper.paper_fleet()
-    if args.profile:
-        own = Profile.read(args.profile)
-        fleet = replace(fleet, prfaas_profile=own, pd_profile=own)
-    if args.pd_profile:
-        fleet = replace(fleet, pd_profile=Profile.read(args.pd_profile))
-    if trace:
-        fleet = replace(fleet, output_tokens=sum(request.output_tokens for request in trace) / len(trace))
-    fleet = replace(fleet, **{name: getattr(args, name) for name in FLEET_OPTIONS if getattr(args, name) is not None})
+def _prepare(args: argparse.Namespace, trace: list[TraceRequest]) -> tuple[Setup, Iterator[SimRequest], int]:
+    """The cluster, its requests and how many they are."""
+    for option, least, most in LIMITS:
+        value = getattr(args, option.replace("-", "_"))
+        if value is not None:
+            require_number(f"--{option}", value, least=least, most=most)
+    fleet = _fleet(args, trace)
     lengths = EmpiricalLengths(request.input_tokens for request in trace) if trace else paper.paper_lengths()
     longest = lengths.values[-1]
     if args.threshold is not None and not 0 <= args.threshold <= longest:
@@ -112,12 +117,54 @@ def _prepare(args: argparse.Namespace, trace) -> tuple[Setup, Iterator[SimReques
         cache_aware=not args.cache_blind, cache_blocks=args.cache_blocks,
         weather=_weather(args, fleet.link_gbps), failures=tuple(map(_failure, args.fail)))
     if trace:
-        return setup, from_trace(trace, args.speed), len(trace)
-    rate, rng = args.rate if args.rate is not None else args.load * planned.lambda_max, random.Random(args.seed)
-    times = {"poisson": lambda: poisson(rate, rng), "mmpp": lambda: bursty(rate, rng),
-             "diurnal": lambda: diurnal(rate, rng, args.day_s)}[args.arrivals]()
-    scale = day_lengths(args.day_s) if args.arrivals == "diurnal" else None
-    return setup, drawn(times, args.requests, lengths, round(fleet.output_tokens), rng, scale), args.requests
+        requests, count = from_trace(trace, args.speed), len(trace)
+        rate_rps = count / max(trace[-1].timestamp_s / args.speed, 1e-9)
+    else:
+        rate_rps, count = args.rate if args.rate is not None else args.load * planned.lambda_max, args.requests
+        requests = _made_up(args, lengths, round(fleet.output_tokens), rate_rps)
+    _check_duration(setup, lengths, count, rate_rps)
+    return setup, requests, count
+
+
+def _fleet(args: argparse.Namespace, trace: list[TraceRequest]) -> Fleet:
+    """The paper's, but for what the options say."""
+    fleet = paper.paper_fleet()
+    if args.profile:
+        own = Profile.read(args.profile)
+        fleet = replace(fleet, prfaas_profile=own, pd_profile=own)
+    if args.pd_profile:
+        fleet = replace(fleet, pd_profile=Profile.read(args.pd_profile))
+    if trace:
+        fleet = replace(fleet, output_tokens=sum(request.output_tokens for request in trace) / len(trace))
+    return replace(fleet, **{name: getattr(args, name) for name in FLEET_OPTIONS if getattr(args, name) is not None})
+
+
+def _made_up(args: argparse.Namespace, lengths: LengthDistribution, output_tokens: int,
+             rate_rps: float) -> Iterator[SimRequest]:
+    rng, scale = random.Random(args.seed), None
+    if args.arrivals == "poisson":
+        times = poisson(rate_rps, rng)
+    elif args.arrivals == "mmpp":
+        times = bursty(rate_rps, rng)
+    else:
+        times, scale = diurnal(rate_rps, rng, args.day_s), day_lengths(args.day_s)
+    return drawn(times, args.requests, lengths, output_tokens, rng, scale)
+
+
+def _check_duration(setup: Setup, lengths: LengthDistribution, count: int, rate_rps: float) -> None:
+    """Refuse at once what would be simulated for hours, and then be given up."""
+    require_number("arrival rate", rate_rps, above=0, most=1e9)
+    fleet = setup.fleet
+    # Without a threshold any request may be offloaded; with no link none is, whatever the threshold.
+    threshold = (setup.threshold if setup.selective else 0.0) if fleet.link_gbps else inf
+    served_rps = min(plan(fleet, lengths, setup.n_p, threshold).lambda_max, rate_rps)
+    if served_rps == 0 and setup.n_p == 0 and not fleet.link_gbps:
+        return  # no request finds a node
+    duration_s = count / served_rps if served_rps else inf
+    duration_s += fleet.output_tokens * fleet.pd_profile.t_decode_s
+    if duration_s > MAX_SIMULATED_S:
+        raise UserError(f"{count:,} requests at {served_rps:.3g}/s, of {fleet.output_tokens:,.0f} output tokens each, "
+                        f"would take {duration_s:,.3g} simulated seconds; the limit is {MAX_SIMULATED_S:,.0f}")
 
 
 def _weather(args: argparse.Namespace, gbps: float) -> tuple[tuple[float, float], ...]:
@@ -140,18 +187,10 @@ def _failure(text: str) -> tuple[str, float, float]:
         raise UserError(f"--fail {text!r} is not NODE:FROM:TO, such as prfaas0:60:120") from None
 
 
-def _decision(time_s: float, request: SimRequest) -> dict:
-    return {"time_s": round(time_s, 3), "prompt_tokens": request.input_tokens, "attempt": request.attempts,
-            **request.decision._asdict()}
-
-
-def _write_whole(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+def _decision_line(time_s: float, request: SimRequest) -> str:
+    decision = {"time_s": round(time_s, 3), "prompt_tokens": request.input_tokens, "attempt": request.attempts,
+                **request.decision._asdict()}
+    return json.dumps(decision) + "\n"
 
 
 def _print(setup: Setup, report: Report) -> None:

@@ -1,12 +1,12 @@
 """Timing one model on one device: the points that a profile is made of. Chapter 10; paper 2.1 and table 5."""
 
 import time
+from dataclasses import replace
 from statistics import median
 
 import torch
 from tqdm import tqdm
 
-from minprfaas.config import CacheConfig
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.generate import pool_for
 from minprfaas.engine.sampling import SamplingParams
@@ -18,21 +18,21 @@ from minprfaas.model.transformer import Transformer
 
 def measure_prefill(model: Transformer, tokenizer: Tokenizer, lengths: list[int], repeats: int,
                     prefill_chunk: int) -> list[tuple[int, int, float]]:
-    """(tokens, KVCache bytes S_kv, median prefill seconds T_prefill) for each length; nothing is cached between runs."""
+    """(tokens, KVCache bytes S_kv, median prefill seconds T_prefill) for each length; nothing is cached between."""
     engine = _engine(model, tokenizer, [max(lengths)], prefill_chunk)
     points = []
     with tqdm(total=len(lengths) * (repeats + 1), desc="prefill", unit="run", disable=None, leave=False) as bar:
         for tokens in lengths:
             seconds = []
             for run in range(repeats + 1):  # the first one warms up
-                request = engine.add(engine.request(f"{tokens}/{run}", _random_prompt(model, tokens), SamplingParams(max_tokens=1)))
+                prompt = _random_prompt(model, tokens)
+                engine.add(engine.request(f"{tokens}/{run}", prompt, SamplingParams(max_tokens=1)))
                 _settle(model)
                 began = time.perf_counter()
                 while engine.has_work:
                     engine.step()
                 _settle(model)
                 seconds.append(time.perf_counter() - began)
-                assert request.cached_tokens == 0
                 bar.update()
             points.append((tokens, kv_bytes(engine.layout.specs, tokens), median(seconds[1:])))
     return points
@@ -55,13 +55,15 @@ def measure_decode(model: Transformer, tokenizer: Tokenizer, batch: int, context
             seconds.append(time.perf_counter() - began)
             bar.update()
     if not seconds:
-        raise UserError(f"decode of {batch} requests ended before a step could be timed; take fewer requests or more steps")
+        raise UserError(f"decode of {batch} requests ended before a step could be timed; take fewer requests")
     return median(seconds)
 
 
-def _engine(model: Transformer, tokenizer: Tokenizer, lengths: list[int], prefill_chunk: int, max_batch: int = 64) -> Engine:
-    pool = pool_for(model, [length + 1 for length in lengths])
-    return Engine(model, tokenizer, CacheConfig(pool.num_blocks, pool.block_tokens, prefix_cache=False), prefill_chunk, max_batch)
+def _engine(model: Transformer, tokenizer: Tokenizer, lengths: list[int], prefill_chunk: int,
+            max_batch: int = 64) -> Engine:
+    """An engine that caches no prefix: every prompt is computed whole."""
+    cache = replace(pool_for(model, [length + 1 for length in lengths]), prefix_cache=False)
+    return Engine(model, tokenizer, cache, prefill_chunk, max_batch)
 
 
 def _random_prompt(model: Transformer, tokens: int) -> list[int]:
@@ -69,5 +71,6 @@ def _random_prompt(model: Transformer, tokens: int) -> list[int]:
 
 
 def _settle(model: Transformer) -> None:
+    """Wait for the device: a GPU's kernels run on after the call that started them has returned."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)

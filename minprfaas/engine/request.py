@@ -5,9 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from minprfaas.engine.sampling import SamplingParams
-from minprfaas.kvcache.manager import RequestCache
-
-KVListener = Callable[[int, int, int], None]  # (layer, start, end): the layer's state now holds tokens [start, end)
+from minprfaas.kvcache.request_cache import RequestCache
 
 
 class Status(enum.Enum):
@@ -25,39 +23,46 @@ class Status(enum.Enum):
 class Request:
     """One prompt on its way to an answer. `token_ids` is the prompt and then the output, as far as it is known.
 
-    `prefill_only` ends the request with its first token and keeps its KVCache until `Engine.release`; `on_kv` hears of
-    each layer's new KV of each prefill chunk while the next layer computes. Times are the engine clock's seconds.
+    `prefill_only` ends the request with its first token and keeps its KVCache until `Engine.release`. Moments are the
+    engine clock's seconds, None until they have come. `finish_reason` is `eos`, `stop`, `length` or `aborted`;
+    `length_limit` says which limit ended a `length` answer: `max_tokens`, `context`, or the `pool` of its node (then a
+    node with a larger pool would have gone on).
     """
 
     id: str
     token_ids: list[int]
     params: SamplingParams
     prefill_only: bool = False
-    on_kv: KVListener | None = None
     status: Status = Status.WAITING
     prompt_tokens: int = field(init=False)
     cached_tokens: int = 0
     text: str = ""
     finish_reason: str | None = None
+    length_limit: str | None = None
     cache: RequestCache | None = None
+    keys: list[bytes] = field(default_factory=list)  # of its full blocks, as far as they were needed yet
     preemptions: int = 0
-    arrived_s: float = 0.0
-    prefill_started_s: float = 0.0
-    prefill_ended_s: float = 0.0
-    first_token_s: float = 0.0
-    finished_s: float = 0.0
+    arrived_at_s: float | None = None
+    prefill_started_at_s: float | None = None
+    prefill_ended_at_s: float | None = None
+    first_token_at_s: float | None = None
+    finished_at_s: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.prompt_tokens = len(self.token_ids)
 
     @property
     def output_ids(self) -> list[int]:
-        return self.token_ids[self.prompt_tokens :]
+        """The answer so far, its ending token included."""
+        return self.token_ids[self.prompt_tokens:]
+
+
+KVListener = Callable[[Request, int, int, int], None]  # (request, layer, start, end); see `Engine.step`
 
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A finished answer. `finish_reason` is `eos`, `stop` or `length`; `token_ids` includes the ending token."""
+    """A finished answer (see `Request`); `token_ids` includes the ending token."""
 
     id: str
     prompt_tokens: int
@@ -65,16 +70,17 @@ class RequestOutput:
     token_ids: list[int]
     text: str
     finish_reason: str
+    length_limit: str | None
     ttft_s: float
     decode_tokens_per_s: float
 
     @staticmethod
     def of(request: Request) -> "RequestOutput":
         """The output of a finished request."""
-        decode_s = request.finished_s - request.first_token_s
+        decode_s = request.finished_at_s - request.first_token_at_s
         return RequestOutput(
             request.id, request.prompt_tokens, request.cached_tokens, request.output_ids, request.text,
-            request.finish_reason, request.first_token_s - request.arrived_s,
+            request.finish_reason, request.length_limit, request.first_token_at_s - request.arrived_at_s,
             (len(request.output_ids) - 1) / decode_s if decode_s > 0 else 0.0)
 
 

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minprfaas.errors import UserError
+from minprfaas.errors import UserError, require_number, require_unicode, shown
+
+MAX_OUTPUT_TOKENS = 2**20  # far beyond any context; a larger number is a slip of the finger, and is better said so
 
 
 @dataclass(frozen=True)
@@ -21,19 +23,20 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
 
-    def __post_init__(self):
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        checks = (
-            ("max_tokens", _is_int(self.max_tokens) and self.max_tokens >= 1, "a whole number of at least 1"),
-            ("temperature", _is_number(self.temperature) and 0 <= self.temperature <= 100, "from 0 to 100"),
-            ("top_k", _is_int(self.top_k) and self.top_k >= 0, "a whole number of at least 0"),
-            ("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("seed", _is_int(self.seed) and abs(self.seed) < 2**63, "a whole number of at most 63 bits"),
-            ("stop", all(isinstance(text, str) and text for text in self.stop), "one or more non-empty strings"),
-            ("ignore_eos", isinstance(self.ignore_eos, bool), "true or false"))
-        for name, holds, rule in checks:
-            if not holds:
-                raise UserError(f"{name} is {getattr(self, name)!r}; it must be {rule}")
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        require_number("max_tokens", self.max_tokens, least=1, most=MAX_OUTPUT_TOKENS, whole=True)
+        require_number("temperature", self.temperature, least=0, most=100)
+        require_number("top_k", self.top_k, least=0, whole=True)
+        require_number("top_p", self.top_p, above=0, most=1)
+        require_number("seed", self.seed, above=-2**63, most=2**63 - 1, whole=True)
+        if not all(isinstance(text, str) and text for text in stop):
+            raise UserError(f"stop is {shown(stop)}; it must be one or more non-empty strings")
+        for text in stop:
+            require_unicode("stop", text)
+        if not isinstance(self.ignore_eos, bool):
+            raise UserError(f"ignore_eos is {shown(self.ignore_eos)}; it must be true or false")
 
 
 def sample(logits: Tensor, params: SamplingParams, position: int) -> int:
@@ -44,7 +47,7 @@ def sample(logits: Tensor, params: SamplingParams, position: int) -> int:
     """
     if params.temperature == 0:
         return int(logits.argmax())
-    scores = logits.detach().float().cpu() / params.temperature
+    scores = logits.detach().float().cpu() / params.temperature  # the CPU's noise is the same beside every device
     scores = _keep_top_p(_keep_top_k(scores, params.top_k), params.top_p)
     return int((scores + _gumbel_noise(params.seed, position, scores.shape[0])).argmax())
 
@@ -69,14 +72,7 @@ def _keep_top_p(scores: Tensor, top_p: float) -> Tensor:
 
 def _gumbel_noise(seed: int, position: int, vocab: int) -> Tensor:
     digest = hashlib.blake2b(f"{seed}/{position}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)  # a seed has 63 bits
+    # In float64, where 0 hardly ever comes up, and never as 0: its logarithm would be minus infinity.
     uniform = torch.rand(vocab, generator=generator, dtype=torch.float64).clamp_min(1e-300)
     return -(-uniform.log()).log().float()
-
-
-def _is_int(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

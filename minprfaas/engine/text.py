@@ -21,11 +21,14 @@ class StreamedText:
         piece = self._tokenizer.stream_step(self._decoder, token_id)
         searched = len(self.text)
         self.text += piece or ""
-        found = [at for stop in self._stop if (at := self.text.find(stop, max(0, searched - len(stop)))) >= 0]
+        # A stop string may have begun in text that was searched before, but not have ended there.
+        places = [self.text.find(stop, max(0, searched - len(stop))) for stop in self._stop]
+        found = [place for place in places if place >= 0]
         if found:
             self.stopped = True
-            self.text = self.text[: min(found)]
-        return self._show(len(self.text) if self.stopped else len(self.text) - self._held_back())
+            self.text = self.text[:min(found)]
+            return self._show(len(self.text))
+        return self._show(len(self.text) - self._held_back())
 
     def finish(self) -> str:
         """No more tokens: what was held back is text after all."""
@@ -33,10 +36,12 @@ class StreamedText:
 
     def _show(self, end: int) -> str:
         shown, self._shown = self._shown, max(self._shown, end)
-        return self.text[shown : self._shown]
+        return self.text[shown:self._shown]
 
     def _held_back(self) -> int:
         """Characters at the end of the text that begin a stop string."""
-        longest = max((len(stop) for stop in self._stop), default=0) - 1
-        return next((size for size in range(min(longest, len(self.text)), 0, -1)
-                     if any(stop.startswith(self.text[-size:]) for stop in self._stop)), 0)
+        longest = max((len(stop) for stop in self._stop), default=0) - 1  # a whole one would have been found
+        for size in range(min(longest, len(self.text)), 0, -1):
+            if any(stop.startswith(self.text[-size:]) for stop in self._stop):
+                return size
+        return 0

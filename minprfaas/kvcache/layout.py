@@ -5,11 +5,12 @@ holds `block_tokens` tokens of all layers of a token group, and a request group'
 blocks. A 3:1 stack of linear and full attention gives three request groups and one token group.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from minprfaas.config import StateKind
-from minprfaas.model.spec import StateSpec
+from minprfaas.model.spec import StateSpec, TensorSpec
 
 BLOCK_ALIGN = 256  # bytes: what a device copies well, and a multiple of every element size
 TENSOR_ALIGN = 16
@@ -28,9 +29,9 @@ class KVGroup:
     layers: tuple[int, ...]
     offsets: tuple[tuple[int, ...], ...]
     used_bytes: int  # of one block (token state) or of the whole state (request state)
-    state_blocks: int  # blocks of one request's state; 0 for token state
+    state_blocks: int = 0  # blocks of one request's state; 0 for token state
 
-    def places(self, layer: int):
+    def places(self, layer: int) -> Iterator[tuple[TensorSpec, int]]:
         """(TensorSpec, byte offset) of each tensor of one of the group's layers."""
         return zip(self.spec.tensors, self.offsets[self.layers.index(layer)])
 
@@ -46,15 +47,18 @@ class Layout:
 
     @cached_property
     def group_of_layer(self) -> tuple[KVGroup, ...]:
+        """The group of each layer."""
         owner = {layer: group for group in self.groups for layer in group.layers}
         return tuple(owner[layer] for layer in range(len(self.specs)))
 
     @cached_property
     def token_groups(self) -> tuple[KVGroup, ...]:
+        """Groups with a row a token."""
         return tuple(group for group in self.groups if group.spec.kind is StateKind.TOKEN)
 
     @cached_property
     def request_groups(self) -> tuple[KVGroup, ...]:
+        """Groups with one state a request, whatever its length."""
         return tuple(group for group in self.groups if group.spec.kind is not StateKind.TOKEN)
 
     @cached_property
@@ -82,32 +86,32 @@ def plan_layout(specs: tuple[StateSpec, ...], block_tokens: int) -> Layout:
         layers_of.setdefault(spec, []).append(layer)
     group_size = min(len(layers) for layers in layers_of.values())
 
-    dealt = []
+    groups: list[KVGroup] = []
     for spec, layers in layers_of.items():
         count = -(-len(layers) // group_size)
-        dealt += [(spec, tuple(layers[first::count])) for first in range(count)]
-    placed = [_place(spec, len(layers), block_tokens) for spec, layers in dealt]
+        for first in range(count):
+            groups.append(_place(len(groups), spec, tuple(layers[first::count]), block_tokens))
 
-    token_sizes = [used for (spec, _), (_, used) in zip(dealt, placed) if spec.kind is StateKind.TOKEN]
-    block_bytes = _round_up(max(token_sizes or [used for _, used in placed]), BLOCK_ALIGN)
-    groups = tuple(
-        KVGroup(index, spec, layers, offsets, used, 0 if spec.kind is StateKind.TOKEN else -(-used // block_bytes))
-        for index, ((spec, layers), (offsets, used)) in enumerate(zip(dealt, placed)))
-    return Layout(tuple(specs), groups, block_tokens, block_bytes)
+    token_sizes = [group.used_bytes for group in groups if group.spec.kind is StateKind.TOKEN]
+    block_bytes = _round_up(max(token_sizes or [group.used_bytes for group in groups]), BLOCK_ALIGN)
+    for index, group in enumerate(groups):
+        if group.spec.kind is StateKind.REQUEST:
+            groups[index] = replace(group, state_blocks=-(-group.used_bytes // block_bytes))
+    return Layout(tuple(specs), tuple(groups), block_tokens, block_bytes)
 
 
-def _place(spec: StateSpec, layers: int, block_tokens: int) -> tuple[tuple[tuple[int, ...], ...], int]:
-    """Byte offsets of `layers` layers' tensors one after another, and where the last ends. A layer's rows of a block
-    lie together, so that it is one strided view of the pool; request state runs on across block borders, so that only
-    its last block is partly empty."""
+def _place(index: int, spec: StateSpec, layers: tuple[int, ...], block_tokens: int) -> KVGroup:
+    """A group whose layers' tensors lie one after another. A layer's rows of a block lie together, so that it is one
+    strided view of the pool; request state runs on across block borders, so that only its last block is partly empty.
+    """
     offsets, end = [], 0
-    for _ in range(layers):
+    for _ in layers:
         of_layer = []
         for tensor in spec.tensors:
             of_layer.append(_round_up(end, TENSOR_ALIGN))
             end = of_layer[-1] + tensor.nbytes * (block_tokens if spec.kind is StateKind.TOKEN else 1)
         offsets.append(tuple(of_layer))
-    return tuple(offsets), end
+    return KVGroup(index, spec, layers, tuple(offsets), used_bytes=end)
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -13,11 +13,19 @@ Eviction policy, for entries that nobody holds:
 import hashlib
 import sys
 from array import array
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 KEY_BYTES = 32  # a collision must not be able to hand one prompt another's state: 128 bits of collision resistance
-OnEvent = Callable[[str, bytes, int], None]  # ("stored" | "evicted", key, tokens): a prefix can or can no longer be hit
+
+
+@dataclass(frozen=True)
+class CacheNews:
+    """A request can begin after the `tokens` tokens that end at the block of this chain key; 0: it no longer can."""
+
+    key: bytes
+    tokens: int
 
 
 def chain_keys(previous: bytes, token_ids: Sequence[int], block_tokens: int) -> list[bytes]:
@@ -49,8 +57,8 @@ def root_key(fingerprint: bytes) -> bytes:
 class BlockLedger:
     """The books over `num_blocks` blocks. `has_tokens`, `has_state`: what a match needs, full blocks and snapshots."""
 
-    def __init__(self, num_blocks: int, has_tokens: bool, has_state: bool, on_event: OnEvent | None = None):
-        self.num_blocks, self.has_tokens, self.has_state, self.on_event = num_blocks, has_tokens, has_state, on_event
+    def __init__(self, num_blocks: int, has_tokens: bool, has_state: bool):
+        self.num_blocks, self.has_tokens, self.has_state = num_blocks, has_tokens, has_state
         self.free = list(range(num_blocks - 1, -1, -1))  # a stack: what was freed last is taken first
         self.cached = 0  # blocks of entries that nobody holds
         self.evicted_entries = 0
@@ -60,17 +68,22 @@ class BlockLedger:
         self._keys: list[bytes | None] = [None] * num_blocks
         self._tokens = array("i", bytes(4 * num_blocks))
         self._members: dict[int, tuple[int, ...]] = {}  # only of entries of more than one block
-        # A ring of the unheld entries, oldest to newest; position `num_blocks` is where it begins and ends.
-        self._newer = array("i", [num_blocks]) * (num_blocks + 1)
-        self._older = array("i", [num_blocks]) * (num_blocks + 1)
+        self._unheld: OrderedDict[int, None] = OrderedDict()  # entries that nobody holds, oldest to newest
+        self._hit_points = self.snapshots if has_state else self.blocks  # where a match can end
+        self.news: list[CacheNews] | None = None  # None until somebody watches: what nobody takes would only grow
+
+    @property
+    def available(self) -> int:
+        """How many blocks `allocate` could give now."""
+        return len(self.free) + self.cached
 
     def allocate(self, count: int) -> list[int] | None:
         """Take `count` blocks, evicting as many entries as that needs; None, and no change, if there are too few."""
-        if count > len(self.free) + self.cached:
+        if count > self.available:
             return None
         while len(self.free) < count:
             self.evicted_entries += 1
-            self.remove(self._newer[self.num_blocks])
+            self.remove(next(iter(self._unheld)))
         cut = len(self.free) - count
         taken = self.free[cut:]
         del self.free[cut:]
@@ -92,12 +105,19 @@ class BlockLedger:
         """How many leading blocks of `keys` are there, whether or not a snapshot lets a request begin at their end."""
         return next((count for count, key in enumerate(keys) if key not in self.blocks), len(keys))
 
-    def hittable(self) -> list[tuple[bytes, int]]:
-        """Every (key, tokens) at which a match can end now: what the events so far add up to."""
-        return [(key, self._tokens[entry]) for key, entry in self._hit_points().items()]
+    def inventory(self) -> list[CacheNews]:
+        """Every prefix at which a request can begin now: what the news so far add up to."""
+        return [CacheNews(key, self._tokens[entry]) for key, entry in self._hit_points.items()]
 
-    def _hit_points(self) -> dict[bytes, int]:
-        return self.snapshots if self.has_state else self.blocks
+    def take_news(self) -> list[CacheNews]:
+        """What `inventory` has gained and lost since the last call, oldest first. The first call only begins to watch;
+        whoever watches must go on taking the news."""
+        news, self.news = self.news, []
+        return news or []
+
+    def _note(self, index: dict[bytes, int], key: bytes, tokens: int) -> None:
+        if self.news is not None and index is self._hit_points:
+            self.news.append(CacheNews(key, tokens))
 
     # Entries
 
@@ -118,8 +138,7 @@ class BlockLedger:
         self._keys[entry], self.refs[entry], self._tokens[entry] = key, 1, tokens
         if len(members) > 1:
             self._members[entry] = tuple(members)
-        if index is self._hit_points() and self.on_event:
-            self.on_event("stored", key, tokens)
+        self._note(index, key, tokens)
         return entry
 
     def members(self, entry: int) -> tuple[int, ...]:
@@ -139,9 +158,8 @@ class BlockLedger:
             return
         self._link(entry)
         snapshot = self.snapshots.get(self._keys[entry], entry)
-        if snapshot != entry and self.refs[snapshot] == 0:
-            self._unlink(snapshot)
-            self._link(snapshot)
+        if self.refs[snapshot] == 0:
+            self._unheld.move_to_end(snapshot)
 
     def remove(self, entry: int) -> None:
         """Take an unheld entry out of the index and free its blocks."""
@@ -155,21 +173,17 @@ class BlockLedger:
         self._keys[entry], self.refs[entry] = None, 0
         index = self.snapshots if self.snapshots.get(key) == entry else self.blocks
         del index[key]
-        if index is self._hit_points() and self.on_event:
-            self.on_event("evicted", key, self._tokens[entry])
+        self._note(index, key, 0)
         if index is self.blocks and key in self.snapshots:
             self.remove(self.snapshots[key])  # unheld: whoever holds a snapshot holds the blocks before it
         return members
 
     def _link(self, entry: int) -> None:
-        newest = self._older[self.num_blocks]
-        self._newer[newest] = self._older[self.num_blocks] = entry
-        self._older[entry], self._newer[entry] = newest, self.num_blocks
+        self._unheld[entry] = None
         self.cached += len(self.members(entry))
 
     def _unlink(self, entry: int) -> None:
-        older, newer = self._older[entry], self._newer[entry]
-        self._newer[older], self._older[newer] = newer, older
+        del self._unheld[entry]
         self.cached -= len(self.members(entry))
 
     # The audit
@@ -189,17 +203,9 @@ class BlockLedger:
         for entry in entries:
             if holders[entry] != self.refs[entry]:
                 raise RuntimeError(f"entry {entry} counts {self.refs[entry]} holders and has {holders[entry]}")
-        unheld = self._unheld()
-        if sorted(unheld) != sorted(entry for entry in entries if not self.refs[entry]):
+        if self._unheld.keys() != {entry for entry in entries if not self.refs[entry]}:
             raise RuntimeError("the eviction order and the index disagree on which entries nobody holds")
-        if self.cached != sum(len(self.members(entry)) for entry in unheld):
+        if self.cached != sum(len(self.members(entry)) for entry in self._unheld):
             raise RuntimeError(f"{self.cached} blocks are counted as cached; the unheld entries have another number")
         if self.has_tokens and not self.snapshots.keys() <= self.blocks.keys():
             raise RuntimeError("a snapshot has lost the block that it ends at")
-
-    def _unheld(self) -> list[int]:
-        entries, entry = [], self._newer[self.num_blocks]
-        while entry != self.num_blocks:
-            entries.append(entry)
-            entry = self._newer[entry]
-        return entries

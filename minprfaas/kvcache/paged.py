@@ -1,49 +1,53 @@
 """State in blocks, as the model sees it: `ModelState` over a pool and block tables. Chapter 03 (paper 3.2)."""
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from minprfaas.config import StateKind
 from minprfaas.kvcache.layout import KVGroup
 from minprfaas.kvcache.pool import BlockPool
+from minprfaas.model.spec import Pages, TokenContext
 
 
 class PagedState:
     """The state of a batch of requests during one forward pass (implements `ModelState`).
 
-    `block_tables[request][group]` are block ids; `starts[request]` tokens are already there. Every request must have
-    room for the tokens that the pass appends. Index tensors are built once per group and shared by its layers.
+    `block_tables[request][group]` are block ids; `starts[request]` tokens are already there; `snapshots[request]` are
+    the block tables to store the state into at an offset of this pass. Every request must have room for the tokens
+    that the pass appends. Index tensors are built once per group and shared by its layers.
     """
 
-    def __init__(self, pool: BlockPool, block_tables: Sequence[Sequence[array]], starts: Sequence[int]):
+    def __init__(self, pool: BlockPool, block_tables: Sequence[Sequence[array]], starts: Sequence[int],
+                 snapshots: Sequence[Mapping[int, Sequence[array]]] = ()):
         self.pool = pool
         self.starts = list(starts)
         self.start = torch.tensor(self.starts, dtype=torch.int64, device=pool.device)
-        self._block_tables = block_tables
-        self._indexes: dict[int, "_TokenIndex | torch.Tensor"] = {}  # by group
+        self.snapshot_offsets = tuple(sorted({offset for planned in snapshots for offset in planned}))
+        self.snapshots, self._block_tables = snapshots, block_tables
+        self._token_indexes: dict[int, _TokenIndex] = {}  # by group
+        self._state_tables: dict[int, torch.Tensor] = {}  # by group
 
-    def layer(self, index: int) -> "PagedTokens | PagedRequestState":
-        group = self.pool.layout.group_of_layer[index]
-        return (PagedTokens if group.spec.kind is StateKind.TOKEN else PagedRequestState)(self, group, index)
+    def layer(self, index: int) -> "PagedLayer":
+        """The state of layer `index`."""
+        return PagedLayer(self, self.pool.layout.group_of_layer[index], index)
 
     def token_index(self, group: KVGroup, new: int) -> "_TokenIndex":
         """Where `new` tokens of each request go in `group`, and which blocks hold the context that they complete."""
-        if group.index not in self._indexes:
+        if group.index not in self._token_indexes:
             context, size = max(self.starts) + new, self.pool.layout.block_tokens
             table = self._table(group, [-(-(start + new) // size) for start in self.starts])
             positions = self.start.unsqueeze(1) + torch.arange(new, device=self.pool.device)
-            self._indexes[group.index] = _TokenIndex(
-                table.gather(1, positions // size), positions % size, table.reshape(-1), context)
-        return self._indexes[group.index]
+            self._token_indexes[group.index] = _TokenIndex(
+                table.gather(1, positions // size), positions % size, table, context)
+        return self._token_indexes[group.index]
 
     def state_table(self, group: KVGroup) -> torch.Tensor:
         """The blocks of each request's state in `group`, `[batch, state_blocks]`."""
-        if group.index not in self._indexes:
-            self._indexes[group.index] = self._table(group, [group.state_blocks] * len(self.starts))
-        return self._indexes[group.index]
+        if group.index not in self._state_tables:
+            self._state_tables[group.index] = self._table(group, [group.state_blocks] * len(self.starts))
+        return self._state_tables[group.index]
 
     def _table(self, group: KVGroup, lengths: list[int]) -> torch.Tensor:
         """The first `lengths[request]` blocks of each request, padded with the null block to the longest."""
@@ -53,41 +57,32 @@ class PagedState:
             if length > len(blocks):
                 raise ValueError(f"a request needs {length} blocks in group {group.index}; {len(blocks)} are reserved")
             row[:length] = torch.frombuffer(blocks, dtype=torch.int64, count=length)
-        return table.to(self.pool.device)
+        return table.to(self.pool.device)  # built on the host, so that a device gets one copy and not one a request
 
 
 @dataclass(frozen=True)
 class _TokenIndex:
     new_blocks: torch.Tensor  # [batch, new]
     new_offsets: torch.Tensor  # [batch, new]
-    context_blocks: torch.Tensor  # [batch * blocks]
+    block_table: torch.Tensor  # [batch, blocks]
     context: int  # tokens
 
 
 @dataclass(frozen=True)
-class PagedTokens:
-    """One token-state layer of a batch."""
+class PagedLayer:
+    """One layer of a batch (implements `LayerState`)."""
 
     state: PagedState
     group: KVGroup
     index: int
 
-    def append(self, rows: torch.Tensor) -> torch.Tensor:
-        """Store `rows` `[batch, new, width]`; returns `[batch, context, width]`, padded with finite rows."""
-        where = self.state.token_index(self.group, rows.shape[1])
+    def append(self, rows: torch.Tensor) -> TokenContext:
+        """Store `rows` `[batch, new, width]` in the reserved blocks; returns the whole context."""
+        new = rows.shape[1]
+        where = self.state.token_index(self.group, new)
         view = self.state.pool.token_view(self.index)
         view[where.new_blocks, where.new_offsets] = rows
-        context = view.index_select(0, where.context_blocks).view(len(rows), -1, rows.shape[2])
-        return context[:, :where.context]
-
-
-@dataclass(frozen=True)
-class PagedRequestState:
-    """One request-level layer of a batch."""
-
-    state: PagedState
-    group: KVGroup
-    index: int
+        return TokenContext(Pages(view, where.block_table, self.state.start + new), where.context)
 
     def load(self) -> tuple[torch.Tensor, ...]:
         """The layer's tensors, each `[batch, *shape]`; a request at its beginning starts from zeros."""
@@ -98,4 +93,18 @@ class PagedRequestState:
         return tensors
 
     def store(self, *tensors: torch.Tensor) -> None:
+        """Replace what `load` returned."""
         self.state.pool.write_state(self.index, self.state.state_table(self.group), *tensors)
+
+    @property
+    def snapshot_offsets(self) -> tuple[int, ...]:
+        """Tokens after the pass's beginning at which a copy of the state is wanted as well."""
+        return self.state.snapshot_offsets
+
+    def store_snapshot(self, offset: int, *tensors: torch.Tensor) -> None:
+        """The state after `offset` tokens of this pass, `[batch, *shape]` each, into the blocks made ready for it."""
+        pool = self.state.pool
+        for row, planned in enumerate(self.state.snapshots):
+            if offset in planned:  # others of the batch may not want theirs
+                table = torch.tensor([planned[offset][self.group.index]], dtype=torch.int64, device=pool.device)
+                pool.write_state(self.index, table, *(tensor[row:row + 1] for tensor in tensors))

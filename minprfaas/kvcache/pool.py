@@ -31,13 +31,14 @@ class BlockPool:
         except RuntimeError as error:
             raise UserError(f"a KVCache pool of {num_blocks:,} blocks of {layout.block_bytes:,} bytes does not fit on "
                             f"{device}: {str(error).splitlines()[0]}") from None
-        self.bytes[self.null_block] = 0
+        self.bytes[self.null_block] = 0  # the others hold whatever was there: `zero` cleans one when it is handed out
 
     # Token state
 
     def token_view(self, layer: int) -> torch.Tensor:
         """A layer's rows in every block, `[num_blocks + 1, block_tokens, width]`: a strided view, no copy."""
         ((tensor, offset),) = self.layout.group_of_layer[layer].places(layer)
+        # Blocks have BLOCK_ALIGN bytes and offsets TENSOR_ALIGN, so that both are whole numbers of elements.
         blocks, width = self.bytes.view(tensor.torch_dtype), tensor.shape[0]
         return blocks.as_strided((self.num_blocks + 1, self.layout.block_tokens, width), (blocks.stride(0), width, 1),
                                  offset // blocks.element_size())
@@ -69,30 +70,26 @@ class BlockPool:
 
     def read_state(self, layer: int, blocks: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """A request-level layer's tensors, each `[batch, *shape]`; `blocks` is `[batch, state_blocks]` int64."""
-        return tuple(self._read(tensor, offset, blocks)
-                     for tensor, offset in self.layout.group_of_layer[layer].places(layer))
+        tensors = []
+        for tensor, offset in self.layout.group_of_layer[layer].places(layer):
+            view, first, last, column, length = self._span(tensor, offset)
+            if first == last:
+                values = view[:, column:column + length].index_select(0, blocks[:, first])
+            else:  # gathering whole blocks copies the state once; joining its pieces would copy it twice
+                whole = view.index_select(0, blocks[:, first:last + 1].reshape(-1)).view(len(blocks), -1)
+                values = whole[:, column:column + length]
+            tensors.append(values.view(len(blocks), *tensor.shape))
+        return tuple(tensors)
 
     def write_state(self, layer: int, blocks: torch.Tensor, *tensors: torch.Tensor) -> None:
         """Replace what `read_state` returns; touches only this layer's bytes."""
         for (tensor, offset), value in zip(self.layout.group_of_layer[layer].places(layer), tensors, strict=True):
-            self._write(tensor, offset, blocks, value)
-
-    def _read(self, tensor: TensorSpec, offset: int, blocks: torch.Tensor) -> torch.Tensor:
-        view, first, last, column, length = self._span(tensor, offset)
-        if first == last:
-            values = view[:, column:column + length].index_select(0, blocks[:, first])
-        else:  # gathering whole blocks copies the state once; joining its pieces would copy it twice
-            whole = view.index_select(0, blocks[:, first:last + 1].reshape(-1)).view(len(blocks), -1)
-            values = whole[:, column:column + length]
-        return values.view(len(blocks), *tensor.shape)
-
-    def _write(self, tensor: TensorSpec, offset: int, blocks: torch.Tensor, value: torch.Tensor) -> None:
-        view, first, last, column, length = self._span(tensor, offset)
-        flat, done = value.to(view.dtype).reshape(len(blocks), length), 0
-        for piece in range(first, last + 1):
-            size = min(view.shape[1] - column, length - done)
-            view[:, column:column + size].index_copy_(0, blocks[:, piece], flat[:, done:done + size])
-            done, column = done + size, 0
+            view, first, last, column, length = self._span(tensor, offset)
+            flat, done = value.to(view.dtype).reshape(len(blocks), length), 0
+            for piece in range(first, last + 1):
+                size = min(view.shape[1] - column, length - done)
+                view[:, column:column + size].index_copy_(0, blocks[:, piece], flat[:, done:done + size])
+                done, column = done + size, 0
 
     def _span(self, tensor: TensorSpec, offset: int) -> tuple[torch.Tensor, int, int, int, int]:
         """The pool in the tensor's dtype, the first and last of the state's blocks that it lies in, its column in the
@@ -118,12 +115,12 @@ class BlockPool:
         if data.dtype != torch.uint8 or data.numel() != size:
             raise ValueError(f"layer {layer}, tokens {start} to {end}: {data.numel()} elements of {data.dtype}; "
                              f"they must be {size} bytes")
-        parts = data.reshape(-1).split([size] if spec.kind is StateKind.TOKEN else [tensor.nbytes for tensor in spec.tensors])
-        values = [_typed(part.to(self.device), tensor.torch_dtype) for part, tensor in zip(parts, spec.tensors)]
+        data = data.reshape(-1).to(self.device)
         if spec.kind is StateKind.TOKEN:
-            self.write_tokens(layer, block_table, start, values[0].view(end - start, -1))
+            self.write_tokens(layer, block_table, start, _typed(data, spec.tensors[0]).view(end - start, -1))
         else:
-            self.write_state(layer, self._index(block_table)[None], *values)
+            parts = zip(data.split([tensor.nbytes for tensor in spec.tensors]), spec.tensors)
+            self.write_state(layer, self._index(block_table)[None], *(_typed(part, tensor) for part, tensor in parts))
 
     # Whole blocks
 
@@ -142,6 +139,7 @@ class BlockPool:
         return torch.tensor(blocks, dtype=torch.int64, device=self.device)
 
 
-def _typed(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _typed(data: torch.Tensor, tensor: TensorSpec) -> torch.Tensor:
     """Bytes as elements; a slice of a message may begin anywhere, so a misaligned one is copied first."""
+    dtype = tensor.torch_dtype
     return (data.clone() if data.storage_offset() % dtype.itemsize else data.contiguous()).view(dtype)

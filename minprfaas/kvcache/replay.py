@@ -23,6 +23,7 @@ class ReplayRow:
 
     @property
     def hit_ratio(self) -> float:
+        """Share of the prompts' blocks that were reused, from 0 to 1."""
         return self.hit_blocks / self.blocks if self.blocks else 0.0
 
 

@@ -18,6 +18,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """`[..., size]` -> the same shape."""
         return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
@@ -31,6 +32,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`[batch, tokens, hidden]` -> the same shape."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -38,7 +40,6 @@ class Positions:
     """Where the new tokens of a forward pass stand: `index` `[batch, new]`, `start` `[batch]` tokens came before."""
 
     def __init__(self, start: Tensor, new_tokens: int):
-        self.start = start
         self.index = start[:, None] + torch.arange(new_tokens, device=start.device)
         self._tables: dict = {}
 

@@ -8,11 +8,11 @@ per head and the tail of its convolutions), so it can be reused only at exactly 
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
-from minprfaas.config import GQAConfig, KDAConfig, MLAConfig, MixerConfig, ModelConfig, StateKind
+from minprfaas.config import ModelConfig, StateKind
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -27,10 +27,12 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
+        """Bytes per token for token state, bytes per request for request state."""
         return prod(self.shape) * ITEM_BYTES[self.dtype]
 
     @property
     def torch_dtype(self) -> torch.dtype:
+        """`dtype` as torch has it; the text is what crosses to other processes."""
         return getattr(torch, self.dtype)
 
 
@@ -40,6 +42,7 @@ class StateSpec:
 
     kind: StateKind
     tensors: tuple[TensorSpec, ...]
+    snapshot_stride: int = 1  # tokens: a pass can store a snapshot at each multiple of it from the pass's beginning
 
     @property
     def nbytes(self) -> int:
@@ -47,22 +50,9 @@ class StateSpec:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
-def state_spec(mixer: MixerConfig, dtype: str) -> StateSpec:
-    """The state that `mixer` needs when the model runs in `dtype` (recurrent matrices stay float32)."""
-    if isinstance(mixer, GQAConfig):
-        return StateSpec(StateKind.TOKEN, (TensorSpec("kv", (2 * mixer.num_kv_heads * mixer.head_dim,), dtype),))
-    if isinstance(mixer, MLAConfig):
-        return StateSpec(StateKind.TOKEN, (TensorSpec("latent", (mixer.kv_lora_rank + mixer.qk_shared_dim,), dtype),))
-    assert isinstance(mixer, KDAConfig)
-    channels = mixer.num_heads * mixer.head_dim
-    return StateSpec(StateKind.REQUEST, (
-        TensorSpec("memory", (mixer.num_heads, mixer.head_dim, mixer.head_dim), "float32"),
-        TensorSpec("conv", (3 * channels, mixer.conv_kernel - 1), dtype)))
-
-
 def model_state_specs(config: ModelConfig, dtype: str) -> tuple[StateSpec, ...]:
     """One `StateSpec` a layer."""
-    return tuple(state_spec(layer.mixer, dtype) for layer in config.layers)
+    return tuple(layer.mixer.state_spec(dtype) for layer in config.layers)
 
 
 def kv_bytes(specs: tuple[StateSpec, ...], tokens: int) -> int:
@@ -70,18 +60,48 @@ def kv_bytes(specs: tuple[StateSpec, ...], tokens: int) -> int:
     return sum(spec.nbytes * (tokens if spec.kind is StateKind.TOKEN else 1) for spec in specs)
 
 
+class Pages(NamedTuple):
+    """Token state where it lies: request b's token t is `view[block_table[b, t // block_tokens], t % block_tokens]`."""
+
+    view: torch.Tensor  # [blocks, block_tokens, width]
+    block_table: torch.Tensor  # [batch, blocks of the longest request] int64; a shorter request's row ends in any block
+    lengths: torch.Tensor  # [batch] int64: tokens of each request, the new ones included
+
+
+@dataclass(frozen=True)
+class TokenContext:
+    """The whole context of one token-state layer, new tokens included: as rows, or as the pages that hold them."""
+
+    where: Pages
+    longest: int  # of the lengths
+
+    def pages(self) -> Pages:
+        """Without a copy, for kernels that follow a block table."""
+        return self.where
+
+    def rows(self) -> torch.Tensor:
+        """A contiguous copy `[batch, longest, width]`: the reference. A shorter request's rows end in padding, which is
+        finite, because blocks are zeroed when they are handed out."""
+        gathered = self.where.view.index_select(0, self.where.block_table.flatten())
+        return gathered.view(len(self.where.block_table), -1, self.where.view.shape[2])[:, :self.longest]
+
+
 class LayerState(Protocol):
-    """One layer's state of the requests in one forward pass; a mixer sees this and never a block."""
+    """One layer's state of the requests in one forward pass; a mixer sees this and never a block.
 
-    def append(self, rows: torch.Tensor) -> torch.Tensor:
-        """Token state: store `rows` `[batch, new, width]` after what is there, and return the whole context
-        `[batch, context, width]`, where `context` is the longest; a shorter request's rows end in padding."""
+    Token state: `append` stores `rows` `[batch, new, width]` after what is there, and returns the whole context.
+    Request state: `load` gives the tensors `[batch, *shape]` in the spec's order, zeros for a request that just began,
+    and `store` replaces them. `snapshot_offsets` are the tokens after this pass's beginning (multiples of the spec's
+    `snapshot_stride`, or the pass's length) at which `store_snapshot` is to get what `store` would have been given if
+    the pass had ended there.
+    """
 
-    def load(self) -> tuple[torch.Tensor, ...]:
-        """Request state: the tensors `[batch, *shape]` in the spec's order; zeros for a request that just began."""
+    snapshot_offsets: tuple[int, ...]
 
-    def store(self, *tensors: torch.Tensor) -> None:
-        """Request state: replace what `load` returned."""
+    def append(self, rows: torch.Tensor) -> TokenContext: ...
+    def load(self) -> tuple[torch.Tensor, ...]: ...
+    def store(self, *tensors: torch.Tensor) -> None: ...
+    def store_snapshot(self, offset: int, *tensors: torch.Tensor) -> None: ...
 
 
 class ModelState(Protocol):
@@ -89,8 +109,7 @@ class ModelState(Protocol):
 
     start: torch.Tensor  # [batch] int64: tokens already in the state of each request
 
-    def layer(self, index: int) -> LayerState:
-        """The state of layer `index`."""
+    def layer(self, index: int) -> LayerState: ...
 
 
 OnLayer = Callable[[int], None]  # called with a layer's index once its state holds the new tokens

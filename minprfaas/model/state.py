@@ -1,29 +1,42 @@
-"""The simplest state there is: whole tensors that grow. The reference that the paged KVCache is held against. Chapter 01."""
+"""The simplest state there is: whole tensors that grow; the paged KVCache is held against it. Chapter 01."""
 
 import torch
 from torch import Tensor
 
 from minprfaas.config import ModelConfig, StateKind
-from minprfaas.model.spec import StateSpec, model_state_specs
+from minprfaas.model.spec import Pages, StateSpec, TokenContext, model_state_specs
 
 
 class ContiguousLayerState:
-    """One layer's state in tensors of its own (see `LayerState`)."""
+    """One layer's state (see `LayerState`). Set `snapshot_offsets` before a pass; it leaves `snapshots` by offset."""
 
-    def __init__(self, spec: StateSpec, batch: int, device: torch.device):
-        shapes = [(batch, 0, *tensor.shape) if spec.kind is StateKind.TOKEN else (batch, *tensor.shape) for tensor in spec.tensors]
-        self.tensors = tuple(torch.zeros(shape, dtype=tensor.torch_dtype, device=device)
-                             for shape, tensor in zip(shapes, spec.tensors))
+    def __init__(self, spec: StateSpec, batch: int, device: torch.device | str):
+        self.tensors: tuple[Tensor, ...] = ()
+        for tensor in spec.tensors:
+            shape = (batch, 0, *tensor.shape) if spec.kind is StateKind.TOKEN else (batch, *tensor.shape)
+            self.tensors += (torch.zeros(shape, dtype=tensor.torch_dtype, device=device),)
+        self.snapshot_offsets: tuple[int, ...] = ()
+        self.snapshots: dict[int, tuple[Tensor, ...]] = {}
 
-    def append(self, rows: Tensor) -> Tensor:
-        self.tensors = (torch.cat([self.tensors[0], rows], dim=1),)
-        return self.tensors[0]
+    def append(self, rows: Tensor) -> TokenContext:
+        """Store `rows` `[batch, new, width]`; returns the whole context, as one block a request."""
+        context = torch.cat([self.tensors[0], rows], dim=1)
+        self.tensors = (context,)
+        block_table = torch.arange(len(context), device=context.device)[:, None]
+        lengths = torch.full_like(block_table[:, 0], context.shape[1])
+        return TokenContext(Pages(context, block_table, lengths), context.shape[1])
 
     def load(self) -> tuple[Tensor, ...]:
+        """The tensors, each `[batch, *shape]`."""
         return self.tensors
 
     def store(self, *tensors: Tensor) -> None:
+        """Replace the tensors."""
         self.tensors = tensors
+
+    def store_snapshot(self, offset: int, *tensors: Tensor) -> None:
+        """Keep a copy: what is handed over may be a view of something much larger."""
+        self.snapshots[offset] = tuple(tensor.clone() for tensor in tensors)
 
 
 class ContiguousState:

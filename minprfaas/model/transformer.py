@@ -6,13 +6,9 @@ Modules carry the names of Hugging Face checkpoints, so a tensor's name says whe
 import torch
 from torch import Tensor, nn
 
-from minprfaas.config import GQAConfig, KDAConfig, LayerConfig, MLAConfig, ModelConfig
-from minprfaas.model.attention import GQA, MLA
-from minprfaas.model.kda import KDA
+from minprfaas.config import LayerConfig, ModelConfig
 from minprfaas.model.layers import MLP, Positions, RMSNorm
 from minprfaas.model.spec import ModelState, OnLayer
-
-MIXERS = {GQAConfig: GQA, MLAConfig: MLA, KDAConfig: KDA}
 
 
 class Layer(nn.Module):
@@ -20,7 +16,7 @@ class Layer(nn.Module):
 
     def __init__(self, layer: LayerConfig, config: ModelConfig):
         super().__init__()
-        self.self_attn = MIXERS[type(layer.mixer)](layer.mixer, config.hidden_size, config.norm_eps)
+        self.self_attn = layer.mixer.build(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config.hidden_size, layer.intermediate_size)
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -36,6 +32,7 @@ class Stack(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
     def forward(self, token_ids: Tensor, state: ModelState | None, on_layer: OnLayer | None) -> Tensor:
+        """The last hidden states `[batch, new, hidden]`; see `Transformer.forward`."""
         start = token_ids.new_zeros(token_ids.shape[0]) if state is None else state.start
         positions = Positions(start, token_ids.shape[1])
         x = self.embed_tokens(token_ids)
@@ -62,10 +59,12 @@ class Transformer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """The number format of the weights."""
         return self.model.embed_tokens.weight.dtype
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.model.embed_tokens.weight.device
 
     def forward(self, token_ids: Tensor, state: ModelState | None = None, on_layer: OnLayer | None = None,

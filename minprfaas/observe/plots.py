@@ -4,31 +4,47 @@ import os
 from collections.abc import Mapping, Sequence
 from math import inf
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minprfaas.errors import UserError
+from minprfaas.files import OutputFile
 from minprfaas.scheduling.lengths import LengthDistribution
 from minprfaas.scheduling.planner import Fleet, Plan, sweep
+
+if TYPE_CHECKING:  # an extra that need not be installed
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SHOWN_LENGTHS = 0.89  # figure 5(b) ends at this quantile of the lengths: 60K in the paper's case
 THRESHOLDS = 120
 
 
-def new_figure(width: float = 6.4, height: float = 4.0):
-    """An empty matplotlib figure and its axes. Raises UserError naming the extra when matplotlib is missing."""
+def prepare_plots(directory: str | Path) -> None:
+    """Make the directory, and see that something can be drawn into it, before the work whose result is to be drawn.
+    Raises UserError naming the extra when matplotlib is missing, or what is wrong with the directory."""
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError:
         raise UserError("--plots needs matplotlib, which is not installed; pip install 'minprfaas[plots]'") from None
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
+        raise UserError(f"cannot write into {directory}: {getattr(error, 'strerror', None) or error}") from None
+    OutputFile(Path(directory) / "plots").discard()
+
+
+def new_figure(width: float = 6.4, height: float = 4.0) -> tuple["Figure", "Axes"]:
+    """An empty matplotlib figure and its axes."""
+    from matplotlib.figure import Figure
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()
 
 
-def save_figure(figure, directory: str | Path, name: str) -> Path:
-    """Write `directory/name`, whole or not at all; makes the directory. Raises UserError when it cannot."""
+def save_figure(figure: "Figure", directory: str | Path, name: str) -> Path:
+    """Write `directory/name`, whole or not at all. Raises UserError when it cannot."""
     path = Path(directory) / name
     partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(partial, dpi=150)
         os.replace(partial, path)
     except OSError as error:
@@ -54,7 +70,7 @@ def draw_plan(directory: str | Path, fleet: Fleet, lengths: LengthDistribution, 
             save_figure(by_split, directory, "figure_5a.png"), save_figure(by_threshold, directory, "figure_5b.png")]
 
 
-def _draw_kv_throughput(kv_gbps: Mapping[str, Sequence[tuple[int, float]]]):
+def _draw_kv_throughput(kv_gbps: Mapping[str, Sequence[tuple[int, float]]]) -> "Figure":
     """Figure 2: what an instance emits while it prefills, over the length of the prompt."""
     figure, axes = new_figure()
     for name, points in kv_gbps.items():
@@ -66,7 +82,7 @@ def _draw_kv_throughput(kv_gbps: Mapping[str, Sequence[tuple[int, float]]]):
     return figure
 
 
-def _draw_bounds(plans: Sequence[Plan], x: Sequence[float], best: float, x_label: str, title: str):
+def _draw_bounds(plans: Sequence[Plan], x: Sequence[float], best: float, x_label: str, title: str) -> "Figure":
     """What each stage allows the system, the system itself, and the planned point."""
     figure, axes = new_figure()
     stages = {"PrfaaS: Θ_prfaas / p": ("prfaas compute", "prfaas egress"), "PD-P: Θ_pdp / (1 - p)": ("pdp",),

@@ -6,11 +6,15 @@ from collections.abc import Sequence
 def table(headers: Sequence[str], rows: Sequence[Sequence], indent: str = "  ") -> str:
     """Aligned columns under a rule: numbers to the right, words to the left. Floats are printed as given strings."""
     cells = [[_cell(value) for value in row] for row in rows]
-    widths = [max([len(header), *(len(row[i]) for row in cells)]) for i, header in enumerate(headers)]
-    right = [bool(cells) and all(_is_number(row[i]) for row in cells) for i in range(len(headers))]
-    lines = [[*headers], ["─" * width for width in widths], *cells]
-    return "\n".join(indent + "  ".join(cell.rjust(width) if is_right else cell.ljust(width)
-                                        for cell, width, is_right in zip(line, widths, right)).rstrip() for line in lines)
+    columns = [[row[i] for row in cells] for i in range(len(headers))]
+    widths = [max(map(len, [header, *column])) for header, column in zip(headers, columns)]
+    to_the_right = [bool(column) and all(map(_is_number, column)) for column in columns]
+    lines = []
+    for line in ([*headers], ["─" * width for width in widths], *cells):
+        padded = [cell.rjust(width) if right else cell.ljust(width)
+                  for cell, width, right in zip(line, widths, to_the_right)]
+        lines.append(indent + "  ".join(padded).rstrip())
+    return "\n".join(lines)
 
 
 def human_bytes(count: float) -> str:
@@ -22,7 +26,7 @@ def human_bytes(count: float) -> str:
     raise AssertionError
 
 
-def _cell(value) -> str:
+def _cell(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 

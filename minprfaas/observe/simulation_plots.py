@@ -24,8 +24,8 @@ def draw_simulation(directory: str | Path, report: Report) -> list[Path]:
     return [_draw(directory, name, over.time_s, *about) for name, about in curves.items()]
 
 
-def _draw(directory, name: str, time_s: Sequence[float], left_unit: str, left: dict, right_unit: str,
-          right: dict) -> Path:
+def _draw(directory: str | Path, name: str, time_s: Sequence[float], left_unit: str, left: dict[str, Sequence[float]],
+          right_unit: str, right: dict[str, Sequence[float]]) -> Path:
     figure, axes = new_figure(8.0, 3.2)
     other = axes.twinx()
     for label, values in left.items():

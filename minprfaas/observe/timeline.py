@@ -10,6 +10,8 @@ import threading
 from collections import deque
 from pathlib import Path
 
+from minprfaas.files import write_whole
+
 EVENT_LIMIT = 400_000  # the oldest are dropped: a timeline must not become the leak that it is meant to show
 
 
@@ -49,9 +51,11 @@ class Timeline:
             return [process, *names, *self._events]
 
 
+def timeline_json(*event_lists: list[dict]) -> str:
+    """The events of one or more processes as the text of one file."""
+    return json.dumps({"traceEvents": [event for events in event_lists for event in events], "displayTimeUnit": "ms"})
+
+
 def write_timeline(path: str | Path, *event_lists: list[dict]) -> None:
-    """Write the events of one or more processes as one file, whole or not at all."""
-    temporary = Path(f"{path}.tmp{os.getpid()}")
-    temporary.write_text(json.dumps({"traceEvents": [event for events in event_lists for event in events],
-                                     "displayTimeUnit": "ms"}), encoding="utf-8")
-    os.replace(temporary, path)
+    """Write the events of one or more processes as one file, whole or not at all. Raises UserError."""
+    write_whole(path, timeline_json(*event_lists))

@@ -1,8 +1,7 @@
 """How long requests are: the (incremental) prompt lengths that a plan is made for. Chapter 10, paper 4.1.
 
-Every distribution is kept as equally likely lengths in rising order, whether they were observed or are the midpoints
-of equally likely slices of a formula. A mean over the longer part is then a difference of two running sums, which is
-what makes an exhaustive search cheap, and `P(L > t)` and the means agree with each other exactly.
+Every distribution is kept as equally likely lengths in rising order: observed ones, or midpoints of equally likely
+slices of a formula. So a mean over the longer part is a difference of two running sums, and an exhaustive search cheap.
 """
 
 from bisect import bisect_right
@@ -11,9 +10,9 @@ from itertools import accumulate
 from math import exp, log
 from statistics import NormalDist
 
-from minprfaas.errors import UserError
-from minprfaas.errors import require_number
+from minprfaas.errors import UserError, require_number
 
+MAX_TOKENS = 1_000_000_000  # of a prompt or an answer
 SLICES = 4096  # of a formula: an error of about 0.01% in the means of the paper's case
 
 
@@ -28,7 +27,7 @@ class LengthDistribution:
         return bisect_right(self.values, threshold)
 
     def tail(self, threshold: float) -> float:
-        """The fraction of requests above `threshold`: P(L > t)."""
+        """P(L > t)."""
         return 1 - self.count_up_to(threshold) / len(self.values)
 
     def mean(self, of: Callable[[float], float]) -> float:
@@ -62,7 +61,7 @@ class EmpiricalLengths(LengthDistribution):
         if not lengths:
             raise UserError("the list of request lengths is empty; a distribution needs at least 1")
         for length in lengths:
-            require_number("a request length", length, least=0)
+            require_number("a request length", length, least=0, most=MAX_TOKENS)
         super().__init__(sorted(lengths))
 
 
@@ -73,7 +72,7 @@ class TruncatedLogNormal(LengthDistribution):
         require_number("log-normal mu", mu, least=0)
         require_number("log-normal sigma", sigma, above=0)
         require_number("shortest request", low, above=0)
-        require_number("longest request", high, above=low)
+        require_number("longest request", high, above=low, most=MAX_TOKENS)
         normal = NormalDist(mu, sigma)
         first, last = normal.cdf(log(low)), normal.cdf(log(high))
         if last - first < 1e-6:

@@ -4,20 +4,11 @@ Time is an argument: the simulator's clock and the live one are the same to it.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from minprfaas.config import LinkSample
 from minprfaas.errors import UserError
-
-
-@dataclass(frozen=True)
-class LinkSample:
-    """One link direction over the interval that ends at `time_s`. `utilization` is the share of the time in which it
-    was busy (or of its known rate), so delivered `gbps` over it is the capacity; `queued_bytes` wait to leave."""
-
-    time_s: float
-    gbps: float
-    utilization: float
-    queued_bytes: float
+from minprfaas.scheduling.router import LinkView
 
 
 @dataclass(frozen=True)
@@ -34,7 +25,7 @@ class Marks:
     forget_s: float = 60.0  # time constant with which an idle link's capacity returns to its nominal value
     stale_s: float = 15.0  # without a sample for this long, be careful: scarce
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.low_utilization < self.high_utilization <= 1:
             raise UserError(f"utilization marks {self.low_utilization} and {self.high_utilization} are out of order; "
                             f"they must be 0 < low < high <= 1")
@@ -43,49 +34,52 @@ class Marks:
                             f"they must be 0 <= low < high")
 
 
-class CongestionMonitor:
-    """Watches one link direction whose nominal capacity is `nominal_gbps`."""
+class CongestionMonitor(LinkView):
+    """One direction of the line between the clusters, said to carry `nominal_gbps`. `gbps` is what it really gives when
+    it is asked to, and like `utilization` smoothed."""
 
     def __init__(self, nominal_gbps: float, marks: Marks = Marks()):
+        super().__init__(nominal_gbps, up=nominal_gbps > 0)
         self.nominal_gbps, self.marks = nominal_gbps, marks
-        self.utilization = 0.0  # smoothed
-        self.capacity_gbps = nominal_gbps  # smoothed; what the link really gives when it is asked to
-        self.queued_bytes = 0.0
-        self._sampled_at: float | None = None
+        self._samples: dict[str, LinkSample] = {}  # the last of each sender, by the time at which it was heard
+        self._observed_at_s = -math.inf
         self._regime, self._since_s = "abundant", -math.inf
 
-    @property
-    def queue_s(self) -> float:
-        """Seconds until what is queued has left, at the observed capacity."""
-        return self.queued_bytes * 8e-9 / self.capacity_gbps if self.queued_bytes else 0.0
+    def hear(self, sender: str, sample: LinkSample, now_s: float) -> None:
+        """Take one sender's sample. What all senders put on the line adds up; one that has been silent counts no more.
+        A sender's clock may be another machine's: it is not looked at."""
+        self._samples[sender] = replace(sample, time_s=now_s)
+        recent = [one for one in self._samples.values() if now_s - one.time_s <= self.marks.stale_s]
+        utilization = min(sum(one.utilization for one in recent), 1.0)
+        queued_bytes = sum(one.queued_bytes for one in recent)
+        self.observe(LinkSample(now_s, sum(one.gbps for one in recent), utilization, queued_bytes))
 
     def observe(self, sample: LinkSample) -> None:
-        """Take one sample; samples older than the last one are ignored."""
-        if self._sampled_at is not None and sample.time_s <= self._sampled_at:
+        """Take a sample of the whole line; one that is not younger than the last is ignored."""
+        elapsed_s = sample.time_s - self._observed_at_s  # infinite for the first one, which then counts alone
+        if elapsed_s <= 0:
             return
-        elapsed = sample.time_s - self._sampled_at if self._sampled_at is not None else math.inf
-        weight = 1 - math.exp(-elapsed / self.marks.smooth_s)
-        self._sampled_at, self.queued_bytes = sample.time_s, sample.queued_bytes
+        self._observed_at_s, self.queued_bytes = sample.time_s, sample.queued_bytes
+        weight = 1 - math.exp(-elapsed_s / self.marks.smooth_s)
         self.utilization += weight * (sample.utilization - self.utilization)
         if sample.utilization > 0.02 or sample.queued_bytes:
             capacity = sample.gbps / sample.utilization if sample.utilization > 0.02 else sample.gbps
-            self.capacity_gbps += weight * (max(capacity, 1e-6) - self.capacity_gbps)
+            self.gbps += weight * (max(capacity, 1e-6) - self.gbps)
         else:  # an idle link says nothing about its capacity, but is more and more worth trying
-            weight = 1 - math.exp(-elapsed / self.marks.forget_s)
-            self.capacity_gbps += weight * (self.nominal_gbps - self.capacity_gbps)
+            weight = 1 - math.exp(-elapsed_s / self.marks.forget_s)
+            self.gbps += weight * (self.nominal_gbps - self.gbps)
         self._settle(sample.time_s)
 
     def _settle(self, time_s: float) -> None:
         marks = self.marks
-        if self.utilization >= marks.high_utilization or self.queue_s >= marks.high_queue_s:
+        queue_s = self.queued_bytes * 8e-9 / self.gbps if self.queued_bytes else 0.0  # at the observed capacity
+        if self.utilization >= marks.high_utilization or queue_s >= marks.high_queue_s:
             if self._regime != "scarce":
                 self._regime, self._since_s = "scarce", time_s
-        elif self.utilization < marks.low_utilization and self.queue_s <= marks.low_queue_s:
+        elif self.utilization < marks.low_utilization and queue_s <= marks.low_queue_s:
             if self._regime != "abundant" and time_s - self._since_s >= marks.hold_s:
                 self._regime, self._since_s = "abundant", time_s
 
     def regime(self, time_s: float) -> str:
         """"scarce" or "abundant" at `time_s`."""
-        if self._sampled_at is None or time_s - self._sampled_at > self.marks.stale_s:
-            return "scarce"
-        return self._regime
+        return self._regime if time_s - self._observed_at_s <= self.marks.stale_s else "scarce"

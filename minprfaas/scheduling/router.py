@@ -3,22 +3,23 @@
 Pure: the same request and the same view give the same decision, and the decision says its reason in words.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
-from types import MappingProxyType
 from typing import NamedTuple
 
+from minprfaas.config import Role
 from minprfaas.errors import RequestError, UserError
 
 DECODE_SLACK_REQUESTS = 4  # how much longer a decode node's queue may be for the sake of the prefix that it holds
+FABRIC_GBPS = 800.0  # inside a datacenter, where nobody told otherwise: 100 GB/s
 _load = attrgetter("load")
 
 
 @dataclass(slots=True)
 class NodeView:
-    """A node that takes new work (a dead or draining one is not in the view). `load`: uncached tokens waiting or being
-    computed on a prefill node (and, where known, each request's fixed cost in tokens), requests on a decode node."""
+    """A node that takes new work. `load`: uncached tokens waiting or being computed on a prefill node (with each
+    request's fixed cost in tokens, where it is known), requests on a decode node."""
 
     name: str
     load: float = 0
@@ -26,7 +27,7 @@ class NodeView:
 
 @dataclass(slots=True)
 class LinkView:
-    """One direction of the link between the clusters: `gbps` is its observed capacity, `utilization` from 0 to 1."""
+    """One direction of a link: `gbps` is its observed capacity, `utilization` from 0 to 1."""
 
     gbps: float
     utilization: float = 0.0
@@ -35,35 +36,37 @@ class LinkView:
 
     def seconds_for(self, count_bytes: float) -> float:
         """Until `count_bytes` handed over now have left, behind what is queued."""
-        return (self.queued_bytes + count_bytes) * 8 / (self.gbps * 1e9) if self.up and self.gbps > 0 else float("inf")
+        if not self.up or self.gbps <= 0:
+            return float("inf")
+        return (self.queued_bytes + count_bytes) * 8 / (self.gbps * 1e9)
 
 
 @dataclass(slots=True)
 class ClusterView:
-    """What the router sees at `time_s`. A node that both prefills and decodes stands in `pdp` and in `pdd`.
+    """What the router sees. `egress` carries KVCache from the PrfaaS cluster to the PD cluster, `ingress` cached
+    prefixes the other way, `fabric` those that stay inside a cluster; `regime` is the monitor's."""
 
-    `egress` carries KVCache from the PrfaaS cluster to the PD cluster, `ingress` cached prefixes the other way;
-    `regime` is the congestion monitor's: "scarce" or "abundant".
-    """
-
-    time_s: float
     prfaas: Sequence[NodeView]
     pdp: Sequence[NodeView]
     pdd: Sequence[NodeView]
     egress: LinkView
     ingress: LinkView
-    regime: str = "scarce"
+    regime: str = "scarce"  # or "abundant"
+    fabric: LinkView = field(default_factory=lambda: LinkView(FABRIC_GBPS))
 
 
 class RouteRequest(NamedTuple):
-    """`matches`: cached prefix tokens of this prompt on each node that has any (`Directory.match(...).nodes`)."""
+    """A prompt of `prompt_tokens`. `keys`: the chained keys of its full blocks, but for the last token, which is always
+    computed. `avoid`: nodes that are not to be used, because they failed this request before."""
 
+    id: Hashable
     prompt_tokens: int
-    matches: Mapping[str, int] = MappingProxyType({})
+    keys: Sequence[Hashable] = ()
+    avoid: frozenset[str] = frozenset()
 
 
 class CacheTransfer(NamedTuple):
-    """Ship cached tokens `[start, end)` from node `source` in the other cluster before the prefill begins."""
+    """Ship cached tokens `[start, end)` from node `source`, of either cluster, before the prefill begins."""
 
     source: str
     start: int
@@ -72,11 +75,11 @@ class CacheTransfer(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """`route` is "prfaas" or "pdp". The router judged `incremental_tokens` against `threshold`; `node` will find
+    """The router judged `incremental_tokens` against `threshold`; `node`, of the cluster that `route` names, will find
     `cached_tokens` (after `transfer`, if any), and `decode_node` already holds `decode_cached_tokens`: only what comes
     after those crosses the link."""
 
-    route: str
+    route: Role
     node: str
     decode_node: str
     threshold: float
@@ -97,111 +100,157 @@ class TransferCosts:
     prfaas_s_per_token: float
     pdp_s_per_token: float
 
+    def s_per_token(self, cluster: Role) -> float:
+        """Seconds that a prefill node of `cluster` computes at one token."""
+        return self.prfaas_s_per_token if cluster is Role.PRFAAS else self.pdp_s_per_token
+
+    def bytes_of(self, tokens: int) -> float:
+        """What a prefix of so many tokens (or the part of it that is missing) weighs on its way, the state included."""
+        return tokens * self.token_bytes + self.state_bytes
+
+
+class _Holder(NamedTuple):
+    """A node and the tokens of the prompt that it holds."""
+
+    node: NodeView
+    tokens: int
+
+
+class _Choice(NamedTuple):
+    """A cluster, the incremental length it was judged by, the longest prefix to be had there and over which link."""
+
+    cluster: Role
+    incremental_tokens: int
+    source: _Holder
+    link: LinkView
+    why: str
+
 
 class Router:
     """Routes one request at a time. `threshold` t in tokens may be set at any time (the short-term loop does).
 
-    `costs` None never ships a cached prefix. `selective` False is the baseline without a threshold: the least-loaded
-    node of both clusters, whatever the length.
+    With `costs`, a prefix that another node of the cluster holds is fetched over the fabric where that is sooner than
+    computing it; with `ship_prefixes` too, one of the other cluster over the link while bandwidth is abundant.
+    `selective` False is the baseline without a threshold: the least-loaded node of both clusters, whatever the length.
     """
 
-    def __init__(self, threshold: float, costs: TransferCosts | None = None, selective: bool = True):
+    def __init__(self, threshold: float, costs: TransferCosts | None = None, ship_prefixes: bool = False,
+                 selective: bool = True):
         if not threshold >= 0:
             raise UserError(f"threshold {threshold} is out of range; it must be at least 0 tokens")
-        self.threshold, self.costs, self.selective = threshold, costs, selective
+        self.threshold, self.costs, self.ship_prefixes, self.selective = threshold, costs, ship_prefixes, selective
 
-    def route(self, request: RouteRequest, view: ClusterView) -> Decision:
-        """Choose cluster and nodes. Raises RequestError ("no_node") when nothing can prefill or nothing can decode."""
+    def route(self, request: RouteRequest, matches: Mapping[str, int], view: ClusterView) -> Decision:
+        """Choose cluster and nodes. `matches`: cached prefix tokens of this prompt on each node that has any
+        (`Directory.match`). Raises RequestError ("no_node") when nothing can prefill or nothing can decode."""
+        if request.avoid:
+            view = _without(request.avoid, view)
         if not view.pdd or not (view.pdp or (view.prfaas and view.egress.up)):
             raise RequestError("no_node", f"{len(view.pdd)} decode nodes, {len(view.pdp)} PD-P nodes, "
                                           f"{len(view.prfaas)} PrfaaS nodes, link {'up' if view.egress.up else 'down'}")
-        cluster, incremental, transfer, why = self._choose_cluster(request, view)
-        nodes = view.prfaas if cluster == "prfaas" else view.pdp
-        fetched = transfer.end if transfer else 0
-        node, own = _cheapest(request, nodes, fetched)
-        cached = max(own, fetched)
-        if transfer is not None:  # what crosses begins where the chosen node's own cache ends
-            transfer = self._transfer(transfer.source, own, fetched) if own < fetched else None
-        decoder, decode_cached = _decoder(request, view.pdd)
-        reason = f"{why}: {'PrfaaS' if cluster == 'prfaas' else 'PD-P'} {node.name}, cached {cached:,}"
-        return Decision(cluster, node.name, decoder.name, self.threshold, incremental, cached, decode_cached, transfer,
-                        reason)
+        most = request.prompt_tokens - 1  # at least one token is always computed: the answer begins with its logits
+        prfaas, pdp, pdd = (_holders(nodes, matches, most) for nodes in (view.prfaas, view.pdp, view.pdd))
+        # A prefill node can use what a decode node of its cluster holds only if that can be fetched.
+        choice = self._choose_cluster(request, view, _longest(prfaas), _longest(pdp + pdd if self.costs else pdp))
+        if choice.cluster is Role.PRFAAS:
+            name, (prefiller, transfer) = "PrfaaS", self._choose_node(choice, view.prfaas, prfaas)
+        else:
+            name, (prefiller, transfer) = "PD-P", self._choose_node(choice, view.pdp, pdp)
+        decoder = _choose_decoder(view.pdd, pdd)
+        cached = transfer.end if transfer else prefiller.tokens
+        reason = f"{choice.why}: {name} {prefiller.node.name}, cached {cached:,}"
+        if transfer:
+            reason += f", of them {transfer.end - transfer.start:,} shipped from {transfer.source}"
+        if request.avoid:
+            reason += f"; avoiding {', '.join(sorted(request.avoid))}"
+        return Decision(choice.cluster, prefiller.node.name, decoder.node.name, self.threshold,
+                        choice.incremental_tokens, cached, decoder.tokens, transfer, reason)
 
-    def _choose_cluster(self, request: RouteRequest, view: ClusterView) -> tuple[str, int, CacheTransfer | None, str]:
-        """(cluster, the incremental length it was judged by, a cache transfer or None, the reason's first half)."""
-        total = request.prompt_tokens
-        pd_source, l_pd = _longest(request, view.pdp)
+    def _choose_cluster(self, request: RouteRequest, view: ClusterView, prfaas: _Holder, pd: _Holder) -> _Choice:
+        """`prfaas` and `pd` hold the longest prefix in each cluster: l_prfaas and l_pd (paper 3.4.3)."""
         if not view.prfaas or not view.egress.up:
-            return "pdp", total - l_pd, None, f"{total - l_pd:,} uncached, {'link' if view.prfaas else 'PrfaaS'} down"
-        prfaas_source, l_prfaas = _longest(request, view.prfaas)
-        if not view.pdp:
-            return "prfaas", total - l_prfaas, None, f"{total - l_prfaas:,} uncached, no PD-P node"
-        if not self.selective:
-            return self._least_loaded(total, l_prfaas, l_pd, view)
-        if view.regime == "abundant" and self.costs and l_prfaas != l_pd:
+            cluster, why = Role.PDP, "link down" if view.prfaas else "PrfaaS down"
+        elif not view.pdp:
+            cluster, why = Role.PRFAAS, "no PD-P node"
+        elif not self.selective:
+            away = min(map(_load, view.prfaas)) < min(map(_load, view.pdp))
+            cluster, why = Role.PRFAAS if away else Role.PDP, "least loaded"
+        else:
+            return self._judge(request.prompt_tokens, view, prfaas, pd)
+        source = prfaas if cluster is Role.PRFAAS else pd
+        incremental = request.prompt_tokens - source.tokens
+        return _Choice(cluster, incremental, source, view.fabric, f"{incremental:,} uncached, {why}")
+
+    def _judge(self, prompt_tokens: int, view: ClusterView, prfaas: _Holder, pd: _Holder) -> _Choice:
+        """The threshold rule, by the longer prefix of both clusters or by each cluster's own."""
+        if self.ship_prefixes and self.costs and view.regime == "abundant":
             # Compute is the scarce thing: judge by the longer prefix, wherever it is, if it is worth shipping.
-            incremental = total - max(l_prfaas, l_pd)
-            cluster, by = self._judge(incremental, view)
-            own, source, other = (l_prfaas, pd_source, l_pd) if cluster == "prfaas" else (l_pd, prfaas_source, l_prfaas)
-            if other <= own:
-                return cluster, incremental, None, by
-            transfer = self._transfer(source, own, other)
-            if self._worth_shipping(transfer, cluster, view):
-                return cluster, incremental, transfer, f"{by}, {other - own:,} cached tokens shipped from {source}"
-        cluster, by = self._judge(total - l_pd, view)  # each cluster by its own cache
-        return cluster, total - l_pd, None, by
+            incremental = prompt_tokens - max(prfaas.tokens, pd.tokens)
+            cluster, why = self._compare(incremental, view)
+            own, other, link = (prfaas, pd, view.ingress) if cluster is Role.PRFAAS else (pd, prfaas, view.egress)
+            missing = other.tokens - own.tokens
+            if missing <= 0:
+                return _Choice(cluster, incremental, own, view.fabric, why)
+            if link.seconds_for(self.costs.bytes_of(missing)) < missing * self.costs.s_per_token(cluster):
+                return _Choice(cluster, incremental, other, link, why)
+        incremental = prompt_tokens - pd.tokens
+        cluster, why = self._compare(incremental, view)
+        return _Choice(cluster, incremental, prfaas if cluster is Role.PRFAAS else pd, view.fabric, why)
 
-    def _judge(self, incremental: int, view: ClusterView) -> tuple[str, str]:
-        """The threshold rule: above t, offload."""
+    def _compare(self, incremental: int, view: ClusterView) -> tuple[Role, str]:
         away = incremental > self.threshold
-        return ("prfaas" if away else "pdp",
-                f"{incremental:,} uncached {'>' if away else '≤'} t={self.threshold:,.0f}, "
-                f"egress {view.egress.utilization:.0%} of limit, {view.regime}")
+        why = (f"{incremental:,} uncached {'>' if away else '≤'} t={self.threshold:,.0f}, "
+               f"egress {view.egress.utilization:.0%} of limit, {view.regime}")
+        return Role.PRFAAS if away else Role.PDP, why
 
-    def _least_loaded(self, total: int, l_prfaas: int, l_pd: int, view: ClusterView):
-        away = min(map(_load, view.prfaas)) < min(map(_load, view.pdp))
-        incremental = total - (l_prfaas if away else l_pd)
-        return "prfaas" if away else "pdp", incremental, None, f"{incremental:,} uncached, least loaded"
+    def _choose_node(self, choice: _Choice, nodes: Sequence[NodeView],
+                     holders: list[_Holder]) -> tuple[_Holder, CacheTransfer | None]:
+        """The node with the fewest tokens to compute until this request is done, and what it is to fetch. So cache
+        affinity, the queue and the time of a fetch are weighed against each other in one unit."""
+        end = choice.source.tokens
+        compute_s = self.costs.s_per_token(choice.cluster) if self.costs else 0.0
 
-    def _transfer(self, source: str, start: int, end: int) -> CacheTransfer:
-        return CacheTransfer(source, start, end, (end - start) * self.costs.token_bytes + self.costs.state_bytes)
+        def saved_by_fetch(own: int) -> float:
+            """Tokens of the prefix, less those that could be computed while what is missing of it travels."""
+            if own >= end or compute_s <= 0:
+                return 0.0
+            return end - choice.link.seconds_for(self.costs.bytes_of(end - own)) / compute_s
 
-    def _worth_shipping(self, transfer: CacheTransfer, cluster: str, view: ClusterView) -> bool:
-        """Whether the bytes arrive sooner than the same tokens could be computed."""
-        link, per_token = ((view.ingress, self.costs.prfaas_s_per_token) if cluster == "prfaas"
-                           else (view.egress, self.costs.pdp_s_per_token))
-        return link.seconds_for(transfer.bytes) < (transfer.end - transfer.start) * per_token
+        def rank(candidate: _Holder) -> tuple[float, int]:
+            node, own = candidate
+            return node.load - max(own, saved_by_fetch(own)), -own
 
-
-def _longest(request: RouteRequest, nodes: Sequence[NodeView]) -> tuple[str, int]:
-    """(node, tokens) of the longest usable cached prefix among `nodes`; at least one token is always computed."""
-    best = max(_holders(request, nodes), key=lambda pair: pair[1], default=None)
-    return ("", 0) if best is None else (best[0].name, best[1])
-
-
-def _holders(request: RouteRequest, nodes: Sequence[NodeView]) -> Iterable[tuple[NodeView, int]]:
-    if not request.matches:
-        return ()
-    matches, most = request.matches, request.prompt_tokens - 1
-    return [(node, min(matches[node.name], most)) for node in nodes if node.name in matches]
+        best = min([_idlest(nodes), *holders], key=rank)
+        if saved_by_fetch(best.tokens) <= best.tokens:
+            return best, None
+        nbytes = self.costs.bytes_of(end - best.tokens)
+        return best, CacheTransfer(choice.source.node.name, best.tokens, end, nbytes)
 
 
-def _cheapest(request: RouteRequest, nodes: Sequence[NodeView], fetched: int) -> tuple[NodeView, int]:
-    """(node, tokens in its own cache) with the fewest tokens to compute until this request is done: cache affinity
-    weighed against the queue in one unit. `fetched` tokens will be there on any node."""
-    best, own = min(nodes, key=_load), 0
-    for node, tokens in _holders(request, nodes):
-        more = node.load - max(tokens, fetched) - (best.load - max(own, fetched))
-        if more < 0 or (more == 0 and tokens > own):
-            best, own = node, tokens
-    return best, own
+def _without(avoid: frozenset[str], view: ClusterView) -> ClusterView:
+    """The view without some nodes, neither to work nor to hold a prefix."""
+    prfaas, pdp, pdd = ([node for node in nodes if node.name not in avoid]
+                        for nodes in (view.prfaas, view.pdp, view.pdd))
+    return replace(view, prfaas=prfaas, pdp=pdp, pdd=pdd)
 
 
-def _decoder(request: RouteRequest, nodes: Sequence[NodeView]) -> tuple[NodeView, int]:
+def _holders(nodes: Sequence[NodeView], matches: Mapping[str, int], most: int) -> list[_Holder]:
+    if not matches:
+        return []
+    return [_Holder(node, min(matches[node.name], most)) for node in nodes if node.name in matches]
+
+
+def _idlest(nodes: Sequence[NodeView]) -> _Holder:
+    """Counted on for nothing; where it holds something it is among the holders too."""
+    return _Holder(min(nodes, key=_load), 0)
+
+
+def _longest(holders: list[_Holder]) -> _Holder:
+    return max(holders, key=attrgetter("tokens"), default=_Holder(NodeView("nobody"), 0))
+
+
+def _choose_decoder(nodes: Sequence[NodeView], holders: list[_Holder]) -> _Holder:
     """The decode node with the longest prefix, unless its queue is much longer than the shortest."""
-    best, cached = min(nodes, key=_load), 0
-    limit = best.load + DECODE_SLACK_REQUESTS
-    for node, tokens in _holders(request, nodes):
-        if tokens > cached and node.load <= limit:
-            best, cached = node, tokens
-    return best, cached
+    idlest = _idlest(nodes)
+    limit = idlest.node.load + DECODE_SLACK_REQUESTS
+    return max([idlest, *(holder for holder in holders if holder.node.load <= limit)], key=attrgetter("tokens"))

@@ -5,8 +5,8 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
-from minprfaas.scheduling.lengths import LengthDistribution
 from minprfaas.errors import require_number
+from minprfaas.scheduling.lengths import LengthDistribution
 from minprfaas.simulator.nodes import SimRequest
 from minprfaas.simulator.trace import TraceRequest
 
@@ -34,9 +34,11 @@ def bursty(rate_rps: float, rng: random.Random) -> Iterator[float]:
     start_s, burst = 0.0, False
     while True:
         end_s = start_s + rng.expovariate(1 / (BURST_MEAN_S if burst else calm_mean_s))
-        time_s = start_s
-        while (time_s := time_s + rng.expovariate(BURST_FACTOR * rate_rps if burst else calm_rps)) < end_s:
+        phase_rps = BURST_FACTOR * rate_rps if burst else calm_rps
+        time_s = start_s + rng.expovariate(phase_rps)
+        while time_s < end_s:
             yield time_s
+            time_s += rng.expovariate(phase_rps)
         start_s, burst = end_s, not burst
 
 

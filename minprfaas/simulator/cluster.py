@@ -1,38 +1,37 @@
-"""The simulated cluster: the live cluster's router, monitor, directory and loops, over simulated nodes. Chapter 12.
+"""The simulated cluster: nodes and a link that are modelled, under the very control plane that the live cluster has.
 
-A request's way: arrival, route, (cached prefix shipped across), prefill queue, prefill with its KVCache streaming over
-the link, decode. A failed node's requests are routed again; prefix reuse is looked up again when a prefill begins.
+A request's way: arrival, route, (cached prefix shipped or fetched), prefill queue, prefill with its KVCache streaming
+over the link, decode. What happens is told to `ControlPlane.hear`, and its actions are carried out here. Requests of a
+node that fails are routed again; prefix reuse is looked up again when a prefill begins. Chapter 12 (paper 3.3, 3.4.3).
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from minprfaas.config import Role
 from minprfaas.errors import RequestError, UserError
-from minprfaas.scheduling.directory import Directory, PrefixMatch
-from minprfaas.scheduling.monitor import CongestionMonitor
+from minprfaas.scheduling import control as plane
+from minprfaas.scheduling.control import ControlPlane, ControlSettings
 from minprfaas.scheduling.planner import Fleet
-from minprfaas.scheduling.roles import RoleChange, RoleLoop
-from minprfaas.scheduling.router import ClusterView, Decision, LinkView, NodeView, Router, RouteRequest, TransferCosts
-from minprfaas.scheduling.threshold import Observation, ThresholdLoop
+from minprfaas.scheduling.roles import RoleChange
+from minprfaas.scheduling.router import FABRIC_GBPS, CacheTransfer, RouteRequest
 from minprfaas.simulator.events import Clock
 from minprfaas.simulator.link import FluidLink
 from minprfaas.simulator.nodes import DecodeNode, PrefillNode, PrefixCache, SimRequest
 from minprfaas.simulator.report import Recorder, Report, Tick
 
-TICK_S = 1.0  # how often links are sampled and the loops are asked
+TICK_S = 1.0  # how often links are sampled and the control plane is asked what to do
 RTT_S = 0.02  # modelled, between the clusters
 ROLE_SWITCH_S = 10.0  # modelled: a drained node restarts in its other role
-NO_MATCH = PrefixMatch()
+MAX_SIMULATED_S = 1e6  # 11 days: a second is a row of the report, so more would fill the memory
+LINE = "line"  # one sender stands for all of a direction
 
 
 @dataclass(frozen=True)
 class Setup:
-    """One simulation. `weather`: (seconds, link Gbps from then on); `failures`: (node, fails at, returns at), seconds.
-
-    Nodes are named prfaas0…, and pd0…, of which the first `n_p` begin as PD-P. `selective` False is least-loaded
-    routing without a threshold; `adaptive` and `convert_roles` switch the short-term and the long-term loop;
-    `cache_blocks` are per node. Where `cache_aware` is False, nodes reuse what they hold, but the router ignores it.
-    """
+    """One simulation. Nodes are named prfaas0…, and pd0…, of which the first `n_p` begin as PD-P. `selective` False is
+    least-loaded routing without a threshold; `adaptive` and `convert_roles` switch the loops. Where `cache_aware` is
+    False, nodes reuse what they hold, but the router ignores it."""
 
     fleet: Fleet
     n_p: int
@@ -41,11 +40,11 @@ class Setup:
     adaptive: bool = True
     convert_roles: bool = False
     cache_aware: bool = True
-    cache_blocks: int = 0
-    weather: tuple[tuple[float, float], ...] = ()
-    failures: tuple[tuple[str, float, float], ...] = ()
+    cache_blocks: int = 0  # per node
+    weather: tuple[tuple[float, float], ...] = ()  # (seconds, link Gbps from then on)
+    failures: tuple[tuple[str, float, float], ...] = ()  # (node, fails at, returns at), in seconds
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         n_prfaas, n_d = int(self.fleet.prfaas_instances), self.fleet.pd_instances - self.n_p
         if self.n_p < 0 or n_d < 1 or self.n_p + n_prfaas < 1:
             raise UserError(f"{n_prfaas} PrfaaS, {self.n_p} PD-P and {n_d} PD-D nodes cannot serve; prefill and decode "
@@ -60,38 +59,36 @@ class Setup:
         if self.weather and max(self.weather)[1] == 0:
             raise UserError("weather ends with a link at 0 Gbps; what is on its way would never arrive")
 
+    def control_settings(self) -> ControlSettings:
+        """What the control plane is told."""
+        return ControlSettings(self.threshold, self.fleet.link_gbps, fleet=self.fleet, ship_prefixes=True,
+                               selective=self.selective, adaptive=self.adaptive, convert_roles=self.convert_roles)
+
 
 class Simulation:
     """Runs `requests` (in order of arrival) through the cluster of `setup`. `on_decision(time_s, request)` sees each
-    request as it is routed; `on_progress(count)` hears of each that ends."""
+    request as it is routed; `on_progress(count)` hears of each that ends; `control` may be one that records."""
 
-    def __init__(self, setup: Setup, requests: Iterator[SimRequest], on_decision: Callable | None = None,
-                 on_progress: Callable | None = None):
+    def __init__(self, setup: Setup, requests: Iterator[SimRequest],
+                 on_decision: Callable[[float, SimRequest], None] | None = None,
+                 on_progress: Callable[[int], object] | None = None, control: ControlPlane | None = None):
         fleet = setup.fleet
         self.setup, self._requests, self._on_decision, self._on_progress = setup, requests, on_decision, on_progress
-        self.clock, self.directory, self.recorder = Clock(), Directory(), Recorder()
+        self.control = control if control is not None else ControlPlane(setup.control_settings())
+        self.clock, self.recorder = Clock(), Recorder()
         self.egress = FluidLink(self.clock, fleet.link_gbps, RTT_S)
         self.ingress = FluidLink(self.clock, fleet.link_gbps, RTT_S)
-        self.monitor = CongestionMonitor(fleet.link_gbps)
-        self.router = Router(setup.threshold, _transfer_costs(fleet), setup.selective)
-        self.threshold_loop = ThresholdLoop(fleet, setup.threshold)
-        self.role_loop = RoleLoop(fleet)
-        links = [LinkView(fleet.link_gbps, up=fleet.link_gbps > 0) for _ in range(2)]
-        self.view = ClusterView(0.0, [], [], [], *links, "abundant")
         self.prefill: dict[str, PrefillNode] = {}
         self.decode: dict[str, DecodeNode] = {}
         self._caches: dict[str, PrefixCache] = {}
-        self._draining: RoleChange | None = None
         self._in_system, self._arrivals_over = 0, False
-        self._prefill_busy = self._decode_busy = 0.0  # smoothed utilizations
-        self._output_tokens = float(fleet.output_tokens)  # smoothed
         for i in range(int(fleet.prfaas_instances)):
-            self._add_node(f"prfaas{i}", "prfaas")
+            self._start_node(f"prfaas{i}", Role.PRFAAS)
         for i in range(fleet.pd_instances):
-            self._add_node(f"pd{i}", "pdp" if i < setup.n_p else "pdd")
+            self._start_node(f"pd{i}", Role.PDP if i < setup.n_p else Role.PDD)
 
     def run(self) -> Report:
-        """Until every request has ended."""
+        """Until every request has ended. Raises UserError when that takes more than `MAX_SIMULATED_S`."""
         for time_s, gbps in self.setup.weather:
             self.clock.at(time_s, self._change_weather, gbps)
         for node, fails_s, returns_s in self.setup.failures:
@@ -99,189 +96,165 @@ class Simulation:
         self.clock.after(TICK_S, self._tick)
         self._expect_next()
         self.clock.run()
-        return self.recorder.report(self.egress.bytes_sent, len(self.threshold_loop.moves))
+        return self.recorder.report(self.egress.bytes_sent)
 
     # A request's way
 
     def _expect_next(self) -> None:
         request = next(self._requests, None)
-        if request is None:
-            self._arrivals_over = True
-        else:
+        self._arrivals_over = request is None
+        if request is not None:
             self.clock.at(request.arrival_s, self._arrive, request)
 
     def _arrive(self, request: SimRequest) -> None:
         self._in_system += 1
+        request.id = self.recorder.arrived
         self.recorder.arrived += 1
-        self._output_tokens += 0.01 * (request.output_tokens - self._output_tokens)
         self._expect_next()
         self._route(request)
 
     def _route(self, request: SimRequest) -> None:
-        match = self.directory.match(request.keys) if request.keys and self.setup.cache_aware else NO_MATCH
-        self.view.time_s = self.clock.now_s
+        keys = request.keys if self.setup.cache_aware else ()
         try:
-            decision = self.router.route(RouteRequest(request.input_tokens, match.nodes), self.view)
+            decision = self.control.route(RouteRequest(request.id, request.input_tokens, keys), self.clock.now_s)
         except RequestError:
             return self._end(request, failed=True)
         request.decision = decision
         request.attempts += 1
-        self.threshold_loop.record(decision.incremental_tokens)
         if self._on_decision:
             self._on_decision(self.clock.now_s, request)
         node, request.decoder = self.prefill[decision.node], self.decode[decision.decode_node]
-        request.work_tokens = request.input_tokens - decision.cached_tokens + node.overhead_tokens
-        node.view.load += request.work_tokens
-        request.decoder.view.load += 1
         if decision.transfer is None:
-            return node.submit(request)
-        self.recorder.shipped_cache_bytes += decision.transfer.bytes
-        link = self.ingress if decision.route == "prfaas" else self.egress
-        link.send(decision.transfer.bytes, self._submit, node, request)
-
-    def _submit(self, node: PrefillNode, request: SimRequest) -> None:
-        """The cached prefix has crossed."""
-        if node.alive:
             node.submit(request)
         else:
-            self._route_again(request)
+            self._bring_prefix(decision.transfer, node, request)
+
+    def _bring_prefix(self, transfer: CacheTransfer, node: PrefillNode, request: SimRequest) -> None:
+        """Over the link from the other cluster, or over the fabric, which is modelled as never busy."""
+        is_remote = node.role is Role.PRFAAS
+        if transfer.source.startswith("prfaas") == is_remote:
+            self.recorder.fetched_cache_bytes += transfer.bytes
+            self.clock.after(transfer.bytes * 8e-9 / FABRIC_GBPS, self._submit, node, request)
+        else:
+            self.recorder.shipped_cache_bytes += transfer.bytes
+            link = self.ingress if is_remote else self.egress
+            link.send(transfer.bytes, self._submit, node, request)
+
+    def _submit(self, node: PrefillNode, request: SimRequest) -> None:
+        """The cached prefix is there."""
+        if not node.alive:
+            return self._route_again(request)
+        node.submit(request)
 
     def _prefill_started(self, request: SimRequest, seconds: float) -> None:
-        if request.decision.route == "prfaas":
+        if request.decision.route is Role.PRFAAS:
             kv_bytes = self.setup.fleet.prfaas_profile.kv_bytes  # only the increment, and the state of fixed size
             crossing = kv_bytes(request.input_tokens) - kv_bytes(request.decision.decode_cached_tokens) + kv_bytes(0)
             request.stream_rate = crossing / seconds
             self.egress.open_stream(request.stream_rate)
 
-    def _prefill_done(self, request: SimRequest) -> None:
-        if request.decision.route == "prfaas":
+    def _prefill_done(self, request: SimRequest, seconds: float) -> None:
+        uncached = request.input_tokens - request.cached_tokens
+        self._tell(plane.PrefillEnded(request.id, uncached, seconds))
+        self._remember(request.decision.node, request.keys)
+        if request.decision.route is Role.PRFAAS:
             self.egress.close_stream(request.stream_rate)
             self.egress.send(0, self._admit, request)
         else:
             self._admit(request)
 
     def _admit(self, request: SimRequest) -> None:
-        if request.decoder.alive:
-            request.decoder.admit(request)
-        else:
-            self._route_again(request)
+        if not request.decoder.alive:
+            return self._route_again(request)
+        self._tell(plane.DecodeStarted(request.id))
+        self._remember(request.decision.decode_node, request.keys)
+        request.decoder.admit(request)
 
     def _route_again(self, request: SimRequest) -> None:
-        """After a failure."""
-        if request.decoder.alive:
-            request.decoder.view.load -= 1
         self.recorder.routed_again += 1
         self._route(request)
 
     def _end(self, request: SimRequest, failed: bool = False) -> None:
         self._in_system -= 1
+        self._tell(plane.RequestEnded(request.id, 0 if failed else request.output_tokens))
         self.recorder.ended(request, failed)
         if self._on_progress:
             self._on_progress(1)
 
     # Nodes come, go and change role
 
-    def _add_node(self, name: str, role: str) -> None:
-        fleet, view = self.setup.fleet, NodeView(name)
-        self.directory.add_node(name, "prfaas" if role == "prfaas" else "pd")
-        cache = self._caches.setdefault(name, PrefixCache(name, self.setup.cache_blocks, self.directory))
-        self.directory.resync(name, *cache.entries())
-        getattr(self.view, role).append(view)
-        if role == "pdd":
-            self.decode[name] = DecodeNode(view, self.clock, fleet.pd_profile, cache, self._end)
+    def _start_node(self, name: str, role: Role) -> None:
+        profile = self.setup.fleet.profile(role)
+        cache = self._caches.setdefault(name, PrefixCache(name, self.setup.cache_blocks))
+        if role is Role.PDD:
+            self.decode[name] = DecodeNode(self.clock, profile, self._end)
         else:
-            profile = fleet.prfaas_profile if role == "prfaas" else fleet.pd_profile
-            events = self._prefill_started, self._prefill_done
-            self.prefill[name] = PrefillNode(view, self.clock, profile, cache, *events)
-
-    def _hide(self, name: str) -> None:
-        """No new work for this node."""
-        for nodes in (self.view.prfaas, self.view.pdp, self.view.pdd):
-            nodes[:] = [node for node in nodes if node.name != name]
+            started, done = self._prefill_started, self._prefill_done
+            self.prefill[name] = PrefillNode(role, self.clock, profile, cache, started, done)
+        self._tell(plane.NodeJoined(name, role))
 
     def _fail(self, name: str, returns_s: float) -> None:
         node = self.prefill.pop(name, None) or self.decode.pop(name, None)
         if node is None:  # it is changing its role, and holds nothing
             return
-        role = "pdd" if isinstance(node, DecodeNode) else "prfaas" if name.startswith("prfaas") else "pdp"
-        self._hide(name)
-        self.directory.drop_node(name)
-        if role == "prfaas" and node.running:
+        role = node.role if isinstance(node, PrefillNode) else Role.PDD
+        if role is Role.PRFAAS and node.running:
             self.egress.close_stream(node.running.stream_rate)
         lost = node.fail()
-        self.clock.at(returns_s, self._add_node, name, role)
-        if self._draining and self._draining.node == name:
-            self._draining = None
-            self.role_loop.converted(self.clock.now_s)
+        self._caches[name].clear()
+        self._tell(plane.NodeLeft(name))
+        self.clock.at(returns_s, self._start_node, name, role)
         for request in lost:
             self._route_again(request)
 
-    def _begin_conversion(self, change: RoleChange) -> None:
-        self._draining = change
-        self._hide(change.node)
-        self.recorder.role_changes.append((self.clock.now_s, change.node, change.role, change.reason))
-
-    def _watch_draining(self) -> None:
-        change = self._draining
-        nodes = self.decode if change.role == "pdp" else self.prefill
-        if nodes[change.node].view.load > 0:
-            return
-        nodes.pop(change.node).alive = False
-        self._draining = None
-        self.clock.after(ROLE_SWITCH_S, self._convert, change)
-
-    def _convert(self, change: RoleChange) -> None:
-        self._add_node(change.node, change.role)
-        self.role_loop.converted(self.clock.now_s)
+    def _remember(self, name: str, keys: tuple) -> None:
+        """This node holds a prompt's prefix now, and says so."""
+        change = self._caches[name].store(keys) if keys else None
+        if change is not None:
+            self._tell(change)
 
     def _change_weather(self, gbps: float) -> None:
         self.egress.set_gbps(gbps)
         self.ingress.set_gbps(gbps)
+        self._tell(plane.LineChanged(gbps > 0))
 
-    # The loops
+    # The control plane
+
+    def _tell(self, event: plane.Event) -> None:
+        for action in self.control.hear(event, self.clock.now_s):
+            self._carry_out(action)
+
+    def _carry_out(self, action: plane.Action) -> None:
+        match action:
+            case plane.AskInventory(node):
+                self._tell(self._caches[node].inventory())
+            case plane.NewThreshold():
+                self.recorder.threshold_moves += 1
+            case RoleChange(node, role, reason):  # it has drained: nothing is lost
+                self.recorder.role_changes.append((self.clock.now_s, node, role.value, reason))
+                drained = self.prefill.pop(node, None) or self.decode.pop(node)
+                drained.alive = False
+                self.clock.after(ROLE_SWITCH_S, self._start_node, node, role)
 
     def _tick(self) -> None:
-        now_s, view = self.clock.now_s, self.view
+        now_s = self.clock.now_s
+        if now_s > MAX_SIMULATED_S:
+            raise UserError(f"after {MAX_SIMULATED_S:,.0f} simulated seconds {self._in_system:,} requests have not "
+                            "ended; this cluster is too slow for them")
         sample = self.egress.sample()
-        self.monitor.observe(sample)
-        view.regime = self.monitor.regime(now_s)
-        up = self.egress.gbps > 0
-        view.egress = LinkView(self.monitor.capacity_gbps, self.monitor.utilization, sample.queued_bytes, up)
-        view.ingress = LinkView(self.ingress.gbps, self.ingress.sample().utilization, self.ingress.queued_bytes, up)
-        (remote, remote_wait_s), (local, local_wait_s) = self._prefill_stage(view.prfaas), self._prefill_stage(view.pdp)
+        self._tell(plane.LinkMeasured(LINE, sample))
+        self._tell(plane.LinkMeasured(LINE, self.ingress.sample(), ingress=True))
+        for action in self.control.tick(now_s):
+            self._carry_out(action)
         running = sum(len(node.running) for node in self.decode.values())
-        batch = running / (max(len(view.pdd), 1) * self.setup.fleet.pd_profile.bs_max)
-        self._prefill_busy += 0.05 * (max(remote, local) - self._prefill_busy)
-        self._decode_busy += 0.05 * (batch - self._decode_busy)
-        seen = Observation(now_s, len(view.prfaas), len(view.pdp), len(view.pdd), self.monitor.capacity_gbps,
-                           sample.queued_bytes, view.regime == "scarce", remote_wait_s, local_wait_s,
-                           self._prefill_busy, self._decode_busy)
-        if self.setup.adaptive and view.prfaas:
-            self.router.threshold = self.threshold_loop.update(seen)
-        if self._draining:
-            self._watch_draining()
-        elif self.setup.convert_roles:
-            change = self.role_loop.update(seen, self.threshold_loop.lengths, self._output_tokens, view.pdp, view.pdd)
-            if change:
-                self._begin_conversion(change)
+        batch = running / (max(len(self.decode), 1) * self.setup.fleet.pd_profile.bs_max)
         self.recorder.series.append(Tick(
-            now_s, sample.gbps, sample.utilization, sample.queued_bytes, remote, local, batch,
-            self._in_system - running, self.router.threshold, len(view.pdp)))
+            now_s, sample.gbps, sample.utilization, sample.queued_bytes, self._busy(Role.PRFAAS), self._busy(Role.PDP),
+            batch, self._in_system - running, self.control.threshold, len(self.control.nodes(Role.PDP))))
         if not self._arrivals_over or self._in_system:
             self.clock.after(TICK_S, self._tick)
 
-    def _prefill_stage(self, views: list[NodeView]) -> tuple[float, float]:
-        """(share of these nodes that compute, seconds of prefill that wait for them)."""
-        nodes = [self.prefill[view.name] for view in views]
-        busy = sum(node.running is not None for node in nodes) / max(len(nodes), 1)
-        return busy, sum(node.waiting_s for node in nodes)
-
-
-def _transfer_costs(fleet: Fleet) -> TransferCosts:
-    """From the profiles, between 8K and 32K tokens."""
-    remote, local, span = fleet.prfaas_profile, fleet.pd_profile, 24 * 1024
-
-    def slope(curve: Callable[[float], float]) -> float:
-        return (curve(32 * 1024) - curve(8 * 1024)) / span
-
-    return TransferCosts(slope(remote.kv_bytes), remote.kv_bytes(0), slope(remote.prefill_s), slope(local.prefill_s))
+    def _busy(self, role: Role) -> float:
+        """The share of the nodes of this role that compute."""
+        nodes = [node for node in self.prefill.values() if node.role is role]
+        return sum(node.running is not None for node in nodes) / max(len(nodes), 1)

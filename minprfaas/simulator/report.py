@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import NamedTuple
 
+from minprfaas.simulator.nodes import SimRequest
+
 TTFT_OBJECTIVE_S = 10.0
 
 
@@ -29,8 +31,8 @@ class Tick(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """Times in seconds, simulated. A first token counts as drawn when its request joins a decode batch. Goodput counts
-    requests whose first token came within `TTFT_OBJECTIVE_S`, per second of arrivals; utilizations are means."""
+    """A first token counts as drawn when its request joins a decode batch. Goodput counts requests whose first token
+    came within `TTFT_OBJECTIVE_S`, per second of arrivals; utilizations are means."""
 
     requests: int
     failed: int
@@ -44,6 +46,7 @@ class Report:
     cached_fraction: float
     egress_gbps: float
     shipped_cache_bytes: float
+    fetched_cache_bytes: float
     utilization: dict[str, float]
     peak_waiting: int
     final_threshold: float
@@ -61,15 +64,15 @@ class Recorder:
     """Counts while the simulation runs."""
 
     def __init__(self):
-        self.arrived = self.failed = self.routed_again = self.offloaded = 0
-        self.shipped_cache_bytes = 0.0
+        self.arrived = self.failed = self.routed_again = self.offloaded = self.threshold_moves = 0
+        self.shipped_cache_bytes = self.fetched_cache_bytes = 0.0
         self.role_changes: list[tuple[float, str, str, str]] = []
         self.series: list[Tick] = []
         self._good, self._last_arrival_s, self._ended_s = 0, 0.0, 0.0
         self._ttft, self._inter_token = array("d"), array("d")
         self._prompt_tokens = self._cached_tokens = 0
 
-    def ended(self, request, failed: bool) -> None:
+    def ended(self, request: SimRequest, failed: bool) -> None:
         """A request has drawn its last token, or found no node."""
         self._last_arrival_s = max(self._last_arrival_s, request.arrival_s)
         if failed:
@@ -85,19 +88,20 @@ class Recorder:
         self._prompt_tokens += request.input_tokens
         self._cached_tokens += request.cached_tokens
 
-    def report(self, bytes_sent: float, threshold_moves: int) -> Report:
+    def report(self, bytes_sent: float) -> Report:
         """The whole run in figures."""
         duration_s = max(self._ended_s, self._last_arrival_s) or 1.0
         completed, columns = len(self._ttft), Tick(*zip(*self.series))
         arrivals_s = self._last_arrival_s or 1.0
         shares = {"egress": columns.egress_utilization, "prfaas": columns.prfaas_busy, "pdp": columns.pdp_busy,
                   "pdd": columns.pdd_busy}
+        utilization = {name: sum(share) / len(share) for name, share in shares.items()}
         return Report(
             completed, self.failed, self.routed_again, duration_s, completed / duration_s, self._good / arrivals_s,
             _percentiles(self._ttft), _percentiles(self._inter_token), self.offloaded / max(completed, 1),
             self._cached_tokens / max(self._prompt_tokens, 1), bytes_sent * 8e-9 / duration_s, self.shipped_cache_bytes,
-            {name: sum(share) / len(share) for name, share in shares.items()},
-            max(columns.waiting), columns.threshold[-1], threshold_moves, self.role_changes, self.series)
+            self.fetched_cache_bytes, utilization, max(columns.waiting), columns.threshold[-1], self.threshold_moves,
+            self.role_changes, self.series)
 
 
 def _percentiles(values: array) -> dict[str, float]:

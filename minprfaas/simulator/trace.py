@@ -5,12 +5,12 @@ prompt, each of which stands for the whole prefix up to there.
 """
 
 import json
-import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from minprfaas.errors import UserError
+from minprfaas.errors import UserError, require_number
+from minprfaas.files import write_whole
 
 BLOCK_TOKENS = 512
 
@@ -49,8 +49,7 @@ def _parse(line: str, where: str) -> TraceRequest:
     if not isinstance(raw, dict) or any(name not in raw for name in names):
         raise UserError(f"{where}: not an object with {', '.join(names)}")
     for name, least in (("timestamp", 0), ("input_length", 1), ("output_length", 1)):
-        if isinstance(raw[name], bool) or not isinstance(raw[name], int) or raw[name] < least:
-            raise UserError(f"{where}: {name} is {raw[name]!r}; it must be a whole number of at least {least}")
+        require_number(f"{where}: {name}", raw[name], least=least, most=10**12, whole=True)
     hashes = raw["hash_ids"]
     if not isinstance(hashes, list) or not all(isinstance(one, int) for one in hashes):
         raise UserError(f"{where}: hash_ids is no list of whole numbers")
@@ -71,6 +70,4 @@ def write_conversations(path: str | Path, requests: int, rate_rps: float, seed: 
         lines.append(json.dumps(
             {"timestamp": int(now_ms), "input_length": tokens, "output_length": answer, "hash_ids": chat}))
         open_chats = [*open_chats[-63:], chat]
-    partial = Path(f"{path}.partial")
-    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, "\n".join(lines) + "\n")

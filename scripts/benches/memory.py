@@ -17,12 +17,15 @@ import torch
 from benches.link import DEADLINE_S, IDENTITY, PeakMemory, in_two_processes
 from random_checkpoint import SHAPES
 
-from minprfaas.cluster.kv_export import KVExport, stream_plan
-from minprfaas.config import CacheConfig, LineConfig, LinkConfig, ModelConfig, StateKind
+from minprfaas.cluster.kv_receive import KVReceive
+from minprfaas.cluster.kv_send import KVSend
+from minprfaas.cluster.stream_plans import stream_plan
+from minprfaas.config import CacheConfig, LineConfig, LinkConfig, StateKind
 from minprfaas.engine.request import Request
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.kvcache.layout import Layout, plan_layout
 from minprfaas.kvcache.manager import KVCacheManager
+from minprfaas.model.families import config_from_hf
 from minprfaas.model.spec import model_state_specs
 from minprfaas.observe.report import human_bytes, table
 from minprfaas.transport import EmulatedLine, Link, StreamDone
@@ -55,7 +58,7 @@ def main(argv: list[str]) -> int:
 
 
 def _node(rank, store, report, line, config, tokens, natural_gbps):
-    model = ModelConfig.from_hf(SHAPES["hybrid-1b"])
+    model = config_from_hf(SHAPES["hybrid-1b"])
     layout = plan_layout(model_state_specs(model, "bfloat16"), block_tokens=64)
     kvcache = KVCacheManager(layout, CacheConfig(layout.blocks_for(tokens)), "cpu", IDENTITY.fingerprint)
     prompt = Request("memory", [1] * tokens, SamplingParams())
@@ -74,26 +77,23 @@ def _node(rank, store, report, line, config, tokens, natural_gbps):
 def _send(link: Link, kvcache: KVCacheManager, prompt: Request, natural_gbps: float) -> dict:
     plan = stream_plan(kvcache.layout, 1, 0, prompt.prompt_tokens)
     link.receive(DEADLINE_S)  # "ready"
-    export = KVExport(kvcache, link, plan, snapshot_at=0, overlap=True)
-    export.attach(prompt)
-    began = due = time.monotonic()
-    for start in range(0, plan.end, CHUNK_TOKENS):
-        end = min(start + CHUNK_TOKENS, plan.end)
-        for layer, spec in enumerate(kvcache.layout.specs):
-            due += (spec.nbytes * (end - start) if spec.kind is StateKind.TOKEN else 0) * 8e-9 / natural_gbps
-            time.sleep(max(0.0, due - time.monotonic()))  # the layer computes
-            prompt.on_kv(layer, start, end)
-    with ThreadPoolExecutor(1) as pool:
-        export.finish(pool, DEADLINE_S)
-        done = export.report.result()
+    with ThreadPoolExecutor(1) as threads:
+        stream = KVSend(kvcache, link, plan, prompt.cache.block_tables, threads, DEADLINE_S)
+        began = due = time.monotonic()
+        for start in range(0, plan.end, CHUNK_TOKENS):
+            end = min(start + CHUNK_TOKENS, plan.end)
+            for layer, spec in enumerate(kvcache.layout.specs):
+                due += (spec.nbytes * (end - start) if spec.kind is StateKind.TOKEN else 0) * 8e-9 / natural_gbps
+                time.sleep(max(0.0, due - time.monotonic()))  # the layer computes
+                stream.ready(layer, end)
+        stream.finish()
+        done = stream.outcome.result()
     return {"bytes": done.bytes, "stalled_s": done.stalled_s, "took_s": time.monotonic() - began}
 
 
 def _receive(link: Link, kvcache: KVCacheManager, prompt: Request, _) -> dict:
-    def write_into_blocks(layer, start, end, data):
-        kvcache.pool.write_bytes(layer, _table(kvcache.layout, prompt, layer), start, end, data)
-
-    link.expect(stream_plan(kvcache.layout, 1, 0, prompt.prompt_tokens), write_into_blocks)
+    plan = stream_plan(kvcache.layout, 1, 0, prompt.prompt_tokens)
+    KVReceive(kvcache, link, plan, prompt.cache.block_tables)
     link.send_message({"ready": True})
     while not isinstance(link.receive(DEADLINE_S), StreamDone):
         pass

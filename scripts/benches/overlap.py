@@ -18,14 +18,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minprfaas.config import MLAConfig, ModelConfig
 from minprfaas.errors import UserError, exit_on_user_error
 from minprfaas.model.checkpoint import EMBEDDED
+from minprfaas.model.families import read_config
+from minprfaas.model.mla import MLAConfig
 from minprfaas.observe.report import human_bytes, table
 
 SCRIPTS = Path(__file__).resolve().parent.parent
 RTT_S = 0.020
-LAYERS_WITH_ROWS = sum(isinstance(layer.mixer, MLAConfig) for layer in ModelConfig.from_directory(EMBEDDED).layers)
+LAYERS_WITH_ROWS = sum(isinstance(layer.mixer, MLAConfig) for layer in read_config(EMBEDDED).layers)
 RUN_DEADLINE_S = 300
 
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from minprfaas.observe.report import table
 from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.lengths import EmpiricalLengths
-from minprfaas.scheduling.planner import plan
+from minprfaas.scheduling.planner import Fleet, Plan, plan
 from minprfaas.simulator.arrivals import day_lengths, diurnal, drawn, from_trace, poisson
 from minprfaas.simulator.cluster import Setup, Simulation
 from minprfaas.simulator.report import Report
@@ -63,7 +63,7 @@ def _spread(values: list[float], shown: str) -> str:
     return f"{statistics.mean(values):{shown}}" + (f" ± {statistics.stdev(values):{shown}}" if len(values) > 1 else "")
 
 
-def stability(args) -> None:
+def stability(args: argparse.Namespace) -> None:
     """The throughput model and the simulator check each other."""
     rows = []
     for name, (fleet, planned) in tqdm(paper.paper_plans().items(), disable=None, leave=False):
@@ -78,7 +78,7 @@ def stability(args) -> None:
     print(table(["deployment", "Λ_max", "load", "1st quarter", "2nd", "3rd", "4th"], rows))
 
 
-def planned_setup(fleet, planned, **changes) -> Setup:
+def planned_setup(fleet: Fleet, planned: Plan, **changes) -> Setup:
     """A deployment of table 6 as planned, with neither loop running."""
     changes = {"adaptive": False, "selective": planned.threshold is not None, **changes}
     return Setup(fleet, planned.n_p, planned.threshold or 0.0, **changes)
@@ -93,7 +93,7 @@ def waiting_by_quarter(report: Report, arrivals_s: float) -> list[float]:
     return [statistics.mean(quarter) for quarter in quarters]
 
 
-def baselines(args) -> None:
+def baselines(args: argparse.Namespace) -> None:
     """Selective offloading told apart from merely having two kinds of hardware, at one and the same load."""
     deployments = paper.paper_plans()
     for rate in (2.0, 2.9, 3.1):
@@ -102,7 +102,7 @@ def baselines(args) -> None:
         print_runs(f"Four deployments at {rate} requests/s (least_loaded: both kinds of hardware, no threshold)", runs)
 
 
-def bandwidth(args) -> None:
+def bandwidth(args: argparse.Namespace) -> None:
     """The short-term loop, when a tenth of the bandwidth is left for five minutes."""
     fleet, drop = replace(paper.paper_fleet(), link_gbps=40.0), ((300.0, 4.0), (600.0, 40.0))
     planned = plan(fleet, LENGTHS)
@@ -117,7 +117,7 @@ def bandwidth(args) -> None:
                    f"(planned rate {planned.lambda_max:.2f} at 40 Gbps, {shrunken.lambda_max:.2f} at 4 Gbps)", runs)
 
 
-def lengths(args) -> None:
+def lengths(args: argparse.Namespace) -> None:
     """The long-term loop, over two days in which prompts are short at noon and long at night."""
     fleet, day_s, rate = paper.paper_fleet(), 14_400.0, 2.7
     planned = plan(fleet, LENGTHS)
@@ -135,7 +135,7 @@ def lengths(args) -> None:
                f"night ({changes} role changes)", runs)
 
 
-def cache(args) -> None:
+def cache(args: argparse.Namespace) -> None:
     """Cache-aware routing, on a real conversation trace if there is one."""
     with tempfile.TemporaryDirectory() as scratch:
         path = args.trace or os.environ.get("MINPRFAAS_TRACE")

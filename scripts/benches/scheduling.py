@@ -6,18 +6,21 @@ are of the processor (`time.process_time`), so other work on the machine does no
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from tqdm import tqdm
 
+from minprfaas.config import LinkSample, Role
 from minprfaas.observe.report import table
 from minprfaas.scheduling import paper_case as paper
-from minprfaas.scheduling.directory import CacheEvent, Directory
+from minprfaas.scheduling.control import ControlPlane, ControlSettings, LinkMeasured, NodeJoined
+from minprfaas.scheduling.directory import CacheChanged
 from minprfaas.scheduling.planner import plan
-from minprfaas.scheduling.router import ClusterView, LinkView, NodeView, Router, RouteRequest, TransferCosts
-from minprfaas.simulator.arrivals import bursty, poisson, drawn
+from minprfaas.scheduling.router import RouteRequest, TransferCosts
+from minprfaas.simulator.arrivals import bursty, drawn, poisson
 from minprfaas.simulator.cluster import Setup, Simulation
+from minprfaas.simulator.report import Report
 
 DECISION_GOAL_US = 50
 MILLION_GOAL_S = 120
@@ -44,51 +47,55 @@ def main(arguments: list[str]) -> int:
 
 
 def _print_decisions() -> float:
-    """Microseconds of a decision with 64 nodes, a matched prefix on some, in the worse of both regimes."""
+    """Microseconds of a decision with 64 nodes, matching and booking included, in the worse of both regimes."""
     rows, slowest = [], 0.0
     for nodes in (12, 64, 1248):
-        router, view, directory = _cluster(nodes)
-        rng, requests = random.Random(0), []
-        for _ in range(2000):
+        rng, prompts = random.Random(0), []
+        for number in range(2000):
             chat = rng.randrange(500)
-            requests.append((rng.randrange(200, 100_000), [(chat, i) for i in range(rng.randrange(1, 60))]))
-        started = time.process_time()
-        matches = [directory.match(keys).nodes for _, keys in requests]
-        match_us = (time.process_time() - started) / len(requests) * 1e6
+            keys = [(chat, i) for i in range(rng.randrange(1, 60))]
+            prompts.append(RouteRequest(number, rng.randrange(200, 100_000), keys))
         taken = {}
-        for view.regime in ("scarce", "abundant"):
-            asked = [RouteRequest(tokens, match) for (tokens, _), match in zip(requests, matches)]
+        for regime, utilization in (("scarce", 0.95), ("abundant", 0.4)):
+            control = _control_plane(nodes, utilization)
             started = time.process_time()
-            for request in asked:
-                router.route(request, view)
-            taken[view.regime] = (time.process_time() - started) / len(asked) * 1e6
+            for prompt in prompts:
+                control.route(prompt, 10.0)
+            taken[regime] = (time.process_time() - started) / len(prompts) * 1e6
+            assert control.regime(10.0) == regime
+        started = time.process_time()
+        for prompt in prompts:
+            control.directory.match(prompt.keys)
+        match_us = (time.process_time() - started) / len(prompts) * 1e6
         if nodes == 64:
             slowest = max(taken.values())
         rows.append([nodes, f"{taken['scarce']:.1f}", f"{taken['abundant']:.1f}", f"{match_us:.1f}"])
-    print(table(["nodes", "route, scarce, µs", "route, abundant, µs", "directory match, µs"], rows))
+    print(table(["nodes", "decision, scarce, µs", "decision, abundant, µs", "of it, directory match, µs"], rows))
     return slowest
 
 
-def _cluster(nodes: int) -> tuple[Router, ClusterView, Directory]:
+def _control_plane(nodes: int, utilization: float) -> ControlPlane:
     """A third of the nodes in the PrfaaS cluster, and a directory with 500 conversations on two nodes each."""
     rng, third = random.Random(1), nodes // 3
-    prfaas, pdp, pdd = ([NodeView(f"{role}{i}", rng.randrange(50_000)) for i in range(third)] for role in "apd")
-    directory = Directory()
-    for cluster, members in (("prfaas", prfaas), ("pd", pdp)):
-        for node in members:
-            directory.add_node(node.name, cluster)
-            directory.resync(node.name, 0, ())
-        sequence = dict.fromkeys((node.name for node in members), 0)
+    costs = TransferCosts(17_000, 2e8, 5e-5, 1.6e-4)
+    control = ControlPlane(ControlSettings(19_400, 100.0, costs=costs, ship_prefixes=True))
+    held = {}
+    for role in Role:
+        for i in range(third):
+            control.hear(NodeJoined(f"{role.value}{i}", role), 0.0)
+            held[f"{role.value}{i}"] = []
+    for role in (Role.PRFAAS, Role.PDP):
         for chat in range(500):
-            name = rng.choice(members).name
-            for i in range(rng.randrange(1, 60)):
-                sequence[name] += 1
-                directory.publish(CacheEvent(name, sequence[name], "stored", (chat, i), 512 * (i + 1)))
-    view = ClusterView(0.0, prfaas, pdp, pdd, LinkView(100.0, 0.4), LinkView(100.0))
-    return Router(19_400, TransferCosts(17_000, 2e8, 5e-5, 1.6e-4)), view, directory
+            name = f"{role.value}{rng.randrange(third)}"
+            held[name] += [((chat, i), 512 * (i + 1)) for i in range(rng.randrange(1, 60))]
+    for name, entries in held.items():
+        control.hear(CacheChanged(name, len(entries), entries, inventory=True), 0.0)
+    control.hear(LinkMeasured("line", LinkSample(10.0, 100 * utilization, utilization, 0.0)), 10.0)
+    return control
 
 
-def _simulate(scale: int, count: int | None, arrivals, load: float, share: float):
+def _simulate(scale: int, count: int | None, arrivals: Callable[[float, random.Random], Iterator[float]], load: float,
+              share: float) -> tuple[float, float, int, Report]:
     fleet, lengths, rng = paper.paper_fleet(4 * scale, 8 * scale), paper.paper_lengths(), random.Random(1)
     fleet = replace(fleet, link_gbps=paper.LINK_GBPS * scale)
     planned = plan(paper.paper_fleet(), lengths)

@@ -1,0 +1,271 @@
+"""The decode role: reserves blocks, pulls the KVCache that a prefill node makes, and decodes. Chapter 13; paper 3.1, 3.3.
+
+Only this node knows what it already holds, so it orders: the front end says who shall prefill, and the order says from
+which token on the KVCache is to be sent.
+"""
+
+import itertools
+import math
+import secrets
+from collections import deque
+from dataclasses import asdict, dataclass
+
+from minprfaas.cluster import messages
+from minprfaas.cluster.kv_receive import KVReceive
+from minprfaas.cluster.mail import FRONT, Mail
+from minprfaas.cluster.node import Happening, PeerLost
+from minprfaas.cluster.stream_plans import snapshot_plan, stream_plan
+from minprfaas.cluster.upkeep import Upkeep
+from minprfaas.config import Role
+from minprfaas.engine.engine import Engine
+from minprfaas.engine.request import Request, TokenUpdate
+from minprfaas.engine.sampling import SamplingParams
+from minprfaas.errors import UserError
+from minprfaas.transport.base import LinkDown, StreamDone, StreamFailed
+
+
+@dataclass(eq=False)
+class Serving:
+    """One request at this node, from `Serve` to its last token. Moments are the engine clock's."""
+
+    request: Request
+    serve: messages.Serve  # the newest: it names the prefill node
+    served_at_s: float
+    deadline_at_s: float  # of what it waits for at present: room, or its prefill
+    ordered_at_s: float = 0.0
+    kv: KVReceive | None = None  # while it is being prefilled
+    snapshot: KVReceive | None = None
+    done: messages.PrefillDone | None = None
+    prefilled_tokens: int = 0
+    told: tuple[int, int] = (0, 0)  # progress that the front end knows: tokens, bytes
+
+
+class DecodeRole:
+    """Serves `Serve`s. `room_deadline_s` is how long a request may wait for blocks here."""
+
+    def __init__(self, name: str, engine: Engine, mail: Mail, room_deadline_s: float, transfer_deadline_s: float):
+        self.name, self.engine, self.room_deadline_s = name, engine, room_deadline_s
+        self.servings: dict[str, Serving] = {}
+        self.upkeep = Upkeep(name, Role.PDD, engine, mail, transfer_deadline_s)
+        self.prefixes = self.upkeep.prefixes
+        self._mail, self._kvcache, self._clock = mail, engine.kvcache, engine.clock
+        self._for_room: deque[Serving] = deque()
+        self._by_stream: dict[int, Serving] = {}  # of the streams that have not ended
+        self._stream_ids = itertools.count(secrets.randbits(32) << 16)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the next step will compute something."""
+        return self.engine.is_ready
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request or a stream is under way."""
+        return bool(self.servings or self.prefixes or self.engine.has_work)
+
+    def hear(self, sender: str, message: messages.Message) -> None:
+        """Take a message."""
+        match message:
+            case messages.Serve() if sender == FRONT:
+                self._accept(message)
+            case messages.Abort(id=id) if sender == FRONT and id in self.servings:
+                self._forget(self.servings[id])
+            case messages.PrefillProgress(id=id) | messages.PrefillDone(id=id) | messages.PrefillFailed(id=id):
+                serving = self.servings.get(id)
+                if serving is not None and serving.kv is not None and serving.serve.prefill_node == sender:
+                    self._hear_prefill_node(serving, message)
+            case _:
+                self.upkeep.hear(sender, message)
+
+    def notice(self, happening: Happening) -> None:
+        """Take what has happened to a stream or to a peer."""
+        self.upkeep.notice(happening)
+        match happening:
+            case PeerLost(name=name, reason=reason):
+                for serving in list(self.servings.values()):
+                    if serving.kv is not None and serving.serve.prefill_node == name:
+                        self._lose_prefill(serving, reason)
+            case StreamDone(stream_id=stream_id) | StreamFailed(stream_id=stream_id) if stream_id in self._by_stream:
+                self._stream_ended(self._by_stream.pop(stream_id), happening)
+
+    def step(self) -> None:
+        """Order prefills for which there is room, decode one step, give up on what is overdue."""
+        self._order_where_there_is_room()
+        if self.engine.has_work:
+            for update in self.engine.step():
+                self._tell_token(update)
+        self._tell_progress()
+        for serving in list(self.servings.values()):
+            if self._clock() > serving.deadline_at_s:
+                self._overdue(serving)
+        self.upkeep.step()
+
+    # From the front end's word to the order
+
+    def _accept(self, serve: messages.Serve) -> None:
+        serving = self.servings.get(serve.id)
+        now_s = self._clock()
+        if serving is None:
+            request = Request(serve.id, list(serve.token_ids), SamplingParams(**serve.sampling), arrived_at_s=now_s)
+            try:
+                self.engine.check_fits(request)
+            except UserError as error:
+                return self._tell(messages.ServeFailed(serve.id, "too_long", str(error)))
+            serving = self.servings[serve.id] = Serving(request, serve, now_s, now_s + self.room_deadline_s)
+        elif serving.kv is not None or serving.done is not None or serving in self._for_room:
+            return  # it is being served already
+        serving.serve, serving.deadline_at_s = serve, now_s + self.room_deadline_s
+        self._for_room.append(serving)
+
+    def _order_where_there_is_room(self) -> None:
+        """First come, first served: a request without room holds those behind it, so that long ones are not starved.
+        Requests that were preempted have waited longest; they come before any new one."""
+        while self._for_room and not self.engine.waiting:
+            serving = self._for_room[0]
+            if not self.engine.reserve_remote(serving.request):
+                return
+            self._for_room.popleft()
+            self._order(serving)
+
+    def _order(self, serving: Serving) -> None:
+        """The blocks are reserved: expect the streams that will fill them, and order the prefill."""
+        request, serve, layout = serving.request, serving.serve, self.engine.layout
+        serving.ordered_at_s = self._clock()
+        serving.deadline_at_s = serving.ordered_at_s + serve.deadline_s
+        snapshot_at = (request.prompt_tokens - 1) // layout.block_tokens * layout.block_tokens
+        tables = self._kvcache.snapshots.expect(request.cache, snapshot_at) if snapshot_at else None
+        stream_id, snapshot_id = next(self._stream_ids), next(self._stream_ids)
+        plan = stream_plan(layout, stream_id, request.cached_tokens, request.prompt_tokens)
+        try:
+            transport = self._mail.transport(serve.prefill_node)
+            serving.kv = KVReceive(self._kvcache, transport, plan, request.cache.block_tables)
+            self._by_stream[stream_id] = serving
+            if tables is not None:
+                plan = snapshot_plan(layout, snapshot_id, snapshot_at)
+                serving.snapshot = KVReceive(self._kvcache, transport, plan, tables)
+                self._by_stream[snapshot_id] = serving
+        except LinkDown as error:  # the way was lost while the request waited for room
+            return self._lose_prefill(serving, str(error))
+        self._mail.send(self.name, serve.prefill_node, messages.PrefillOrder(
+            request.id, stream_id, list(request.token_ids), request.cached_tokens, snapshot_id,
+            snapshot_at if tables is not None else 0, serve.prefix_source, serve.prefix_tokens, asdict(request.params)))
+
+    # From the order to the first token
+
+    def _hear_prefill_node(self, serving: Serving, message: messages.Message) -> None:
+        match message:
+            case messages.PrefillProgress(tokens=tokens):
+                serving.prefilled_tokens = tokens
+            case messages.PrefillFailed(reason=reason, prefix_missing=prefix_missing):
+                self._lose_prefill(serving, reason, prefix_missing=prefix_missing)
+            case messages.PrefillDone(first_token=first_token):
+                if not 0 <= first_token < self.engine.model.config.vocab_size:
+                    return self._lose_prefill(serving, f"first token {first_token} is outside the vocabulary")
+                serving.done = message
+                serving.prefilled_tokens = serving.request.prompt_tokens
+                uncached = serving.request.prompt_tokens - message.cached_tokens
+                self._tell(messages.Prefilled(serving.request.id, uncached, message.prefill_s, message.prefix_bytes))
+                self._admit_if_complete(serving)
+
+    def _stream_ended(self, serving: Serving, event: StreamDone | StreamFailed) -> None:
+        is_kv = event.stream_id == serving.kv.plan.stream_id
+        if isinstance(event, StreamDone):
+            (serving.kv if is_kv else serving.snapshot).arrived(event.report)
+            self._admit_if_complete(serving)
+        elif is_kv:
+            self._lose_prefill(serving, event.reason, event.arrived_end)
+
+    def _admit_if_complete(self, serving: Serving) -> None:
+        """Decode begins when the last byte of the KVCache and the first token are both here."""
+        if serving.done is None or not serving.kv.has_arrived:
+            return
+        request, ready_at_s = serving.request, self._clock()
+        kv_bytes = serving.kv.received_bytes
+        if serving.snapshot is not None and serving.snapshot.has_arrived:
+            kv_bytes += serving.snapshot.received_bytes
+        self._end_streams(serving)
+        serving.deadline_at_s = math.inf  # decoding waits for nobody
+        update = self.engine.admit_remote(request, serving.done.first_token)
+        admit_s = self._clock() - ready_at_s
+        queue_s = serving.ordered_at_s - serving.served_at_s + serving.done.queue_s
+        exposed_s = ready_at_s - serving.ordered_at_s - serving.done.queue_s - serving.done.prefill_s
+        self._tell(messages.Started(request.id, request.cached_tokens, kv_bytes, queue_s, serving.done.prefill_s,
+                                    exposed_s, admit_s))
+        self._tell_token(update)
+
+    def _end_streams(self, serving: Serving) -> int | None:
+        """No byte of the request's streams is written after this. Returns the token up to which the rows of all layers
+        had arrived, if the KVCache's stream had not ended before."""
+        arrived_end = None
+        for stream in (serving.kv, serving.snapshot):
+            if stream is not None and self._by_stream.pop(stream.plan.stream_id, None) is not None:
+                given_up = stream.give_up()
+                arrived_end = given_up if stream is serving.kv else arrived_end
+        if serving.snapshot is not None and not serving.snapshot.has_arrived:
+            self._kvcache.snapshots.forget(serving.request.cache)
+        serving.kv = serving.snapshot = None
+        return arrived_end
+
+    # When it goes wrong
+
+    def _lose_prefill(self, serving: Serving, reason: str, arrived_end: int | None = None,
+                      prefix_missing: bool = False) -> None:
+        """The prefill will not complete: keep what has arrived, and let the front end say who shall do it instead."""
+        if serving.kv is not None:
+            plan, has_arrived = serving.kv.plan, serving.kv.has_arrived
+            given_up = self._end_streams(serving)
+            arrived_end = plan.end if has_arrived else given_up if given_up is not None else arrived_end
+            self._keep_arrived(serving, arrived_end or 0)
+        self._mail.send(self.name, serving.serve.prefill_node, messages.PrefillAbort(serving.request.id))
+        self.engine.unreserve_remote(serving.request)
+        serving.done, serving.prefilled_tokens = None, 0
+        serving.deadline_at_s = self._clock() + self.room_deadline_s
+        self.upkeep.tell_news()  # first: who routes the request again should know what has arrived
+        self._tell(messages.PrefillLost(serving.request.id, reason, prefix_missing))
+
+    def _keep_arrived(self, serving: Serving, arrived_end: int) -> None:
+        """Turn full blocks that arrived into prefix cache: whoever prefills next need not send them again."""
+        cache, size = serving.request.cache, self.engine.layout.block_tokens
+        full_end = arrived_end // size * size
+        if full_end > cache.num_tokens:
+            self._kvcache.keep_arrived(cache, serving.request.token_ids[:full_end])
+
+    def _overdue(self, serving: Serving) -> None:
+        if serving.kv is not None:
+            return self._lose_prefill(serving, f"deadline of {serving.serve.deadline_s:g} s passed")
+        reason = f"no room in the KVCache pool within {self.room_deadline_s:g} s"
+        self._forget(serving)
+        self._tell(messages.ServeFailed(serving.request.id, "no_room", reason))
+
+    def _forget(self, serving: Serving) -> None:
+        """The request ends here, in whatever state: free what it holds on both sides."""
+        if serving in self._for_room:
+            self._for_room.remove(serving)
+        if serving.kv is not None:
+            self._end_streams(serving)
+            self._mail.send(self.name, serving.serve.prefill_node, messages.PrefillAbort(serving.request.id))
+        self.engine.abort(serving.request)
+        del self.servings[serving.request.id]
+
+    # To the front end
+
+    def _tell_token(self, update: TokenUpdate) -> None:
+        request = update.request
+        self._tell(messages.TokenDrawn(
+            request.id, update.token_id, update.new_text, request.finish_reason or "", request.length_limit or ""))
+        if request.finish_reason is not None:
+            del self.servings[request.id]
+
+    def _tell_progress(self) -> None:
+        for serving in self.servings.values():
+            if serving.kv is None:
+                continue
+            streams = [stream for stream in (serving.kv, serving.snapshot) if stream is not None]
+            received = sum(stream.received_bytes for stream in streams)
+            if serving.told != (serving.prefilled_tokens, received):
+                serving.told = (serving.prefilled_tokens, received)
+                expected = sum(stream.plan.total_bytes for stream in streams)
+                self._tell(messages.Progress(serving.request.id, serving.prefilled_tokens, received, expected))
+
+    def _tell(self, message: messages.Message) -> None:
+        self._mail.send(self.name, FRONT, message)

@@ -1,0 +1,238 @@
+"""The front end: the one door. It asks the control plane who shall do what, and follows each request to its end.
+
+Chapter 13; paper 3.1 and 3.4.3. No policy lives here: what happens is told to the control plane as events, and its
+decisions and actions are carried out.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict
+
+from minprfaas.cluster import messages
+from minprfaas.cluster.journey import Journey, Update
+from minprfaas.cluster.mail import FRONT, Mail
+from minprfaas.cluster.node import Happening, PeerLost
+from minprfaas.config import LinkSample, Role
+from minprfaas.engine.sampling import SamplingParams
+from minprfaas.errors import RequestError, UserError
+from minprfaas.scheduling import control
+from minprfaas.scheduling.control import ControlPlane
+from minprfaas.scheduling.directory import CacheChanged
+from minprfaas.scheduling.router import RouteRequest
+
+LOCAL_DEADLINE_S = 3600.0  # for a prefill inside the PD cluster, and for a request that no node can take yet
+
+
+class FrontEnd:
+    """Takes requests, routes each once (and again after a failure), and gathers what the nodes say.
+
+    `block_keys` makes the chain keys of a prompt's full blocks of `block_tokens` tokens, with which the directory is
+    asked. `deadline_s` is the time that an offloaded prefill may take, its transfer included.
+    """
+
+    name = FRONT
+
+    def __init__(self, plane: ControlPlane, mail: Mail, block_keys: Callable[[list[int]], list[bytes]],
+                 block_tokens: int, deadline_s: float, clock: Callable[[], float]):
+        self.plane, self.deadline_s = plane, deadline_s
+        self.journeys: dict[str, Journey] = {}
+        self.ready: dict[str, messages.NodeReady] = {}  # the nodes that take work, by name
+        self.goodbyes: dict[str, int] = {}  # peak memory in bytes of the nodes that have ended
+        self.timeline_events: list[dict] = []  # of other processes
+        self._mail, self._block_keys, self._block_tokens, self._clock = mail, block_keys, block_tokens, clock
+        self._unrouted: list[Journey] = []  # new ones
+        self._without_node: list[Journey] = []  # that no node could take when they were routed last
+        self._unfinished = 0
+        self._updates: list[Update] = []
+        self._actions: list[control.Action] = []
+
+    # What callers use
+
+    def submit(self, id: str, token_ids: list[int], params: SamplingParams) -> Journey:
+        """Take a request. UserError when it has no token, or its id was used before."""
+        if not token_ids:
+            raise UserError(f"request {id!r} has an empty prompt; it needs at least 1 token")
+        if id in self.journeys:  # a late message about the old one would be taken for one about the new
+            raise UserError(f"request id {id!r} was used before; every request needs an id of its own")
+        keys = [key.hex() for key in self._block_keys(token_ids[:-1])]
+        journey = Journey(id, list(token_ids), params, keys, self._clock())
+        self.journeys[id] = journey
+        self._unfinished += 1
+        self._unrouted.append(journey)
+        return journey
+
+    def abort(self, id: str) -> None:
+        """The client of this request went away: free what it holds everywhere. Harmless for one that has ended."""
+        journey = self.journeys.get(id)
+        if journey is None or journey.is_finished:
+            return
+        if journey.decision is not None:
+            self._mail.send(FRONT, journey.decision.decode_node, messages.Abort(id))
+        self._end(journey, "aborted")
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return self._unfinished > 0
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a request can be routed at once."""
+        return bool(self._unrouted)
+
+    def take_updates(self) -> list[Update]:
+        """What has happened to requests since the last call, oldest first."""
+        taken, self._updates = self._updates, []
+        return taken
+
+    def take_actions(self) -> list[control.Action]:
+        """What the control plane's loops have done since the last call, for a log or a screen."""
+        taken, self._actions = self._actions, []
+        return taken
+
+    def shut_down_nodes(self) -> None:
+        """Tell every node that no more requests come."""
+        for name in self.ready:
+            self._mail.send(FRONT, name, messages.Shutdown())
+
+    # What the node's loop calls
+
+    def step(self) -> None:
+        """Route what waits; ask the control plane's loops now and then."""
+        now_s = self._clock()
+        waiting = self._without_node + self._unrouted
+        self._without_node, self._unrouted = [], []
+        for journey in waiting:
+            self._route(journey)
+        self._carry_out(self.plane.tick(now_s))  # which looks at its loops once a second
+
+    def notice(self, happening: Happening) -> None:
+        """Take the loss of a node. Its requests come back by themselves: their decode nodes lost it as well."""
+        if isinstance(happening, PeerLost) and self.ready.pop(happening.name, None) is not None:
+            self._tell_plane(control.NodeLeft(happening.name))
+            for journey in list(self.journeys.values()):
+                decision = journey.decision
+                if not journey.is_finished and decision is not None and decision.decode_node == happening.name:
+                    self._fail(journey, RequestError("node_lost", f"{happening.name}, which decoded it: {happening.reason}"))
+
+    def hear(self, sender: str, message: messages.Message) -> None:
+        """Take a message."""
+        match message:
+            case messages.NodeReady(role=role) if role in {one.value for one in Role}:
+                self.ready[sender] = message
+                self._tell_plane(control.NodeJoined(sender, Role(role)))
+            case messages.CacheNews(sequence=sequence, keys=keys, tokens=tokens, inventory=inventory):
+                if sender in self.ready:
+                    self._tell_plane(CacheChanged(sender, sequence, list(zip(keys, tokens)), inventory))
+            case LinkSample():
+                is_ingress = sender in self.ready and self.ready[sender].role != Role.PRFAAS.value
+                self._tell_plane(control.LinkMeasured(sender, message, is_ingress))
+            case messages.TimelinePart(events=events):
+                self.timeline_events += events
+            case messages.Goodbye(peak_bytes=peak_bytes):
+                self.goodbyes[sender] = peak_bytes
+            case messages.TransferDone(id=id) if id in self.journeys and message.transfer_s > 0:
+                journey = self.journeys[id]
+                journey.transfer_s = message.transfer_s
+                journey.hidden = 1 - message.exposed_s / message.transfer_s
+            case _:
+                self._hear_decode_node(sender, message)
+
+    def _hear_decode_node(self, sender: str, message: messages.Message) -> None:
+        journey = self.journeys.get(getattr(message, "id", ""))
+        if journey is None or journey.is_finished or journey.decision is None or journey.decision.decode_node != sender:
+            return
+        match message:
+            case messages.Progress():
+                journey.prefilled_tokens = message.prefilled_tokens
+                journey.received_bytes, journey.expected_bytes = message.received_bytes, message.expected_bytes
+                self._updates.append(Update(journey))
+            case messages.Prefilled():
+                journey.is_prefilled = True
+                journey.cached_tokens = journey.prompt_tokens - message.uncached_tokens
+                journey.prefix_bytes = message.prefix_bytes
+                self._tell_plane(control.PrefillEnded(journey.id, message.uncached_tokens, message.prefill_s))
+            case messages.Started():
+                journey.held_tokens, journey.queue_s = message.cached_tokens, message.queue_s
+                journey.prefill_s, journey.admit_s = message.prefill_s, message.admit_s
+                journey.transfer_exposed_s = message.transfer_exposed_s
+                journey.kv_bytes = message.kv_bytes if journey.decision.route is Role.PRFAAS else 0
+                journey.prefilled_tokens = journey.prompt_tokens
+                self._tell_plane(control.DecodeStarted(journey.id))
+            case messages.TokenDrawn():
+                self._take_token(journey, message)
+            case messages.PrefillLost(reason=reason, prefix_missing=prefix_missing):
+                self._route_again(journey, reason, prefix_missing)
+            case messages.ServeFailed(kind=kind, reason=reason):
+                self._fail(journey, RequestError(kind, reason))
+
+    # A request's way
+
+    def _route(self, journey: Journey) -> None:
+        """Ask the control plane, and tell the decode node. Where no node can take it, it waits, up to a deadline."""
+        if journey.is_finished:
+            return
+        now_s = self._clock()
+        request = RouteRequest(journey.id, journey.prompt_tokens, journey.keys, journey.avoid)
+        try:
+            decision = self.plane.route(request, now_s)
+        except RequestError as error:
+            if journey.avoid or now_s - journey.arrived_at_s > LOCAL_DEADLINE_S:
+                self._fail(journey, error)  # every node that could have done it has failed it, or none has come
+            else:
+                self._without_node.append(journey)
+            return
+        journey.decision = decision
+        away = decision.route is Role.PRFAAS
+        prefix = decision.transfer
+        self._mail.send(FRONT, decision.decode_node, messages.Serve(
+            journey.id, list(journey.token_ids), asdict(journey.params), decision.node,
+            self.deadline_s if away else LOCAL_DEADLINE_S, prefix.source if prefix else "", prefix.end if prefix else 0))
+
+    def _route_again(self, journey: Journey, reason: str, prefix_missing: bool) -> None:
+        """Its prefill node failed it, so another one shall do it; or its cached prefix did not come: decide anew,
+        without that prefix."""
+        decision = journey.decision
+        if prefix_missing and decision.transfer is not None:
+            source, end = decision.transfer.source, decision.transfer.end
+            self._tell_plane(control.PrefixMissing(source, self._key_at(journey, end)))
+        else:
+            journey.avoid |= {decision.node}
+            if decision.route is Role.PRFAAS:
+                journey.fallback = reason
+        journey.prefilled_tokens = journey.received_bytes = journey.expected_bytes = 0
+        self._route(journey)
+
+    def _take_token(self, journey: Journey, drawn: messages.TokenDrawn) -> None:
+        journey.first_token_at_s = journey.first_token_at_s or self._clock()
+        journey.token_ids.append(drawn.token_id)
+        journey.text += drawn.new_text
+        if drawn.finish_reason:
+            journey.length_limit = drawn.length_limit or None
+            self._end(journey, drawn.finish_reason)
+        self._updates.append(Update(journey, drawn.token_id, drawn.new_text))
+
+    def _fail(self, journey: Journey, error: RequestError) -> None:
+        journey.error = error
+        self._end(journey, "error")
+        self._updates.append(Update(journey))
+
+    def _end(self, journey: Journey, finish_reason: str) -> None:
+        journey.finish_reason, journey.finished_at_s = finish_reason, self._clock()
+        self._unfinished -= 1
+        if journey.decision is not None:
+            self._tell_plane(control.RequestEnded(journey.id, len(journey.output_ids)))
+
+    def _key_at(self, journey: Journey, tokens: int) -> str:
+        """The key of the block that ends at `tokens`."""
+        return journey.keys[tokens // self._block_tokens - 1]
+
+    # The control plane
+
+    def _tell_plane(self, event: control.Event) -> None:
+        self._carry_out(self.plane.hear(event, self._clock()))
+
+    def _carry_out(self, actions: list[control.Action]) -> None:
+        for action in actions:
+            if isinstance(action, control.AskInventory):
+                self._mail.send(FRONT, action.node, messages.SendInventory())
+            self._actions.append(action)  # a new threshold is in force at once: the plane itself holds it

@@ -1,0 +1,40 @@
+"""KVCache on its way in: one expected stream, written into the blocks that were reserved for it. Chapter 08; paper 3.3."""
+
+from collections.abc import Sequence
+
+import torch
+
+from minprfaas.kvcache.manager import KVCacheManager
+from minprfaas.transport.base import ArrivalReport, KVTransport, StreamPlan
+
+
+class KVReceive:
+    """The receiving half of one stream. `tables` are block tables per group; the blocks must stay reserved until the
+    stream has ended or `give_up` has returned.
+
+    Raises LinkDown, and ValueError when the plan's stream id is expected already.
+    """
+
+    def __init__(self, kvcache: KVCacheManager, transport: KVTransport, plan: StreamPlan, tables: Sequence):
+        self.plan = plan
+        self.received_bytes = 0
+        self.has_arrived = False
+        self._pool, self._layout = kvcache.pool, kvcache.layout
+        self._transport, self._tables = transport, tables
+        transport.expect(plan, self._write)
+
+    def _write(self, layer: int, start: int, end: int, data: torch.Tensor) -> None:
+        """The sink: runs on the transport's thread while the model computes on other blocks."""
+        group = self._layout.group_of_layer[layer]
+        self._pool.write_bytes(layer, self._tables[group.index], start, end, data)
+        self.received_bytes += data.numel()
+
+    def arrived(self, report: ArrivalReport) -> None:
+        """Every byte of the plan is in its block."""
+        self.received_bytes = report.bytes
+        self.has_arrived = True
+
+    def give_up(self) -> int | None:
+        """No byte is written after this. Returns the token up to which all rows are there; None if the stream had ended
+        before."""
+        return self._transport.forget(self.plan.stream_id)

@@ -1,0 +1,91 @@
+"""KVCache on its way out: shipped layer by layer, while the next layer computes. Chapter 08; paper 3.3.
+
+The model's thread only says what is ready. A sending thread reads it from the pool and puts it into the stream, and
+there waits for room: a slow peer holds up its own stream and no forward pass. Nothing is copied before there is room
+for it, because the blocks keep it: they are held until the stream has ended.
+"""
+
+import queue
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from minprfaas.config import StateKind
+from minprfaas.kvcache.manager import KVCacheManager
+from minprfaas.transport.base import KVTransport, LinkDown, StreamAborted, StreamPlan, StreamReport
+
+STREAMS_AT_ONCE = 64  # of one node; further ones wait for their turn, and their KVCache in its blocks
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Tokens [start, end) of a layer are in `blocks`. On a GPU, `written` says when the model's kernels have run."""
+
+    layer: int
+    start: int
+    end: int
+    blocks: Sequence[int]
+    written: torch.cuda.Event | None
+
+
+class KVSend:
+    """The sending half of one stream: tokens from `plan.start` on, whether they were computed here or found in the cache.
+
+    `tables` are block tables per group, which the caller holds until `outcome` is there. `overlap` False ships
+    everything after prefill, for comparison. Raises LinkDown, or ValueError for an impossible plan.
+    """
+
+    def __init__(self, kvcache: KVCacheManager, transport: KVTransport, plan: StreamPlan, tables: Sequence,
+                 threads: ThreadPoolExecutor, deadline_s: float, overlap: bool = True):
+        self.plan = plan
+        self._pool, self._layout, self._tables = kvcache.pool, kvcache.layout, tables
+        self._overlap, self._deadline_s = overlap, deadline_s
+        self._ready_end = {entry.layer: plan.start for entry in plan.entries}
+        self._pieces: queue.SimpleQueue[_Piece | None] = queue.SimpleQueue()
+        self._stream = transport.open(plan)
+        self.outcome: Future[StreamReport] = threads.submit(self._run)  # or what ended the stream early
+
+    def ready(self, layer: int, end: int) -> None:
+        """Layer `layer` now holds tokens up to `end`. Called between two layers of a forward pass: it never blocks."""
+        if self._overlap:
+            self._hand_over(layer, end)
+
+    def finish(self) -> None:
+        """Everything is computed: what was not handed over yet is, and the stream ends when it has been acknowledged."""
+        for entry in self.plan.entries:
+            self._hand_over(entry.layer, self.plan.end)
+        self._pieces.put(None)
+
+    def abort(self) -> None:
+        """Give the stream up; `outcome` comes as soon as its thread has let go of the blocks."""
+        self._stream.abort()
+        self._pieces.put(None)
+
+    def _hand_over(self, layer: int, end: int) -> None:
+        start = self._ready_end[layer]
+        is_state = self.plan.layers[layer].kind is StateKind.REQUEST
+        if end <= start or (is_state and end < self.plan.end):  # state crosses once, when the last token is in it
+            return
+        group = self._layout.group_of_layer[layer]
+        on_gpu = self._pool.device.type == "cuda"
+        written = torch.cuda.current_stream(self._pool.device).record_event() if on_gpu else None
+        self._pieces.put(_Piece(layer, start, end, self._tables[group.index], written))
+        self._ready_end[layer] = end
+
+    def _run(self) -> StreamReport:
+        """The sending thread."""
+        try:
+            beside_prefill = torch.cuda.Stream(self._pool.device) if self._pool.device.type == "cuda" else None
+            with torch.inference_mode(), torch.cuda.stream(beside_prefill) if beside_prefill else nullcontext():
+                while (piece := self._pieces.get()) is not None:
+                    if piece.written is not None:
+                        beside_prefill.wait_event(piece.written)
+                    data = self._pool.read_bytes(piece.layer, piece.blocks, piece.start, piece.end)
+                    self._stream.put(piece.layer, piece.start, piece.end, data.reshape(-1))
+            return self._stream.finish(self._deadline_s)
+        except (LinkDown, StreamAborted, TimeoutError, ValueError) as error:
+            self._stream.abort()
+            raise StreamAborted(str(error)) from None

@@ -1,0 +1,89 @@
+"""How the parts of one process reach each other and the parts of other processes. Chapter 13.
+
+A *part* (front end, prefill role, decode role) has a name. Parts of one process hand each other messages as they are
+and KVCache over the loopback; to parts elsewhere both go over the link that leads there.
+"""
+
+from collections import deque
+from typing import Protocol
+
+from minprfaas.cluster.envelope import BadMessage, Envelope, decode, encode
+from minprfaas.cluster.messages import Message
+from minprfaas.transport.base import EventQueue, KVTransport, LinkDown, MessageChannel, MessageReceived
+from minprfaas.transport.loopback import Loopback
+from minprfaas.transport.wan.monitor import LinkStats
+
+FRONT = "front"  # the front end's name
+
+
+class Connection(KVTransport, MessageChannel, Protocol):
+    """What leads to another process: KVCache and messages, and how it is doing. A link is one."""
+
+    name: str
+
+    def stats(self) -> LinkStats:
+        """Of this side's sending direction."""
+
+
+class Mail:
+    """One process's switchboard. `events` is the queue into which all its transports put what happens."""
+
+    def __init__(self, events: EventQueue):
+        self.events = events
+        self._loopback = Loopback(events=events)
+        self._local: deque[Envelope] = deque()
+        self._here: set[str] = set()
+        self._link_to: dict[str, Connection] = {}  # by the name of a part elsewhere
+
+    def add_local(self, name: str) -> None:
+        """A part of this process."""
+        self._here.add(name)
+
+    def add_link(self, link: Connection, names: list[str]) -> None:
+        """The parts called `names` are at the other end of `link`."""
+        for name in names:
+            self._link_to[name] = link
+
+    def send(self, sender: str, to: str, message: Message) -> None:
+        """Send a message. To whom there is no way any more it is not sent: the loss of the link has its own event."""
+        envelope = Envelope(to, sender, message)
+        if to in self._here:
+            self._local.append(envelope)
+        elif to in self._link_to:
+            try:
+                self._link_to[to].send_message(encode(envelope))
+            except LinkDown:
+                pass  # whoever waits for an answer hears `PeerLost`
+
+    def transport(self, to: str) -> KVTransport:
+        """What carries KVCache between this process and the part called `to`. Raises LinkDown for an unknown name."""
+        if to in self._here:
+            return self._loopback
+        if to in self._link_to:
+            return self._link_to[to]
+        raise LinkDown(f"there is no way to {to!r}")
+
+    @property
+    def links(self) -> list[Connection]:
+        """Every link of this process once."""
+        return list({link.name: link for link in self._link_to.values()}.values())
+
+    def names_behind(self, link_name: str) -> list[str]:
+        """The parts at the other end of a link."""
+        return [name for name, link in self._link_to.items() if link.name == link_name]
+
+    def take_local(self) -> list[Envelope]:
+        """What parts of this process have sent each other since the last call."""
+        taken = list(self._local)
+        self._local.clear()
+        return taken
+
+    def opened(self, event: MessageReceived) -> Envelope | None:
+        """A message from a link. None unless it is one of ours, for a part that is here, from one behind that link: a
+        peer may speak for its own parts only."""
+        try:
+            envelope = decode(event.message)
+        except BadMessage:
+            return None  # the handshake vouches for the peer; a message we do not know is one we need not obey
+        is_ours = envelope.to in self._here and envelope.sender in self.names_behind(event.link)
+        return envelope if is_ours else None

@@ -1,0 +1,236 @@
+"""The prefill role: orders in, KVCache out; it keeps nothing of a request but its prefix. Chapter 13; paper 3.1.
+
+A node of the PrfaaS cluster and a PD-P node run this same code; only the way that leads to the decode node differs.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from minprfaas.cluster import messages
+from minprfaas.cluster.kv_send import KVSend
+from minprfaas.cluster.mail import FRONT, Mail
+from minprfaas.cluster.node import Happening, PeerLost
+from minprfaas.cluster.prefix_shipping import Fetch
+from minprfaas.cluster.stream_plans import snapshot_plan, stream_plan
+from minprfaas.cluster.upkeep import Upkeep
+from minprfaas.config import Role
+from minprfaas.engine.engine import Engine
+from minprfaas.engine.request import Request, Status
+from minprfaas.engine.sampling import SamplingParams
+from minprfaas.errors import UserError
+from minprfaas.kvcache.request_cache import RequestCache
+from minprfaas.transport.base import LinkDown, StreamPlan, StreamReport
+
+
+class Stage(Enum):
+    """Where a prefill stands."""
+
+    FETCHING = "a cached prefix is on its way here"
+    COMPUTING = "queued, or being prefilled; its streams leave meanwhile"
+    SENDING = "prefilled; the rest of the KVCache leaves"
+    ENDED = "the decode node knows how it ended, or has given it up; its streams let go of the blocks"
+
+
+@dataclass(eq=False)
+class Prefill:
+    """One order, from its arrival until the last byte of its streams is acknowledged."""
+
+    order: messages.PrefillOrder
+    plan: StreamPlan
+    snapshot_plan: StreamPlan | None
+    decode_node: str
+    request: Request
+    arrived_at_s: float
+    stage: Stage = Stage.COMPUTING
+    fetch: Fetch | None = None  # of a prefix that is to be here before the prefill begins
+    cache: RequestCache | None = None  # whose blocks the streams read, whatever becomes of the request
+    stream: KVSend | None = None  # once the prompt has its blocks
+    snapshot: KVSend | None = None  # once the prefill has passed the boundary
+    sending: list[KVSend] = field(default_factory=list)  # streams that have not let go of the blocks
+
+
+class PrefillRole:
+    """Serves `PrefillOrder`s. `overlap` False ships KVCache only after prefill, for comparison."""
+
+    def __init__(self, name: str, role: Role, engine: Engine, mail: Mail, transfer_deadline_s: float,
+                 overlap: bool = True):
+        self.name, self.engine, self.overlap = name, engine, overlap
+        self.transfer_deadline_s = transfer_deadline_s
+        self.prefills: dict[str, Prefill] = {}
+        self.upkeep = Upkeep(name, role, engine, mail, transfer_deadline_s)
+        self.prefixes = self.upkeep.prefixes
+        self._mail, self._kvcache, self._clock = mail, engine.kvcache, engine.clock
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the next step will compute something."""
+        return self.engine.is_ready
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a prefill or a stream is under way."""
+        return bool(self.prefills or self.prefixes or self.engine.has_work)
+
+    def hear(self, sender: str, message: messages.Message) -> None:
+        """Take a message."""
+        match message:
+            case messages.PrefillOrder():
+                self._accept(sender, message)
+            case messages.PrefillAbort(id=id):
+                if id in self.prefills and self.prefills[id].decode_node == sender:
+                    self._drop(self.prefills[id])
+            case _:
+                self.upkeep.hear(sender, message)
+
+    def notice(self, happening: Happening) -> None:
+        """Take what has happened to a stream or to a peer."""
+        self.upkeep.notice(happening)
+        if isinstance(happening, PeerLost):
+            for prefill in list(self.prefills.values()):
+                if prefill.decode_node == happening.name:
+                    self._drop(prefill)
+
+    def step(self) -> None:
+        """Prefill one chunk, look after the streams."""
+        if self.engine.has_work:
+            self.engine.step(on_kv=self._ship)
+            self._report_progress()
+        for prefill in list(self.prefills.values()):
+            self._tend(prefill)
+        self.upkeep.step()
+
+    # An order's life
+
+    def _accept(self, sender: str, order: messages.PrefillOrder) -> None:
+        layout = self.engine.layout
+        try:
+            if order.id in self.prefills:
+                raise UserError(f"order {order.id!r} came before, and is not forgotten yet")
+            if not 0 <= order.start < len(order.token_ids):
+                raise UserError(f"order {order.id!r} starts at token {order.start} of {len(order.token_ids)}")
+            request = Request(order.id, list(order.token_ids), SamplingParams(**order.sampling), prefill_only=True)
+            self.engine.check_fits(request)
+            plan = stream_plan(layout, order.stream_id, order.start, len(order.token_ids))
+            snapshot = snapshot_plan(layout, order.snapshot_stream_id, order.snapshot_at) if order.snapshot_at else None
+        except (UserError, TypeError, ValueError) as error:
+            refusal = messages.PrefillFailed(order.id, str(error), prefix_missing=False)
+            return self._mail.send(self.name, sender, refusal)
+        prefill = Prefill(order, plan, snapshot, sender, request, self._clock())
+        self.prefills[order.id] = prefill
+        if 0 < order.prefix_tokens < len(order.token_ids):
+            prefill.fetch = self.prefixes.fetch(order.token_ids[:order.prefix_tokens + 1], order.prefix_source)
+        if prefill.fetch is None:
+            self.engine.add(request)
+        else:
+            prefill.stage = Stage.FETCHING
+
+    def _ship(self, request: Request, layer: int, start: int, end: int) -> None:
+        """Between two layers of a forward pass: the layer's state is final up to `end`. Neither blocks nor raises."""
+        prefill = self.prefills[request.id]
+        if prefill.cache is None:  # the first chunk: only now has the prompt its blocks
+            prefill.cache = request.cache
+            prefill.stream = self._open(prefill, prefill.plan, request.cache.block_tables, self.overlap)
+        if prefill.stream is not None:
+            prefill.stream.ready(layer, end)
+
+    def _open(self, prefill: Prefill, plan: StreamPlan, tables: list, overlap: bool = True) -> KVSend | None:
+        """Begin a stream, whose blocks stay until it has let go of them. None when it cannot begin."""
+        try:
+            transport = self._mail.transport(prefill.decode_node)
+            stream = KVSend(self._kvcache, transport, plan, tables, self.upkeep.threads, self.transfer_deadline_s, overlap)
+        except (LinkDown, ValueError):  # ValueError: a plan that this transport cannot carry
+            return None
+        self._kvcache.begin_transfer(prefill.cache)
+        prefill.sending.append(stream)
+        return stream
+
+    def _tend(self, prefill: Prefill) -> None:
+        """Take a prefill one stage further, if it is time."""
+        for stream in [stream for stream in prefill.sending if stream.outcome.done()]:
+            prefill.sending.remove(stream)
+            self._kvcache.end_transfer(prefill.cache)
+        stream_ended = prefill.stream is not None and prefill.stream.outcome.done()
+        if prefill.stage is Stage.FETCHING:
+            self._begin_once_prefix_is_here(prefill)
+        elif prefill.stage is Stage.COMPUTING and prefill.cache is not None:
+            self._ship_snapshot(prefill)
+            if prefill.stream is None or stream_ended:
+                self._fail_stream(prefill)
+            elif prefill.request.status is Status.HELD:
+                self._prefilled(prefill)
+        elif prefill.stage is Stage.SENDING and stream_ended:
+            self._transferred(prefill)
+        elif prefill.stage is Stage.ENDED and not prefill.sending:
+            del self.prefills[prefill.order.id]
+
+    def _begin_once_prefix_is_here(self, prefill: Prefill) -> None:
+        """Without its prefix this may be the wrong node for the request: that is not for this node to decide."""
+        if prefill.fetch.nbytes is None:
+            return
+        if prefill.fetch.nbytes == 0:
+            return self._fail(prefill, f"the prefix that {prefill.fetch.source} holds did not come", True)
+        prefill.stage = Stage.COMPUTING
+        self.engine.add(prefill.request)
+
+    def _ship_snapshot(self, prefill: Prefill) -> None:
+        """Ship the state at the boundary that the order names once prefill has passed it. A favour: it may fail."""
+        plan, cache = prefill.snapshot_plan, prefill.cache
+        may_ship = self.overlap or prefill.request.status is Status.HELD
+        if plan is None or prefill.snapshot is not None or cache.num_tokens < plan.end or not may_ship:
+            return
+        prefill.snapshot_plan = None  # one attempt
+        tables = self._kvcache.snapshots.hold(cache, plan.end)
+        if tables is not None:
+            prefill.snapshot = self._open(prefill, plan, tables)
+        if prefill.snapshot is not None:
+            prefill.snapshot.finish()
+
+    def _prefilled(self, prefill: Prefill) -> None:
+        request = prefill.request
+        prefill.stage = Stage.SENDING
+        prefill.stream.finish()
+        self._tell(prefill, messages.PrefillDone(
+            request.id, request.token_ids[-1], request.cached_tokens, request.prefill_started_at_s - prefill.arrived_at_s,
+            request.prefill_ended_at_s - request.prefill_started_at_s, prefill.fetch.nbytes if prefill.fetch else 0))
+
+    def _transferred(self, prefill: Prefill) -> None:
+        error = prefill.stream.outcome.exception()
+        if error is not None:
+            return self._fail_stream(prefill)
+        report: StreamReport = prefill.stream.outcome.result()
+        exposed_s = max(0.0, report.acked_s - max(report.first_put_s, prefill.request.prefill_ended_at_s))
+        self._mail.send(self.name, FRONT, messages.TransferDone(
+            prefill.order.id, report.bytes, report.acked_s - report.first_put_s, exposed_s))
+        self.engine.release(prefill.request)
+        prefill.stage = Stage.ENDED
+
+    def _fail_stream(self, prefill: Prefill) -> None:
+        """The stream has ended before its last byte, or could not begin."""
+        reason = "there is no way to the decode node"
+        if prefill.stream is not None:
+            reason = str(prefill.stream.outcome.exception())
+        self._fail(prefill, reason, False)
+
+    def _fail(self, prefill: Prefill, reason: str, prefix_missing: bool) -> None:
+        self._tell(prefill, messages.PrefillFailed(prefill.order.id, reason, prefix_missing))
+        self._drop(prefill)
+
+    def _drop(self, prefill: Prefill) -> None:
+        """Nobody waits for this prefill any more: compute no further, and let its streams end."""
+        if prefill.stage is Stage.ENDED:
+            return
+        if prefill.stage is Stage.FETCHING:
+            self.prefixes.give_up(prefill.fetch)
+        for stream in prefill.sending:
+            stream.abort()
+        self.engine.abort(prefill.request)
+        prefill.stage = Stage.ENDED
+
+    def _report_progress(self) -> None:
+        for prefill in self.prefills.values():
+            request = prefill.request
+            if request.status is Status.PREFILL and request.cache.num_tokens > request.cached_tokens:
+                self._tell(prefill, messages.PrefillProgress(request.id, request.cache.num_tokens))
+
+    def _tell(self, prefill: Prefill, message: messages.Message) -> None:
+        self._mail.send(self.name, prefill.decode_node, message)

@@ -1,0 +1,164 @@
+"""Prefix shipping: a cached prefix is sent to the node where a prefill will begin, instead of being computed again.
+
+Chapter 11; paper 3.4.3. Who will compute pulls: `PrefixOrder` asks a node that holds the prefix, which streams what the
+other lacks. Whatever goes wrong, the prefill goes on without: that costs time, never a wrong token, for a prefix enters
+the index only when its last byte is there.
+"""
+
+import itertools
+import secrets
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from minprfaas.cluster.kv_receive import KVReceive
+from minprfaas.cluster.kv_send import KVSend
+from minprfaas.cluster.mail import Mail
+from minprfaas.cluster.messages import PrefixAbort, PrefixOrder
+from minprfaas.cluster.stream_plans import stream_plan
+from minprfaas.kvcache.manager import KVCacheManager
+from minprfaas.kvcache.request_cache import RequestCache
+from minprfaas.transport.base import LinkDown, StreamDone, StreamFailed
+
+
+@dataclass(eq=False)
+class _Sending:
+    peer: str
+    cache: RequestCache  # holds all of the prefix, the snapshot at its end too
+    stream: KVSend
+
+
+@dataclass(eq=False)
+class Fetch:
+    """A prefix on its way here. `nbytes` is None while it is under way, and 0 when it did not come."""
+
+    source: str
+    prefix: list[int]
+    cache: RequestCache
+    deadline_at_s: float
+    arriving: KVReceive
+    nbytes: int | None = None
+
+
+class PrefixShipping:
+    """The prefixes that one part sends and receives. Only its own loop calls it."""
+
+    def __init__(self, name: str, kvcache: KVCacheManager, mail: Mail, threads: ThreadPoolExecutor,
+                 clock: Callable[[], float], deadline_s: float):
+        self.deadline_s = deadline_s
+        self._name, self._kvcache, self._mail, self._threads, self._clock = name, kvcache, mail, threads, clock
+        self._sending: dict[int, _Sending] = {}
+        self._fetching: dict[int, Fetch] = {}
+        self._stream_ids = itertools.count(secrets.randbits(32) << 16)
+
+    def __bool__(self) -> bool:
+        return bool(self._sending or self._fetching)
+
+    # Who will compute
+
+    def fetch(self, token_ids: list[int], source: str) -> Fetch | None:
+        """Ask `source` for the prefix of `token_ids`, all but the last of them. None when there is nothing to ask for:
+        it is here already, there is no room, or the source cannot be reached."""
+        end = len(token_ids) - 1
+        try:
+            cache = self._kvcache.open(token_ids)
+        except ValueError:  # numbers that cannot be tokens
+            return None
+        if cache.cached_tokens >= end or not self._kvcache.reserve(cache, end):
+            self._kvcache.close(cache)
+            return None
+        stream_id = next(self._stream_ids)
+        try:
+            plan = stream_plan(self._kvcache.layout, stream_id, cache.cached_tokens, end)
+            arriving = KVReceive(self._kvcache, self._mail.transport(source), plan, cache.block_tables)
+        except LinkDown:
+            self._kvcache.close(cache)
+            return None
+        fetch = Fetch(source, token_ids[:end], cache, self._clock() + self.deadline_s, arriving)
+        self._fetching[stream_id] = fetch
+        self._mail.send(self._name, source, PrefixOrder(stream_id, token_ids, cache.cached_tokens))
+        return fetch
+
+    def give_up(self, fetch: Fetch) -> None:
+        """The prefix is wanted no more. Harmless for one that has ended."""
+        if fetch.nbytes is None:
+            fetch.arriving.give_up()
+            self._mail.send(self._name, fetch.source, PrefixAbort(fetch.arriving.plan.stream_id))
+            self._end_fetch(fetch, 0)
+
+    def _end_fetch(self, fetch: Fetch, nbytes: int) -> None:
+        fetch.nbytes = nbytes
+        del self._fetching[fetch.arriving.plan.stream_id]
+        self._kvcache.close(fetch.cache)
+
+    # Who holds the prefix
+
+    def order(self, sender: str, order: PrefixOrder) -> None:
+        """Stream a prefix, if it is here to its end (still)."""
+        if order.stream_id in self._sending or not self._send(sender, order):
+            self._mail.send(self._name, sender, PrefixAbort(order.stream_id))
+
+    def _send(self, sender: str, order: PrefixOrder) -> bool:
+        end = len(order.token_ids) - 1
+        try:
+            cache = self._kvcache.open(order.token_ids)
+        except ValueError:  # numbers that cannot be tokens
+            return False
+        try:
+            if not 0 < end == cache.cached_tokens:
+                raise ValueError("the prefix is not here")
+            plan = stream_plan(self._kvcache.layout, order.stream_id, order.start, end)
+            tables = self._tables(cache, end)
+            stream = KVSend(self._kvcache, self._mail.transport(sender), plan, tables, self._threads, self.deadline_s)
+        except (LinkDown, ValueError):
+            self._kvcache.close(cache)
+            return False
+        stream.finish()
+        self._sending[order.stream_id] = _Sending(sender, cache, stream)
+        return True
+
+    def _tables(self, cache: RequestCache, end: int) -> list:
+        """The rows' blocks from the request's tables, the state's from the snapshot at the end."""
+        snapshot = self._kvcache.snapshots.hold(cache, end)
+        tables = list(cache.block_tables)
+        for group in self._kvcache.layout.request_groups:
+            tables[group.index] = snapshot[group.index]
+        return tables
+
+    # Both
+
+    def aborted(self, sender: str, stream_id: int) -> None:
+        """The other side gives this prefix up."""
+        sending, fetch = self._sending.get(stream_id), self._fetching.get(stream_id)
+        if sending is not None and sending.peer == sender:
+            sending.stream.abort()
+        if fetch is not None and fetch.source == sender:
+            self.give_up(fetch)
+
+    def notice(self, event: StreamDone | StreamFailed) -> None:
+        """Take what has happened to a stream; one that is not a prefix's is ignored."""
+        fetch = self._fetching.get(event.stream_id)
+        if fetch is None:
+            return
+        if isinstance(event, StreamDone):
+            self._kvcache.advance(fetch.cache, fetch.prefix)  # indexes it, with the state at its end
+            self._end_fetch(fetch, event.report.bytes)
+        else:
+            self.give_up(fetch)
+
+    def peer_lost(self, name: str) -> None:
+        """Nothing comes from there any more, and nothing arrives there."""
+        for fetch in [fetch for fetch in self._fetching.values() if fetch.source == name]:
+            self.give_up(fetch)
+        for sending in self._sending.values():
+            if sending.peer == name:
+                sending.stream.abort()
+
+    def step(self) -> None:
+        """Let go of what has been sent; give up what is overdue."""
+        for stream_id, sending in list(self._sending.items()):
+            if sending.stream.outcome.done():
+                del self._sending[stream_id]
+                self._kvcache.close(sending.cache)
+        for fetch in [fetch for fetch in self._fetching.values() if self._clock() > fetch.deadline_at_s]:
+            self.give_up(fetch)

@@ -1,0 +1,121 @@
+"""What a run of the cluster shows and keeps: answers as they come, the table, the JSON lines, the check. Chapter 13."""
+
+from collections.abc import Sequence
+
+from minprfaas.cluster.journey import Journey
+from minprfaas.config import Role
+from minprfaas.engine.generate import answer_prompts, logit_gap
+from minprfaas.engine.prompts import Prompt
+from minprfaas.kvcache.layout import Layout
+from minprfaas.model.spec import kv_bytes
+from minprfaas.model.tokenizer import Tokenizer
+from minprfaas.model.transformer import Transformer
+from minprfaas.observe.report import human_bytes, table
+
+HEADERS = ("request", "tokens", "cached", "route", "KV crossed", "prefill s", "transfer s*", "hidden*", "TTFT s*",
+           "tokens/s")
+TIE_GAP = 1e-3  # logits: two tokens this close may change places when sums are made in another order (float32)
+
+
+def answer_lines(journey: Journey, prompt: Prompt) -> str:
+    """One answer with its question, and whether it is right if the prompt knows."""
+    if journey.error is not None:
+        return f"[{journey.id}] no answer: {journey.error}"
+    mark = ""
+    if prompt.expected is not None:
+        mark = "  ✓" if journey.text.strip() == prompt.expected else f"  ✗ expected {prompt.expected}"
+    lines = prompt.text.rstrip().splitlines() or [prompt.text]
+    questions = [line for line in lines if line.startswith("Question:")]
+    asked = questions[-1] if questions else lines[-1]
+    return f"[{journey.id}] {asked[:90]}\n    {journey.text.strip()}{mark}"
+
+
+def json_row(journey: Journey, layout: Layout, link: str) -> dict:
+    """One line of `--json`; times in seconds, and the parts of `ttft_s` add up to it. `link` says what is emulated."""
+    row = {
+        "id": journey.id, "token_ids": journey.output_ids, "text": journey.text, "route": journey.route,
+        "reason": journey.reason, "fallback": journey.fallback, "finish_reason": journey.finish_reason,
+        "error": str(journey.error) if journey.error else None, "prompt_tokens": journey.prompt_tokens,
+        "cached_tokens": journey.cached_tokens, "held_tokens": journey.held_tokens, "kv_bytes": journey.kv_bytes,
+        "kv_bytes_without_cache": kv_bytes(layout.specs, journey.prompt_tokens), "prefix_bytes": journey.prefix_bytes,
+        "transfer_s": journey.transfer_s, "hidden": journey.hidden, "link": link}
+    for part in ("route_s", "queue_s", "prefill_s", "transfer_exposed_s", "admit_s", "ttft_s"):
+        row[part] = getattr(journey, part) if journey.error is None else None
+    row["tokens_per_s"] = _tokens_per_s(journey)
+    return row
+
+
+def answer_table(journeys: Sequence[Journey]) -> str:
+    """The table of a run, a row a request."""
+    rows = []
+    for journey in journeys:
+        away = journey.route == Role.PRFAAS.value
+        rows.append([
+            journey.id, journey.prompt_tokens, journey.cached_tokens, journey.route or "–",
+            human_bytes(journey.kv_bytes) if away else "–", f"{journey.prefill_s:.2f}",
+            f"{journey.transfer_s:.2f}" if away else "–", f"{journey.hidden:.0%}" if away else "–",
+            f"{journey.ttft_s:.2f}" if journey.error is None else "–", f"{_tokens_per_s(journey):.1f}"])
+    return table(HEADERS, rows)
+
+
+def notes(journeys: Sequence[Journey], layout: Layout) -> list[str]:
+    """What the table cannot say: requests that came back, increments, prefixes that were shipped."""
+    lines = []
+    for journey in journeys:
+        if journey.fallback is not None:
+            lines.append(f"{journey.id} was offloaded and came back: {journey.fallback}")
+        if journey.route == Role.PRFAAS.value and journey.held_tokens:
+            whole = kv_bytes(layout.specs, journey.prompt_tokens)
+            lines.append(f"{journey.id}: B held {journey.held_tokens:,} of its tokens, so "
+                         f"{human_bytes(journey.kv_bytes)} crossed instead of {human_bytes(whole)}")
+        if journey.prefix_bytes:
+            lines.append(f"{journey.id} began with a cached prefix from {journey.decision.transfer.source} "
+                         f"({human_bytes(journey.prefix_bytes)})")
+    return lines
+
+
+def check(journeys: Sequence[Journey], prompts: Sequence[Prompt], model: Transformer, tokenizer: Tokenizer,
+          prefill_chunk: int) -> tuple[list[str], bool]:
+    """Recompute every answer in this process alone and compare token by token. Returns lines to print, and whether all
+    is well.
+
+    A request that was offloaded and whose KVCache did not cross has failed, however right its answer is (rule 8). An
+    answer that departs from the reference where two tokens are as good as equally likely is no damage, but it is said.
+    """
+    reference = answer_prompts(model, tokenizer, prompts, prefill_chunk=prefill_chunk, progress=True)
+    lines, failed, ties = [], [], []
+    for journey, output in zip(journeys, reference, strict=True):
+        if journey.error is not None:
+            failed.append(f"{journey.id}: {journey.error}")
+        elif journey.output_ids != output.token_ids:
+            gap = _gap_where_they_part(model, journey, output.token_ids)
+            same_ground = len(journey.token_ids) - len(journey.output_ids) == output.prompt_tokens
+            if gap is not None and gap < TIE_GAP and same_ground:
+                ties.append(f"{journey.id}: logits {gap:.1e} apart")
+            else:
+                failed.append(f"{journey.id}: another answer")
+        if journey.route == Role.PRFAAS.value and journey.kv_bytes == 0 and journey.error is None:
+            failed.append(f"{journey.id}: its route was prfaas, and no KVCache crossed")
+    same = len(reference) - len({line.partition(":")[0] for line in failed + ties})
+    lines.append(f"{same} of {len(reference)} answers are identical, token by token, to the single-process reference.")
+    if ties:
+        lines.append("Ties of two tokens that another order of the same sums decides: " + "; ".join(ties))
+    if failed:
+        lines.append("Different: " + "; ".join(failed))
+    return lines, not failed
+
+
+def _gap_where_they_part(model: Transformer, journey: Journey, wanted: list[int]) -> float | None:
+    """How far apart the reference's logits of the two tokens are where the answers part. None where one only ends
+    before the other (a pool too small for the whole answer ends it early)."""
+    for position, (drawn, right) in enumerate(zip(journey.output_ids, wanted)):
+        if drawn != right:
+            before = journey.token_ids[:journey.prompt_tokens + position]
+            return logit_gap(model, before, drawn, right)
+    return None
+
+
+def _tokens_per_s(journey: Journey) -> float:
+    """Of the answer after its first token."""
+    decode_s = journey.finished_at_s - journey.first_token_at_s
+    return (len(journey.output_ids) - 1) / decode_s if decode_s > 0 and journey.output_ids else 0.0

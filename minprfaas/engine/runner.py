@@ -1,0 +1,73 @@
+"""Every tensor of the engine: the forward pass of a prefill chunk or of a decode batch, and the draw. Chapter 04.
+
+This is the eager path, the reference; a faster one (captured graphs, kernels that read pages) takes its place behind
+the same two methods and is held against it.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from minprfaas.engine.request import KVListener, Request
+from minprfaas.engine.sampling import sample
+from minprfaas.engine.scheduler import PrefillChunk
+from minprfaas.kvcache.manager import KVCacheManager
+from minprfaas.model.spec import OnLayer
+from minprfaas.model.transformer import Transformer
+from minprfaas.observe.timeline import Timeline
+
+
+class Runner:
+    """Runs one model over the blocks of one pool. `clock` and `timeline` are the engine's."""
+
+    def __init__(self, model: Transformer, kvcache: KVCacheManager, clock: Callable[[], float],
+                 timeline: Timeline | None):
+        self.model, self.kvcache, self.clock, self.timeline = model, kvcache, clock, timeline
+
+    @torch.inference_mode()
+    def prefill(self, chunk: PrefillChunk, on_kv: KVListener | None) -> int | None:
+        """Compute a chunk; the token drawn after it if it completes the prompt, else None.
+
+        `on_kv` is called between the layers of the pass, so what it does delays the pass.
+        """
+        request = chunk.request
+        token_ids = torch.tensor([request.token_ids[chunk.start:chunk.end]], device=self.model.device)
+        state = self.kvcache.state([request.cache])
+        logits = self.model(token_ids, state, on_layer=self._layer_listener(chunk, on_kv), last_only=True)
+        self.kvcache.advance(request.cache, request.token_ids[:chunk.end])
+        if not chunk.completes_prompt:
+            return None
+        return sample(logits[0, -1], request.params, len(request.output_ids))
+
+    @torch.inference_mode()
+    def decode(self, batch: list[Request]) -> list[int]:
+        """One forward pass over the last token of every request; the next token of each."""
+        began_at_s = self.clock()
+        last_tokens = torch.tensor([[request.token_ids[-1]] for request in batch], device=self.model.device)
+        logits = self.model(last_tokens, self.kvcache.state([request.cache for request in batch]))[:, -1]
+        greedy = logits.argmax(dim=-1).tolist()  # one transfer from the device for all rows, not one a row
+        tokens = []
+        for row, request in enumerate(batch):
+            self.kvcache.advance(request.cache, request.token_ids)
+            is_greedy = request.params.temperature == 0
+            tokens.append(greedy[row] if is_greedy else sample(logits[row], request.params, len(request.output_ids)))
+        if self.timeline is not None:
+            self.timeline.span("decode", f"step of {len(batch)}", began_at_s, self.clock())
+        return tokens
+
+    def _layer_listener(self, chunk: PrefillChunk, on_kv: KVListener | None) -> OnLayer | None:
+        """What happens when a layer's state holds the chunk: a mark on the timeline, and word to `on_kv`."""
+        if self.timeline is None and on_kv is None:
+            return None
+        since_s = self.clock()
+
+        def on_layer(layer: int) -> None:
+            nonlocal since_s
+            if self.timeline is not None:
+                self.timeline.span("prefill", f"layer {layer}", since_s, self.clock(), request=chunk.request.id,
+                                   tokens=f"{chunk.start}-{chunk.end}")
+            if on_kv is not None:
+                on_kv(chunk.request, layer, chunk.start, chunk.end)
+            since_s = self.clock()  # a span is the layer's own time, without the listener's
+
+        return on_layer

@@ -1,0 +1,87 @@
+"""Multi-head latent attention (MLA): one small latent a token that all heads expand. Chapter 02; paper table 2."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from minprfaas.config import MAX_HEAD_SIZE, StateKind, require_sizes
+from minprfaas.errors import require_number
+from minprfaas.model.attention import attend
+from minprfaas.model.layers import Positions, RMSNorm
+from minprfaas.model.spec import LayerState, StateSpec, TensorSpec
+
+
+@dataclass(frozen=True)
+class MLAConfig:
+    """MLA without positional encoding (Kimi Linear's); all heads share `qk_shared_dim` key channels as they are."""
+
+    num_heads: int
+    kv_lora_rank: int
+    qk_nope_dim: int
+    qk_shared_dim: int
+    v_dim: int
+
+    def __post_init__(self) -> None:
+        require_sizes(self, "num_heads", "kv_lora_rank", "qk_nope_dim", "v_dim", most=MAX_HEAD_SIZE)
+        require_number("qk_rope_head_dim", self.qk_shared_dim, least=0, most=MAX_HEAD_SIZE, whole=True)
+
+    def state_spec(self, dtype: str) -> StateSpec:
+        """One row a token: the normalized latent, then the key channels that all heads share."""
+        return StateSpec(StateKind.TOKEN, (TensorSpec("latent", (self.kv_lora_rank + self.qk_shared_dim,), dtype),))
+
+    def build(self, hidden_size: int, norm_eps: float) -> nn.Module:
+        """The mixer's module, with fresh weights."""
+        return MLA(self, hidden_size, norm_eps)
+
+
+class MLA(nn.Module):
+    """Prefill expands the latents to keys and values; decode folds the expansion into the query instead ("absorbed"),
+    so that one step reads the latents only. Both are the same product, bracketed differently."""
+
+    def __init__(self, config: MLAConfig, hidden_size: int, norm_eps: float):
+        super().__init__()
+        self.config = config
+        heads, rank, shared = config.num_heads, config.kv_lora_rank, config.qk_shared_dim
+        self.scale = (config.qk_nope_dim + shared) ** -0.5
+        self.q_proj = nn.Linear(hidden_size, heads * (config.qk_nope_dim + shared), bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden_size, rank + shared, bias=False)
+        self.kv_a_layernorm = RMSNorm(rank, norm_eps)
+        self.kv_b_proj = nn.Linear(rank, heads * (config.qk_nope_dim + config.v_dim), bias=False)
+        self.o_proj = nn.Linear(heads * config.v_dim, hidden_size, bias=False)
+
+    def forward(self, x: Tensor, positions: Positions, state: LayerState | None) -> Tensor:
+        """`x` `[batch, new, hidden]` -> the same shape; `state` None means that `x` is the whole context."""
+        config = self.config
+        q = self.q_proj(x).unflatten(-1, (config.num_heads, -1))
+        latent, shared = self.kv_a_proj_with_mqa(x).split([config.kv_lora_rank, config.qk_shared_dim], dim=-1)
+        rows = torch.cat([self.kv_a_layernorm(latent), shared], dim=-1)
+        if state is not None:
+            rows = state.append(rows).rows()
+        one_step = state is not None and x.shape[1] == 1
+        out = self._absorbed(q, rows, positions) if one_step else self._expanded(q, rows, positions)
+        return self.o_proj(out.flatten(2))
+
+    def _expanded(self, q: Tensor, rows: Tensor, positions: Positions) -> Tensor:
+        config = self.config
+        latent, shared = rows.split([config.kv_lora_rank, config.qk_shared_dim], dim=-1)
+        expanded = self.kv_b_proj(latent).unflatten(-1, (config.num_heads, -1))
+        k_nope, v = expanded.split([config.qk_nope_dim, config.v_dim], dim=-1)
+        k = torch.cat([k_nope, shared[:, :, None].expand(-1, -1, config.num_heads, -1)], dim=-1)
+        return attend(q, k, v, positions, self.scale)
+
+    def _absorbed(self, q: Tensor, rows: Tensor, positions: Positions) -> Tensor:
+        """One query token a request, as `num_heads` queries on a single KV head of width rank + shared."""
+        config = self.config
+        weight = self.kv_b_proj.weight.unflatten(0, (config.num_heads, -1))  # [heads, nope + v, rank]
+        expand_k, expand_v = weight.split([config.qk_nope_dim, config.v_dim], dim=1)
+        q_nope, q_shared = q[:, 0].split([config.qk_nope_dim, config.qk_shared_dim], dim=-1)
+        q_latent = torch.einsum("bhn,hnr->bhr", q_nope, expand_k)
+        queries = torch.cat([q_latent, q_shared], dim=-1)  # [batch, heads, rank + shared]
+        # Plain products read the latents once for all heads; the fused kernels read them once a head (on a CPU
+        # some times slower), and none of them is made for keys as wide as this.
+        scores = torch.bmm(queries, rows.transpose(1, 2)).float() * self.scale
+        beyond = torch.arange(rows.shape[1], device=rows.device) > positions.index  # [batch, context]
+        weights = scores.masked_fill(beyond[:, None], float("-inf")).softmax(dim=-1).to(rows.dtype)
+        out = torch.bmm(weights, rows[..., : config.kv_lora_rank])
+        return torch.einsum("bhr,hvr->bhv", out, expand_v)[:, None]

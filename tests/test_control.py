@@ -1,0 +1,276 @@
+"""The control plane: what it makes of events, what it books, when its loops act; the simulator only drives it."""
+
+import random
+from dataclasses import replace
+
+import pytest
+from control_support import RecordingControlPlane, replay
+
+from minprfaas.config import LinkSample, Role
+from minprfaas.errors import RequestError
+from minprfaas.scheduling.control import (INVENTORY_S, AskInventory, ControlPlane, ControlSettings,
+                                          DecodeStarted, LinkMeasured, LineChanged, NewThreshold, NodeJoined, NodeLeft,
+                                          PrefillEnded, PrefixMissing, RequestEnded)
+from minprfaas.scheduling.directory import CacheChanged
+from minprfaas.scheduling.paper_case import paper_fleet, paper_lengths
+from minprfaas.scheduling.roles import COOLDOWN_S, RoleChange
+from minprfaas.scheduling.router import RouteRequest, TransferCosts
+from minprfaas.simulator.arrivals import from_trace
+from minprfaas.simulator.cluster import Setup, Simulation
+from minprfaas.simulator.trace import read_trace, write_conversations
+
+COSTS = TransferCosts(token_bytes=17_000, state_bytes=2e8, prfaas_s_per_token=1e-4, pdp_s_per_token=1e-4)
+KEYS = ("system prompt", "document", "question")
+
+
+def control_plane(**changes) -> ControlPlane:
+    """Two PrfaaS nodes, two PD-P and two PD-D nodes, empty, at time 0."""
+    control = ControlPlane(ControlSettings(**{**dict(threshold=5120, link_gbps=100.0, costs=COSTS), **changes}))
+    for name, role in (("a0", Role.PRFAAS), ("a1", Role.PRFAAS), ("p0", Role.PDP), ("p1", Role.PDP), ("d0", Role.PDD),
+                       ("d1", Role.PDD)):
+        join(control, name, role)
+    return control
+
+
+def join(control: ControlPlane, name: str, role: Role, now_s: float = 0.0) -> None:
+    assert control.hear(NodeJoined(name, role), now_s) == [AskInventory(name)]
+    assert control.hear(CacheChanged(name, 0, [], inventory=True), now_s) == []
+
+
+def measure(control: ControlPlane, start_s: int, end_s: int, gbps: float, utilization: float, nodes=("a0",)) -> list:
+    """Each second a sample of each of these senders, and a tick; the actions of the ticks."""
+    actions = []
+    for second in range(start_s, end_s):
+        for node in nodes:
+            control.hear(LinkMeasured(node, LinkSample(0.0, gbps, utilization, 0.0)), float(second))
+        actions += control.tick(float(second))
+    return actions
+
+
+# Load books
+
+
+def test_load_is_uncached_tokens_on_the_prefill_node_and_a_request_on_the_decode_node():
+    control = control_plane()
+    control.hear(CacheChanged("p1", 1, [("document", 4096)]), 0.0)
+    decision = control.route(RouteRequest("r", 5000, KEYS), 0.0)
+    assert (decision.node, decision.decode_node) == ("p1", "d0")
+    assert (control.loads()["p1"], control.loads()["d0"]) == (5000 - 4096, 1)
+    control.hear(PrefillEnded("r", 904, 0.1), 1.0)
+    assert (control.loads()["p1"], control.loads()["d0"]) == (0, 1)
+    control.hear(PrefillEnded("r", 0, 0.0), 1.0)  # too late to matter
+    control.hear(RequestEnded("r", 30), 2.0)
+    control.hear(RequestEnded("r", 30), 2.0)
+    assert set(control.loads().values()) == {0}
+
+
+def test_a_request_that_is_routed_again_is_booked_once_and_not_where_it_failed():
+    control = control_plane()
+    first = control.route(RouteRequest("r", 9000), 0.0)
+    control.hear(PrefillEnded("r", 0, 0.0), 1.0)
+    assert control.loads()[first.node] == 0 and control.loads()[first.decode_node] == 1
+    second = control.route(RouteRequest("r", 9000, avoid=frozenset({first.node})), 1.0)
+    assert second.node != first.node and f"avoiding {first.node}" in second.reason
+    assert sorted(control.loads().values()) == [0, 0, 0, 0, 1, 9000]
+    assert second.decode_node == first.decode_node  # its own earlier booking was not weighed against it
+
+
+def test_what_a_node_was_given_before_it_left_does_not_burden_it_when_it_returns():
+    control = control_plane()
+    for number in range(4):
+        control.route(RouteRequest(number, 9000), 0.0)
+    control.hear(NodeLeft("a0"), 1.0)
+    control.hear(NodeLeft("a0"), 1.0)
+    assert "a0" not in control.loads() and control.nodes(Role.PRFAAS) == ["a1"]
+    join(control, "a0", Role.PRFAAS, 2.0)
+    for number in range(4):
+        control.hear(PrefillEnded(number, 0, 0.0), 2.0)
+    assert control.loads()["a0"] == control.loads()["a1"] == 0
+
+
+def test_with_a_profile_short_prompts_count_with_what_any_request_costs():
+    fleet = paper_fleet()
+    control = control_plane(fleet=fleet, costs=None)
+    decision = control.route(RouteRequest("r", 1000), 0.0)
+    assert control.loads()[decision.node] == 1000 + fleet.pd_profile.overhead_tokens > 3000
+
+
+def test_events_of_unknown_requests_and_of_nodes_that_have_left_are_harmless():
+    control = control_plane()
+    for event in (PrefillEnded("ghost", 10, 1.0), DecodeStarted("ghost"),
+                  RequestEnded("ghost", 5), NodeLeft("ghost"), PrefixMissing("ghost", "key"),
+                  CacheChanged("ghost", 1, [("key", 64)])):
+        assert control.hear(event, 1.0) == []
+    with pytest.raises(RequestError, match="no_node"):
+        ControlPlane(ControlSettings(5120, 100.0)).route(RouteRequest("r", 10), 0.0)
+
+
+# What nodes hold
+
+
+def test_lost_news_ask_for_an_inventory_once_and_again_when_it_does_not_come():
+    control = control_plane()
+    assert control.hear(CacheChanged("a0", 3, [("document", 4096)]), 1.0) == [AskInventory("a0")]
+    assert control.hear(CacheChanged("a0", 4, [("question", 8192)]), 1.1) == []  # it is on its way
+    assert control.tick(2.0) == []
+    assert control.tick(1.0 + INVENTORY_S) == [AskInventory("a0")]
+    control.hear(CacheChanged("a0", 4, [("document", 4096)], inventory=True), 12.0)
+    assert control.tick(30.0) == [] and control.directory.match(KEYS) == {"a0": 4096}
+
+
+def test_a_prefix_that_was_not_there_is_not_counted_on_again():
+    control = control_plane()
+    control.hear(CacheChanged("p0", 1, [("document", 4096)]), 0.0)
+    control.hear(PrefixMissing("p0", "document"), 1.0)
+    assert control.route(RouteRequest("r", 5000, KEYS), 1.0).cached_tokens == 0
+
+
+def test_the_decode_nodes_cache_counts_for_the_pd_cluster_and_is_fetched():
+    control = control_plane()
+    control.hear(CacheChanged("d1", 1, [("document", 8192)]), 0.0)
+    decision = control.route(RouteRequest("r", 9000, KEYS), 0.0)
+    assert (decision.route, decision.incremental_tokens, decision.transfer.source) == (Role.PDP, 808, "d1")
+    assert control.loads()[decision.node] == 808
+
+
+# Learning
+
+
+def test_what_a_token_costs_is_learned_from_prefills_so_that_shipping_follows_it():
+    control = control_plane(ship_prefixes=True)
+    measure(control, 0, 20, 10.0, 0.1)
+    control.hear(CacheChanged("p0", 1, [("document", 4096)]), 0.0)
+    assert control.route(RouteRequest("slow?", 30_000, KEYS), 20.0).transfer.source == "p0"
+    control.route(RouteRequest("r", 6000), 20.0)
+    control.hear(PrefillEnded("r", 6000, 0.006), 20.0)  # 1 µs a token: 4,096 of them are sooner than 270 MB
+    assert control.route(RouteRequest("fast", 30_000, KEYS), 20.0).transfer is None
+
+
+def test_without_leave_to_ship_nothing_crosses_between_the_clusters():
+    control = control_plane(ship_prefixes=False)
+    measure(control, 0, 20, 10.0, 0.1)
+    control.hear(CacheChanged("p0", 1, [("document", 4096)]), 0.0)
+    assert control.regime(20.0) == "abundant"
+    assert control.route(RouteRequest("r", 30_000, KEYS), 20.0).transfer is None
+
+
+# The line
+
+
+def test_what_several_senders_put_on_the_line_adds_up():
+    control = control_plane()
+    measure(control, 0, 20, 45.0, 0.45, ("a0", "a1"))
+    assert control.regime(19.0) == "scarce"  # 90%; one sender alone leaves more than half of the line
+    alone = control_plane()
+    measure(alone, 0, 20, 45.0, 0.45)
+    assert alone.regime(19.0) == "abundant"
+    measure(control, 20, 50, 45.0, 0.45)  # a1 is silent
+    assert control.regime(49.0) == "abundant"
+
+
+def test_a_line_that_is_down_keeps_requests_local_until_it_is_up():
+    control = control_plane()
+    control.hear(LineChanged(False), 0.0)
+    assert control.route(RouteRequest(1, 90_000), 0.0).route is Role.PDP
+    control.hear(LineChanged(True), 1.0)
+    assert control.route(RouteRequest(2, 90_000), 1.0).route is Role.PRFAAS
+
+
+# The loops
+
+
+def with_traffic(**changes) -> ControlPlane:
+    """The paper's cluster, whose control plane has seen 200 prompts and a calm link."""
+    settings = dict(threshold=19_400, link_gbps=100.0, fleet=paper_fleet())
+    control = ControlPlane(ControlSettings(**{**settings, **changes}))
+    for i in range(4):
+        join(control, f"prfaas{i}", Role.PRFAAS)
+    for i in range(8):
+        join(control, f"pd{i}", Role.PDP if i < 3 else Role.PDD)
+    ask(control, 200, now_s=0.0)
+    measure(control, 0, 5, 13.0, 0.13, ("prfaas0",))
+    return control
+
+
+def ask(control: ControlPlane, count: int, stretch: float = 1.0, now_s: float = 4.0) -> None:
+    rng, lengths = random.Random(0), paper_lengths()
+    for number in range(count):
+        control.route(RouteRequest(number, round(stretch * rng.choice(lengths.values))), now_s)
+
+
+def test_when_bandwidth_is_lost_the_threshold_rises_and_the_reason_says_why():
+    control = with_traffic(adaptive=True)
+    actions = measure(control, 5, 60, 4.0, 1.0, ("prfaas0",))
+    assert actions and all(isinstance(action, NewThreshold) for action in actions)
+    assert control.threshold == actions[-1].threshold > 25_000
+    assert "bandwidth is scarce: 4 PrfaaS and 3 PD-P nodes" in actions[-1].reason
+
+
+def test_without_a_profile_or_when_told_not_to_the_threshold_stays():
+    for control in (control_plane(), with_traffic(adaptive=False)):
+        assert measure(control, 5, 60, 4.0, 1.0) == []
+        assert control.threshold == control.settings.threshold
+
+
+def convert(control: ControlPlane, start_s: int, end_s: int) -> tuple[float, RoleChange] | None:
+    for second in range(start_s, end_s):
+        for action in control.tick(float(second)):
+            if isinstance(action, RoleChange):
+                return float(second), action
+    return None
+
+
+def test_a_node_that_is_to_change_its_role_gets_no_new_work_and_changes_when_it_has_none():
+    control = with_traffic(convert_roles=True)
+    ask(control, 400, stretch=3.0)  # long prompts: prefill binds, decode nodes wait for work
+    assert convert(control, 5, 200) is None  # every decode node has requests
+    draining = {f"pd{i}" for i in range(3, 8)} - set(control.nodes(Role.PDD))
+    assert len(draining) == 1
+    assert {control.route(RouteRequest(f"new {i}", 900), 200.0).decode_node for i in range(9)}.isdisjoint(draining)
+    for number in range(400):
+        control.hear(RequestEnded(number, 1024), 200.0)
+    _, change = convert(control, 200, 203)
+    assert (change.node, change.role) == (draining.pop(), Role.PDP)
+    assert change.node not in control.loads()
+    join(control, change.node, Role.PDP, 215.0)
+    assert len(control.nodes(Role.PDP)) == 4
+
+
+def test_a_node_that_fails_while_it_drains_is_drained_no_more_and_another_can_follow():
+    control = with_traffic(convert_roles=True)
+    ask(control, 400, stretch=3.0)
+    assert convert(control, 5, 200) is None
+    draining = ({f"pd{i}" for i in range(3, 8)} - set(control.nodes(Role.PDD))).pop()
+    control.hear(NodeLeft(draining), 200.0)
+    join(control, draining, Role.PDD, 201.0)
+    after_s, change = convert(control, 201, 600)
+    assert after_s >= 200 + COOLDOWN_S and change.role is Role.PDP
+
+
+# The seam
+
+
+def test_a_run_of_the_simulator_replayed_into_a_new_control_plane_gives_the_same_decisions_and_actions(tmp_path):
+    """20 requests, weather and a failure: the same questions, the same answers, whoever asks."""
+    write_conversations(tmp_path / "trace.jsonl", 20, 0.5, seed=2)
+    setup = Setup(replace(paper_fleet(), link_gbps=10.0), n_p=3, threshold=4000, convert_roles=True, cache_blocks=200,
+                  weather=((10.0, 1.0), (30.0, 10.0)), failures=(("prfaas0", 5.0, 30.0), ("pd3", 12.0, 20.0)))
+    control = RecordingControlPlane(setup.control_settings())
+    report = Simulation(setup, from_trace(read_trace(tmp_path / "trace.jsonl")), control=control).run()
+    assert report.requests == 20 and report.routed_again > 0
+    again = replay(control.calls, setup.control_settings())
+    assert again == control.calls
+    routes = [call.answer.route for call in again if call.method == "route"]
+    assert len(routes) > 20 and set(routes) == {Role.PRFAAS, Role.PDP}
+    assert any(call.answer.transfer for call in again if call.method == "route")
+
+
+def test_a_long_run_with_both_loops_replays_to_the_last_action(tmp_path):
+    write_conversations(tmp_path / "trace.jsonl", 800, 3.0, seed=2)
+    setup = Setup(replace(paper_fleet(), link_gbps=10.0), n_p=3, threshold=4000, convert_roles=True, cache_blocks=200,
+                  weather=((60.0, 1.0), (120.0, 10.0)), failures=(("prfaas1", 5.0, 90.0), ("pd4", 12.0, 20.0)))
+    control = RecordingControlPlane(setup.control_settings())
+    Simulation(setup, from_trace(read_trace(tmp_path / "trace.jsonl")), control=control).run()
+    assert replay(control.calls, setup.control_settings()) == control.calls
+    actions = {type(action) for call in control.calls if call.method != "route" for action in call.answer}
+    assert {AskInventory, NewThreshold} <= actions

@@ -1,0 +1,67 @@
+"""`python -m minprfaas profile`: a profile that `plan` can read, or one line before any work is done."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minprfaas.__main__ import main
+from minprfaas.scheduling.profiles import Profile
+
+ROOT = Path(__file__).resolve().parent.parent
+# 1 pass against 32, medians of 3: the longer prompt takes longer on the most loaded machine too, as a profile must say.
+QUICK = "--lengths 16 500 --prefill-chunk 16 --repeats 3 --batch 2 --context 8".split()
+
+
+def command(checkpoints, *arguments):
+    return ["profile", "--model", str(checkpoints["kimi_linear"]), *QUICK, *map(str, arguments)]
+
+
+def test_a_profile_is_printed_and_written_as_it_is_printed(checkpoints, tmp_path, capsys):
+    out = tmp_path / "profile.json"
+    main(command(checkpoints, "--out", out, "--json"))
+    written = json.loads(out.read_text())
+    assert written == json.loads(capsys.readouterr().out)
+    assert [point.tokens for point in Profile.from_json(written).points] == [16, 500]
+    assert [path.name for path in tmp_path.iterdir()] == ["profile.json"]
+
+
+@pytest.mark.parametrize("place", ["", "file/out.json", "nowhere/out.json"])
+def test_a_place_that_cannot_be_written_is_said_before_anything_is_measured(checkpoints, tmp_path, capsys, place):
+    (tmp_path / "file").write_text("")
+    out = tmp_path / place if place else tmp_path
+    with pytest.raises(SystemExit) as stop:
+        main(command(checkpoints, "--out", out))
+    screen, error = capsys.readouterr()
+    assert stop.value.code == 2 and screen == "" and error.count("\n") == 1
+    assert error.startswith(f"error: {out} cannot be written: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_disk_that_is_full_at_the_end_keeps_the_profile_on_the_screen(checkpoints, tmp_path):
+    """The limit on a file's size stands for the disk's end."""
+    done = subprocess.run(
+        [sys.executable, "-m", "minprfaas", *command(checkpoints, "--out", tmp_path / "out.json")], capture_output=True,
+        text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10)))
+    assert done.returncode == 2 and "KVCache S_kv" in done.stdout, done.stderr
+    assert done.stderr.splitlines()[-1] == f"error: {tmp_path}/out.json cannot be written: File too large"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_measurement_leaves_no_file_behind(checkpoints, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["profile", "--model", str(checkpoints["kimi_linear"]), "--lengths", "16", "600", "--out",
+              str(tmp_path / "out.json")])
+    assert "context holds 512" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("option", ["--repeats", "--batch", "--context", "--prefill-chunk"])
+def test_an_option_out_of_range_is_named(checkpoints, capsys, option):
+    with pytest.raises(SystemExit) as stop:
+        main(command(checkpoints, option, "0"))
+    assert stop.value.code == 2 and f"error: {option} is 0; it must be a whole number" in capsys.readouterr().err
