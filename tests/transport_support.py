@@ -1,6 +1,7 @@
 """Two ends of a link in one process, over real Gloo on loopback, and streams of seeded bytes to send across."""
 
 import contextlib
+import queue
 import threading
 import time
 from datetime import timedelta
@@ -81,11 +82,19 @@ def wait_until(reached, deadline_s: float = DEADLINE_S) -> None:
         time.sleep(0.005)
 
 
-def event(link: Link, kind: type, deadline_s: float = DEADLINE_S):
+def next_event(transport, timeout_s: float = 0.0):
+    """What a link or a loopback tells next; None when nothing comes within `timeout_s`."""
+    try:
+        return transport.events.get(timeout=timeout_s)
+    except queue.Empty:
+        return None
+
+
+def event(transport, kind: type, deadline_s: float = DEADLINE_S):
     """The next event of `kind`; others are skipped, a lost link ends the wait."""
     until = time.monotonic() + deadline_s
     while time.monotonic() < until:
-        found = link.receive(until - time.monotonic())
+        found = next_event(transport, until - time.monotonic())
         if isinstance(found, kind):
             return found
         assert kind is LinkLost or not isinstance(found, LinkLost), found
