@@ -69,7 +69,7 @@ class Link:
     def open(self, plan: StreamPlan) -> LinkStream:
         """See `KVTransport.open`."""
         self._check(plan)
-        return LinkStream(plan, self._outbox, self.config.chunk_bytes)
+        return LinkStream(plan, self._outbox, self.config.chunk_bytes, self.line)
 
     def expect(self, plan: StreamPlan, sink: Sink) -> None:
         """See `KVTransport.expect`."""
