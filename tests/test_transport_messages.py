@@ -7,8 +7,7 @@ from transport_support import DEADLINE_S, Cargo, connected, event
 
 from minprfaas.config import LineConfig, LinkConfig
 from minprfaas.transport import LinkDown, LinkRestored, MessageReceived, StreamDone
-from minprfaas.transport.wan.frames import HEADER_BYTES, FrameError, Header, Kind, Slot
-from minprfaas.transport.wan.outgoing import Frame, StreamRecord
+from minprfaas.transport.wan.frames import HEADER_BYTES, Frame, FrameError, Header, Kind, Slot, StreamRecord
 from minprfaas.transport.wan.parts import (CONTROL_LIMIT_BYTES, MESSAGE_LIMIT_BYTES, MESSAGE_WINDOW, PartsIn, PartsOut,
                                            encode_message)
 from minprfaas.transport.wan.send_queue import MESSAGE_LEAD_BYTES, SendQueue
@@ -77,7 +76,7 @@ def test_parts_that_no_sound_peer_sends_end_the_lane():
 
 
 def test_a_short_message_overtakes_chunks_and_a_long_one_takes_turns_with_them():
-    queue, stream = SendQueue(), StreamRecord(1)
+    queue, stream = SendQueue(2**24, 0.0), StreamRecord(1)
     for _ in range(40):
         queue.push_chunk(Frame(Header(Kind.CHUNK, nbytes=64 * 1024), Slot(64 * 1024), stream), 1.0)
     queue.push_message(encode_message({"short": 1}), 2.0)
@@ -85,7 +84,7 @@ def test_a_short_message_overtakes_chunks_and_a_long_one_takes_turns_with_them()
     queue.push_ack(7, 4.0)
     left = []
     while queue.queued_at() is not None:
-        left.append(queue.pop())
+        left.append(queue.pop(5.0))
     assert [frame.header.kind for frame in left[:2]] == [Kind.ACK, Kind.MESSAGE]
     ahead = 0
     for frame in left[1:80]:

@@ -4,22 +4,19 @@ Nothing crosses a wire, so there is nothing to frame, acknowledge or recover. Wh
 plan that both ends hold, pieces checked against it, a sink that writes them, and an event at the end.
 """
 
-import queue
 import time
 
 import torch
 
-from minprfaas.transport.base import (Event, EventQueue, MessageReceived, Sink, StreamAborted, StreamPlan, StreamReport,
-                                      next_event)
+from minprfaas.transport.base import EventQueue, Sink, StreamAborted, StreamPlan, StreamReport
 from minprfaas.transport.streams import ExpectedStreams, PutLog
 
 
 class Loopback:
-    """A KVTransport and MessageChannel from this process to itself. Any thread may call any method."""
+    """A KVTransport from this process to itself, which reports to `events`. Any thread may call any method."""
 
-    def __init__(self, name: str = "loopback", events: EventQueue | None = None):
-        self.name = name
-        self.events: EventQueue = queue.SimpleQueue() if events is None else events
+    def __init__(self, events: EventQueue | None = None):
+        self.events = EventQueue() if events is None else events
         self._expected = ExpectedStreams(self.events)
 
     def expect(self, plan: StreamPlan, sink: Sink) -> None:
@@ -34,16 +31,6 @@ class Loopback:
         """See `KVTransport.forget`."""
         return self._expected.forget(stream_id)
 
-    def send_message(self, message: dict) -> None:
-        """See `MessageChannel.send_message`. The receiver gets the very object, so nobody may change it any more."""
-        if not isinstance(message, dict):
-            raise ValueError(f"a control message is a dict, not {type(message).__name__}")
-        self.events.put(MessageReceived(message, self.name))
-
-    def receive(self, timeout_s: float) -> Event | None:
-        """See `MessageChannel.receive`."""
-        return next_event(self.events, timeout_s)
-
 
 class LoopbackStream:
     """A SendStream whose `put` calls the receiver's sink: what it has put is written when it returns."""
@@ -52,14 +39,12 @@ class LoopbackStream:
         self.plan = plan
         self._expected = expected
         self._put_log = PutLog(plan)
-        self._puts = 0
         self._failure: str | None = None
 
     def put(self, layer: int, start: int, end: int, data: torch.Tensor) -> None:
         """See `SendStream.put`. Never waits for room: a sink that takes its time is all that holds the caller back."""
         self._check()
         piece = self._put_log.add(layer, start, end, data)
-        self._puts += 1
         try:
             self._expected.take(self.plan.stream_id, piece, data.view(-1))
         except StreamAborted:
@@ -73,7 +58,7 @@ class LoopbackStream:
         self._check()
         self._put_log.check_complete()
         log = self._put_log
-        return StreamReport(self.plan.total_bytes, self._puts, log.first_put_s, log.last_put_s, time.monotonic(),
+        return StreamReport(self.plan.total_bytes, log.puts, log.first_put_s, log.last_put_s, acked_s=time.monotonic(),
                             stalled_s=0.0, resent_chunks=0)
 
     def abort(self, reason: str = "aborted by the sender") -> None:

@@ -49,6 +49,7 @@ class LinkIdentity:
     secret: bytes | None = None
 
     def as_json(self) -> bytes:
+        """What the peer is told: everything but the secret."""
         return json.dumps({"model fingerprint": self.fingerprint.hex(), "dtype": self.dtype,
                            "block layout": self.block_layout}).encode()
 

@@ -8,8 +8,7 @@ more under way, so a message of any length costs the same few megabytes beside i
 import json
 from collections import deque
 
-from minprfaas.transport.wan.frames import CONTROL_LIMIT_BYTES, FrameError, Kind
-from minprfaas.transport.wan.outgoing import Frame, control_frame
+from minprfaas.transport.wan.frames import CONTROL_LIMIT_BYTES, Frame, FrameError, Kind, control_frame
 
 # A context of ten million tokens is about 70 MB of JSON. A peer has shaken hands before it may send any message; where
 # there is no secret anybody can, and can make this process hold so much (and several times more while it is parsed).
@@ -51,9 +50,9 @@ class PartsOut:
         self._waiting.append((memoryview(data), now))
 
     @property
-    def is_empty(self) -> bool:
-        """Whether every part has left."""
-        return not self._waiting
+    def is_settled(self) -> bool:
+        """Whether every part has left and the peer has taken it."""
+        return not self._waiting and not self._unacked
 
     @property
     def queued_at(self) -> float | None:

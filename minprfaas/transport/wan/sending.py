@@ -1,5 +1,6 @@
 """The sending end of a stream on a link: layer by layer, while prefill still computes the next. Chapter 08, paper 3.3."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -8,18 +9,17 @@ import torch
 from minprfaas.config import StateKind
 from minprfaas.transport.base import StreamPlan, StreamReport
 from minprfaas.transport.streams import Piece, PutLog
-from minprfaas.transport.wan.frames import HEADER_BYTES, Header, Kind, Slot
+from minprfaas.transport.wan.frames import HEADER_BYTES, Frame, Header, Kind, Slot, StreamRecord
+from minprfaas.transport.wan.line import EmulatedLine
 from minprfaas.transport.wan.outbox import Outbox
-from minprfaas.transport.wan.outgoing import Frame, StreamRecord
 
 
 class LinkStream:
     """A SendStream, made by `Link.open`. One thread calls `put` and `finish`; any may call `abort`."""
 
-    def __init__(self, plan: StreamPlan, outbox: Outbox, chunk_bytes: int):
+    def __init__(self, plan: StreamPlan, outbox: Outbox, chunk_bytes: int, line: EmulatedLine | None):
         self.plan = plan
-        self._outbox = outbox
-        self._chunk_bytes = chunk_bytes
+        self._outbox, self._chunk_bytes, self._line = outbox, chunk_bytes, line
         self._put_log = PutLog(plan)
         self._record = StreamRecord(plan.stream_id)
         self._stalled_s = 0.0
@@ -49,7 +49,7 @@ class LinkStream:
         at = 0
         while at < data.numel():
             # Asked anew for each chunk: the weather may have changed since the last.
-            line_limit = self._outbox.chunk_limit()
+            line_limit = None if self._line is None else self._line.chunk_limit(time.monotonic())
             limit = self._chunk_bytes if line_limit is None else min(self._chunk_bytes, line_limit)
             if entry.kind is StateKind.TOKEN:
                 limit = max(1, limit // entry.row_bytes) * entry.row_bytes
