@@ -117,7 +117,7 @@ class _Holder(NamedTuple):
 
 
 class _Choice(NamedTuple):
-    """A cluster, the incremental length it was judged by, the longest prefix to be had there and over which link."""
+    """A cluster, the incremental length it was judged by, the longest prefix to be had and over which link."""
 
     cluster: Role
     incremental_tokens: int
