@@ -34,7 +34,7 @@ def token_ids_of(prompt: str | list[int], tokenizer: Tokenizer) -> list[int]:
 
 
 class Engine:
-    """One model and its KVCache pool. `add` requests, then `step` until `has_work` is false. All moments of requests and
+    """One model and its KVCache pool. `add` requests, then `step` until `has_work` is false. Moments of requests and
     spans of the timeline are `clock()` seconds."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, cache: CacheConfig, prefill_chunk: int = 1024,

@@ -43,9 +43,8 @@ class Scheduler:
     def open_cache(self, request: Request, to_receive: bool = False) -> bool:
         """Attach the cached prefix, and blocks for the rest of what is known of the request. False, and nothing is
         held, when the pool has no room now."""
-        # The keys stay with the request: one that waits for room must not be hashed again at every step.
-        request.keys = self.kvcache.keys(request.token_ids, request.keys)
         request.cache = self.kvcache.open(request.token_ids, request.keys, to_receive)
+        request.keys = request.cache.keys  # one that waits for room must not be hashed again at every step
         if self.kvcache.reserve(request.cache, len(request.token_ids)):
             return True
         self.close_cache(request)
