@@ -158,9 +158,7 @@ class DecodeRole:
                 serving.prefilled_tokens = tokens
             case messages.PrefillFailed(reason=reason, prefix_missing=prefix_missing):
                 self._lose_prefill(serving, reason, prefix_missing=prefix_missing)
-            case messages.PrefillDone(first_token=first_token):
-                if not 0 <= first_token < self.engine.model.config.vocab_size:
-                    return self._lose_prefill(serving, f"first token {first_token} is outside the vocabulary")
+            case messages.PrefillDone():
                 serving.done = message
                 serving.prefilled_tokens = serving.request.prompt_tokens
                 uncached = serving.request.prompt_tokens - message.cached_tokens
@@ -179,13 +177,15 @@ class DecodeRole:
         """Decode begins when the last byte of the KVCache and the first token are both here."""
         if serving.done is None or not serving.kv.has_arrived:
             return
-        request, ready_at_s = serving.request, self._clock()
+        request, first_token, ready_at_s = serving.request, serving.done.first_token, self._clock()
+        if not 0 <= first_token < self.engine.model.config.vocab_size:
+            return self._lose_prefill(serving, f"first token {first_token} is outside the vocabulary")
         kv_bytes = serving.kv.received_bytes
         if serving.snapshot is not None and serving.snapshot.has_arrived:
             kv_bytes += serving.snapshot.received_bytes
         self._end_streams(serving)
         serving.deadline_at_s = math.inf  # decoding waits for nobody
-        update = self.engine.admit_remote(request, serving.done.first_token)
+        update = self.engine.admit_remote(request, first_token)
         admit_s = self._clock() - ready_at_s
         queue_s = serving.ordered_at_s - serving.served_at_s + serving.done.queue_s
         exposed_s = ready_at_s - serving.ordered_at_s - serving.done.queue_s - serving.done.prefill_s
