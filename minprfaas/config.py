@@ -1,8 +1,4 @@
-"""What a model, a cache and a link are made of: frozen dataclasses, no tensors, no files. Chapter 00.
-
-A model is a stack of layers, each a mixer plus an MLP. `model/families.py` reads one from a checkpoint's `config.json`;
-each mixer's configuration stands in the mixer's own file.
-"""
+"""What a model, a cache and a link are made of: frozen dataclasses, no tensors, no files. Chapter 00."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -16,6 +12,12 @@ MAX_LAYERS = 10_000
 MAX_WIDTH = 2**20  # of the hidden state and of an MLP
 MAX_HEAD_SIZE = 2**16  # heads of a layer, and the width of one
 MAX_VOCAB_SIZE = 2**24
+
+
+def require_sizes(config: object, *names: str, most: int | None = None) -> None:
+    """Raise UserError unless each of these attributes is a whole number from 1 to `most`."""
+    for name in names:
+        require_number(name, getattr(config, name), least=1, most=most, whole=True)
 
 
 class StateKind(Enum):
@@ -51,14 +53,12 @@ class RopeConfig:
 
 
 class MixerConfig(Protocol):
-    """What a layer asks of its mixer's configuration: a frozen dataclass in the mixer's own file (`model/gqa.py`, …).
-    The results are not typed, because planning and simulation read this file and start without torch."""
+    """A frozen dataclass in the mixer's own file (`model/gqa.py`, …). `state_spec` is the `model.spec.StateSpec` of a
+    layer when the model runs in `dtype`, `build` the `torch.nn.Module` with fresh weights: not typed here, because
+    planning and simulation read this file and start without torch."""
 
-    def state_spec(self, dtype: str) -> Any:
-        """The `model.spec.StateSpec` of a layer of this mixer when the model runs in `dtype`."""
-
-    def build(self, hidden_size: int, norm_eps: float) -> Any:
-        """The mixer's `torch.nn.Module`, with fresh weights."""
+    def state_spec(self, dtype: str) -> Any: ...
+    def build(self, hidden_size: int, norm_eps: float) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class LayerConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer: embeddings, `layers`, a final norm and a head."""
+    """A decoder-only transformer: embeddings, `layers`, a final norm and a head (read by `model/families.py`)."""
 
     family: str
     vocab_size: int
@@ -95,12 +95,6 @@ class ModelConfig:
         require_number("num_hidden_layers", len(self.layers), least=1, most=MAX_LAYERS, whole=True)
 
 
-def require_sizes(config: object, *names: str, most: int | None = None) -> None:
-    """Raise UserError unless each of these attributes is a whole number from 1 to `most`."""
-    for name in names:
-        require_number(name, getattr(config, name), least=1, most=most, whole=True)
-
-
 @dataclass(frozen=True)
 class CacheConfig:
     """The KVCache pool: `num_blocks` equal blocks, each `block_tokens` tokens of a full-attention group."""
@@ -110,7 +104,7 @@ class CacheConfig:
     prefix_cache: bool = True
     snapshot_every: int = 16  # blocks between two snapshots of request-level state
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_sizes(self, "num_blocks", "block_tokens", "snapshot_every")
 
 
@@ -132,20 +126,11 @@ class LineConfig:
     rtt_ms: float = 0.0
     weather: tuple[WeatherChange, ...] = ()
 
-    def __post_init__(self):
-        _check_line(self.gbps, self.rtt_ms)
-
-    @property
-    def is_emulated(self) -> bool:
-        """Whether it differs from the wire below it."""
-        return self.gbps is not None or self.rtt_ms > 0 or bool(self.weather)
-
-
-def _check_line(gbps: float | None, rtt_ms: float) -> None:
-    if gbps is not None and not 1e-6 <= gbps <= 1e5:
-        raise UserError(f"link bandwidth {gbps} Gbps is out of range; it must be from 0.000001 to 100000")
-    if not 0 <= rtt_ms <= 60_000:
-        raise UserError(f"round-trip time {rtt_ms} ms is out of range; it must be from 0 to 60000")
+    def __post_init__(self) -> None:
+        if self.gbps is not None and not 1e-6 <= self.gbps <= 1e5:
+            raise UserError(f"link bandwidth {self.gbps} Gbps is out of range; it must be from 0.000001 to 100000")
+        if not 0 <= self.rtt_ms <= 60_000:
+            raise UserError(f"round-trip time {self.rtt_ms} ms is out of range; it must be from 0 to 60000")
 
 
 @dataclass(frozen=True)
@@ -158,19 +143,19 @@ class LinkConfig:
     timeout_s: float = 30.0  # a link that is away for longer is lost
     silence_s: float = 5.0  # a lane that brings nothing, not even a heartbeat, for this long is dead
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.lanes, int) or not 1 <= self.lanes <= 64:
             raise UserError(f"lane count {self.lanes} is out of range; it must be from 1 to 64")
         require_sizes(self, "chunk_bytes", "max_inflight_bytes")
         if not self.timeout_s > 0 or not self.silence_s > 0:
-            raise UserError(f"link timeout {self.timeout_s} s or silence {self.silence_s} s is out of range; both must be "
-                            "above 0")
+            raise UserError(f"link timeout {self.timeout_s} s or silence {self.silence_s} s is out of range; "
+                            "both must be above 0")
 
 
 @dataclass(frozen=True)
 class LinkSample:
-    """One direction of a link over the interval that ends at `time_s`. `utilization` is the share of the time in which it
-    was busy (or of its known rate), so `gbps` over it is the capacity; `queued_bytes` wait to leave."""
+    """One direction of a link over the interval that ends at `time_s`. `utilization` is the share of the time in which
+    it was busy (or of its known rate), so `gbps` over it is the capacity; `queued_bytes` wait to leave."""
 
     time_s: float
     gbps: float

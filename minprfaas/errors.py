@@ -4,7 +4,9 @@ import argparse
 import functools
 import importlib
 import math
+import operator
 import os
+import re
 import sys
 
 
@@ -20,22 +22,33 @@ class RequestError(Exception):
         self.kind = kind
 
 
+# Gloo begins with the place in its source, "[/…/tcp/pair.cc:547] ", and for a failed check names the condition as well.
+_GLOO_PLACE = re.compile(r"^\[[^\]]*\.(?:cc|h|cpp):\d+\] ")
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what `error` says, at most 200 characters, without C++ source places and stack frames."""
+    text = str(error).strip() or type(error).__name__
+    first = text.splitlines()[0]
+    for advice in ("Exception raised from", "This is typically caused by"):  # torch's C++ stack; Gloo's good wishes
+        first = first.partition(advice)[0].strip()
+    return _GLOO_PLACE.sub("", first)[:200] or type(error).__name__
+
+
 def require_number(what: str, value, above: float | None = None, least: float | None = None,
                    most: float | None = None, whole: bool = False) -> None:
-    """Raise UserError unless `value` is a finite number (a whole one, if asked for) within the limits that are given.
-
-    A bool is no number, though Python says so.
-    """
-    kinds = int if whole else (int, float)
-    is_number = isinstance(value, kinds) and not isinstance(value, bool)
-    if is_number and (isinstance(value, int) or math.isfinite(value)):
-        too_small = (above is not None and value <= above) or (least is not None and value < least)
-        if not too_small and (most is None or value <= most):
-            return
-    limits = [f"above {above:,}" if above is not None else "", f"of at least {least:,}" if least is not None else "",
-              f"of at most {most:,}" if most is not None else ""]
-    rule = " and ".join(limit for limit in limits if limit)
-    raise UserError(f"{what} is {shown(value)}; it must be a {'whole ' if whole else ''}number {rule}".rstrip())
+    """Raise UserError unless `value` is a finite number (a whole one, if asked for) within the given limits."""
+    is_right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)  # which Python counts
+    is_right = is_right and abs(value) < math.inf  # a NaN is not
+    rules = []
+    for words, limit, is_within in (("above", above, operator.gt), ("of at least", least, operator.ge),
+                                    ("of at most", most, operator.le)):
+        if limit is not None:
+            rules.append(f"{words} {limit:,}")
+            is_right = is_right and is_within(value, limit)
+    if not is_right:
+        rule = f"{'whole ' if whole else ''}number {' and '.join(rules)}".rstrip()
+        raise UserError(f"{what} is {shown(value)}; it must be a {rule}")
 
 
 def require_unicode(what: str, text: str) -> None:
@@ -93,16 +106,11 @@ def _end(status: int, line: str) -> None:
 
 
 def run_program(module: str) -> None:
-    """Import `module` and run its `main(argv)` as a program: exits with its status.
-
-    A program's file calls this instead of importing its work at its top, so that an interrupt or a mistake during the
-    long import of torch gets its one line as well.
-    """
+    """Import `module`, run its `main(argv)` and exit with its status: an interrupt or a mistake during the long import
+    of torch gets its one line as well."""
 
     @exit_on_user_error
     def imported_and_run() -> int:
         return importlib.import_module(module).main(sys.argv[1:])
 
-    # What the libraries below us log on their own ends up between our lines; errors reach us as exceptions anyway.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     sys.exit(imported_and_run())

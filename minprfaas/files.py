@@ -1,7 +1,4 @@
-"""Files that a person names: read with one line when they are wrong, written whole or not at all.
-
-Leaf module: standard library only, so that every room may use it.
-"""
+"""Files that a person names: read with one line when they are wrong, written whole or not at all."""
 
 import json
 import os
@@ -9,7 +6,7 @@ from pathlib import Path
 
 from minprfaas.errors import UserError
 
-MAX_BYTES = 2**27  # of a file that is read in one piece: several times the largest tokenizer or index there is
+MAX_BYTES = 2**27  # several times the largest tokenizer or index there is; a sparse file may claim more than the memory
 
 
 def read_json(path: str | Path, hint: str = "") -> dict:
@@ -26,13 +23,12 @@ def read_json_value(path: str | Path, hint: str = ""):
         return json.loads(read_bytes(path).decode("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing{'; ' + hint if hint else ''}") from None
-    except (OSError, ValueError, RecursionError, MemoryError) as error:  # ValueError: not UTF-8, not JSON, a huge number
+    except (OSError, ValueError, RecursionError, MemoryError) as error:  # ValueError: no UTF-8, no JSON, a huge number
         raise UserError(f"{path} cannot be read as JSON: {_reason(error)}") from None
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """A file that is read in one piece. UserError when it is larger than any such file is (a sparse one may claim more
-    than there is memory); OSError when it cannot be read."""
+    """A file that is read in one piece. UserError when it is larger than any such file is; OSError as usual."""
     with open(path, "rb") as file:
         content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
@@ -41,18 +37,19 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 class OutputFile:
-    """A file to be written at the end of a run, opened for writing before it.
-
-    A folder that is missing, read-only or full is then a mistake of the first second, not of the last. The text goes
-    into `NAME.partial` beside the target, which takes its place only when it is whole. Raises UserError.
-    """
+    """A file to be written at the end of a run, opened before it: a folder that is missing, read-only or full is then
+    a mistake of the first second. The text takes the target's place only when it is whole; a device or a pipe, which
+    cannot be replaced, is written as it is. Raises UserError."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if os.path.isdir(self.path):
             raise UserError(f"{self.path} cannot be written: it is a directory")
+        self._replaces = self.path.is_file() or not self.path.exists()
         try:
-            self._partial = self.path.with_name(f"{self.path.name}.partial{os.getpid()}")
+            self._partial = self.path
+            if self._replaces:
+                self._partial = self.path.with_name(f"{self.path.name}.partial{os.getpid()}")
             self._file = open(self._partial, "w", encoding="utf-8")
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path} cannot be written: {_reason(error)}") from None
@@ -62,7 +59,8 @@ class OutputFile:
         try:
             with self._file:
                 self._file.write(text)
-            os.replace(self._partial, self.path)
+            if self._replaces:
+                os.replace(self._partial, self.path)
         except OSError as error:
             self.discard()
             raise UserError(f"{self.path} cannot be written: {_reason(error)}") from None
@@ -73,7 +71,8 @@ class OutputFile:
             self._file.close()
         except OSError:
             pass  # the flush of a full disk; the file goes anyway
-        self._partial.unlink(missing_ok=True)
+        if self._replaces:
+            self._partial.unlink(missing_ok=True)
 
 
 def write_whole(path: str | Path, text: str) -> None:

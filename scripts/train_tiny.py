@@ -10,6 +10,7 @@ import argparse
 import itertools
 import os
 import random
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from minprfaas.documents import END_OF_TEXT, MAX_FACTS, MIN_TOKENS, make_document, vocabulary
+from minprfaas.documents import END_OF_TEXT, MATERIAL, MAX_FACTS, MIN_TOKENS, make_document
 from minprfaas.errors import UserError, exit_on_user_error
 from minprfaas.model.checkpoint import checked_device, save_checkpoint
 from minprfaas.model.families import config_from_hf
@@ -44,6 +45,8 @@ CONFIG = {
 }
 ASK_TOKENS = 18  # of one question or cue with its answer, about
 LM_LOSS_WEIGHT = 0.1  # of every token that is no answer: most of it is noise (names cannot be foreseen)
+ONSETS = "b c d f g h j k l m n p r s t v w z br ch cl dr fl gr kr pl sh sk sm st th tr".split()
+CODAS = ["", "", "", *"k l m n r s t ld nd nt rd rk rt st th x".split()]
 PADDING, TEXT, CUED, ANSWER = range(4)  # kinds of token; CUED is the answer to a cue, ANSWER that to a question
 
 
@@ -99,10 +102,10 @@ class Examples(Dataset):
         asked = min(40, max(6, tokens // 40))
         room = max(MIN_TOKENS, tokens - ASK_TOKENS * (asked - 2))
         facts = rng.randint(max(3, asked // 4), min(MAX_FACTS, room // 28))
-        spelled = 0.0
+        respell = None
         if stage.spelled and rng.random() < stage.spelled:  # longer names: fewer of them
-            spelled, facts = 0.5, max(2, facts // 2)
-        document = make_document(seed, room, self.tokenizer.encode, facts, stage.forms, spelled)
+            respell, facts = respelled, max(2, facts // 2)
+        document = make_document(seed, room, self.tokenizer.encode, facts, stage.forms, respell)
         ids = self.tokenizer.encode(document.text)
         kinds = [TEXT] * len(ids)
         for index, question in enumerate(itertools.islice(itertools.cycle(document.questions), 2 * asked)):
@@ -116,6 +119,31 @@ class Examples(Dataset):
                 break
         padding = [END_ID] * (tokens - len(ids))
         return (ids + padding)[:tokens], (kinds + [PADDING] * len(padding))[:tokens]
+
+
+def respelled(rng: random.Random, words: list[str]) -> list[str]:
+    """`words`, about half of them replaced by one to three syllables that no list holds; all different."""
+    while True:
+        kept = [invented(rng) if rng.random() < 0.5 else word for word in words]
+        if len({word.lower() for word in kept}) == len(words):
+            return kept
+
+
+def invented(rng: random.Random) -> str:
+    """A word spelled freely, so that readers may bring their own names."""
+    syllables = [rng.choice(ONSETS) + rng.choice("aeiouy") + rng.choice(CODAS) for _ in range(rng.randint(1, 3))]
+    return "".join(syllables).capitalize()
+
+
+def vocabulary() -> list[str]:
+    """Every word that documents and prompts are made of, as a tokenizer meets it, names cut into their two pieces."""
+    templates = [*MATERIAL["filler"], *MATERIAL["facts"], *MATERIAL["questions"]]
+    words = {"Question", "Answer", " Chronicle", *(template.split()[0].strip(",") for template in templates)}
+    for template in (*templates, *MATERIAL["offices"], *itertools.chain(*MATERIAL["words"].values())):
+        words.update(" " + word for word in re.findall(r"[A-Za-z]+", re.sub(r"{\w+}", "", template)))
+    for beginnings, endings in MATERIAL["names"].values():
+        words.update([*(" " + beginning for beginning in beginnings), *endings])
+    return sorted(words)
 
 
 @exit_on_user_error

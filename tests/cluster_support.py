@@ -12,6 +12,7 @@ from minprfaas.cluster.launch import link_identity
 from minprfaas.cluster.processes import control_settings, pd_process, prfaas_process
 from minprfaas.config import CacheConfig, LineConfig, LinkConfig
 from minprfaas.engine.engine import Engine
+from minprfaas.scheduling.control import ControlPlane
 from minprfaas.transport import Link
 from minprfaas.transport.wan.line import EmulatedLine
 
@@ -29,7 +30,7 @@ def two_datacenters(model, tokenizer, threshold, link=FAST, line=LineConfig(), p
                for blocks in (pool_a, pool_b, pool_b)]
     queues = [queue.SimpleQueue(), queue.SimpleQueue()]
     links = [Link("test", store, rank, link, link_identity(model, engines[0].layout), events=queues[rank],
-                  line=EmulatedLine(line) if line.is_emulated else None) for rank in (0, 1)]
+                  line=EmulatedLine(line) if line != LineConfig() else None) for rank in (0, 1)]
     remote = prfaas_process(engines[0], links[0], queues[0], DEADLINE_S, overlap)
     failures = []
 
@@ -44,8 +45,8 @@ def two_datacenters(model, tokenizer, threshold, link=FAST, line=LineConfig(), p
     thread.start()
     try:
         links[1].connect(DEADLINE_S)
-        settings = control_settings(threshold, line.gbps, engines[1].layout, ship_prefixes)
-        local = pd_process(engines[1], engines[2], links[1], queues[1], settings, deadline_s, room_deadline_s)
+        plane = ControlPlane(control_settings(threshold, line.gbps, engines[1].layout, ship_prefixes))
+        local = pd_process(engines[1], engines[2], {"prfaas-0": links[1]}, queues[1], plane, deadline_s, room_deadline_s)
         step_until(local, lambda: "prfaas-0" in local.front.ready)
         yield local, remote
         local.shut_down(DEADLINE_S)

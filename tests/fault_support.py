@@ -29,6 +29,7 @@ from minprfaas.cluster.launch import link_identity
 from minprfaas.cluster.processes import control_settings, pd_process, prfaas_process
 from minprfaas.config import CacheConfig, LineConfig, LinkConfig, StateKind
 from minprfaas.engine.engine import Engine
+from minprfaas.scheduling.control import ControlPlane
 from minprfaas.transport import Link, LinkDown
 from minprfaas.transport.wan.line import EmulatedLine
 
@@ -96,8 +97,8 @@ class Site:
         events, engines = queue.SimpleQueue(), (self.new_engine(), self.new_engine())
         link = self.new_link(DECODE, events)
         link.connect(DEADLINE_S)
-        settings = control_settings(64, None, engines[0].layout, ship_prefixes=False)
-        self.local = pd_process(*engines, link, events, settings, DEADLINE_S / 4)
+        plane = ControlPlane(control_settings(64, None, engines[0].layout))
+        self.local = pd_process(*engines, {"prfaas-0": link}, events, plane, DEADLINE_S / 4)
         self._record_puts(engines[0].kvcache.pool)
         self._record_puts(engines[1].kvcache.pool)
         self._compare_writes(engines[1].kvcache.pool)
@@ -286,8 +287,8 @@ def _victim(rank: int, port: int, directory, config, line, secret, prompt) -> No
     link.connect(DEADLINE_S)
     if rank == PREFILL:
         return prfaas_process(engines[0], link, events, DEADLINE_S).serve()
-    settings = control_settings(64, None, engines[0].layout, ship_prefixes=False)
-    process = pd_process(*engines, link, events, settings, DEADLINE_S)
+    plane = ControlPlane(control_settings(64, None, engines[0].layout))
+    process = pd_process(*engines, {"prfaas-0": link}, events, plane, DEADLINE_S)
     step_until(process, lambda: "prfaas-0" in process.front.ready)
     process.front.submit("0", prompt, PARAMS)
     process.run()

@@ -16,9 +16,8 @@ from transport_support import in_parallel, new_store
 from minprfaas import SamplingParams, UserError, generate
 from minprfaas.config import LineConfig, LinkConfig
 from minprfaas.transport.wan.frames import FrameError
-from minprfaas.transport.wan.frames import Kind, encode_acks
+from minprfaas.transport.wan.frames import Kind, control_frame, encode_acks
 from minprfaas.transport.wan.lanes import Lane
-from minprfaas.transport.wan.outgoing import control_frame
 
 QUICK, ALL = (0, 3), range(10)  # seeds; an even one kills the prefill node and an odd one the local node
 LONG = SamplingParams(max_tokens=40, ignore_eos=True)

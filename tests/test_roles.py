@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from minprfaas.scheduling.lengths import EmpiricalLengths
 from minprfaas.scheduling.paper_case import paper_fleet, paper_lengths
-from minprfaas.scheduling.roles import RoleLoop, RoleRule
+from minprfaas.scheduling.roles import COOLDOWN_S, SUSTAIN_S, RoleLoop
 from minprfaas.scheduling.router import NodeView
 from minprfaas.scheduling.threshold import Observation
 
@@ -31,7 +31,7 @@ def first_change(loop: RoleLoop, lengths, start_s: int = 0, seconds: int = 600, 
 def test_short_prompts_convert_the_least_loaded_prefill_node_to_decode():
     second, change = first_change(RoleLoop(FLEET), SHORT)
     assert (change.node, change.role) == ("p1", "pdd")
-    assert second >= RoleRule().sustain_s
+    assert second >= SUSTAIN_S
     assert "decode 95% busy" in change.reason and "consumer 3.91 req/s" in change.reason
 
 
@@ -56,13 +56,13 @@ def test_a_short_imbalance_is_left_alone():
 
 
 def test_one_node_at_a_time_and_then_a_cool_down():
-    loop, rule = RoleLoop(FLEET), RoleRule()
+    loop = RoleLoop(FLEET)
     second, _ = first_change(loop, SHORT)
     assert first_change(loop, SHORT, second + 1, 600) is None  # it is still draining
     done_s = second + 601
     loop.converted(done_s)
     again, change = first_change(loop, SHORT, done_s, 600, replace(BUSY, n_p=2, n_d=6))
-    assert again >= done_s + rule.cooldown_s and change.role == "pdd"
+    assert again >= done_s + COOLDOWN_S and change.role == "pdd"
 
 
 def test_after_a_conversion_the_same_traffic_does_not_convert_back():

@@ -16,8 +16,6 @@ import pytest
 
 from minprfaas.errors import UserError
 from minprfaas.scheduling import paper_case as paper
-from minprfaas.scheduling.control import Action, ControlPlane
-from minprfaas.scheduling.directory import PrefixMove
 from minprfaas.scheduling.lengths import EmpiricalLengths
 from minprfaas.scheduling.planner import plan
 from minprfaas.simulator import cluster
@@ -184,22 +182,6 @@ def test_a_prefix_that_a_decode_node_holds_is_fetched_inside_the_cluster():
     assert decision.incremental_tokens == 116 and fetched_bytes == decision.transfer.bytes > 0
     blind_bytes, _, blind_ttft_s = second_turn(False)
     assert ttft_s < 0.5 * blind_ttft_s and blind_bytes == 0
-
-
-class MovingControlPlane(ControlPlane):
-    """Has a prefix copied at its fifth second."""
-
-    def tick(self, now_s: float) -> list[Action]:
-        move = [PrefixMove(tuple(range(16)), 8192, "pd0", "pd2")] if now_s == 5.0 else []
-        return super().tick(now_s) + move
-
-
-def test_a_hot_prefix_is_copied_to_where_the_control_plane_wants_it():
-    setup = as_planned(cache_blocks=100)
-    control = MovingControlPlane(setup.control_settings())
-    report = Simulation(setup, iter([SimRequest(0.0, 8192, 400, tuple(range(16)))]), control=control).run()
-    assert report.prefix_moves == 1 and control.directory.match(range(16)).nodes == {"pd0": 8192, "pd2": 8192,
-                                                                                    "pd3": 8192}
 
 
 def test_a_simulation_that_does_not_end_is_given_up_in_one_line(monkeypatch):

@@ -125,12 +125,12 @@ def test_a_request_beyond_the_batch_waits_for_a_place_and_joins_between_steps():
 
 def test_a_prefix_cache_forgets_tails_first_and_tells_the_directory():
     directory, cache = Directory(), PrefixCache("a0", 4)
-    directory.add_node("a0", "prfaas")
+    directory.add_node("a0")
     directory.apply(cache.inventory())
     assert directory.apply(cache.store([1, 2, 3]))
     assert directory.apply(cache.store([1, 4, 5]))  # one block too many: block 3 is the oldest, and a tail
     assert (cache.match([1, 2, 3]), cache.match([1, 4, 5]), cache.match([9])) == (1024, 1536, 0)
-    assert directory.match([1, 2, 3]).nodes == {"a0": 1024} and directory.match([1, 4, 5]).nodes == {"a0": 1536}
+    assert directory.match([1, 2, 3]) == {"a0": 1024} and directory.match([1, 4, 5]) == {"a0": 1536}
     assert cache.inventory().sequence == 6  # five blocks stored, one evicted
     assert cache.store([1, 4, 5]) is None  # nothing new
 

@@ -80,6 +80,11 @@ def test_the_embedded_tokenizer_is_the_one_that_training_writes(embedded, tmp_pa
     assert written.encode(text) == tokenizer.encode(text)
 
 
+def test_every_word_of_the_documents_is_one_token(embedded):
+    _, tokenizer = embedded
+    assert [word for word in script("train_tiny").vocabulary() if len(tokenizer.encode(word)) != 1] == []
+
+
 def test_no_training_document_has_an_evaluation_seed(monkeypatch, embedded):
     train_tiny = script("train_tiny")
     seeds = []

@@ -9,10 +9,9 @@ import torch.distributed as dist
 from transport_support import IDENTITY, connected, new_store
 
 from minprfaas.config import LinkConfig
-from minprfaas.errors import UserError
+from minprfaas.errors import UserError, one_line
 from minprfaas.transport import Link
 from minprfaas.transport.wan.binding import Binding, choose_binding
-from minprfaas.transport.wan.one_line import one_line
 
 
 @pytest.fixture(autouse=True)

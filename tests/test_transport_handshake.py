@@ -85,7 +85,8 @@ def victim(store, impostor):
 def test_a_replayed_handshake_is_refused_because_the_nonce_is_fresh():
     store = new_store()
     RecordingLane.said = []
-    ends = [Link("a-b", store, 0, LinkConfig(), IDENTITY), Link("a-b", store, 1, LinkConfig(), IDENTITY, lane_type=RecordingLane)]
+    ends = [Link("a-b", store, 0, LinkConfig(), IDENTITY),
+            Link("a-b", store, 1, LinkConfig(), IDENTITY, lane_type=RecordingLane)]
     in_parallel(*(lambda end=end: end.connect(DEADLINE_S) for end in ends))
     in_parallel(*(end.close for end in ends))
     recorded = [word.replace(b"epoch 1", b"epoch 2") for word in RecordingLane.said]

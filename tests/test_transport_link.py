@@ -1,5 +1,6 @@
 """A link carries messages and KV streams, stripes, pushes back, and ends in a named event."""
 
+import queue
 import threading
 
 import pytest
@@ -247,6 +248,24 @@ def test_closing_one_side_ends_the_other_and_its_streams_at_once():
             stream.put(0, 128, 192, cargo.sent[0][64:128].reshape(-1))
         with pytest.raises(LinkDown, match="closed by the peer"):
             receiver.send_message({})
+
+
+def test_a_link_that_dies_ends_its_own_streams_and_no_others():
+    doomed, sound, events = Cargo(1), Cargo(2), queue.SimpleQueue()
+    with connected(events=events) as (dying, one), connected(events=events, name="c-d") as (living, other):
+        one.expect(doomed.plan, doomed.sink)
+        other.expect(sound.plan, sound.sink)
+        stream, lost = living.open(sound.plan), dying.open(doomed.plan)
+        dying.close()
+        assert event(one, StreamFailed).stream_id == 1
+        assert event(one, LinkLost).link == "a-b"
+        with pytest.raises(LinkDown):
+            doomed.put_all(lost)
+        sound.put_all(stream)
+        stream.finish(DEADLINE_S)
+        assert event(other, StreamDone).stream_id == 2 and sound.is_identical
+        with pytest.raises(LinkDown):
+            one.open(doomed.plan)
 
 
 def test_a_peer_that_never_comes_is_a_named_error_within_the_deadline():

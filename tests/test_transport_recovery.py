@@ -8,12 +8,13 @@ import signal
 import struct
 import threading
 import zlib
+from datetime import timedelta
 
 import pytest
 import torch
 from torch.distributed import TCPStore
-from transport_support import (DEADLINE_S, IDENTITY, Cargo, Impostor, Lanes, connected, emulated, event, new_store,
-                               wait_until)
+from transport_support import (DEADLINE_S, IDENTITY, Cargo, Impostor, Lanes, connected, emulated, event, in_parallel,
+                               new_store, wait_until)
 
 from minprfaas.config import LineConfig, LinkConfig
 from minprfaas.transport import (Link, LinkDown, LinkIdentity, LinkLost, LinkRestored, MessageReceived, StreamAborted,
@@ -26,7 +27,8 @@ CONFIG = LinkConfig(lanes=3, chunk_bytes=4096, timeout_s=10, silence_s=3)
 
 def test_a_cut_link_resumes_from_the_last_acknowledged_chunk():
     cargo, lanes = Cargo(tokens=2000), Lanes()
-    with connected(LinkConfig(lanes=2, chunk_bytes=4096), LineConfig(gbps=0.004), receiver_lanes=lanes) as (sender, receiver):
+    config, line = LinkConfig(lanes=2, chunk_bytes=4096), LineConfig(gbps=0.004)
+    with connected(config, line, receiver_lanes=lanes) as (sender, receiver):
         half = threading.Event()
 
         def sink(*arguments):
@@ -250,6 +252,32 @@ def test_a_stranger_that_knocks_while_the_peer_is_away_does_not_end_the_link(pro
         assert event(link, LinkRestored).peer_restarted and second.started.wait(DEADLINE_S)
     finally:
         link.close()
+
+
+def _serve_store(port) -> None:
+    store = new_store()
+    port.put(store.port)
+    threading.Event().wait(4 * DEADLINE_S)
+
+
+def test_a_store_that_stands_still_for_longer_than_its_own_timeout_is_awaited_like_a_peer(processes):
+    port, lanes, config = processes.Queue(), Lanes(), LinkConfig(timeout_s=DEADLINE_S)
+    server = processes.Process(target=_serve_store, args=(port,), daemon=True)
+    server.start()
+    store = TCPStore("127.0.0.1", port.get(timeout=DEADLINE_S), None, False, timedelta(seconds=1))
+    links = [Link("a-b", store, rank, config, IDENTITY, lane_type=lanes) for rank in (0, 1)]
+    try:
+        in_parallel(*(lambda link=link: link.connect(DEADLINE_S) for link in links))
+        os.kill(server.pid, signal.SIGSTOP)
+        lanes.made[0].cut()
+        with pytest.raises(AssertionError, match="no LinkRestored"):
+            event(links[1], LinkRestored, deadline_s=3.0)
+        os.kill(server.pid, signal.SIGCONT)
+        for link in links:
+            assert event(link, LinkRestored).epoch == 2
+    finally:
+        in_parallel(*(link.close for link in links))
+        server.kill()
 
 
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "silent"])

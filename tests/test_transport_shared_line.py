@@ -1,4 +1,4 @@
-"""One emulated line between two datacenters, whoever uses it: links, threads and processes share its rate and weather."""
+"""One emulated line between two datacenters: links, threads and processes share its rate and its weather."""
 
 import multiprocessing
 import os
@@ -11,6 +11,7 @@ from transport_support import DEADLINE_S, IDENTITY, Cargo, in_parallel, new_stor
 from minprfaas.config import LineConfig, LinkConfig
 from minprfaas.errors import UserError
 from minprfaas.transport import EmulatedLine, Link, WeatherChange
+from minprfaas.transport.wan.shared_words import SharedWords
 
 LINE = LineConfig(gbps=0.008, weather=(WeatherChange(5.0, gbps=0.004, rtt_ms=100),))  # a kilobyte takes a millisecond
 FRAMES = 400
@@ -88,6 +89,27 @@ def _use(path, opened) -> None:
     line.begin(1.0)
     opened.set()
     threading.Event().wait(DEADLINE_S)
+
+
+def test_one_user_at_a_time_has_the_words_in_hand(tmp_path):
+    first, second = (SharedWords(2, tmp_path / "words") for _ in range(2))
+
+    def count():
+        with second as words:
+            words[0] += 1
+
+    counting = threading.Thread(target=count, daemon=True)
+    with first as words:
+        before = words[0]
+        counting.start()
+        counting.join(0.2)
+        words[0] = before + 1
+        assert counting.is_alive(), "two had them at once"
+    counting.join(DEADLINE_S)
+    with first as words:
+        assert words[0] == 2
+    first.close()
+    second.close()
 
 
 def test_what_a_killed_process_left_behind_is_not_taken_for_a_line_that_is_up(processes, tmp_path):

@@ -174,6 +174,6 @@ def test_the_directory_knows_what_the_prefill_node_holds(hybrid):
         serve(local, prompts, GREEDY)
         keys = [key.hex() for key in local.decode.engine.kvcache.keys(prompts[0])]
         directory = local.front.plane.directory
-        step_until(local, lambda: directory.match(keys).nodes.get("prfaas-0") == 192)
+        step_until(local, lambda: directory.match(keys).get("prfaas-0") == 192)
         journey = serve(local, [prompts[0] + prompts_of(100, seed=9)[0]], GREEDY)[0]
     assert "cached 192" in journey.reason

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from minprfaas.cluster.two_datacenters import main
+from minprfaas.commands.two_datacenters import main
 from minprfaas.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,12 +91,12 @@ def test_a_prefill_datacenter_killed_in_the_middle_costs_a_prefill_and_no_answer
 
 
 @pytest.mark.parametrize("change, said", [
-    (["--threshold", "-1"], "threshold -1"),
+    (["--threshold", "-1"], "threshold is -1"),
     (["--lanes", "0"], "lane count 0"),
     (["--link-gbps", "0"], "bandwidth 0.0 Gbps"),
     (["--rtt-ms", "-5"], "round-trip time -5.0 ms"),
-    (["--deadline-s", "0"], "deadline 0.0 s"),
-    (["--pool-blocks", "0"], "--pool-blocks 0"),
+    (["--deadline-s", "0"], "deadline is 0.0"),
+    (["--pool-blocks", "0"], "--pool-blocks is 0"),
     (["--prompts", "/no/such/file"], "/no/such/file"),
     (["--weather", "/no/such/weather"], "/no/such/weather"),
     (["--json", "/no/such/folder/out.jsonl"], "/no/such/folder"),

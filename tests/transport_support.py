@@ -1,6 +1,7 @@
 """Two ends of a link in one process, over real Gloo on loopback, and streams of seeded bytes to send across."""
 
 import contextlib
+import queue
 import threading
 import time
 from datetime import timedelta
@@ -44,12 +45,12 @@ def in_parallel(*calls):
 
 @contextlib.contextmanager
 def connected(config: LinkConfig = LinkConfig(), line: LineConfig = LineConfig(), identity: LinkIdentity = IDENTITY,
-              sender_lanes=Lane, receiver_lanes=Lane, timeline=None, events=None, store=None):
-    """A connected pair (sender, receiver), each with its own direction of `line`; the timeline is the sender's, the queue
-    of events the receiver's."""
+              sender_lanes=Lane, receiver_lanes=Lane, timeline=None, events=None, store=None, name="a-b"):
+    """A connected pair (sender, receiver), each with its own direction of `line`; the timeline is the sender's, the
+    queue of events the receiver's."""
     store = store or new_store()
-    sender = Link("a-b", store, 0, config, identity, emulated(line), timeline=timeline, lane_type=sender_lanes)
-    receiver = Link("a-b", store, 1, config, identity, emulated(line), events, lane_type=receiver_lanes)
+    sender = Link(name, store, 0, config, identity, emulated(line), timeline=timeline, lane_type=sender_lanes)
+    receiver = Link(name, store, 1, config, identity, emulated(line), events, lane_type=receiver_lanes)
     in_parallel(lambda: sender.connect(DEADLINE_S), lambda: receiver.connect(DEADLINE_S))
     try:
         yield sender, receiver
@@ -59,7 +60,7 @@ def connected(config: LinkConfig = LinkConfig(), line: LineConfig = LineConfig()
 
 def emulated(line: LineConfig) -> EmulatedLine | None:
     """A line of this process alone."""
-    return EmulatedLine(line) if line.is_emulated else None
+    return EmulatedLine(line) if line != LineConfig() else None
 
 
 class Lanes:
@@ -81,11 +82,19 @@ def wait_until(reached, deadline_s: float = DEADLINE_S) -> None:
         time.sleep(0.005)
 
 
-def event(link: Link, kind: type, deadline_s: float = DEADLINE_S):
+def next_event(transport, timeout_s: float = 0.0):
+    """What a link or a loopback tells next; None when nothing comes within `timeout_s`."""
+    try:
+        return transport.events.get(timeout=timeout_s)
+    except queue.Empty:
+        return None
+
+
+def event(transport, kind: type, deadline_s: float = DEADLINE_S):
     """The next event of `kind`; others are skipped, a lost link ends the wait."""
     until = time.monotonic() + deadline_s
     while time.monotonic() < until:
-        found = link.receive(until - time.monotonic())
+        found = next_event(transport, until - time.monotonic())
         if isinstance(found, kind):
             return found
         assert kind is LinkLost or not isinstance(found, LinkLost), found
@@ -100,8 +109,10 @@ class Cargo:
         layers.append(LayerPlan(3, 1, StateKind.REQUEST, state_bytes))
         self.plan = StreamPlan(stream_id, tuple(layers), 64, 64 + tokens)
         generator = torch.Generator().manual_seed(seed)
-        self.sent = {entry.layer: torch.randint(0, 256, (tokens if entry.kind is StateKind.TOKEN else 1, entry.row_bytes),
-                                                dtype=torch.uint8, generator=generator) for entry in self.plan.entries}
+        self.sent = {}
+        for entry in self.plan.entries:
+            shape = (tokens if entry.kind is StateKind.TOKEN else 1, entry.row_bytes)
+            self.sent[entry.layer] = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
         self.arrived = {layer: torch.zeros_like(data) for layer, data in self.sent.items()}
         self.calls: list[tuple[int, int, int]] = []
 
@@ -112,9 +123,9 @@ class Cargo:
         else:
             self.arrived[layer][0] = data
 
-    def wait_for_rows(self, layer: int, end: int) -> None:
-        """Until the rows up to token `end` of a layer were written, and so whatever was put before them, in order."""
-        wait_until(lambda: any(call[0] == layer and call[2] >= end for call in list(self.calls)))
+    def wait_for_rows(self, count: int) -> None:
+        """Until `count` rows of token state are written, over all layers: lanes bring them in any order."""
+        wait_until(lambda: sum(end - start for layer, start, end in list(self.calls) if layer != 3) >= count)
 
     def put_all(self, sender, chunk_tokens: int = 64) -> None:
         """As prefill does: every layer of a chunk, then the next chunk; request-level state at the end."""

@@ -14,7 +14,7 @@ from minprfaas.model.delta import KDAConfig, delta_rule_chunked, delta_rule_recu
 from minprfaas.model.gqa import GQAConfig
 from minprfaas.model.layers import Positions
 from minprfaas.model.mla import MLAConfig
-from minprfaas.model.state import ContiguousLayerState, ContiguousTokens
+from minprfaas.model.state import ContiguousLayerState
 from minprfaas.observe.report import human_bytes, table
 
 torch.set_num_threads(1)
@@ -144,11 +144,14 @@ class FullContext:
     """The token state of one layer with one free row at its end: a step writes that row and copies nothing."""
 
     def __init__(self, context: int, width: int):
-        self.rows = torch.randn(1, context + 1, width)
+        self.tensor = torch.randn(1, context + 1, width)
 
-    def append(self, new_rows: torch.Tensor) -> ContiguousTokens:
-        self.rows[:, -1:] = new_rows
-        return ContiguousTokens(self.rows)
+    def append(self, new_rows: torch.Tensor) -> "FullContext":
+        self.tensor[:, -1:] = new_rows
+        return self
+
+    def rows(self) -> torch.Tensor:
+        return self.tensor
 
 
 small = {"GQA": GQAConfig(4, 4, 64, RopeConfig()), "MLA": MLAConfig(4, 128, 64, 16, 64), "KDA": KDAConfig(4, 64)}

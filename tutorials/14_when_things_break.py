@@ -27,6 +27,7 @@ from minprfaas.config import CacheConfig, LineConfig, LinkConfig
 from minprfaas.documents import EVALUATION_SEEDS, make_document
 from minprfaas.engine.engine import Engine
 from minprfaas.observe.report import human_bytes, table
+from minprfaas.scheduling.control import ControlPlane
 from minprfaas.transport import LinkDown
 from minprfaas.transport.wan.frames import HEADER_BYTES, Kind
 from minprfaas.transport.wan.lanes import Lane
@@ -116,7 +117,7 @@ def serve(local: PDProcess, line: Line, seed: int, trouble=None) -> tuple:
 def row(what: str, local: PDProcess, line: Line, journey, same: bool) -> list:
     """One line of a table."""
     after = "–" if line.struck_s is None else f"{journey.first_token_at_s - line.struck_s:.2f} s"
-    return [what, journey.route, local.link.epoch, human_bytes(line.bytes), line.twice, f"{journey.ttft_s:.2f} s", after,
+    return [what, journey.route, local.links[PRFAAS].epoch, human_bytes(line.bytes), line.twice, f"{journey.ttft_s:.2f} s", after,
             "identical" if same else "DIFFERENT"]
 
 
@@ -153,9 +154,9 @@ def main() -> None:
     line = Line()
     link = end_of_link(store, 1, engine, events, functools.partial(WatchedLane, line))
     link.connect(deadline_s=60)
-    settings = control_settings(512, LINE.gbps, engine.layout, ship_prefixes=False)
-    local = pd_process(prefill_engine, engine, link, events, settings, deadline_s=60)
-    local.run(until=lambda: PRFAAS in local.front.ready)
+    plane = ControlPlane(control_settings(512, LINE.gbps, engine.layout))
+    local = pd_process(prefill_engine, engine, {PRFAAS: link}, events, plane, deadline_s=60)
+    local.run_until(lambda: PRFAAS in local.front.ready, deadline_s=60)
     print(f"Documents of {TOKENS:,} tokens are prefilled in A; their KVCache crosses {LINK.lanes} lanes of a line of "
           f"{LINE.gbps * 1e3:g} Mbps,\n{LINE.rtt_ms:g} ms round trip (emulated), to B, where trouble strikes "
           f"at chunk {HALF}.\n")
@@ -182,7 +183,7 @@ def main() -> None:
 
     journey, same = serve(local, line, 3, kill)
     rows = [*rows, row("A is killed", local, line, journey, same)]
-    local.run(until=lambda: PRFAAS in local.front.ready)  # the spare has introduced itself
+    local.run_until(lambda: PRFAAS in local.front.ready, deadline_s=60)  # the spare has introduced itself
     rows.append(row("nothing, by the spare", local, line, *serve(local, line, 4)))
     print(table(HEADERS, rows[3:]))
     print(f"""

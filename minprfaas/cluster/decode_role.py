@@ -8,17 +8,14 @@ import itertools
 import math
 import secrets
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 from minprfaas.cluster import messages
 from minprfaas.cluster.kv_receive import KVReceive
-from minprfaas.cluster.kv_send import STREAMS_AT_ONCE
 from minprfaas.cluster.mail import FRONT, Mail
-from minprfaas.cluster.node import Happening, PeerLost, PeerReturned
-from minprfaas.cluster.node_news import NodeNews
-from minprfaas.cluster.prefix_shipping import PrefixShipping
+from minprfaas.cluster.node import Happening, PeerLost
 from minprfaas.cluster.stream_plans import snapshot_plan, stream_plan
+from minprfaas.cluster.upkeep import Upkeep
 from minprfaas.config import Role
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.request import Request, TokenUpdate
@@ -49,14 +46,12 @@ class DecodeRole:
     def __init__(self, name: str, engine: Engine, mail: Mail, room_deadline_s: float, transfer_deadline_s: float):
         self.name, self.engine, self.room_deadline_s = name, engine, room_deadline_s
         self.servings: dict[str, Serving] = {}
-        self.is_stopping = False
+        self.upkeep = Upkeep(name, Role.PDD, engine, mail, transfer_deadline_s)
+        self.prefixes = self.upkeep.prefixes
         self._mail, self._kvcache, self._clock = mail, engine.kvcache, engine.clock
         self._for_room: deque[Serving] = deque()
         self._by_stream: dict[int, Serving] = {}  # of the streams that have not ended
         self._stream_ids = itertools.count(secrets.randbits(32) << 16)
-        self._threads = ThreadPoolExecutor(STREAMS_AT_ONCE, thread_name_prefix=f"{name} send")
-        self.prefixes = PrefixShipping(name, engine.kvcache, mail, self._threads, engine.clock, transfer_deadline_s)
-        self.news = NodeNews(name, Role.PDD, engine, mail)
 
     @property
     def is_ready(self) -> bool:
@@ -79,34 +74,22 @@ class DecodeRole:
                 serving = self.servings.get(id)
                 if serving is not None and serving.kv is not None and serving.serve.prefill_node == sender:
                     self._hear_prefill_node(serving, message)
-            case messages.PrefixOrder():
-                self.prefixes.order(sender, message)
-            case messages.PrefixAbort(stream_id=stream_id):
-                self.prefixes.aborted(sender, stream_id)
-            case messages.SendInventory() if sender == FRONT:
-                self.news.tell_inventory()
-            case messages.Shutdown() if sender == FRONT:
-                self.is_stopping = True
+            case _:
+                self.upkeep.hear(sender, message)
 
     def notice(self, happening: Happening) -> None:
         """Take what has happened to a stream or to a peer."""
+        self.upkeep.notice(happening)
         match happening:
             case PeerLost(name=name, reason=reason):
-                self.prefixes.peer_lost(name)
                 for serving in list(self.servings.values()):
                     if serving.kv is not None and serving.serve.prefill_node == name:
                         self._lose_prefill(serving, reason)
-            case PeerReturned(name=name):
-                if name == FRONT:
-                    self.news.introduce()
             case StreamDone(stream_id=stream_id) | StreamFailed(stream_id=stream_id) if stream_id in self._by_stream:
                 self._stream_ended(self._by_stream.pop(stream_id), happening)
-            case _:
-                self.prefixes.notice(happening)
 
     def step(self) -> None:
         """Order prefills for which there is room, decode one step, give up on what is overdue."""
-        self.prefixes.step()
         self._order_where_there_is_room()
         if self.engine.has_work:
             for update in self.engine.step():
@@ -115,11 +98,7 @@ class DecodeRole:
         for serving in list(self.servings.values()):
             if self._clock() > serving.deadline_at_s:
                 self._overdue(serving)
-        self.news.tell()
-
-    def close(self) -> None:
-        """End the sending threads; every stream must have ended."""
-        self._threads.shutdown()
+        self.upkeep.step()
 
     # From the front end's word to the order
 
@@ -241,7 +220,7 @@ class DecodeRole:
         self.engine.unreserve_remote(serving.request)
         serving.done, serving.prefilled_tokens = None, 0
         serving.deadline_at_s = self._clock() + self.room_deadline_s
-        self.news.tell()  # first: who routes the request again should know what has arrived
+        self.upkeep.tell_news()  # first: who routes the request again should know what has arrived
         self._tell(messages.PrefillLost(serving.request.id, reason, prefix_missing))
 
     def _keep_arrived(self, serving: Serving, arrived_end: int) -> None:

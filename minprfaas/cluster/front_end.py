@@ -16,7 +16,7 @@ from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import RequestError, UserError
 from minprfaas.scheduling import control
 from minprfaas.scheduling.control import ControlPlane
-from minprfaas.scheduling.directory import CacheChanged, PrefixMove
+from minprfaas.scheduling.directory import CacheChanged
 from minprfaas.scheduling.router import RouteRequest
 
 LOCAL_DEADLINE_S = 3600.0  # for a prefill inside the PD cluster, and for a request that no node can take yet
@@ -38,12 +38,12 @@ class FrontEnd:
         self.ready: dict[str, messages.NodeReady] = {}  # the nodes that take work, by name
         self.goodbyes: dict[str, int] = {}  # peak memory in bytes of the nodes that have ended
         self.timeline_events: list[dict] = []  # of other processes
-        self.actions: list[control.Action] = []  # that the loops took, for the log
         self._mail, self._block_keys, self._block_tokens, self._clock = mail, block_keys, block_tokens, clock
         self._unrouted: list[Journey] = []  # new ones
         self._without_node: list[Journey] = []  # that no node could take when they were routed last
         self._unfinished = 0
         self._updates: list[Update] = []
+        self._actions: list[control.Action] = []
 
     # What callers use
 
@@ -82,6 +82,11 @@ class FrontEnd:
     def take_updates(self) -> list[Update]:
         """What has happened to requests since the last call, oldest first."""
         taken, self._updates = self._updates, []
+        return taken
+
+    def take_actions(self) -> list[control.Action]:
+        """What the control plane's loops have done since the last call, for a log or a screen."""
+        taken, self._actions = self._actions, []
         return taken
 
     def shut_down_nodes(self) -> None:
@@ -187,7 +192,6 @@ class FrontEnd:
         """Its prefill node failed it, so another one shall do it; or its cached prefix did not come: decide anew,
         without that prefix."""
         decision = journey.decision
-        self._tell_plane(control.PrefillLost(journey.id))
         if prefix_missing and decision.transfer is not None:
             source, end = decision.transfer.source, decision.transfer.end
             self._tell_plane(control.PrefixMissing(source, self._key_at(journey, end)))
@@ -229,16 +233,6 @@ class FrontEnd:
 
     def _carry_out(self, actions: list[control.Action]) -> None:
         for action in actions:
-            match action:
-                case control.AskInventory(node=node):
-                    self._mail.send(FRONT, node, messages.SendInventory())
-                case PrefixMove():
-                    self._move_prefix(action)
-            self.actions.append(action)  # a new threshold is in force at once: the plane itself holds it
-
-    def _move_prefix(self, move: PrefixMove) -> None:
-        """Let a hot prefix be copied. The plane knows keys; the tokens stand in the request that was matched by them."""
-        for journey in reversed(self.journeys.values()):
-            if len(journey.keys) >= len(move.keys) and self._key_at(journey, move.tokens) == move.key:
-                prefix_and_one_more = journey.token_ids[:move.tokens + 1]
-                return self._mail.send(FRONT, move.target, messages.FetchPrefix(prefix_and_one_more, move.source))
+            if isinstance(action, control.AskInventory):
+                self._mail.send(FRONT, action.node, messages.SendInventory())
+            self._actions.append(action)  # a new threshold is in force at once: the plane itself holds it

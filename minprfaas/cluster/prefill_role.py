@@ -3,17 +3,16 @@
 A node of the PrfaaS cluster and a PD-P node run this same code; only the way that leads to the decode node differs.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import Enum
 
 from minprfaas.cluster import messages
-from minprfaas.cluster.kv_send import STREAMS_AT_ONCE, KVSend
+from minprfaas.cluster.kv_send import KVSend
 from minprfaas.cluster.mail import FRONT, Mail
-from minprfaas.cluster.node import Happening, PeerLost, PeerReturned
-from minprfaas.cluster.node_news import NodeNews
-from minprfaas.cluster.prefix_shipping import Fetch, PrefixShipping
+from minprfaas.cluster.node import Happening, PeerLost
+from minprfaas.cluster.prefix_shipping import Fetch
 from minprfaas.cluster.stream_plans import snapshot_plan, stream_plan
+from minprfaas.cluster.upkeep import Upkeep
 from minprfaas.config import Role
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.request import Request, Status
@@ -58,11 +57,9 @@ class PrefillRole:
         self.name, self.engine, self.overlap = name, engine, overlap
         self.transfer_deadline_s = transfer_deadline_s
         self.prefills: dict[str, Prefill] = {}
-        self.is_stopping = False
+        self.upkeep = Upkeep(name, role, engine, mail, transfer_deadline_s)
+        self.prefixes = self.upkeep.prefixes
         self._mail, self._kvcache, self._clock = mail, engine.kvcache, engine.clock
-        self._threads = ThreadPoolExecutor(STREAMS_AT_ONCE, thread_name_prefix=f"{name} send")
-        self.prefixes = PrefixShipping(name, engine.kvcache, mail, self._threads, engine.clock, transfer_deadline_s)
-        self.news = NodeNews(name, role, engine, mail)
 
     @property
     def is_ready(self) -> bool:
@@ -82,47 +79,25 @@ class PrefillRole:
             case messages.PrefillAbort(id=id):
                 if id in self.prefills and self.prefills[id].decode_node == sender:
                     self._drop(self.prefills[id])
-            case messages.FetchPrefix(token_ids=token_ids, source=source) if sender == FRONT and len(token_ids) > 1:
-                self.prefixes.fetch(token_ids, source)
-            case messages.PrefixOrder():
-                self.prefixes.order(sender, message)
-            case messages.PrefixAbort(stream_id=stream_id):
-                self.prefixes.aborted(sender, stream_id)
-            case messages.SendInventory() if sender == FRONT:
-                self.news.tell_inventory()
-            case messages.Shutdown() if sender == FRONT:
-                self.is_stopping = True
+            case _:
+                self.upkeep.hear(sender, message)
 
     def notice(self, happening: Happening) -> None:
         """Take what has happened to a stream or to a peer."""
-        match happening:
-            case PeerLost(name=name):
-                self.prefixes.peer_lost(name)
-                for prefill in list(self.prefills.values()):
-                    if prefill.decode_node == name:
-                        self._drop(prefill)
-                # Without a front end there is nobody to work for; a new one brings this node back to work.
-                self.is_stopping = self.is_stopping or name == FRONT
-            case PeerReturned(name=name):
-                if name == FRONT:
-                    self.is_stopping = False
-                    self.news.introduce()
-            case _:
-                self.prefixes.notice(happening)
+        self.upkeep.notice(happening)
+        if isinstance(happening, PeerLost):
+            for prefill in list(self.prefills.values()):
+                if prefill.decode_node == happening.name:
+                    self._drop(prefill)
 
     def step(self) -> None:
-        """Prefill one chunk, look after the streams, tell the news."""
-        self.prefixes.step()
+        """Prefill one chunk, look after the streams."""
         if self.engine.has_work:
             self.engine.step(on_kv=self._ship)
             self._report_progress()
         for prefill in list(self.prefills.values()):
             self._tend(prefill)
-        self.news.tell()
-
-    def close(self) -> None:
-        """End the sending threads; every stream must have ended."""
-        self._threads.shutdown()
+        self.upkeep.step()
 
     # An order's life
 
@@ -162,7 +137,7 @@ class PrefillRole:
         """Begin a stream, whose blocks stay until it has let go of them. None when it cannot begin."""
         try:
             transport = self._mail.transport(prefill.decode_node)
-            stream = KVSend(self._kvcache, transport, plan, tables, self._threads, self.transfer_deadline_s, overlap)
+            stream = KVSend(self._kvcache, transport, plan, tables, self.upkeep.threads, self.transfer_deadline_s, overlap)
         except (LinkDown, ValueError):  # ValueError: a plan that this transport cannot carry
             return None
         self._kvcache.begin_transfer(prefill.cache)

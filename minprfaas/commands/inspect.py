@@ -12,7 +12,7 @@ from minprfaas.model.families import read_config
 from minprfaas.model.spec import ITEM_BYTES, kv_bytes, model_state_specs
 from minprfaas.observe.report import table
 
-LENGTHS = tuple(1024 << doubling for doubling in range(8))  # 1K to 128K tokens
+LENGTHS = [1024 << doubling for doubling in range(8)]  # 1K to 128K tokens
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the layout; only `config.json` is read, no weights."""
-    directory = Path(args.directory) if args.directory else EMBEDDED
+    directory = Path(args.directory or EMBEDDED)
     config = read_config(directory)
     block_tokens = CacheConfig(num_blocks=1, block_tokens=args.block_tokens).block_tokens
     layout = plan_layout(model_state_specs(config, args.dtype), block_tokens)

@@ -13,13 +13,13 @@ from minprfaas.cluster.front_end import FrontEnd
 from minprfaas.cluster.journey import Journey, Update
 from minprfaas.cluster.launch import Launch, emulated_line, link_identity, start_processes, wait_for_the_front_end
 from minprfaas.cluster.node import peak_memory_bytes
-from minprfaas.cluster.processes import PRFAAS, PDProcess, control_settings, pd_process, prfaas_process
+from minprfaas.cluster.processes import (PRFAAS, UNTHROTTLED_GBPS, PDProcess, control_settings, pd_process,
+                                         prfaas_process)
 from minprfaas.commands import answers
 from minprfaas.config import CacheConfig, LineConfig, LinkConfig
 from minprfaas.engine.engine import Engine
-from minprfaas.engine.generate import pool_for
+from minprfaas.engine.generate import longest_prompts, pool_for
 from minprfaas.engine.prompts import Prompt, read_prompts
-from minprfaas.engine.request import Request
 from minprfaas.errors import ArgumentParser, UserError, require_number
 from minprfaas.files import OutputFile
 from minprfaas.kvcache.layout import Layout
@@ -29,7 +29,9 @@ from minprfaas.model.transformer import Transformer
 from minprfaas.observe.report import human_bytes
 from minprfaas.observe.screen import Screen
 from minprfaas.observe.timeline import Timeline, timeline_json
-from minprfaas.scheduling.control import ControlSettings
+from minprfaas.scheduling.control import ControlPlane, NewThreshold
+from minprfaas.scheduling.planner import Fleet
+from minprfaas.scheduling.profiles import Profile
 from minprfaas.transport.base import LinkDown
 from minprfaas.transport.wan.line import load_weather
 from minprfaas.transport.wan.link import Link
@@ -48,6 +50,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--prompts", metavar="FILE.jsonl", required=True,
                    help='one {"id", "prompt", "max_tokens"} a line; {"after": id} continues that conversation')
     p.add_argument("--threshold", type=int, default=1024, metavar="T", help="offload above T uncached tokens (1024)")
+    p.add_argument("--profile", metavar="P.json", help="of this machine (`python -m minprfaas profile`): the threshold "
+                   "then follows the measured link")
     p.add_argument("--link-gbps", type=float, metavar="G", help="emulated bandwidth (default: as fast as it goes)")
     p.add_argument("--rtt-ms", type=float, default=0.0, metavar="MS", help="emulated round-trip time (0)")
     p.add_argument("--lanes", type=int, default=4, help="connections that one link stripes over (4)")
@@ -76,6 +80,7 @@ class Run:
     link: LinkConfig
     line: LineConfig
     prompts: list[Prompt]
+    fleet: Fleet | None  # with a profile: what the threshold loop plans for
 
 
 def main(argv: list[str]) -> int:
@@ -105,7 +110,13 @@ def checked(args: argparse.Namespace) -> Run:
     # On GPUs each chunk costs a copy and a few launches at either end: fewer, larger ones.
     sizes = dict(chunk_bytes=4 * 2**20, max_inflight_bytes=256 * 2**20) if args.device.startswith("cuda") else {}
     link = LinkConfig(args.lanes, timeout_s=args.link_timeout_s, **sizes)
-    return Run(args, link, LineConfig(args.link_gbps, args.rtt_ms, weather), read_prompts(args.prompts))
+    prompts = read_prompts(args.prompts)
+    fleet = None
+    if args.profile is not None:  # the one PD node counts as an instance of either kind
+        profile = Profile.read(args.profile)
+        answer_tokens = sum(prompt.params.max_tokens for prompt in prompts) / len(prompts)
+        fleet = Fleet(1, 2, args.link_gbps or UNTHROTTLED_GBPS, profile, profile, answer_tokens)
+    return Run(args, link, LineConfig(args.link_gbps, args.rtt_ms, weather), prompts, fleet)
 
 
 def _serve_prefill(run: Run, launch: Launch) -> int:
@@ -131,11 +142,12 @@ def _serve_front_end(run: Run, launch: Launch) -> int:
     try:
         model, tokenizer = load(run.args.model, getattr(torch, run.args.dtype), launch.device(run.args.device))
         prefill_engine, decode_engine = _engines(run, model, tokenizer, ["B: PD", "B: PD"])
-        settings = control_settings(run.args.threshold, run.args.link_gbps, decode_engine.layout, run.args.ship_prefixes)
+        plane = ControlPlane(control_settings(run.args.threshold, run.args.link_gbps, decode_engine.layout,
+                                              run.args.ship_prefixes, run.fleet))
         events = queue.SimpleQueue()
         link = _connected(run, launch, model, decode_engine, events)
         try:
-            process = pd_process(prefill_engine, decode_engine, link, events, settings, run.args.deadline_s)
+            process = pd_process(prefill_engine, decode_engine, {PRFAAS: link}, events, plane, run.args.deadline_s)
             return Program(run, process, model, tokenizer, outputs).run()
         finally:
             link.close()
@@ -147,25 +159,17 @@ def _serve_front_end(run: Run, launch: Launch) -> int:
 def _engines(run: Run, model: Transformer, tokenizer: Tokenizer, names: list[str]) -> list[Engine]:
     """An engine for each name, in which every prompt fits. UserError names the first that does not. Engines of one
     process share its timeline."""
-    args, lengths = run.args, _longest_they_can_get(run.prompts, tokenizer)
+    args = run.args
+    lengths = longest_prompts(run.prompts, tokenizer, model.config.max_context_tokens)
     timeline = Timeline(names[0]) if args.timeline else None
     engines = []
     for _ in names:
         cache = CacheConfig(args.pool_blocks, args.block_tokens) if args.pool_blocks else \
-            pool_for(model, list(lengths.values()), args.block_tokens)
+            pool_for(model, [lengths[one.id] + one.params.max_tokens for one in run.prompts], args.block_tokens)
         engines.append(Engine(model, tokenizer, cache, args.prefill_chunk, timeline=timeline))
     for prompt in run.prompts:
-        engines[0].check_fits(Request(prompt.id, [0] * (lengths[prompt.id] - prompt.params.max_tokens), prompt.params))
+        engines[0].check_length(prompt.id, lengths[prompt.id])
     return engines
-
-
-def _longest_they_can_get(prompts: list[Prompt], tokenizer: Tokenizer) -> dict[str, int]:
-    """Tokens of each prompt with its answer, and with all that it comes after."""
-    lengths: dict[str, int] = {}
-    for prompt in prompts:
-        own = len(tokenizer.encode(prompt.text)) + prompt.params.max_tokens
-        lengths[prompt.id] = own + (lengths[prompt.after] if prompt.after is not None else 0)
-    return lengths
 
 
 def _connected(run: Run, launch: Launch, model: Transformer, engine: Engine, events: queue.SimpleQueue) -> Link:
@@ -191,7 +195,7 @@ class Program:
         self.process, self.model, self.tokenizer, self.outputs = process, model, tokenizer, outputs
         self.front: FrontEnd = process.front
         self.layout: Layout = process.decode.engine.layout
-        longest = _longest_they_can_get(run.prompts, tokenizer)
+        longest = longest_prompts(run.prompts, tokenizer, model.config.max_context_tokens)
         self.screen = Screen(sum(longest.values()), sum(prompt.params.max_tokens for prompt in run.prompts))
 
     def run(self) -> int:
@@ -217,8 +221,7 @@ class Program:
         return 0 if is_well else 1
 
     def _wait_for_the_other_datacenter(self) -> None:
-        until_s = time.monotonic() + CONNECT_DEADLINE_S
-        self.process.run(until=lambda: PRFAAS in self.front.ready or time.monotonic() > until_s)
+        self.process.run_until(lambda: PRFAAS in self.front.ready, CONNECT_DEADLINE_S)
 
     def _submit_after(self, finished: Journey | None) -> None:
         """Submit the prompts that continue `finished` (None: those that begin a conversation)."""
@@ -249,6 +252,9 @@ class Program:
             self.screen.streamed(sum(j.received_bytes for j in journeys), sum(j.expected_bytes for j in journeys))
             drawn = sum(len(journey.token_ids) - journey.prompt_tokens for journey in journeys)
             self.screen.decoded(drawn, updates[-1].journey.text if updates else "")
+        for action in self.front.take_actions():
+            if isinstance(action, NewThreshold):
+                self.screen.line(f"threshold     now {action.threshold:,.0f} tokens: {action.reason}")
         for update in updates:
             if update.journey.is_finished:
                 self.screen.line(answers.answer_lines(update.journey, self.prompts[update.journey.id]))

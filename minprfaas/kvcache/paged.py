@@ -8,7 +8,7 @@ import torch
 
 from minprfaas.kvcache.layout import KVGroup
 from minprfaas.kvcache.pool import BlockPool
-from minprfaas.model.spec import Pages
+from minprfaas.model.spec import Pages, TokenContext
 
 
 class PagedState:
@@ -73,12 +73,13 @@ class PagedLayer:
     group: KVGroup
     index: int
 
-    def append(self, rows: torch.Tensor) -> "PagedContext":
+    def append(self, rows: torch.Tensor) -> TokenContext:
         """Store `rows` `[batch, new, width]` in the reserved blocks; returns the whole context."""
         new, view = rows.shape[1], self.state.pool.token_view(self.index)
         where = self.state.token_index(self.group, new)
         view[where.new_blocks, where.new_offsets] = rows
-        return PagedContext(view, where.block_table, self.state.start + new, max(self.state.starts) + new)
+        longest = max(self.state.starts) + new
+        return TokenContext(Pages(view, where.block_table, self.state.start + new), longest)
 
     def load(self) -> tuple[torch.Tensor, ...]:
         """The layer's tensors, each `[batch, *shape]`; a request at its beginning starts from zeros."""
@@ -104,23 +105,3 @@ class PagedLayer:
             if offset in planned:  # others of the batch may not want theirs
                 table = torch.tensor([planned[offset][self.group.index]], dtype=torch.int64, device=pool.device)
                 pool.write_state(self.index, table, *(tensor[row:row + 1] for tensor in tensors))
-
-
-@dataclass(frozen=True)
-class PagedContext:
-    """The context of one token-state layer of a batch, in its blocks (implements `TokenHandle`)."""
-
-    view: torch.Tensor  # [blocks, block_tokens, width]
-    block_table: torch.Tensor  # [batch, blocks]
-    lengths: torch.Tensor  # [batch]
-    context: int  # tokens of the longest request
-
-    def rows(self) -> torch.Tensor:
-        """The blocks gathered into `[batch, context, width]`; a shorter request ends in rows of its last or the null
-        block, which are finite because blocks are zeroed when they are handed out."""
-        gathered = self.view.index_select(0, self.block_table.reshape(-1))
-        return gathered.view(len(self.block_table), -1, self.view.shape[2])[:, :self.context]
-
-    def pages(self) -> Pages:
-        """The blocks where they lie."""
-        return Pages(self.view, self.block_table, self.lengths)

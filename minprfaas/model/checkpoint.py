@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from math import prod
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from minprfaas.errors import UserError
 from minprfaas.files import read_json, write_whole
 from minprfaas.model.families import read_config
 from minprfaas.model.tokenizer import Tokenizer
-from minprfaas.model.transformer import Transformer, parameter_shapes
+from minprfaas.model.transformer import Transformer
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "tiny-hybrid"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -35,27 +35,25 @@ def load_checkpoint(directory: Path, config: ModelConfig, dtype: torch.dtype,
     weights that the device cannot hold."""
     device = checked_device(device)
     files = _weight_files(directory)
-    elements = _check_names_and_shapes(directory, config, _tensor_shapes(files))
-    _check_memory(directory, elements * dtype.itemsize, device)
-    with torch.device("meta"):
-        model = Transformer(config).to(dtype)
-    model.to_empty(device=device)
-    if config.tie_embeddings:
+    stored = {}  # tensor name -> the open file that has it
+    for file in files:
+        weights = _opened(file)
+        for name in weights.keys():
+            stored[name] = weights
+    model = _without_memory(directory, config, stored)
+    _check_memory(directory, sum(weight.numel() for weight in model.parameters()) * dtype.itemsize, device)
+    model.to(dtype).to_empty(device=device)
+    if config.tie_embeddings:  # `to_empty` gave each of the two a memory of its own
         model.lm_head.weight = model.model.embed_tokens.weight
-    parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for file in files:
-            with _opened(file) as weights:
-                for name in weights.keys():
-                    if name in parameters:
-                        parameters[name].copy_(weights.get_tensor(name))
+        for name, weight in model.named_parameters():
+            weight.copy_(stored[name].get_tensor(name))
     model.fingerprint = _fingerprint([directory / "config.json", *files], dtype)
     return model.eval().requires_grad_(False)
 
 
 def save_checkpoint(model: Transformer, config_json: dict, directory: str | Path, dtype: torch.dtype) -> None:
-    """Write `config.json` and `model.safetensors` (weights in `dtype`); each file appears whole or not at all.
-    UserError when the directory cannot be written."""
+    """Write `config.json` and `model.safetensors` (weights in `dtype`), each whole or not at all. Raises UserError."""
     directory = Path(directory)
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.named_parameters()}
     try:
@@ -69,10 +67,10 @@ def save_checkpoint(model: Transformer, config_json: dict, directory: str | Path
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Contiguous CPU tensors as one safetensors file (the library's own torch helper needs numpy; we do without)."""
-    specs = {
-        name: TensorSpec(dtype=str(tensor.dtype).removeprefix("torch."), shape=list(tensor.shape),
-                         data_ptr=tensor.data_ptr(), data_len=tensor.nbytes)
-        for name, tensor in tensors.items()}
+    specs = {}
+    for name, tensor in tensors.items():
+        specs[name] = TensorSpec(dtype=str(tensor.dtype).removeprefix("torch."), shape=list(tensor.shape),
+                                 data_ptr=tensor.data_ptr(), data_len=tensor.nbytes)
     serialize_file(specs, path, metadata={"format": "pt"})
 
 
@@ -80,26 +78,26 @@ def checked_device(name: str | torch.device) -> torch.device:
     """The device of that name; UserError when it is not there."""
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
+        torch.zeros(1, device=device).item()  # "meta" has a device, but no numbers
+    except (RuntimeError, AssertionError):
         there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         raise UserError(f"device {str(name)!r} is not there; this machine has: {', '.join(there)}") from None
-    if device.type == "meta":
-        raise UserError("device 'meta' cannot hold a model; use cpu or cuda")
     return device
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    if (directory / INDEX).exists():
-        weight_map = read_json(directory / INDEX).get("weight_map")
-        is_map = isinstance(weight_map, dict) and all(isinstance(name, str) for name in weight_map.values())
-        if not is_map or not weight_map:
-            raise UserError(f"{directory / INDEX} has no weight_map of tensor names to file names")
-        files = [directory / name for name in sorted(set(weight_map.values()))]
-    else:
+    index = directory / INDEX
+    if not index.exists():
         files = sorted(directory.glob("*.safetensors"))
         if not files:
             raise UserError(f"{directory} has no *.safetensors file; a checkpoint directory has at least one")
+        return files
+    try:
+        files = sorted({directory / name for name in read_json(index)["weight_map"].values()})
+    except (KeyError, AttributeError, TypeError):
+        files = []
+    if not files:
+        raise UserError(f"{index} has no weight_map of tensor names to file names")
     for file in files:
         if not file.is_file():
             raise UserError(f"{file} is missing, but {INDEX} names it")
@@ -115,31 +113,24 @@ def _opened(file: Path) -> safe_open:
         raise UserError(f"{file} is too large for this machine: {error}") from None
 
 
-def _tensor_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
-    shapes = {}
-    for file in files:
-        with _opened(file) as weights:
-            for name in weights.keys():
-                shapes[name] = tuple(weights.get_slice(name).get_shape())
-    return shapes
-
-
-def _check_names_and_shapes(directory: Path, config: ModelConfig, found: dict[str, tuple[int, ...]]) -> int:
-    """UserError unless the files hold exactly the configuration's tensors; returns how many elements they have."""
-    expected = {}
-    for name, shape in parameter_shapes(config):
+def _without_memory(directory: Path, config: ModelConfig, stored: dict[str, safe_open]) -> Transformer:
+    """The model on the meta device; UserError unless the files hold exactly its tensors."""
+    found = {name: list(weights.get_slice(name).get_shape()) for name, weights in stored.items()}
+    # Never more than one layer beyond those of the files: a configuration of thousands of layers costs nothing then.
+    stored_layers = {name.split(".")[2] for name in found if name.startswith("model.layers.")}
+    with torch.device("meta"):
+        model = Transformer(replace(config, layers=config.layers[: len(stored_layers) + 1]))
+    expected = {name: list(weight.shape) for name, weight in model.named_parameters()}
+    for name, shape in expected.items():
         if name not in found:
-            raise UserError(f"{directory}: tensor {name} is missing; {config.family} needs it with shape {list(shape)}")
+            raise UserError(f"{directory}: tensor {name} is missing; {config.family} needs it with shape {shape}")
         if found[name] != shape:
-            raise UserError(f"{directory}: tensor {name} has shape {list(found[name])}; "
-                            f"config.json asks for {list(shape)}")
-        expected[name] = prod(shape)
+            raise UserError(f"{directory}: tensor {name} has shape {found[name]}; config.json asks for {shape}")
     for name, shape in found.items():
         is_tied_head = name == "lm_head.weight" and config.tie_embeddings
         if name not in expected and not is_tied_head and not name.endswith("rotary_emb.inv_freq"):
-            raise UserError(f"{directory}: tensor {name} with shape {list(shape)} is not part of a "
-                            f"{config.family} model")
-    return sum(expected.values())
+            raise UserError(f"{directory}: tensor {name} with shape {shape} is not part of a {config.family} model")
+    return model
 
 
 def _check_memory(directory: Path, needed_bytes: int, device: torch.device) -> None:

@@ -20,6 +20,7 @@ from minprfaas.config import MAX_HEAD_SIZE, StateKind, require_sizes
 from minprfaas.errors import require_number
 from minprfaas.model.layers import Positions, RMSNorm
 from minprfaas.model.spec import LayerState, StateSpec, TensorSpec
+from minprfaas.model.state import ContiguousLayerState
 
 CHUNK_TOKENS = 64  # the prefill form holds the memory at every multiple of this, and nowhere else
 
@@ -37,10 +38,9 @@ class KDAConfig:
         require_number("short_conv_kernel_size", self.conv_kernel, least=2, most=1024, whole=True)
 
     def state_spec(self, dtype: str) -> StateSpec:
-        """A matrix a head, which stays float32 because its sums run over the whole context, and the last inputs of the
-        three convolutions."""
+        """A matrix a head, and the last inputs of the three convolutions."""
         return StateSpec(StateKind.REQUEST, (
-            TensorSpec("memory", (self.num_heads, self.head_dim, self.head_dim), "float32"),
+            TensorSpec("memory", (self.num_heads, self.head_dim, self.head_dim), "float32"),  # long sums
             TensorSpec("conv", (3 * self.num_heads * self.head_dim, self.conv_kernel - 1), dtype)), CHUNK_TOKENS)
 
     def build(self, hidden_size: int, norm_eps: float) -> nn.Module:
@@ -79,9 +79,9 @@ def delta_rule_chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor,
     """
     tokens = q.shape[1]
     padding = -tokens % chunk  # padding has k = 0, beta = 0, g = 0: it neither writes nor decays
-    q, k, v, g, beta = (
+    q, k, v, g, beta = (  # [batch, heads, chunks, chunk, dim]
         F.pad(x, (0, 0, 0, 0, 0, padding)).unflatten(1, (-1, chunk)).permute(0, 3, 1, 2, 4)
-        for x in (q, k, v, g, beta[..., None]))  # [batch, heads, chunks, chunk, dim]
+        for x in (q, k, v, g, beta[..., None]))
     # exp(-20) is below float32's resolution; without the bound, sums of strong decays would lose the weak ones' digits.
     decay = g.clamp(min=-20.0).cumsum(dim=-2)  # from the chunk's beginning through each token
     total = decay[..., -1:, :]
@@ -111,33 +111,23 @@ def _decayed_products(q: Tensor, k: Tensor, decay: Tensor, sub_chunk: int) -> tu
     """`sum_d x_i[d] k_j[d] exp(decay_i[d] - decay_j[d])` for x = k and x = q, right for j <= i inside each chunk.
 
     One product of `x exp(decay)` with `k exp(-decay)` would overflow. So the chunk is cut into sub-chunks (secondary
-    chunking): a later against an earlier sub-chunk goes through a reference decay that lies between the two, which
-    makes both exponents at most 0; inside a sub-chunk the differences are formed one by one.
+    chunking): a later against the earlier ones goes through the decay at its own beginning, which lies between the two
+    and makes both exponents at most 0; inside a sub-chunk the differences are formed one by one.
     """
-    chunk, first_row = q.shape[-2], decay.new_zeros(())
-    starts = range(0, chunk, sub_chunk)
+    chunk = q.shape[-2]
     left = torch.stack([k, q])  # [2, batch, heads, chunks, chunk, key_dim]
+    ahead = torch.ones(sub_chunk, sub_chunk, dtype=torch.bool, device=q.device).triu(1)[..., None]
     rows = []
-    for start in starts:
+    for start in range(0, chunk, sub_chunk):
         now = slice(start, start + sub_chunk)
-        reference = decay[..., start - 1 : start, :] if start else first_row
+        reference = decay[..., start : start + 1, :]
         earlier = k[..., :start, :] * (reference - decay[..., :start, :]).exp()
         off_diagonal = (left[..., now, :] * (decay[..., now, :] - reference).exp()) @ earlier.transpose(-1, -2)
         difference = decay[..., now, None, :] - decay[..., None, now, :]
-        ahead = torch.ones(sub_chunk, sub_chunk, dtype=torch.bool, device=q.device).triu(1)[..., None]
         pair_decay = difference.masked_fill(ahead, float("-inf")).exp() * k[..., None, now, :]
         diagonal = (pair_decay @ left[..., now, :, None]).squeeze(-1)
         rows.append(F.pad(torch.cat([off_diagonal, diagonal], dim=-1), (0, chunk - start - sub_chunk)))
-    k_by_k, q_by_k = torch.cat(rows, dim=-2).unbind(0)
-    return k_by_k, q_by_k
-
-
-class ShortConv(nn.Module):
-    """The weight of a depthwise causal convolution, `[channels, 1, kernel]` as checkpoints store it."""
-
-    def __init__(self, channels: int, kernel: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(channels, 1, kernel) * kernel**-0.5)
+    return torch.cat(rows, dim=-2).unbind(0)
 
 
 class KDA(nn.Module):
@@ -146,12 +136,15 @@ class KDA(nn.Module):
     def __init__(self, config: KDAConfig, hidden_size: int, norm_eps: float):
         super().__init__()
         self.config = config
-        channels = config.num_heads * config.head_dim
+        channels, kernel = config.num_heads * config.head_dim, config.conv_kernel
         for name in ("q", "k", "v"):
             self.add_module(f"{name}_proj", nn.Linear(hidden_size, channels, bias=False))
-            self.add_module(f"{name}_conv1d", ShortConv(channels, config.conv_kernel))
+            taps = torch.randn(channels, 1, kernel) * kernel**-0.5  # a depthwise convolution's, as checkpoints have it
+            self.add_module(f"{name}_conv1d", nn.ParameterDict({"weight": taps}))
         self.A_log = nn.Parameter(torch.empty(1, 1, config.num_heads, 1).uniform_(1, 16).log())
-        self.dt_bias = nn.Parameter(_inverse_softplus_of_log_uniform(channels, 1e-3, 1e-1))
+        # Biases whose softplus is spread evenly in logarithm over [1e-3, 1e-1]: heads that forget fast and slowly.
+        step = torch.empty(channels).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+        self.dt_bias = nn.Parameter(step + (-torch.expm1(-step)).log())
         self.f_a_proj = nn.Linear(hidden_size, config.head_dim, bias=False)
         self.f_b_proj = nn.Linear(config.head_dim, channels, bias=False)
         self.b_proj = nn.Linear(hidden_size, config.num_heads, bias=False)
@@ -163,7 +156,9 @@ class KDA(nn.Module):
     def forward(self, x: Tensor, positions: Positions, state: LayerState | None) -> Tensor:
         """`x` `[batch, new, hidden]` -> the same shape; `state` None means that nothing came before `x`."""
         heads = (self.config.num_heads, self.config.head_dim)
-        memory, tail = state.load() if state is not None else self._empty_state(x)
+        if state is None:
+            state = ContiguousLayerState(self.config.state_spec("float32"), len(x), x.device)
+        memory, tail = state.load()
         projected = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
         conv_input = torch.cat([tail.transpose(1, 2).to(x.dtype), projected], dim=1)
         q, k, v = (part.unflatten(-1, heads) for part in self._short_convolutions(conv_input).float().chunk(3, dim=-1))
@@ -177,17 +172,15 @@ class KDA(nn.Module):
                 before = None
             else:
                 out, memory, before = delta_rule_chunked(q, k, v, g, beta, memory)
-        if state is not None:
-            self._store(state, conv_input, before, memory)
+        self._store(state, conv_input, before, memory)
         gate = self.g_b_proj(self.g_a_proj(x)).unflatten(-1, heads).float().sigmoid()
         return self.o_proj((self.o_norm(out) * gate).to(x.dtype).flatten(2))
 
     def _store(self, state: LayerState, conv_input: Tensor, before: Tensor | None, memory: Tensor) -> None:
-        """The state after the pass, and at the offsets inside it that are wanted: the chunked rule went through them
-        all, so a snapshot costs no split of the pass.
+        """The state after the pass, and at the wanted offsets inside it: the chunked rule went through them all.
 
-        `conv_input` `[batch, kernel - 1 + new, channels]` begins with the tail that the pass began with, so the
-        `kernel - 1` rows from `offset` on are the tail after `offset` tokens.
+        `conv_input` `[batch, width + new, channels]` begins with the tail that the pass began with, so the `width` rows
+        from `offset` on are the tail after `offset` tokens.
         """
         width = self.config.conv_kernel - 1
         new = conv_input.shape[1] - width
@@ -197,26 +190,13 @@ class KDA(nn.Module):
         state.store(memory, conv_input[:, new:].transpose(1, 2))
 
     def _short_convolutions(self, conv_input: Tensor) -> Tensor:
-        """Causal depthwise convolutions of q, k and v together, then SiLU: `[batch, kernel - 1 + new, channels]` ->
-        `[batch, new, channels]`."""
+        """Depthwise convolutions, then SiLU: `[batch, kernel - 1 + new, channels]` -> `[batch, new, channels]`."""
         weight = torch.cat([self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight]).squeeze(1)
         kernel = self.config.conv_kernel
         new = conv_input.shape[1] - kernel + 1
         # A sum over the kernel's few taps: cuDNN's depthwise convolution wants another layout, and copies twice.
-        out = sum(conv_input[:, tap : tap + new] * weight[:, tap] for tap in range(kernel))
-        return F.silu(out)
-
-    def _empty_state(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        heads, dim, kernel = self.config.num_heads, self.config.head_dim, self.config.conv_kernel
-        memory = torch.zeros(x.shape[0], heads, dim, dim, dtype=torch.float32, device=x.device)
-        return memory, x.new_zeros(x.shape[0], 3 * heads * dim, kernel - 1)
+        return F.silu(sum(conv_input[:, tap : tap + new] * weight[:, tap] for tap in range(kernel)))
 
 
 def _unit_length(x: Tensor) -> Tensor:
     return x / (x.square().sum(dim=-1, keepdim=True) + 1e-6).sqrt()
-
-
-def _inverse_softplus_of_log_uniform(size: int, low: float, high: float) -> Tensor:
-    """Biases whose softplus is spread evenly in logarithm over [low, high]: heads that forget fast and slowly."""
-    step = torch.empty(size).uniform_(math.log(low), math.log(high)).exp()
-    return step + (-torch.expm1(-step)).log()

@@ -3,7 +3,6 @@
 A family is one reader, entered in `FAMILIES`, that lays out a mixer a layer; `_model` reads what all of them share.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from minprfaas.config import MAX_LAYERS, LayerConfig, MixerConfig, ModelConfig, RopeConfig
@@ -22,9 +21,8 @@ def read_config(directory: str | Path) -> ModelConfig:
     raw = read_json(directory / "config.json", "a checkpoint directory has one")
     generation_path = directory / "generation_config.json"
     if generation_path.exists():
-        generation = read_json(generation_path)
-        if generation.get("eos_token_id") is not None:
-            raw["eos_token_id"] = generation["eos_token_id"]
+        eos = read_json(generation_path).get("eos_token_id")
+        raw["eos_token_id"] = raw.get("eos_token_id") if eos is None else eos
     return config_from_hf(raw)
 
 
@@ -43,15 +41,15 @@ def config_from_hf(raw: dict) -> ModelConfig:
 
 def _llama(raw: dict) -> ModelConfig:
     _require_plain(raw, mlp_bias=False)
-    return _dense(raw, head_dim=raw["hidden_size"] // raw["num_attention_heads"])
+    return _dense(raw, raw["hidden_size"] // raw["num_attention_heads"], qk_norm=False)
 
 
 def _qwen3(raw: dict) -> ModelConfig:
     _require_plain(raw, use_sliding_window=False)
-    return _dense(raw, head_dim=128, qk_norm=True)
+    return _dense(raw, 128, qk_norm=True)
 
 
-def _dense(raw: dict, head_dim: int, qk_norm: bool = False) -> ModelConfig:
+def _dense(raw: dict, head_dim: int, qk_norm: bool) -> ModelConfig:
     """Grouped-query attention in every layer; `head_dim` is what the family takes where the file names none."""
     heads = raw["num_attention_heads"]
     mixer = GQAConfig(heads, raw.get("num_key_value_heads") or heads, raw.get("head_dim") or head_dim, _rope(raw),
@@ -81,7 +79,7 @@ def _kimi_linear(raw: dict) -> ModelConfig:
 FAMILIES = {"llama": _llama, "qwen3": _qwen3, "kimi_linear": _kimi_linear}
 
 
-def _model(raw: dict, mixers: Sequence[MixerConfig], max_context_tokens: int | None = None) -> ModelConfig:
+def _model(raw: dict, mixers: list[MixerConfig], max_context_tokens: int | None = None) -> ModelConfig:
     """The model with one layer a mixer; the rest is spelled alike in every family."""
     _require_plain(raw, hidden_act="silu")
     eos = raw.get("eos_token_id")
@@ -115,8 +113,7 @@ def _rope(raw: dict) -> RopeConfig:
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind == "default":
         return RopeConfig(theta)
-    if kind == "llama3":
-        return RopeConfig(theta, (
-            parameters["factor"], parameters["low_freq_factor"], parameters["high_freq_factor"],
-            parameters["original_max_position_embeddings"]))
-    raise UserError(f"rope_type {kind!r} is not supported; supported: default, llama3")
+    if kind != "llama3":
+        raise UserError(f"rope_type {kind!r} is not supported; supported: default, llama3")
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    return RopeConfig(theta, tuple(parameters[name] for name in names))

@@ -14,7 +14,7 @@ from minprfaas.model.spec import LayerState, StateSpec, TensorSpec
 
 @dataclass(frozen=True)
 class GQAConfig:
-    """Grouped-query attention with RoPE; `qk_norm` normalizes each head's q and k (Qwen3)."""
+    """GQA with RoPE; `qk_norm` normalizes each head's q and k (Qwen3)."""
 
     num_heads: int
     num_kv_heads: int
@@ -41,7 +41,7 @@ class GQAConfig:
 
 
 class GQA(nn.Module):
-    """Grouped-query attention; keys are stored rotated, so that decode never touches old positions again."""
+    """Keys are stored rotated, so that decode never touches old positions again."""
 
     def __init__(self, config: GQAConfig, hidden_size: int, norm_eps: float):
         super().__init__()

@@ -40,7 +40,6 @@ class Positions:
     """Where the new tokens of a forward pass stand: `index` `[batch, new]`, `start` `[batch]` tokens came before."""
 
     def __init__(self, start: Tensor, new_tokens: int):
-        self.start = start
         self.index = start[:, None] + torch.arange(new_tokens, device=start.device)
         self._tables: dict = {}
 

@@ -14,7 +14,7 @@ from minprfaas.model.spec import LayerState, StateSpec, TensorSpec
 
 @dataclass(frozen=True)
 class MLAConfig:
-    """Multi-head latent attention without positional encoding; `qk_shared_dim` key channels are shared by all heads."""
+    """MLA without positional encoding (Kimi Linear's); all heads share `qk_shared_dim` key channels as they are."""
 
     num_heads: int
     kv_lora_rank: int
@@ -27,7 +27,7 @@ class MLAConfig:
         require_number("qk_rope_head_dim", self.qk_shared_dim, least=0, most=MAX_HEAD_SIZE, whole=True)
 
     def state_spec(self, dtype: str) -> StateSpec:
-        """One row a token: the latent, then the key channels that all heads share."""
+        """One row a token: the normalized latent, then the key channels that all heads share."""
         return StateSpec(StateKind.TOKEN, (TensorSpec("latent", (self.kv_lora_rank + self.qk_shared_dim,), dtype),))
 
     def build(self, hidden_size: int, norm_eps: float) -> nn.Module:
@@ -36,12 +36,8 @@ class MLAConfig:
 
 
 class MLA(nn.Module):
-    """Multi-head latent attention without positional encoding (Kimi Linear's full-attention layers).
-
-    Its state is one row a token: a normalized latent that all heads expand, and a key part that they share as it is.
-    Prefill expands the latents to keys and values; decode folds the expansion into the query instead ("absorbed"),
-    so that one step reads the latents only. Both are the same product, bracketed differently.
-    """
+    """Prefill expands the latents to keys and values; decode folds the expansion into the query instead ("absorbed"),
+    so that one step reads the latents only. Both are the same product, bracketed differently."""
 
     def __init__(self, config: MLAConfig, hidden_size: int, norm_eps: float):
         super().__init__()

@@ -8,7 +8,7 @@ per head and the tail of its convolutions), so it can be reused only at exactly 
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -38,15 +38,11 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class StateSpec:
-    """A layer's whole state. Token state is exactly one tensor, request state any number.
-
-    Inside a forward pass, request state can be copied at every multiple of `snapshot_stride` tokens from the pass's
-    beginning: a mixer must then `store_snapshot` wherever it is asked to.
-    """
+    """A layer's whole state. Token state is exactly one tensor, request state any number."""
 
     kind: StateKind
     tensors: tuple[TensorSpec, ...]
-    snapshot_stride: int = 1
+    snapshot_stride: int = 1  # tokens: a pass can store a snapshot at each multiple of it from the pass's beginning
 
     @property
     def nbytes(self) -> int:
@@ -64,8 +60,7 @@ def kv_bytes(specs: tuple[StateSpec, ...], tokens: int) -> int:
     return sum(spec.nbytes * (tokens if spec.kind is StateKind.TOKEN else 1) for spec in specs)
 
 
-@dataclass(frozen=True)
-class Pages:
+class Pages(NamedTuple):
     """Token state where it lies: request b's token t is `view[block_table[b, t // block_tokens], t % block_tokens]`."""
 
     view: torch.Tensor  # [blocks, block_tokens, width]
@@ -73,35 +68,40 @@ class Pages:
     lengths: torch.Tensor  # [batch] int64: tokens of each request, the new ones included
 
 
-class TokenHandle(Protocol):
-    """The whole context of one token-state layer, new tokens included, in either of two forms."""
+@dataclass(frozen=True)
+class TokenContext:
+    """The whole context of one token-state layer, new tokens included: as rows, or as the pages that hold them."""
 
-    def rows(self) -> torch.Tensor:
-        """A contiguous copy `[batch, context, width]`, where `context` is the longest request's; a shorter one's rows
-        end in padding, which is finite. The reference."""
+    where: Pages
+    longest: int  # of the lengths
 
     def pages(self) -> Pages:
-        """The rows without a copy, for kernels that follow a block table."""
+        """Without a copy, for kernels that follow a block table."""
+        return self.where
+
+    def rows(self) -> torch.Tensor:
+        """A contiguous copy `[batch, longest, width]`: the reference. A shorter request's rows end in padding, which is
+        finite, because blocks are zeroed when they are handed out."""
+        gathered = self.where.view.index_select(0, self.where.block_table.flatten())
+        return gathered.view(len(self.where.block_table), -1, self.where.view.shape[2])[:, :self.longest]
 
 
 class LayerState(Protocol):
-    """One layer's state of the requests in one forward pass; a mixer sees this and never a block."""
+    """One layer's state of the requests in one forward pass; a mixer sees this and never a block.
 
-    def append(self, rows: torch.Tensor) -> TokenHandle:
-        """Token state: store `rows` `[batch, new, width]` after what is there."""
-
-    def load(self) -> tuple[torch.Tensor, ...]:
-        """Request state: the tensors `[batch, *shape]` in the spec's order; zeros for a request that just began."""
-
-    def store(self, *tensors: torch.Tensor) -> None:
-        """Request state: replace what `load` returned."""
+    Token state: `append` stores `rows` `[batch, new, width]` after what is there, and returns the whole context.
+    Request state: `load` gives the tensors `[batch, *shape]` in the spec's order, zeros for a request that just began,
+    and `store` replaces them. `snapshot_offsets` are the tokens after this pass's beginning (multiples of the spec's
+    `snapshot_stride`, or the pass's length) at which `store_snapshot` is to get what `store` would have been given if
+    the pass had ended there.
+    """
 
     snapshot_offsets: tuple[int, ...]
-    """Request state: tokens after this pass's beginning at which a copy of the state is wanted as well; multiples of
-    the spec's `snapshot_stride`, at most the pass's length."""
 
-    def store_snapshot(self, offset: int, *tensors: torch.Tensor) -> None:
-        """Request state: what `store` would have been given if the pass had ended at `offset`."""
+    def append(self, rows: torch.Tensor) -> TokenContext: ...
+    def load(self) -> tuple[torch.Tensor, ...]: ...
+    def store(self, *tensors: torch.Tensor) -> None: ...
+    def store_snapshot(self, offset: int, *tensors: torch.Tensor) -> None: ...
 
 
 class ModelState(Protocol):
@@ -109,8 +109,7 @@ class ModelState(Protocol):
 
     start: torch.Tensor  # [batch] int64: tokens already in the state of each request
 
-    def layer(self, index: int) -> LayerState:
-        """The state of layer `index`."""
+    def layer(self, index: int) -> LayerState: ...
 
 
 OnLayer = Callable[[int], None]  # called with a layer's index once its state holds the new tokens

@@ -1,34 +1,14 @@
 """The simplest state there is: whole tensors that grow; the paged KVCache is held against it. Chapter 01."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from minprfaas.config import ModelConfig, StateKind
-from minprfaas.model.spec import Pages, StateSpec, model_state_specs
-
-
-@dataclass(frozen=True)
-class ContiguousTokens:
-    """The context of one layer as one tensor (see `TokenHandle`)."""
-
-    tensor: Tensor  # [batch, context, width]
-
-    def rows(self) -> Tensor:
-        """The tensor itself: nothing is padded, all requests are of one length."""
-        return self.tensor
-
-    def pages(self) -> Pages:
-        """One block a request, as long as its context."""
-        batch, context = self.tensor.shape[:2]
-        block_table = torch.arange(batch, device=self.tensor.device)[:, None]
-        return Pages(self.tensor, block_table, torch.full_like(block_table[:, 0], context))
+from minprfaas.model.spec import Pages, StateSpec, TokenContext, model_state_specs
 
 
 class ContiguousLayerState:
-    """One layer's state in tensors of its own (see `LayerState`). Set `snapshot_offsets` before a pass; its snapshots
-    are in `snapshots` afterwards, by offset."""
+    """One layer's state (see `LayerState`). Set `snapshot_offsets` before a pass; it leaves `snapshots` by offset."""
 
     def __init__(self, spec: StateSpec, batch: int, device: torch.device | str):
         self.tensors: tuple[Tensor, ...] = ()
@@ -38,10 +18,13 @@ class ContiguousLayerState:
         self.snapshot_offsets: tuple[int, ...] = ()
         self.snapshots: dict[int, tuple[Tensor, ...]] = {}
 
-    def append(self, rows: Tensor) -> ContiguousTokens:
-        """Store `rows` `[batch, new, width]`; returns the whole context."""
-        self.tensors = (torch.cat([self.tensors[0], rows], dim=1),)
-        return ContiguousTokens(self.tensors[0])
+    def append(self, rows: Tensor) -> TokenContext:
+        """Store `rows` `[batch, new, width]`; returns the whole context, as one block a request."""
+        context = torch.cat([self.tensors[0], rows], dim=1)
+        self.tensors = (context,)
+        block_table = torch.arange(len(context), device=context.device)[:, None]
+        lengths = torch.full_like(block_table[:, 0], context.shape[1])
+        return TokenContext(Pages(context, block_table, lengths), context.shape[1])
 
     def load(self) -> tuple[Tensor, ...]:
         """The tensors, each `[batch, *shape]`."""

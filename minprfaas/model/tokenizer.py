@@ -1,14 +1,13 @@
 """Text to token ids and back: a thin coat over the `tokenizers` library. Chapter 01.
 
-A tokenizer.json is a small program that somebody else wrote, and the library was not made for bad ones: it panics (an
-exception that is no `Exception`, and a page on stderr), or works for hours. Here each of these is a `UserError`.
+A tokenizer.json is a small program that somebody else wrote, and the library was not made for bad ones: it panics, or
+works for hours. Here each of these is a `UserError`.
 """
 
 import concurrent.futures
 import os
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,10 +44,7 @@ class Tokenizer:
         self.eos_token_ids = config.eos_token_ids
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, with the special tokens that the checkpoint's tokenizer adds to a prompt.
-
-        UserError when the text is no Unicode, or the tokenizer cannot be applied to it.
-        """
+        """Token ids of `text`, with the special tokens that the file adds. UserError when it cannot be applied."""
         require_unicode("a text", text)
         with _mistakes_as_one_line("tokenizer.json cannot encode a text"):
             return self._encode_by_deadline(text) if self._has_own_regex else self._tokenizer.encode(text).ids
@@ -56,7 +52,7 @@ class Tokenizer:
     def _encode_by_deadline(self, text: str) -> list[int]:
         """The library bounds one match of a regular expression, but not their number: `a*a*b` takes hours for a page of
         letters, and cannot be stopped. So it works in a thread of its own, which is left behind when it is late."""
-        ids: Future[list[int]] = Future()
+        ids: concurrent.futures.Future[list[int]] = concurrent.futures.Future()
 
         def work() -> None:
             try:
@@ -83,18 +79,15 @@ class Tokenizer:
 
 @contextmanager
 def _mistakes_as_one_line(what: str) -> Iterator[None]:
-    """Whatever the library raises becomes a UserError, and what it writes to stderr while it panics goes nowhere.
-
-    It writes past Python, so the file descriptor itself is turned away: for every thread, hence the lock, and hence no
-    longer than one call takes.
-    """
+    """Whatever the library raises becomes a UserError, and the page that it writes to stderr in a panic goes nowhere:
+    past Python, so the file descriptor itself is turned away, for every thread (hence the lock) and for one call."""
     with _stderr_lock:
         kept = os.dup(2)
         os.dup2(_nowhere, 2)
         try:
             yield
         except BaseException as error:
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # a panic is none either
                 raise  # Ctrl-C
             raise UserError(f"{what}: {' '.join(str(error).split())[:200]}") from None
         finally:

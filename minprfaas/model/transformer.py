@@ -3,9 +3,6 @@
 Modules carry the names of Hugging Face checkpoints, so a tensor's name says where it lives.
 """
 
-from collections.abc import Iterator
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
@@ -35,7 +32,7 @@ class Stack(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
     def forward(self, token_ids: Tensor, state: ModelState | None, on_layer: OnLayer | None) -> Tensor:
-        """`token_ids` `[batch, new]` -> hidden states `[batch, new, hidden]`; see `Transformer.forward`."""
+        """The last hidden states `[batch, new, hidden]`; see `Transformer.forward`."""
         start = token_ids.new_zeros(token_ids.shape[0]) if state is None else state.start
         positions = Positions(start, token_ids.shape[1])
         x = self.embed_tokens(token_ids)
@@ -79,20 +76,3 @@ class Transformer(nn.Module):
         """
         hidden = self.model(token_ids, state, on_layer)
         return self.lm_head(hidden[:, -1:] if last_only else hidden)
-
-
-def parameter_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every parameter. One layer of each sort is built, without memory, and stands for all of them:
-    so a configuration of thousands of layers is compared with a checkpoint's files before it costs anything."""
-    sorts = list(dict.fromkeys(config.layers))
-    with torch.device("meta"):
-        sample = Transformer(replace(config, layers=tuple(sorts)))
-    shapes = {name: tuple(parameter.shape) for name, parameter in sample.named_parameters()}
-    for name, shape in shapes.items():
-        if not name.startswith("model.layers."):
-            yield name, shape
-    for index, layer in enumerate(config.layers):
-        prefix = f"model.layers.{sorts.index(layer)}."
-        for name, shape in shapes.items():
-            if name.startswith(prefix):
-                yield f"model.layers.{index}.{name.removeprefix(prefix)}", shape

@@ -5,12 +5,12 @@ tells it what happened, asks it about each request, and carries out what it says
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 
 from minprfaas.config import LinkSample, Role
 from minprfaas.scheduling.books import LoadBooks, NodeBook
-from minprfaas.scheduling.directory import CacheChanged, Directory, PrefixMove
+from minprfaas.scheduling.directory import CacheChanged, Directory
 from minprfaas.scheduling.monitor import CongestionMonitor
 from minprfaas.scheduling.planner import Fleet
 from minprfaas.scheduling.roles import RoleChange, RoleLoop
@@ -18,7 +18,6 @@ from minprfaas.scheduling.router import ClusterView, Decision, Router, RouteRequ
 from minprfaas.scheduling.threshold import Observation, ThresholdLoop
 
 TICK_S = 1.0  # how often the loops look; `tick` may be called more often
-REBALANCE_S = 30.0  # how long hits are counted before hot prefixes are looked for
 INVENTORY_S = 10.0  # an inventory that was asked for and has not come is asked for again
 BUSY_SMOOTH_S = 20.0  # time constant of the stages' utilizations
 ANSWER_SMOOTH_REQUESTS = 100  # over so many answers their mean length is taken
@@ -26,13 +25,10 @@ ANSWER_SMOOTH_REQUESTS = 100  # over so many answers their mean length is taken
 
 @dataclass(frozen=True)
 class ControlSettings:
-    """What the control plane is told once.
-
-    `link_gbps` is what the line between the clusters is said to carry, a first guess that the monitors correct. With
+    """`link_gbps` is what the line between the clusters is said to carry, a first guess that the monitors correct. With
     `fleet` (profiles) the loops can run: `adaptive` moves the threshold, `convert_roles` the split. `costs` are needed
     to fetch prefixes; they come from the fleet where there is one, else prefill seconds are learned as prefills end.
-    `ship_prefixes` lets prefixes cross between clusters, and `selective` False routes without a threshold.
-    """
+    `ship_prefixes` lets prefixes cross between clusters, and `selective` False routes without a threshold."""
 
     threshold: float
     link_gbps: float
@@ -72,8 +68,7 @@ class PrefixMissing:
 
 @dataclass(frozen=True, slots=True)
 class LinkMeasured:
-    """A sample of the line out of the PrfaaS cluster (or, with `ingress`, into it), as the sending `node` sees it; what
-    several nodes send at once adds up. The moment that counts is the one at which it is heard."""
+    """A sample of the line out of the PrfaaS cluster (or, with `ingress`, into it), as the sending `node` sees it."""
 
     node: str
     sample: LinkSample
@@ -82,25 +77,18 @@ class LinkMeasured:
 
 @dataclass(frozen=True, slots=True)
 class LineChanged:
-    """The line between the clusters has stopped, or works again, for all nodes at once."""
+    """The line between the clusters has stopped, or works again; the nodes go on with what they have."""
 
     up: bool
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillEnded:
-    """A request's prompt has been computed: `uncached_tokens` of it in `seconds`."""
+    """A request's prompt has been computed, `uncached_tokens` of it in `seconds`; 0 where nothing was measured."""
 
     id: Hashable
     uncached_tokens: int
     seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillLost:
-    """A request's prefill will not end on the node that it was given to."""
-
-    id: Hashable
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +106,7 @@ class RequestEnded:
     output_tokens: int = 0
 
 
-Event = (NodeJoined | NodeLeft | CacheChanged | PrefixMissing | LinkMeasured | LineChanged | PrefillEnded | PrefillLost
+Event = (NodeJoined | NodeLeft | CacheChanged | PrefixMissing | LinkMeasured | LineChanged | PrefillEnded
          | DecodeStarted | RequestEnded)
 
 
@@ -134,17 +122,17 @@ class AskInventory:
 
 @dataclass(frozen=True, slots=True)
 class NewThreshold:
-    """Requests are routed by this threshold (tokens) from now on; nothing is left to do but to tell people."""
+    """Requests are routed by this threshold (tokens) from now on; there is only to tell people."""
 
     threshold: float
     reason: str
 
 
-Action = AskInventory | NewThreshold | RoleChange | PrefixMove
+Action = AskInventory | NewThreshold | RoleChange
 
 
 class ControlPlane:
-    """Holds what is known of all clusters, and decides. `directory` may be asked; only `hear` and `route` change it."""
+    """Holds what is known of all clusters, and decides. `directory` may be asked; only `hear` changes it."""
 
     def __init__(self, settings: ControlSettings):
         self.settings, self.directory = settings, Directory()
@@ -155,12 +143,14 @@ class ControlPlane:
             self._output_tokens = float(fleet.output_tokens)  # of the mean answer, smoothed
         self._router = Router(settings.threshold, costs, settings.ship_prefixes, settings.selective)
         self._egress, self._ingress = CongestionMonitor(settings.link_gbps), CongestionMonitor(settings.link_gbps)
-        self._view = ClusterView([], [], [], self._egress, self._ingress)
         self._books = LoadBooks()
+        self._taking_work: dict[Role, list[NodeBook]] = {role: [] for role in Role}
+        prfaas, pdp, pdd = (self._taking_work[role] for role in (Role.PRFAAS, Role.PDP, Role.PDD))
+        self._view = ClusterView(prfaas, pdp, pdd, self._egress, self._ingress)
         self._conversion: RoleChange | None = None  # from the beginning of the drain until the node has joined again
         self._asked_at_s: dict[str, float] = {}  # inventories that are awaited
         self._learned: dict[Role, tuple[int, float]] = {}  # tokens and seconds of prefill so far
-        self._ticked_at_s = self._rebalanced_at_s = -math.inf
+        self._ticked_at_s = -math.inf
         self._prefill_busy = self._decode_busy = 0.0  # smoothed
 
     # What a screen shows
@@ -176,16 +166,16 @@ class ControlPlane:
 
     def loads(self) -> dict[str, float]:
         """Prefill load (uncached tokens) and decode load (requests) of each node that takes new work."""
-        return {node.name: node.load for nodes in self._taking_work().values() for node in nodes}
+        return {node.name: node.load for nodes in self._taking_work.values() for node in nodes}
 
     def nodes(self, role: Role) -> list[str]:
         """The nodes that take new work in this role."""
-        return [node.name for node in self._taking_work()[role]]
+        return [node.name for node in self._taking_work[role]]
 
     # What happened
 
     def hear(self, event: Event, now_s: float) -> list[Action]:
-        """Take note of something that happened. Events about nodes or requests that are not known are harmless."""
+        """Take note of an event; one about a node or a request that is not known is harmless."""
         match event:  # the most frequent ones first: a simulation tells a few million
             case PrefillEnded():
                 self._end_prefill(event)
@@ -195,8 +185,6 @@ class ControlPlane:
                 self._books.close(id)
                 if output_tokens and self.settings.fleet is not None:
                     self._output_tokens += (output_tokens - self._output_tokens) / ANSWER_SMOOTH_REQUESTS
-            case PrefillLost(id):
-                self._books.end_prefill(id)
             case CacheChanged():
                 return self._change_cache(event, now_s)
             case LinkMeasured():
@@ -208,7 +196,9 @@ class ControlPlane:
                 self.directory.forget(node, key)
             case NodeJoined(node, role):
                 self._remove(node, now_s)  # of a node that was started again nothing that is known is true
-                self._add(node, role)
+                self.directory.add_node(node)
+                self._books.nodes[node] = NodeBook(node)
+                self._taking_work[role].append(self._books.nodes[node])
                 return self._ask_inventory(node, now_s)
             case NodeLeft(node):
                 self._remove(node, now_s)
@@ -217,9 +207,8 @@ class ControlPlane:
     def _end_prefill(self, event: PrefillEnded) -> None:
         decision = self._books.end_prefill(event.id)
         is_measured = event.uncached_tokens > 0 and 0 < event.seconds < math.inf
-        if decision is None or not is_measured or self._router.costs is None:
-            return
-        if self.settings.fleet is not None:  # a profile knows more than the prefills of this run, whatever their length
+        # A profile knows more than the prefills of this run, whatever their length.
+        if decision is None or not is_measured or self._router.costs is None or self.settings.fleet is not None:
             return
         tokens, seconds = self._learned.get(decision.route, (0, 0.0))
         self._learned[decision.route] = (tokens + event.uncached_tokens, seconds + event.seconds)
@@ -229,13 +218,11 @@ class ControlPlane:
                                      pdp_s_per_token=per_token.get(Role.PDP, here))
 
     def _change_cache(self, change: CacheChanged, now_s: float) -> list[Action]:
-        if change.node not in self.directory:  # it has left meanwhile
-            return []
-        if not self.directory.apply(change):
-            return self._ask_inventory(change.node, now_s)
         if change.inventory:
             self._asked_at_s.pop(change.node, None)
-        return []
+        if change.node not in self.directory or self.directory.apply(change):  # it has left meanwhile, or all is well
+            return []
+        return self._ask_inventory(change.node, now_s)
 
     def _ask_inventory(self, node: str, now_s: float) -> list[Action]:
         """Once in a while is enough: an inventory can be large, and is on its way already."""
@@ -244,16 +231,9 @@ class ControlPlane:
         self._asked_at_s[node] = now_s
         return [AskInventory(node)]
 
-    def _add(self, name: str, role: Role) -> None:
-        self.directory.add_node(name, "prfaas" if role is Role.PRFAAS else "pd")
-        self._books.nodes[name] = NodeBook(name)
-        self._taking_work()[role].append(self._books.nodes[name])
-
     def _remove(self, name: str, now_s: float) -> None:
         """Nothing goes to this node, or comes from it, until it joins (again)."""
         self._switch_off(name)
-        self._egress.forget(name)
-        self._ingress.forget(name)
         if self._conversion is not None and self._conversion.node == name:
             self._conversion = None  # it comes back in its new role, or died on the way
             self._role_loop.converted(now_s)
@@ -265,11 +245,8 @@ class ControlPlane:
         self._asked_at_s.pop(name, None)
 
     def _stop_work(self, name: str) -> None:
-        for nodes in self._taking_work().values():
+        for nodes in self._taking_work.values():
             nodes[:] = [node for node in nodes if node.name != name]
-
-    def _taking_work(self) -> dict[Role, list[NodeBook]]:
-        return {Role.PRFAAS: self._view.prfaas, Role.PDP: self._view.pdp, Role.PDD: self._view.pdd}
 
     # Where a request goes
 
@@ -277,10 +254,8 @@ class ControlPlane:
         """Decide, and book the request on the nodes that were chosen, in place of an earlier attempt of the same id.
         Raises RequestError ("no_node") when nothing can prefill or nothing can decode."""
         self._books.close(request.id)  # first: what it is given anew must not be weighed against what it had
-        match = self.directory.match(request.keys)
         self._view.regime = self._egress.regime(now_s)
-        decision = self._router.route(request, match.nodes, self._view)
-        self.directory.count_hit(request.keys, match)
+        decision = self._router.route(request, self.directory.match(request.keys), self._view)
         uncached, expected_s = request.prompt_tokens - decision.cached_tokens, 0.0
         if self.settings.fleet is not None:
             profile = self.settings.fleet.profile(decision.route)
@@ -301,22 +276,17 @@ class ControlPlane:
         actions: list[Action] = []
         for node in list(self._asked_at_s):
             actions += self._ask_inventory(node, now_s)
-        if now_s - self._rebalanced_at_s >= REBALANCE_S:
-            actions += self._rebalance(now_s)
         if self.settings.fleet is not None:
             actions += self._run_loops(self._observe(now_s, elapsed_s))
         return actions
 
-    def _rebalance(self, now_s: float) -> list[Action]:
-        self._rebalanced_at_s = now_s
-        move = self.directory.rebalance({node.name: node.load for node in (*self._view.prfaas, *self._view.pdp)})
-        return [move] if move is not None else []
-
     def _observe(self, now_s: float, elapsed_s: float) -> Observation:
         """The stages as the books show them, their utilizations smoothed over `BUSY_SMOOTH_S`."""
         view, places = self._view, self.settings.fleet.pd_profile.bs_max
-        prefill = max(_share(bool(node.expected_s) for node in nodes) for nodes in (view.prfaas, view.pdp))
-        decode = _share(min(node.decoding / places, 1.0) for node in view.pdd)  # more than fit in the batch wait
+        prefill = max(sum(bool(node.expected_s) for node in nodes) / max(len(nodes), 1)
+                      for nodes in (view.prfaas, view.pdp))
+        in_batches = sum(min(len(node.decoding), places) for node in view.pdd)  # more than fit in the batch wait
+        decode = in_batches / max(places * len(view.pdd), 1)
         weight = 1 - math.exp(-min(elapsed_s, BUSY_SMOOTH_S) / BUSY_SMOOTH_S)
         self._prefill_busy += weight * (prefill - self._prefill_busy)
         self._decode_busy += weight * (decode - self._decode_busy)
@@ -342,7 +312,7 @@ class ControlPlane:
         return actions
 
     def _finish_drain(self) -> list[Action]:
-        """A node that is to change its role does so when it has finished what it was given."""
+        """The node changes its role when it has finished what it was given."""
         change = self._conversion
         node = self._books.nodes.get(change.node)
         if node is None or node.load > 0:  # it changes its role at present, or drains
@@ -351,17 +321,11 @@ class ControlPlane:
         return [change]
 
 
-def _share(parts: Iterable[float]) -> float:
-    """The mean of shares, 0 of none."""
-    listed = list(parts)
-    return sum(listed) / max(len(listed), 1)
-
-
 def profile_costs(fleet: Fleet) -> TransferCosts:
     """What a token costs to ship and to compute by the profiles, between 8K and 32K tokens."""
-    remote, local, span = fleet.prfaas_profile, fleet.pd_profile, 24 * 1024
+    remote, local = fleet.prfaas_profile, fleet.pd_profile
 
     def slope(curve: Callable[[float], float]) -> float:
-        return (curve(32 * 1024) - curve(8 * 1024)) / span
+        return (curve(32 * 1024) - curve(8 * 1024)) / (24 * 1024)
 
     return TransferCosts(slope(remote.kv_bytes), remote.kv_bytes(0), slope(remote.prefill_s), slope(local.prefill_s))

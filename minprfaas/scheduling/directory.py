@@ -4,25 +4,19 @@ Metadata only, fed by the nodes' own news. It may lag behind the truth: an entry
 wrong token, because a node looks into its own index before it uses a block.
 """
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from minprfaas.errors import UserError
-
-HOT_HITS = 8  # so many requests whose longest match is one prefix, between two rebalancings, make it hot
-CROWDED = 2.0  # a holder is crowded at this many times the load of its cluster's idlest node
 
 Key = Hashable  # a block's chained hash: it stands for the whole prefix that ends there
 
 
 @dataclass(frozen=True, slots=True)
 class CacheChanged:
-    """What `node` can begin a prefill after: (key, tokens) pairs, with 0 tokens where it no longer can.
-
-    A node numbers its entries 1, 2, 3, …; `sequence` is the first one's number. With `inventory` the entries are all
-    that the node holds, and `sequence` is the number of the last entry that they take into account.
-    """
+    """What `node` can begin a prefill after: (key, tokens) pairs, with 0 tokens where it no longer can. A node numbers
+    its entries 1, 2, 3, …; `sequence` is the first one's number. With `inventory` the entries are all that the node
+    holds, and `sequence` is the number of the last entry that they take into account."""
 
     node: str
     sequence: int
@@ -30,45 +24,13 @@ class CacheChanged:
     inventory: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class PrefixMatch:
-    """Cached prefix of one prompt, in tokens, on each node that has any; the longest one covers `blocks` blocks."""
-
-    nodes: Mapping[str, int] = field(default_factory=dict)
-    blocks: int = 0
-
-
-class PrefixMove(NamedTuple):
-    """Copy the prefix of these block keys, `tokens` long, from a crowded node to an idle one of the same cluster."""
-
-    keys: tuple[Key, ...]
-    tokens: int
-    source: str
-    target: str
-
-    @property
-    def key(self) -> Key:
-        """The last block's key, which stands for the whole prefix."""
-        return self.keys[-1]
-
-
 @dataclass(slots=True)
 class _Holder:
     """What one node said of itself."""
 
-    cluster: str
     sequence: int = 0
     gap: bool = True  # nothing is believed until the first inventory
     tokens: dict[Key, int] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class _Hit:
-    """A prefix at which requests' longest matches ended: the first `blocks` of `keys`."""
-
-    keys: Sequence[Key]
-    blocks: int
-    count: int = 0
 
 
 class Directory:
@@ -77,12 +39,11 @@ class Directory:
     def __init__(self) -> None:
         self._nodes: dict[str, _Holder] = {}
         self._holders: dict[Key, dict[str, int]] = {}  # key -> node -> tokens
-        self._hits: dict[Key, _Hit] = {}  # since the last rebalancing
 
-    def add_node(self, name: str, cluster: str) -> None:
+    def add_node(self, name: str) -> None:
         """A node (re)connects. What it held before is forgotten, and nothing is believed before its inventory."""
         self.drop_node(name)
-        self._nodes[name] = _Holder(cluster)
+        self._nodes[name] = _Holder()
 
     def __contains__(self, name: str) -> bool:
         return name in self._nodes
@@ -126,56 +87,17 @@ class Directory:
         if node is not None and node.tokens.pop(key, None) is not None:
             self._forget_holder(key, name)
 
-    def match(self, keys: Sequence[Key]) -> PrefixMatch:
-        """The longest cached prefix of a prompt with these block keys, on each node. Scans from the end: a prefix is
-        never cut in its middle, so the last key that a node holds says it all."""
+    def match(self, keys: Sequence[Key]) -> dict[str, int]:
+        """Tokens of the longest cached prefix of a prompt with these block keys, on each node that has any. Scans from
+        the end: a prefix is never cut in its middle, so the last key that a node holds says it all."""
         found: dict[str, int] = {}
-        longest = 0
-        for blocks in range(len(keys), 0, -1):
-            holders = self._holders.get(keys[blocks - 1])
-            if holders is None:
-                continue
-            longest = longest or blocks
-            for name, tokens in holders.items():
+        for key in reversed(keys):
+            for name, tokens in self._holders.get(key, {}).items():
                 if name not in found:
                     found[name] = tokens
             if len(found) == len(self._nodes):  # every node's longest is known: shorter prefixes say nothing new
                 break
-        return PrefixMatch(found, longest)
-
-    def count_hit(self, keys: Sequence[Key], match: PrefixMatch) -> None:
-        """A request with these keys was matched: its longest prefix is wanted. `rebalance` counts these."""
-        if match.blocks:
-            key = keys[match.blocks - 1]
-            if key not in self._hits:
-                self._hits[key] = _Hit(keys, match.blocks)
-            self._hits[key].count += 1
-
-    def rebalance(self, loads: Mapping[str, float]) -> PrefixMove | None:
-        """The hottest prefix that is worth a copy, or None; the counting of hits begins anew.
-
-        `loads`: of the prefill nodes that take work, in tokens. A prefix is copied if its only holder among them is
-        crowded, to the idlest node of the same cluster.
-        """
-        hits = sorted(self._hits.values(), key=lambda hit: -hit.count)
-        self._hits = {}
-        for hit in hits:
-            if hit.count < HOT_HITS:
-                break
-            for move in self._copies(hit, loads):
-                return move
-        return None
-
-    def _copies(self, hit: _Hit, loads: Mapping[str, float]) -> Iterator[PrefixMove]:
-        """A copy in each cluster where one is worth it."""
-        holders = self._holders.get(hit.keys[hit.blocks - 1], {})
-        for source, tokens in holders.items():
-            peers = [name for name in loads if self._nodes[name].cluster == self._nodes[source].cluster]
-            if source not in peers or any(peer in holders for peer in peers if peer != source):
-                continue
-            idlest = min(peers, key=loads.__getitem__)
-            if loads[source] > CROWDED * loads[idlest]:
-                yield PrefixMove(tuple(hit.keys[:hit.blocks]), tokens, source, idlest)
+        return found
 
     def _forget_holder(self, key: Key, name: str) -> None:
         holders = self._holders[key]

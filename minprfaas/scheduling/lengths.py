@@ -1,8 +1,7 @@
 """How long requests are: the (incremental) prompt lengths that a plan is made for. Chapter 10, paper 4.1.
 
-Every distribution is kept as equally likely lengths in rising order, whether they were observed or are the midpoints
-of equally likely slices of a formula. A mean over the longer part is then a difference of two running sums, which is
-what makes an exhaustive search cheap, and `P(L > t)` and the means agree with each other exactly.
+Every distribution is kept as equally likely lengths in rising order: observed ones, or midpoints of equally likely
+slices of a formula. So a mean over the longer part is a difference of two running sums, and an exhaustive search cheap.
 """
 
 from bisect import bisect_right
@@ -28,7 +27,7 @@ class LengthDistribution:
         return bisect_right(self.values, threshold)
 
     def tail(self, threshold: float) -> float:
-        """The fraction of requests above `threshold`: P(L > t)."""
+        """P(L > t)."""
         return 1 - self.count_up_to(threshold) / len(self.values)
 
     def mean(self, of: Callable[[float], float]) -> float:

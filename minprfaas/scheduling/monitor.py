@@ -35,10 +35,8 @@ class Marks:
 
 
 class CongestionMonitor(LinkView):
-    """One direction of the line between the clusters, said to carry `nominal_gbps`, kept up to date from samples.
-
-    `gbps` is what the line really gives when it is asked to, and like `utilization` smoothed.
-    """
+    """One direction of the line between the clusters, said to carry `nominal_gbps`. `gbps` is what it really gives when
+    it is asked to, and like `utilization` smoothed."""
 
     def __init__(self, nominal_gbps: float, marks: Marks = Marks()):
         super().__init__(nominal_gbps, up=nominal_gbps > 0)
@@ -47,23 +45,14 @@ class CongestionMonitor(LinkView):
         self._observed_at_s = -math.inf
         self._regime, self._since_s = "abundant", -math.inf
 
-    @property
-    def queue_s(self) -> float:
-        """Seconds until what is queued has left, at the observed capacity."""
-        return self.queued_bytes * 8e-9 / self.gbps if self.queued_bytes else 0.0
-
     def hear(self, sender: str, sample: LinkSample, now_s: float) -> None:
-        """Take one sender's sample. The line is theirs together, so what each does adds up; that of a sender that has
-        been silent counts no more. A sender's clock may be another machine's: it is not looked at."""
+        """Take one sender's sample. What all senders put on the line adds up; one that has been silent counts no more.
+        A sender's clock may be another machine's: it is not looked at."""
         self._samples[sender] = replace(sample, time_s=now_s)
         recent = [one for one in self._samples.values() if now_s - one.time_s <= self.marks.stale_s]
         utilization = min(sum(one.utilization for one in recent), 1.0)
         queued_bytes = sum(one.queued_bytes for one in recent)
         self.observe(LinkSample(now_s, sum(one.gbps for one in recent), utilization, queued_bytes))
-
-    def forget(self, sender: str) -> None:
-        """This sender is gone. Harmless for an unknown one."""
-        self._samples.pop(sender, None)
 
     def observe(self, sample: LinkSample) -> None:
         """Take a sample of the whole line; one that is not younger than the last is ignored."""
@@ -83,10 +72,11 @@ class CongestionMonitor(LinkView):
 
     def _settle(self, time_s: float) -> None:
         marks = self.marks
-        if self.utilization >= marks.high_utilization or self.queue_s >= marks.high_queue_s:
+        queue_s = self.queued_bytes * 8e-9 / self.gbps if self.queued_bytes else 0.0  # at the observed capacity
+        if self.utilization >= marks.high_utilization or queue_s >= marks.high_queue_s:
             if self._regime != "scarce":
                 self._regime, self._since_s = "scarce", time_s
-        elif self.utilization < marks.low_utilization and self.queue_s <= marks.low_queue_s:
+        elif self.utilization < marks.low_utilization and queue_s <= marks.low_queue_s:
             if self._regime != "abundant" and time_s - self._since_s >= marks.hold_s:
                 self._regime, self._since_s = "abundant", time_s
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import ceil, inf, log10
+from operator import itemgetter
 
 from minprfaas.config import Role
 from minprfaas.errors import UserError, require_number
@@ -19,11 +20,8 @@ BINDING_STAGES = ("prfaas compute", "prfaas egress", "pdp", "pdd")
 
 @dataclass(frozen=True)
 class Fleet:
-    """What there is to plan with: a PrfaaS cluster, a local PD cluster, the link between them, and the answers.
-
-    `prfaas_instances` may be a fraction (the compute that is observed rather than installed), and `link_gbps` may be
-    0 (a link that is down). Raises UserError for anything negative, and for a cluster that cannot decode.
-    """
+    """What there is to plan with. `prfaas_instances` may be a fraction (the compute that is observed rather than
+    installed), `link_gbps` 0 (a link that is down). Raises UserError for what is out of range or cannot serve."""
 
     prfaas_instances: float
     pd_instances: int
@@ -47,12 +45,9 @@ class Fleet:
 
 @dataclass(frozen=True)
 class Plan:
-    """A threshold, a split, and what they sustain: rates in requests/s, `egress_gbps` at `lambda_max`.
-
-    `threshold` is in uncached tokens; infinity offloads nothing, 0 everything, and None routes by load instead of
-    length. `bounds` holds, for each of `BINDING_STAGES`, the rate of the whole system at which that stage saturates;
-    a stage that no request reaches has no bound (infinity).
-    """
+    """A threshold, a split, and what they sustain, in requests/s. `threshold` is in uncached tokens: infinity offloads
+    nothing, 0 everything, None routes by load. `bounds` holds, for each of `BINDING_STAGES`, the rate of the whole
+    system at which that stage saturates: infinity for one that no request reaches."""
 
     threshold: float | None
     n_prfaas: float
@@ -84,24 +79,22 @@ class Plan:
 
 def plan(fleet: Fleet, lengths: LengthDistribution, n_p: int | None = None, threshold: float | None = None,
          grid: Iterable[float] | None = None) -> Plan:
-    """The best plan over every threshold of `grid` and every `n_p`, but for what is fixed by an argument (eq. 7, 8).
-
-    The default grid is round numbers from 0 to the longest length. Of plans with equal rates the one whose second
-    bound is higher wins, then the third: spare capacity goes where it is wanted next. Raises UserError for an `n_p`
-    that leaves no decode instance, and for a negative threshold.
-    """
-    search = _Search(fleet, lengths)
+    """The best plan over every threshold of `grid` (default: `round_thresholds`) and every `n_p`, but for what is fixed
+    by an argument (eq. 7, 8). Of plans with equal rates the one whose second bound is higher wins, then the third:
+    spare capacity goes where it is wanted next. Raises UserError for an `n_p` or a threshold out of range."""
     if threshold is None and not fleet.prfaas_instances:
         threshold = inf
-    grid = round_thresholds(lengths) if grid is None else grid
-    thresholds = list(grid) if threshold is None else [threshold]
+    if threshold is not None:
+        grid = [threshold]
+    thresholds = round_thresholds(lengths) if grid is None else list(grid)
     if not thresholds or min(thresholds) < 0:
         raise UserError(f"threshold {min(thresholds, default='(none)')} is out of range; it must be at least 0 tokens")
     if n_p is not None and not 0 <= n_p < fleet.pd_instances:
         raise UserError(f"{n_p} prefill instances of {fleet.pd_instances} PD instances is out of range; "
                         f"it must be from 0 to {fleet.pd_instances - 1}")
     splits = range(fleet.pd_instances) if n_p is None else [n_p]
-    _, best_threshold, best_n_p = max(search.scores(thresholds, splits), key=lambda scored: scored[0])
+    search = _Search(fleet, lengths)
+    _, best_threshold, best_n_p = max(search.scores(thresholds, splits), key=itemgetter(0))
     return search.plan_at(best_threshold, best_n_p)
 
 
@@ -112,11 +105,11 @@ def sweep(fleet: Fleet, lengths: LengthDistribution, thresholds: Iterable[float]
 
 
 def plan_least_loaded(fleet: Fleet, lengths: LengthDistribution) -> Plan:
-    """The best split for a router that ignores lengths and sends each request to the least loaded prefill instance.
+    """The best split for a router that sends each request, whatever its length, to the least loaded prefill instance.
 
-    At saturation such a router keeps every prefill instance busy, so the two kinds share the requests in proportion
-    to their rates over *all* lengths, except that the link may hold the remote ones back. The paper has no such
-    baseline: it tells selective offloading (by length) from merely having both kinds of hardware.
+    At saturation all of them are busy, so both kinds share the requests in proportion to their rates over *all*
+    lengths, unless the link holds the remote ones back. The paper lacks this baseline, which tells selective offloading
+    from merely having both kinds of hardware.
     """
     remote, local = fleet.prfaas_profile, fleet.pd_profile
     prfaas_s, kv_bytes, pdp_s = (lengths.mean(of) for of in (remote.prefill_s, remote.kv_bytes, local.prefill_s))
@@ -138,12 +131,11 @@ def sensitivity(fleet: Fleet, lengths: LengthDistribution) -> list[tuple[str, Pl
 
 
 def first_token_times(fleet: Fleet, lengths: LengthDistribution, of: Plan) -> tuple[float, float]:
-    """Mean and 90th percentile of TTFT in seconds, for requests that never wait.
+    """Mean and 90th percentile of TTFT in seconds, for requests that never wait: prefill, one decode step, and for an
+    offloaded one its KVCache's time on the whole link.
 
-    An offloaded request takes its prefill, its KVCache's time on the whole link, and one decode step; a local one
-    takes its prefill and one decode step (table 6's numbers come out of this within 6%). The paper does not say
-    how it derived TTFT. That its P90 is 3.51 s both for PrfaaS-PD and for naive heterogeneous PD, whose waiting could
-    not be alike, suggests that it leaves waiting out too. Queueing is the simulator's business.
+    Table 6's numbers come out within 6%. The paper does not say how it derived them; that its P90 is 3.51 s both for
+    PrfaaS-PD and for naive PD, whose waiting could not be alike, suggests that it leaves waiting out too.
     """
     byte_s = 8 / 1e9 / fleet.link_gbps if fleet.link_gbps else inf
     remote, local, times = fleet.prfaas_profile, fleet.pd_profile, []

@@ -24,10 +24,8 @@ class ProfilePoint:
 
 @dataclass(frozen=True)
 class Profile:
-    """Prefill and decode of one model on one instance.
-
-    `t_decode_s` is the time of one decode step with `bs_max` requests in the batch (T_decode and BS_max).
-    Two curves go through `points`, and both continue beyond the first and the last of them:
+    """Prefill and decode of one model on one instance; `t_decode_s` is one decode step with `bs_max` requests in the
+    batch (T_decode and BS_max). Two curves go through `points`, and continue beyond the first and the last of them:
 
     - `prefill_s` is the least-squares `c0 + c1 l + c2 l²` without negative coefficients: a fixed cost, the layers that
       are linear in the length, and full attention. Such a curve is positive and increasing wherever it is asked.
@@ -45,8 +43,7 @@ class Profile:
         if not isinstance(self.name, str) or not self.name:
             raise UserError(f"profile name {self.name!r} is not a text of at least one character")
         require_number(f"profile {self.name!r}: t_decode_s", self.t_decode_s, above=0)
-        if not isinstance(self.bs_max, int) or self.bs_max < 1:
-            raise UserError(f"profile {self.name!r}: bs_max is {self.bs_max!r}; it must be a whole number above 0")
+        require_number(f"profile {self.name!r}: bs_max", self.bs_max, above=0, whole=True)
         if len(self.points) < 2:
             raise UserError(f"profile {self.name!r} has {len(self.points)} point(s); a curve needs at least 2")
         for number, point in enumerate(self.points, start=1):
@@ -71,17 +68,18 @@ class Profile:
             raise UserError(f"profile key 'points' holds a {type(raw['points']).__name__}, not a list")
         for number, point in enumerate(raw["points"], start=1):
             _require_keys(f"profile point {number}", point, ProfilePoint)
-        points = tuple(ProfilePoint(**point) for point in raw["points"])
-        return Profile(raw["name"], points, raw["t_decode_s"], raw["bs_max"])
+        return Profile(**{**raw, "points": tuple(ProfilePoint(**point) for point in raw["points"])})
 
     def to_json(self) -> dict:
-        """A JSON object: name, points (tokens, kv_bytes, prefill_s), t_decode_s, bs_max."""
+        """A JSON object with the fields as keys."""
         return {**asdict(self), "points": [asdict(point) for point in self.points]}
 
     def kv_bytes(self, tokens: float) -> float:
         """KVCache of a request of `tokens` tokens, in bytes: S_kv(l)."""
-        start, intercept, slope = self._kv_lines[bisect_right(self._inner_tokens, tokens)]
-        return max(0.0, intercept + slope * (tokens - start))
+        line = bisect_right(self._inner_tokens, tokens)  # the outer two have no outer end
+        left, right = self.points[line], self.points[line + 1]
+        slope = (right.kv_bytes - left.kv_bytes) / (right.tokens - left.tokens)
+        return max(0.0, left.kv_bytes + slope * (tokens - left.tokens))
 
     def prefill_s(self, tokens: float) -> float:
         """Prefill of `tokens` uncached tokens, in seconds: T_prefill(l)."""
@@ -105,18 +103,9 @@ class Profile:
         return tuple(point.tokens for point in self.points[1:-1])
 
     @cached_property
-    def _kv_lines(self) -> list[tuple[int, float, float]]:
-        """(tokens, bytes, bytes a token) of each line between neighbours; the outer two have no outer end."""
-        return [(left.tokens, left.kv_bytes, (right.kv_bytes - left.kv_bytes) / (right.tokens - left.tokens))
-                for left, right in zip(self.points, self.points[1:])]
-
-    @cached_property
     def _prefill_coefficients(self) -> tuple[float, float, float]:
-        """Non-negative least squares: of the fits that leave powers out, the best one without a negative coefficient.
-
-        Lengths are scaled to 1, so that the normal equations stay well conditioned at any context length.
-        """
-        scale = self.points[-1].tokens
+        """Non-negative least squares: of the fits that leave powers out, the best without a negative coefficient."""
+        scale = self.points[-1].tokens  # to 1, so that the normal equations stay well conditioned at any length
         lengths = [point.tokens / scale for point in self.points]
         seconds = [point.prefill_s for point in self.points]
         best = (float("inf"), (0.0, 0.0, 0.0))

@@ -10,6 +10,12 @@ from minprfaas.scheduling.planner import Fleet, plan
 from minprfaas.scheduling.router import NodeView
 from minprfaas.scheduling.threshold import Observation
 
+MIN_GAIN = 0.05  # so much better the plan of another split must be, …
+BUSY = 0.8  # … and so busy the bottleneck, …
+SUSTAIN_S = 60.0  # … for so long on end
+COOLDOWN_S = 120.0  # from the end of one conversion to the next, so that roles cannot flap
+INTERVAL_S = 10.0
+
 
 @dataclass(frozen=True, slots=True)
 class RoleChange:
@@ -20,23 +26,11 @@ class RoleChange:
     reason: str
 
 
-@dataclass(frozen=True)
-class RoleRule:
-    """A conversion needs a plan at least `min_gain` better and a busy bottleneck (`busy` of its time), both for
-    `sustain_s` on end; the next one waits until the last has finished and `cooldown_s` more, so roles cannot flap."""
-
-    min_gain: float = 0.05
-    busy: float = 0.8
-    sustain_s: float = 60.0
-    cooldown_s: float = 120.0
-    interval_s: float = 10.0
-
-
 class RoleLoop:
     """Compares the producers, Theta_prfaas + Theta_pdp, with the consumer, Theta_pdd, as observed (eq. 8)."""
 
-    def __init__(self, fleet: Fleet, rule: RoleRule = RoleRule()):
-        self.fleet, self.rule = fleet, rule
+    def __init__(self, fleet: Fleet):
+        self.fleet = fleet
         self._looked_at = self._settled_at = -math.inf
         self._wanted_since: tuple[Role, float] | None = None
         self._draining = False
@@ -45,7 +39,7 @@ class RoleLoop:
                pdp: Sequence[NodeView], pdd: Sequence[NodeView]) -> RoleChange | None:
         """The conversion to begin now, or None: the least-loaded node of the role with too many; each keeps one.
         `recent_lengths` is `ThresholdLoop.lengths`; `output_tokens`: of the mean answer."""
-        if self._draining or now.time_s - self._looked_at < self.rule.interval_s:
+        if self._draining or now.time_s - self._looked_at < INTERVAL_S:
             return None
         self._looked_at = now.time_s
         lengths = recent_lengths()
@@ -56,8 +50,8 @@ class RoleLoop:
             return None
         if self._wanted_since is None or self._wanted_since[0] != role:
             self._wanted_since = (role, now.time_s)
-        sustained = now.time_s - self._wanted_since[1] >= self.rule.sustain_s
-        if not sustained or now.time_s - self._settled_at < self.rule.cooldown_s:
+        sustained = now.time_s - self._wanted_since[1] >= SUSTAIN_S
+        if not sustained or now.time_s - self._settled_at < COOLDOWN_S:
             return None
         self._draining, self._wanted_since = True, None
         return RoleChange(min(donors, key=lambda node: node.load).name, role, reason)
@@ -71,11 +65,11 @@ class RoleLoop:
                         link_gbps=now.egress_gbps, output_tokens=output_tokens)
         grid = [0.0, *lengths.values[::max(1, len(lengths.values) // 64)], lengths.values[-1]]
         here, best = plan(fleet, lengths, n_p=now.n_p, grid=grid), plan(fleet, lengths, grid=grid)
-        if best.n_p == now.n_p or best.lambda_max < (1 + self.rule.min_gain) * here.lambda_max:
+        if best.n_p == now.n_p or best.lambda_max < (1 + MIN_GAIN) * here.lambda_max:
             return None, ""
         role = Role.PDP if best.n_p > now.n_p else Role.PDD
         utilization = now.prefill_utilization if role is Role.PDP else now.decode_utilization
-        if utilization < self.rule.busy:
+        if utilization < BUSY:
             return None, ""
         stage = "prefill" if role is Role.PDP else "decode"
         producers = here.theta_prfaas + here.theta_pdp

@@ -18,8 +18,8 @@ _load = attrgetter("load")
 
 @dataclass(slots=True)
 class NodeView:
-    """A node that takes new work (a dead or draining one is not in the view). `load`: uncached tokens waiting or being
-    computed on a prefill node (and, where known, each request's fixed cost in tokens), requests on a decode node."""
+    """A node that takes new work. `load`: uncached tokens waiting or being computed on a prefill node (with each
+    request's fixed cost in tokens, where it is known), requests on a decode node."""
 
     name: str
     load: float = 0
@@ -43,18 +43,15 @@ class LinkView:
 
 @dataclass(slots=True)
 class ClusterView:
-    """What the router sees.
-
-    `egress` carries KVCache from the PrfaaS cluster to the PD cluster, `ingress` cached prefixes the other way, and
-    `fabric` those that stay inside a cluster; `regime` is the congestion monitor's: "scarce" or "abundant".
-    """
+    """What the router sees. `egress` carries KVCache from the PrfaaS cluster to the PD cluster, `ingress` cached
+    prefixes the other way, `fabric` those that stay inside a cluster; `regime` is the monitor's."""
 
     prfaas: Sequence[NodeView]
     pdp: Sequence[NodeView]
     pdd: Sequence[NodeView]
     egress: LinkView
     ingress: LinkView
-    regime: str = "scarce"
+    regime: str = "scarce"  # or "abundant"
     fabric: LinkView = field(default_factory=lambda: LinkView(FABRIC_GBPS))
 
 
@@ -107,6 +104,10 @@ class TransferCosts:
         """Seconds that a prefill node of `cluster` computes at one token."""
         return self.prfaas_s_per_token if cluster is Role.PRFAAS else self.pdp_s_per_token
 
+    def bytes_of(self, tokens: int) -> float:
+        """What a prefix of so many tokens (or the part of it that is missing) weighs on its way, the state included."""
+        return tokens * self.token_bytes + self.state_bytes
+
 
 class _Holder(NamedTuple):
     """A node and the tokens of the prompt that it holds."""
@@ -116,11 +117,11 @@ class _Holder(NamedTuple):
 
 
 class _Choice(NamedTuple):
-    """A cluster, the incremental length it was judged by, the longest prefix to be had there and over which link."""
+    """A cluster, the incremental length it was judged by, the longest prefix to be had and over which link."""
 
     cluster: Role
     incremental_tokens: int
-    source: _Holder | None
+    source: _Holder
     link: LinkView
     why: str
 
@@ -152,91 +153,85 @@ class Router:
         # A prefill node can use what a decode node of its cluster holds only if that can be fetched.
         choice = self._choose_cluster(request, view, _longest(prfaas), _longest(pdp + pdd if self.costs else pdp))
         if choice.cluster is Role.PRFAAS:
-            node, own, transfer = self._choose_node(choice, view.prfaas, prfaas)
-            name = "PrfaaS"
+            name, (prefiller, transfer) = "PrfaaS", self._choose_node(choice, view.prfaas, prfaas)
         else:
-            node, own, transfer = self._choose_node(choice, view.pdp, pdp)
-            name = "PD-P"
-        cached = transfer.end if transfer else own
-        decoder, decode_cached = _decoder(view.pdd, pdd)
-        reason = f"{choice.why}: {name} {node.name}, cached {cached:,}"
+            name, (prefiller, transfer) = "PD-P", self._choose_node(choice, view.pdp, pdp)
+        decoder = _choose_decoder(view.pdd, pdd)
+        cached = transfer.end if transfer else prefiller.tokens
+        reason = f"{choice.why}: {name} {prefiller.node.name}, cached {cached:,}"
         if transfer:
             reason += f", of them {transfer.end - transfer.start:,} shipped from {transfer.source}"
         if request.avoid:
             reason += f"; avoiding {', '.join(sorted(request.avoid))}"
-        return Decision(choice.cluster, node.name, decoder.name, self.threshold, choice.incremental_tokens, cached,
-                        decode_cached, transfer, reason)
+        return Decision(choice.cluster, prefiller.node.name, decoder.node.name, self.threshold,
+                        choice.incremental_tokens, cached, decoder.tokens, transfer, reason)
 
-    def _choose_cluster(self, request: RouteRequest, view: ClusterView, prfaas: _Holder | None,
-                        pd: _Holder | None) -> _Choice:
+    def _choose_cluster(self, request: RouteRequest, view: ClusterView, prfaas: _Holder, pd: _Holder) -> _Choice:
         """`prfaas` and `pd` hold the longest prefix in each cluster: l_prfaas and l_pd (paper 3.4.3)."""
-        l_prfaas, l_pd = prfaas.tokens if prfaas else 0, pd.tokens if pd else 0
         if not view.prfaas or not view.egress.up:
-            incremental = request.prompt_tokens - l_pd
-            gone = "link" if view.prfaas else "PrfaaS"
-            return _Choice(Role.PDP, incremental, pd, view.fabric, f"{incremental:,} uncached, {gone} down")
-        if not view.pdp:
-            incremental = request.prompt_tokens - l_prfaas
-            return _Choice(Role.PRFAAS, incremental, prfaas, view.fabric, f"{incremental:,} uncached, no PD-P node")
-        if not self.selective:
+            cluster, why = Role.PDP, "link down" if view.prfaas else "PrfaaS down"
+        elif not view.pdp:
+            cluster, why = Role.PRFAAS, "no PD-P node"
+        elif not self.selective:
             away = min(map(_load, view.prfaas)) < min(map(_load, view.pdp))
-            incremental = request.prompt_tokens - (l_prfaas if away else l_pd)
-            why = f"{incremental:,} uncached, least loaded"
-            return _Choice(Role.PRFAAS if away else Role.PDP, incremental, prfaas if away else pd, view.fabric, why)
+            cluster, why = Role.PRFAAS if away else Role.PDP, "least loaded"
+        else:
+            return self._judge(request.prompt_tokens, view, prfaas, pd)
+        source = prfaas if cluster is Role.PRFAAS else pd
+        incremental = request.prompt_tokens - source.tokens
+        return _Choice(cluster, incremental, source, view.fabric, f"{incremental:,} uncached, {why}")
+
+    def _judge(self, prompt_tokens: int, view: ClusterView, prfaas: _Holder, pd: _Holder) -> _Choice:
+        """The threshold rule, by the longer prefix of both clusters or by each cluster's own."""
         if self.ship_prefixes and self.costs and view.regime == "abundant":
             # Compute is the scarce thing: judge by the longer prefix, wherever it is, if it is worth shipping.
-            incremental = request.prompt_tokens - max(l_prfaas, l_pd)
-            cluster, why = self._judge(incremental, view)
-            own, other, link = ((prfaas, pd, view.ingress) if cluster is Role.PRFAAS else (pd, prfaas, view.egress))
-            own_tokens = own.tokens if own else 0
-            if other is None or other.tokens <= own_tokens:
+            incremental = prompt_tokens - max(prfaas.tokens, pd.tokens)
+            cluster, why = self._compare(incremental, view)
+            own, other, link = (prfaas, pd, view.ingress) if cluster is Role.PRFAAS else (pd, prfaas, view.egress)
+            missing = other.tokens - own.tokens
+            if missing <= 0:
                 return _Choice(cluster, incremental, own, view.fabric, why)
-            shipped = self._transfer(other, own_tokens)
-            if link.seconds_for(shipped.bytes) < (other.tokens - own_tokens) * self.costs.s_per_token(cluster):
+            if link.seconds_for(self.costs.bytes_of(missing)) < missing * self.costs.s_per_token(cluster):
                 return _Choice(cluster, incremental, other, link, why)
-        incremental = request.prompt_tokens - l_pd  # each cluster by its own cache
-        cluster, why = self._judge(incremental, view)
+        incremental = prompt_tokens - pd.tokens
+        cluster, why = self._compare(incremental, view)
         return _Choice(cluster, incremental, prfaas if cluster is Role.PRFAAS else pd, view.fabric, why)
 
-    def _judge(self, incremental: int, view: ClusterView) -> tuple[Role, str]:
-        """The threshold rule: above t, offload."""
+    def _compare(self, incremental: int, view: ClusterView) -> tuple[Role, str]:
         away = incremental > self.threshold
         why = (f"{incremental:,} uncached {'>' if away else '≤'} t={self.threshold:,.0f}, "
                f"egress {view.egress.utilization:.0%} of limit, {view.regime}")
         return Role.PRFAAS if away else Role.PDP, why
 
     def _choose_node(self, choice: _Choice, nodes: Sequence[NodeView],
-                     holders: list[_Holder]) -> tuple[NodeView, int, CacheTransfer | None]:
-        """(node, tokens in its own cache, what to fetch): the node with the fewest tokens to compute until this request
-        is done. So cache affinity, the queue and the time of a fetch are weighed against each other in one unit."""
-        end, setup_tokens, tokens_per_token = 0, 0.0, 0.0
+                     holders: list[_Holder]) -> tuple[_Holder, CacheTransfer | None]:
+        """The node with the fewest tokens to compute until this request is done, and what it is to fetch. So cache
+        affinity, the queue and the time of a fetch are weighed against each other in one unit."""
+        end = choice.source.tokens
         compute_s = self.costs.s_per_token(choice.cluster) if self.costs else 0.0
-        if choice.source is not None and compute_s > 0:
-            # A fetch of n tokens takes as long as computing setup_tokens + tokens_per_token * n.
-            end, link = choice.source.tokens, choice.link
-            setup_tokens = link.seconds_for(self.costs.state_bytes) / compute_s
-            tokens_per_token = self.costs.token_bytes * 8 / (max(link.gbps, 1e-9) * 1e9) / compute_s
-        best = min(nodes, key=_load)
-        best_own, best_spared = 0, end - setup_tokens - tokens_per_token * end
-        best_cost = best.load - max(best_spared, 0)
-        for node, own in holders:
-            spared = end - setup_tokens - tokens_per_token * (end - own)
-            cost = node.load - max(own, spared)
-            if cost < best_cost or (cost == best_cost and own > best_own):
-                best, best_own, best_spared, best_cost = node, own, spared, cost
-        fetch = best_spared > best_own and end > best_own
-        return best, best_own, self._transfer(choice.source, best_own) if fetch else None
 
-    def _transfer(self, source: _Holder, start: int) -> CacheTransfer:
-        nbytes = (source.tokens - start) * self.costs.token_bytes + self.costs.state_bytes
-        return CacheTransfer(source.node.name, start, source.tokens, nbytes)
+        def saved_by_fetch(own: int) -> float:
+            """Tokens of the prefix, less those that could be computed while what is missing of it travels."""
+            if own >= end or compute_s <= 0:
+                return 0.0
+            return end - choice.link.seconds_for(self.costs.bytes_of(end - own)) / compute_s
+
+        def rank(candidate: _Holder) -> tuple[float, int]:
+            node, own = candidate
+            return node.load - max(own, saved_by_fetch(own)), -own
+
+        best = min([_idlest(nodes), *holders], key=rank)
+        if saved_by_fetch(best.tokens) <= best.tokens:
+            return best, None
+        nbytes = self.costs.bytes_of(end - best.tokens)
+        return best, CacheTransfer(choice.source.node.name, best.tokens, end, nbytes)
 
 
 def _without(avoid: frozenset[str], view: ClusterView) -> ClusterView:
     """The view without some nodes, neither to work nor to hold a prefix."""
-    kept = {role: [node for node in nodes if node.name not in avoid]
-            for role, nodes in (("prfaas", view.prfaas), ("pdp", view.pdp), ("pdd", view.pdd))}
-    return replace(view, **kept)
+    prfaas, pdp, pdd = ([node for node in nodes if node.name not in avoid]
+                        for nodes in (view.prfaas, view.pdp, view.pdd))
+    return replace(view, prfaas=prfaas, pdp=pdp, pdd=pdd)
 
 
 def _holders(nodes: Sequence[NodeView], matches: Mapping[str, int], most: int) -> list[_Holder]:
@@ -245,15 +240,17 @@ def _holders(nodes: Sequence[NodeView], matches: Mapping[str, int], most: int) -
     return [_Holder(node, min(matches[node.name], most)) for node in nodes if node.name in matches]
 
 
-def _longest(holders: list[_Holder]) -> _Holder | None:
-    return max(holders, key=attrgetter("tokens"), default=None)
+def _idlest(nodes: Sequence[NodeView]) -> _Holder:
+    """Counted on for nothing; where it holds something it is among the holders too."""
+    return _Holder(min(nodes, key=_load), 0)
 
 
-def _decoder(nodes: Sequence[NodeView], holders: list[_Holder]) -> tuple[NodeView, int]:
+def _longest(holders: list[_Holder]) -> _Holder:
+    return max(holders, key=attrgetter("tokens"), default=_Holder(NodeView("nobody"), 0))
+
+
+def _choose_decoder(nodes: Sequence[NodeView], holders: list[_Holder]) -> _Holder:
     """The decode node with the longest prefix, unless its queue is much longer than the shortest."""
-    best, cached = min(nodes, key=_load), 0
-    limit = best.load + DECODE_SLACK_REQUESTS
-    for node, tokens in holders:
-        if tokens > cached and node.load <= limit:
-            best, cached = node, tokens
-    return best, cached
+    idlest = _idlest(nodes)
+    limit = idlest.node.load + DECODE_SLACK_REQUESTS
+    return max([idlest, *(holder for holder in holders if holder.node.load <= limit)], key=attrgetter("tokens"))

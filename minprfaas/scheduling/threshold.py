@@ -16,8 +16,8 @@ RATE_SMOOTH_S = 60.0  # time constant of the observed arrival rate
 
 @dataclass(frozen=True)
 class Observation:
-    """The cluster as it is now. Instances take work (a slow one may count as a fraction); queues are seconds of prefill
-    that wait, summed over a cluster's nodes; utilizations are the share of time (or of batch slots) in use."""
+    """The cluster as it is now. Instances take work; queues are seconds of prefill that wait, summed over a cluster's
+    nodes; utilizations are the share of time (or of batch slots) in use."""
 
     time_s: float
     prfaas_instances: float
@@ -36,21 +36,16 @@ class Observation:
 class Damping:
     """When to search, and how far to follow what was found.
 
-    A search runs when bandwidth is scarce, a prefill queue surges, instances or capacity changed, or the last move fell
-    short, at most every `interval_s`; and every `refresh_s` anyway, because lengths drift. The threshold then moves
-    towards the optimum by at most a factor `max_step`, not at all if it is within `deadband` of it, and does not turn
-    around within `hold_s` of its last move the other way. So a step in bandwidth is followed in a few moves without
-    overshoot, and bandwidth that swings faster than `hold_s` cannot make the threshold swing with it.
-
-    When more arrives than any threshold could carry, balance would make every request late. Then the threshold stays
-    where the PD-P nodes are at most `local_load` busy: the long prompts, each of which costs most, wait alone.
+    A step in bandwidth is followed in a few moves without overshoot, and bandwidth that swings faster than `hold_s`
+    cannot make the threshold swing with it. When more arrives than any threshold could carry, balance would make every
+    request late: then the PD-P nodes are kept at most `local_load` busy, and the long prompts wait alone.
     """
 
-    interval_s: float = 5.0
-    refresh_s: float = 60.0
-    max_step: float = 1.5
-    deadband: float = 0.05
-    hold_s: float = 30.0
+    interval_s: float = 5.0  # between searches that have a cause
+    refresh_s: float = 60.0  # between searches at all, because lengths drift
+    max_step: float = 1.5  # factor by which one move may change the threshold
+    deadband: float = 0.05  # so near the optimum it stays
+    hold_s: float = 30.0  # until it may turn around
     local_load: float = 0.9
     surge_s: float = 15.0  # seconds of waiting prefill per node that count as a surge
     drain_s: float = 300.0  # time that backlogs are given: what they take is not there for new requests
@@ -88,7 +83,7 @@ class ThresholdLoop:
         cause = self._cause(now)
         lengths = self.lengths() if cause is not None else None  # sorting them at each look would cost the most
         if lengths is not None:
-            self._searched_at, self._seen = now.time_s, self._capacity(now)
+            self._searched_at, self._seen = now.time_s, _capacity(now)
             self._move(self._search(now, lengths), now.time_s)
             self.reason = (f"{cause}: {now.prfaas_instances:g} PrfaaS and {now.n_p} PD-P nodes, "
                            f"{now.egress_gbps:.1f} Gbps, {self._rate_rps:.2f} req/s")
@@ -110,17 +105,12 @@ class ThresholdLoop:
             return None
         if now.scarce:
             return "bandwidth is scarce"
-        if (now.prfaas_queue_s > self.damping.surge_s * max(now.prfaas_instances, 1)
-                or now.pdp_queue_s > self.damping.surge_s * max(now.n_p, 1)):
+        waits_s = (now.prfaas_queue_s / max(now.prfaas_instances, 1), now.pdp_queue_s / max(now.n_p, 1))
+        if max(waits_s) > self.damping.surge_s:
             return "a prefill queue surges"
-        if self._capacity(now) != self._seen:
+        if _capacity(now) != self._seen:
             return "capacity changed"
         return "the last move fell short" if self._fell_short else None
-
-    @staticmethod
-    def _capacity(now: Observation) -> tuple:
-        """Capacity, coarse enough that noise is no change: bandwidth in steps of a quarter."""
-        return now.prfaas_instances, now.n_p, round(math.log(max(now.egress_gbps, 1e-6), 1.25))
 
     def _search(self, now: Observation, lengths: LengthDistribution) -> float:
         """The planner's t for new requests: with N_p given, and with what remains beside draining the backlogs."""
@@ -149,3 +139,8 @@ class ThresholdLoop:
             return
         self.threshold = min(max(wanted, current / damping.max_step), current * damping.max_step)
         self._moved_at, self._direction, self._fell_short = time_s, direction, self.threshold != wanted
+
+
+def _capacity(now: Observation) -> tuple[float, int, int]:
+    """Coarse enough that noise is no change: bandwidth in steps of a quarter."""
+    return now.prfaas_instances, now.n_p, round(math.log(max(now.egress_gbps, 1e-6), 1.25))

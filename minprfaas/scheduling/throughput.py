@@ -1,8 +1,7 @@
 """The throughput model: equations 1 to 6 of the paper, over plain numbers. Chapters 00 and 10, paper 2.1 and 3.4.1.
 
-Each stage of the cluster has a rate that it can sustain, in requests per second, and the slowest for its share of the
-traffic bounds the whole. Times and sizes of a stage are means over the requests that reach it, `E[T(L) | L > t]`: a
-server is busy for the service time of each request, whereas `T(E[L])` would understate a curve that bends upwards.
+The slowest stage for its share of the traffic bounds the whole. Times and sizes of a stage are means over the requests
+that reach it, `E[T(L) | L > t]`: `T(E[L])` would understate a curve that bends upwards.
 """
 
 from math import inf

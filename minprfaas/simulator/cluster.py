@@ -1,8 +1,7 @@
 """The simulated cluster: nodes and a link that are modelled, under the very control plane that the live cluster has.
 
 A request's way: arrival, route, (cached prefix shipped or fetched), prefill queue, prefill with its KVCache streaming
-over the link, decode. What happens is told to `ControlPlane.hear`, and its actions are carried out here. Requests of a
-node that fails are routed again; prefix reuse is looked up again when a prefill begins. Chapter 12 (paper 3.3, 3.4.3).
+over the link, decode. Requests of a node that fails are routed again. Chapter 12 (paper 3.3, 3.4.3).
 """
 
 from collections.abc import Callable, Iterator
@@ -12,7 +11,6 @@ from minprfaas.config import Role
 from minprfaas.errors import RequestError, UserError
 from minprfaas.scheduling import control as plane
 from minprfaas.scheduling.control import ControlPlane, ControlSettings
-from minprfaas.scheduling.directory import PrefixMove
 from minprfaas.scheduling.planner import Fleet
 from minprfaas.scheduling.roles import RoleChange
 from minprfaas.scheduling.router import FABRIC_GBPS, CacheTransfer, RouteRequest
@@ -30,12 +28,9 @@ LINE = "line"  # one sender stands for all of a direction
 
 @dataclass(frozen=True)
 class Setup:
-    """One simulation. `weather`: (seconds, link Gbps from then on); `failures`: (node, fails at, returns at), seconds.
-
-    Nodes are named prfaas0…, and pd0…, of which the first `n_p` begin as PD-P. `selective` False is least-loaded
-    routing without a threshold; `adaptive` and `convert_roles` switch the short-term and the long-term loop;
-    `cache_blocks` are per node. Where `cache_aware` is False, nodes reuse what they hold, but the router ignores it.
-    """
+    """One simulation. Nodes are named prfaas0…, and pd0…, of which the first `n_p` begin as PD-P. `selective` False is
+    least-loaded routing without a threshold; `adaptive` and `convert_roles` switch the loops. Where `cache_aware` is
+    False, nodes reuse what they hold, but the router ignores it."""
 
     fleet: Fleet
     n_p: int
@@ -44,9 +39,9 @@ class Setup:
     adaptive: bool = True
     convert_roles: bool = False
     cache_aware: bool = True
-    cache_blocks: int = 0
-    weather: tuple[tuple[float, float], ...] = ()
-    failures: tuple[tuple[str, float, float], ...] = ()
+    cache_blocks: int = 0  # per node
+    weather: tuple[tuple[float, float], ...] = ()  # (seconds, link Gbps from then on)
+    failures: tuple[tuple[str, float, float], ...] = ()  # (node, fails at, returns at), in seconds
 
     def __post_init__(self) -> None:
         n_prfaas, n_d = int(self.fleet.prfaas_instances), self.fleet.pd_instances - self.n_p
@@ -64,7 +59,7 @@ class Setup:
             raise UserError("weather ends with a link at 0 Gbps; what is on its way would never arrive")
 
     def control_settings(self) -> ControlSettings:
-        """What the control plane of this cluster is told."""
+        """What the control plane is told."""
         return ControlSettings(self.threshold, self.fleet.link_gbps, fleet=self.fleet, ship_prefixes=True,
                                selective=self.selective, adaptive=self.adaptive, convert_roles=self.convert_roles)
 
@@ -106,9 +101,8 @@ class Simulation:
 
     def _expect_next(self) -> None:
         request = next(self._requests, None)
-        if request is None:
-            self._arrivals_over = True
-        else:
+        self._arrivals_over = request is None
+        if request is not None:
             self.clock.at(request.arrival_s, self._arrive, request)
 
     def _arrive(self, request: SimRequest) -> None:
@@ -135,21 +129,21 @@ class Simulation:
             self._bring_prefix(decision.transfer, node, request)
 
     def _bring_prefix(self, transfer: CacheTransfer, node: PrefillNode, request: SimRequest) -> None:
-        """Over the link from the other cluster, or over the fabric, which is modelled as never busy."""
-        if transfer.source.startswith("prfaas") == (node.role is Role.PRFAAS):
+        """Over the link from the other cluster, or over the fabric, modelled as never busy."""
+        is_remote = node.role is Role.PRFAAS
+        if transfer.source.startswith("prfaas") == is_remote:
             self.recorder.fetched_cache_bytes += transfer.bytes
-            self.clock.after(_fabric_s(transfer.bytes), self._submit, node, request)
+            self.clock.after(transfer.bytes * 8e-9 / FABRIC_GBPS, self._submit, node, request)
         else:
             self.recorder.shipped_cache_bytes += transfer.bytes
-            link = self.ingress if node.role is Role.PRFAAS else self.egress
+            link = self.ingress if is_remote else self.egress
             link.send(transfer.bytes, self._submit, node, request)
 
     def _submit(self, node: PrefillNode, request: SimRequest) -> None:
         """The cached prefix is there."""
-        if node.alive:
-            node.submit(request)
-        else:
-            self._route_again(request)
+        if not node.alive:
+            return self._route_again(request)
+        node.submit(request)
 
     def _prefill_started(self, request: SimRequest, seconds: float) -> None:
         if request.decision.route is Role.PRFAAS:
@@ -176,7 +170,6 @@ class Simulation:
         request.decoder.admit(request)
 
     def _route_again(self, request: SimRequest) -> None:
-        """After a failure."""
         self.recorder.routed_again += 1
         self._route(request)
 
@@ -195,8 +188,8 @@ class Simulation:
         if role is Role.PDD:
             self.decode[name] = DecodeNode(self.clock, profile, self._end)
         else:
-            self.prefill[name] = PrefillNode(role, self.clock, profile, cache, self._prefill_started,
-                                             self._prefill_done)
+            started, done = self._prefill_started, self._prefill_done
+            self.prefill[name] = PrefillNode(role, self.clock, profile, cache, started, done)
         self._tell(plane.NodeJoined(name, role))
 
     def _fail(self, name: str, returns_s: float) -> None:
@@ -241,14 +234,6 @@ class Simulation:
                 drained = self.prefill.pop(node, None) or self.decode.pop(node)
                 drained.alive = False
                 self.clock.after(ROLE_SWITCH_S, self._start_node, node, role)
-            case PrefixMove(keys, tokens, _, target):
-                self.recorder.prefix_moves += 1
-                nbytes = self.setup.fleet.prfaas_profile.kv_bytes(tokens)
-                self.clock.after(_fabric_s(nbytes), self._place_copy, target, keys)
-
-    def _place_copy(self, target: str, keys: tuple) -> None:
-        if target in self.prefill:  # else it failed, or changed its role
-            self._remember(target, keys)
 
     def _tick(self) -> None:
         now_s = self.clock.now_s
@@ -272,7 +257,3 @@ class Simulation:
         """The share of the nodes of this role that compute."""
         nodes = [node for node in self.prefill.values() if node.role is role]
         return sum(node.running is not None for node in nodes) / max(len(nodes), 1)
-
-
-def _fabric_s(nbytes: float) -> float:
-    return nbytes * 8e-9 / FABRIC_GBPS

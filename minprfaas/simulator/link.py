@@ -31,7 +31,7 @@ class FluidLink:
         return self._backlog
 
     def open_stream(self, bytes_per_s: float) -> None:
-        """A prefill begins to put its KVCache in, layer by layer, at a steady rate."""
+        """A prefill begins to put its KVCache in at a steady rate."""
         self._advance()
         self._inflow += bytes_per_s
 
@@ -63,11 +63,10 @@ class FluidLink:
         """What happened since the last sample."""
         self._advance()
         now, sent = self._clock.now_s, self.bytes_sent - self._sampled_bytes
-        elapsed = now - self._sampled_s
-        sample = LinkSample(now, sent * 8e-9 / elapsed, self._busy_s / elapsed, self._backlog) if elapsed else \
-            LinkSample(now, 0.0, 0.0, self._backlog)
+        elapsed = max(now - self._sampled_s, 1e-9)  # a first sample at once: nothing was sent
+        gbps, utilization = sent * 8e-9 / elapsed, self._busy_s / elapsed
         self._sampled_s, self._sampled_bytes, self._busy_s = now, self.bytes_sent, 0.0
-        return sample
+        return LinkSample(now, gbps, utilization, self._backlog)
 
     def _advance(self) -> None:
         elapsed = self._clock.now_s - self._updated_s
@@ -76,14 +75,15 @@ class FluidLink:
         self._updated_s = self._clock.now_s
         rate, entered = self.gbps * 1.25e8, self._inflow * elapsed
         available = self._backlog + entered
-        if self._backlog or self._inflow >= rate:  # it leaves at full rate until the backlog, if it shrinks, is gone
-            shrink = rate - self._inflow
+        shrink = rate - self._inflow  # bytes per second by which a backlog becomes less
+        full_s = 0.0  # of the time that has passed, how long the link was full
+        if self._backlog or shrink <= 0:
             full_s = elapsed if shrink <= 0 else min(elapsed, self._backlog / shrink)
-        else:
-            full_s = 0.0
+        # After that the backlog is gone, and what flows in leaves at once.
         left = min(rate * full_s + self._inflow * (elapsed - full_s), available)
         if available > 0:
-            self._busy_s += full_s + (elapsed - full_s) * (self._inflow / rate if rate else 1.0)
+            share = self._inflow / rate if rate else 1.0
+            self._busy_s += full_s + (elapsed - full_s) * share
         self._entered += entered
         self._backlog = available - left if full_s == elapsed else 0.0
         self.bytes_sent += left

@@ -3,6 +3,7 @@
 import heapq
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 
 from minprfaas.config import Role
 from minprfaas.scheduling.directory import CacheChanged
@@ -16,21 +17,22 @@ from minprfaas.simulator.trace import BLOCK_TOKENS
 STEP_FIXED_SHARE = 0.5
 
 
+@dataclass(slots=True, eq=False)
 class SimRequest:
     """A request on its way. `keys`: hashes of its prompt's blocks, if prefix caching is simulated. Times in seconds."""
 
-    __slots__ = ("id", "arrival_s", "input_tokens", "output_tokens", "keys", "decision", "decoder", "attempts",
-                 "cached_tokens", "stream_rate", "first_token_s", "finished_s")
-
-    def __init__(self, arrival_s: float, input_tokens: int, output_tokens: int, keys: tuple = ()):
-        self.arrival_s, self.input_tokens, self.output_tokens, self.keys = arrival_s, input_tokens, output_tokens, keys
-        self.id = -1  # its number, once it has arrived
-        self.decision: Decision | None = None
-        self.decoder: DecodeNode | None = None
-        self.attempts = 0  # times it was routed; above 1 after a failure
-        self.cached_tokens = 0  # found when its prefill began
-        self.stream_rate = 0.0  # bytes per second of KVCache while it is prefilled far away
-        self.first_token_s = self.finished_s = 0.0
+    arrival_s: float
+    input_tokens: int
+    output_tokens: int
+    keys: tuple = ()
+    id: int = -1  # its number, once it has arrived
+    decision: Decision | None = None
+    decoder: "DecodeNode | None" = None
+    attempts: int = 0  # times it was routed; above 1 after a failure
+    cached_tokens: int = 0  # found when its prefill began
+    stream_rate: float = 0.0  # bytes per second of KVCache while it is prefilled far away
+    first_token_s: float = 0.0
+    finished_s: float = 0.0
 
 
 class PrefixCache:
@@ -44,10 +46,7 @@ class PrefixCache:
 
     def match(self, keys: Sequence[Hashable]) -> int:
         """Tokens of the longest prefix that is here."""
-        for key in reversed(keys):
-            if key in self._tokens:
-                return self._tokens[key]
-        return 0
+        return next((self._tokens[key] for key in reversed(keys) if key in self._tokens), 0)
 
     def store(self, keys: Sequence[Hashable]) -> CacheChanged | None:
         """Keep the prefix of a request that was computed or received here. Returns the news, if there are any."""
@@ -61,10 +60,8 @@ class PrefixCache:
             oldest = next(iter(self._tokens))
             del self._tokens[oldest]
             news.append((oldest, 0))
-        if not news:
-            return None
         self._sequence += len(news)
-        return CacheChanged(self._node, self._sequence - len(news) + 1, news)
+        return CacheChanged(self._node, self._sequence - len(news) + 1, news) if news else None
 
     def inventory(self) -> CacheChanged:
         """All that is here."""
@@ -76,8 +73,7 @@ class PrefixCache:
 
 
 class PrefillNode:
-    """One instance that prefills one request at a time, in order of arrival. `started(request, seconds)` and
-    `done(request, seconds)` are the cluster's."""
+    """One instance that prefills one request at a time, in order of arrival. `started` and `done` take seconds too."""
 
     def __init__(self, role: Role, clock: Clock, profile: Profile, cache: PrefixCache,
                  started: Callable[[SimRequest, float], None], done: Callable[[SimRequest, float], None]):
@@ -117,8 +113,8 @@ class PrefillNode:
 
 
 class DecodeNode:
-    """Continuous batching: up to `bs_max` requests draw one token each per step, others wait for a place; a request
-    joins and leaves between steps. Steps take longer in a larger batch, so time is counted in steps (`_steps`)."""
+    """Continuous batching: up to `bs_max` requests draw one token a step and join and leave between steps, others wait.
+    Steps take longer in a larger batch, so time is counted in steps (`_steps`)."""
 
     def __init__(self, clock: Clock, profile: Profile, done: Callable[[SimRequest], None]):
         self.waiting: deque[SimRequest] = deque()
@@ -129,12 +125,12 @@ class DecodeNode:
 
     def admit(self, request: SimRequest) -> None:
         """The request's KVCache is here."""
-        if len(self.running) < self._profile.bs_max:
-            self._advance()
-            self._join(request)
-            self._plan_next()
-        else:
+        if len(self.running) >= self._profile.bs_max:
             self.waiting.append(request)
+            return
+        self._advance()
+        self._join(request)
+        self._plan_next()
 
     def _join(self, request: SimRequest) -> None:
         request.first_token_s = self._clock.now_s

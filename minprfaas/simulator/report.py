@@ -31,8 +31,8 @@ class Tick(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """Times in seconds, simulated. A first token counts as drawn when its request joins a decode batch. Goodput counts
-    requests whose first token came within `TTFT_OBJECTIVE_S`, per second of arrivals; utilizations are means."""
+    """A first token counts as drawn when its request joins a decode batch. Goodput counts requests whose first token
+    came within `TTFT_OBJECTIVE_S`, per second of arrivals; utilizations are means."""
 
     requests: int
     failed: int
@@ -47,7 +47,6 @@ class Report:
     egress_gbps: float
     shipped_cache_bytes: float
     fetched_cache_bytes: float
-    prefix_moves: int
     utilization: dict[str, float]
     peak_waiting: int
     final_threshold: float
@@ -65,8 +64,7 @@ class Recorder:
     """Counts while the simulation runs."""
 
     def __init__(self):
-        self.arrived = self.failed = self.routed_again = self.offloaded = 0
-        self.threshold_moves = self.prefix_moves = 0
+        self.arrived = self.failed = self.routed_again = self.offloaded = self.threshold_moves = 0
         self.shipped_cache_bytes = self.fetched_cache_bytes = 0.0
         self.role_changes: list[tuple[float, str, str, str]] = []
         self.series: list[Tick] = []
@@ -97,13 +95,13 @@ class Recorder:
         arrivals_s = self._last_arrival_s or 1.0
         shares = {"egress": columns.egress_utilization, "prfaas": columns.prfaas_busy, "pdp": columns.pdp_busy,
                   "pdd": columns.pdd_busy}
+        utilization = {name: sum(share) / len(share) for name, share in shares.items()}
         return Report(
             completed, self.failed, self.routed_again, duration_s, completed / duration_s, self._good / arrivals_s,
             _percentiles(self._ttft), _percentiles(self._inter_token), self.offloaded / max(completed, 1),
             self._cached_tokens / max(self._prompt_tokens, 1), bytes_sent * 8e-9 / duration_s, self.shipped_cache_bytes,
-            self.fetched_cache_bytes, self.prefix_moves,
-            {name: sum(share) / len(share) for name, share in shares.items()},
-            max(columns.waiting), columns.threshold[-1], self.threshold_moves, self.role_changes, self.series)
+            self.fetched_cache_bytes, utilization, max(columns.waiting), columns.threshold[-1], self.threshold_moves,
+            self.role_changes, self.series)
 
 
 def _percentiles(values: array) -> dict[str, float]:

@@ -1,9 +1,8 @@
 """Transport as everybody else sees it: stream plans, events, errors, and the two protocols. Chapters 07, 08; paper 3.3.
 
-KV moves in *streams*. A plan lists layers and a token range, and both ends hold it before a byte moves, so a receiver
-checks everything that arrives against what it asked for. Who receives calls `expect(plan, sink)`, who sends calls
-`open(plan)` and then `put` for each layer as prefill finishes it (layer-wise pipelining). What happens meanwhile arrives
-as events in a queue. `loopback` is the transport to read first; `wan/` is the one between datacenters.
+KV moves in *streams*. Both ends hold a plan before a byte moves, so a receiver checks everything that arrives against
+what it asked for: it calls `expect(plan, sink)`. Who sends calls `open(plan)` and then `put` for each layer as prefill
+finishes it (layer-wise pipelining). What happens meanwhile is told in a queue of events. Read `loopback` next.
 """
 
 import queue
@@ -27,9 +26,6 @@ class LinkRefused(LinkDown):
 
 class StreamAborted(Exception):
     """A KV stream ended before its last byte; the link itself may be well."""
-
-
-# ---- what crosses
 
 
 @dataclass(frozen=True)
@@ -104,9 +100,6 @@ class ArrivalReport:
     last_byte_s: float
 
 
-# ---- what a transport tells its owner
-
-
 @dataclass(frozen=True)
 class MessageReceived:
     """A control message of the peer's, whole and in order. `link` is the name of the link that brought it."""
@@ -153,17 +146,6 @@ Event = MessageReceived | StreamDone | StreamFailed | LinkLost | LinkRestored
 EventQueue = queue.SimpleQueue  # of Event; a process gives one queue to all its transports, so one wait hears them all
 
 
-def next_event(events: EventQueue, timeout_s: float) -> Event | None:
-    """Take the next event, or None when none comes within `timeout_s`."""
-    try:
-        return events.get(timeout=timeout_s)
-    except queue.Empty:
-        return None
-
-
-# ---- what a transport can do
-
-
 class SendStream(Protocol):
     """The sending end of one KV stream."""
 
@@ -205,6 +187,3 @@ class MessageChannel(Protocol):
 
     def send_message(self, message: dict) -> None:
         """Queue a JSON object; never blocks. Raises LinkDown, or ValueError for what is no JSON object or too long."""
-
-    def receive(self, timeout_s: float) -> Event | None:
-        """The next event of the queue, or None after `timeout_s`."""

@@ -1,26 +1,22 @@
 """Both ends of a KV stream in one process: the transport to read first. Chapter 07, paper 3.3.
 
-Nothing crosses a wire, so there is nothing to frame, acknowledge or recover. What remains is what a transport is: a plan
-that both ends hold, pieces checked against it, a sink that writes them, and an event at the end.
+Nothing crosses a wire, so there is nothing to frame, acknowledge or recover. What remains is what a transport is: a
+plan that both ends hold, pieces checked against it, a sink that writes them, and an event at the end.
 """
 
-import queue
 import time
 
 import torch
 
-from minprfaas.config import StateKind
-from minprfaas.transport.base import (Event, EventQueue, MessageReceived, Sink, StreamAborted, StreamPlan, StreamReport,
-                                      next_event)
-from minprfaas.transport.streams import ExpectedStreams, Piece, PutLog
+from minprfaas.transport.base import EventQueue, Sink, StreamAborted, StreamPlan, StreamReport
+from minprfaas.transport.streams import ExpectedStreams, PutLog
 
 
 class Loopback:
-    """A KVTransport and MessageChannel from this process to itself. Any thread may call any method."""
+    """A KVTransport from this process to itself, which reports to `events`. Any thread may call any method."""
 
-    def __init__(self, name: str = "loopback", events: EventQueue | None = None):
-        self.name = name
-        self.events: EventQueue = queue.SimpleQueue() if events is None else events
+    def __init__(self, events: EventQueue | None = None):
+        self.events = EventQueue() if events is None else events
         self._expected = ExpectedStreams(self.events)
 
     def expect(self, plan: StreamPlan, sink: Sink) -> None:
@@ -35,16 +31,6 @@ class Loopback:
         """See `KVTransport.forget`."""
         return self._expected.forget(stream_id)
 
-    def send_message(self, message: dict) -> None:
-        """See `MessageChannel.send_message`. The receiver gets the very object, so nobody may change it any more."""
-        if not isinstance(message, dict):
-            raise ValueError(f"a control message is a dict, not {type(message).__name__}")
-        self.events.put(MessageReceived(message, self.name))
-
-    def receive(self, timeout_s: float) -> Event | None:
-        """See `MessageChannel.receive`."""
-        return next_event(self.events, timeout_s)
-
 
 class LoopbackStream:
     """A SendStream whose `put` calls the receiver's sink: what it has put is written when it returns."""
@@ -53,18 +39,14 @@ class LoopbackStream:
         self.plan = plan
         self._expected = expected
         self._put_log = PutLog(plan)
-        self._puts = 0
         self._failure: str | None = None
 
     def put(self, layer: int, start: int, end: int, data: torch.Tensor) -> None:
         """See `SendStream.put`. Never waits for room: a sink that takes its time is all that holds the caller back."""
         self._check()
-        entry = self._put_log.add(layer, start, end, data)
-        if entry.kind is not StateKind.TOKEN:
-            start = self.plan.start  # the plan's range names request-level state, whatever the caller says
-        self._puts += 1
+        piece = self._put_log.add(layer, start, end, data)
         try:
-            self._expected.take(self.plan.stream_id, Piece(layer, entry.group, start, end, data.numel()), data.view(-1))
+            self._expected.take(self.plan.stream_id, piece, data.view(-1))
         except StreamAborted:
             # The receiver's StreamFailed names the reason; a sender on another machine would not learn it either.
             if self._failure is None:
@@ -76,7 +58,7 @@ class LoopbackStream:
         self._check()
         self._put_log.check_complete()
         log = self._put_log
-        return StreamReport(self.plan.total_bytes, self._puts, log.first_put_s, log.last_put_s, time.monotonic(),
+        return StreamReport(self.plan.total_bytes, log.puts, log.first_put_s, log.last_put_s, acked_s=time.monotonic(),
                             stalled_s=0.0, resent_chunks=0)
 
     def abort(self, reason: str = "aborted by the sender") -> None:

@@ -1,7 +1,7 @@
 """What every transport shares: both ends hold one plan, and nothing but what it says crosses. Chapter 08, paper 3.3.
 
-Token state crosses in rows of tokens `[start, end)`, as prefill emits them. Request-level state has one size and crosses
-once, when the last token is in it.
+Token state crosses in rows of tokens `[start, end)`, as prefill emits them. Request-level state has one size and
+crosses once, when the last token is in it.
 """
 
 import threading
@@ -18,7 +18,7 @@ from minprfaas.transport.base import (ArrivalReport, EventQueue, LayerPlan, Sink
 
 @dataclass(frozen=True)
 class Piece:
-    """Where `nbytes` of a stream belong: rows of tokens `[start, end)`, or request-level state from byte `offset` on."""
+    """Where `nbytes` of a stream belong: rows of tokens `[start, end)`, or a request-level state from `offset` on."""
 
     layer: int
     group: int
@@ -43,14 +43,11 @@ class Coverage:
         overlaps = (before is not None and before[1] > start) or (after is not None and after[0] < end)
         if not self.start <= start < end <= self.end or overlaps:
             raise ValueError(f"[{start}, {end}) is empty, outside [{self.start}, {self.end}), or there already")
-        joins_before = before is not None and before[1] == start
-        joins_after = after is not None and after[0] == end
-        if joins_before:
-            before[1] = after[1] if joins_after else end
-            if joins_after:
-                del self._intervals[index]
-        elif joins_after:
-            after[0] = start
+        if after is not None and after[0] == end:
+            end = after[1]
+            del self._intervals[index]
+        if before is not None and before[1] == start:
+            before[1] = end
         else:
             self._intervals.insert(index, [start, end])
 
@@ -66,13 +63,38 @@ class Coverage:
         return self.prefix_end == self.end
 
 
-def plan_coverage(plan: StreamPlan) -> dict[int, Coverage]:
-    """An empty coverage for each layer: of tokens for token state, of bytes for request-level state."""
-    found = {}
-    for entry in plan.entries:
-        is_rows = entry.kind is StateKind.TOKEN
-        found[entry.layer] = Coverage(plan.start, plan.end) if is_rows else Coverage(0, entry.row_bytes)
-    return found
+class PlanCoverage:
+    """Which parts of a plan are there: `layers` tells it in tokens for token state, in bytes for request-level state."""
+
+    def __init__(self, plan: StreamPlan):
+        self._plan = plan
+        self.layers: dict[int, Coverage] = {}
+        for entry in plan.entries:
+            is_rows = entry.kind is StateKind.TOKEN
+            self.layers[entry.layer] = Coverage(plan.start, plan.end) if is_rows else Coverage(0, entry.row_bytes)
+
+    def add(self, piece: Piece) -> None:
+        """Note a piece of one of the plan's layers. Raises ValueError unless it is in the plan, and new."""
+        entry, plan = self._plan.layers[piece.layer], self._plan
+        if entry.kind is StateKind.TOKEN:
+            if piece.offset or piece.nbytes != (piece.end - piece.start) * entry.row_bytes:
+                raise ValueError(f"{piece.nbytes} bytes for [{piece.start}, {piece.end}) of {entry.row_bytes} each")
+            self.layers[piece.layer].add(piece.start, piece.end)
+            return
+        if (piece.start, piece.end) != (plan.start, plan.end):
+            raise ValueError(f"layer {piece.layer}: request-level state crosses as of token {plan.end}, not {piece.end}")
+        self.layers[piece.layer].add(piece.offset, piece.offset + piece.nbytes)
+
+    @property
+    def missing(self) -> list[int]:
+        """Layers that are not complete."""
+        return [layer for layer, coverage in self.layers.items() if not coverage.complete]
+
+    @property
+    def prefix_end(self) -> int:
+        """The token up to which every layer of token state is there."""
+        rows = [entry.layer for entry in self._plan.entries if entry.kind is StateKind.TOKEN]
+        return min([self.layers[layer].prefix_end for layer in rows], default=self._plan.start)
 
 
 class PutLog:
@@ -80,32 +102,31 @@ class PutLog:
 
     def __init__(self, plan: StreamPlan):
         self.plan = plan
+        self.puts = 0
         self.first_put_s = self.last_put_s = 0.0
-        self._coverage = plan_coverage(plan)
+        self._coverage = PlanCoverage(plan)
 
-    def add(self, layer: int, start: int, end: int, data: torch.Tensor) -> LayerPlan:
-        """Note a `put`; returns the layer's entry. ValueError when it is not in the plan, or was put before."""
+    def add(self, layer: int, start: int, end: int, data: torch.Tensor) -> Piece:
+        """Note a `put`; returns where it belongs. Raises ValueError when it is not in the plan, or was put before."""
         entry = self.plan.layers.get(layer)
         if entry is None:
             raise ValueError(f"stream {self.plan.stream_id}: layer {layer} is not in the plan")
-        is_rows = entry.kind is StateKind.TOKEN
-        expected = entry.row_bytes * (end - start if is_rows else 1)
+        expected = entry.row_bytes * (end - start if entry.kind is StateKind.TOKEN else 1)
         if data.dtype != torch.uint8 or not data.is_contiguous() or data.numel() != expected:
             raise ValueError(f"layer {layer}: expected {expected} contiguous uint8, got {data.numel()} of {data.dtype}")
-        if is_rows:
-            self._coverage[layer].add(start, end)
-        elif end == self.plan.end:
-            self._coverage[layer].add(0, entry.row_bytes)
-        else:
-            raise ValueError(f"layer {layer}: request-level state crosses as of token {self.plan.end}, not {end}")
+        if entry.kind is not StateKind.TOKEN:
+            start = self.plan.start  # whatever the caller says: such state has no first token
+        piece = Piece(layer, entry.group, start, end, expected)
+        self._coverage.add(piece)
         self.last_put_s = time.monotonic()
-        if not self.first_put_s:
+        if not self.puts:
             self.first_put_s = self.last_put_s
-        return entry
+        self.puts += 1
+        return piece
 
     def check_complete(self) -> None:
-        """ValueError unless all of the plan was put."""
-        missing = [layer for layer, coverage in self._coverage.items() if not coverage.complete]
+        """Raises ValueError unless all of the plan was put."""
+        missing = self._coverage.missing
         if missing:
             raise ValueError(f"stream {self.plan.stream_id} cannot finish: layers {missing} were not put completely")
 
@@ -118,7 +139,7 @@ class IncomingStream:
         self._sink = sink
         self._lock = threading.Lock()
         self._closed = False
-        self._coverage = plan_coverage(plan)
+        self._coverage = PlanCoverage(plan)
         self._assembling: dict[int, torch.Tensor] = {}  # request-level state that is longer than a piece
         self._first_byte_s = self._last_byte_s = 0.0
 
@@ -131,28 +152,18 @@ class IncomingStream:
             if entry is None or entry.group != piece.group:
                 raise StreamAborted(f"layer {piece.layer} of group {piece.group} is not in the plan")
             try:
-                self._check_and_cover(entry, piece)
+                self._coverage.add(piece)
             except ValueError as error:
                 raise StreamAborted(f"layer {piece.layer}: {error}") from None
             try:
                 self._write(entry, piece, data)
             except Exception as error:
-                self._coverage = plan_coverage(self.plan)  # what the blocks hold now is anyone's guess
+                self._coverage = PlanCoverage(self.plan)  # what the blocks hold now is anyone's guess
                 raise StreamAborted(f"the sink failed on layer {piece.layer}: {error!r}") from error
             if not self._first_byte_s:
                 self._first_byte_s = now
             self._last_byte_s = now
-            return all(coverage.complete for coverage in self._coverage.values())
-
-    def _check_and_cover(self, entry: LayerPlan, piece: Piece) -> None:
-        if entry.kind is StateKind.TOKEN:
-            if piece.offset or piece.nbytes != (piece.end - piece.start) * entry.row_bytes:
-                raise ValueError(f"{piece.nbytes} bytes for [{piece.start}, {piece.end}) of {entry.row_bytes} each")
-            self._coverage[entry.layer].add(piece.start, piece.end)
-            return
-        if (piece.start, piece.end) != (self.plan.start, self.plan.end):
-            raise ValueError(f"request-level state as of {piece.end}; the plan ends at {self.plan.end}")
-        self._coverage[entry.layer].add(piece.offset, piece.offset + piece.nbytes)
+            return not self._coverage.missing
 
     def _write(self, entry: LayerPlan, piece: Piece, data: torch.Tensor) -> None:
         if entry.kind is StateKind.TOKEN:
@@ -164,7 +175,7 @@ class IncomingStream:
                 self._assembling[entry.layer] = torch.empty(entry.row_bytes, dtype=torch.uint8)
             whole = self._assembling[entry.layer]
             whole[piece.offset:piece.offset + piece.nbytes] = data
-        if self._coverage[entry.layer].complete:  # half a state is worth nothing: the sink gets it whole
+        if self._coverage.layers[entry.layer].complete:  # half a state is worth nothing: the sink gets it whole
             self._sink(entry.layer, self.plan.start, self.plan.end, whole)
             self._assembling.pop(entry.layer, None)
 
@@ -173,9 +184,7 @@ class IncomingStream:
         with self._lock:
             self._closed = True
             self._assembling.clear()
-            ends = [self._coverage[entry.layer].prefix_end for entry in self.plan.entries
-                    if entry.kind is StateKind.TOKEN]
-            return min(ends, default=self.plan.start)
+            return self._coverage.prefix_end
 
     def report(self) -> ArrivalReport:
         """Of a complete stream."""
@@ -211,9 +220,7 @@ class ExpectedStreams:
 
     def fail_all(self, reason: str) -> None:
         """End every stream with StreamFailed."""
-        with self._lock:
-            stream_ids = list(self._streams)
-        for stream_id in stream_ids:
+        for stream_id in list(self._streams):
             self.fail(stream_id, reason)
 
     def take(self, stream_id: int, piece: Piece, data: torch.Tensor) -> None:
@@ -229,6 +236,8 @@ class ExpectedStreams:
         if not complete:
             return
         with self._lock:  # whoever takes it out speaks of its end: `forget` may have been faster
-            ended_here = self._streams.pop(stream_id, None) is stream
-        if ended_here:
+            ends_here = self._streams.get(stream_id) is stream
+            if ends_here:
+                del self._streams[stream_id]
+        if ends_here:
             self._events.put(StreamDone(stream_id, stream.report()))

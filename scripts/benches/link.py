@@ -92,7 +92,7 @@ def print_rates(seconds: float) -> None:
 
 def _rates(rank, store, report, lines, seconds):
     for number, line in enumerate(lines):
-        emulated = EmulatedLine(line) if line.is_emulated else None
+        emulated = EmulatedLine(line) if line != LineConfig() else None
         link = Link(f"rate{number}", store, rank, LinkConfig(lanes=4), IDENTITY, emulated)
         link.connect(DEADLINE_S)
         rate = line.gbps * 1e9 / 8 if line.gbps else 100e6

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from minprfaas.errors import UserError
-from minprfaas.transport.wan.one_line import one_line
+from minprfaas.errors import UserError, one_line
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ What this does not give: confidentiality (the KVCache crosses in the clear), and
 frames. A stranger who reaches the ports needs no secret to do this:
 
 - The store's port (`TCPStore`) answers anybody: read, change and delete keys, so keep the two ends from meeting.
-- A lane's port (Gloo) takes any connection before a hello can be asked for. A message longer than the receive that waits
-  for it ends the process, and so does a flood of connections ("accept: Too many open files"): both in C++, where no
-  Python can catch it. That is why ports listen on loopback unless told otherwise (`binding`).
+- A lane's port (Gloo) takes any connection before a hello can be asked for. A message longer than the receive that
+  waits for it ends the process, and so does a flood of connections ("accept: Too many open files"): both in C++, where
+  no Python can catch it. That is why ports listen on loopback unless told otherwise (`binding`).
 - Without a secret, whoever shakes hands is the peer: it can write into blocks what it likes.
 
 Gloo cannot be hardened against this (its TLS, GLOO_DEVICE_TRANSPORT=TCP_TLS, is not in the wheels of torch 2.13:
-"unsupported gloo device"). Between machines the way out is a private line: both ports inside WireGuard, or a network that
-nobody else reaches, and a firewall that says so.
+"unsupported gloo device"). Between machines the way out is a private line: both ports inside WireGuard, or a network
+that nobody else reaches, and a firewall that says so.
 """
 
 import hashlib
@@ -49,6 +49,7 @@ class LinkIdentity:
     secret: bytes | None = None
 
     def as_json(self) -> bytes:
+        """What the peer is told: everything but the secret."""
         return json.dumps({"model fingerprint": self.fingerprint.hex(), "dtype": self.dtype,
                            "block layout": self.block_layout}).encode()
 

@@ -17,11 +17,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from minprfaas.errors import one_line
 from minprfaas.transport.base import LinkDown
 from minprfaas.transport.wan.binding import LOOPBACK, Binding
-from minprfaas.transport.wan.frames import HEADER_BYTES, Codec, Slot
-from minprfaas.transport.wan.one_line import one_line
-from minprfaas.transport.wan.outgoing import Frame
+from minprfaas.transport.wan.frames import HEADER_BYTES, Codec, Frame, Slot
 
 POSTED_AHEAD = 2  # receives, and sends: one is on its way while the other is handled
 STORE_POLL_S = 0.01  # while the other side is awaited
@@ -69,7 +68,7 @@ class Lane:
         if frame.ready is not None:
             frame.ready.synchronize()
         self.codec.seal(frame.header, frame.slot.view)
-        return self.transmit(frame.tensor)
+        return self.transmit(frame.slot.tensor[:frame.nbytes])
 
     def transmit(self, tensor: torch.Tensor) -> dist.Work:
         """Hand one frame's bytes to Gloo."""

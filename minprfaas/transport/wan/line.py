@@ -1,8 +1,8 @@
 """Emulated weather: bandwidth, round-trip time and stalls that a laptop can impose on itself. Chapter 07, paper 3.3.
 
 The sender imposes them, each side on its own direction: a frame leaves the queue when the emulated line is free, and is
-handed to Gloo when its last bit would have arrived, half a round-trip time later. A line belongs to two datacenters, not
-to a link: every link that is given the same line, in this process or (by a `share`) in others, shares its rate.
+handed to Gloo when its last bit would have arrived, half a round-trip time later. A line belongs to two datacenters,
+not to a link: every link that is given the same line, in this process or (by a `share`) in others, shares its rate.
 """
 
 import zlib

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from minprfaas.config import LinkConfig, StateKind
 from minprfaas.observe.timeline import Timeline
-from minprfaas.transport.base import Event, EventQueue, Sink, StreamPlan, next_event
+from minprfaas.transport.base import Event, EventQueue, Sink, StreamPlan
 from minprfaas.transport.wan.frames import CONTROL_LIMIT_BYTES
 from minprfaas.transport.wan.handshake import LinkIdentity
 from minprfaas.transport.wan.inbox import Inbox
@@ -38,7 +38,7 @@ class Link:
         """`rank` is 0 on one side and 1 on the other. `line` is what this side's egress crosses (None: the wire as it
         is); `events` where it reports; `lane_type` makes the lanes. Raises UserError for an impossible interface."""
         self.name, self.rank, self.config, self.line = name, rank, config, line
-        self.events: EventQueue = queue.SimpleQueue() if events is None else events
+        self.events = EventQueue() if events is None else events
         self._payload_limit = max(config.chunk_bytes, CONTROL_LIMIT_BYTES)
         self._outbox = Outbox(name, config, line, timeline)
         self._inbox = Inbox(name, self._outbox, self.events)
@@ -60,13 +60,16 @@ class Link:
         self._outbox.send_message(encode_message(message))
 
     def receive(self, timeout_s: float) -> Event | None:
-        """See `MessageChannel.receive`."""
-        return next_event(self.events, timeout_s)
+        """The next event of the queue, or None after `timeout_s`."""
+        try:
+            return self.events.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
 
     def open(self, plan: StreamPlan) -> LinkStream:
         """See `KVTransport.open`."""
         self._check(plan)
-        return LinkStream(plan, self._outbox, self.config.chunk_bytes)
+        return LinkStream(plan, self._outbox, self.config.chunk_bytes, self.line)
 
     def expect(self, plan: StreamPlan, sink: Sink) -> None:
         """See `KVTransport.expect`."""

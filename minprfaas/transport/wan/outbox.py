@@ -1,8 +1,8 @@
-"""The sending side of a link: producers queue here, lanes pull from here, and acknowledgements come back here. Chapter 07.
+"""The sending side of a link: producers queue here, lanes pull from here, acknowledgements come back here. Chapter 07.
 
-Lanes pull, so a slow lane takes fewer frames and holds nobody up. What leaves next is `send_queue`'s business, what is in
-flight `flow`'s, when it leaves the emulated line's; this file is the lock around them and the two things to wait for.
-Nothing in here calls out while it holds the lock. Paper 3.3.
+Lanes pull, so a slow lane takes fewer frames and holds nobody up. What leaves next and what is in flight is
+`send_queue`'s business, when it leaves the emulated line's; this file is the lock around them and the two things to
+wait for. Nothing in here calls a stream or a link while it holds the lock. Paper 3.3.
 """
 
 import threading
@@ -12,11 +12,9 @@ from collections import deque
 from minprfaas.config import LinkConfig
 from minprfaas.observe.timeline import Timeline
 from minprfaas.transport.base import LinkDown, StreamAborted
-from minprfaas.transport.wan.flow import Flow
-from minprfaas.transport.wan.frames import Kind
+from minprfaas.transport.wan.frames import Frame, Kind, StreamRecord, control_frame
 from minprfaas.transport.wan.line import EmulatedLine
 from minprfaas.transport.wan.monitor import LinkStats
-from minprfaas.transport.wan.outgoing import Frame, StreamRecord, control_frame
 from minprfaas.transport.wan.send_queue import SendQueue
 
 
@@ -28,8 +26,7 @@ class Outbox:
         self._lock = threading.Lock()
         self._sendable = threading.Condition(self._lock)  # lanes wait here for something to send
         self._progress = threading.Condition(self._lock)  # senders wait here for room and for acknowledgements
-        self._queue = SendQueue()
-        self._flow = Flow(config.max_inflight_bytes, time.monotonic())
+        self._queue = SendQueue(config.max_inflight_bytes, time.monotonic())
         self._on_line: deque[tuple[float, Frame]] = deque()  # (arrival time, frame)
         self._timed_until: float | None = None  # the earliest moment for which a lane's wait is timed
         self._epoch = 0
@@ -44,11 +41,8 @@ class Outbox:
 
     def send_control(self, kind: Kind, seq: int = 0) -> None:
         """Queue a control frame without payload."""
-        self._queue_control(control_frame(kind, seq=seq))
-
-    def _queue_control(self, frame: Frame) -> None:
         with self._lock:
-            self._queue.push_control(frame, time.monotonic())
+            self._queue.push_control(control_frame(kind, seq=seq), time.monotonic())
             self._sendable.notify()
 
     def acknowledge(self, seq: int) -> None:
@@ -64,22 +58,18 @@ class Outbox:
             self._queue.push_message(data, time.monotonic())
             self._sendable.notify()
 
-    def chunk_limit(self) -> int | None:
-        """The most bytes that a chunk should have at the emulated rate of this moment; None without one."""
-        return None if self._line is None else self._line.chunk_limit(time.monotonic())
-
     def wait_for_room(self, nbytes: int, stream: StreamRecord) -> float:
         """Block until `nbytes` more may be queued or in flight, and claim them; returns the seconds it took.
 
         Raises StreamAborted, and LinkDown when the link is gone or nothing is acknowledged for `timeout_s`.
         """
         began = time.monotonic()
-        monitor = self._flow.monitor
+        monitor = self._queue.monitor
         with self._lock:
             while True:
                 self._check(stream)
                 now = time.monotonic()
-                if self._flow.has_room(nbytes):
+                if self._queue.has_room(nbytes):
                     monitor.queued(nbytes, now)
                     return now - began
                 patience_s = max(began, monitor.progress_at) + self._config.timeout_s - now
@@ -93,11 +83,9 @@ class Outbox:
             try:
                 self._check(frame.stream)  # it may have ended while the bytes were copied
             except Exception:
-                self._flow.drop(frame)
+                self._queue.monitor.queued_bytes -= frame.nbytes
                 self._progress.notify_all()
                 raise
-            frame.stream.chunks += 1
-            frame.stream.outstanding += 1
             self._queue.push_chunk(frame, time.monotonic())
             self._sendable.notify()
 
@@ -118,22 +106,15 @@ class Outbox:
         """What has not left of a stream never leaves, and the receiver is told. Harmless when it has ended."""
         with self._lock:
             if stream.failure is None:
-                self._fail(stream, reason)
+                self._queue.fail(stream, reason)
                 self._queue.push_control(control_frame(Kind.ABORT, stream=stream.stream_id), time.monotonic())
                 self._sendable.notify()
+                self._progress.notify_all()
 
     def _check(self, stream: StreamRecord) -> None:
         if stream.failure is not None:
             raise StreamAborted(f"stream {stream.stream_id}: {stream.failure}")
         self.check_open()
-
-    def _fail(self, stream: StreamRecord, reason: str) -> None:
-        """End a stream; chunks that have left settle when the peer answers. The caller holds the lock."""
-        if stream.failure is None:
-            stream.failure = reason
-            for frame in self._queue.drop_stream(stream):
-                self._flow.drop(frame)
-            self._progress.notify_all()
 
     # What lanes call
 
@@ -158,10 +139,7 @@ class Outbox:
     def _pull(self, now: float) -> tuple[Frame | None, float | None]:
         """A frame that may be handed to Gloo now, or the moment at which to look again."""
         if self._line is None:
-            frame = self._queue.pop()
-            if frame is not None:
-                self._flow.depart(frame, now)
-            return frame, None
+            return self._queue.pop(now), None
         may_start_at = self._load_line(now)
         if not self._on_line:
             return None, may_start_at
@@ -179,8 +157,7 @@ class Outbox:
             start_at = self._line.start_of(queued_at, now)
             if start_at > now:
                 return start_at
-            frame = self._queue.pop()
-            self._flow.depart(frame, now)
+            frame = self._queue.pop(now)
             self._on_line.append((self._line.carry(frame.nbytes, queued_at, now), frame))
             if self._timeline is not None:
                 self._timeline.span(f"{self._name} line (emulated)", frame.header.kind.name, now,
@@ -190,45 +167,27 @@ class Outbox:
 
     def settle(self, seqs: list[int], written: bool = True) -> None:
         """`seqs` were acknowledged, or refused (not `written`): their memory is free."""
+        now = time.monotonic()
         with self._lock:
-            self._settle(seqs, written)
-            if self._queue.has_messages:
+            for seq in seqs:
+                frame = self._queue.settle(seq, written, now)
+                if self._timeline is not None and frame is not None and frame.header.kind == Kind.CHUNK:
+                    self._timeline.instant(f"{self._name} acknowledgements", frame.header.label, now)
+            self._progress.notify_all()
+            if self._queue.owes_messages:
                 self._sendable.notify()  # the receiver's window for messages may have moved
 
-    def _settle(self, seqs: list[int], written: bool) -> None:
-        now = time.monotonic()
-        for seq in seqs:
-            frame = self._flow.find(seq)
-            if frame is None:
-                continue  # acknowledged twice, after a resend
-            self._flow.settle(seq, written, self._queue.settled(frame), now)
-            if frame.stream is None:
-                continue
-            frame.stream.outstanding -= 1
-            frame.stream.acked_s = now
-            if not written:
-                self._fail(frame.stream, "refused by the receiver")
-            if self._timeline is not None:
-                self._timeline.instant(f"{self._name} acknowledgements", frame.header.label, now)
-        self._progress.notify_all()
-
     def send_again(self, seq: int) -> None:
-        """The peer received chunk `seq` damaged."""
+        """The peer received `seq` damaged."""
         with self._lock:
-            frame = self._flow.find(seq)
-            if frame is not None and frame.header.kind == Kind.CHUNK and not self._queue.waits_again(frame):
-                self._send_again(frame)
-                self._sendable.notify()
-
-    def _send_again(self, frame: Frame) -> None:
-        self._flow.send_again(frame, time.monotonic())
-        self._queue.push_again(frame)
+            self._queue.send_again(seq, time.monotonic())
+            self._sendable.notify()
 
     @property
     def settled_below(self) -> int:
         """Every sequence number below it needs nothing more from the peer."""
         with self._lock:
-            return self._flow.settled_below
+            return self._queue.settled_below
 
     # Epochs
 
@@ -237,13 +196,9 @@ class Outbox:
         with self._lock:
             self._epoch = epoch
             self._on_line.clear()
-            for frame in self._flow.unacked():
-                if frame.stream is not None and frame.stream.failure is not None:
-                    self._settle([frame.header.seq], written=False)
-                elif not self._queue.waits_again(frame):
-                    self._send_again(frame)
-            self._queue.begin_epoch()
+            self._queue.begin_epoch(time.monotonic())
             self._sendable.notify_all()
+            self._progress.notify_all()
 
     def end_epoch(self) -> None:
         """Lanes that wait in `next_frame` return."""
@@ -254,12 +209,8 @@ class Outbox:
     def forget_peer(self, reason: str) -> None:
         """The peer is a new process: what the old one may have received is worth nothing."""
         with self._lock:
-            unacked = self._flow.unacked()
-            streams = self._queue.streams() | {frame.stream for frame in unacked if frame.stream is not None}
-            for stream in streams:
-                self._fail(stream, reason)
-            self._settle([frame.header.seq for frame in unacked], written=False)
-            self._queue.forget_peer()
+            self._queue.forget_peer(reason, time.monotonic())
+            self._progress.notify_all()
 
     def close(self, reason: str) -> None:
         """Nothing leaves any more; whoever waits here gets LinkDown with the first reason that was given."""
@@ -272,12 +223,8 @@ class Outbox:
     def wait_until_messages_are_acknowledged(self, until: float) -> None:
         """Block until then at the latest, or until the link is closed."""
         with self._lock:
-            while self._closed is None and time.monotonic() < until and self._has_messages():
+            while self._closed is None and time.monotonic() < until and self._queue.owes_messages:
                 self._progress.wait(max(0.0, until - time.monotonic()))
-
-    def _has_messages(self) -> bool:
-        in_flight = any(frame.header.kind != Kind.CHUNK for frame in self._flow.unacked())
-        return in_flight or self._queue.has_messages
 
     # Observation
 
@@ -285,7 +232,7 @@ class Outbox:
         """Take a sample when one is due."""
         rate = None if self._line is None else self._line.rate(now)
         with self._lock:
-            sample = self._flow.monitor.tick(now, rate)
+            sample = self._queue.monitor.tick(now, rate)
         if sample is not None and self._timeline is not None:
             values = {"egress Gbps": sample.gbps, "queued MB": sample.queued_bytes / 1e6,
                       "acknowledged after ms": sample.ack_delay_s * 1e3}
@@ -294,4 +241,4 @@ class Outbox:
     def stats(self) -> LinkStats:
         """What has left, what waits, and the samples of the last minute."""
         with self._lock:
-            return self._flow.monitor.stats()
+            return self._queue.monitor.stats()

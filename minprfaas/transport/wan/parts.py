@@ -1,15 +1,14 @@
 """Control messages: JSON objects of any size that a prompt or an inventory has, in parts of a frame each. Chapter 07.
 
-A part carries its number (in the header's `stream`) and how many parts of its message follow (`start`). Parts may arrive
-in any order, as lanes do; the receiver keeps at most `MESSAGE_WINDOW` of them ahead of a missing one, and the sender
-never has more under way, so a message of any length costs the same few megabytes beside its own bytes.
+A part carries its number (in the header's `stream`) and how many parts of its message follow (`start`). Lanes bring
+parts in any order; the receiver keeps at most `MESSAGE_WINDOW` of them ahead of a missing one, and the sender never has
+more under way, so a message of any length costs the same few megabytes beside its own bytes.
 """
 
 import json
 from collections import deque
 
-from minprfaas.transport.wan.frames import CONTROL_LIMIT_BYTES, FrameError, Kind
-from minprfaas.transport.wan.outgoing import Frame, control_frame
+from minprfaas.transport.wan.frames import CONTROL_LIMIT_BYTES, Frame, FrameError, Kind, control_frame
 
 # A context of ten million tokens is about 70 MB of JSON. A peer has shaken hands before it may send any message; where
 # there is no secret anybody can, and can make this process hold so much (and several times more while it is parsed).
@@ -39,7 +38,7 @@ def decode_message(data: bytes | bytearray) -> dict:
 
 
 class PartsOut:
-    """Messages that wait to leave. A frame is made only when it leaves: a long message is in memory once, not thrice."""
+    """Messages that wait to leave. A frame is made when it leaves, so a long message is in memory once, not thrice."""
 
     def __init__(self) -> None:
         self._waiting: deque[tuple[memoryview, float]] = deque()  # (what is left of a message, since when)
@@ -51,9 +50,9 @@ class PartsOut:
         self._waiting.append((memoryview(data), now))
 
     @property
-    def is_empty(self) -> bool:
-        """Whether every part has left."""
-        return not self._waiting
+    def is_settled(self) -> bool:
+        """Whether every part has left and the peer has taken it."""
+        return not self._waiting and not self._unacked
 
     @property
     def queued_at(self) -> float | None:

@@ -1,7 +1,7 @@
-"""How the two ends of a link meet: at the store they agree on an epoch, then connect and authenticate its lanes. Chapter 07.
+"""How the two ends of a link meet: they agree on an epoch at the store, then connect and authenticate lanes. Chapter 07.
 
-The store carries nothing else: no KV and no message passes through it. Rank 1 knocks with a fresh word and rank 0 answers
-that word with a fresh epoch number, so an end that has died and come back never meets the other in an old epoch.
+The store carries nothing else: no KV and no message passes through it. Rank 1 knocks with a fresh word and rank 0
+answers that word with a fresh epoch number, so an end that died and came back never meets the other in an old epoch.
 """
 
 import secrets
@@ -15,11 +15,11 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from minprfaas.config import LinkConfig
+from minprfaas.errors import one_line
 from minprfaas.transport.base import LinkDown, LinkRefused
 from minprfaas.transport.wan.binding import choose_binding
 from minprfaas.transport.wan.handshake import INCARNATION_BYTES, LinkIdentity, shake_hands
 from minprfaas.transport.wan.lanes import STORE_POLL_S, Lane
-from minprfaas.transport.wan.one_line import one_line
 
 REFUSAL_PAUSE_S = 0.2
 LANE_TIMEOUT_S = 5.0  # for one attempt to connect and shake hands, once both sides are there
@@ -45,7 +45,7 @@ class Rendezvous:
         self._lane_count, self._payload_limit, self._lane_type = config.lanes, payload_limit, lane_type
         self._owners_store = store  # kept alive: its server may be this object's
         self._store = store.clone()  # a store client does one thing at a time, and would make links wait for each other
-        self._store.set_timeout(timedelta(seconds=config.timeout_s))  # a store that stands still is waited for like a peer
+        self._store.set_timeout(timedelta(seconds=config.timeout_s))  # one that stands still is awaited like a peer
         self._incarnation = secrets.token_bytes(INCARNATION_BYTES)
         self._binding = choose_binding(store)
 

@@ -1,29 +1,42 @@
-"""In which order frames leave: acknowledgements, control, what is sent again, messages, then chunks in turns. Chapter 07.
+"""What waits to leave one side of a link, and what has left and is not acknowledged. Chapter 07, paper 3.3.
 
-Pure: no locks and no clocks. The outbox holds its lock while it calls.
+Order: acknowledgements, control, what leaves again, messages, chunks of the streams in turns. A frame that must arrive
+gets its number when it leaves and keeps its memory until it is acknowledged, so that it can be sent again. Pure: no
+locks, time is an argument; the outbox holds its lock while it calls.
 """
 
 from collections import OrderedDict, deque
+from dataclasses import replace
 
-from minprfaas.transport.wan.frames import ACKS_PER_FRAME, Kind, encode_acks
-from minprfaas.transport.wan.outgoing import Frame, StreamRecord, control_frame
+from minprfaas.transport.wan.frames import (ACKS_PER_FRAME, Frame, Kind, StreamRecord, control_frame, encode_acks)
+from minprfaas.transport.wan.monitor import Monitor
 from minprfaas.transport.wan.parts import PartsOut
 
+RELIABLE = (Kind.CHUNK, Kind.MESSAGE, Kind.ABORT)
 # Messages overtake chunks, but one that is longer than this shares the line with them, byte for byte: an inventory of
 # many megabytes must not hold up the KV for which a request waits.
 MESSAGE_LEAD_BYTES = 256 * 1024
 
 
 class SendQueue:
-    """Everything that waits to leave one side of a link."""
+    """The books of one sending side. Chunks that are queued or in flight hold at most `max_inflight_bytes`."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_inflight_bytes: int, now: float):
+        self.monitor = Monitor(now)
+        self._max_inflight_bytes = max_inflight_bytes
         self._acks: list[tuple[int, float]] = []  # (sequence number, since when)
         self._control: deque[Frame] = deque()
         self._again: deque[Frame] = deque()  # left before, under the number that they have
         self._messages = PartsOut()
         self._streams: OrderedDict[StreamRecord, deque[Frame]] = OrderedDict()  # chunks; the first stream is next
         self._lead_bytes = 0  # by how much messages are ahead of the chunks that waited for them
+        self._unacked: dict[int, Frame] = {}  # by sequence number
+        self._next_seq = 1
+
+    def has_room(self, nbytes: int) -> bool:
+        """Whether a chunk of `nbytes` fits. One always does, or a chunk above the limit would wait for ever."""
+        held = self.monitor.queued_bytes + self.monitor.inflight_bytes
+        return held == 0 or held + nbytes <= self._max_inflight_bytes
 
     def push_ack(self, seq: int, now: float) -> None:
         """Acknowledge `seq` to the peer."""
@@ -39,90 +52,135 @@ class SendQueue:
         self._messages.push(data, now)
 
     def push_chunk(self, frame: Frame, now: float) -> None:
-        """Queue a chunk behind the others of its stream."""
+        """Queue a chunk behind the others of its stream. The monitor knows it as queued since it has room."""
         frame.queued_at = now
+        frame.stream.chunks += 1
+        frame.stream.outstanding += 1
         self._streams.setdefault(frame.stream, deque()).append(frame)
-
-    def push_again(self, frame: Frame) -> None:
-        """Queue a frame that left before."""
-        self._again.append(frame)
 
     def queued_at(self) -> float | None:
         """Since when the frame that `pop` would take has waited; None when nothing may leave."""
         if self._acks:
             return self._acks[0][1]
-        for waiting in (self._control, self._again):
-            if waiting:
-                return waiting[0].queued_at
+        urgent = self._control or self._again
+        if urgent:
+            return urgent[0].queued_at
         if self._a_message_is_next():
             return self._messages.queued_at
-        for waiting in self._streams.values():
-            return waiting[0].queued_at
+        if self._streams:
+            return next(iter(self._streams.values()))[0].queued_at
         return None
 
-    def pop(self) -> Frame | None:
-        """Take the next frame; None when nothing may leave."""
+    def pop(self, now: float) -> Frame | None:
+        """Let the next frame leave; None when nothing may."""
+        frame = self._take()
+        if frame is None:
+            return None
+        frame.sent_at = now
+        if frame.header.kind in RELIABLE:
+            if not frame.header.seq:  # numbered now and not when it was queued: only dropped streams leave holes
+                frame.header = replace(frame.header, seq=self._next_seq)
+                self._next_seq += 1
+            self._unacked[frame.header.seq] = frame
+        if frame.header.kind == Kind.CHUNK:
+            self.monitor.sent(frame.nbytes, now)
+        return frame
+
+    def _take(self) -> Frame | None:
         if self._acks:
             taken, self._acks = self._acks[:ACKS_PER_FRAME], self._acks[ACKS_PER_FRAME:]
             return control_frame(Kind.ACK, encode_acks([seq for seq, _ in taken]))
-        for waiting in (self._control, self._again):
-            if waiting:
-                return waiting.popleft()
+        urgent = self._control or self._again
+        if urgent:
+            return urgent.popleft()
         if self._a_message_is_next():
             frame = self._messages.pop()
             self._lead_bytes = self._lead_bytes + frame.nbytes if self._streams else 0
             return frame
-        if self._streams:
-            stream, waiting = next(iter(self._streams.items()))
-            frame = waiting.popleft()
-            self._streams.move_to_end(stream)  # the next chunk is another stream's
-            if not waiting:
-                del self._streams[stream]
-            self._lead_bytes = max(0, self._lead_bytes - frame.nbytes)
-            return frame
-        return None
+        if not self._streams:
+            return None
+        stream, waiting = next(iter(self._streams.items()))
+        frame = waiting.popleft()
+        self._streams.move_to_end(stream)  # the next chunk is another stream's
+        if not waiting:
+            del self._streams[stream]
+        self._lead_bytes = max(0, self._lead_bytes - frame.nbytes)
+        return frame
 
     def _a_message_is_next(self) -> bool:
         if self._messages.queued_at is None:
             return False
         return not self._streams or self._lead_bytes < MESSAGE_LEAD_BYTES
 
-    def settled(self, frame: Frame) -> bool:
-        """The peer needs `frame` no more. True if it waited here to be sent again."""
+    def settle(self, seq: int, written: bool, now: float) -> Frame | None:
+        """`seq` needs no more: acknowledged, or (not `written`) refused or given up. None if it was settled before."""
+        frame = self._unacked.pop(seq, None)
+        if frame is None:
+            return None
+        waits_again = frame in self._again
+        if waits_again:
+            self._again.remove(frame)
         if frame.header.kind == Kind.MESSAGE:
             self._messages.settled(frame.header.stream)
-        if frame not in self._again:
-            return False
-        self._again.remove(frame)
-        return True
+        if frame.header.kind == Kind.CHUNK:
+            if waits_again:
+                self.monitor.sent(frame.nbytes, now)
+            self.monitor.settled(frame.nbytes, now - frame.sent_at if written else None, now)
+            frame.stream.outstanding -= 1
+            frame.stream.acked_s = now
+            if not written:
+                self.fail(frame.stream, "refused by the receiver")
+        return frame
 
-    def waits_again(self, frame: Frame) -> bool:
-        """Whether `frame` waits to be sent again already."""
-        return frame in self._again
+    def send_again(self, seq: int, now: float) -> None:
+        """Queue an unacknowledged frame once more, under the number that it has."""
+        frame = self._unacked.get(seq)
+        if frame is None or frame in self._again:
+            return
+        if frame.header.kind == Kind.CHUNK:
+            self.monitor.settled(frame.nbytes, None, now)
+            self.monitor.queued(frame.nbytes, now)
+            frame.stream.resent_chunks += 1
+        self._again.append(frame)
 
-    def drop_stream(self, stream: StreamRecord) -> list[Frame]:
-        """Forget the chunks of `stream` that have not left, or wait to leave again; returns them."""
+    def fail(self, stream: StreamRecord, reason: str) -> None:
+        """End a stream: what waits of it never leaves (again). Chunks that have left settle when the peer answers."""
+        if stream.failure is not None:
+            return
+        stream.failure = reason
         dropped = [*self._streams.pop(stream, ()), *(frame for frame in self._again if frame.stream is stream)]
         self._again = deque(frame for frame in self._again if frame.stream is not stream)
-        return dropped
-
-    def streams(self) -> set[StreamRecord]:
-        """Those that have chunks waiting to leave for the first time."""
-        return set(self._streams)
+        for frame in dropped:
+            self.monitor.queued_bytes -= frame.nbytes
+            self._unacked.pop(frame.header.seq, None)
 
     @property
-    def has_messages(self) -> bool:
-        """Whether control frames or messages wait to leave."""
-        return bool(self._control) or not self._messages.is_empty
+    def settled_below(self) -> int:
+        """Every sequence number below it needs nothing more from the peer."""
+        return min(self._unacked, default=self._next_seq)
 
-    def begin_epoch(self) -> None:
+    @property
+    def owes_messages(self) -> bool:
+        """Whether control frames wait to leave, or messages to leave or to be acknowledged."""
+        return bool(self._control) or not self._messages.is_settled
+
+    def begin_epoch(self, now: float) -> None:
         """Old lanes are gone: only what must arrive is kept, and what left before leaves first, in its old order."""
+        for seq, frame in list(self._unacked.items()):
+            if frame.stream is not None and frame.stream.failure is not None:
+                self.settle(seq, False, now)
+            else:
+                self.send_again(seq, now)
         self._acks.clear()  # the peer sends again what it has no acknowledgement for
         self._control = deque(frame for frame in self._control if frame.header.kind == Kind.ABORT)
         self._again = deque(sorted(self._again, key=lambda frame: frame.header.seq))
 
-    def forget_peer(self) -> None:
-        """The peer is a new process: nothing that was meant for the old one is of use."""
+    def forget_peer(self, reason: str, now: float) -> None:
+        """The peer is a new process: nothing that the old one has, or was meant to get, is of use."""
+        unacked = list(self._unacked.values())
+        for stream in {*self._streams, *(frame.stream for frame in unacked if frame.stream is not None)}:
+            self.fail(stream, reason)
+        for frame in unacked:
+            self.settle(frame.header.seq, False, now)
         self._control.clear()
-        self._again.clear()
         self._messages = PartsOut()

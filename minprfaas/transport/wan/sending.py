@@ -1,24 +1,25 @@
-"""The sending end of a KV stream on a link: layer by layer, while prefill still computes the next. Chapter 08, paper 3.3."""
+"""The sending end of a stream on a link: layer by layer, while prefill still computes the next. Chapter 08, paper 3.3."""
 
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
 from minprfaas.config import StateKind
-from minprfaas.transport.base import LayerPlan, StreamPlan, StreamReport
+from minprfaas.transport.base import StreamPlan, StreamReport
 from minprfaas.transport.streams import Piece, PutLog
-from minprfaas.transport.wan.frames import HEADER_BYTES, Header, Kind, Slot
+from minprfaas.transport.wan.frames import HEADER_BYTES, Frame, Header, Kind, Slot, StreamRecord
+from minprfaas.transport.wan.line import EmulatedLine
 from minprfaas.transport.wan.outbox import Outbox
-from minprfaas.transport.wan.outgoing import Frame, StreamRecord
 
 
 class LinkStream:
     """A SendStream, made by `Link.open`. One thread calls `put` and `finish`; any may call `abort`."""
 
-    def __init__(self, plan: StreamPlan, outbox: Outbox, chunk_bytes: int):
+    def __init__(self, plan: StreamPlan, outbox: Outbox, chunk_bytes: int, line: EmulatedLine | None):
         self.plan = plan
-        self._outbox = outbox
-        self._chunk_bytes = chunk_bytes
+        self._outbox, self._chunk_bytes, self._line = outbox, chunk_bytes, line
         self._put_log = PutLog(plan)
         self._record = StreamRecord(plan.stream_id)
         self._stalled_s = 0.0
@@ -30,34 +31,35 @@ class LinkStream:
         On a CPU the bytes are copied before this returns. On a GPU the copy to pinned memory runs on a side stream
         behind the work queued so far, and prefill goes on.
         """
-        entry = self._put_log.add(layer, start, end, data)
-        for piece, rows in self._cut(entry, start, data.view(-1)):
+        whole = self._put_log.add(layer, start, end, data)
+        for piece, part in self._cut(whole, data.view(-1)):
             self._stalled_s += self._outbox.wait_for_room(HEADER_BYTES + piece.nbytes, self._record)
             slot = Slot(piece.nbytes, pinned=data.is_cuda)
             ready = None
             if data.is_cuda:
-                ready = self._copy_beside_prefill(slot, rows)
+                ready = self._copy_beside_prefill(slot, part)
             else:
-                slot.payload.copy_(rows)
+                slot.payload.copy_(part)
             header = Header(Kind.CHUNK, stream=self.plan.stream_id, **vars(piece))
             self._outbox.send_chunk(Frame(header, slot, self._record, ready))
 
-    def _cut(self, entry: LayerPlan, start: int, data: torch.Tensor) -> Iterator[tuple[Piece, torch.Tensor]]:
+    def _cut(self, whole: Piece, data: torch.Tensor) -> Iterator[tuple[Piece, torch.Tensor]]:
         """Whole rows of token state, any bytes of request-level state; at most a chunk each."""
+        entry = self.plan.layers[whole.layer]
         at = 0
         while at < data.numel():
             # Asked anew for each chunk: the weather may have changed since the last.
-            line_limit = self._outbox.chunk_limit()
+            line_limit = None if self._line is None else self._line.chunk_limit(time.monotonic())
             limit = self._chunk_bytes if line_limit is None else min(self._chunk_bytes, line_limit)
             if entry.kind is StateKind.TOKEN:
                 limit = max(1, limit // entry.row_bytes) * entry.row_bytes
             part = data[at:at + limit]
             nbytes = part.numel()
             if entry.kind is StateKind.TOKEN:
-                first = start + at // entry.row_bytes
-                yield Piece(entry.layer, entry.group, first, first + nbytes // entry.row_bytes, nbytes), part
+                first = whole.start + at // entry.row_bytes
+                yield replace(whole, start=first, end=first + nbytes // entry.row_bytes, nbytes=nbytes), part
             else:
-                yield Piece(entry.layer, entry.group, self.plan.start, self.plan.end, nbytes, offset=at), part
+                yield replace(whole, nbytes=nbytes, offset=at), part
             at += nbytes
 
     def _copy_beside_prefill(self, slot: Slot, rows: torch.Tensor) -> torch.cuda.Event:

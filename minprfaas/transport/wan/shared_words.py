@@ -1,9 +1,9 @@
 """A few numbers that all threads and processes of one machine share, one at a time. Chapter 07.
 
-An emulated line belongs to two datacenters, not to one link, so its state lives outside every process: in a small mmapped
-file. `flock` guards it; the kernel lets go of a lock when its holder dies, however it dies. A second file, `PATH.users`,
-is locked (shared) by everyone who uses the first, so that the last one can remove both, and the first one knows that
-what it finds was left by somebody who was killed.
+An emulated line belongs to two datacenters, not to one link, so its state lives outside every process: in a small
+mmapped file. `flock` guards it; the kernel lets go of a lock when its holder dies, however it dies. A second file,
+`PATH.users`, is locked (shared) by everyone who uses the first, so that the last one can remove both, and the first
+one knows that what it finds was left by somebody who was killed.
 """
 
 import fcntl

@@ -12,15 +12,14 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 from minprfaas.config import LinkConfig
+from minprfaas.errors import one_line
 from minprfaas.observe.timeline import Timeline
 from minprfaas.transport.base import EventQueue, LinkDown, LinkLost, LinkRestored
-from minprfaas.transport.wan.frames import Kind, Slot
+from minprfaas.transport.wan.frames import Frame, Kind, Slot, control_frame
 from minprfaas.transport.wan.inbox import Inbox
 from minprfaas.transport.wan.lanes import Lane
 from minprfaas.transport.wan.line import EmulatedLine
-from minprfaas.transport.wan.one_line import one_line
 from minprfaas.transport.wan.outbox import Outbox
-from minprfaas.transport.wan.outgoing import Frame, control_frame
 from minprfaas.transport.wan.rendezvous import LANE_TIMEOUT_S, Meeting, Rendezvous
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,98 @@
+"""What every node does beside its role: say who it is and what it holds, and ship prefixes. Chapters 11 and 13; paper 3.4.3."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+from minprfaas.cluster import messages
+from minprfaas.cluster.kv_send import STREAMS_AT_ONCE
+from minprfaas.cluster.mail import FRONT, Mail
+from minprfaas.cluster.node import Happening, PeerLost, PeerReturned, peak_memory_bytes
+from minprfaas.cluster.prefix_shipping import PrefixShipping
+from minprfaas.config import Role
+from minprfaas.engine.engine import Engine
+
+TIMELINE_PART = 4096  # events a message
+
+
+class Upkeep:
+    """One part's. The front end's directory follows its cache through numbered news, and asks for an inventory when a
+    number is missing. `threads` are for streams; `transfer_deadline_s` is how long a prefix may be under way."""
+
+    def __init__(self, name: str, role: Role, engine: Engine, mail: Mail, transfer_deadline_s: float):
+        self.is_stopping = False  # the front end sends no more requests, or is gone
+        self.threads = ThreadPoolExecutor(STREAMS_AT_ONCE, thread_name_prefix=f"{name} send")
+        self.prefixes = PrefixShipping(name, engine.kvcache, mail, self.threads, engine.clock, transfer_deadline_s)
+        self._name, self._role, self._engine, self._mail, self._ledger = name, role, engine, mail, engine.kvcache.ledger
+        self._ledger.take_news()  # from now on there are some
+        self._sequence = 0  # of the last cache event told
+        self._sampled_at_s = 0.0
+
+    def hear(self, sender: str, message: messages.Message) -> None:
+        """Take a message that is not about the role."""
+        match message:
+            case messages.PrefixOrder():
+                self.prefixes.order(sender, message)
+            case messages.PrefixAbort(stream_id=stream_id):
+                self.prefixes.aborted(sender, stream_id)
+            case messages.SendInventory() if sender == FRONT:
+                self._tell_inventory()
+            case messages.Shutdown() if sender == FRONT:
+                self.is_stopping = True
+
+    def notice(self, happening: Happening) -> None:
+        """Take what has happened to a stream or to a peer."""
+        match happening:
+            case PeerLost(name=name):
+                self.prefixes.peer_lost(name)
+                self.is_stopping = self.is_stopping or name == FRONT  # there is nobody to work for
+            case PeerReturned(name=name):
+                if name == FRONT:
+                    self.is_stopping = False
+                    self.introduce()
+            case _:
+                self.prefixes.notice(happening)
+
+    def step(self) -> None:
+        """Look after the prefixes, tell the news."""
+        self.prefixes.step()
+        self.tell_news()
+
+    def close(self) -> None:
+        """End the sending threads; every stream must have ended."""
+        self.threads.shutdown()
+
+    def introduce(self) -> None:
+        """Say who is here. The front end then asks for an inventory."""
+        device, blocks = str(self._engine.model.device), self._ledger.num_blocks
+        self._tell(messages.NodeReady(self._role.value, device, blocks))
+
+    def say_goodbye(self) -> None:
+        """The last words: the timeline, and what this process took."""
+        events = self._engine.timeline.events() if self._engine.timeline else []
+        for first in range(0, len(events), TIMELINE_PART):
+            self._tell(messages.TimelinePart(events[first:first + TIMELINE_PART]))
+        self._tell(messages.Goodbye(peak_memory_bytes(self._engine.model.device)))
+
+    def tell_news(self) -> None:
+        """Cache events since the last time, and the newest sample of the links that carry KVCache away."""
+        news = self._ledger.take_news()
+        if news:
+            self._tell_cache(self._sequence + 1, news, inventory=False)
+            self._sequence += len(news)
+        # Where one process plays both PD roles, one of them tells of the links.
+        for link in self._mail.links if self._role is not Role.PDD else ():
+            samples = link.stats().samples
+            if samples and samples[-1].time_s > self._sampled_at_s:
+                self._sampled_at_s = samples[-1].time_s
+                self._tell(samples[-1])
+
+    def _tell_inventory(self) -> None:
+        """Everything that a prefill could begin with here. News that were not told yet are part of it."""
+        self._sequence += len(self._ledger.take_news())
+        self._tell_cache(self._sequence, self._ledger.inventory(), inventory=True)
+
+    def _tell_cache(self, sequence: int, entries: list, inventory: bool) -> None:
+        keys, tokens = [one.key.hex() for one in entries], [one.tokens for one in entries]
+        self._tell(messages.CacheNews(sequence, keys, tokens, inventory))
+
+    def _tell(self, message: messages.Message) -> None:
+        self._mail.send(self._name, FRONT, message)

@@ -1,0 +1,65 @@
+"""The messages of a node's upkeep: who is there, what it holds, prefixes that are shipped. Chapters 11 and 13; paper 3.4.3."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class NodeReady:
+    """Node -> front end: I play `role` and take work. Repeated whenever the front end is met anew."""
+
+    role: str
+    device: str
+    num_blocks: int
+
+
+@dataclass(frozen=True)
+class CacheNews:
+    """Node -> front end: prefixes that it can begin with (`tokens` at a `key`) or, where tokens are 0, no longer can.
+
+    `sequence` numbers the first of them. With `inventory` they are all that the node holds, as of `sequence`.
+    """
+
+    sequence: int
+    keys: list[str]
+    tokens: list[int]
+    inventory: bool
+
+
+@dataclass(frozen=True)
+class SendInventory:
+    """Front end -> node: news were lost; say what you hold."""
+
+
+@dataclass(frozen=True)
+class Shutdown:
+    """Front end -> node: no more requests; finish, say goodbye, end."""
+
+
+@dataclass(frozen=True)
+class TimelinePart:
+    """Node -> front end: some of its timeline's events."""
+
+    events: list[dict]
+
+
+@dataclass(frozen=True)
+class Goodbye:
+    """Node -> front end: the last message, with the process's peak memory."""
+
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class PrefixOrder:
+    """Prefill node -> any node: stream me the cached state of tokens [start, len(token_ids) - 1) as `stream_id`."""
+
+    stream_id: int
+    token_ids: list[int]
+    start: int
+
+
+@dataclass(frozen=True)
+class PrefixAbort:
+    """Either way: this prefix will not be sent, or is wanted no more."""
+
+    stream_id: int

@@ -1,0 +1,290 @@
+"""The joints of the cluster: messages, mail, the node's loop, the roles' deadlines, and who decides. Chapter 13."""
+
+import json
+import queue
+import threading
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+from cluster_support import DEADLINE_S, FAST, kill, nothing_in_use, serve, step_until, two_datacenters
+from control_support import RecordingControlPlane, replay
+from test_two_datacenters import GREEDY, prompts_of, reference, tokens
+
+from minprfaas import SamplingParams, UserError
+from minprfaas.cluster import messages
+from minprfaas.cluster.envelope import BadMessage, Envelope, decode, encode
+from minprfaas.cluster.front_end import FrontEnd
+from minprfaas.cluster.launch import link_identity
+from minprfaas.cluster.mail import FRONT, Mail
+from minprfaas.cluster.node import PeerLost
+from minprfaas.cluster.processes import control_settings, pd_process, prfaas_process
+from minprfaas.config import CacheConfig, LineConfig, LinkSample, Role
+from minprfaas.engine.engine import Engine
+from minprfaas.engine.request import Status
+from minprfaas.scheduling import control
+from minprfaas.scheduling.control import ControlPlane
+from minprfaas.scheduling.directory import CacheChanged
+from minprfaas.simulator.arrivals import from_trace
+from minprfaas.simulator.cluster import Setup, Simulation
+from minprfaas.simulator.trace import read_trace, write_conversations
+from minprfaas.scheduling.paper_case import paper_fleet
+from minprfaas.transport import Link, MessageReceived
+
+ORDER = messages.PrefillOrder("a", 7, [1, 2, 3], 0, 8, 0, "", 0, {"max_tokens": 3})
+
+
+# ---- messages and mail
+
+
+@pytest.mark.parametrize("message", [ORDER, messages.Shutdown(), LinkSample(1.0, 2.0, 0.5, 3.0),
+                                     messages.CacheNews(3, ["ab"], [64], True)])
+def test_a_message_comes_out_of_its_envelope_as_it_went_in(message):
+    envelope = Envelope("prfaas-0", "pd-0/pdd", message)
+    assert decode(json.loads(json.dumps(encode(envelope)))) == envelope
+
+
+@pytest.mark.parametrize("change", [
+    {"type": "Surprise"}, {"type": 3}, {"to": None}, {"fields": []}, {"more": 1},
+    {"fields": {**encode(Envelope("a", "b", ORDER))["fields"], "start": "0"}},
+    {"fields": {**encode(Envelope("a", "b", ORDER))["fields"], "start": True}},
+    {"fields": {**encode(Envelope("a", "b", ORDER))["fields"], "token_ids": [1, "2"]}},
+    {"fields": {**encode(Envelope("a", "b", ORDER))["fields"], "stream_id": 2**64}},
+    {"fields": {**encode(Envelope("a", "b", ORDER))["fields"], "unknown": 0}},
+    {"fields": {"id": "a"}}])
+def test_what_is_no_message_of_ours_is_refused(change):
+    with pytest.raises(BadMessage):
+        decode({**encode(Envelope("a", "b", ORDER)), **change})
+
+
+def test_a_peer_can_speak_for_its_own_parts_only():
+    with no_link() as (link, mail):
+        mail.add_local(FRONT)
+        mail.add_link(link, ["prfaas-0"])
+        said = {sender: encode(Envelope(FRONT, sender, messages.PrefillLost("a", "x", False)))
+                for sender in ("prfaas-0", "pd-0/pdd", FRONT)}
+        heard = {sender: mail.opened(MessageReceived(raw, link.name)) for sender, raw in said.items()}
+        assert heard["prfaas-0"] is not None and heard["pd-0/pdd"] is None and heard[FRONT] is None
+        assert mail.opened(MessageReceived(said["prfaas-0"], "another link")) is None
+
+
+class no_link:
+    """A link that was never connected, and an empty switchboard."""
+
+    def __enter__(self):
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5))
+        from transport_support import IDENTITY
+        self.link = Link("unconnected", store, 1, FAST, IDENTITY)
+        return self.link, Mail(queue.SimpleQueue())
+
+    def __exit__(self, *_):
+        self.link.close()
+
+
+# ---- the loop
+
+
+def test_a_step_drains_every_event_before_it_computes(hybrid):
+    with two_datacenters(*hybrid, threshold=100) as (local, _):
+        events = local.node.mail.events
+        for number in range(500):
+            raw = encode(Envelope(FRONT, "prfaas-0", messages.CacheNews(10**6 + number, ["ab"], [16], False)))
+            events.put(MessageReceived(raw, "test"))
+        local.front.submit("0", [1, 2, 3], GREEDY)
+        local.node.step()
+        assert events.empty(), "the queue cannot outgrow the loop"
+        step_until(local, lambda: not local.front.has_work)
+
+
+def test_a_line_that_stands_still_holds_no_forward_pass_up(hybrid):
+    (long,) = prompts_of(480)
+    crawl = LineConfig(gbps=2e-5)
+    with two_datacenters(*hybrid, threshold=100, line=crawl, deadline_s=2.0) as (local, remote):
+        journey = local.front.submit("0", long, GREEDY)
+        held_early = []
+
+        def prefilled():
+            prefill = remote.prefill.prefills.get("0")
+            if prefill is not None and prefill.request.status is Status.HELD:
+                held_early.append(not prefill.stream.outcome.done())
+            return bool(held_early)
+
+        step_until(local, prefilled)
+        assert held_early[0] and journey.received_bytes < journey.expected_bytes or journey.expected_bytes == 0
+        step_until(local, lambda: not local.front.has_work)
+    assert "deadline" in journey.fallback
+    assert tokens([journey]) == reference(*hybrid, [long], GREEDY)
+
+
+def test_one_lost_peer_ends_its_own_streams_only(hybrid):
+    """Two PrfaaS nodes with a link each; one dies while both send."""
+    model, tokenizer = hybrid
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=DEADLINE_S))
+    engines = [Engine(model, tokenizer, CacheConfig(200, 16), 48) for _ in range(4)]
+    identity, events = link_identity(model, engines[0].layout), queue.SimpleQueue()
+    names, ends, remotes, threads = ("prfaas-0", "prfaas-1"), {}, {}, []
+    for name, engine in zip(names, engines):
+        own = queue.SimpleQueue()
+        far_end = Link(f"to {name}", store, 0, FAST, identity, events=own)
+        ends[name] = Link(f"to {name}", store, 1, FAST, identity, events=events)
+        remotes[name] = prfaas_process(engine, far_end, own, DEADLINE_S, name=name)
+
+        def run(remote=remotes[name], link=far_end):
+            link.connect(DEADLINE_S)
+            remote.serve()
+
+        threads.append(threading.Thread(target=run, daemon=True))
+        threads[-1].start()
+        ends[name].connect(DEADLINE_S)
+    plane = ControlPlane(control_settings(100, None, engines[0].layout))
+    local = pd_process(engines[2], engines[3], ends, events, plane, DEADLINE_S)
+    step_until(local, lambda: {*names} <= {*local.front.ready})
+    write = engines[3].kvcache.pool.write_bytes
+
+    def die_at_the_first_bytes(layer, table, start, end, data):
+        write(layer, table, start, end, data)
+        if threading.current_thread().name.startswith("to prfaas-0"):
+            kill(remotes["prfaas-0"].link)
+
+    engines[3].kvcache.pool.write_bytes = die_at_the_first_bytes
+    prompts = prompts_of(300, 310, 320, 330)
+    journeys = serve(local, prompts, GREEDY)
+    asked = {journey.decision.node for journey in journeys}
+    local.shut_down(DEADLINE_S)
+    for thread in threads:
+        thread.join(DEADLINE_S)
+        assert not thread.is_alive()
+    for link in (*ends.values(), *(remote.link for remote in remotes.values())):
+        link.close()
+    assert tokens(journeys) == reference(model, tokenizer, prompts, GREEDY)
+    assert asked == {"prfaas-1"}, "what the dead node had was given to the one that lives"
+    assert any(journey.avoid for journey in journeys) and not all(journey.avoid for journey in journeys)
+    assert all(journey.kv_bytes > 0 for journey in journeys)
+    for engine in engines:
+        engine.kvcache.check()
+
+
+# ---- deadlines and errors
+
+
+def test_a_request_that_finds_no_room_in_time_ends_in_a_named_error(hybrid):
+    long, other = prompts_of(300, 290)
+    many = SamplingParams(max_tokens=200, ignore_eos=True)
+    with two_datacenters(*hybrid, threshold=1000, pool_b=36, room_deadline_s=0.0) as (local, _):
+        first = local.front.submit("first", long, many)
+        step_until(local, lambda: "first" in local.decode.servings and local.decode.servings["first"].kv is not None)
+        late = local.front.submit("late", other, many)
+        step_until(local, lambda: late.is_finished)
+        assert late.error.kind == "no_room" and "KVCache pool" in str(late.error)
+        step_until(local, lambda: not local.front.has_work)
+        step_until(local, lambda: nothing_in_use(local))
+    assert first.error is None and len(first.output_ids) == 200
+
+
+def test_a_prompt_that_the_decode_node_can_never_hold_ends_in_a_named_error(hybrid):
+    with two_datacenters(*hybrid, threshold=1000, pool_b=12) as (local, _):
+        journey = local.front.submit("0", prompts_of(300)[0], GREEDY)
+        step_until(local, lambda: not local.front.has_work)
+    assert journey.error.kind == "too_long" and "pool" in str(journey.error)
+
+
+def test_the_loss_of_the_node_that_decodes_ends_its_requests_in_a_named_error(hybrid):
+    with two_datacenters(*hybrid, threshold=100) as (local, _):
+        journey = local.front.submit("0", prompts_of(300)[0], GREEDY)
+        local.front.step()
+        local.front.notice(PeerLost("pd-0/pdd", "link lost: test"))
+        assert journey.error.kind == "node_lost" and not local.front.has_work
+        local.front.ready["pd-0/pdd"] = messages.NodeReady("pdd", "cpu", 1)  # as it is: for the shutdown
+        step_until(local, lambda: not local.decode.has_work)
+
+
+def test_the_parts_of_the_time_to_the_first_token_add_up_to_it(hybrid):
+    with two_datacenters(*hybrid, threshold=100, line=LineConfig(gbps=0.01, rtt_ms=10)) as (local, _):
+        journeys = serve(local, prompts_of(300, 20), GREEDY)
+    for journey in journeys:
+        parts = (journey.route_s, journey.queue_s, journey.prefill_s, journey.transfer_exposed_s, journey.admit_s)
+        assert sum(parts) == pytest.approx(journey.ttft_s) and min(parts) >= 0, parts
+
+
+def test_an_answer_that_the_pool_cuts_short_says_so(hybrid):
+    with two_datacenters(*hybrid, threshold=1000, pool_b=25) as (local, _):
+        (journey,) = serve(local, prompts_of(300), SamplingParams(max_tokens=200, ignore_eos=True))
+    assert (journey.finish_reason, journey.length_limit) == ("length", "pool") and len(journey.output_ids) < 200
+
+
+def test_an_id_is_used_once_and_a_prompt_has_a_token(hybrid):
+    with two_datacenters(*hybrid, threshold=100) as (local, _):
+        with pytest.raises(UserError, match="empty prompt"):
+            local.front.submit("0", [], GREEDY)
+
+
+# ---- who decides: the same plane, whoever drives it
+
+
+def test_the_front_end_and_the_simulator_get_the_same_decisions_for_the_same_inputs(tmp_path):
+    """20 requests, weather, a failure. The simulator's inputs reach a live front end as messages and submissions."""
+    write_conversations(tmp_path / "trace.jsonl", 20, rate_rps=2.0, seed=3)
+    fleet = paper_fleet()
+    setup = Setup(fleet, 3, 19_400.0, cache_blocks=500, weather=((2.0, 1.0), (6.0, 100.0)),
+                  failures=(("prfaas0", 3.0, 8.0),))
+    simulated = RecordingControlPlane(setup.control_settings())
+    Simulation(setup, from_trace(read_trace(tmp_path / "trace.jsonl")), control=simulated).run()
+
+    now_s = [0.0]
+    live = RecordingControlPlane(setup.control_settings())
+    keys_of: dict[int, tuple] = {}
+    front = FrontEnd(live, Mail(queue.SimpleQueue()), lambda token_ids: keys_of[token_ids[0]], 512, 60.0,
+                     lambda: now_s[0])
+    ids = {}
+    for call in simulated.calls:
+        now_s[0] = call.now_s
+        drive(front, call, ids, keys_of)
+    asked = [call for call in simulated.calls if call.method == "route"]
+    answered = [call for call in live.calls if call.method == "route"]
+    assert len(asked) >= 20 and len(answered) == len(asked)
+    assert [call.answer for call in answered] == [call.answer for call in asked]
+    assert any(isinstance(call.ask, control.NodeLeft) for call in live.calls)
+    assert replay(simulated.calls, setup.control_settings()) == simulated.calls
+
+
+class _Key(str):
+    """A simulated block's key with the one method of bytes that the front end calls."""
+
+    def hex(self):
+        return self
+
+
+def drive(front, call, ids, keys_of):
+    """One input of a simulated plane, as the live front end gets it: from a node's message, a lost peer, a client."""
+    decode_node = {id: journey.decision.decode_node for id, journey in front.journeys.items() if journey.decision}
+    match call.ask:
+        case None:
+            front.step()
+        case control.NodeJoined(node, role):
+            front.hear(node, messages.NodeReady(role.value, "simulated", 1))
+        case control.NodeLeft(node):
+            front.notice(PeerLost(node, "it failed"))
+        case CacheChanged(node, sequence, entries, inventory):
+            front.hear(node, messages.CacheNews(
+                sequence, [str(key) for key, _ in entries], [tokens for _, tokens in entries], inventory))
+        case control.LinkMeasured(node, sample):
+            front.hear(node, sample)
+        case control.PrefillEnded(id, uncached, seconds):
+            front.hear(decode_node[ids[id]], messages.Prefilled(ids[id], uncached, seconds, 0))
+        case control.DecodeStarted(id):
+            front.hear(decode_node[ids[id]], messages.Started(ids[id], 0, 0, 0.0, 0.0, 0.0, 0.0))
+        case control.RequestEnded(id, output_tokens):
+            for _ in range(output_tokens - 1):
+                front.hear(decode_node[ids[id]], messages.TokenDrawn(ids[id], 1, "", "", ""))
+            front.hear(decode_node[ids[id]], messages.TokenDrawn(ids[id], 1, "", "length", "max_tokens"))
+        case _ if call.method == "route":
+            request = call.ask
+            if request.id in ids:  # again, after a failure
+                journey = front.journeys[ids[request.id]]
+                front.hear(journey.decision.decode_node, messages.PrefillLost(journey.id, "its node failed", False))
+                return
+            ids[request.id] = f"r{len(ids)}"
+            number = len(ids)
+            keys_of[number] = [_Key(str(key)) for key in request.keys]
+            front.submit(ids[request.id], [number] * request.prompt_tokens, GREEDY)
+            front.step()
