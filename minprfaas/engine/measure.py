@@ -19,7 +19,8 @@ from minprfaas.model.transformer import Transformer
 def measure_prefill(model: Transformer, tokenizer: Tokenizer, lengths: list[int], repeats: int,
                     prefill_chunk: int) -> list[tuple[int, int, float]]:
     """(tokens, KVCache bytes S_kv, median prefill seconds T_prefill) for each length; nothing is cached between."""
-    engine, points = _engine(model, tokenizer, [max(lengths)], prefill_chunk, max_batch=1), []
+    engine = _engine(model, tokenizer, [max(lengths)], prefill_chunk, max_batch=1)
+    points = []
     with tqdm(total=len(lengths) * (repeats + 1), desc="prefill", unit="run", disable=None, leave=False) as bar:
         for tokens in lengths:
             seconds = []
