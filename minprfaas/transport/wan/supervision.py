@@ -53,7 +53,7 @@ class Supervisor:
         self._thread.start()
 
     def close(self) -> None:
-        """Say goodbye and end."""
+        """Say goodbye and end. Harmless twice."""
         self._closing.set()
         if self._thread is not None and self._lanes:
             rtt_s = self._line.config.rtt_ms / 1e3 if self._line is not None else 0.0
@@ -78,8 +78,6 @@ class Supervisor:
                 self._begin_epoch(self._rendezvous.meet(until, self._closing, bear_refusals=True))
             except Exception as error:  # whatever it is: nobody else would tell the owner that the link is gone
                 return self._lose(one_line(error))
-
-    # An epoch
 
     def _begin_epoch(self, meeting: Meeting) -> None:
         returned = self._peer is not None
@@ -154,8 +152,6 @@ class Supervisor:
         self._outbox.close(reason)
         self._inbox.streams.fail_all(reason)
         self._events.put(LinkLost(reason, self._name))
-
-    # What lanes report
 
     def _sent(self, lane: Lane, frame: Frame, began: float) -> None:
         if self._timeline is not None and frame.header.kind == Kind.CHUNK:
