@@ -63,11 +63,9 @@ class LinkIdentity:
 
 
 def shake_hands(lane: Lane, terms: str, incarnation: bytes, identity: LinkIdentity) -> bytes:
-    """Authenticate one lane and give it its codec; returns the peer's incarnation.
+    """Authenticate one lane and give it its codec; returns the peer's incarnation (8 bytes, new with each process).
 
-    `terms` is what both sides must mean by this lane (link, epoch, sizes); `incarnation` (8 bytes) is new with each
-    process. Raises LinkRefused when either side refuses, LinkDown when the lane breaks or its deadline passes.
-    """
+    `terms`: what both sides must mean by this lane. Raises LinkRefused, or LinkDown when the lane breaks or is late."""
     key, peer_rank = identity.secret or b"", 1 - lane.rank
     body = f"version {VERSION}, {terms}".encode()
     hello = _GREETING + incarnation + secrets.token_bytes(NONCE_BYTES) + body
