@@ -1,8 +1,7 @@
 """Transport as everybody else sees it: stream plans, events, errors, and the two protocols. Chapters 07, 08; paper 3.3.
 
-KV moves in *streams*. Both ends hold a plan before a byte moves, so a receiver checks everything that arrives against
-what it asked for: it calls `expect(plan, sink)`. Who sends calls `open(plan)` and then `put` for each layer as prefill
-finishes it (layer-wise pipelining). What happens meanwhile is told in a queue of events. Read `loopback` next.
+KV moves in *streams*. Both ends hold a plan before a byte moves: who receives calls `expect(plan, sink)`, who sends
+`open(plan)` and then `put` for each layer as prefill finishes it. What happens meanwhile is told in a queue of events.
 """
 
 import queue
@@ -40,12 +39,9 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """Tokens `[start, end)` of the layers in `entries` cross; request-level layers cross once, as of `end`.
+    """Tokens `[start, end)` of the layers in `entries` cross; request-level layers cross once, as of `end`."""
 
-    `stream_id` is unique among all streams that a receiving process expects, whichever transport brings them.
-    """
-
-    stream_id: int
+    stream_id: int  # unique among all that a receiving process expects, whichever transport brings them
     entries: tuple[LayerPlan, ...]
     start: int
     end: int
@@ -154,10 +150,8 @@ class SendStream(Protocol):
     def put(self, layer: int, start: int, end: int, data: torch.Tensor) -> None:
         """Send tokens `[start, end)` of a layer; for request-level state, `end` is the plan's and `start` is ignored.
 
-        `data` is contiguous uint8 of the plan's size and may be reused when this returns. It may block for room, so it
-        is called from a thread that may wait, never from the model's. Raises ValueError for what is not in the plan or
-        was put before, StreamAborted, LinkDown.
-        """
+        `data` is contiguous uint8 of the plan's size and may be reused when this returns. May block for room: never
+        call it from the model's thread. Raises ValueError (not in the plan, or put before), StreamAborted, LinkDown."""
 
     def finish(self, deadline_s: float) -> StreamReport:
         """Wait until the receiver has written everything. Raises TimeoutError, StreamAborted, LinkDown, or ValueError

@@ -64,7 +64,7 @@ class Coverage:
 
 
 class PlanCoverage:
-    """Which parts of a plan are there: `layers` tells it in tokens for token state, in bytes for request-level state."""
+    """Which parts of a plan are there: `layers` has tokens of token state, bytes of request-level state."""
 
     def __init__(self, plan: StreamPlan):
         self._plan = plan
@@ -79,10 +79,10 @@ class PlanCoverage:
         if entry.kind is StateKind.TOKEN:
             if piece.offset or piece.nbytes != (piece.end - piece.start) * entry.row_bytes:
                 raise ValueError(f"{piece.nbytes} bytes for [{piece.start}, {piece.end}) of {entry.row_bytes} each")
-            self.layers[piece.layer].add(piece.start, piece.end)
-            return
+            return self.layers[piece.layer].add(piece.start, piece.end)
         if (piece.start, piece.end) != (plan.start, plan.end):
-            raise ValueError(f"layer {piece.layer}: request-level state crosses as of token {plan.end}, not {piece.end}")
+            raise ValueError(f"layer {entry.layer}: request-level state crosses as of token {plan.end}, "
+                             f"not {piece.end}")
         self.layers[piece.layer].add(piece.offset, piece.offset + piece.nbytes)
 
     @property
@@ -167,8 +167,7 @@ class IncomingStream:
 
     def _write(self, entry: LayerPlan, piece: Piece, data: torch.Tensor) -> None:
         if entry.kind is StateKind.TOKEN:
-            self._sink(entry.layer, piece.start, piece.end, data)
-            return
+            return self._sink(entry.layer, piece.start, piece.end, data)
         whole = data
         if piece.nbytes < entry.row_bytes:
             if entry.layer not in self._assembling:
@@ -236,8 +235,6 @@ class ExpectedStreams:
         if not complete:
             return
         with self._lock:  # whoever takes it out speaks of its end: `forget` may have been faster
-            ends_here = self._streams.get(stream_id) is stream
-            if ends_here:
+            if self._streams.get(stream_id) is stream:
                 del self._streams[stream_id]
-        if ends_here:
-            self._events.put(StreamDone(stream_id, stream.report()))
+                self._events.put(StreamDone(stream_id, stream.report()))

@@ -1,11 +1,8 @@
 """Where a link's lanes listen: on loopback unless told otherwise. Chapter 07; the paper does not discuss it.
 
-A Gloo port answers whoever reaches it (see `handshake`), so it is opened where the peer is, and nowhere else:
-
-1. `MINPRFAAS_BIND` names an address or a host name of this machine;
-2. else `GLOO_SOCKET_IFNAME` names an interface, as for every program that uses Gloo;
-3. else the store says where the peer is. A store on loopback: the peer is on this machine, and so is the port.
-   A store elsewhere: the address from which this machine reaches it.
+A Gloo port answers whoever reaches it (see `handshake`), so it is opened where the peer is, and nowhere else: on the
+address or host name in `MINPRFAAS_BIND`; else on the interface in `GLOO_SOCKET_IFNAME`, as for every program that uses
+Gloo; else on loopback if the store is on this machine, and on the address from which this machine reaches it if not.
 """
 
 import os
@@ -39,28 +36,28 @@ LOOPBACK = Binding("127.0.0.1")
 
 
 def choose_binding(store: dist.Store) -> Binding:
-    """Where to listen for a peer that meets this process at `store`. Raises UserError when what was asked for is not
-    there: at once, not when the peer's patience is over."""
+    """Where to listen for a peer that meets this process at `store`. Raises UserError when that is not there: at once,
+    not when the peer's patience is over."""
     address, interface = os.environ.get("MINPRFAAS_BIND"), os.environ.get("GLOO_SOCKET_IFNAME")
     if address:
         binding = Binding(hostname=address, source="MINPRFAAS_BIND")
     elif interface:
         binding = Binding(interface=interface, source="GLOO_SOCKET_IFNAME")
     else:
-        binding = Binding(_address_towards(store))
+        binding = _binding_towards(store)
     binding.gloo_device()
     return binding
 
 
-def _address_towards(store: dist.Store) -> str:
+def _binding_towards(store: dist.Store) -> Binding:
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
     if not isinstance(store, dist.TCPStore):
-        return LOOPBACK.hostname  # a store in a file or in memory: of one machine
+        return LOOPBACK  # a store in a file or in memory: of one machine
     try:
         family, kind, _, _, where = socket.getaddrinfo(store.host, store.port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
             probe.connect(where)  # of datagrams: nothing is sent, the kernel only chooses a route
-            return probe.getsockname()[0]
+            return Binding(probe.getsockname()[0])
     except OSError as error:
         raise UserError(f"no way leads from here to the store at {store.host!r}: {error}") from None

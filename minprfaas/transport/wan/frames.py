@@ -1,9 +1,8 @@
 """Frames: a fixed header and raw bytes, no pickle; parsed as if an enemy had written them. Chapter 07, paper 3.3.
 
-The header carries two digests. Its own tag covers every other field, so a header that parses is one that the peer
-wrote; `payload_digest` covers the bytes behind it, so damaged bytes can be named by sequence number and asked for
-again. With a session key (see `handshake.py`) both are truncated HMAC-SHA256; without one they are checksums, which
-find accidents and stop nobody.
+The header's tag covers every other field, so a header that parses is one that the peer wrote; `payload_digest` covers
+the bytes behind it, so damaged bytes can be named by sequence number and asked for again. With a session key (see
+`handshake.py`) both are truncated HMAC-SHA256; without one they are checksums, which find accidents and stop nobody.
 """
 
 import ctypes
@@ -96,9 +95,9 @@ class StreamRecord:
 class Frame:
     """One frame on its way out. `ready` is a CUDA event to wait for before the bytes are there."""
 
-    def __init__(self, header: Header, slot: Slot, stream: StreamRecord | None = None,
-                 ready: torch.cuda.Event | None = None):
-        self.header, self.slot, self.stream, self.ready = header, slot, stream, ready
+    def __init__(self, header: Header, slot: Slot, stream: StreamRecord | None = None):
+        self.header, self.slot, self.stream = header, slot, stream
+        self.ready: torch.cuda.Event | None = None
         self.queued_at = self.sent_at = 0.0
 
     @property
@@ -118,9 +117,7 @@ class Codec:
     """Seals and opens the frames of one lane in one epoch. Keys are per direction; None means CRC-32."""
 
     def __init__(self, payload_limit: int, send_key: bytes | None = None, receive_key: bytes | None = None):
-        self.payload_limit = payload_limit
-        self._send_key = send_key
-        self._receive_key = receive_key
+        self.payload_limit, self._send_key, self._receive_key = payload_limit, send_key, receive_key
 
     def seal(self, header: Header, view: memoryview) -> None:
         """Write `header` in front of the payload that `view` already holds, with both digests."""

@@ -1,22 +1,19 @@
 """The handshake: who is there, and do both sides mean the same bytes? Chapter 07; trust is not discussed in the paper.
 
-On every lane, before any KV: both sides say hello with a fresh nonce, prove that they hold the shared secret by an
-HMAC-SHA256 over everything said so far and their own role, then compare identities, then tell the verdict. A side that
-refuses logs why; its peer learns only that it was refused. From the secret and the nonces come the session keys that
-seal the frames, so a recorded handshake or frame is worth nothing later.
+On every lane, before any KV: both sides say hello with a fresh nonce, prove by an HMAC-SHA256 over everything said so
+far and their own role that they hold the shared secret, compare identities, and tell the verdict. A side that refuses
+logs why; its peer learns only that it was refused. From the secret and the nonces come the session keys that seal the
+frames, so a recorded handshake or frame is worth nothing later.
 
-What this does not give: confidentiality (the KVCache crosses in the clear), and protection of the machinery below the
-frames. A stranger who reaches the ports needs no secret to do this:
+The KVCache crosses in the clear, and a stranger who reaches the ports needs no secret for this:
 
 - The store's port (`TCPStore`) answers anybody: read, change and delete keys, so keep the two ends from meeting.
 - A lane's port (Gloo) takes any connection before a hello can be asked for. A message longer than the receive that
-  waits for it ends the process, and so does a flood of connections ("accept: Too many open files"): both in C++, where
-  no Python can catch it. That is why ports listen on loopback unless told otherwise (`binding`).
+  waits for it ends the process, and so does a flood of connections: both in C++, where no Python can catch it.
 - Without a secret, whoever shakes hands is the peer: it can write into blocks what it likes.
 
-Gloo cannot be hardened against this (its TLS, GLOO_DEVICE_TRANSPORT=TCP_TLS, is not in the wheels of torch 2.13:
-"unsupported gloo device"). Between machines the way out is a private line: both ports inside WireGuard, or a network
-that nobody else reaches, and a firewall that says so.
+So ports listen on loopback unless told otherwise (`binding`). Gloo's TLS is not in the wheels of torch 2.13; between
+machines the way out is a private line: both ports inside WireGuard, or a network that nobody else reaches.
 """
 
 import hashlib
@@ -66,11 +63,9 @@ class LinkIdentity:
 
 
 def shake_hands(lane: Lane, terms: str, incarnation: bytes, identity: LinkIdentity) -> bytes:
-    """Authenticate one lane and give it its codec; returns the peer's incarnation.
+    """Authenticate one lane and give it its codec; returns the peer's incarnation (8 bytes, new with each process).
 
-    `terms` is what both sides must mean by this lane (link, epoch, sizes); `incarnation` (8 bytes) is new with each
-    process. Raises LinkRefused when either side refuses, LinkDown when the lane breaks or its deadline passes.
-    """
+    `terms`: what both sides must mean by this lane. Raises LinkRefused, or LinkDown when the lane breaks or is late."""
     key, peer_rank = identity.secret or b"", 1 - lane.rank
     body = f"version {VERSION}, {terms}".encode()
     hello = _GREETING + incarnation + secrets.token_bytes(NONCE_BYTES) + body

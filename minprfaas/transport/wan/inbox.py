@@ -9,43 +9,6 @@ from minprfaas.transport.wan.outbox import Outbox
 from minprfaas.transport.wan.parts import PartsIn
 
 
-class Received:
-    """Which sequence numbers were taken: all below a floor, and a few above it."""
-
-    def __init__(self) -> None:
-        self._floor = 1
-        self._done: set[int] = set()
-        self._busy: set[int] = set()
-
-    def claim(self, seq: int) -> str:
-        """'new' (the caller now handles it, then calls `done` or `release`), 'busy' or 'done'."""
-        if seq < self._floor or seq in self._done:
-            return "done"
-        if seq in self._busy:
-            return "busy"
-        self._busy.add(seq)
-        return "new"
-
-    def release(self, seq: int) -> None:
-        """It was not taken after all, and may come again."""
-        self._busy.discard(seq)
-
-    def done(self, seq: int) -> None:
-        """It is taken."""
-        self._busy.discard(seq)
-        self._done.add(seq)
-        self.settle_below(self._floor)
-
-    def settle_below(self, seq: int) -> None:
-        """The sender needs no answer to anything below `seq` (dropped streams leave holes)."""
-        if seq > self._floor:
-            self._floor = seq
-            self._done = {number for number in self._done if number >= seq}
-        while self._floor in self._done:
-            self._done.remove(self._floor)
-            self._floor += 1
-
-
 class Inbox:
     """The receiving side of a link. Called by every lane's receiving thread; it outlives epochs."""
 
@@ -58,7 +21,9 @@ class Inbox:
     def forget_peer(self) -> None:
         """The peer is a new process: its numbers begin again."""
         with self._lock:
-            self._received = Received()
+            self._taken_below = 1  # every sequence number below it is taken, and those in `_taken`
+            self._taken: set[int] = set()
+            self._busy: set[int] = set()  # some lane's thread is at it
             self._parts = PartsIn()
 
     def handle(self, header: Header, slot: Slot, codec: Codec) -> None:
@@ -77,45 +42,59 @@ class Inbox:
             self._outbox.settle([header.seq], written=False)
         elif header.kind == Kind.HEARTBEAT:
             with self._lock:
-                self._received.settle_below(header.seq)
-        elif self._claim(header):
+                self._settle_below(header.seq)
+        elif self._claim(header.seq):
             if header.kind == Kind.ABORT:
                 self.streams.fail(header.stream, "aborted by the sender")
             else:
                 self._take_part(header, bytes(payload))
-            self._done(header)
-
-    def _claim(self, header: Header) -> bool:
-        """Is this frame new? One that was taken before is acknowledged again: its acknowledgement may be lost."""
-        with self._lock:
-            state = self._received.claim(header.seq)
-        if state == "done":
-            self._outbox.acknowledge(header.seq)
-        return state == "new"
-
-    def _done(self, header: Header) -> None:
-        with self._lock:
-            self._received.done(header.seq)
-        self._outbox.acknowledge(header.seq)
-
-    def _decline(self, header: Header, kind: Kind) -> None:
-        """The chunk was not taken: DAMAGED asks for it again, REFUSE ends its stream."""
-        with self._lock:
-            self._received.release(header.seq)
-        self._outbox.send_control(kind, header.seq)
+            self._done(header.seq)
 
     def _take_chunk(self, header: Header, slot: Slot, intact: bool) -> None:
-        if not self._claim(header):
+        if not self._claim(header.seq):
             return
         if not intact:
-            return self._decline(header, Kind.DAMAGED)
+            return self._decline(header.seq, Kind.DAMAGED)
         try:
             self.streams.take(header.stream, header.piece, slot.payload[:header.nbytes])
         except StreamAborted:
-            return self._decline(header, Kind.REFUSE)
-        self._done(header)
+            return self._decline(header.seq, Kind.REFUSE)
+        self._done(header.seq)
 
     def _take_part(self, header: Header, payload: bytes) -> None:
         with self._lock:  # also while events are put: two lanes must not swap two messages
             for message in self._parts.add(header.stream, header.start, payload):
                 self._events.put(MessageReceived(message, self._name))
+
+    def _claim(self, seq: int) -> bool:
+        """Whether this frame is new. One that was taken before is acknowledged again: that may have been lost."""
+        with self._lock:
+            is_taken = seq < self._taken_below or seq in self._taken
+            is_new = not is_taken and seq not in self._busy
+            if is_new:
+                self._busy.add(seq)
+        if is_taken:
+            self._outbox.acknowledge(seq)
+        return is_new
+
+    def _done(self, seq: int) -> None:
+        with self._lock:
+            self._busy.discard(seq)
+            self._taken.add(seq)
+            self._settle_below(self._taken_below)
+        self._outbox.acknowledge(seq)
+
+    def _decline(self, seq: int, kind: Kind) -> None:
+        """The chunk was not taken, and may come again: DAMAGED asks for it, REFUSE ends its stream."""
+        with self._lock:
+            self._busy.discard(seq)
+        self._outbox.send_control(kind, seq)
+
+    def _settle_below(self, seq: int) -> None:
+        """The sender needs no answer to anything below `seq` (dropped streams leave holes)."""
+        if seq > self._taken_below:
+            self._taken_below = seq
+            self._taken = {number for number in self._taken if number >= seq}
+        while self._taken_below in self._taken:
+            self._taken.remove(self._taken_below)
+            self._taken_below += 1

@@ -1,11 +1,10 @@
 """One lane: a Gloo process group of two, and what was learned about how it breaks. Chapter 07, paper 3.3.
 
-- A receive may be posted with more room than the message needs; a message longer than the room ends the *process*
-  (Gloo's own check). Both ends therefore agree on one slot size before any frame crosses, and never send more.
+- A message longer than the receive that waits for it ends the *process* (Gloo's own check). Both ends therefore agree
+  on one slot size before any frame crosses, and never send more.
 - A send completes only once the other side has posted its receive, so receives are posted ahead.
-- A peer that dies fails every pending operation at once. No call ends one's own pending receive: `abort()` and
-  `shutdown()` leave it waiting. An operation whose deadline passes does, because Gloo then closes the connection under
-  all others; `cut` uses that.
+- A peer that dies fails every pending operation at once. No call ends one's own pending receive, but an operation whose
+  deadline passes does: Gloo then closes the connection under all others. `cut` uses that.
 - A send whose `Work` is dropped before it is done never arrives, and silences the lane.
 """
 
@@ -35,12 +34,10 @@ class Lane:
     def __init__(self, store: dist.Store, index: int, rank: int, payload_limit: int, timeout_s: float,
                  binding: Binding = LOOPBACK):
         """Connect; blocks until the peer does the same. Raises LinkDown."""
-        self.index = index
-        self.rank = rank
+        self.index, self.rank, self._peer = index, rank, 1 - rank
         self.codec = Codec(payload_limit)
         self.waiting_since: float | None = None  # since when nothing has arrived; None while a frame is handled
         self._timeout = timedelta(seconds=timeout_s)
-        self._peer = 1 - rank
         options = dist.ProcessGroupGloo._Options()
         options._timeout = self._timeout
         try:

@@ -1,8 +1,8 @@
 """Emulated weather: bandwidth, round-trip time and stalls that a laptop can impose on itself. Chapter 07, paper 3.3.
 
-The sender imposes them, each side on its own direction: a frame leaves the queue when the emulated line is free, and is
-handed to Gloo when its last bit would have arrived, half a round-trip time later. A line belongs to two datacenters,
-not to a link: every link that is given the same line, in this process or (by a `share`) in others, shares its rate.
+The sender imposes them: a frame leaves the queue when the emulated line is free, and is handed to Gloo when its last bit
+would have arrived, half a round-trip time later. A line belongs to two datacenters, not to a link: every link that is
+given the same line, in this process or (by a `share`) in others, shares its rate.
 """
 
 import zlib
@@ -34,8 +34,7 @@ class _Sky:
 
 
 class EmulatedLine:
-    """One direction between two datacenters. Time is an argument (seconds of `time.monotonic()`, which all processes of
-    a machine share; any steady clock without a `share`), so tests need no sleep.
+    """One direction between two datacenters. Time is an argument: seconds of `time.monotonic()`, one for all processes.
 
     Two schedules bound a frame's start. The *ideal* line begins it when the line is free and the frame is there, and so
     carries exactly the rate over a busy period however unpunctual the machine is. The *paced* line never runs more
@@ -43,8 +42,8 @@ class EmulatedLine:
     """
 
     def __init__(self, config: LineConfig, share: Path | None = None):
-        """`share` names a file for the line's few words; lines of the same file are one line. It disappears with its
-        last user. Raises UserError when the file is in use for a line of another configuration."""
+        """Lines of the same file `share` are one line; it disappears with its last user. Raises UserError when it is in
+        use for a line of another configuration."""
         self.config = config
         self._skies = _forecast(config)
         self._begun_at: float | None = None  # known once it is; it never changes
@@ -72,11 +71,8 @@ class EmulatedLine:
             return max(words[_FREE_AT], words[_PACED_AT], self._stalled_until(now), queued_at)
 
     def carry(self, nbytes: int, queued_at: float, now: float) -> float:
-        """Occupy the line with a frame; returns when its last bit arrives at the far end.
-
-        Between `start_of` and this, another user may have taken the line. Then the frame goes behind that one's: the
-        words change in one step, so the rate holds whoever comes first.
-        """
+        """Occupy the line with a frame; returns when its last bit arrives at the far end. If another user has taken the
+        line since `start_of`, the frame goes behind that one's: the rate holds whoever comes first."""
         sky = self._sky(now)
         with self._words as words:
             # What a stall cost is not caught up, nor what nobody wanted to send, nor a lag of more than a second.

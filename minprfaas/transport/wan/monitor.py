@@ -1,7 +1,4 @@
-"""Congestion signals of one link, in a small ring for the scheduler and the timeline. Chapter 07, paper 3.4.3.
-
-Pure arithmetic: time is an argument (`time.monotonic()` seconds), and the caller holds the lock.
-"""
+"""Congestion signals of one link: pure arithmetic, the caller has the lock and the clock. Chapter 07, paper 3.4.3."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -60,8 +57,8 @@ class Monitor:
             self._busy_since = None
 
     def tick(self, now: float, rate_bytes_per_s: float | None) -> LinkSample | None:
-        """Call often; returns the new sample when one was due. Utilization is of the emulated rate if there is one,
-        else the share of the time in which bytes were in flight."""
+        """Call often; returns the new sample when one was due. Utilization: of the emulated rate if there is one, else
+        the share of the time in which bytes were in flight."""
         elapsed = now - self._sampled_at
         if elapsed < SAMPLE_EVERY_S:
             return None

@@ -32,8 +32,6 @@ class Outbox:
         self._epoch = 0
         self._closed: str | None = None  # why nothing leaves any more
 
-    # What producers call
-
     def check_open(self) -> None:
         """Raises LinkDown when nothing leaves any more."""
         if self._closed is not None:
@@ -116,8 +114,6 @@ class Outbox:
             raise StreamAborted(f"stream {stream.stream_id}: {stream.failure}")
         self.check_open()
 
-    # What lanes call
-
     def next_frame(self, epoch: int, block: bool) -> Frame | None:
         """The next frame to hand to Gloo. None when `epoch` is over, and if not `block` also when there is none yet."""
         with self._lock:
@@ -163,8 +159,6 @@ class Outbox:
                 self._timeline.span(f"{self._name} line (emulated)", frame.header.kind.name, now,
                                     max(now, self._line.free_at()), waited_ms=(now - queued_at) * 1e3)
 
-    # What the receiving lanes report
-
     def settle(self, seqs: list[int], written: bool = True) -> None:
         """`seqs` were acknowledged, or refused (not `written`): their memory is free."""
         now = time.monotonic()
@@ -188,8 +182,6 @@ class Outbox:
         """Every sequence number below it needs nothing more from the peer."""
         with self._lock:
             return self._queue.settled_below
-
-    # Epochs
 
     def begin_epoch(self, epoch: int) -> None:
         """Lanes of `epoch` may pull; what no peer acknowledged leaves first, in its old order."""
@@ -225,8 +217,6 @@ class Outbox:
         with self._lock:
             while self._closed is None and time.monotonic() < until and self._queue.owes_messages:
                 self._progress.wait(max(0.0, until - time.monotonic()))
-
-    # Observation
 
     def tick(self, now: float) -> None:
         """Take a sample when one is due."""

@@ -1,8 +1,8 @@
 """Control messages: JSON objects of any size that a prompt or an inventory has, in parts of a frame each. Chapter 07.
 
 A part carries its number (in the header's `stream`) and how many parts of its message follow (`start`). Lanes bring
-parts in any order; the receiver keeps at most `MESSAGE_WINDOW` of them ahead of a missing one, and the sender never has
-more under way, so a message of any length costs the same few megabytes beside its own bytes.
+parts in any order; at most `MESSAGE_WINDOW` are under way ahead of a missing one, so a message of any length costs the
+same few megabytes beside its own bytes.
 """
 
 import json

@@ -50,8 +50,8 @@ class Rendezvous:
         self._binding = choose_binding(store)
 
     def meet(self, until: float, given_up: threading.Event, bear_refusals: bool) -> Meeting:
-        """Raises LinkDown when `until` passes or `given_up` is set, and LinkRefused at once unless refusals are borne:
-        a stranger may come while the peer is away, and the peer may come after it."""
+        """Raises LinkDown when `until` passes or `given_up` is set; LinkRefused at once unless refusals are borne: a
+        stranger may come while the peer is away, and the peer may come after it."""
         failure = "the peer did not come"
         while time.monotonic() < until and not given_up.is_set():
             epoch = self._agree_on_epoch(until, given_up)

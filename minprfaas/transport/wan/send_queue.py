@@ -8,7 +8,7 @@ locks, time is an argument; the outbox holds its lock while it calls.
 from collections import OrderedDict, deque
 from dataclasses import replace
 
-from minprfaas.transport.wan.frames import (ACKS_PER_FRAME, Frame, Kind, StreamRecord, control_frame, encode_acks)
+from minprfaas.transport.wan.frames import ACKS_PER_FRAME, Frame, Kind, StreamRecord, control_frame, encode_acks
 from minprfaas.transport.wan.monitor import Monitor
 from minprfaas.transport.wan.parts import PartsOut
 

@@ -1,4 +1,4 @@
-"""The sending end of a stream on a link: layer by layer, while prefill still computes the next. Chapter 08, paper 3.3."""
+"""The sending end of a stream on a link: layer by layer, while prefill computes the next. Chapter 08, paper 3.3."""
 
 import time
 from collections.abc import Iterator
@@ -26,22 +26,17 @@ class LinkStream:
         self._copies: torch.cuda.Stream | None = None
 
     def put(self, layer: int, start: int, end: int, data: torch.Tensor) -> None:
-        """See `SendStream.put`. Blocks while more than `max_inflight_bytes` are queued or unacknowledged.
-
-        On a CPU the bytes are copied before this returns. On a GPU the copy to pinned memory runs on a side stream
-        behind the work queued so far, and prefill goes on.
-        """
+        """See `SendStream.put`. Blocks while more than `max_inflight_bytes` are queued or unacknowledged."""
         whole = self._put_log.add(layer, start, end, data)
         for piece, part in self._cut(whole, data.view(-1)):
             self._stalled_s += self._outbox.wait_for_room(HEADER_BYTES + piece.nbytes, self._record)
-            slot = Slot(piece.nbytes, pinned=data.is_cuda)
-            ready = None
+            frame = Frame(Header(Kind.CHUNK, stream=self.plan.stream_id, **vars(piece)),
+                          Slot(piece.nbytes, pinned=data.is_cuda), self._record)
             if data.is_cuda:
-                ready = self._copy_beside_prefill(slot, part)
+                frame.ready = self._copy_beside_prefill(frame.slot, part)
             else:
-                slot.payload.copy_(part)
-            header = Header(Kind.CHUNK, stream=self.plan.stream_id, **vars(piece))
-            self._outbox.send_chunk(Frame(header, slot, self._record, ready))
+                frame.slot.payload.copy_(part)
+            self._outbox.send_chunk(frame)
 
     def _cut(self, whole: Piece, data: torch.Tensor) -> Iterator[tuple[Piece, torch.Tensor]]:
         """Whole rows of token state, any bytes of request-level state; at most a chunk each."""
@@ -63,6 +58,7 @@ class LinkStream:
             at += nbytes
 
     def _copy_beside_prefill(self, slot: Slot, rows: torch.Tensor) -> torch.cuda.Event:
+        """Copy to pinned memory on a side stream, behind the work queued so far; prefill goes on."""
         if self._copies is None:
             self._copies = torch.cuda.Stream(rows.device)
         self._copies.wait_stream(torch.cuda.current_stream(rows.device))

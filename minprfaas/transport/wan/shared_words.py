@@ -1,9 +1,8 @@
 """A few numbers that all threads and processes of one machine share, one at a time. Chapter 07.
 
-An emulated line belongs to two datacenters, not to one link, so its state lives outside every process: in a small
-mmapped file. `flock` guards it; the kernel lets go of a lock when its holder dies, however it dies. A second file,
-`PATH.users`, is locked (shared) by everyone who uses the first, so that the last one can remove both, and the first
-one knows that what it finds was left by somebody who was killed.
+They live in a small mmapped file. `flock` guards it; the kernel lets go of a lock when its holder dies, however it
+dies. Everyone who uses the file holds a shared lock on a second one, `PATH.users`, so that the last user can remove
+both, and the first one knows that what it finds was left by somebody who was killed.
 """
 
 import fcntl
@@ -25,51 +24,52 @@ class SharedWords:
         self._file: BinaryIO | None = None
         self._values: list[float] | memoryview = [0.0] * count
         if path is None:
-            self.close = weakref.finalize(self, _nothing)
             return
         users = _join(path, count)
         self._file = open(path, "r+b")
-        memory = mmap.mmap(self._file.fileno(), count * WORD_BYTES)
-        self._values = memoryview(memory).cast("d")
+        self._values = memoryview(mmap.mmap(self._file.fileno(), count * WORD_BYTES)).cast("d")
         # Called by the owner, by the garbage collector, or when Python exits: whichever is first.
-        self.close = weakref.finalize(self, _leave, path, users, self._file)
+        self._leave = weakref.finalize(self, _leave, path, users, self._file)
+
+    def close(self) -> None:
+        """Use the file no more. Harmless twice."""
+        if self._file is not None:
+            self._leave()
 
     def __enter__(self) -> list[float] | memoryview:
         self._lock.acquire()
-        if self._file is not None and self.close.alive:
-            fcntl.flock(self._file, fcntl.LOCK_EX)
+        self._flock(fcntl.LOCK_EX)
         return self._values
 
     def __exit__(self, *_: object) -> None:
-        if self._file is not None and self.close.alive:
-            fcntl.flock(self._file, fcntl.LOCK_UN)
+        self._flock(fcntl.LOCK_UN)
         self._lock.release()
+
+    def _flock(self, operation: int) -> None:
+        if self._file is not None and self._leave.alive:
+            fcntl.flock(self._file, operation)
 
 
 def _join(path: Path, count: int) -> BinaryIO:
     """Become a user of `path`; the first one writes it. Returns the file whose shared lock says so."""
-    users_path = _users_path(path)
+    users_path = path.with_name(path.name + ".users")
     while True:
         users = open(users_path, "ab")
         if _lock_alone(users):
             path.write_bytes(bytes(count * WORD_BYTES))
         fcntl.flock(users, fcntl.LOCK_SH)  # waits for one who is writing, or removing, at this moment
-        if _is_at(users_path, users):
-            return users
+        try:
+            if os.path.samestat(os.stat(users_path), os.fstat(users.fileno())):
+                return users
+        except FileNotFoundError:
+            pass
         users.close()  # its last user removed it before we had the lock; begin again
-
-
-def _is_at(path: Path, file: BinaryIO) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
 
 
 def _leave(path: Path, users: BinaryIO, file: BinaryIO) -> None:
     if _lock_alone(users):
         path.unlink(missing_ok=True)
-        _users_path(path).unlink(missing_ok=True)
+        Path(users.name).unlink(missing_ok=True)
     users.close()
     file.close()
 
@@ -80,11 +80,3 @@ def _lock_alone(users: BinaryIO) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _users_path(path: Path) -> Path:
-    return path.with_name(path.name + ".users")
-
-
-def _nothing() -> None:
-    """What there is to close of words that are in no file."""

@@ -1,7 +1,7 @@
 """Keeps a link alive: begins epochs, beats, notices death, meets the peer again, and at last gives up. Chapters 07, 14.
 
-An *epoch* is the time between two breaks. All lanes live and die together in it: what was on any of them is sent again
-under the next one, from the last acknowledged chunk. Threads: two a lane, and the supervisor's own.
+In an *epoch*, the time between two breaks, all lanes live and die together: what was on any of them is sent again in
+the next one, from the last acknowledged chunk. Threads: two a lane, and the supervisor's own.
 """
 
 import logging
@@ -53,7 +53,7 @@ class Supervisor:
         self._thread.start()
 
     def close(self) -> None:
-        """Say goodbye and end."""
+        """Say goodbye and end. Harmless twice."""
         self._closing.set()
         if self._thread is not None and self._lanes:
             rtt_s = self._line.config.rtt_ms / 1e3 if self._line is not None else 0.0
@@ -78,8 +78,6 @@ class Supervisor:
                 self._begin_epoch(self._rendezvous.meet(until, self._closing, bear_refusals=True))
             except Exception as error:  # whatever it is: nobody else would tell the owner that the link is gone
                 return self._lose(one_line(error))
-
-    # An epoch
 
     def _begin_epoch(self, meeting: Meeting) -> None:
         returned = self._peer is not None
@@ -119,17 +117,17 @@ class Supervisor:
         while not self._broken.wait(TICK_S):
             now = time.monotonic()
             self._outbox.tick(now)
-            if now >= beat_at:
+            beat_is_due = now >= beat_at
+            if beat_is_due:
                 beat_at = now + self._config.silence_s / 5
                 beats = [(work, frame) for work, frame in beats if not work.is_completed()]
-                for lane in self._lanes:
-                    # Not through the queue: a line that is slow or stalled is not dead.
+            for lane in self._lanes:
+                if beat_is_due:  # not through the queue: a line that is slow or stalled is not dead
                     frame = control_frame(Kind.HEARTBEAT, seq=self._outbox.settled_below)
                     try:
                         beats.append((lane.post(frame), frame))  # Gloo forgets a send whose handle is dropped
                     except RuntimeError as error:
                         self._break(one_line(error), lane)
-            for lane in self._lanes:
                 since = lane.waiting_since
                 if since is not None and now - since > self._config.silence_s:
                     self._break(f"lane {lane.index} was silent for {self._config.silence_s} s", lane)
@@ -154,8 +152,6 @@ class Supervisor:
         self._outbox.close(reason)
         self._inbox.streams.fail_all(reason)
         self._events.put(LinkLost(reason, self._name))
-
-    # What lanes report
 
     def _sent(self, lane: Lane, frame: Frame, began: float) -> None:
         if self._timeline is not None and frame.header.kind == Kind.CHUNK:
