@@ -1,6 +1,6 @@
 """Emulated weather: bandwidth, round-trip time and stalls that a laptop can impose on itself. Chapter 07, paper 3.3.
 
-The sender imposes them: a frame leaves the queue when the emulated line is free, and is handed to Gloo when its last bit
+The sender imposes them: a frame leaves the queue when the line is free, and is handed to Gloo when its last bit
 would have arrived, half a round-trip time later. A line belongs to two datacenters, not to a link: every link that is
 given the same line, in this process or (by a `share`) in others, shares its rate.
 """
@@ -50,10 +50,9 @@ class EmulatedLine:
         self._words = SharedWords(6, share)
         digest = float(zlib.crc32(repr(config).encode()) + 1)
         with self._words as words:
-            differs = words[_CONFIG] not in (0.0, digest)
-            if not differs:
-                words[_CONFIG] = digest
-        if differs:
+            found = words[_CONFIG] if words[_CONFIG] else digest  # 0.0: this is the first user
+            words[_CONFIG] = found
+        if found != digest:
             self.close()
             raise UserError(f"{share} is in use for an emulated line of another rate, round trip or weather")
 

@@ -1,12 +1,7 @@
 """A link between two processes of two datacenters, as its owner sees it. Chapters 07, 14; paper 3.3.
 
-    link = Link("a-b", store, rank, LinkConfig(lanes=4), identity, EmulatedLine(LineConfig(gbps=1, rtt_ms=20)))
-    link.connect(deadline_s=10)
-    link.send_message({"hello": "there"})          # the other side: link.receive(timeout_s) -> MessageReceived
-    link.expect(plan, sink)                        # the other side: stream = link.open(plan); stream.put(...)
-
-Inside: `outbox` (what leaves) and `inbox` (what arrives) live as long as the link; `supervision` keeps lanes under them
-and replaces them when they break; `rendezvous` and `handshake` find the peer and make sure of it.
+`outbox` (what leaves) and `inbox` (what arrives) live as long as the link; `supervision` keeps lanes under them and
+replaces them when they break; `rendezvous` and `handshake` find the peer and make sure of it.
 """
 
 import queue
@@ -35,8 +30,8 @@ class Link:
     def __init__(self, name: str, store: dist.Store, rank: int, config: LinkConfig, identity: LinkIdentity,
                  line: EmulatedLine | None = None, events: EventQueue | None = None, timeline: Timeline | None = None,
                  lane_type: LaneType = Lane):
-        """`rank` is 0 on one side and 1 on the other. `line` is what this side's egress crosses (None: the wire as it
-        is); `events` where it reports; `lane_type` makes the lanes. Raises UserError for an impossible interface."""
+        """`rank` is 0 on one side and 1 on the other; `line` is what this side's egress crosses (None: the wire as it
+        is). Raises UserError for an impossible interface."""
         self.name, self.rank, self.config, self.line = name, rank, config, line
         self.events = EventQueue() if events is None else events
         self._payload_limit = max(config.chunk_bytes, CONTROL_LIMIT_BYTES)

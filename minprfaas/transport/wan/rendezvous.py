@@ -1,7 +1,7 @@
-"""How the two ends of a link meet: they agree on an epoch at the store, then connect and authenticate lanes. Chapter 07.
+"""How the two ends of a link meet: they agree on an epoch at the store, connect and authenticate lanes. Chapter 07.
 
-The store carries nothing else: no KV and no message passes through it. Rank 1 knocks with a fresh word and rank 0
-answers that word with a fresh epoch number, so an end that died and came back never meets the other in an old epoch.
+Rank 1 knocks with a fresh word and rank 0 answers that word with a fresh epoch number, so an end that died and came
+back never meets the other in an old epoch. No KV and no message passes through the store.
 """
 
 import secrets
