@@ -195,27 +195,24 @@ class DecodeRole:
 
     def _end_streams(self, serving: Serving) -> int | None:
         """No byte of the request's streams is written after this. Returns the token up to which the rows of all layers
-        had arrived, if the KVCache's stream had not ended before."""
-        arrived_end = None
-        for stream in (serving.kv, serving.snapshot):
-            if stream is not None and self._by_stream.pop(stream.plan.stream_id, None) is not None:
-                given_up = stream.give_up()
-                arrived_end = given_up if stream is serving.kv else arrived_end
+        have arrived; None if the KVCache's stream had failed before, and told it."""
+        arrived_end = serving.kv.plan.end if serving.kv.has_arrived else None
+        if self._by_stream.pop(serving.kv.plan.stream_id, None) is not None:
+            arrived_end = serving.kv.give_up()
         if serving.snapshot is not None and not serving.snapshot.has_arrived:
+            self._by_stream.pop(serving.snapshot.plan.stream_id, None)
+            serving.snapshot.give_up()
             self._kvcache.snapshots.forget(serving.request.cache)
         serving.kv = serving.snapshot = None
         return arrived_end
 
     # When it goes wrong
 
-    def _lose_prefill(self, serving: Serving, reason: str, arrived_end: int | None = None,
-                      prefix_missing: bool = False) -> None:
+    def _lose_prefill(self, serving: Serving, reason: str, arrived_end: int = 0, prefix_missing: bool = False) -> None:
         """The prefill will not complete: keep what has arrived, and let the front end say who shall do it instead."""
         if serving.kv is not None:
-            plan, has_arrived = serving.kv.plan, serving.kv.has_arrived
-            given_up = self._end_streams(serving)
-            arrived_end = plan.end if has_arrived else given_up if given_up is not None else arrived_end
-            self._keep_arrived(serving, arrived_end or 0)
+            ended_at = self._end_streams(serving)
+            self._keep_arrived(serving, arrived_end if ended_at is None else ended_at)
         self._mail.send(self.name, serving.serve.prefill_node, messages.PrefillAbort(serving.request.id))
         self.engine.unreserve_remote(serving.request)
         serving.done, serving.prefilled_tokens = None, 0
