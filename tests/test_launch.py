@@ -53,7 +53,7 @@ def test_a_port_that_is_taken_gets_one_line(checkpoints, prompts_file):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         done = run(PROGRAM + arguments(checkpoints, prompts_file), **{**TORCHRUN, "MASTER_PORT": port})
-    one_line(done, f"MASTER_PORT {port}: the port is taken")
+    one_line(done, f"MASTER_PORT {port}: Address already in use")
 
 
 def test_a_left_over_agent_store_gets_one_line_and_soon(checkpoints, prompts_file):

@@ -194,7 +194,7 @@ class FrontEnd:
         decision = journey.decision
         if prefix_missing and decision.transfer is not None:
             source, end = decision.transfer.source, decision.transfer.end
-            self._tell_plane(control.PrefixMissing(source, self._key_at(journey, end)))
+            self._tell_plane(control.PrefixMissing(source, journey.keys[end // self._block_tokens - 1]))
         else:
             journey.avoid |= {decision.node}
             if decision.route is Role.PRFAAS:
@@ -221,10 +221,6 @@ class FrontEnd:
         self._unfinished -= 1
         if journey.decision is not None:
             self._tell_plane(control.RequestEnded(journey.id, len(journey.output_ids)))
-
-    def _key_at(self, journey: Journey, tokens: int) -> str:
-        """The key of the block that ends at `tokens`."""
-        return journey.keys[tokens // self._block_tokens - 1]
 
     # The control plane
 

@@ -58,15 +58,20 @@ class Launch:
     def store(self) -> dist.Store:
         """The store at which links are agreed. UserError when nobody serves it, or its port is taken."""
         serves = self.rank == self.world_size - 1 and not self.agent_serves
-        deadline_s = AGENT_DEADLINE_S if self.agent_serves else STORE_DEADLINE_S
+        timeout = timedelta(seconds=AGENT_DEADLINE_S if self.agent_serves else STORE_DEADLINE_S)
+        options = {}
+        where = f"no store at MASTER_ADDR {self.host} MASTER_PORT {self.port}"
+        if serves:  # on a socket of our own: left to itself, the store would listen on every interface
+            try:
+                options["master_listen_fd"] = socket.create_server((self.host, self.port)).detach()
+            except OSError as error:
+                raise UserError(f"{where}: {error.strerror}, so this process cannot serve it") from None
         try:
-            return dist.TCPStore(self.host, self.port, is_master=serves, wait_for_workers=False,
-                                 timeout=timedelta(seconds=deadline_s))
-        except (RuntimeError, ValueError, dist.DistError) as error:
-            why = "the port is taken" if serves and "in use" in str(error) else "nobody serves it"
-            said = "TORCHELASTIC_USE_AGENT_STORE is set, so torchrun should" if self.agent_serves else \
-                "process 1 should"
-            raise UserError(f"no store at MASTER_ADDR {self.host} MASTER_PORT {self.port}: {why} ({said})") from None
+            return dist.TCPStore(self.host, self.port, is_master=serves, wait_for_workers=False, timeout=timeout,
+                                 **options)
+        except (RuntimeError, ValueError, dist.DistError):
+            who = "torchrun (TORCHELASTIC_USE_AGENT_STORE is set)" if self.agent_serves else "the last process"
+            raise UserError(f"{where}: nobody answers there; {who} should serve it") from None
 
     def device(self, kind: str) -> torch.device:
         """This process's own GPU of those that are there (shared, if there is only one), or the device as named."""

@@ -1,6 +1,7 @@
 """What a run of the cluster shows and keeps: answers as they come, the table, the JSON lines, the check. Chapter 13."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from minprfaas.cluster.journey import Journey
 from minprfaas.config import Role
@@ -83,26 +84,40 @@ def check(journeys: Sequence[Journey], prompts: Sequence[Prompt], model: Transfo
     answer that departs from the reference where two tokens are as good as equally likely is no damage, but it is said.
     """
     reference = answer_prompts(model, tokenizer, prompts, prefill_chunk=prefill_chunk, progress=True)
-    lines, failed, ties = [], [], []
-    for journey, output in zip(journeys, reference, strict=True):
-        if journey.error is not None:
-            failed.append(f"{journey.id}: {journey.error}")
-        elif journey.output_ids != output.token_ids:
-            gap = _gap_where_they_part(model, journey, output.token_ids)
-            same_ground = len(journey.token_ids) - len(journey.output_ids) == output.prompt_tokens
-            if gap is not None and gap < TIE_GAP and same_ground:
-                ties.append(f"{journey.id}: logits {gap:.1e} apart")
-            else:
-                failed.append(f"{journey.id}: another answer")
-        if journey.route == Role.PRFAAS.value and journey.kv_bytes == 0 and journey.error is None:
-            failed.append(f"{journey.id}: its route was prfaas, and no KVCache crossed")
-    same = len(reference) - len({line.partition(":")[0] for line in failed + ties})
-    lines.append(f"{same} of {len(reference)} answers are identical, token by token, to the single-process reference.")
-    if ties:
-        lines.append("Ties of two tokens that another order of the same sums decides: " + "; ".join(ties))
-    if failed:
-        lines.append("Different: " + "; ".join(failed))
-    return lines, not failed
+    verdicts = [_verdict(journey, output.token_ids, model) for journey, output in zip(journeys, reference, strict=True)]
+    same = [verdict for verdict in verdicts if verdict is None]
+    lines = [f"{len(same)} of {len(reference)} answers are identical, token by token, to the single-process reference."]
+    wrong = [verdict for verdict in verdicts if verdict is not None and not verdict.is_tie]
+    for title, found in (("Ties of two tokens, which another order of the same sums decides",
+                          [verdict for verdict in verdicts if verdict is not None and verdict.is_tie]),
+                         ("Different", wrong)):
+        if found:
+            lines.append(f"{title}: " + "; ".join(verdict.words for verdict in found))
+    return lines, not wrong
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why an answer is not the reference's, in words."""
+
+    words: str
+    is_tie: bool = False
+
+
+def _verdict(journey: Journey, wanted: list[int], model: Transformer) -> Verdict | None:
+    """None for an answer that is the reference's, and came the way that it says."""
+    if journey.error is not None:
+        return Verdict(f"{journey.id}: {journey.error}")
+    if journey.route == Role.PRFAAS.value and journey.kv_bytes == 0:
+        return Verdict(f"{journey.id}: its route was prfaas, and no KVCache crossed")
+    if journey.output_ids == wanted:
+        return None
+    if journey.length_limit == "pool" and wanted[:len(journey.output_ids)] == journey.output_ids:
+        return Verdict(f"{journey.id}: right as far as it goes, and cut short by a pool too small for the whole answer")
+    gap = _gap_where_they_part(model, journey, wanted)
+    if gap is not None and gap < TIE_GAP:
+        return Verdict(f"{journey.id}: logits {gap:.1e} apart", is_tie=True)
+    return Verdict(f"{journey.id}: another answer" + (f", logits {gap:.2g} apart" if gap is not None else ""))
 
 
 def _gap_where_they_part(model: Transformer, journey: Journey, wanted: list[int]) -> float | None:
