@@ -165,7 +165,7 @@ def test_a_truncated_frame_is_not_completed_by_what_came_before_it(length):
         frames = [control_frame(Kind.ACK, encode_acks([number])) for number in range(3)]
         works = [sender.post(frame) for frame in frames[:2]]
         sender.codec.seal(frames[2].header, frames[2].slot.view)
-        works.append(sender.transmit(frames[2].tensor[:length]))
+        works.append(sender.transmit(frames[2].slot.tensor[:length]))
         for work in works:
             work.wait()
 
