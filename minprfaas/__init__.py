@@ -4,9 +4,13 @@
 the pure-Python rooms (`scheduling`, `simulator`) start without torch.
 """
 
+import os
 import warnings
 from importlib import import_module
 
+# What torch's C++ parts log of a lost connection ends up between our lines, 20 frames long; what matters reaches us as
+# exceptions. It is read when torch is imported, so it must stand here.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch works without it, and so do we
 
 _HOMES = {

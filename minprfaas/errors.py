@@ -113,6 +113,4 @@ def run_program(module: str) -> None:
     def imported_and_run() -> int:
         return importlib.import_module(module).main(sys.argv[1:])
 
-    # What the libraries below us log on their own ends up between our lines; errors reach us as exceptions anyway.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     sys.exit(imported_and_run())

@@ -38,14 +38,18 @@ def read_bytes(path: str | Path) -> bytes:
 
 class OutputFile:
     """A file to be written at the end of a run, opened before it: a folder that is missing, read-only or full is then
-    a mistake of the first second. The text takes the target's place only when it is whole. Raises UserError."""
+    a mistake of the first second. The text takes the target's place only when it is whole; a device or a pipe, which
+    cannot be replaced, is written as it is. Raises UserError."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if os.path.isdir(self.path):
             raise UserError(f"{self.path} cannot be written: it is a directory")
+        self._replaces = self.path.is_file() or not self.path.exists()
         try:
-            self._partial = self.path.with_name(f"{self.path.name}.partial{os.getpid()}")
+            self._partial = self.path
+            if self._replaces:
+                self._partial = self.path.with_name(f"{self.path.name}.partial{os.getpid()}")
             self._file = open(self._partial, "w", encoding="utf-8")
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path} cannot be written: {_reason(error)}") from None
@@ -55,7 +59,8 @@ class OutputFile:
         try:
             with self._file:
                 self._file.write(text)
-            os.replace(self._partial, self.path)
+            if self._replaces:
+                os.replace(self._partial, self.path)
         except OSError as error:
             self.discard()
             raise UserError(f"{self.path} cannot be written: {_reason(error)}") from None
@@ -66,7 +71,8 @@ class OutputFile:
             self._file.close()
         except OSError:
             pass  # the flush of a full disk; the file goes anyway
-        self._partial.unlink(missing_ok=True)
+        if self._replaces:
+            self._partial.unlink(missing_ok=True)
 
 
 def write_whole(path: str | Path, text: str) -> None:

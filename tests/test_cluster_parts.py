@@ -277,8 +277,6 @@ def drive(front, call, ids, keys_of):
             for _ in range(output_tokens - 1):
                 front.hear(decode_node[ids[id]], messages.TokenDrawn(ids[id], 1, "", "", ""))
             front.hear(decode_node[ids[id]], messages.TokenDrawn(ids[id], 1, "", "length", "max_tokens"))
-        case control.PrefillLost(id):
-            pass  # the front end says it as part of routing again
         case _ if call.method == "route":
             request = call.ask
             if request.id in ids:  # again, after a failure

@@ -100,7 +100,8 @@ def test_a_hybrid_goes_on_from_the_snapshot_if_that_arrived(models):
 def test_a_hybrid_without_its_snapshot_starts_over_because_rows_alone_are_no_state(models):
     site = broken_site(models, "kimi_linear", "cut for good", at=6)
     for part in (site.local.prefill, site.local.decode):  # the half-arrived state would be taken, if any
-        part.engine.kvcache.config = replace(part.engine.kvcache.config, snapshot_every=1)
+        snapshots = part.engine.kvcache.snapshots
+        snapshots.config = replace(snapshots.config, snapshot_every=1)
     (journey,) = site.serve(site.prompt(330))
     assert journey.held_tokens == site.arrived_end(layer=3) // 16 * 16 >= 16, "its rows need not be sent again"
     assert journey.cached_tokens == 0

@@ -351,7 +351,7 @@ def test_rows_that_arrived_before_a_stream_broke_off_need_not_cross_again():
     for layer in (3, 7):
         data = other.pool.read_bytes(layer, sent.block_tables[3], 0, 22)
         kvcache.pool.write_bytes(layer, broken.block_tables[3], 0, 22, data)
-    kvcache.keep_arrived(broken, PROMPT[:22])
+    kvcache.advance(broken, PROMPT[:22], has_state=False)
     kvcache.close(broken)
     kvcache.check()
     assert kvcache.ledger.inventory() == [] and kvcache.match(PROMPT) == 0  # rows without a state are no place to begin

@@ -192,7 +192,7 @@ class Storm:
         if self.rng.random() < 0.3:
             arrived = self.rng.randrange(cache.cached_tokens, len(tokens))
             self.fill(cache, tokens, cache.cached_tokens, arrived, has_state=False)
-            self.kvcache.keep_arrived(cache, tokens[:arrived])
+            self.kvcache.advance(cache, tokens[:arrived], has_state=False)
             self.kvcache.close(cache)
             return True
         self.fill(cache, tokens, cache.cached_tokens, len(tokens))

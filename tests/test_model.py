@@ -158,8 +158,9 @@ def test_contiguous_pages_hold_the_rows_of_each_request():
     state = ContiguousLayerState(GQAConfig(2, 1, 4, RopeConfig()).state_spec("float32"), 3, "cpu")
     rows = torch.randn(3, 5, 8)
     state.append(rows[:, :2])
-    pages = state.append(rows[:, 2:])
-    assert torch.equal(pages.rows(), rows) and pages.lengths.tolist() == [5, 5, 5]
+    context = state.append(rows[:, 2:])
+    pages = context.pages()
+    assert torch.equal(context.rows(), rows) and pages.lengths.tolist() == [5, 5, 5]
     for request, (blocks, length) in enumerate(zip(pages.block_table, pages.lengths)):
         assert torch.equal(pages.view[blocks].flatten(0, 1)[:length], rows[request])
 

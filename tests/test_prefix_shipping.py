@@ -111,10 +111,11 @@ def test_inside_the_pd_cluster_a_prefix_goes_to_where_it_is_continued_without_be
     model, tokenizer = models[family]
     with two_datacenters(model, tokenizer, threshold=100) as (local, _):
         (first,) = serve(local, [PREFIX], GREEDY)
-        (journey,) = serve(local, [LONGER], GREEDY)
-    assert (first.route, journey.route) == ("prfaas", "pdp"), "PD-D received the prefix, so only 48 tokens are new"
-    assert journey.decision.transfer.source == "pd-0/pdd" and journey.cached_tokens == CACHED
-    assert tokens([first, journey]) == reference(model, tokenizer, [PREFIX, LONGER], GREEDY)
+        turn = first.token_ids + prompts_of(40, seed=9)[0]
+        (journey,) = serve(local, [turn], GREEDY)
+    assert (first.route, journey.route) == ("prfaas", "pdp"), "PD-D holds the first turn, so only 44 tokens are new"
+    assert journey.decision.transfer.source == "pd-0/pdd" and journey.cached_tokens == 208
+    assert tokens([first, journey]) == reference(model, tokenizer, [PREFIX, turn], GREEDY)
 
 
 def test_without_the_option_or_with_scarce_bandwidth_no_prefix_is_shipped(hybrid):

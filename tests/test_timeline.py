@@ -2,7 +2,8 @@
 
 import json
 
-from minprfaas.observe.timeline import Timeline, write_timeline
+from minprfaas.files import write_whole
+from minprfaas.observe.timeline import Timeline, timeline_json
 
 
 def test_spans_instants_and_counters_become_trace_events_with_named_tracks(tmp_path):
@@ -10,7 +11,7 @@ def test_spans_instants_and_counters_become_trace_events_with_named_tracks(tmp_p
     timeline.span("lane 0 send", "layer 3", 1.5, 1.75, tokens=64)
     timeline.instant("lane 0 send", "acknowledged", 2.0)
     timeline.counter("link", {"egress_gbps": 0.9}, 2.5)
-    write_timeline(tmp_path / "out.json", timeline.events(), Timeline("datacenter B").events())
+    write_whole(tmp_path / "out.json", timeline_json(timeline.events(), Timeline("datacenter B").events()))
     events = json.loads((tmp_path / "out.json").read_text())["traceEvents"]
     names = {(event["tid"], event["args"]["name"]) for event in events if event["ph"] == "M"}
     assert names == {(0, "datacenter A"), (0, "datacenter B"), (1, "lane 0 send"), (2, "link")}
@@ -25,7 +26,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "out.json"
     path.write_text("old")
     try:
-        write_timeline(path, [{"not": {1, 2}}])
+        write_whole(path, timeline_json([{"not": {1, 2}}]))
     except TypeError:
         pass
     assert path.read_text() == "old"

@@ -16,8 +16,9 @@ import torch
 from torch.distributed import TCPStore
 
 from minprfaas.config import LineConfig, LinkConfig, StateKind
+from minprfaas.files import write_whole
 from minprfaas.observe.report import human_bytes, table
-from minprfaas.observe.timeline import Timeline, write_timeline
+from minprfaas.observe.timeline import Timeline, timeline_json
 from minprfaas.transport import EmulatedLine, LayerPlan, Link, LinkIdentity, LinkLost, StreamPlan, StreamReport
 
 IDENTITY = LinkIdentity(bytes(32), "uint8", "none", b"chapter eight")
@@ -141,7 +142,7 @@ def main() -> None:
 """)
     print(draw(pictures[0.5]))
     if args.timeline:
-        write_timeline(args.timeline, pictures[0.5].events())
+        write_whole(args.timeline, timeline_json(pictures[0.5].events()))
         print(f"\n  {args.timeline} holds it for ui.perfetto.dev")
     print("\nA transfer that fits into the prefill all but vanishes; one that does not still starts early. "
           "Next: tutorials/10_the_throughput_model.py, which requests should go at all.")

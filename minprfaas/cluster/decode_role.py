@@ -158,9 +158,7 @@ class DecodeRole:
                 serving.prefilled_tokens = tokens
             case messages.PrefillFailed(reason=reason, prefix_missing=prefix_missing):
                 self._lose_prefill(serving, reason, prefix_missing=prefix_missing)
-            case messages.PrefillDone(first_token=first_token):
-                if not 0 <= first_token < self.engine.model.config.vocab_size:
-                    return self._lose_prefill(serving, f"first token {first_token} is outside the vocabulary")
+            case messages.PrefillDone():
                 serving.done = message
                 serving.prefilled_tokens = serving.request.prompt_tokens
                 uncached = serving.request.prompt_tokens - message.cached_tokens
@@ -179,13 +177,15 @@ class DecodeRole:
         """Decode begins when the last byte of the KVCache and the first token are both here."""
         if serving.done is None or not serving.kv.has_arrived:
             return
-        request, ready_at_s = serving.request, self._clock()
+        request, first_token, ready_at_s = serving.request, serving.done.first_token, self._clock()
+        if not 0 <= first_token < self.engine.model.config.vocab_size:
+            return self._lose_prefill(serving, f"first token {first_token} is outside the vocabulary")
         kv_bytes = serving.kv.received_bytes
         if serving.snapshot is not None and serving.snapshot.has_arrived:
             kv_bytes += serving.snapshot.received_bytes
         self._end_streams(serving)
         serving.deadline_at_s = math.inf  # decoding waits for nobody
-        update = self.engine.admit_remote(request, serving.done.first_token)
+        update = self.engine.admit_remote(request, first_token)
         admit_s = self._clock() - ready_at_s
         queue_s = serving.ordered_at_s - serving.served_at_s + serving.done.queue_s
         exposed_s = ready_at_s - serving.ordered_at_s - serving.done.queue_s - serving.done.prefill_s
@@ -195,27 +195,24 @@ class DecodeRole:
 
     def _end_streams(self, serving: Serving) -> int | None:
         """No byte of the request's streams is written after this. Returns the token up to which the rows of all layers
-        had arrived, if the KVCache's stream had not ended before."""
-        arrived_end = None
-        for stream in (serving.kv, serving.snapshot):
-            if stream is not None and self._by_stream.pop(stream.plan.stream_id, None) is not None:
-                given_up = stream.give_up()
-                arrived_end = given_up if stream is serving.kv else arrived_end
+        have arrived; None if the KVCache's stream had failed before, and told it."""
+        arrived_end = serving.kv.plan.end if serving.kv.has_arrived else None
+        if self._by_stream.pop(serving.kv.plan.stream_id, None) is not None:
+            arrived_end = serving.kv.give_up()
         if serving.snapshot is not None and not serving.snapshot.has_arrived:
+            self._by_stream.pop(serving.snapshot.plan.stream_id, None)
+            serving.snapshot.give_up()
             self._kvcache.snapshots.forget(serving.request.cache)
         serving.kv = serving.snapshot = None
         return arrived_end
 
     # When it goes wrong
 
-    def _lose_prefill(self, serving: Serving, reason: str, arrived_end: int | None = None,
-                      prefix_missing: bool = False) -> None:
+    def _lose_prefill(self, serving: Serving, reason: str, arrived_end: int = 0, prefix_missing: bool = False) -> None:
         """The prefill will not complete: keep what has arrived, and let the front end say who shall do it instead."""
         if serving.kv is not None:
-            plan, has_arrived = serving.kv.plan, serving.kv.has_arrived
-            given_up = self._end_streams(serving)
-            arrived_end = plan.end if has_arrived else given_up if given_up is not None else arrived_end
-            self._keep_arrived(serving, arrived_end or 0)
+            ended_at = self._end_streams(serving)
+            self._keep_arrived(serving, arrived_end if ended_at is None else ended_at)
         self._mail.send(self.name, serving.serve.prefill_node, messages.PrefillAbort(serving.request.id))
         self.engine.unreserve_remote(serving.request)
         serving.done, serving.prefilled_tokens = None, 0
@@ -228,7 +225,7 @@ class DecodeRole:
         cache, size = serving.request.cache, self.engine.layout.block_tokens
         full_end = arrived_end // size * size
         if full_end > cache.num_tokens:
-            self._kvcache.keep_arrived(cache, serving.request.token_ids[:full_end])
+            self._kvcache.advance(cache, serving.request.token_ids[:full_end], has_state=False)
 
     def _overdue(self, serving: Serving) -> None:
         if serving.kv is not None:

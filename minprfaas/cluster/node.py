@@ -5,12 +5,8 @@ computes for long does not keep another from hearing what is already here.
 """
 
 import queue
-import resource
-import sys
 from dataclasses import dataclass
 from typing import Protocol
-
-import torch
 
 from minprfaas.cluster.mail import Mail
 from minprfaas.cluster.messages import Message
@@ -108,10 +104,3 @@ class Node:
     def _tell_all(self, happening: Happening) -> None:
         for part in self.parts.values():
             part.notice(happening)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory this process has held: resident, plus what it took of its GPU."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return resident + (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0)

@@ -154,8 +154,10 @@ class PrefillRole:
             self._begin_once_prefix_is_here(prefill)
         elif prefill.stage is Stage.COMPUTING and prefill.cache is not None:
             self._ship_snapshot(prefill)
-            if prefill.stream is None or stream_ended:
-                self._fail_stream(prefill)
+            if prefill.stream is None:
+                self._fail(prefill, "there is no way to the decode node")
+            elif stream_ended:
+                self._fail(prefill, str(prefill.stream.outcome.exception()))
             elif prefill.request.status is Status.HELD:
                 self._prefilled(prefill)
         elif prefill.stage is Stage.SENDING and stream_ended:
@@ -168,7 +170,7 @@ class PrefillRole:
         if prefill.fetch.nbytes is None:
             return
         if prefill.fetch.nbytes == 0:
-            return self._fail(prefill, f"the prefix that {prefill.fetch.source} holds did not come", True)
+            return self._fail(prefill, f"the prefix that {prefill.fetch.source} holds did not come", prefix_missing=True)
         prefill.stage = Stage.COMPUTING
         self.engine.add(prefill.request)
 
@@ -196,7 +198,7 @@ class PrefillRole:
     def _transferred(self, prefill: Prefill) -> None:
         error = prefill.stream.outcome.exception()
         if error is not None:
-            return self._fail_stream(prefill)
+            return self._fail(prefill, str(error))
         report: StreamReport = prefill.stream.outcome.result()
         exposed_s = max(0.0, report.acked_s - max(report.first_put_s, prefill.request.prefill_ended_at_s))
         self._mail.send(self.name, FRONT, messages.TransferDone(
@@ -204,14 +206,7 @@ class PrefillRole:
         self.engine.release(prefill.request)
         prefill.stage = Stage.ENDED
 
-    def _fail_stream(self, prefill: Prefill) -> None:
-        """The stream has ended before its last byte, or could not begin."""
-        reason = "there is no way to the decode node"
-        if prefill.stream is not None:
-            reason = str(prefill.stream.outcome.exception())
-        self._fail(prefill, reason, False)
-
-    def _fail(self, prefill: Prefill, reason: str, prefix_missing: bool) -> None:
+    def _fail(self, prefill: Prefill, reason: str, prefix_missing: bool = False) -> None:
         self._tell(prefill, messages.PrefillFailed(prefill.order.id, reason, prefix_missing))
         self._drop(prefill)
 

@@ -1,11 +1,15 @@
 """What every node does beside its role: say who it is and what it holds, and ship prefixes. Chapters 11 and 13; paper 3.4.3."""
 
+import resource
+import sys
 from concurrent.futures import ThreadPoolExecutor
+
+import torch
 
 from minprfaas.cluster import messages
 from minprfaas.cluster.kv_send import STREAMS_AT_ONCE
 from minprfaas.cluster.mail import FRONT, Mail
-from minprfaas.cluster.node import Happening, PeerLost, PeerReturned, peak_memory_bytes
+from minprfaas.cluster.node import Happening, PeerLost, PeerReturned
 from minprfaas.cluster.prefix_shipping import PrefixShipping
 from minprfaas.config import Role
 from minprfaas.engine.engine import Engine
@@ -96,3 +100,10 @@ class Upkeep:
 
     def _tell(self, message: messages.Message) -> None:
         self._mail.send(self._name, FRONT, message)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this process has held: resident, plus what it took of its GPU."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resident + (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0)

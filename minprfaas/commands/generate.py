@@ -32,8 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--prefill-chunk", type=int, default=1024, metavar="TOKENS")
-    parser.add_argument("--pool-blocks", type=int, metavar="N",
-                        help="blocks of the KVCache pool (default: room for all)")
+    parser.add_argument("--pool-blocks", type=int, metavar="N", help="blocks of the pool (default: room for all)")
     parser.add_argument("--json", action="store_true", help="print one JSON line an answer")
 
 
@@ -53,11 +52,10 @@ def run(args: argparse.Namespace) -> None:
         for output in outputs:
             print(json.dumps(asdict(output)))
         return
-    if not streams:
-        for output in outputs:
-            print(f"[{output.id}] {output.text.strip()}")
     rows = []
     for output in outputs:
+        if not streams:
+            print(f"[{output.id}] {output.text.strip()}")
         ended_by = output.length_limit if output.finish_reason == "length" else output.finish_reason
         rows.append([output.id, output.prompt_tokens, len(output.token_ids), ended_by, f"{output.ttft_s:.2f}",
                      f"{output.decode_tokens_per_s:.1f}"])

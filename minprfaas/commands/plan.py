@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 from math import inf, isfinite
 
 from minprfaas.errors import UserError
@@ -108,10 +109,9 @@ def _curves(args: argparse.Namespace, fleet: Fleet) -> dict[str, list[tuple[int,
 def _own_fleet(args: argparse.Namespace) -> Fleet:
     prfaas = Profile.read(args.profile)
     pd = Profile.read(args.pd_profile) if args.pd_profile else prfaas
-    defaults = {"prfaas_instances": 4, "pd_instances": 8, "link_gbps": paper.LINK_GBPS,
-                "output_tokens": paper.OUTPUT_TOKENS}
-    given = {name: getattr(args, name) for name in defaults if getattr(args, name) is not None}
-    return Fleet(prfaas_profile=prfaas, pd_profile=pd, **{**defaults, **given})
+    numbers = ("prfaas_instances", "pd_instances", "link_gbps", "output_tokens")
+    given = {name: getattr(args, name) for name in numbers if getattr(args, name) is not None}
+    return replace(paper.paper_fleet(), prfaas_profile=prfaas, pd_profile=pd, **given)
 
 
 def _own_lengths(args: argparse.Namespace) -> LengthDistribution:
@@ -179,10 +179,10 @@ def _print_margins(best: Plan, more: list[tuple[str, Plan]]) -> None:
 def _egress_cases() -> list[dict]:
     cases = []
     for model, tokens, gpus, published in paper.EGRESS_CASES:
-        instance_gbps = paper.TABLE_3_GBPS[model][paper.TABLE_3_TOKENS.index(tokens)]
-        needed_gbps = egress_needed_gbps(gpus, paper.GPUS_PER_INSTANCE, instance_gbps)
-        cases.append({"model": model, "tokens": tokens, "gpus": gpus, "instance_gbps": instance_gbps,
-                      "egress_gbps": needed_gbps, "paper": published})
+        gbps = paper.TABLE_3_GBPS[model][paper.TABLE_3_TOKENS.index(tokens)]
+        needed_gbps = egress_needed_gbps(gpus, paper.GPUS_PER_INSTANCE, gbps)
+        cases.append(dict(model=model, tokens=tokens, gpus=gpus, instance_gbps=gbps, egress_gbps=needed_gbps,
+                          paper=published))
     return cases
 
 

@@ -3,7 +3,7 @@
 import argparse
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import inf
 
@@ -13,6 +13,7 @@ from minprfaas.errors import UserError, require_number
 from minprfaas.files import OutputFile
 from minprfaas.observe.plots import prepare_plots
 from minprfaas.observe.report import table
+from minprfaas.observe.simulation_plots import draw_hit_ratios, draw_simulation
 from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.lengths import EmpiricalLengths, LengthDistribution
 from minprfaas.scheduling.planner import Fleet, plan
@@ -53,8 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     trouble.add_argument("--fail", action="append", default=[], metavar="NODE:FROM:TO", help="e.g. prfaas0:60:120 (s)")
     policy = parser.add_argument_group("policy")
     policy.add_argument("--fixed-threshold", action="store_true", help="switch the short-term loop off")
-    policy.add_argument("--convert-roles", action="store_true",
-                        help="switch the long-term loop on (simulated only so far)")
+    policy.add_argument("--convert-roles", action="store_true", help="switch the long-term loop on (simulated only)")
     policy.add_argument("--least-loaded", action="store_true", help="no threshold: the least-loaded prefill node")
     policy.add_argument("--cache-blocks", type=int, default=0, metavar="N", help="prefix cache of a node, blocks (0)")
     policy.add_argument("--cache-blind", action="store_true", help="the router ignores what the nodes hold")
@@ -74,37 +74,40 @@ def run(args: argparse.Namespace) -> None:
     if args.cache_only:
         return _cache_only(args, [request.hash_ids for request in trace])
     setup, requests, count = _prepare(args, trace)
-    log = OutputFile(args.log) if args.log else None
-    decisions: list[str] = []
-
-    def note(time_s: float, request: SimRequest) -> None:
-        decisions.append(_decision_line(time_s, request))
-
-    try:
-        with tqdm(total=count, unit="request", disable=None, leave=False) as bar:
-            report = Simulation(setup, requests, note if log else None, bar.update).run()
-        if log:
-            log.write("".join(decisions))
-    finally:
-        if log:
-            log.discard()
-    drawn_paths = []
-    if args.plots:
-        from minprfaas.observe.simulation_plots import draw_simulation
-        drawn_paths = draw_simulation(args.plots, report)
+    report = _run_logged(args, setup, requests, count) if args.log else _run(setup, requests, count)
+    drawn = draw_simulation(args.plots, report) if args.plots else []
     if args.json:
         return print(json.dumps(report.to_json(), indent=2))
     _print(setup, report)
-    for path in drawn_paths:
+    for path in drawn:
         print(f"drawn: {path}")
+
+
+def _run(setup: Setup, requests: Iterator[SimRequest], count: int, on_decision: Callable | None = None) -> Report:
+    with tqdm(total=count, unit="request", disable=None, leave=False) as bar:
+        return Simulation(setup, requests, on_decision, bar.update).run()
+
+
+def _run_logged(args: argparse.Namespace, setup: Setup, requests: Iterator[SimRequest], count: int) -> Report:
+    log, lines = OutputFile(args.log), []
+
+    def note(time_s: float, request: SimRequest) -> None:
+        decision = {"time_s": round(time_s, 3), "prompt_tokens": request.input_tokens, "attempt": request.attempts,
+                    **request.decision._asdict()}
+        lines.append(json.dumps(decision) + "\n")
+
+    try:
+        report = _run(setup, requests, count, note)
+        log.write("".join(lines))
+        return report
+    finally:
+        log.discard()
 
 
 def _prepare(args: argparse.Namespace, trace: list[TraceRequest]) -> tuple[Setup, Iterator[SimRequest], int]:
     """The cluster, its requests and how many they are."""
     for option, least, most in LIMITS:
-        value = getattr(args, option.replace("-", "_"))
-        if value is not None:
-            require_number(f"--{option}", value, least=least, most=most)
+        require_number(f"--{option}", getattr(args, option.replace("-", "_")), least=least, most=most)
     fleet = _fleet(args, trace)
     lengths = EmpiricalLengths(request.input_tokens for request in trace) if trace else paper.paper_lengths()
     longest = lengths.values[-1]
@@ -141,13 +144,11 @@ def _fleet(args: argparse.Namespace, trace: list[TraceRequest]) -> Fleet:
 
 def _made_up(args: argparse.Namespace, lengths: LengthDistribution, output_tokens: int,
              rate_rps: float) -> Iterator[SimRequest]:
-    rng, scale = random.Random(args.seed), None
-    if args.arrivals == "poisson":
-        times = poisson(rate_rps, rng)
-    elif args.arrivals == "mmpp":
-        times = bursty(rate_rps, rng)
-    else:
+    rng = random.Random(args.seed)
+    if args.arrivals == "diurnal":
         times, scale = diurnal(rate_rps, rng, args.day_s), day_lengths(args.day_s)
+    else:
+        times, scale = (bursty if args.arrivals == "mmpp" else poisson)(rate_rps, rng), None
     return drawn(times, args.requests, lengths, output_tokens, rng, scale)
 
 
@@ -187,12 +188,6 @@ def _failure(text: str) -> tuple[str, float, float]:
         raise UserError(f"--fail {text!r} is not NODE:FROM:TO, such as prfaas0:60:120") from None
 
 
-def _decision_line(time_s: float, request: SimRequest) -> str:
-    decision = {"time_s": round(time_s, 3), "prompt_tokens": request.input_tokens, "attempt": request.attempts,
-                **request.decision._asdict()}
-    return json.dumps(decision) + "\n"
-
-
 def _print(setup: Setup, report: Report) -> None:
     fleet = setup.fleet
     print(f"{fleet.prfaas_instances} PrfaaS, {setup.n_p} PD-P and {fleet.pd_instances - setup.n_p} PD-D instances, "
@@ -216,14 +211,11 @@ def _cache_only(args: argparse.Namespace, requests: list) -> None:
     """Hit ratio against capacity: the real index and eviction, no tensors."""
     from minprfaas.kvcache.replay import replay_trace
     rows = replay_trace(requests)
-    drawn_paths = []
-    if args.plots:
-        from minprfaas.observe.simulation_plots import draw_hit_ratios
-        drawn_paths = [draw_hit_ratios(args.plots, rows)]
+    drawn = draw_hit_ratios(args.plots, rows) if args.plots else None
     if args.json:
         return print(json.dumps([{**vars(row), "hit_ratio": row.hit_ratio} for row in rows], indent=2))
     print(table(["capacity, blocks", "hits", "of blocks", "hit ratio", "evicted"],
                 [(row.capacity_blocks or "unlimited", row.hit_blocks, row.blocks, f"{row.hit_ratio:.1%}",
                   row.evicted_entries) for row in rows]))
-    for path in drawn_paths:
-        print(f"drawn: {path}")
+    if drawn:
+        print(f"drawn: {drawn}")

@@ -12,9 +12,9 @@ import torch
 from minprfaas.cluster.front_end import FrontEnd
 from minprfaas.cluster.journey import Journey, Update
 from minprfaas.cluster.launch import Launch, emulated_line, link_identity, start_processes, wait_for_the_front_end
-from minprfaas.cluster.node import peak_memory_bytes
 from minprfaas.cluster.processes import (PRFAAS, UNTHROTTLED_GBPS, PDProcess, control_settings, pd_process,
                                          prfaas_process)
+from minprfaas.cluster.upkeep import peak_memory_bytes
 from minprfaas.commands import answers
 from minprfaas.config import CacheConfig, LineConfig, LinkConfig
 from minprfaas.engine.engine import Engine

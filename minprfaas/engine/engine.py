@@ -34,19 +34,16 @@ def token_ids_of(prompt: str | list[int], tokenizer: Tokenizer) -> list[int]:
 
 
 class Engine:
-    """One model and its KVCache pool. `add` requests, then `step` until `has_work` is false.
-
-    All moments of requests and spans of the timeline are `clock()` seconds.
-    """
+    """One model and its KVCache pool. `add` requests, then `step` until `has_work` is false. Moments of requests and
+    spans of the timeline are `clock()` seconds."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, cache: CacheConfig, prefill_chunk: int = 1024,
                  max_batch: int = 64, clock: Callable[[], float] = time.monotonic, timeline: Timeline | None = None):
         self.model, self.tokenizer, self.clock, self.timeline = model, tokenizer, clock, timeline
         self.layout = model_layout(model, cache.block_tokens)
         self.kvcache = KVCacheManager(self.layout, cache, model.device, root=model.fingerprint)
-        self.max_tokens = min(model.config.max_context_tokens, self.kvcache.max_tokens)
         self.scheduler = Scheduler(self.kvcache, prefill_chunk, max_batch)
-        # The scheduler's own queues, to look at: requests without blocks, admitted, and decoding, each oldest first.
+        # The scheduler's own queues, to look at.
         self.waiting, self.prefilling = self.scheduler.waiting, self.scheduler.prefilling
         self.running = self.scheduler.running
         self.runner = Runner(model, self.kvcache, clock, timeline)
@@ -70,21 +67,20 @@ class Engine:
         """UserError when the prompt is longer than the context or than the whole pool, or holds what is no token."""
         self.check_length(request.id, request.prompt_tokens)
         vocab_size = self.model.config.vocab_size
-        bad = next((token for token in request.token_ids if not 0 <= token < vocab_size), None)
-        if bad is not None:
-            raise UserError(f"request {request.id!r} has token id {bad}; the vocabulary holds {vocab_size}")
+        for token in request.token_ids:
+            if not 0 <= token < vocab_size:
+                raise UserError(f"request {request.id!r} has token id {token}; the vocabulary holds {vocab_size}")
 
     def check_length(self, id: str, prompt_tokens: int) -> None:
         """UserError with both numbers when a prompt of so many tokens can never be answered."""
         if prompt_tokens == 0:
             raise UserError(f"request {id!r} has an empty prompt; it needs at least 1 token")
-        needed, context = prompt_tokens + 1, self.model.config.max_context_tokens
-        if needed > context:
-            raise UserError(f"request {id!r} has {prompt_tokens} prompt tokens; "
-                            f"the model's context holds {context}, one of them for the answer")
-        if needed > self.max_tokens:
-            raise UserError(f"request {id!r} has {prompt_tokens} prompt tokens; the KVCache pool "
-                            f"holds {self.max_tokens} tokens of one request, one of them for the answer")
+        limits = (("model's context", self.model.config.max_context_tokens, ""),
+                  ("KVCache pool", self.kvcache.max_tokens, " tokens of one request"))
+        for holder, limit, unit in limits:
+            if prompt_tokens >= limit:
+                raise UserError(f"request {id!r} has {prompt_tokens} prompt tokens; the {holder} "
+                                f"holds {limit}{unit}, one of them for the answer")
 
     @property
     def has_work(self) -> bool:
@@ -97,11 +93,8 @@ class Engine:
         return bool(self.prefilling or self.running or (self.waiting and not self.scheduler.has_no_room))
 
     def step(self, on_kv: KVListener | None = None) -> list[TokenUpdate]:
-        """One prefill chunk and one decode step; returns the tokens that they drew.
-
-        `on_kv(request, layer, start, end)` hears, between the layers of the prefill pass, that a layer's state now
-        holds tokens [start, end): it can be shipped while the next layer computes.
-        """
+        """One prefill chunk and one decode step; returns the tokens that they drew. `on_kv` hears between the layers
+        of the prefill pass what a layer's state now holds: it can be shipped while the next layer computes."""
         updates = []
         chunk = self.scheduler.next_chunk()
         if chunk is not None:
@@ -125,10 +118,8 @@ class Engine:
         request.status = Status.FINISHED
 
     def reserve_remote(self, request: Request) -> bool:
-        """Blocks for a prompt that another node will prefill; False (and nothing taken) when there is no room now.
-
-        Rows of the first `request.cached_tokens` tokens are here already and need not cross.
-        """
+        """Blocks for a prompt that another node will prefill; False (and nothing taken) when there is no room now. Rows
+        of the first `request.cached_tokens` tokens are here already and need not cross."""
         self.check_fits(request)
         if not self.scheduler.open_cache(request, to_receive=True):
             return False
@@ -166,7 +157,8 @@ class Engine:
             request.token_ids.append(token)
             request.status = Status.HELD
             return TokenUpdate(request, token, "")
-        self.scheduler.start_decoding(request)
+        self.running.append(request)
+        request.status = Status.DECODE
         return self._accept_token(request, token)
 
     def _accept_token(self, request: Request, token: int) -> TokenUpdate:

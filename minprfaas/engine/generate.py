@@ -21,11 +21,8 @@ OnToken = Callable[[TokenUpdate], None]
 def generate(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str | list[int]],
              params: SamplingParams | Sequence[SamplingParams] | None = None, cache: CacheConfig | None = None,
              prefill_chunk: int = 1024, progress: bool = False, on_token: OnToken | None = None) -> list[RequestOutput]:
-    """Answers to `prompts` (texts or token ids), in their order. Raises UserError before any is computed.
-
-    `params` is one for all or one for each; `cache` None sizes the pool for the prompts; `on_token` sees every token
-    as it is drawn.
-    """
+    """Answers to `prompts` (texts or token ids), in their order. Raises UserError before any is computed. `params` is
+    one for all or one for each; `cache` None sizes the pool for the prompts; `on_token` sees each token when drawn."""
     params = SamplingParams() if params is None else params
     each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     if len(each) != len(prompts):
@@ -38,10 +35,8 @@ def answer_prompts(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[P
                    cache: CacheConfig | None = None, prefill_chunk: int = 1024, progress: bool = False,
                    on_token: OnToken | None = None) -> list[RequestOutput]:
     """Answers to the lines of a prompts file, in their order; one that comes "after" another continues it, so it begins
-    when that has ended. Raises UserError before any is computed. Options as in `generate`.
-
-    A pool that `cache` makes too small for a whole answer ends it early (`length`, by the limit `pool`).
-    """
+    when that has ended. Raises UserError before any is computed. Options as in `generate`; a pool that `cache` makes
+    too small for a whole answer ends it early (`length`, by the limit `pool`)."""
     longest = longest_prompts(prompts, tokenizer, model.config.max_context_tokens)
     lengths = [longest[prompt.id] + prompt.params.max_tokens for prompt in prompts]
     engine = Engine(model, tokenizer, cache or pool_for(model, lengths), prefill_chunk)
@@ -82,10 +77,8 @@ def longest_prompts(prompts: Sequence[Prompt], tokenizer: Tokenizer, most: int) 
 @torch.inference_mode()
 def logit_gap(model: Transformer, token_ids: list[int], first: int, second: int, chunk: int = 1024) -> float:
     """How far apart the logits of two tokens are after `token_ids`. Two answers that part at a gap near zero part at a
-    tie, which another order of the same sums decides; at a wide gap, one of them is wrong.
-
-    Whole tensors and no pool, so that nothing which may have done damage takes part in judging it.
-    """
+    tie, which another order of the same sums decides; at a wide gap, one of them is wrong. Whole tensors and no pool,
+    so that nothing which may have done damage takes part in judging it."""
     state = ContiguousState(model.config, str(model.dtype).removeprefix("torch."), device=model.device)
     for start in range(0, len(token_ids), chunk):
         chunk_ids = torch.tensor([token_ids[start:start + chunk]], device=model.device)

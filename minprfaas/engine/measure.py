@@ -19,7 +19,7 @@ from minprfaas.model.transformer import Transformer
 def measure_prefill(model: Transformer, tokenizer: Tokenizer, lengths: list[int], repeats: int,
                     prefill_chunk: int) -> list[tuple[int, int, float]]:
     """(tokens, KVCache bytes S_kv, median prefill seconds T_prefill) for each length; nothing is cached between."""
-    engine = _engine(model, tokenizer, [max(lengths)], prefill_chunk)
+    engine = _engine(model, tokenizer, [max(lengths)], prefill_chunk, max_batch=1)
     points = []
     with tqdm(total=len(lengths) * (repeats + 1), desc="prefill", unit="run", disable=None, leave=False) as bar:
         for tokens in lengths:
@@ -47,20 +47,19 @@ def measure_decode(model: Transformer, tokenizer: Tokenizer, batch: int, context
     while engine.waiting or engine.prefilling:
         engine.step()
     seconds = []
-    with tqdm(total=steps, desc="decode", unit="step", disable=None, leave=False) as bar:
-        while engine.running and len(seconds) < steps:
-            began = time.perf_counter()
-            engine.step()
-            _settle(model)
-            seconds.append(time.perf_counter() - began)
-            bar.update()
+    for _ in tqdm(range(steps), desc="decode", unit="step", disable=None, leave=False):
+        if not engine.running:
+            break
+        began = time.perf_counter()
+        engine.step()
+        _settle(model)
+        seconds.append(time.perf_counter() - began)
     if not seconds:
         raise UserError(f"decode of {batch} requests ended before a step could be timed; take fewer requests")
     return median(seconds)
 
 
-def _engine(model: Transformer, tokenizer: Tokenizer, lengths: list[int], prefill_chunk: int,
-            max_batch: int = 64) -> Engine:
+def _engine(model: Transformer, tokenizer: Tokenizer, lengths: list[int], prefill_chunk: int, max_batch: int) -> Engine:
     """An engine that caches no prefix: every prompt is computed whole."""
     cache = replace(pool_for(model, [length + 1 for length in lengths]), prefix_cache=False)
     return Engine(model, tokenizer, cache, prefill_chunk, max_batch)

@@ -25,8 +25,7 @@ class Request:
 
     `prefill_only` ends the request with its first token and keeps its KVCache until `Engine.release`. Moments are the
     engine clock's seconds, None until they have come. `finish_reason` is `eos`, `stop`, `length` or `aborted`;
-    `length_limit` says which limit ended a `length` answer: `max_tokens`, `context`, or the `pool` of its node (then a
-    node with a larger pool would have gone on).
+    `length_limit` is what ended a `length` answer: `max_tokens`, `context`, or the `pool` (a larger one would go on).
     """
 
     id: str
@@ -34,7 +33,6 @@ class Request:
     params: SamplingParams
     prefill_only: bool = False
     status: Status = Status.WAITING
-    prompt_tokens: int = field(init=False)
     cached_tokens: int = 0
     text: str = ""
     finish_reason: str | None = None
@@ -57,7 +55,7 @@ class Request:
         return self.token_ids[self.prompt_tokens:]
 
 
-KVListener = Callable[[Request, int, int, int], None]  # (request, layer, start, end); see `Engine.step`
+KVListener = Callable[[Request, int, int, int], None]  # (request, layer, start, end): it holds tokens [start, end)
 
 
 @dataclass(frozen=True)
@@ -77,11 +75,11 @@ class RequestOutput:
     @staticmethod
     def of(request: Request) -> "RequestOutput":
         """The output of a finished request."""
-        decode_s = request.finished_at_s - request.first_token_at_s
+        token_ids, decode_s = request.output_ids, request.finished_at_s - request.first_token_at_s
         return RequestOutput(
-            request.id, request.prompt_tokens, request.cached_tokens, request.output_ids, request.text,
-            request.finish_reason, request.length_limit, request.first_token_at_s - request.arrived_at_s,
-            (len(request.output_ids) - 1) / decode_s if decode_s > 0 else 0.0)
+            request.id, request.prompt_tokens, request.cached_tokens, token_ids, request.text, request.finish_reason,
+            request.length_limit, ttft_s=request.first_token_at_s - request.arrived_at_s,
+            decode_tokens_per_s=(len(token_ids) - 1) / decode_s if decode_s > 0 else 0.0)
 
 
 @dataclass(frozen=True)

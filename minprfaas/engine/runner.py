@@ -26,16 +26,14 @@ class Runner:
 
     @torch.inference_mode()
     def prefill(self, chunk: PrefillChunk, on_kv: KVListener | None) -> int | None:
-        """Compute a chunk; the token drawn after it if it completes the prompt, else None.
-
-        `on_kv` is called between the layers of the pass, so what it does delays the pass.
-        """
+        """Compute a chunk; the token drawn after it if it completes the prompt, else None. `on_kv` is called between
+        the layers of the pass, so what it does delays the pass."""
         request = chunk.request
         token_ids = torch.tensor([request.token_ids[chunk.start:chunk.end]], device=self.model.device)
         state = self.kvcache.state([request.cache])
         logits = self.model(token_ids, state, on_layer=self._layer_listener(chunk, on_kv), last_only=True)
         self.kvcache.advance(request.cache, request.token_ids[:chunk.end])
-        if not chunk.completes_prompt:
+        if chunk.end < len(request.token_ids):
             return None
         return sample(logits[0, -1], request.params, len(request.output_ids))
 

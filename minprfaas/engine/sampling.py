@@ -40,11 +40,9 @@ class SamplingParams:
 
 
 def sample(logits: Tensor, params: SamplingParams, position: int) -> int:
-    """The token drawn from `logits` `[vocab]` as the request's output number `position`.
-
-    The noise depends on the seed, the position and the token alone (Gumbel-max: argmax of logits / T + noise is a draw
-    from the softmax), so batching, routing and preemption cannot change it.
-    """
+    """The token drawn from `logits` `[vocab]` as the request's output number `position`. The noise depends on the seed,
+    the position and the token alone (Gumbel-max: argmax of logits / T + noise is a draw from the softmax), so batching,
+    routing and preemption cannot change it."""
     if params.temperature == 0:
         return int(logits.argmax())
     scores = logits.detach().float().cpu() / params.temperature  # the CPU's noise is the same beside every device

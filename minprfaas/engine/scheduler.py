@@ -21,11 +21,6 @@ class PrefillChunk:
     start: int
     end: int
 
-    @property
-    def completes_prompt(self) -> bool:
-        """Whether the pass ends at the last known token, so that the next one can be drawn from it."""
-        return self.end == len(self.request.token_ids)
-
 
 class Scheduler:
     """The requests of one engine, in three queues: `waiting`, `prefilling` and `running`, each oldest first."""
@@ -48,9 +43,8 @@ class Scheduler:
     def open_cache(self, request: Request, to_receive: bool = False) -> bool:
         """Attach the cached prefix, and blocks for the rest of what is known of the request. False, and nothing is
         held, when the pool has no room now."""
-        # The keys stay with the request: one that waits for room must not be hashed again at every step.
-        request.keys = self.kvcache.keys(request.token_ids, request.keys)
         request.cache = self.kvcache.open(request.token_ids, request.keys, to_receive)
+        request.keys = request.cache.keys  # one that waits for room must not be hashed again at every step
         if self.kvcache.reserve(request.cache, len(request.token_ids)):
             return True
         self.close_cache(request)
@@ -89,11 +83,6 @@ class Scheduler:
             self.prefilling.append(request)
 
     # Decode
-
-    def start_decoding(self, request: Request) -> None:
-        """The prompt's KVCache is here, computed or received: the request joins the batch."""
-        self.running.append(request)
-        request.status = Status.DECODE
 
     def next_batch(self) -> list[Request]:
         """The running requests, each with room for one more token; the youngest are preempted until that holds."""

@@ -11,10 +11,9 @@ class StreamedText:
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]):
         self.text = ""
         self.stopped = False
-        self._tokenizer = tokenizer
-        self._stop = stop
+        self._tokenizer, self._stop = tokenizer, stop
         self._decoder = DecodeStream(skip_special_tokens=True)
-        self._shown = 0
+        self._shown = 0  # characters
 
     def push(self, token_id: int) -> str:
         """Add a token; returns the new text that is certain. Sets `stopped` and cuts `text` at a stop string."""
@@ -24,11 +23,11 @@ class StreamedText:
         # A stop string may have begun in text that was searched before, but not have ended there.
         places = [self.text.find(stop, max(0, searched - len(stop))) for stop in self._stop]
         found = [place for place in places if place >= 0]
-        if found:
-            self.stopped = True
-            self.text = self.text[:min(found)]
-            return self._show(len(self.text))
-        return self._show(len(self.text) - self._held_back())
+        if not found:
+            return self._show(len(self.text) - self._held_back())
+        self.stopped = True
+        self.text = self.text[:min(found)]
+        return self._show(len(self.text))
 
     def finish(self) -> str:
         """No more tokens: what was held back is text after all."""

@@ -18,11 +18,8 @@ TENSOR_ALIGN = 16
 
 @dataclass(frozen=True)
 class KVGroup:
-    """Layers of one `spec` that share a block table.
-
-    `offsets[layer position][tensor position]` are bytes: into the block for token state (where the layer's
-    `block_tokens` rows begin), into the `state_blocks` blocks laid end to end for request state.
-    """
+    """Layers of one `spec` that share a block table. `offsets[layer position][tensor position]` are bytes: into the
+    block for token state (where the layer's rows begin), into the `state_blocks` laid end to end for request state."""
 
     index: int
     spec: StateSpec
@@ -67,7 +64,7 @@ class Layout:
         return sum(group.state_blocks for group in self.request_groups)
 
     def blocks_for(self, tokens: int) -> int:
-        """Blocks that a running request of `tokens` tokens needs."""
+        """Blocks that a running request needs."""
         return len(self.token_groups) * -(-tokens // self.block_tokens) + self.state_blocks
 
     def waste(self, group: KVGroup) -> float:
@@ -76,11 +73,9 @@ class Layout:
 
 
 def plan_layout(specs: tuple[StateSpec, ...], block_tokens: int) -> Layout:
-    """Lay the layers' state out in blocks of `block_tokens` tokens.
-
-    Group size is the smallest number of layers that share one spec. Layers are dealt to their spec's groups in turn,
-    so the last groups may be one short. Without token state, a block is one group's whole state.
-    """
+    """Lay the layers' state out in blocks of `block_tokens` tokens. Group size is the smallest number of layers that
+    share one spec; layers are dealt to their spec's groups in turn, so the last groups may be one short. Without token
+    state, a block is one group's whole state."""
     layers_of: dict[StateSpec, list[int]] = {}
     for layer, spec in enumerate(specs):
         layers_of.setdefault(spec, []).append(layer)

@@ -29,13 +29,11 @@ class CacheNews:
 
 
 def chain_keys(previous: bytes, token_ids: Sequence[int], block_tokens: int) -> list[bytes]:
-    """Keys of the full blocks of `token_ids`, chained over `previous` (the last key before them, or the root).
-
-    A token is 8 little-endian bytes, so no two token lists encode alike. Raises ValueError on a token beyond 64 bits.
-    """
+    """Keys of the full blocks of `token_ids`, chained over `previous` (the last key before them, or the root). A token
+    is 8 little-endian bytes, so no two token lists encode alike. Raises ValueError on a token beyond 64 bits."""
     full = len(token_ids) // block_tokens * block_tokens
     try:
-        encoded = array("q", token_ids[:full] if full < len(token_ids) else token_ids)
+        encoded = array("q", token_ids[:full])
     except OverflowError:
         raise ValueError(f"token ids from {min(token_ids)} to {max(token_ids)} do not fit 64 bits") from None
     if sys.byteorder == "big":
@@ -110,8 +108,7 @@ class BlockLedger:
         return [CacheNews(key, self._tokens[entry]) for key, entry in self._hit_points.items()]
 
     def take_news(self) -> list[CacheNews]:
-        """What `inventory` has gained and lost since the last call, oldest first. The first call only begins to watch;
-        whoever watches must go on taking the news."""
+        """What `inventory` gained and lost since the last call, oldest first; the first call only begins to watch."""
         news, self.news = self.news, []
         return news or []
 
@@ -193,7 +190,8 @@ class BlockLedger:
         every block in exactly one place, every reference count exact. Raises RuntimeError that names the violation."""
         lives: dict[int, str] = {}
         entries = [*self.blocks.values(), *self.snapshots.values()]
-        for life, blocks in (("free", self.free), ("owned", owned), *(("indexed", self.members(e)) for e in entries)):
+        indexed = [block for entry in entries for block in self.members(entry)]
+        for life, blocks in (("free", self.free), ("owned", owned), ("indexed", indexed)):
             for block in blocks:
                 if block in lives:
                     raise RuntimeError(f"block {block} leads two lives: {lives[block]} and {life}")

@@ -3,8 +3,7 @@
 A block leads one of two lives. A *prefix-cache* block is full, indexed under its chain key, shared by reference count,
 and kept after its request until evicted. A *transfer-cache* block (the unaligned tail, the exact-length state) belongs
 to one request, is never indexed, and is freed when the request is closed and its last transfer acknowledged.
-
-This file is about rows of tokens. What is different for request-level state stands in `snapshots.py`.
+This file is about rows of tokens; what is different for request-level state stands in `snapshots.py`.
 """
 
 from array import array
@@ -52,18 +51,16 @@ class KVCacheManager:
     @property
     def max_tokens(self) -> int:
         """Tokens of the longest request that the pool can hold by itself, 0 if not even its state fits."""
-        rest = self.config.num_blocks - self.layout.state_blocks
+        rest, groups = self.config.num_blocks - self.layout.state_blocks, len(self.layout.token_groups)
         if rest < 0:
             return 0
-        groups = len(self.layout.token_groups)
         return rest // groups * self.layout.block_tokens if groups else 2**62
 
     def keys(self, token_ids: Sequence[int], known: Sequence[bytes] = ()) -> list[bytes]:
         """The chain keys of the full blocks of a prompt: what the directory is asked with. `known` are the first ones,
         if the caller has them; they are not computed again."""
-        done = len(known) * self.layout.block_tokens
-        previous = known[-1] if known else self.root
-        return [*known, *chain_keys(previous, token_ids[done:] if done else token_ids, self.layout.block_tokens)]
+        size, previous = self.layout.block_tokens, known[-1] if known else self.root
+        return [*known, *chain_keys(previous, token_ids[len(known) * size:], size)]
 
     def match(self, token_ids: Sequence[int]) -> int:
         """Tokens that `open` would find in the cache now; changes nothing."""
@@ -78,11 +75,8 @@ class KVCacheManager:
 
     def open(self, token_ids: Sequence[int], known: Sequence[bytes] = (), to_receive: bool = False) -> RequestCache:
         """Begin a request: attach, and hold, the longest cached prefix at which a prefill can begin, that is full
-        blocks and a snapshot at exactly their end. `known` as in `keys`.
-
-        `to_receive`: its KVCache comes from another node. Then the longest run of full blocks serves, because the live
-        state crosses in any case; only rows after `cached_tokens` have to.
-        """
+        blocks and a snapshot at exactly their end. `known` as in `keys`. With `to_receive`, its KVCache comes from
+        another node: the longest run of full blocks serves, because the live state crosses in any case."""
         keys = self.keys(token_ids, known)
         usable = self._usable(keys, len(token_ids))
         matched = self.ledger.common(usable) if to_receive else self.ledger.match(usable)
@@ -130,11 +124,8 @@ class KVCacheManager:
         return 0 if cache.has_state else self.layout.state_blocks
 
     def plan_chunk(self, cache: RequestCache, token_count: int, max_chunk: int) -> int:
-        """Where the next prefill chunk of a prompt of `token_count` tokens must end, at most `max_chunk` further.
-
-        Blocks are made ready for the snapshots that the pass is to take on its way; `state` offers them to the model,
-        and `advance` indexes them. Only what the chunk itself does not need is spent on them.
-        """
+        """Where the next prefill chunk of a prompt of `token_count` tokens must end, at most `max_chunk` further. What
+        the chunk itself leaves of the pool is made ready for the snapshots that the pass is to take on its way."""
         end = min(cache.num_tokens + max_chunk, token_count)
         needed = self._more_blocks(cache, end) * len(self.layout.token_groups) + self._state_need(cache)
         return self.snapshots.plan(cache, end, self.ledger.available - needed)
@@ -145,22 +136,16 @@ class KVCacheManager:
         planned = [self.snapshots.planned(cache) for cache in caches]
         return PagedState(self.pool, tables, [cache.num_tokens for cache in caches], planned)
 
-    def advance(self, cache: RequestCache, token_ids: Sequence[int]) -> None:
-        """The blocks now hold the state of all of `token_ids`: index the blocks that became full, and keep a snapshot
-        of the request-level state if this is a boundary at which a later request may begin."""
-        self.keep_arrived(cache, token_ids)
+    def advance(self, cache: RequestCache, token_ids: Sequence[int], has_state: bool = True) -> None:
+        """The blocks now hold all of `token_ids`, and every snapshot on its way up to there is complete: index what
+        became full, and keep a copy of the live state if this is a boundary at which a later request may begin.
+        ValueError when so many tokens were not reserved. Without `has_state` only the rows are there, because a stream
+        broke off before the live state came; such a request can only be closed."""
         full, rest = divmod(len(token_ids), self.layout.block_tokens)
-        if self.snapshots.enabled and full and not rest:
-            self.snapshots.take(cache, full)
-
-    def keep_arrived(self, cache: RequestCache, token_ids: Sequence[int]) -> None:
-        """The blocks hold the rows of all of `token_ids`, and every snapshot on its way up to there is complete: index
-        them. For a stream that broke off before the live state came; such a request can only be closed."""
-        size = self.layout.block_tokens
-        if len(token_ids) > cache.num_blocks * size:
-            raise ValueError(f"advance to {len(token_ids)} tokens, but {cache.num_blocks * size} are reserved")
+        reserved = cache.num_blocks * self.layout.block_tokens
+        if len(token_ids) > reserved:
+            raise ValueError(f"advance to {len(token_ids)} tokens, but {reserved} are reserved")
         cache.num_tokens = len(token_ids)
-        full = len(token_ids) // size
         if not self.config.prefix_cache:
             return
         if full > len(cache.keys):
@@ -168,15 +153,17 @@ class KVCacheManager:
         while self.layout.token_groups and len(cache.entries) < full:
             self._index_block(cache, len(cache.entries))
         self.snapshots.publish(cache, full)
+        if has_state and full and not rest:
+            self.snapshots.take(cache, full)
 
     def _index_block(self, cache: RequestCache, position: int) -> None:
         """Index a full block; if an equal one is there already, use that and free this one. So a request holds the
         index's own entry of every full block before its tail, which the eviction order rests on."""
-        key, tables = cache.keys[position], [cache.block_tables[group.index] for group in self.layout.token_groups]
+        tables = [cache.block_tables[group.index] for group in self.layout.token_groups]
         own = [table[position] for table in tables]
-        entry = self.ledger.blocks.get(key)
+        entry = self.ledger.blocks.get(cache.keys[position])
         if entry is None:
-            entry = self.ledger.insert_block(key, own, (position + 1) * self.layout.block_tokens)
+            entry = self.ledger.insert_block(cache.keys[position], own, (position + 1) * self.layout.block_tokens)
         else:
             self.ledger.hold(entry)
             for table, block in zip(tables, self.ledger.members(entry)):
@@ -188,8 +175,7 @@ class KVCacheManager:
         cache.entries.append(entry)
 
     def close(self, cache: RequestCache) -> None:
-        """End a request: its indexed blocks stay as prefix cache; the others are freed, after its last transfer.
-        Closing twice is harmless."""
+        """End a request: indexed blocks stay as prefix cache, others are freed after its last transfer. Idempotent."""
         cache.closed = True
         if cache.transfers or cache not in self._requests:
             return

@@ -14,9 +14,8 @@ from minprfaas.model.spec import Pages, TokenContext
 class PagedState:
     """The state of a batch of requests during one forward pass (implements `ModelState`).
 
-    `block_tables[request][group]` are block ids; `starts[request]` tokens are already there; `snapshots[request]` are
-    the block tables to store the state into at an offset of this pass. Every request must have room for the tokens
-    that the pass appends. Index tensors are built once per group and shared by its layers.
+    `block_tables[request][group]` are block ids, with room for what the pass appends; `starts[request]` tokens are
+    already there; `snapshots[request]` are the block tables to store the state into at an offset of this pass.
     """
 
     def __init__(self, pool: BlockPool, block_tables: Sequence[Sequence[array]], starts: Sequence[int],
@@ -26,8 +25,8 @@ class PagedState:
         self.start = torch.tensor(self.starts, dtype=torch.int64, device=pool.device)
         self.snapshot_offsets = tuple(sorted({offset for planned in snapshots for offset in planned}))
         self.snapshots, self._block_tables = snapshots, block_tables
-        self._token_indexes: dict[int, _TokenIndex] = {}  # by group
-        self._state_tables: dict[int, torch.Tensor] = {}  # by group
+        self._token_indexes: dict[int, _TokenIndex] = {}  # by group: built once, shared by its layers
+        self._state_tables: dict[int, torch.Tensor] = {}
 
     def layer(self, index: int) -> "PagedLayer":
         """The state of layer `index`."""
@@ -36,11 +35,10 @@ class PagedState:
     def token_index(self, group: KVGroup, new: int) -> "_TokenIndex":
         """Where `new` tokens of each request go in `group`, and which blocks hold the context that they complete."""
         if group.index not in self._token_indexes:
-            context, size = max(self.starts) + new, self.pool.layout.block_tokens
+            size = self.pool.layout.block_tokens
             table = self._table(group, [-(-(start + new) // size) for start in self.starts])
             positions = self.start.unsqueeze(1) + torch.arange(new, device=self.pool.device)
-            self._token_indexes[group.index] = _TokenIndex(
-                table.gather(1, positions // size), positions % size, table, context)
+            self._token_indexes[group.index] = _TokenIndex(table.gather(1, positions // size), positions % size, table)
         return self._token_indexes[group.index]
 
     def state_table(self, group: KVGroup) -> torch.Tensor:
@@ -65,7 +63,6 @@ class _TokenIndex:
     new_blocks: torch.Tensor  # [batch, new]
     new_offsets: torch.Tensor  # [batch, new]
     block_table: torch.Tensor  # [batch, blocks]
-    context: int  # tokens
 
 
 @dataclass(frozen=True)
@@ -78,11 +75,11 @@ class PagedLayer:
 
     def append(self, rows: torch.Tensor) -> TokenContext:
         """Store `rows` `[batch, new, width]` in the reserved blocks; returns the whole context."""
-        new = rows.shape[1]
+        new, view = rows.shape[1], self.state.pool.token_view(self.index)
         where = self.state.token_index(self.group, new)
-        view = self.state.pool.token_view(self.index)
         view[where.new_blocks, where.new_offsets] = rows
-        return TokenContext(Pages(view, where.block_table, self.state.start + new), where.context)
+        longest = max(self.state.starts) + new
+        return TokenContext(Pages(view, where.block_table, self.state.start + new), longest)
 
     def load(self) -> tuple[torch.Tensor, ...]:
         """The layer's tensors, each `[batch, *shape]`; a request at its beginning starts from zeros."""

@@ -15,12 +15,10 @@ from minprfaas.model.spec import TensorSpec
 
 
 class BlockPool:
-    """`num_blocks` blocks of `layout.block_bytes` bytes on `device`.
+    """`num_blocks` blocks of `layout.block_bytes` bytes on `device`; UserError when it cannot hold them.
 
     One more block, number `num_blocks`, is the null block: always zero, never handed out. Block tables of a batch are
     padded with it, so that what a forward pass reads past a short request's end is finite.
-
-    Raises UserError when the device cannot hold the pool.
     """
 
     def __init__(self, layout: Layout, num_blocks: int, device: torch.device | str):
@@ -50,8 +48,7 @@ class BlockPool:
             raise ValueError(f"rows of layer {layer} are {rows.dtype} {list(rows.shape)}; "
                              f"they must be {view.dtype} [tokens, {view.shape[2]}]")
         blocks, first = self._blocks_between(block_table, start, start + len(rows))
-        positions = torch.arange(first, first + len(rows), device=self.device)
-        size = self.layout.block_tokens
+        positions, size = torch.arange(first, first + len(rows), device=self.device), self.layout.block_tokens
         view[blocks[positions // size], positions % size] = rows.to(self.device)
 
     def read_tokens(self, layer: int, block_table: Sequence[int], start: int, end: int) -> torch.Tensor:

@@ -127,10 +127,8 @@ class Snapshots:
 
     def plan(self, cache: RequestCache, end: int, spare_blocks: int) -> int:
         """Where a pass over the tokens up to `end` at most must end: at the first wanted boundary at which the layers
-        do not hold their state anyway. Makes blocks for the snapshots before that, of `spare_blocks` at most.
-
-        The latest come first: of one prompt, the longest prefix saves most. A plan replaces the one before.
-        """
+        do not hold their state anyway. Makes blocks for the snapshots before that, of `spare_blocks` at most; the
+        latest come first, because of one prompt the longest prefix saves most. Replaces the plan before."""
         self._give_back(cache.planned)
         start, size, inside = cache.num_tokens, self.layout.block_tokens, []
         for full in range(start // size + 1, -(-end // size)):
@@ -165,14 +163,12 @@ class Snapshots:
         """Copy the live state, which is that of `full` blocks, if that is wanted. While an answer grows it always is at
         the latest boundary, in place of the one before: the next turn begins there."""
         decoding = full * self.layout.block_tokens > cache.prompt_tokens
-        if not decoding and not self._is_wanted(cache, full):
+        if not self.enabled or (not decoding and not self._is_wanted(cache, full)):
             return
         previous, cache.rolling = self.ledger.snapshots.get(cache.rolling), None
         if previous is not None and self.ledger.refs[previous] == 0:
             self.ledger.remove(previous)
-        if self._is_there(cache, full):
-            return
-        blocks = self.ledger.allocate(self.layout.state_blocks)
+        blocks = None if self._is_there(cache, full) else self.ledger.allocate(self.layout.state_blocks)
         if blocks is None:
             return
         self.pool.copy(self._live(cache), blocks)

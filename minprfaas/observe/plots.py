@@ -54,10 +54,8 @@ def save_figure(figure: "Figure", directory: str | Path, name: str) -> Path:
 
 def draw_plan(directory: str | Path, fleet: Fleet, lengths: LengthDistribution, plan: Plan,
               kv_gbps: Mapping[str, Sequence[tuple[int, float]]]) -> list[Path]:
-    """Write figure_2.png, figure_5a.png and figure_5b.png into `directory` and return their paths.
-
-    `kv_gbps` maps a name to the (tokens, Gbps per instance) of figure 2. Raises UserError.
-    """
+    """Write figure_2.png, figure_5a.png and figure_5b.png into `directory` and return their paths. `kv_gbps`: by name,
+    the (tokens, Gbps per instance) of figure 2. Raises UserError."""
     last = lengths.quantile(SHOWN_LENGTHS)
     thresholds = [last * i / THRESHOLDS for i in range(THRESHOLDS + 1)]
     splits = range(fleet.pd_instances)

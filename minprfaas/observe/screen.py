@@ -11,8 +11,9 @@ class Screen:
     def __init__(self, prefill_tokens: int, answer_tokens: int, stream=sys.stderr):
         self.shown = stream.isatty()
         options = dict(file=stream, disable=not self.shown, leave=False, dynamic_ncols=True, mininterval=0.05)
+        in_bytes = dict(unit="B", unit_scale=True, unit_divisor=1024)
         self._prefill = tqdm(total=prefill_tokens, desc="prefill   ", unit="tok", position=0, **options)
-        self._link = tqdm(total=0, desc="KV stream ", unit="B", unit_scale=True, unit_divisor=1024, position=1, **options)
+        self._link = tqdm(total=0, desc="KV stream ", position=1, **in_bytes, **options)
         self._decode = tqdm(total=answer_tokens, desc="decode    ", unit="tok", position=2, **options)
 
     def prefilled(self, tokens: int) -> None:

@@ -32,10 +32,8 @@ def _draw(directory: str | Path, name: str, time_s: Sequence[float], left_unit: 
         axes.plot(time_s, values, label=label, color="black", linewidth=1)
     for number, (label, values) in enumerate(right.items()):
         other.plot(time_s, values, label=label, color=f"C{number}", linewidth=1, alpha=0.8)
-    axes.set(xlabel="simulated seconds", ylabel=left_unit, title=f"{name}, simulated")
-    axes.set_ylim(bottom=0)
-    other.set_ylim(bottom=0)
-    other.set_ylabel(right_unit)
+    axes.set(xlabel="simulated seconds", ylabel=left_unit, title=f"{name}, simulated", ylim=(0, None))
+    other.set(ylabel=right_unit, ylim=(0, None))
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
     return save_figure(figure, directory, f"simulation_{name}.png")
 

@@ -1,16 +1,13 @@
 """A timeline in the Chrome trace event format, which opens in Perfetto (ui.perfetto.dev). Chapters 08 and 13.
 
-Times are `time.monotonic()` seconds. On one host that clock is shared, so the timelines of its processes merge as they
-are. One process is one group of tracks; a track is a lane, a layer loop, whatever its name says.
+Times are `time.monotonic()` seconds: on one host its processes share that clock, so their timelines merge as they are.
+One process is one group of tracks; a track is a lane, a layer loop, whatever its name says.
 """
 
 import json
 import os
 import threading
 from collections import deque
-from pathlib import Path
-
-from minprfaas.files import write_whole
 
 EVENT_LIMIT = 400_000  # the oldest are dropped: a timeline must not become the leak that it is meant to show
 
@@ -54,8 +51,3 @@ class Timeline:
 def timeline_json(*event_lists: list[dict]) -> str:
     """The events of one or more processes as the text of one file."""
     return json.dumps({"traceEvents": [event for events in event_lists for event in events], "displayTimeUnit": "ms"})
-
-
-def write_timeline(path: str | Path, *event_lists: list[dict]) -> None:
-    """Write the events of one or more processes as one file, whole or not at all. Raises UserError."""
-    write_whole(path, timeline_json(*event_lists))

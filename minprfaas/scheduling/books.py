@@ -1,7 +1,6 @@
 """Load books: what each node has been given to do and has not finished. Chapter 11 (paper 3.3).
 
-Kept from the control plane's own decisions and from what nodes report of each request, so that the simulator's nodes
-and live ones are weighed alike, and a node need not be asked how busy it is.
+Kept from decisions and from what is told of each request, so that a node need not be asked how busy it is.
 """
 
 from collections.abc import Hashable
@@ -16,7 +15,7 @@ class NodeBook(NodeView):
     seconds of each that has not ended (0 without a profile). A decode node is `decoding` what it has all KVCache of."""
 
     expected_s: dict[Hashable, float] = field(default_factory=dict)
-    decoding: int = 0
+    decoding: set[Hashable] = field(default_factory=set)
 
     @property
     def waiting_s(self) -> float:
@@ -27,13 +26,12 @@ class NodeBook(NodeView):
 
 @dataclass(slots=True)
 class Booking:
-    """Where one request stands. The page of a node that has left counts for nothing, and may be written to."""
+    """Where one request stands. The page of a node that has left counts for nothing, but may be written to."""
 
     decision: Decision
     prefill: NodeBook
     decode: NodeBook
     load_tokens: int
-    is_decoding: bool = False
 
 
 class LoadBooks:
@@ -63,15 +61,13 @@ class LoadBooks:
     def start_decode(self, id: Hashable) -> None:
         """Its KVCache is on the decode node, in a batch or waiting for a place in one."""
         booking = self._bookings.get(id)
-        if booking is not None and not booking.is_decoding:
-            booking.is_decoding = True
-            booking.decode.decoding += 1
+        if booking is not None:
+            booking.decode.decoding.add(id)
 
     def close(self, id: Hashable) -> None:
         """The request has ended, or is to begin again. Harmless for an unknown one."""
         if self.end_prefill(id) is None:
             return
-        booking = self._bookings.pop(id)
-        booking.decode.load -= 1
-        if booking.is_decoding:
-            booking.decode.decoding -= 1
+        decode = self._bookings.pop(id).decode
+        decode.load -= 1
+        decode.decoding.discard(id)

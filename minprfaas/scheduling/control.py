@@ -106,8 +106,8 @@ class RequestEnded:
     output_tokens: int = 0
 
 
-Event = (NodeJoined | NodeLeft | CacheChanged | PrefixMissing | LinkMeasured | LineChanged | PrefillEnded | DecodeStarted
-         | RequestEnded)
+Event = (NodeJoined | NodeLeft | CacheChanged | PrefixMissing | LinkMeasured | LineChanged | PrefillEnded
+         | DecodeStarted | RequestEnded)
 
 
 # Actions
@@ -132,7 +132,7 @@ Action = AskInventory | NewThreshold | RoleChange
 
 
 class ControlPlane:
-    """Holds what is known of all clusters, and decides. `directory` may be asked; only `hear` and `route` change it."""
+    """Holds what is known of all clusters, and decides. `directory` may be asked; only `hear` changes it."""
 
     def __init__(self, settings: ControlSettings):
         self.settings, self.directory = settings, Directory()
@@ -220,8 +220,9 @@ class ControlPlane:
     def _change_cache(self, change: CacheChanged, now_s: float) -> list[Action]:
         if change.inventory:
             self._asked_at_s.pop(change.node, None)
-        has_left = change.node not in self.directory
-        return [] if has_left or self.directory.apply(change) else self._ask_inventory(change.node, now_s)
+        if change.node not in self.directory or self.directory.apply(change):  # it has left meanwhile, or all is well
+            return []
+        return self._ask_inventory(change.node, now_s)
 
     def _ask_inventory(self, node: str, now_s: float) -> list[Action]:
         """Once in a while is enough: an inventory can be large, and is on its way already."""
@@ -253,9 +254,8 @@ class ControlPlane:
         """Decide, and book the request on the nodes that were chosen, in place of an earlier attempt of the same id.
         Raises RequestError ("no_node") when nothing can prefill or nothing can decode."""
         self._books.close(request.id)  # first: what it is given anew must not be weighed against what it had
-        matches = self.directory.match(request.keys)
         self._view.regime = self._egress.regime(now_s)
-        decision = self._router.route(request, matches, self._view)
+        decision = self._router.route(request, self.directory.match(request.keys), self._view)
         uncached, expected_s = request.prompt_tokens - decision.cached_tokens, 0.0
         if self.settings.fleet is not None:
             profile = self.settings.fleet.profile(decision.route)
@@ -285,7 +285,7 @@ class ControlPlane:
         view, places = self._view, self.settings.fleet.pd_profile.bs_max
         prefill = max(sum(bool(node.expected_s) for node in nodes) / max(len(nodes), 1)
                       for nodes in (view.prfaas, view.pdp))
-        in_batches = sum(min(node.decoding, places) for node in view.pdd)  # more than fit in the batch wait
+        in_batches = sum(min(len(node.decoding), places) for node in view.pdd)  # more than fit in the batch wait
         decode = in_batches / max(places * len(view.pdd), 1)
         weight = 1 - math.exp(-min(elapsed_s, BUSY_SMOOTH_S) / BUSY_SMOOTH_S)
         self._prefill_busy += weight * (prefill - self._prefill_busy)

@@ -14,11 +14,9 @@ Key = Hashable  # a block's chained hash: it stands for the whole prefix that en
 
 @dataclass(frozen=True, slots=True)
 class CacheChanged:
-    """What `node` can begin a prefill after: (key, tokens) pairs, with 0 tokens where it no longer can.
-
-    A node numbers its entries 1, 2, 3, …; `sequence` is the first one's number. With `inventory` the entries are all
-    that the node holds, and `sequence` is the number of the last entry that they take into account.
-    """
+    """What `node` can begin a prefill after: (key, tokens) pairs, with 0 tokens where it no longer can. A node numbers
+    its entries 1, 2, 3, …; `sequence` is the first one's number. With `inventory` the entries are all that the node
+    holds, and `sequence` is the number of the last entry that they take into account."""
 
     node: str
     sequence: int

@@ -56,8 +56,8 @@ class ClusterView:
 
 
 class RouteRequest(NamedTuple):
-    """A prompt of `prompt_tokens`. `keys`: the chained keys of its full blocks, but for the last token, which is always
-    computed. `avoid`: nodes that are not to be used, because they failed this request before."""
+    """A prompt. `keys`: the chained keys of its full blocks, but for the last token, which is always computed. `avoid`:
+    nodes that failed this request before."""
 
     id: Hashable
     prompt_tokens: int
@@ -75,9 +75,8 @@ class CacheTransfer(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """The router judged `incremental_tokens` against `threshold`; `node`, of the cluster that `route` names, will find
-    `cached_tokens` (after `transfer`, if any), and `decode_node` already holds `decode_cached_tokens`: only what comes
-    after those crosses the link."""
+    """`incremental_tokens` were judged against `threshold`; `node`, of the cluster `route`, will find `cached_tokens`
+    (after `transfer`); only what comes after `decode_cached_tokens` crosses to `decode_node`."""
 
     route: Role
     node: str
@@ -92,8 +91,7 @@ class Decision(NamedTuple):
 
 @dataclass(frozen=True)
 class TransferCosts:
-    """What a cached prefix costs to ship and to compute again: KVCache bytes a token, bytes of a request's fixed-size
-    state, and seconds of prefill a token in each cluster."""
+    """What a cached prefix costs to ship (bytes a token, and of the fixed-size state) and to compute again."""
 
     token_bytes: float
     state_bytes: float
@@ -105,7 +103,7 @@ class TransferCosts:
         return self.prfaas_s_per_token if cluster is Role.PRFAAS else self.pdp_s_per_token
 
     def bytes_of(self, tokens: int) -> float:
-        """What a prefix of so many tokens (or the part of it that is missing) weighs on its way, the state included."""
+        """What so many tokens of a prefix weigh on their way, the state at its end included."""
         return tokens * self.token_bytes + self.state_bytes
 
 
@@ -117,7 +115,7 @@ class _Holder(NamedTuple):
 
 
 class _Choice(NamedTuple):
-    """A cluster, the incremental length it was judged by, the longest prefix to be had there and over which link."""
+    """A cluster, the incremental length it was judged by, the longest prefix to be had and over which link."""
 
     cluster: Role
     incremental_tokens: int
@@ -131,7 +129,7 @@ class Router:
 
     With `costs`, a prefix that another node of the cluster holds is fetched over the fabric where that is sooner than
     computing it; with `ship_prefixes` too, one of the other cluster over the link while bandwidth is abundant.
-    `selective` False is the baseline without a threshold: the least-loaded node of both clusters, whatever the length.
+    `selective` False is the baseline without a threshold: the least-loaded node, whatever the length.
     """
 
     def __init__(self, threshold: float, costs: TransferCosts | None = None, ship_prefixes: bool = False,
@@ -152,10 +150,9 @@ class Router:
         prfaas, pdp, pdd = (_holders(nodes, matches, most) for nodes in (view.prfaas, view.pdp, view.pdd))
         # A prefill node can use what a decode node of its cluster holds only if that can be fetched.
         choice = self._choose_cluster(request, view, _longest(prfaas), _longest(pdp + pdd if self.costs else pdp))
-        if choice.cluster is Role.PRFAAS:
-            name, (prefiller, transfer) = "PrfaaS", self._choose_node(choice, view.prfaas, prfaas)
-        else:
-            name, (prefiller, transfer) = "PD-P", self._choose_node(choice, view.pdp, pdp)
+        away = choice.cluster is Role.PRFAAS
+        name, nodes, holders = ("PrfaaS", view.prfaas, prfaas) if away else ("PD-P", view.pdp, pdp)
+        prefiller, transfer = self._choose_node(choice, nodes, holders)
         decoder = _choose_decoder(view.pdd, pdd)
         cached = transfer.end if transfer else prefiller.tokens
         reason = f"{choice.why}: {name} {prefiller.node.name}, cached {cached:,}"
@@ -176,37 +173,34 @@ class Router:
             away = min(map(_load, view.prfaas)) < min(map(_load, view.pdp))
             cluster, why = Role.PRFAAS if away else Role.PDP, "least loaded"
         else:
-            return self._judge(request.prompt_tokens, view, prfaas, pd)
+            # While bandwidth is abundant compute is the scarce thing, so the longer prefix counts wherever it is.
+            across = self.ship_prefixes and self.costs is not None and view.regime == "abundant"
+            return self._judge(request.prompt_tokens, view, prfaas, pd, across)
         source = prfaas if cluster is Role.PRFAAS else pd
         incremental = request.prompt_tokens - source.tokens
         return _Choice(cluster, incremental, source, view.fabric, f"{incremental:,} uncached, {why}")
 
-    def _judge(self, prompt_tokens: int, view: ClusterView, prfaas: _Holder, pd: _Holder) -> _Choice:
-        """The threshold rule, by the longer prefix of both clusters or by each cluster's own."""
-        if self.ship_prefixes and self.costs and view.regime == "abundant":
-            # Compute is the scarce thing: judge by the longer prefix, wherever it is, if it is worth shipping.
-            incremental = prompt_tokens - max(prfaas.tokens, pd.tokens)
-            cluster, why = self._compare(incremental, view)
-            own, other, link = (prfaas, pd, view.ingress) if cluster is Role.PRFAAS else (pd, prfaas, view.egress)
-            missing = other.tokens - own.tokens
-            if missing <= 0:
-                return _Choice(cluster, incremental, own, view.fabric, why)
-            if link.seconds_for(self.costs.bytes_of(missing)) < missing * self.costs.s_per_token(cluster):
-                return _Choice(cluster, incremental, other, link, why)
-        incremental = prompt_tokens - pd.tokens
-        cluster, why = self._compare(incremental, view)
-        return _Choice(cluster, incremental, prfaas if cluster is Role.PRFAAS else pd, view.fabric, why)
-
-    def _compare(self, incremental: int, view: ClusterView) -> tuple[Role, str]:
+    def _judge(self, prompt_tokens: int, view: ClusterView, prfaas: _Holder, pd: _Holder, across: bool) -> _Choice:
+        """The threshold rule, by the longest prefix of both clusters (`across`) or by each cluster's own cache."""
+        incremental = prompt_tokens - (max(prfaas.tokens, pd.tokens) if across else pd.tokens)
         away = incremental > self.threshold
+        cluster = Role.PRFAAS if away else Role.PDP
+        source, link = prfaas if away else pd, view.fabric
+        other, other_link = (pd, view.ingress) if away else (prfaas, view.egress)
+        missing = other.tokens - source.tokens
+        if across and missing > 0:
+            compute_s = missing * self.costs.s_per_token(cluster)
+            if other_link.seconds_for(self.costs.bytes_of(missing)) >= compute_s:  # not worth shipping
+                return self._judge(prompt_tokens, view, prfaas, pd, across=False)
+            source, link = other, other_link
         why = (f"{incremental:,} uncached {'>' if away else '≤'} t={self.threshold:,.0f}, "
                f"egress {view.egress.utilization:.0%} of limit, {view.regime}")
-        return Role.PRFAAS if away else Role.PDP, why
+        return _Choice(cluster, incremental, source, link, why)
 
     def _choose_node(self, choice: _Choice, nodes: Sequence[NodeView],
                      holders: list[_Holder]) -> tuple[_Holder, CacheTransfer | None]:
-        """The node with the fewest tokens to compute until this request is done, and what it is to fetch. So cache
-        affinity, the queue and the time of a fetch are weighed against each other in one unit."""
+        """The node with the fewest tokens to compute until this request is done, and what it is to fetch: affinity, queue
+        and fetch are weighed in one unit."""
         end = choice.source.tokens
         compute_s = self.costs.s_per_token(choice.cluster) if self.costs else 0.0
 
@@ -228,7 +222,7 @@ class Router:
 
 
 def _without(avoid: frozenset[str], view: ClusterView) -> ClusterView:
-    """The view without some nodes, neither to work nor to hold a prefix."""
+    """Without some nodes, neither to work nor to hold a prefix."""
     prfaas, pdp, pdd = ([node for node in nodes if node.name not in avoid]
                         for nodes in (view.prfaas, view.pdp, view.pdd))
     return replace(view, prfaas=prfaas, pdp=pdp, pdd=pdd)
@@ -241,8 +235,7 @@ def _holders(nodes: Sequence[NodeView], matches: Mapping[str, int], most: int) -
 
 
 def _idlest(nodes: Sequence[NodeView]) -> _Holder:
-    """Counted on for nothing; where it holds something it is among the holders too."""
-    return _Holder(min(nodes, key=_load), 0)
+    return _Holder(min(nodes, key=_load), 0)  # where it holds something it is among the holders too
 
 
 def _longest(holders: list[_Holder]) -> _Holder:

@@ -1,8 +1,7 @@
 """The simulated cluster: nodes and a link that are modelled, under the very control plane that the live cluster has.
 
 A request's way: arrival, route, (cached prefix shipped or fetched), prefill queue, prefill with its KVCache streaming
-over the link, decode. What happens is told to `ControlPlane.hear`, and its actions are carried out here. Requests of a
-node that fails are routed again; prefix reuse is looked up again when a prefill begins. Chapter 12 (paper 3.3, 3.4.3).
+over the link, decode. Requests of a node that fails are routed again. Chapter 12 (paper 3.3, 3.4.3).
 """
 
 from collections.abc import Callable, Iterator
@@ -130,7 +129,7 @@ class Simulation:
             self._bring_prefix(decision.transfer, node, request)
 
     def _bring_prefix(self, transfer: CacheTransfer, node: PrefillNode, request: SimRequest) -> None:
-        """Over the link from the other cluster, or over the fabric, which is modelled as never busy."""
+        """Over the link from the other cluster, or over the fabric, modelled as never busy."""
         is_remote = node.role is Role.PRFAAS
         if transfer.source.startswith("prfaas") == is_remote:
             self.recorder.fetched_cache_bytes += transfer.bytes

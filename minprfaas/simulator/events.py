@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 
 class Clock:
-    """Discrete events. Events at one time happen in the order in which they were planned, so a run repeats exactly."""
+    """Events at one time happen in the order in which they were planned, so a run repeats exactly."""
 
     def __init__(self):
         self.now_s = 0.0
@@ -19,12 +19,10 @@ class Clock:
 
     def after(self, delay_s: float, event: Callable, *args) -> None:
         """Plan `event(*args)` for `delay_s` from now."""
-        self._planned += 1
-        heapq.heappush(self._events, (self.now_s + delay_s, self._planned, event, args))
+        self.at(self.now_s + delay_s, event, *args)
 
     def run(self) -> None:
         """Until nothing is planned."""
-        events, pop = self._events, heapq.heappop
-        while events:
-            self.now_s, _, event, args = pop(events)
+        while self._events:
+            self.now_s, _, event, args = heapq.heappop(self._events)
             event(*args)

@@ -113,8 +113,8 @@ class PrefillNode:
 
 
 class DecodeNode:
-    """Continuous batching: up to `bs_max` requests draw one token each per step and join and leave between steps, others
-    wait. Steps take longer in a larger batch, so time is counted in steps (`_steps`)."""
+    """Continuous batching: up to `bs_max` requests draw one token a step and join and leave between steps, others wait.
+    Steps take longer in a larger batch, so time is counted in steps (`_steps`)."""
 
     def __init__(self, clock: Clock, profile: Profile, done: Callable[[SimRequest], None]):
         self.waiting: deque[SimRequest] = deque()
