@@ -474,3 +474,11 @@ def test_bfloat16_on_cuda_answers_every_request(checkpoints):
     run(engine)
     assert {request.finish_reason for request in requests} <= {"length", "eos"}
     assert_nothing_is_held(engine)
+
+
+def test_of_two_tokens_that_one_step_draws_only_the_last_ends_the_request(hybrid):
+    model, tokenizer = hybrid
+    engine = Engine(model, tokenizer, CacheConfig(32, 16))
+    engine.add(engine.request("a", [1, 2, 3], SamplingParams(max_tokens=2, ignore_eos=True)))
+    updates = engine.step()
+    assert [update.finish_reason for update in updates] == [None, "length"], "told after the step, both tokens are known"

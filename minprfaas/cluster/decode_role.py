@@ -247,10 +247,10 @@ class DecodeRole:
     # To the front end
 
     def _tell_token(self, update: TokenUpdate) -> None:
-        request = update.request
-        self._tell(messages.TokenDrawn(
-            request.id, update.token_id, update.new_text, request.finish_reason or "", request.length_limit or ""))
-        if request.finish_reason is not None:
+        request, reason = update.request, update.finish_reason or ""
+        limit = request.length_limit if reason == "length" else ""
+        self._tell(messages.TokenDrawn(request.id, update.token_id, update.new_text, reason, limit))
+        if reason:
             del self.servings[request.id]
 
     def _tell_progress(self) -> None:

@@ -175,7 +175,7 @@ class Engine:
             if not text.stopped:
                 new_text += text.finish()
             self._finish(request, reason)
-        return TokenUpdate(request, token, new_text)
+        return TokenUpdate(request, token, new_text, reason)
 
     def _end_of(self, request: Request, text: StreamedText) -> str | None:
         """Why the answer ends here, if it does; notes which limit it was."""

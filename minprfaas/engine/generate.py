@@ -57,7 +57,7 @@ def answer_prompts(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[P
             for update in engine.step():
                 if on_token is not None:
                     on_token(update)
-                if update.request.finish_reason is not None:
+                if update.finish_reason is not None:
                     bar.update()
                     submit_after(update.request)
     return [RequestOutput.of(requests[prompt.id]) for prompt in prompts]

@@ -89,3 +89,4 @@ class TokenUpdate:
     request: Request
     token_id: int
     new_text: str
+    finish_reason: str | None = None  # of the request, if this is its last token: a step may draw two for one request
