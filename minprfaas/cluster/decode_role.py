@@ -1,4 +1,4 @@
-"""The decode role: reserves blocks, pulls the KVCache that a prefill node makes, and decodes. Chapter 13; paper 3.1, 3.3.
+"""The decode role: reserves blocks, pulls the KVCache that others make, decodes. Chapter 13; paper 3.1, 3.3.
 
 Only this node knows what it already holds, so it orders: the front end says who shall prefill, and the order says from
 which token on the KVCache is to be sent.

@@ -112,7 +112,7 @@ class FrontEnd:
             for journey in list(self.journeys.values()):
                 decision = journey.decision
                 if not journey.is_finished and decision is not None and decision.decode_node == happening.name:
-                    self._fail(journey, RequestError("node_lost", f"{happening.name}, which decoded it: {happening.reason}"))
+                    self._fail(journey, RequestError("node_lost", f"{happening.name} decoded it: {happening.reason}"))
 
     def hear(self, sender: str, message: messages.Message) -> None:
         """Take a message."""
@@ -182,11 +182,11 @@ class FrontEnd:
                 self._without_node.append(journey)
             return
         journey.decision = decision
-        away = decision.route is Role.PRFAAS
+        deadline_s = self.deadline_s if decision.route is Role.PRFAAS else LOCAL_DEADLINE_S
         prefix = decision.transfer
         self._mail.send(FRONT, decision.decode_node, messages.Serve(
-            journey.id, list(journey.token_ids), asdict(journey.params), decision.node,
-            self.deadline_s if away else LOCAL_DEADLINE_S, prefix.source if prefix else "", prefix.end if prefix else 0))
+            journey.id, list(journey.token_ids), asdict(journey.params), decision.node, deadline_s,
+            prefix.source if prefix else "", prefix.end if prefix else 0))
 
     def _route_again(self, journey: Journey, reason: str, prefix_missing: bool) -> None:
         """Its prefill node failed it, so another one shall do it; or its cached prefix did not come: decide anew,

@@ -1,4 +1,4 @@
-"""KVCache on its way in: one expected stream, written into the blocks that were reserved for it. Chapter 08; paper 3.3."""
+"""KVCache on its way in: one expected stream, written into the blocks reserved for it. Chapter 08; paper 3.3."""
 
 from collections.abc import Sequence
 

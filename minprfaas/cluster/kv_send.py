@@ -32,7 +32,7 @@ class _Piece:
 
 
 class KVSend:
-    """The sending half of one stream: tokens from `plan.start` on, whether they were computed here or found in the cache.
+    """The sending half of one stream: tokens from `plan.start` on, whether computed here or found in the cache.
 
     `tables` are block tables per group, which the caller holds until `outcome` is there. `overlap` False ships
     everything after prefill, for comparison. Raises LinkDown, or ValueError for an impossible plan.
@@ -54,7 +54,7 @@ class KVSend:
             self._hand_over(layer, end)
 
     def finish(self) -> None:
-        """Everything is computed: what was not handed over yet is, and the stream ends when it has been acknowledged."""
+        """Everything is computed: what was not handed over yet is, and the stream ends once it is acknowledged."""
         for entry in self.plan.entries:
             self._hand_over(entry.layer, self.plan.end)
         self._pieces.put(None)

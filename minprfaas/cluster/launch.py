@@ -1,4 +1,4 @@
-"""Starting processes: what torchrun says about this one, its device, its store, its line; and who outlives whom. Chapter 13."""
+"""Starting processes: what torchrun says of this one, its device, store and line; who outlives whom. Chapter 13."""
 
 import os
 import secrets
@@ -39,11 +39,11 @@ class Launch:
     local_rank: int
     host: str
     port: int
-    agent_serves: bool  # whether torchrun's agent serves the store; else the last process does, which outlives the others
+    agent_serves: bool  # whether torchrun's agent serves the store; else the last process, which outlives the others
 
     @staticmethod
     def from_environment(world_size: int) -> "Launch | None":
-        """None outside torchrun. UserError when what the environment says of this process is incomplete or impossible."""
+        """None outside torchrun. UserError when the environment is incomplete or impossible."""
         if "RANK" not in os.environ:
             return None
         found = _number("WORLD_SIZE", 1)
@@ -131,13 +131,13 @@ def _wait_for_the_last(workers: list[subprocess.Popen]) -> int:
 
 def wait_for_the_front_end() -> None:
     """Give the front end's process time to say the mistake that this one has seen as well: whoever ends first has the
-    other one ended by the launcher, and one line is enough. A mistake that only this process sees is said after that."""
+    other one ended by the launcher, and one line is enough. What only this process has seen is said after that."""
     time.sleep(FRONT_END_GRACE_S)
 
 
 def emulated_line(config: LineConfig, store: dist.Store, here: str, there: str) -> EmulatedLine | None:
-    """The line from datacenter `here` to datacenter `there`, which all processes of this run on this machine share. None
-    when there is nothing to emulate."""
+    """The line from datacenter `here` to datacenter `there`, shared by all processes of this run on this machine.
+    None when there is nothing to emulate."""
     if config.gbps is None and not config.rtt_ms and not config.weather:
         return None
     run_id = store.compare_set("run id", "", secrets.token_hex(8)).decode()
@@ -147,7 +147,8 @@ def emulated_line(config: LineConfig, store: dist.Store, here: str, there: str) 
 def link_identity(model: Transformer, layout: Layout) -> LinkIdentity:
     """What both ends of a link must agree on before any KVCache crosses: model, number format, block layout, secret."""
     secret = os.environ.get("MINPRFAAS_SECRET")
-    shape = ";".join(f"{group.index}:{group.layers}:{group.spec.nbytes}:{group.spec.kind.value}" for group in layout.groups)
+    shape = ";".join(f"{group.index}:{group.layers}:{group.spec.nbytes}:{group.spec.kind.value}"
+                     for group in layout.groups)
     return LinkIdentity(model.fingerprint, str(model.dtype), shape, secret.encode() if secret else None)
 
 
@@ -160,5 +161,6 @@ def _variable(name: str) -> str:
 def _number(name: str, least: int, most: int = 2**31) -> int:
     text = _variable(name)
     if not (text.isascii() and text.isdigit() and least <= int(text[:12]) <= most):
-        raise UserError(f"environment variable {name} is {text[:80]!r}; it must be a whole number from {least} to {most}")
+        raise UserError(f"environment variable {name} is {text[:80]!r}; it must be a whole number from {least} to "
+                        f"{most}")
     return int(text)

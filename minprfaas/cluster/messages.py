@@ -106,8 +106,8 @@ class Abort:
 
 @dataclass(frozen=True)
 class PrefillOrder:
-    """Decode node -> prefill node: prefill this prompt and stream the KVCache of tokens [start, len(token_ids)) to me as
-    `stream_id`.
+    """Decode node -> prefill node: prefill this prompt, and stream the KVCache of tokens [start, len(token_ids)) to me
+    as `stream_id`.
 
     Unless `snapshot_at` is 0, the request-level state at that block boundary is welcome too, as `snapshot_stream_id`:
     with it a later prompt can begin there. `prefix_source` and `prefix_tokens` are those of `Serve`.

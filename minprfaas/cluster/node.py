@@ -1,6 +1,6 @@
 """One process: the parts that live in it, and the loop that all of them share. Chapter 13; paper 3.1.
 
-A step drains everything that has happened before it computes, so that the queue cannot outgrow the loop, and a part that
+A step drains everything that has happened before it computes: the queue cannot outgrow the loop, and a part that
 computes for long does not keep another from hearing what is already here.
 """
 

@@ -55,7 +55,7 @@ class PrefillRole:
     def __init__(self, name: str, role: Role, engine: Engine, mail: Mail, transfer_deadline_s: float,
                  overlap: bool = True):
         self.name, self.engine, self.overlap = name, engine, overlap
-        self.transfer_deadline_s = transfer_deadline_s
+        self.deadline_s = transfer_deadline_s
         self.prefills: dict[str, Prefill] = {}
         self.upkeep = Upkeep(name, role, engine, mail, transfer_deadline_s)
         self.prefixes = self.upkeep.prefixes
@@ -137,7 +137,7 @@ class PrefillRole:
         """Begin a stream, whose blocks stay until it has let go of them. None when it cannot begin."""
         try:
             transport = self._mail.transport(prefill.decode_node)
-            stream = KVSend(self._kvcache, transport, plan, tables, self.upkeep.threads, self.transfer_deadline_s, overlap)
+            stream = KVSend(self._kvcache, transport, plan, tables, self.upkeep.threads, self.deadline_s, overlap)
         except (LinkDown, ValueError):  # ValueError: a plan that this transport cannot carry
             return None
         self._kvcache.begin_transfer(prefill.cache)
@@ -170,7 +170,7 @@ class PrefillRole:
         if prefill.fetch.nbytes is None:
             return
         if prefill.fetch.nbytes == 0:
-            return self._fail(prefill, f"the prefix that {prefill.fetch.source} holds did not come", prefix_missing=True)
+            return self._fail(prefill, f"the prefix at {prefill.fetch.source} did not come", prefix_missing=True)
         prefill.stage = Stage.COMPUTING
         self.engine.add(prefill.request)
 
@@ -188,11 +188,11 @@ class PrefillRole:
             prefill.snapshot.finish()
 
     def _prefilled(self, prefill: Prefill) -> None:
-        request = prefill.request
+        request, queue_s = prefill.request, prefill.request.prefill_started_at_s - prefill.arrived_at_s
         prefill.stage = Stage.SENDING
         prefill.stream.finish()
         self._tell(prefill, messages.PrefillDone(
-            request.id, request.token_ids[-1], request.cached_tokens, request.prefill_started_at_s - prefill.arrived_at_s,
+            request.id, request.token_ids[-1], request.cached_tokens, queue_s,
             request.prefill_ended_at_s - request.prefill_started_at_s, prefill.fetch.nbytes if prefill.fetch else 0))
 
     def _transferred(self, prefill: Prefill) -> None:

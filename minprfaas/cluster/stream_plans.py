@@ -1,4 +1,4 @@
-"""What crosses for a request: the plan that both ends make from their own layout before a byte moves. Chapter 08; paper 3.3."""
+"""What crosses for a request: the plan that both ends make before a byte moves. Chapter 08; paper 3.3."""
 
 from minprfaas.config import StateKind
 from minprfaas.kvcache.layout import Layout

@@ -1,4 +1,4 @@
-"""What every node does beside its role: say who it is and what it holds, and ship prefixes. Chapters 11 and 13; paper 3.4.3."""
+"""What every node does beside its role: say who and what is here, ship prefixes. Chapters 11 and 13; paper 3.4.3."""
 
 import resource
 import sys

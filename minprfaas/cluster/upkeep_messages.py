@@ -1,4 +1,4 @@
-"""The messages of a node's upkeep: who is there, what it holds, prefixes that are shipped. Chapters 11 and 13; paper 3.4.3."""
+"""The messages of a node's upkeep: who is there, what it holds, prefix shipping. Chapters 11 and 13; paper 3.4.3."""
 
 from dataclasses import dataclass
 

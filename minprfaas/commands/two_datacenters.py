@@ -44,8 +44,8 @@ GOODBYE_DEADLINE_S = 30.0
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = ArgumentParser(
-        description="Process 0 is the PrfaaS datacenter, process 1 the local PD datacenter with the front end. Start it "
-                    "with `torchrun --nproc-per-node 2`, or plainly: then it starts its two processes itself.")
+        description="Process 0 is the PrfaaS datacenter, process 1 the local PD datacenter with the front end. Start "
+                    "it with `torchrun --nproc-per-node 2`, or plainly: then it starts its two processes itself.")
     p.add_argument("--model", metavar="DIR", help="Hugging Face directory (default: the embedded model)")
     p.add_argument("--prompts", metavar="FILE.jsonl", required=True,
                    help='one {"id", "prompt", "max_tokens"} a line; {"after": id} continues that conversation')
@@ -138,7 +138,8 @@ def _serve_prefill(run: Run, launch: Launch) -> int:
 
 def _serve_front_end(run: Run, launch: Launch) -> int:
     """Process B."""
-    outputs = {name: OutputFile(path) for name, path in (("json", run.args.json), ("timeline", run.args.timeline)) if path}
+    paths = {"json": run.args.json, "timeline": run.args.timeline}
+    outputs = {name: OutputFile(path) for name, path in paths.items() if path is not None}
     try:
         model, tokenizer = load(run.args.model, getattr(torch, run.args.dtype), launch.device(run.args.device))
         prefill_engine, decode_engine = _engines(run, model, tokenizer, ["B: PD", "B: PD"])
@@ -238,8 +239,8 @@ class Program:
         for name, ready in self.front.ready.items():
             where = "datacenter A  PrfaaS, " if name == PRFAAS else "datacenter B  local PD, "
             does = "decode" if name == self.process.decode.name else "prefill"
-            say(f"{where}{does}: {ready.device}, pool of {ready.num_blocks:,} blocks of {self.layout.block_tokens} tokens "
-                f"({human_bytes(self.layout.block_bytes)})")
+            say(f"{where}{does}: {ready.device}, pool of {ready.num_blocks:,} blocks of {self.layout.block_tokens} "
+                f"tokens ({human_bytes(self.layout.block_bytes)})")
         gbps = self.line.gbps
         bandwidth = "unthrottled" if gbps is None else f"{gbps * 1000:g} Mbit/s (emulated)"
         say(f"link A → B    {bandwidth}, round trip {self.line.rtt_ms:g} ms (emulated), {self.lanes} lanes")

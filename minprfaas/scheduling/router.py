@@ -199,8 +199,8 @@ class Router:
 
     def _choose_node(self, choice: _Choice, nodes: Sequence[NodeView],
                      holders: list[_Holder]) -> tuple[_Holder, CacheTransfer | None]:
-        """The node with the fewest tokens to compute until this request is done, and what it is to fetch: affinity, queue
-        and fetch are weighed in one unit."""
+        """The node with the fewest tokens to compute until this request is done, and what it is to fetch: affinity,
+        queue and fetch are weighed in one unit."""
         end = choice.source.tokens
         compute_s = self.costs.s_per_token(choice.cluster) if self.costs else 0.0
 
