@@ -1,8 +1,8 @@
 """The two processes of the topology prfaas=1, pd=1: which parts live where, and who is at the other end. Chapter 13.
 
 Process A is the PrfaaS datacenter with its one node. Process B is the local PD datacenter: the front end, and its one
-PD node, which has to play both PD roles, each with an engine and a pool of its own over the one model. Inside B, KVCache
-goes from the prefill role to the decode role over the loopback, as it comes from A over the link.
+PD node, which has to play both PD roles, each with an engine and a pool of its own over the one model. Inside B,
+KVCache goes from the prefill role to the decode role over the loopback, as it comes from A over the link.
 """
 
 from collections.abc import Callable
