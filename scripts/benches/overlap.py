@@ -63,7 +63,7 @@ def row(args: argparse.Namespace, prompts: Path, share: float, free: dict, bar: 
     gbps = free["kv_bytes"] * 8e-9 / (share * free["prefill_s"])
     runs = [(run(args, prompts, gbps, True, bar), run(args, prompts, gbps, False, bar)) for _ in range(args.repeats)]
     ttft_s, plain_s, prefill_s, hidden = (statistics.median(values) for values in zip(*(
-        (one["ttft_s"], plain["ttft_s"], plain["prefill_s"], 1 - one["transfer_exposed_s"] / one["transfer_s"])
+        (one["ttft_s"], plain["ttft_s"], plain["prefill_s"], one["hidden"])
         for one, plain in runs)))
     transfer_s = free["kv_bytes"] * 8e-9 / gbps
     chunk = args.prefill_chunk / free["prompt_tokens"]
