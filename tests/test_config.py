@@ -9,9 +9,9 @@ from conftest import FAMILIES, TINY
 
 from minprfaas.config import CacheConfig, LineConfig, LinkConfig, RopeConfig
 from minprfaas.errors import UserError
-from minprfaas.model.delta import KDAConfig
 from minprfaas.model.families import config_from_hf, read_config
 from minprfaas.model.gqa import GQAConfig
+from minprfaas.model.kda import KDAConfig
 from minprfaas.model.mla import MLAConfig
 from minprfaas.model.transformer import Transformer
 

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minprfaas.model.delta import KDA, KDAConfig, delta_rule_chunked, delta_rule_recurrent
+from minprfaas.model.delta import delta_rule_chunked, delta_rule_recurrent
+from minprfaas.model.kda import KDA, KDAConfig
 from minprfaas.model.layers import Positions
 from minprfaas.model.state import ContiguousLayerState
 

@@ -10,8 +10,8 @@ from minprfaas.kvcache.layout import plan_layout
 from minprfaas.kvcache.paged import PagedState
 from minprfaas.kvcache.pool import BlockPool
 from minprfaas.model.attention import attend
-from minprfaas.model.delta import KDAConfig
 from minprfaas.model.gqa import GQAConfig
+from minprfaas.model.kda import KDAConfig
 from minprfaas.model.layers import Positions
 from minprfaas.model.mla import MLAConfig
 from minprfaas.model.spec import StateSpec, TensorSpec, model_state_specs

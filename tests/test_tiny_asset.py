@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from minprfaas import SamplingParams, generate, load
 from minprfaas.documents import EVALUATION_SEEDS, make_document
 from minprfaas.model.checkpoint import EMBEDDED
-from minprfaas.model.delta import KDAConfig
 from minprfaas.model.families import read_config
+from minprfaas.model.kda import KDAConfig
 from minprfaas.model.mla import MLAConfig
 from minprfaas.model.tokenizer import Tokenizer
 

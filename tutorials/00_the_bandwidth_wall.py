@@ -8,8 +8,8 @@ import time
 import torch
 
 from minprfaas.config import LayerConfig, ModelConfig, RopeConfig, StateKind
-from minprfaas.model.delta import KDAConfig
 from minprfaas.model.gqa import GQAConfig
+from minprfaas.model.kda import KDAConfig
 from minprfaas.model.mla import MLAConfig
 from minprfaas.model.spec import kv_bytes, model_state_specs
 from minprfaas.model.transformer import Transformer

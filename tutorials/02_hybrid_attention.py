@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from minprfaas.config import RopeConfig, StateKind
-from minprfaas.model.delta import KDAConfig, delta_rule_chunked, delta_rule_recurrent
+from minprfaas.model.delta import delta_rule_chunked, delta_rule_recurrent
 from minprfaas.model.gqa import GQAConfig
+from minprfaas.model.kda import KDAConfig
 from minprfaas.model.layers import Positions
 from minprfaas.model.mla import MLAConfig
 from minprfaas.model.state import ContiguousLayerState

@@ -11,7 +11,7 @@ import torch
 from minprfaas.config import CacheConfig, LayerConfig, ModelConfig, StateKind
 from minprfaas.kvcache.layout import plan_layout
 from minprfaas.kvcache.manager import KVCacheManager
-from minprfaas.model.delta import KDAConfig
+from minprfaas.model.kda import KDAConfig
 from minprfaas.model.mla import MLAConfig
 from minprfaas.model.spec import kv_bytes, model_state_specs
 from minprfaas.model.state import ContiguousState

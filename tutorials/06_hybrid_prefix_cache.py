@@ -13,7 +13,7 @@ from minprfaas.kvcache.layout import plan_layout
 from minprfaas.kvcache.manager import KVCacheManager
 from minprfaas.kvcache.request_cache import RequestCache
 from minprfaas.kvcache.replay import replay_trace
-from minprfaas.model.delta import KDAConfig
+from minprfaas.model.kda import KDAConfig
 from minprfaas.model.mla import MLAConfig
 from minprfaas.model.spec import model_state_specs
 from minprfaas.model.transformer import Transformer

@@ -8,8 +8,8 @@ from pathlib import Path
 from minprfaas.config import MAX_LAYERS, LayerConfig, MixerConfig, ModelConfig, RopeConfig
 from minprfaas.errors import UserError, require_number
 from minprfaas.files import read_json
-from minprfaas.model.delta import KDAConfig
 from minprfaas.model.gqa import GQAConfig
+from minprfaas.model.kda import KDAConfig
 from minprfaas.model.mla import MLAConfig
 
 
