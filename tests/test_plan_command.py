@@ -150,3 +150,19 @@ def test_planning_needs_no_torch():
     program = "import sys; from minprfaas.__main__ import main; main(['plan', '--case', 'paper']); " \
               "raise SystemExit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], stdout=subprocess.DEVNULL, timeout=60).returncode == 0
+
+
+def test_somebody_elses_measurements_say_who_can_cross_a_thin_line(capsys):
+    """On the 14.7 Gbps between their two sites most of what four instances add in the building crosses for the hybrid,
+    and little of it for the dense model."""
+    kept = {}
+    for name in ("kimi-linear-48b-8xh100", "nemotron-nano-9b-4xh100", "qwen2.5-72b-8xh100"):
+        result = planned(capsys, "--profile", name, "--link-gbps", "14.7")
+        alone, near = result["without_prfaas"]["alone"], result["without_prfaas"]["in_the_building"]
+        kept[name] = (result["plan"]["lambda_max"] - alone) / (near - alone)
+    hybrid, small, dense = kept.values()
+    assert hybrid > 0.6 and small > 0.5 and dense < 0.25
+    main(["plan", "--profile", "qwen2.5-72b-8xh100", "--link-gbps", "14.7"])
+    screen = capsys.readouterr().out
+    assert "HarshavardhanK/Mooncake" in screen and "the line carries 0.3 of 4 such instances" in screen
+    assert "kimi-linear-48b-8xh100" in refused(capsys, "--profile", "nope"), "what is shipped is named"

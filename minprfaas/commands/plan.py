@@ -36,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to plan, for which fleet, and how to show it."""
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--case", choices=["paper"], help="the paper's case study: table 6 beside the paper's numbers")
-    what.add_argument("--profile", metavar="FILE", help="plan for this profile (JSON) of a PrfaaS instance")
+    what.add_argument("--profile", metavar="FILE",
+                      help="plan for this profile of a PrfaaS instance: a JSON file, or the name of a shipped one")
     parser.add_argument("--egress", action="store_true", help="equation 2's cases: the egress of a prefill cluster")
     fleet = parser.add_argument_group("fleet, link and lengths (with --profile)")
     fleet.add_argument("--pd-profile", metavar="FILE", help="profile of a PD instance (default: the same as --profile)")
@@ -72,6 +73,7 @@ def run(args: argparse.Namespace) -> None:
     more = sensitivity(fleet, lengths)
     if args.profile:
         result["sensitivity"] = {change: changed.lambda_max for change, changed in more}
+        result["without_prfaas"] = {name: other.lambda_max for name, other in _without_prfaas(fleet, lengths).items()}
     if args.egress:
         result["egress"] = _egress_cases()
     drawn = draw_plan(args.plots, fleet, lengths, best, _curves(args, fleet)) if args.plots else []
@@ -80,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     if args.case:
         _print_table_6(result)
     else:
-        _print_own(fleet, lengths, result["plan"])
+        _print_own(fleet, lengths, best, result)
     _print_margins(best, more)
     if args.egress:
         print()
@@ -154,16 +156,46 @@ def _print_table_6(result: dict) -> None:
     print(f"\n{NOTES}\n")
 
 
-def _print_own(fleet: Fleet, lengths: LengthDistribution, figures: dict) -> None:
+def _without_prfaas(fleet: Fleet, lengths: LengthDistribution) -> dict[str, Plan]:
+    """What the same money buys in one datacenter: the PD cluster alone, and with as many instances more."""
+    alone = replace(fleet, prfaas_instances=0)
+    if alone.pd_instances == 1:
+        return {}
+    more = replace(alone, pd_instances=alone.pd_instances + int(fleet.prfaas_instances))
+    return {"alone": plan(alone, lengths), "in_the_building": plan(more, lengths)}
+
+
+def _print_own(fleet: Fleet, lengths: LengthDistribution, best: Plan, result: dict) -> None:
     print("The best plan (modelled; TTFT is without waiting)\n")
-    rows = [(ROWS[key][0], _cell(key, value)) for key, value in figures.items() if key != "ratio"]
+    rows = [(ROWS[key][0], _cell(key, value)) for key, value in result["plan"].items() if key != "ratio"]
     print(table(["", "plan"], rows), "\n")
     for profile in dict.fromkeys((fleet.prfaas_profile, fleet.pd_profile)):
         print(f"profile {profile.name}: the prefill curve passes within {profile.fit_error:.1%} of its measured points")
+        if profile.source:
+            print(f"profile {profile.name}: {profile.source}")
         if lengths.values[-1] > profile.points[-1].tokens:
             print(f"profile {profile.name}: lengths reach {lengths.values[-1]:,.0f} tokens and the measurements "
                   f"{profile.points[-1].tokens:,}; beyond them the curves are extrapolated")
+    if result["without_prfaas"]:
+        _print_gain(fleet, best, **result["without_prfaas"])
     print()
+
+
+def _print_gain(fleet: Fleet, best: Plan, alone: float, in_the_building: float) -> None:
+    """What the PrfaaS cluster is worth, and what the line takes from it."""
+    count, gbps = fleet.prfaas_instances, fleet.link_gbps
+    print("\n" + table(["", "Λ_max, req/s", "of alone"], [
+        (f"{fleet.pd_instances} PD instances alone", f"{alone:.2f}", "1.00"),
+        (f"… with {count} PrfaaS instances at {gbps:g} Gbps", f"{best.lambda_max:.2f}",
+         f"{best.lambda_max / alone:.2f}"),
+        (f"… with {count} PD instances more instead", f"{in_the_building:.2f}", f"{in_the_building / alone:.2f}")]))
+    profile = fleet.prfaas_profile
+    per_instance = [(point.tokens, kv_throughput_gbps(point.kv_bytes, point.prefill_s)) for point in profile.points]
+    tokens, most_gbps = max(per_instance, key=lambda pair: pair[1])
+    carried = gbps / most_gbps
+    print(f"\nAt {tokens:,} tokens an instance emits {most_gbps:.1f} Gbps of KVCache (eq. 1, its highest): the line "
+          f"carries {carried:.1f} of {count} such instances"
+          + ("." if carried >= count else ", so the line decides before the prefill does."))
 
 
 def _print_margins(best: Plan, more: list[tuple[str, Plan]]) -> None:

@@ -4,13 +4,15 @@ Chapter 10; paper 2.1 (S_kv, T_prefill), 3.4.1 (T_decode, BS_max) and table 5.
 """
 
 from bisect import bisect_right
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 
 from minprfaas.errors import UserError, require_number
 from minprfaas.files import read_json
+
+SHIPPED = Path(__file__).resolve().parent.parent / "assets" / "profiles"  # measured by others; each says by whom
 
 
 @dataclass(frozen=True)
@@ -31,17 +33,19 @@ class Profile:
       are linear in the length, and full attention. Such a curve is positive and increasing wherever it is asked.
     - `kv_bytes` is linear between neighbouring points: state of fixed size plus state that grows with each token.
 
-    Raises UserError for fewer than two points, for numbers that are not positive, and for points that do not increase.
+    `source` says who measured it, where that was not this project. Raises UserError for fewer than two points, for
+    numbers that are not positive, and for points that do not increase.
     """
 
     name: str
     points: tuple[ProfilePoint, ...]
     t_decode_s: float
     bs_max: int
+    source: str = ""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name:
-            raise UserError(f"profile name {self.name!r} is not a text of at least one character")
+        if not isinstance(self.name, str) or not self.name or not isinstance(self.source, str):
+            raise UserError(f"profile name {self.name!r} or source {self.source!r} is not a text; a name has characters")
         require_number(f"profile {self.name!r}: t_decode_s", self.t_decode_s, above=0)
         require_number(f"profile {self.name!r}: bs_max", self.bs_max, above=0, whole=True)
         if len(self.points) < 2:
@@ -57,8 +61,10 @@ class Profile:
 
     @staticmethod
     def read(path: str | Path) -> "Profile":
-        """Read what `to_json` gives from a file. Raises UserError."""
-        return Profile.from_json(read_json(Path(path), "`python -m minprfaas profile` writes one"))
+        """Read what `to_json` gives from a file, or a profile that is shipped, by its name. Raises UserError."""
+        shipped = {file.stem: file for file in SHIPPED.glob("*.json")}
+        hint = f"`python -m minprfaas profile` writes one, and these are shipped: {', '.join(sorted(shipped))}"
+        return Profile.from_json(read_json(shipped.get(str(path), Path(path)), hint))
 
     @staticmethod
     def from_json(raw: dict) -> "Profile":
@@ -123,8 +129,9 @@ class Profile:
 def _require_keys(what: str, raw: dict, target: type) -> None:
     if not isinstance(raw, dict):
         raise UserError(f"{what} is a {type(raw).__name__}, not a JSON object")
-    expected = list(target.__dataclass_fields__)
-    for problem, keys in (("unknown", set(raw) - set(expected)), ("missing", set(expected) - set(raw))):
+    expected = [field.name for field in fields(target)]
+    required = {field.name for field in fields(target) if field.default is MISSING}
+    for problem, keys in (("unknown", set(raw) - set(expected)), ("missing", required - set(raw))):
         if keys:
             raise UserError(f"{what}: {problem} key {sorted(keys)[0]!r}; the keys are {', '.join(expected)}")
 
