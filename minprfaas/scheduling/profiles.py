@@ -4,7 +4,7 @@ Chapter 10; paper 2.1 (S_kv, T_prefill), 3.4.1 (T_decode, BS_max) and table 5.
 """
 
 from bisect import bisect_right
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
@@ -98,6 +98,13 @@ class Profile:
         first, last = self.points[0], self.points[-1]
         s_per_token = (last.prefill_s - first.prefill_s) / (last.tokens - first.tokens)
         return round(self.prefill_s(0) / s_per_token)
+
+    def scaled(self, time: float = 1.0, length: float = 1.0, size: float = 1.0) -> "Profile":
+        """The same machine in other units: seconds `time` times as long, one token for each `length`, bytes times
+        `size`. What is planned, simulated or run in these units gives the real figures when the factors are undone."""
+        points = tuple(ProfilePoint(max(1, round(point.tokens / length)), point.kv_bytes * size,
+                                    point.prefill_s * time) for point in self.points)
+        return replace(self, points=points, t_decode_s=self.t_decode_s * length * time)
 
     @property
     def fit_error(self) -> float:
