@@ -1,0 +1,122 @@
+"""Fewer bytes for the rows of a KVCache on the wire: bf16, fp8, int8 or int4. Chapter 15.
+
+The paper names compression of the KVCache as complementary (section 6; KIVI, CacheGen). Here a row is encoded alone, in
+groups of neighbouring channels that lie within one head, each with a scale of its own: a row can then leave as soon as
+it is computed. KIVI's scales a channel for keys, over many tokens, would be tighter where a channel stands out in every
+token; but they need the tokens that are still to come, and a stream ships layer by layer, chunk by chunk.
+
+Error of an element, with `top` the largest magnitude of its group and `span` the difference of its extremes:
+`bf16` 2^-8 of the element; `fp8` (e4m3) 2^-4 of it, and `top` / 2^18 near zero; `int8` `top` / 250; `int4` `span` / 29
+and 2^-7 of `top`. Besides that the element is rounded to the cache's own format. bf16 of a bf16 cache is exact.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+FP8_TOP, INT8_TOP, INT4_TOP = 448.0, 127, 15
+SCALE = torch.bfloat16  # float32's range in two bytes
+
+
+class Encoding(str, Enum):
+    """How the rows of token state cross a link."""
+
+    EXACT = "exact"
+    BF16 = "bf16"
+    FP8 = "fp8"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
+@dataclass(frozen=True)
+class RowCodec:
+    """Rows of `width` elements of the cache's `dtype` to bytes and back."""
+
+    encoding: Encoding
+    width: int
+    dtype: torch.dtype
+
+    @property
+    def group(self) -> int:
+        """Channels that share a scale: a divisor of the width, so that no group crosses from one head to the next."""
+        most = 32 if self.encoding is Encoding.INT4 else 64
+        return max(size for size in range(1, min(most, self.width) + 1) if self.width % size == 0)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row on the wire, its scales included."""
+        groups = self.width // self.group
+        return {Encoding.EXACT: self.width * self.dtype.itemsize, Encoding.BF16: 2 * self.width,
+                Encoding.FP8: self.width + 2 * groups, Encoding.INT8: self.width + 2 * groups,
+                Encoding.INT4: groups * ((self.group + 1) // 2 + 4)}[self.encoding]
+
+    def encode(self, data: Tensor) -> Tensor:
+        """uint8 of whole rows in the cache's format -> uint8 of as many rows, `row_bytes` each."""
+        if self.encoding is Encoding.EXACT:
+            return data
+        rows = data.reshape(-1).view(self.dtype).view(-1, self.width)
+        if self.encoding is Encoding.BF16:
+            return _as_bytes(rows.to(torch.bfloat16)).reshape(-1)
+        groups = rows.float().unflatten(1, (-1, self.group))  # [rows, groups, channels]
+        if self.encoding is Encoding.INT4:
+            parts = _encode_int4(groups)
+        else:
+            top = FP8_TOP if self.encoding is Encoding.FP8 else INT8_TOP
+            scale = _scale(groups.abs().amax(-1, keepdim=True) / top)
+            values = (groups / scale.float()).clamp(-top, top)
+            is_fp8 = self.encoding is Encoding.FP8
+            parts = [values.to(torch.float8_e4m3fn) if is_fp8 else values.round().to(torch.int8), scale]
+        return torch.cat([_as_bytes(part) for part in parts], dim=-1).reshape(-1)
+
+    def decode(self, data: Tensor) -> Tensor:
+        """What `encode` gave -> uint8 of the rows in the cache's format."""
+        if self.encoding is Encoding.EXACT:
+            return data
+        if self.encoding is Encoding.BF16:
+            return _as_bytes(data.reshape(-1).view(torch.bfloat16).to(self.dtype)).reshape(-1)
+        groups = data.view(-1, self.width // self.group, self.row_bytes // (self.width // self.group))
+        if self.encoding is Encoding.INT4:
+            values = _decode_int4(groups, self.group)
+        else:
+            codes, scale = groups[..., :self.group].contiguous(), groups[..., self.group:].contiguous().view(SCALE)
+            values = codes.view(torch.float8_e4m3fn if self.encoding is Encoding.FP8 else torch.int8).float()
+            values = values * scale.float()
+        return _as_bytes(values.reshape(-1).to(self.dtype)).reshape(-1)
+
+
+def _encode_int4(groups: Tensor) -> list[Tensor]:
+    """Two codes a byte, then scale and least value: rows are shifted far from zero, which a sign would waste."""
+    least = groups.amin(-1, keepdim=True)
+    base = least.to(SCALE)
+    base = torch.where(base.float() > least, _next_below(base), base)  # else the least value would be out of reach
+    scale = _scale((groups - base.float()).amax(-1, keepdim=True) / INT4_TOP)
+    codes = ((groups - base.float()) / scale.float()).round().clamp(0, INT4_TOP).to(torch.uint8)
+    codes = F.pad(codes, (0, codes.shape[-1] % 2))
+    return [codes[..., 0::2] | codes[..., 1::2] << 4, scale, base]
+
+
+def _decode_int4(groups: Tensor, size: int) -> Tensor:
+    packed = groups[..., :-4]
+    scale, base = groups[..., -4:].contiguous().view(SCALE).float().split(1, dim=-1)
+    codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)[..., :size]
+    return codes.float() * scale + base
+
+
+def _scale(wanted: Tensor) -> Tensor:
+    """In two bytes, and not below what is wanted: else the largest value would be cut. 1 for a group of zeros."""
+    rounded = wanted.to(SCALE)
+    rounded = torch.where(rounded.float() < wanted, rounded * (1 + 2**-7), rounded)
+    return torch.where(rounded > 0, rounded, torch.ones_like(rounded))
+
+
+def _next_below(value: Tensor) -> Tensor:
+    """A two-byte number that is certainly smaller."""
+    return value - value.abs() * 2**-7 - 1e-37
+
+
+def _as_bytes(values: Tensor) -> Tensor:
+    """The bytes of a tensor, along its last dimension."""
+    return values.contiguous().view(torch.uint8)
