@@ -1,0 +1,211 @@
+"""Tiny random checkpoints of every family and the logits that Hugging Face Transformers computes from them. Chapter 01.
+
+Run by hand where `transformers` (5.24) is installed; the tests read what it leaves and need no `transformers`:
+
+    python scripts/make_parity_fixtures.py                       write all fixtures, print how far we are from the oracle
+    python scripts/make_parity_fixtures.py qwen3_moe-ties --speed    one of them, and prefill times at 2,048 tokens
+
+A fixture is a checkpoint, `tests/fixtures/parity/NAME/`, and beside it `NAME.expected.safetensors`: the prompt, the
+logits of each of its tokens, and ten greedy tokens decoded from the oracle's cache with the logits of each.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from minprfaas.errors import UserError, exit_on_user_error
+from minprfaas.model.checkpoint import load_checkpoint
+from minprfaas.model.families import FAMILIES, read_config
+from minprfaas.model.state import ContiguousState
+from minprfaas.model.transformer import Transformer
+from minprfaas.observe.report import table
+
+PARITY = Path(__file__).resolve().parent.parent / "tests" / "fixtures" / "parity"
+PROMPT_TOKENS, DECODE_STEPS = 150, 10  # the prompt: more than two chunks of the delta rule
+SPEED_TOKENS, SPEED_RUNS, SPEED_SCALE = 2048, 5, 8
+MOST_BYTES = 2**20
+SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+             max_position_embeddings=4096, bos_token_id=None, eos_token_id=0, pad_token_id=None)
+WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "head_dim",
+          "v_head_dim", "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "linear_key_head_dim",
+          "linear_value_head_dim", "linear_head_dim", "rotary_dim")  # what grows for the speed ratio
+
+
+@dataclass(frozen=True)
+class Fixture:
+    """One row of the table below. `settings` are the oracle's own, beside `SIZES`; the family is its name up to "-"."""
+
+    settings: dict = field(default_factory=dict)
+    published: dict | None = None  # laid over config.json, as its authors spell it; None takes a field out
+    prompt_tokens: int = PROMPT_TOKENS
+    fused: bool = False  # experts as one tensor, as the oracle holds them, not one by one as they are published
+    ties: bool = False  # the first router gives every expert the same score
+
+GQA = dict(num_key_value_heads=2)
+LLAMA3 = dict(rope_type="llama3", rope_theta=5000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=32)
+FIXTURES = {
+    "llama": Fixture(GQA),
+    "llama-scaled_biased_tied": Fixture(dict(num_key_value_heads=1, head_dim=16, attention_bias=True,
+                                             tie_word_embeddings=True, rope_parameters=LLAMA3)),
+    "qwen3": Fixture(dict(GQA, head_dim=16)),
+}
+
+
+@exit_on_user_error
+def main() -> int:
+    args = parse_arguments()
+    names = args.names or [name for name in FIXTURES if family_of(name) in FAMILIES]
+    rows, speeds = [], []
+    for name in names:
+        if name not in FIXTURES:
+            raise UserError(f"fixture {name!r} is not in the table; it has: {', '.join(FIXTURES)}")
+        rows.append(parity_row(name))
+        if args.speed:
+            speeds.append(speed_row(name))
+    print(table(["fixture", "KiB", "largest difference", "decode difference", "tokens equal"], rows))
+    if args.speed:
+        print(f"\nprefill of {SPEED_TOKENS:,} tokens on this machine, {torch.get_num_threads()} threads, float32, "
+              f"median of {SPEED_RUNS} interleaved runs")
+        print(table(["fixture", "parameters", "oracle s", "ours s", "oracle / ours"], speeds))
+    return 0
+
+
+def parity_row(name: str) -> list[str]:
+    """Write one fixture, and hold our model against it."""
+    directory, fixture = PARITY / name, FIXTURES[name]
+    oracle = build(name, {**SIZES, **fixture.settings}, seed=zlib.crc32(name.encode()))
+    save(oracle, fixture, directory)
+    expected = expectation(oracle, fixture.prompt_tokens)
+    save_file(expected, PARITY / f"{name}.expected.safetensors")
+    nbytes = sum(file.stat().st_size for file in [*directory.iterdir(), PARITY / f"{name}.expected.safetensors"])
+    if nbytes > MOST_BYTES:
+        raise UserError(f"fixture {name!r} has {nbytes:,} bytes; it must have {MOST_BYTES:,} at most")
+    logits, decoded = ours(load_checkpoint(directory, read_config(directory), torch.float32, "cpu"), expected)
+    equal = logits[-1].argmax() == expected["tokens"][0]
+    equal &= torch.equal(decoded.argmax(dim=-1), expected["tokens"][1:])
+    return [name, f"{nbytes / 1024:.0f}", f"{(logits - expected['logits']).abs().max():.1e}",
+            f"{(decoded - expected['decode_logits']).abs().max():.1e}", "yes" if equal else "NO"]
+
+
+def family_of(name: str) -> str:
+    """`qwen3_moe-ties` is a variant of `qwen3_moe`."""
+    return name.partition("-")[0]
+
+
+@torch.no_grad()
+def build(name: str, settings: dict, seed: int) -> torch.nn.Module:
+    """The oracle's model with weights that all matter: fresh ones have norms of one, biases of zero, near-uniform
+    attention and routers that hardly choose."""
+    torch.manual_seed(seed)
+    config = transformers.AutoConfig.for_model(family_of(name), **settings)
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    biases = {place: buffer for place, buffer in model.named_buffers() if place.endswith("correction_bias")}
+    for place, tensor in {**dict(model.named_parameters()), **biases}.items():
+        if place.endswith("A_log"):
+            tensor.uniform_(-1.0, 1.5)
+        elif place.endswith("dt_bias"):
+            tensor.uniform_(-4.0, 1.0)
+        elif tensor.dim() == 1:
+            tensor.normal_(1.0 if "norm" in place else 0.0, 0.2)
+        else:
+            tensor.normal_(0.0, tensor.shape[-1] ** -0.5)
+    if FIXTURES[name].ties:
+        first = next(place for place, _ in model.named_parameters() if place.endswith("mlp.gate.weight"))
+        for place, tensor in [*model.named_parameters(), *biases.items()]:
+            if place == first or place.startswith(first.removesuffix("gate.weight")) and place in biases:
+                tensor.zero_()
+    return model
+
+
+def save(oracle: torch.nn.Module, fixture: Fixture, directory: Path) -> None:
+    """The checkpoint: as `save_pretrained` writes it, or with the configuration as its authors publish it."""
+    oracle.save_pretrained(directory, save_original_format=not fixture.fused)
+    (directory / "generation_config.json").unlink(missing_ok=True)
+    if fixture.published is not None:
+        path = directory / "config.json"
+        fields = {**json.loads(path.read_text()), **fixture.published}
+        written = {name: value for name, value in fields.items() if name not in fixture.published or value is not None}
+        path.write_text(json.dumps(written, indent=2) + "\n")
+
+
+@torch.no_grad()
+def expectation(oracle: torch.nn.Module, prompt_tokens: int) -> dict[str, torch.Tensor]:
+    """What the oracle says: `logits` `[prompt, vocab]`; `tokens` `[steps + 1]`, the first drawn after the prompt;
+    `decode_logits` `[steps, vocab]`, after each of them but the last."""
+    prompt = torch.randint(1, oracle.config.vocab_size, (1, prompt_tokens))
+    logits = oracle(prompt, use_cache=False).logits[0]
+    out = oracle(prompt, use_cache=True)
+    tokens, decoded = [out.logits[0, -1].argmax()], []
+    for _ in range(DECODE_STEPS):
+        cache = getattr(out, "cache", None)
+        out = oracle(tokens[-1].view(1, 1), cache=out.past_key_values if cache is None else cache, use_cache=True)
+        decoded.append(out.logits[0, -1])
+        tokens.append(decoded[-1].argmax())
+    return {"prompt": prompt[0], "logits": logits.contiguous(), "tokens": torch.stack(tokens),
+            "decode_logits": torch.stack(decoded)}
+
+
+@torch.no_grad()
+def ours(model: Transformer, expected: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same from our model: the logits of the whole prompt, and of each decoded token."""
+    prompt, state, decoded = expected["prompt"][None], ContiguousState(model.config, "float32"), []
+    logits = model(prompt)[0]
+    model(prompt, state)
+    state.advance(prompt.shape[1])
+    for token in expected["tokens"][:-1]:
+        decoded.append(model(token.view(1, 1), state)[0, -1])
+        state.advance(1)
+    return logits, torch.stack(decoded)
+
+
+@torch.no_grad()
+def speed_row(name: str) -> list[str]:
+    """Prefill of one long prompt by the oracle and by us, one after the other: a wider model of the same family."""
+    oracle = build(name, scaled({**SIZES, **FIXTURES[name].settings}), seed=0)
+    with tempfile.TemporaryDirectory() as directory:
+        save(oracle, FIXTURES[name], Path(directory))
+        model = load_checkpoint(Path(directory), read_config(directory), torch.float32, "cpu")
+    prompt = torch.randint(1, oracle.config.vocab_size, (1, SPEED_TOKENS))
+    runs = {"oracle": lambda: oracle(prompt, use_cache=True, logits_to_keep=1),
+            "ours": lambda: model(prompt, ContiguousState(model.config, "float32"), last_only=True)}
+    seconds = {who: [] for who in runs}
+    for _ in range(SPEED_RUNS):
+        for who, run in runs.items():
+            began_at_s = time.perf_counter()
+            run()
+            seconds[who].append(time.perf_counter() - began_at_s)
+    oracle_s, ours_s = (statistics.median(seconds[who]) for who in ("oracle", "ours"))
+    parameters = sum(weight.numel() for weight in model.parameters())
+    return [name, f"{parameters:,}", f"{oracle_s:.3f}", f"{ours_s:.3f}", f"{oracle_s / ours_s:.2f}"]
+
+
+def scaled(settings: dict) -> dict:
+    """The settings with every width `SPEED_SCALE` times as large."""
+    larger = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            value = scaled(value)
+        larger[name] = value * SPEED_SCALE if name in WIDTHS and value is not None else value
+    return larger
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="fixtures to write (default: all)")
+    parser.add_argument("--speed", action="store_true", help=f"also time prefill of {SPEED_TOKENS:,} tokens")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
