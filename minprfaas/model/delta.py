@@ -5,7 +5,7 @@ what S stores under its key k by its value v, as far as its gate beta asks (the 
 
     S_t = diag(exp(g_t)) S_(t-1);   S_t += beta_t k_t (v_t - k_t^T S_t)^T;   o_t = S_t^T q_t
 
-`delta_rule_recurrent` is that, token by token: the reference, and the decode step. `delta_rule_chunked` computes the
+KDA has a decay g for every key channel, GDN one for the head. `delta_rule_recurrent` is that, token by token: the reference, and the decode step. `delta_rule_chunked` computes the
 same for whole chunks with matrix products: the prefill form.
 """
 
@@ -16,12 +16,22 @@ from torch import Tensor
 CHUNK_TOKENS = 64  # the prefill form holds the memory at every multiple of this, and nowhere else
 
 
+def delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor,
+               memory: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The quicker of the two forms below: outputs, memory after, and memory before each chunk (None for one token)."""
+    with torch.autocast(q.device.type, enabled=False):  # the memory's sums need float32
+        if q.shape[1] == 1:  # decode: the recurrence is the shorter way, and crosses no chunk's boundary
+            return *delta_rule_recurrent(q, k, v, g, beta, memory), None
+        return delta_rule_chunked(q, k, v, g, beta, memory)
+
+
 def delta_rule_recurrent(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor,
                          memory: Tensor) -> tuple[Tensor, Tensor]:
     """The recurrence as written above, one token at a time.
 
-    `q`, `k`, `g` `[batch, tokens, heads, key_dim]` (g: log decay, at most 0), `v` `[batch, tokens, heads, value_dim]`,
-    `beta` `[batch, tokens, heads]`, `memory` `[batch, heads, key_dim, value_dim]`; all float32.
+    `q`, `k` `[batch, tokens, heads, key_dim]`, `g` the same or `[batch, tokens, heads, 1]` (log decay, at most 0), `v`
+    `[batch, tokens, heads, value_dim]`, `beta` `[batch, tokens, heads]`, `memory` `[batch, heads, key_dim, value_dim]`;
+    all float32.
     Returns the outputs (shaped like `v`) and the memory after the last token.
     """
     outputs = []
@@ -54,14 +64,17 @@ def delta_rule_chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor,
     decay = g.clamp(min=-20.0).cumsum(dim=-2)  # from the chunk's beginning through each token
     total = decay[..., -1:, :]
 
-    k_by_k, q_by_k = _decayed_products(q, k, decay, sub_chunk)
+    if decay.shape[-1] == 1:
+        k_by_k, q_by_k = _evenly_decayed_products(q, k, decay)
+    else:
+        k_by_k, q_by_k = _decayed_products(q, k, decay, sub_chunk)
     system = (k_by_k * beta).tril(-1)
     right = torch.cat([v, k * decay.exp()], dim=-1) * beta
     solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
     new_values, reads = solved.split([v.shape[-1], k.shape[-1]], dim=-1)  # new values = new_values - reads @ memory
 
     keys_at_end = (k * (total - decay).exp()).transpose(-1, -2)
-    carry = torch.diag_embed(total.squeeze(-2).exp()) - keys_at_end @ reads
+    carry = torch.eye(k.shape[-1], device=k.device) * total.exp() - keys_at_end @ reads
     added = keys_at_end @ new_values
     # The one loop of the prefill form: a product a chunk, which is why everything above runs for all chunks at once.
     befores, after = [], memory.flatten(0, 1)
@@ -73,6 +86,12 @@ def delta_rule_chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor,
     out = (q * decay.exp()) @ before + q_by_k.tril() @ (new_values - reads @ before)
     out = out.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :tokens]
     return out, after.unflatten(0, memory.shape[:2]), before
+
+
+def _evenly_decayed_products(q: Tensor, k: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_decayed_products`, where all channels of a head decay alike: the decay stands outside the sum over them."""
+    between = (decay - decay.transpose(-1, -2)).clamp(max=0).exp()
+    return k @ k.transpose(-1, -2) * between, q @ k.transpose(-1, -2) * between
 
 
 def _decayed_products(q: Tensor, k: Tensor, decay: Tensor, sub_chunk: int) -> tuple[Tensor, Tensor]:

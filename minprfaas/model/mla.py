@@ -5,62 +5,100 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from minprfaas.config import MAX_HEAD_SIZE, StateKind, require_sizes
-from minprfaas.errors import require_number
+from minprfaas.config import MAX_HEAD_SIZE, RopeConfig, StateKind, require_sizes
+from minprfaas.errors import UserError, require_number
 from minprfaas.model.attention import attend
-from minprfaas.model.layers import Positions, RMSNorm
+from minprfaas.model.layers import Positions, RMSNorm, apply_rotary
 from minprfaas.model.spec import LayerState, StateSpec, TensorSpec
+
+LATENT_NORM_EPS = 1e-6  # every published MLA has this, whatever its other norms have
 
 
 @dataclass(frozen=True)
 class MLAConfig:
-    """MLA without positional encoding (Kimi Linear's); all heads share `qk_shared_dim` key channels as they are."""
+    """All heads share `qk_shared_dim` key channels: without positions in Kimi Linear (`rope` None), rotated in others.
+
+    `q_lora_rank`: the query, too, goes through a latent. `head_gate`: each head's output has a gate (Ling 3).
+    """
 
     num_heads: int
     kv_lora_rank: int
     qk_nope_dim: int
     qk_shared_dim: int
     v_dim: int
+    rope: RopeConfig | None = None
+    q_lora_rank: int | None = None
+    head_gate: bool = False
+    bias: bool = False
 
     def __post_init__(self) -> None:
         require_sizes(self, "num_heads", "kv_lora_rank", "qk_nope_dim", "v_dim", most=MAX_HEAD_SIZE)
         require_number("qk_rope_head_dim", self.qk_shared_dim, least=0, most=MAX_HEAD_SIZE, whole=True)
+        if self.q_lora_rank is not None:
+            require_sizes(self, "q_lora_rank", most=MAX_HEAD_SIZE)
+        if self.rope is not None and self.qk_shared_dim % 2:
+            raise UserError(f"qk_rope_head_dim {self.qk_shared_dim} is odd; RoPE rotates pairs")
 
     def state_spec(self, dtype: str) -> StateSpec:
-        """One row a token: the normalized latent, then the key channels that all heads share."""
+        """One row a token: the normalized latent, then the key channels that all heads share (rotated)."""
         return StateSpec(StateKind.TOKEN, (TensorSpec("latent", (self.kv_lora_rank + self.qk_shared_dim,), dtype),))
 
     def build(self, hidden_size: int, norm_eps: float) -> nn.Module:
         """The mixer's module, with fresh weights."""
-        return MLA(self, hidden_size, norm_eps)
+        return MLA(self, hidden_size)
 
 
 class MLA(nn.Module):
     """Prefill expands the latents to keys and values; decode folds the expansion into the query instead ("absorbed"),
     so that one step reads the latents only. Both are the same product, bracketed differently."""
 
-    def __init__(self, config: MLAConfig, hidden_size: int, norm_eps: float):
+    def __init__(self, config: MLAConfig, hidden_size: int):
         super().__init__()
         self.config = config
         heads, rank, shared = config.num_heads, config.kv_lora_rank, config.qk_shared_dim
         self.scale = (config.qk_nope_dim + shared) ** -0.5
-        self.q_proj = nn.Linear(hidden_size, heads * (config.qk_nope_dim + shared), bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(hidden_size, rank + shared, bias=False)
-        self.kv_a_layernorm = RMSNorm(rank, norm_eps)
+        q_size = heads * (config.qk_nope_dim + shared)
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden_size, q_size, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden_size, config.q_lora_rank, bias=config.bias)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, q_size, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden_size, rank + shared, bias=config.bias)
+        self.kv_a_layernorm = RMSNorm(rank, LATENT_NORM_EPS)
         self.kv_b_proj = nn.Linear(rank, heads * (config.qk_nope_dim + config.v_dim), bias=False)
-        self.o_proj = nn.Linear(heads * config.v_dim, hidden_size, bias=False)
+        if config.head_gate:
+            self.g_proj = nn.Linear(hidden_size, heads, bias=False)
+        self.o_proj = nn.Linear(heads * config.v_dim, hidden_size, bias=config.bias)
 
     def forward(self, x: Tensor, positions: Positions, state: LayerState | None) -> Tensor:
         """`x` `[batch, new, hidden]` -> the same shape; `state` None means that `x` is the whole context."""
         config = self.config
-        q = self.q_proj(x).unflatten(-1, (config.num_heads, -1))
+        q = self._queries(x).unflatten(-1, (config.num_heads, -1))
         latent, shared = self.kv_a_proj_with_mqa(x).split([config.kv_lora_rank, config.qk_shared_dim], dim=-1)
+        if config.rope is not None:
+            q_nope, q_shared = q.split([config.qk_nope_dim, config.qk_shared_dim], dim=-1)
+            q = torch.cat([q_nope, self._rotated(q_shared, positions)], dim=-1)
+            shared = self._rotated(shared[:, :, None], positions)[:, :, 0]
         rows = torch.cat([self.kv_a_layernorm(latent), shared], dim=-1)
         if state is not None:
             rows = state.append(rows).rows()
         one_step = state is not None and x.shape[1] == 1
         out = self._absorbed(q, rows, positions) if one_step else self._expanded(q, rows, positions)
+        if config.head_gate:
+            out = out * self.g_proj(x).float().sigmoid().to(out.dtype)[..., None]
         return self.o_proj(out.flatten(2))
+
+    def _queries(self, x: Tensor) -> Tensor:
+        if self.config.q_lora_rank is None:
+            return self.q_proj(x)
+        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+
+    def _rotated(self, shared: Tensor, positions: Positions) -> Tensor:
+        """RoPE on neighbouring channels, `[batch, tokens, heads, qk_shared_dim]`. The pairs are drawn apart first, in
+        queries and keys alike, which changes no product."""
+        cos, sin = positions.rotary(self.config.rope, self.config.qk_shared_dim, shared.dtype)
+        return apply_rotary(shared.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2), cos, sin)
 
     def _expanded(self, q: Tensor, rows: Tensor, positions: Positions) -> Tensor:
         config = self.config
