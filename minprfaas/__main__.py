@@ -11,6 +11,7 @@ COMMANDS = {
     "profile": "measure prefill and decode of a model on this machine",
     "plan": "threshold, prefill and decode instances from the throughput model",
     "simulate": "run the scheduler against a simulated cluster",
+    "report": "draw a run that was written with --json and --timeline as one page",
 }
 
 
