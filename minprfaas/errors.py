@@ -7,6 +7,7 @@ import math
 import operator
 import os
 import re
+import signal
 import sys
 
 
@@ -111,6 +112,7 @@ def run_program(module: str) -> None:
 
     @exit_on_user_error
     def imported_and_run() -> int:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         return importlib.import_module(module).main(sys.argv[1:])
 
     sys.exit(imported_and_run())

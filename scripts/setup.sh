@@ -7,7 +7,7 @@ wanted="$(cat pyproject.toml scripts/constraints.txt | cksum)"
 if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
     echo "1. environment: .venv is ready"
 else
-    echo "1. environment: installing torch (CPU build where the index offers one) and four small packages into .venv"
+    echo "1. environment: installing torch (CPU build where the index offers one) and a few small packages into .venv"
     [ -x .venv/bin/python ] || "$python" -m venv .venv || exit 1
     # --no-build-isolation: with it, the build's own environment would fetch packages that nothing pins
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -c scripts/constraints.txt setuptools || exit 1

@@ -27,7 +27,7 @@ from minprfaas.transport.wan.line import EmulatedLine
 STORE_DEADLINE_S = 60.0  # until the process that serves the store has started
 AGENT_DEADLINE_S = 10.0  # torchrun serves its store before it starts anybody
 WATCH_EVERY_S = 0.25
-FRONT_END_GRACE_S = 10.0  # that the front end's process gets to say a mistake which another process has seen too
+FRONT_END_GRACE_S = 60.0  # that the front end's process gets to say a mistake which another process has seen too
 
 
 @dataclass(frozen=True)
