@@ -155,7 +155,8 @@ class LinkConfig:
 @dataclass(frozen=True)
 class LinkSample:
     """One direction of a link over the interval that ends at `time_s`. `utilization` is the share of the time in which
-    it was busy (or of its known rate), so `gbps` over it is the capacity; `queued_bytes` wait to leave."""
+    it was busy (or of its known rate), so `gbps` over it is the capacity; `queued_bytes` wait to leave. `link` names it
+    where there may be several."""
 
     time_s: float
     gbps: float
@@ -163,3 +164,4 @@ class LinkSample:
     queued_bytes: float
     inflight_bytes: float = 0.0
     ack_delay_s: float = 0.0
+    link: str = ""

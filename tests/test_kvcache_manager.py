@@ -366,19 +366,24 @@ def test_a_snapshot_that_arrives_beside_the_final_state_can_be_hit_although_the_
     prefiller, decoder = manager(HYBRID, 800), manager(HYBRID, 800)
     received = decoder.open(PROMPT)
     assert decoder.reserve(received, len(PROMPT))
-    tables = decoder.snapshots.expect(received, 40)
+    expected = decoder.snapshots.expect(received.keys, 40)
     sent = prefill(prefiller, PROMPT[:40])
     for layer, spec in enumerate(HYBRID):
         if spec.kind is not StateKind.TOKEN:
             group = decoder.layout.group_of_layer[layer].index
             data = prefiller.pool.read_bytes(layer, sent.block_tables[group], 0, 40)
-            decoder.pool.write_bytes(layer, tables[group], 0, 40, data)
+            decoder.pool.write_bytes(layer, expected.tables[group], 0, 40, data)
+    assert not decoder.snapshots.index_expected(expected), "the rows up to it are not here yet"
     prefiller.close(sent)
     sent = prefill(prefiller, PROMPT)
     ship(prefiller, sent, decoder, received, 0, len(PROMPT))
     decoder.advance(received, PROMPT)
     decoder.check()
     decoder.close(received)
+    decoder.check()
+    assert decoder.match(PROMPT) == 0
+    assert decoder.snapshots.index_expected(expected)
+    decoder.check()
     assert prefill(decoder, [*PROMPT, 1, 2]).cached_tokens == 40  # and the toy model finds the right state there
 
 
@@ -418,26 +423,29 @@ def test_an_expected_snapshot_that_never_came_gives_its_blocks_back():
     cache = kvcache.open(PROMPT)
     assert kvcache.reserve(cache, 42)
     in_use = kvcache.stats().in_use
-    kvcache.snapshots.expect(cache, 40)
-    kvcache.snapshots.forget(cache)
-    kvcache.snapshots.forget(cache)
+    expected = kvcache.snapshots.expect(cache.keys, 40)
+    assert kvcache.stats().in_use > in_use
+    kvcache.check()
+    kvcache.snapshots.forget(expected)
     kvcache.check()
     assert kvcache.stats().in_use == in_use
     kvcache.advance(cache, PROMPT[:41])
     assert kvcache.ledger.inventory() == []
 
 
-def test_an_expected_snapshot_needs_a_boundary_and_goes_with_an_aborted_request():
+def test_an_expected_snapshot_needs_a_boundary_and_outlives_its_request():
     kvcache = manager(HYBRID, 200)
     cache = kvcache.open(PROMPT)
-    assert kvcache.snapshots.expect(cache, 41) is None and kvcache.snapshots.expect(cache, 0) is None
-    assert kvcache.snapshots.expect(cache, 40) is not None
-    kvcache.check()
+    assert kvcache.snapshots.expect(cache.keys, 41) is None and kvcache.snapshots.expect(cache.keys, 0) is None
+    expected = kvcache.snapshots.expect(cache.keys, 40)
     kvcache.close(cache)
+    kvcache.check()
+    assert kvcache.stats().in_use == len(expected.blocks)
+    kvcache.snapshots.forget(expected)
     kvcache.check()
     assert kvcache.stats().free == 200
     dense = manager(DENSE, 200)
-    assert dense.snapshots.expect(dense.open(PROMPT), 40) is None
+    assert dense.snapshots.expect(dense.open(PROMPT).keys, 40) is None
 
 
 def test_a_cached_prefix_can_be_shipped_to_another_cluster_as_it_is():

@@ -43,6 +43,7 @@ class Storm:
         self.kvcache.ledger.take_news()  # begins to watch
         self.bytes = self.kvcache.pool.bytes
         self.running, self.preempted, self.in_transfer, self.documents = [], [], [], [[]]
+        self.expected = []
         self.done = dict.fromkeys(self.operations(), 0)
 
     def operations(self):
@@ -70,6 +71,8 @@ class Storm:
             self.kvcache.close(request.cache)
         for request in self.in_transfer:
             self.kvcache.end_transfer(request.cache)
+        for expected in self.expected:
+            self.kvcache.snapshots.forget(expected)
         self.kvcache.check()
         assert self.kvcache.stats().in_use == 0
 
@@ -167,15 +170,22 @@ class Storm:
         return True
 
     def expect(self):
-        """A snapshot whose bytes come from elsewhere, for a boundary not yet reached."""
+        """A snapshot whose bytes come from elsewhere is expected, or one that was has come, or never will."""
+        if len(self.expected) > 3:
+            expected = self.expected.pop(self.rng.randrange(4))
+            if self.rng.random() < 0.2 or not self.kvcache.snapshots.index_expected(expected):
+                self.kvcache.snapshots.forget(expected)
+            return True
         candidates = [r for r in self.running if r.target // SIZE * SIZE > r.cache.num_tokens]
         if not candidates:
             return False
         request = self.rng.choice(candidates)
-        tables = self.kvcache.snapshots.expect(request.cache, request.target // SIZE * SIZE)
-        if tables is not None:
-            self.mark([block for table in tables for block in table], request.tokens[:request.target // SIZE * SIZE])
-        return tables is not None
+        at, keys = request.target // SIZE * SIZE, self.kvcache.keys(request.tokens)
+        expected = self.kvcache.snapshots.expect(keys, at)
+        if expected is not None:
+            self.mark(expected.blocks, request.tokens[:at])
+            self.expected.append(expected)
+        return expected is not None
 
     def receive(self):
         """A prompt that another node prefills: what is missing arrives whole, or breaks off after some blocks."""

@@ -177,3 +177,44 @@ def test_the_directory_knows_what_the_prefill_node_holds(hybrid):
         step_until(local, lambda: directory.match(keys).get("prfaas-0") == 192)
         journey = serve(local, [prompts[0] + prompts_of(100, seed=9)[0]], GREEDY)[0]
     assert "cached 192" in journey.reason
+
+
+def test_a_prompt_that_was_prefilled_here_has_its_first_token_before_the_next_prompt_is_begun(hybrid):
+    with two_datacenters(*hybrid, threshold=1000) as (local, _):
+        prefill, answered = local.prefill.engine.runner.prefill, {}
+
+        def watch(chunk, on_kv):
+            answered.setdefault(chunk.request.id, [len(journey.output_ids) for journey in journeys])
+            return prefill(chunk, on_kv)
+
+        local.prefill.engine.runner.prefill = watch
+        journeys = [local.front.submit(str(i), prompt, GREEDY) for i, prompt in enumerate(prompts_of(100, 90, 80))]
+        step_until(local, lambda: not local.front.has_work)
+    assert [bool(tokens) for tokens in answered["1"]] == [True, False, False]
+    assert [bool(tokens) for tokens in answered["2"]] == [True, True, False]
+
+
+def test_a_snapshot_that_comes_after_its_request_was_admitted_is_kept_once_it_is_whole(hybrid):
+    model, tokenizer = hybrid
+    (prompt,) = prompts_of(200)
+    with two_datacenters(model, tokenizer, threshold=1000) as (local, _):
+        cache, admitted = local.decode.engine.kvcache, threading.Event()
+        write = cache.pool.write_bytes
+
+        def hold_the_snapshot_back(layer, table, start, end, data):
+            if end == 192 and cache.layout.specs[layer].kind is not StateKind.TOKEN:
+                assert admitted.wait(60)
+            write(layer, table, start, end, data)
+
+        cache.pool.write_bytes = hold_the_snapshot_back
+        journey = local.front.submit("0", prompt, GREEDY)
+        step_until(local, lambda: journey.output_ids)
+        assert cache.match(prompt[:193]) == 0, "what has not come is not there"
+        admitted.set()
+        step_until(local, lambda: not local.front.has_work and not local.decode.has_work)
+        assert cache.match(prompt[:193]) == 192
+        longer = prompt[:192] + prompts_of(40, seed=3)[0]
+        again = local.decode.engine.add(local.decode.engine.request("again", longer, GREEDY))
+        while local.decode.engine.has_work:
+            local.decode.engine.step()
+    assert again.cached_tokens == 192 and again.output_ids == reference(model, tokenizer, [longer], GREEDY)[0]

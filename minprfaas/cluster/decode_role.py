@@ -14,7 +14,8 @@ from minprfaas.cluster import messages
 from minprfaas.cluster.kv_receive import KVReceive
 from minprfaas.cluster.mail import FRONT, Mail
 from minprfaas.cluster.node import Happening, PeerLost
-from minprfaas.cluster.stream_plans import snapshot_plan, stream_plan
+from minprfaas.cluster.snapshot_arrivals import SnapshotArrivals
+from minprfaas.cluster.stream_plans import stream_plan
 from minprfaas.cluster.upkeep import Upkeep
 from minprfaas.config import Role
 from minprfaas.engine.engine import Engine
@@ -34,7 +35,6 @@ class Serving:
     deadline_at_s: float  # of what it waits for at present: room, or its prefill
     ordered_at_s: float = 0.0
     kv: KVReceive | None = None  # while it is being prefilled
-    snapshot: KVReceive | None = None
     done: messages.PrefillDone | None = None
     prefilled_tokens: int = 0
     told: tuple[int, int] = (0, 0)  # progress that the front end knows: tokens, bytes
@@ -51,6 +51,7 @@ class DecodeRole:
         self._mail, self._kvcache, self._clock = mail, engine.kvcache, engine.clock
         self._for_room: deque[Serving] = deque()
         self._by_stream: dict[int, Serving] = {}  # of the streams that have not ended
+        self._snapshots = SnapshotArrivals(engine.kvcache, mail, engine.clock)
         self._stream_ids = itertools.count(secrets.randbits(32) << 16)
 
     @property
@@ -61,7 +62,7 @@ class DecodeRole:
     @property
     def has_work(self) -> bool:
         """Whether a request or a stream is under way."""
-        return bool(self.servings or self.prefixes or self.engine.has_work)
+        return bool(self.servings or self.prefixes or self._snapshots or self.engine.has_work)
 
     def hear(self, sender: str, message: messages.Message) -> None:
         """Take a message."""
@@ -80,6 +81,7 @@ class DecodeRole:
     def notice(self, happening: Happening) -> None:
         """Take what has happened to a stream or to a peer."""
         self.upkeep.notice(happening)
+        self._snapshots.notice(happening)
         match happening:
             case PeerLost(name=name, reason=reason):
                 for serving in list(self.servings.values()):
@@ -95,6 +97,7 @@ class DecodeRole:
             for update in self.engine.step():
                 self._tell_token(update)
         self._tell_progress()
+        self._snapshots.step()
         for serving in list(self.servings.values()):
             if self._clock() > serving.deadline_at_s:
                 self._overdue(serving)
@@ -132,23 +135,18 @@ class DecodeRole:
         request, serve, layout = serving.request, serving.serve, self.engine.layout
         serving.ordered_at_s = self._clock()
         serving.deadline_at_s = serving.ordered_at_s + serve.deadline_s
-        snapshot_at = (request.prompt_tokens - 1) // layout.block_tokens * layout.block_tokens
-        tables = self._kvcache.snapshots.expect(request.cache, snapshot_at) if snapshot_at else None
         stream_id, snapshot_id = next(self._stream_ids), next(self._stream_ids)
         plan = stream_plan(layout, stream_id, request.cached_tokens, request.prompt_tokens)
         try:
             transport = self._mail.transport(serve.prefill_node)
             serving.kv = KVReceive(self._kvcache, transport, plan, request.cache.block_tables)
             self._by_stream[stream_id] = serving
-            if tables is not None:
-                plan = snapshot_plan(layout, snapshot_id, snapshot_at)
-                serving.snapshot = KVReceive(self._kvcache, transport, plan, tables)
-                self._by_stream[snapshot_id] = serving
+            snapshot_at = self._snapshots.expect(snapshot_id, request, serve.prefill_node, serving.deadline_at_s)
         except LinkDown as error:  # the way was lost while the request waited for room
             return self._lose_prefill(serving, str(error))
         self._mail.send(self.name, serve.prefill_node, messages.PrefillOrder(
             request.id, stream_id, list(request.token_ids), request.cached_tokens, snapshot_id,
-            snapshot_at if tables is not None else 0, serve.prefix_source, serve.prefix_tokens, asdict(request.params)))
+            snapshot_at, serve.prefix_source, serve.prefix_tokens, asdict(request.params)))
 
     # From the order to the first token
 
@@ -166,11 +164,10 @@ class DecodeRole:
                 self._admit_if_complete(serving)
 
     def _stream_ended(self, serving: Serving, event: StreamDone | StreamFailed) -> None:
-        is_kv = event.stream_id == serving.kv.plan.stream_id
         if isinstance(event, StreamDone):
-            (serving.kv if is_kv else serving.snapshot).arrived(event.report)
+            serving.kv.arrived(event.report)
             self._admit_if_complete(serving)
-        elif is_kv:
+        else:
             self._lose_prefill(serving, event.reason, event.arrived_end)
 
     def _admit_if_complete(self, serving: Serving) -> None:
@@ -180,10 +177,8 @@ class DecodeRole:
         request, first_token, ready_at_s = serving.request, serving.done.first_token, self._clock()
         if not 0 <= first_token < self.engine.model.config.vocab_size:
             return self._lose_prefill(serving, f"first token {first_token} is outside the vocabulary")
-        kv_bytes = serving.kv.received_bytes
-        if serving.snapshot is not None and serving.snapshot.has_arrived:
-            kv_bytes += serving.snapshot.received_bytes
-        self._end_streams(serving)
+        kv_bytes = serving.kv.received_bytes + self._snapshots.received_bytes(request)
+        serving.kv = None
         serving.deadline_at_s = math.inf  # decoding waits for nobody
         update = self.engine.admit_remote(request, first_token)
         admit_s = self._clock() - ready_at_s
@@ -193,25 +188,12 @@ class DecodeRole:
                                     exposed_s, admit_s))
         self._tell_token(update)
 
-    def _end_streams(self, serving: Serving) -> int | None:
-        """No byte of the request's streams is written after this. Returns the token up to which the rows of all layers
-        have arrived; None if the KVCache's stream had failed before, and told it."""
-        arrived_end = serving.kv.plan.end if serving.kv.has_arrived else None
-        if self._by_stream.pop(serving.kv.plan.stream_id, None) is not None:
-            arrived_end = serving.kv.give_up()
-        if serving.snapshot is not None and not serving.snapshot.has_arrived:
-            self._by_stream.pop(serving.snapshot.plan.stream_id, None)
-            serving.snapshot.give_up()
-            self._kvcache.snapshots.forget(serving.request.cache)
-        serving.kv = serving.snapshot = None
-        return arrived_end
-
     # When it goes wrong
 
     def _lose_prefill(self, serving: Serving, reason: str, arrived_end: int = 0, prefix_missing: bool = False) -> None:
         """The prefill will not complete: keep what has arrived, and let the front end say who shall do it instead."""
         if serving.kv is not None:
-            ended_at = self._end_streams(serving)
+            ended_at = self._end_stream(serving)
             self._keep_arrived(serving, arrived_end if ended_at is None else ended_at)
         self._mail.send(self.name, serving.serve.prefill_node, messages.PrefillAbort(serving.request.id))
         self.engine.unreserve_remote(serving.request)
@@ -219,6 +201,15 @@ class DecodeRole:
         serving.deadline_at_s = self._clock() + self.room_deadline_s
         self.upkeep.tell_news()  # first: who routes the request again should know what has arrived
         self._tell(messages.PrefillLost(serving.request.id, reason, prefix_missing))
+
+    def _end_stream(self, serving: Serving) -> int | None:
+        """No byte for the request is written after this. Returns the token up to which the rows of all layers have
+        arrived; None if the stream had failed before, and told it."""
+        kv, serving.kv = serving.kv, None
+        self._snapshots.give_up(serving.request)
+        if self._by_stream.pop(kv.plan.stream_id, None) is not None:
+            return kv.give_up()
+        return kv.plan.end if kv.has_arrived else None
 
     def _keep_arrived(self, serving: Serving, arrived_end: int) -> None:
         """Turn full blocks that arrived into prefix cache: whoever prefills next need not send them again."""
@@ -239,7 +230,7 @@ class DecodeRole:
         if serving in self._for_room:
             self._for_room.remove(serving)
         if serving.kv is not None:
-            self._end_streams(serving)
+            self._end_stream(serving)
             self._mail.send(self.name, serving.serve.prefill_node, messages.PrefillAbort(serving.request.id))
         self.engine.abort(serving.request)
         del self.servings[serving.request.id]
@@ -257,11 +248,9 @@ class DecodeRole:
         for serving in self.servings.values():
             if serving.kv is None:
                 continue
-            streams = [stream for stream in (serving.kv, serving.snapshot) if stream is not None]
-            received = sum(stream.received_bytes for stream in streams)
+            received, expected = serving.kv.received_bytes, serving.kv.plan.total_bytes
             if serving.told != (serving.prefilled_tokens, received):
                 serving.told = (serving.prefilled_tokens, received)
-                expected = sum(stream.plan.total_bytes for stream in streams)
                 self._tell(messages.Progress(serving.request.id, serving.prefilled_tokens, received, expected))
 
     def _tell(self, message: messages.Message) -> None:

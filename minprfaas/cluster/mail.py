@@ -39,6 +39,10 @@ class Mail:
         """A part of this process."""
         self._here.add(name)
 
+    def is_here(self, name: str) -> bool:
+        """Whether the part called `name` is one of this process."""
+        return name in self._here
+
     def add_link(self, link: Connection, names: list[str]) -> None:
         """The parts called `names` are at the other end of `link`."""
         for name in names:

@@ -1,6 +1,6 @@
 """One process: the parts that live in it, and the loop that all of them share. Chapter 13; paper 3.1.
 
-A step drains everything that has happened before it computes: the queue cannot outgrow the loop, and a part that
+A step drains everything that has happened before a part computes: the queue cannot outgrow the loop, and a part that
 computes for long does not keep another from hearing what is already here.
 """
 
@@ -62,14 +62,16 @@ class Node:
             mail.add_local(name)
 
     def step(self) -> None:
-        """Hear everything that is there, then let every part compute."""
-        self._drain()
+        """Let every part compute, each after all that is there by then has been heard."""
+        self._drain(IDLE_S)
         for part in self.parts.values():
             part.step()
+            self._drain(0.0)
 
-    def _drain(self) -> None:
+    def _drain(self, idle_s: float) -> None:
+        """Hear everything that is there; with nothing to compute, wait for news first."""
         self._deliver_local()
-        wait_s = 0.0 if any(part.is_ready for part in self.parts.values()) else IDLE_S
+        wait_s = 0.0 if any(part.is_ready for part in self.parts.values()) else idle_s
         while True:
             try:
                 event = self.mail.events.get(timeout=wait_s) if wait_s else self.mail.events.get_nowait()

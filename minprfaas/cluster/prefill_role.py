@@ -3,6 +3,7 @@
 A node of the PrfaaS cluster and a PD-P node run this same code; only the way that leads to the decode node differs.
 """
 
+from concurrent.futures import wait
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -28,7 +29,6 @@ class Stage(Enum):
     FETCHING = "a cached prefix is on its way here"
     COMPUTING = "queued, or being prefilled; its streams leave meanwhile"
     SENDING = "prefilled; the rest of the KVCache leaves"
-    ENDED = "the decode node knows how it ended, or has given it up; its streams let go of the blocks"
 
 
 @dataclass(eq=False)
@@ -57,6 +57,7 @@ class PrefillRole:
         self.name, self.engine, self.overlap = name, engine, overlap
         self.deadline_s = transfer_deadline_s
         self.prefills: dict[str, Prefill] = {}
+        self._ended: list[Prefill] = []  # the decode node knows it, but a stream may have to let go of the blocks
         self.upkeep = Upkeep(name, role, engine, mail, transfer_deadline_s)
         self.prefixes = self.upkeep.prefixes
         self._mail, self._kvcache, self._clock = mail, engine.kvcache, engine.clock
@@ -69,7 +70,7 @@ class PrefillRole:
     @property
     def has_work(self) -> bool:
         """Whether a prefill or a stream is under way."""
-        return bool(self.prefills or self.prefixes or self.engine.has_work)
+        return bool(self.prefills or self._ended or self.prefixes or self.engine.has_work)
 
     def hear(self, sender: str, message: messages.Message) -> None:
         """Take a message."""
@@ -97,6 +98,9 @@ class PrefillRole:
             self._report_progress()
         for prefill in list(self.prefills.values()):
             self._tend(prefill)
+        for prefill in [*self.prefills.values(), *self._ended]:
+            self._let_go(prefill)
+        self._ended = [prefill for prefill in self._ended if prefill.sending]
         self.upkeep.step()
 
     # An order's life
@@ -147,9 +151,6 @@ class PrefillRole:
 
     def _tend(self, prefill: Prefill) -> None:
         """Take a prefill one stage further, if it is time."""
-        for stream in [stream for stream in prefill.sending if stream.outcome.done()]:
-            prefill.sending.remove(stream)
-            self._kvcache.end_transfer(prefill.cache)
         stream_ended = prefill.stream is not None and prefill.stream.outcome.done()
         if prefill.stage is Stage.FETCHING:
             self._begin_once_prefix_is_here(prefill)
@@ -163,8 +164,12 @@ class PrefillRole:
                 self._prefilled(prefill)
         elif prefill.stage is Stage.SENDING and stream_ended:
             self._transferred(prefill)
-        elif prefill.stage is Stage.ENDED and not prefill.sending:
-            del self.prefills[prefill.order.id]
+
+    def _let_go(self, prefill: Prefill) -> None:
+        """Streams that have ended read the blocks no more."""
+        for stream in [stream for stream in prefill.sending if stream.outcome.done()]:
+            prefill.sending.remove(stream)
+            self._kvcache.end_transfer(prefill.cache)
 
     def _begin_once_prefix_is_here(self, prefill: Prefill) -> None:
         """Without its prefix this may be the wrong node for the request: that is not for this node to decide."""
@@ -192,6 +197,8 @@ class PrefillRole:
         request, queue_s = prefill.request, prefill.request.prefill_started_at_s - prefill.arrived_at_s
         prefill.stage = Stage.SENDING
         prefill.stream.finish()
+        if self._mail.is_here(prefill.decode_node):  # a copy in memory is all that is left: decoding begins
+            wait([prefill.stream.outcome], timeout=self.deadline_s)  # before this node goes into the next prompt
         self._tell(prefill, messages.PrefillDone(
             request.id, request.token_ids[-1], request.cached_tokens, queue_s,
             request.prefill_ended_at_s - request.prefill_started_at_s, prefill.fetch.nbytes if prefill.fetch else 0))
@@ -205,7 +212,7 @@ class PrefillRole:
         self._mail.send(self.name, FRONT, messages.TransferDone(
             prefill.order.id, report.bytes, report.acked_s - report.first_put_s, exposed_s))
         self.engine.release(prefill.request)
-        prefill.stage = Stage.ENDED
+        self._end(prefill)
 
     def _fail(self, prefill: Prefill, reason: str, prefix_missing: bool = False) -> None:
         self._tell(prefill, messages.PrefillFailed(prefill.order.id, reason, prefix_missing))
@@ -213,14 +220,16 @@ class PrefillRole:
 
     def _drop(self, prefill: Prefill) -> None:
         """Nobody waits for this prefill any more: compute no further, and let its streams end."""
-        if prefill.stage is Stage.ENDED:
-            return
         if prefill.stage is Stage.FETCHING:
             self.prefixes.give_up(prefill.fetch)
         for stream in prefill.sending:
             stream.abort()
         self.engine.abort(prefill.request)
-        prefill.stage = Stage.ENDED
+        self._end(prefill)
+
+    def _end(self, prefill: Prefill) -> None:
+        del self.prefills[prefill.order.id]
+        self._ended.append(prefill)
 
     def _report_progress(self) -> None:
         for prefill in self.prefills.values():

@@ -96,7 +96,7 @@ def pd_process(prefill_engine: Engine, decode_engine: Engine, links: dict[str, C
                      decode_engine.clock)
     prefill = PrefillRole(PD_PREFILL, Role.PDP, prefill_engine, mail, deadline_s)
     decode = DecodeRole(PD_DECODE, decode_engine, mail, room_deadline_s, deadline_s)
-    node = Node(mail, [front, prefill, decode])
+    node = Node(mail, [front, decode, prefill])
     prefill.upkeep.introduce()
     decode.upkeep.introduce()
     return PDProcess(node, front, prefill, decode, links)

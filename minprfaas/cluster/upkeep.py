@@ -3,6 +3,7 @@
 import resource
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 
@@ -28,7 +29,7 @@ class Upkeep:
         self._name, self._role, self._engine, self._mail, self._ledger = name, role, engine, mail, engine.kvcache.ledger
         self._ledger.take_news()  # from now on there are some
         self._sequence = 0  # of the last cache event told
-        self._sampled_at_s = 0.0
+        self._sampled_at_s: dict[str, float] = {}  # by link
 
     def hear(self, sender: str, message: messages.Message) -> None:
         """Take a message that is not about the role."""
@@ -91,9 +92,9 @@ class Upkeep:
         # Where one process plays both PD roles, one of them tells of the links.
         for link in self._mail.links if self._role is not Role.PDD else ():
             samples = link.stats().samples
-            if samples and samples[-1].time_s > self._sampled_at_s:
-                self._sampled_at_s = samples[-1].time_s
-                self._tell(samples[-1])
+            if samples and samples[-1].time_s > self._sampled_at_s.get(link.name, 0.0):
+                self._sampled_at_s[link.name] = samples[-1].time_s
+                self._tell(replace(samples[-1], link=link.name))
 
     def _tell_inventory(self) -> None:
         """Everything that a prefill could begin with here. News that were not told yet are part of it."""

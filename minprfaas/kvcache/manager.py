@@ -137,7 +137,7 @@ class KVCacheManager:
         return PagedState(self.pool, tables, [cache.num_tokens for cache in caches], planned)
 
     def advance(self, cache: RequestCache, token_ids: Sequence[int], has_state: bool = True) -> None:
-        """The blocks now hold all of `token_ids`, and every snapshot on its way up to there is complete: index what
+        """The blocks now hold all of `token_ids`, and every planned snapshot up to there its state: index what
         became full, and keep a copy of the live state if this is a boundary at which a later request may begin.
         ValueError when so many tokens were not reserved. Without `has_state` only the rows are there, because a stream
         broke off before the live state came; such a request can only be closed."""
@@ -218,7 +218,7 @@ class KVCacheManager:
 
     def check(self) -> None:
         """Recount everything (see `BlockLedger.check`). RuntimeError names a violation. Time grows with the pool."""
-        holders, owned = Counter(), []
+        holders, owned = Counter(), self.snapshots.expected_blocks
         for cache in self._requests:
             holders.update(cache.entries)
             holders.update(cache.snapshots)

@@ -23,7 +23,6 @@ class RequestCache:
     has_state: bool = False  # whether the live state has its blocks
     origin: int | None = None  # the snapshot (an entry) that the live state will begin as a copy of
     planned: dict[int, list[int]] = field(default_factory=dict)  # boundary -> blocks that the next pass fills
-    expected: dict[int, list[int]] = field(default_factory=dict)  # boundary -> blocks that a stream fills
     sending: list[int] = field(default_factory=list)  # snapshots (entries) that a stream reads
     rolling: bytes | None = None  # key of the snapshot that gives way to the next (decode)
 

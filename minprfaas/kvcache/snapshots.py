@@ -1,20 +1,30 @@
 """Request-level state: where copies of it are wanted, and how they are taken, received and sent. Chapter 06; paper 3.2.
 
 The state of a linear layer belongs to exactly one length, so a prefix can be begun only where a copy of the whole
-state, a *snapshot*, was kept. First its blocks are its request's own while they are filled: *planned* for the forward
-pass that goes through its boundary, or *expected* from a stream. Then it is *indexed*: in the ledger, for everybody,
-until evicted. At the very end of a pass nothing need be planned: there the live state is copied.
+state, a *snapshot*, was kept. First its blocks are in no index while they are filled: *planned* by a request, for the
+forward pass that goes through its boundary, or *expected* from a stream. Then it is *indexed*: in the ledger, for
+everybody, until evicted. At the very end of a pass nothing need be planned: there the live state is copied.
 """
 
 import math
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from minprfaas.config import CacheConfig
 from minprfaas.kvcache.layout import Layout
 from minprfaas.kvcache.ledger import BlockLedger
 from minprfaas.kvcache.pool import BlockPool
 from minprfaas.kvcache.request_cache import RequestCache
+
+
+@dataclass(eq=False)
+class ExpectedSnapshot:
+    """A snapshot that a stream fills. No request owns it: one that comes late still serves the conversation's next."""
+
+    keys: list[bytes]  # of the blocks up to its boundary
+    blocks: list[int]
+    tables: list[array]  # by group; empty for token groups
 
 
 class Snapshots:
@@ -25,24 +35,41 @@ class Snapshots:
         self.enabled = bool(layout.request_groups) and config.prefix_cache
         # Every layer must be able to give its state there; without such layers this is 1, and nothing is wanted.
         self.stride = math.lcm(*(group.spec.snapshot_stride for group in layout.request_groups))
+        self._expected: set[ExpectedSnapshot] = set()
 
     # From node to node
 
-    def expect(self, cache: RequestCache, num_tokens: int) -> list[array] | None:
-        """For the receiver: block tables (by group; empty for token groups) to write the state at the block boundary
-        `num_tokens` into; `advance` to there or beyond indexes it. None when there is no room, or no use for it."""
+    def expect(self, keys: Sequence[bytes], num_tokens: int) -> ExpectedSnapshot | None:
+        """For the receiver: blocks to write the state at the block boundary `num_tokens` into, of a prompt with these
+        keys. None when there is no room, or no use for it."""
         full, rest = divmod(num_tokens, self.layout.block_tokens)
-        if rest or not full or not self.enabled or full in cache.expected or self._is_there(cache, full):
+        if rest or not full or not self.enabled or keys[full - 1] in self.ledger.snapshots:
             return None
         blocks = self.ledger.allocate(self.layout.state_blocks)
         if blocks is None:
             return None
-        cache.expected[full] = blocks
-        return self._tables(blocks)
+        expected = ExpectedSnapshot(list(keys[:full]), blocks, self._tables(blocks))
+        self._expected.add(expected)
+        return expected
 
-    def forget(self, cache: RequestCache) -> None:
-        """Expected snapshots did not arrive: give their blocks back. Nobody may write into them any more."""
-        self._give_back(cache.expected)
+    def index_expected(self, expected: ExpectedSnapshot) -> bool:
+        """It has arrived: index it if the rows up to it are indexed, without which nobody can begin there."""
+        full = len(expected.keys)
+        if self.ledger.has_tokens and self.ledger.common(expected.keys) < full:
+            return False
+        self._expected.remove(expected)
+        self._index(expected.keys[-1], expected.blocks, full)
+        return True
+
+    def forget(self, expected: ExpectedSnapshot) -> None:
+        """It will not arrive, or nobody could begin there: give its blocks back. No byte may be written after this."""
+        self._expected.remove(expected)
+        self.ledger.release(expected.blocks)
+
+    @property
+    def expected_blocks(self) -> list[int]:
+        """The blocks of all that are expected."""
+        return [block for expected in self._expected for block in expected.blocks]
 
     def hold(self, cache: RequestCache, num_tokens: int) -> list[array] | None:
         """For the sender: block tables of the indexed snapshot at the boundary `num_tokens`, which this request has
@@ -66,11 +93,6 @@ class Snapshots:
         for group in self.layout.request_groups:
             tables[group.index].extend(blocks[start:start + group.state_blocks])
             start += group.state_blocks
-
-    def _give_back(self, snapshots: dict[int, list[int]]) -> None:
-        for blocks in snapshots.values():
-            self.ledger.release(blocks)
-        snapshots.clear()
 
     # The live state
 
@@ -100,7 +122,7 @@ class Snapshots:
     def owned(self, cache: RequestCache) -> list[int]:
         """Blocks of request-level state that are in no entry of the index."""
         owned = self._live(cache)
-        for blocks in (*cache.planned.values(), *cache.expected.values()):
+        for blocks in cache.planned.values():
             owned += blocks
         return owned
 
@@ -129,7 +151,9 @@ class Snapshots:
         """Where a pass over the tokens up to `end` at most must end: at the first wanted boundary at which the layers
         do not hold their state anyway. Makes blocks for the snapshots before that, of `spare_blocks` at most; the
         latest come first, because of one prompt the longest prefix saves most. Replaces the plan before."""
-        self._give_back(cache.planned)
+        for blocks in cache.planned.values():
+            self.ledger.release(blocks)
+        cache.planned.clear()
         start, size, inside = cache.num_tokens, self.layout.block_tokens, []
         for full in range(start // size + 1, -(-end // size)):
             if not self._is_wanted(cache, full) or self._is_there(cache, full):
@@ -153,11 +177,10 @@ class Snapshots:
     # After a pass
 
     def publish(self, cache: RequestCache, full: int) -> None:
-        """Index the snapshots up to boundary `full`: the state that they were to hold is in their blocks."""
-        for snapshots in (cache.planned, cache.expected):
-            for boundary in sorted(snapshots):
-                if boundary <= full:
-                    self._index(cache.keys[boundary - 1], snapshots.pop(boundary), boundary)
+        """Index the planned snapshots up to boundary `full`: the pass has stored the state in their blocks."""
+        for boundary in sorted(cache.planned):
+            if boundary <= full:
+                self._index(cache.keys[boundary - 1], cache.planned.pop(boundary), boundary)
 
     def take(self, cache: RequestCache, full: int) -> None:
         """Copy the live state, which is that of `full` blocks, if that is wanted. While an answer grows it always is at

@@ -41,14 +41,14 @@ class CongestionMonitor(LinkView):
     def __init__(self, nominal_gbps: float, marks: Marks = Marks()):
         super().__init__(nominal_gbps, up=nominal_gbps > 0)
         self.nominal_gbps, self.marks = nominal_gbps, marks
-        self._samples: dict[str, LinkSample] = {}  # the last of each sender, by the time at which it was heard
+        self._samples: dict[tuple[str, str], LinkSample] = {}  # the last of each sender's link, by when it was heard
         self._observed_at_s = -math.inf
         self._regime, self._since_s = "abundant", -math.inf
 
     def hear(self, sender: str, sample: LinkSample, now_s: float) -> None:
-        """Take one sender's sample. What all senders put on the line adds up; one that has been silent counts no more.
+        """Take a sample of one sender's link. What all put on the line adds up; one that was silent counts no more.
         A sender's clock may be another machine's: it is not looked at."""
-        self._samples[sender] = replace(sample, time_s=now_s)
+        self._samples[sender, sample.link] = replace(sample, time_s=now_s)
         recent = [one for one in self._samples.values() if now_s - one.time_s <= self.marks.stale_s]
         utilization = min(sum(one.utilization for one in recent), 1.0)
         queued_bytes = sum(one.queued_bytes for one in recent)

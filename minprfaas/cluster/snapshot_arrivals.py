@@ -1,0 +1,83 @@
+"""Snapshots on their way to a decode node, where with one the conversation's next prompt can begin. Chapter 08; paper 3.2.
+
+A favour beside a request's KVCache, for which nobody waits: it may come before its request is admitted or long after,
+and counts once the rows up to it are here too.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from minprfaas.cluster.kv_receive import KVReceive
+from minprfaas.cluster.mail import Mail
+from minprfaas.cluster.node import Happening, PeerLost
+from minprfaas.cluster.stream_plans import snapshot_plan
+from minprfaas.engine.request import Request
+from minprfaas.kvcache.manager import KVCacheManager
+from minprfaas.kvcache.snapshots import ExpectedSnapshot
+from minprfaas.transport.base import StreamDone, StreamFailed
+
+
+@dataclass(eq=False)
+class _Arrival:
+    request: Request
+    source: str
+    expected: ExpectedSnapshot
+    stream: KVReceive
+    deadline_at_s: float
+
+
+class SnapshotArrivals:
+    """The snapshots that one decode role waits for. Only its own loop calls it."""
+
+    def __init__(self, kvcache: KVCacheManager, mail: Mail, clock: Callable[[], float]):
+        self._kvcache, self._mail, self._clock = kvcache, mail, clock
+        self._arrivals: dict[int, _Arrival] = {}  # by stream
+
+    def __bool__(self) -> bool:
+        return bool(self._arrivals)
+
+    def expect(self, stream_id: int, request: Request, source: str, deadline_at_s: float) -> int:
+        """Expect the state at the last block boundary before the prompt's last token. Returns that boundary, or 0 when
+        there is no room or no use for it. Raises LinkDown."""
+        size = self._kvcache.layout.block_tokens
+        at = (len(request.token_ids) - 1) // size * size
+        transport, expected = self._mail.transport(source), self._kvcache.snapshots.expect(request.keys, at)
+        if expected is None:
+            return 0
+        plan = snapshot_plan(self._kvcache.layout, stream_id, at)
+        stream = KVReceive(self._kvcache, transport, plan, expected.tables)
+        self._arrivals[stream_id] = _Arrival(request, source, expected, stream, deadline_at_s)
+        return at
+
+    def received_bytes(self, request: Request) -> int:
+        """What has arrived so far of those of a request."""
+        return sum(one.stream.received_bytes for one in self._arrivals.values() if one.request is request)
+
+    def give_up(self, request: Request) -> None:
+        """Nobody prefills this request any more."""
+        for arrival in [one for one in self._arrivals.values() if one.request is request]:
+            self._drop(arrival)
+
+    def notice(self, happening: Happening) -> None:
+        """Take what has happened to a stream or to a peer."""
+        match happening:
+            case PeerLost(name=name):
+                for arrival in [one for one in self._arrivals.values() if one.source == name]:
+                    self._drop(arrival)
+            case StreamDone(stream_id=stream_id, report=report) if stream_id in self._arrivals:
+                self._arrivals[stream_id].stream.arrived(report)
+            case StreamFailed(stream_id=stream_id) if stream_id in self._arrivals:
+                self._drop(self._arrivals[stream_id])
+
+    def step(self) -> None:
+        """Index what has arrived, once its request's rows are in the index; give up what is overdue."""
+        for stream_id, arrival in list(self._arrivals.items()):
+            if arrival.stream.has_arrived and self._kvcache.snapshots.index_expected(arrival.expected):
+                del self._arrivals[stream_id]
+            elif self._clock() > arrival.deadline_at_s:
+                self._drop(arrival)
+
+    def _drop(self, arrival: _Arrival) -> None:
+        arrival.stream.give_up()  # first: no byte may come after its blocks are free
+        self._kvcache.snapshots.forget(arrival.expected)
+        del self._arrivals[arrival.stream.plan.stream_id]
