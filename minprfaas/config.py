@@ -24,6 +24,7 @@ class StateKind(Enum):
     """How a layer's state relates to the tokens of a request (paper 3.2)."""
 
     TOKEN = "token"  # a row for each token: grows with the context, partial prefixes can be reused
+    WINDOW = "window"  # rows of the last few tokens: otherwise as request-level state
     REQUEST = "request"  # one size whatever the context: reusable only at exactly the length it was taken at
 
 
@@ -37,19 +38,32 @@ class Role(str, Enum):
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding. `scaling` is None or llama3's (factor, low_freq_factor, high_freq_factor, context)."""
+    """Rotary position embedding of the first `fraction` of a head's channels.
+
+    `kind` says how the wavelengths of a model that was trained on `context_tokens` are stretched by `factor`: "llama3"
+    and "yarn" do it by the turns that a pair of channels makes over that context, wholly up to `low_turns` and not at
+    all from `high_turns` on. `amplitude` scales what is rotated.
+    """
 
     theta: float = 10_000.0
-    scaling: tuple[float, float, float, int] | None = None
+    fraction: float = 1.0
+    kind: str = "default"
+    factor: float = 1.0
+    low_turns: float = 1.0
+    high_turns: float = 4.0
+    context_tokens: int = 1
+    amplitude: float = 1.0
+    whole_channels: bool = True  # yarn: the turns' limits are rounded to whole channels
 
     def __post_init__(self) -> None:
         require_number("rope_theta", self.theta, above=0)
-        if self.scaling is not None:
-            factor, low, high, context = self.scaling
-            require_number("the factor of rope scaling", factor, above=0)
-            require_number("low_freq_factor", low, above=0)
-            require_number("high_freq_factor", high, above=low)  # their difference is divided by
-            require_number("original_max_position_embeddings", context, least=1, whole=True)
+        require_number("partial_rotary_factor", self.fraction, above=0, most=1)
+        require_number("the factor of rope scaling", self.factor, above=0)
+        require_number("the lower limit of rope scaling, in turns", self.low_turns, above=0)
+        # Their difference is divided by.
+        require_number("the upper limit of rope scaling, in turns", self.high_turns, above=self.low_turns)
+        require_number("original_max_position_embeddings", self.context_tokens, least=1, whole=True)
+        require_number("the attention_factor of rope scaling", self.amplitude, above=0)
 
 
 class MixerConfig(Protocol):
@@ -61,15 +75,18 @@ class MixerConfig(Protocol):
     def build(self, hidden_size: int, norm_eps: float) -> Any: ...
 
 
+class MLPConfig(Protocol):
+    """A frozen dataclass beside the MLP's module: `model.layers.DenseConfig`, `model.moe.MoEConfig`."""
+
+    def build(self, hidden_size: int) -> Any: ...
+
+
 @dataclass(frozen=True)
 class LayerConfig:
-    """One layer: a mixer, then a SwiGLU MLP of `intermediate_size`."""
+    """One layer: a mixer, then an MLP."""
 
     mixer: MixerConfig
-    intermediate_size: int
-
-    def __post_init__(self) -> None:
-        require_sizes(self, "intermediate_size", most=MAX_WIDTH)
+    mlp: MLPConfig
 
 
 @dataclass(frozen=True)

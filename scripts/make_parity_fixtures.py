@@ -2,14 +2,15 @@
 
 Run by hand where `transformers` (5.24) is installed; the tests read what it leaves and need no `transformers`:
 
-    python scripts/make_parity_fixtures.py                       write all fixtures, print how far we are from the oracle
-    python scripts/make_parity_fixtures.py qwen3_moe-ties --speed    one of them, and prefill times at 2,048 tokens
+    python scripts/make_parity_fixtures.py                     write all fixtures, print how far off we are
+    python scripts/make_parity_fixtures.py qwen3_moe --speed   one of them, and prefill times at 2,048 tokens
 
 A fixture is a checkpoint, `tests/fixtures/parity/NAME/`, and beside it `NAME.expected.safetensors`: the prompt, the
 logits of each of its tokens, and ten greedy tokens decoded from the oracle's cache with the logits of each.
 """
 
 import argparse
+import copy
 import json
 import statistics
 import sys
@@ -54,11 +55,42 @@ class Fixture:
 GQA = dict(num_key_value_heads=2)
 LLAMA3 = dict(rope_type="llama3", rope_theta=5000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=32)
+YARN = dict(rope_type="yarn", rope_theta=10_000.0, factor=4.0, original_max_position_embeddings=32)
+HALF = dict(rope_type="default", rope_theta=10_000.0, partial_rotary_factor=0.5)
+QWEN_MOE = dict(head_dim=16, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=16, norm_topk_prob=True)
+MIMO = dict(num_hidden_layers=4, num_key_value_heads=1, head_dim=24, v_head_dim=16, sliding_window=33,
+            layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+            n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=16)
 FIXTURES = {
     "llama": Fixture(GQA),
     "llama-scaled_biased_tied": Fixture(dict(num_key_value_heads=1, head_dim=16, attention_bias=True,
                                              tie_word_embeddings=True, rope_parameters=LLAMA3)),
+    "llama-linear_rope": Fixture(dict(GQA, rope_parameters=dict(rope_type="linear", rope_theta=10_000.0, factor=4.0))),
     "qwen3": Fixture(dict(GQA, head_dim=16)),
+    "qwen3-yarn": Fixture(dict(GQA, head_dim=16, rope_parameters=YARN)),
+    "qwen3_moe": Fixture(dict(GQA, **QWEN_MOE)),
+    "qwen3_moe-ties_fused": Fixture(
+        {**GQA, **QWEN_MOE, "norm_topk_prob": False, "mlp_only_layers": [1], "num_hidden_layers": 3}, fused=True, ties=True),
+    "qwen3_moe-step_bias_yarn": Fixture(dict(QWEN_MOE, num_key_value_heads=4, decoder_sparse_step=2,
+                                             attention_bias=True, tie_word_embeddings=True, rope_parameters=YARN)),
+    "minimax_m2": Fixture(dict(GQA, head_dim=16, num_local_experts=8, num_experts_per_tok=3, rope_parameters=HALF),
+                          published=dict(rope_parameters=None, rope_theta=1e4, rotary_dim=8, scoring_func="sigmoid",
+                                         use_routing_bias=True, use_qk_norm=True, attn_type_list=[1, 1])),
+    "minimax_m2-ties_fused": Fixture(dict(num_key_value_heads=1, head_dim=12, num_local_experts=6,
+                                          num_experts_per_tok=2), fused=True, ties=True),
+    "mimo_v2_flash": Fixture(MIMO, published=dict(
+        layer_types=None, mlp_layer_types=None, rope_parameters=None, sliding_window=32, sliding_window_size=32,
+        hybrid_layer_pattern=[0, 1, 1, 0], moe_layer_freq=[0, 1, 1, 1], rope_theta=5e6, swa_rope_theta=1e4,
+        partial_rotary_factor=0.334, swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=24,
+        swa_v_head_dim=16, layernorm_epsilon=1e-5, rms_norm_eps=None, add_swa_attention_sink_bias=True,
+        add_full_attention_sink_bias=False, attention_value_scale=0.707, n_shared_experts=None)),
+    "mimo_v2_flash-groups_ties": Fixture(
+        dict(MIMO, num_hidden_layers=3, layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+             mlp_layer_types=["sparse", "sparse", "dense"], sliding_window=160, n_group=4, topk_group=2,
+             routed_scaling_factor=2.5, attention_bias=True, attention_value_scale=None, head_dim=16, v_head_dim=16),
+        fused=True, ties=True),
+    "mimo_v2_flash-short_window": Fixture(dict(MIMO, sliding_window=7, norm_topk_prob=False, num_key_value_heads=2,
+                                               v_head_dim=8, head_dim=16)),
 }
 
 
@@ -108,7 +140,7 @@ def build(name: str, settings: dict, seed: int) -> torch.nn.Module:
     """The oracle's model with weights that all matter: fresh ones have norms of one, biases of zero, near-uniform
     attention and routers that hardly choose."""
     torch.manual_seed(seed)
-    config = transformers.AutoConfig.for_model(family_of(name), **settings)
+    config = transformers.AutoConfig.for_model(family_of(name), **copy.deepcopy(settings))  # it changes them
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     biases = {place: buffer for place, buffer in model.named_buffers() if place.endswith("correction_bias")}
     for place, tensor in {**dict(model.named_parameters()), **biases}.items():

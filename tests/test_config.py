@@ -22,7 +22,7 @@ LINEAR = KIMI["linear_attn_config"]
 
 def test_a_llama_config_becomes_a_stack_of_gqa_layers():
     config = config_from_hf({**LLAMA, "rope_theta": 5e5, "attention_bias": True})
-    assert [layer.mixer for layer in config.layers] == [GQAConfig(4, 2, 8, RopeConfig(5e5), bias=True)] * 2
+    assert [layer.mixer for layer in config.layers] == [GQAConfig(4, 2, 8, RopeConfig(5e5), bias=True, out_bias=True)] * 2
     assert (config.max_context_tokens, config.eos_token_ids, config.tie_embeddings) == (512, (0,), False)
 
 
@@ -36,7 +36,7 @@ def test_old_and_new_spellings_of_rope_mean_the_same():
     scaling = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
     old = config_from_hf({**LLAMA, "rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **scaling}})
     new = config_from_hf({**LLAMA, "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **scaling}})
-    assert old == new and old.layers[0].mixer.rope == RopeConfig(5e5, (8.0, 1.0, 4.0, 64))
+    assert old == new and old.layers[0].mixer.rope == RopeConfig(5e5, 1.0, "llama3", 8.0, 1.0, 4.0, 64)
 
 
 def test_generation_config_adds_the_end_of_text_ids(tmp_path):
@@ -46,14 +46,14 @@ def test_generation_config_adds_the_end_of_text_ids(tmp_path):
 
 
 @pytest.mark.parametrize("change, words", [
-    (dict(model_type="gpt2"), ["'gpt2'", "supported: kimi_linear, llama, qwen3"]),
+    (dict(model_type="gpt2"), ["'gpt2'", "supported: kimi_linear, llama, mimo_v2_flash"]),
     (dict(model_type=None), ["None", "supported"]),
     (dict(hidden_act="gelu"), ["hidden_act", "'gelu'", "silu"]),
     (dict(mlp_bias=True), ["mlp_bias"]),
     (dict(num_key_value_heads=3), ["num_attention_heads 4", "num_key_value_heads 3"]),
     (dict(head_dim=7), ["head_dim 7"]),
     (dict(num_hidden_layers=0), ["num_hidden_layers is 0"]),
-    (dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}), ["'yarn'", "default, llama3"]),
+    (dict(rope_scaling={"rope_type": "dynamic", "factor": 2.0}), ["'dynamic'", "default, linear, llama3, yarn"]),
     (dict(rope_scaling={"rope_type": "llama3"}), ["'factor'"]),
 ])
 def test_a_llama_config_that_cannot_be_run_is_refused(change, words):

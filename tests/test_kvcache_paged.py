@@ -12,7 +12,7 @@ from minprfaas.kvcache.pool import BlockPool
 from minprfaas.model.attention import attend
 from minprfaas.model.gqa import GQAConfig
 from minprfaas.model.kda import KDAConfig
-from minprfaas.model.layers import Positions
+from minprfaas.model.layers import DenseConfig, Positions
 from minprfaas.model.mla import MLAConfig
 from minprfaas.model.spec import StateSpec, TensorSpec, model_state_specs
 from minprfaas.model.state import ContiguousState
@@ -26,7 +26,7 @@ MODELS = {"hybrid": [KDA, KDA, KDA, MLA], "dense": [GQA, GQA]}
 
 def model_of(name):
     torch.manual_seed(0)
-    layers = tuple(LayerConfig(mixer, 64) for mixer in MODELS[name])
+    layers = tuple(LayerConfig(mixer, DenseConfig(64)) for mixer in MODELS[name])
     return Transformer(ModelConfig("kimi_linear", 101, 48, layers, 1e-6, False, 512)).eval()
 
 

@@ -18,7 +18,7 @@ from minprfaas.model import families
 from minprfaas.model.checkpoint import load_checkpoint
 from minprfaas.model.families import read_config
 from minprfaas.model.gqa import GQAConfig
-from minprfaas.model.layers import Positions, RMSNorm, rope_frequencies
+from minprfaas.model.layers import DenseConfig, Positions, RMSNorm, rope_frequencies
 from minprfaas.model.mla import MLA, MLAConfig
 from minprfaas.model.spec import StateSpec, TensorSpec, model_state_specs
 from minprfaas.model.state import ContiguousLayerState, ContiguousState
@@ -169,7 +169,7 @@ def test_contiguous_pages_hold_the_rows_of_each_request():
 def test_absorbed_mla_equals_expanded_mla(shared):
     torch.manual_seed(0)
     config = MLAConfig(num_heads=3, kv_lora_rank=16, qk_nope_dim=8, qk_shared_dim=shared, v_dim=12)
-    mla = MLA(config, hidden_size=32, norm_eps=1e-6)
+    mla = MLA(config, hidden_size=32)
     x, start = torch.randn(2, 30, 32), torch.zeros(2, dtype=torch.int64)
     expanded = mla(x, Positions(start, 30), None)
     state = ContiguousLayerState(config.state_spec("float32"), 2, "cpu")
@@ -179,7 +179,7 @@ def test_absorbed_mla_equals_expanded_mla(shared):
 
 def test_llama3_scaling_slows_long_wavelengths_only():
     plain = rope_frequencies(RopeConfig(500_000.0), 64)
-    scaled = rope_frequencies(RopeConfig(500_000.0, (8.0, 1.0, 4.0, 8192)), 64)
+    scaled = rope_frequencies(RopeConfig(500_000.0, 1.0, "llama3", 8.0, 1.0, 4.0, 8192), 64)
     turns = 8192 * plain / (2 * math.pi)
     fast, slow = turns > 4, turns < 1
     assert fast.any() and slow.any() and not (fast | slow).all()
@@ -271,7 +271,7 @@ def toy_family(raw: dict) -> ModelConfig:
     """One toy layer, then one of grouped-query attention."""
     mixers = (DecayedMean(raw["mean_width"]), GQAConfig(2, 1, 8, RopeConfig()))
     return ModelConfig(raw["model_type"], raw["vocab_size"], raw["hidden_size"],
-                       tuple(LayerConfig(mixer, raw["intermediate_size"]) for mixer in mixers),
+                       tuple(LayerConfig(mixer, DenseConfig(raw["intermediate_size"])) for mixer in mixers),
                        norm_eps=1e-6, tie_embeddings=False, max_context_tokens=512)
 
 

@@ -10,6 +10,7 @@ import torch
 from minprfaas.config import LayerConfig, ModelConfig, RopeConfig, StateKind
 from minprfaas.model.gqa import GQAConfig
 from minprfaas.model.kda import KDAConfig
+from minprfaas.model.layers import DenseConfig
 from minprfaas.model.mla import MLAConfig
 from minprfaas.model.spec import kv_bytes, model_state_specs
 from minprfaas.model.transformer import Transformer
@@ -22,8 +23,9 @@ ETHERNET_GBPS = 400  # a generous dedicated line between two datacenters
 
 def stack(mixers: list, hidden_size: int, intermediate_size: int, vocab_size: int) -> ModelConfig:
     """A model of these mixers; what its layers remember depends on nothing else."""
-    return ModelConfig("example", vocab_size, hidden_size, tuple(LayerConfig(m, intermediate_size) for m in mixers),
-                       norm_eps=1e-6, tie_embeddings=True, max_context_tokens=2**17)
+    layers = tuple(LayerConfig(mixer, DenseConfig(intermediate_size)) for mixer in mixers)
+    return ModelConfig("example", vocab_size, hidden_size, layers, norm_eps=1e-6, tie_embeddings=True,
+                       max_context_tokens=2**17)
 
 
 def prefill_seconds(model: Transformer, prompt: torch.Tensor) -> float:

@@ -12,6 +12,7 @@ from minprfaas.config import CacheConfig, LayerConfig, ModelConfig, StateKind
 from minprfaas.kvcache.layout import plan_layout
 from minprfaas.kvcache.manager import KVCacheManager
 from minprfaas.model.kda import KDAConfig
+from minprfaas.model.layers import DenseConfig
 from minprfaas.model.mla import MLAConfig
 from minprfaas.model.spec import kv_bytes, model_state_specs
 from minprfaas.model.state import ContiguousState
@@ -24,8 +25,9 @@ torch.manual_seed(0)
 
 kda = KDAConfig(num_heads=4, head_dim=32)
 mla = MLAConfig(num_heads=4, kv_lora_rank=64, qk_nope_dim=32, qk_shared_dim=16, v_dim=32)
-config = ModelConfig("kimi_linear", 512, 128, tuple(LayerConfig(mixer, 256) for mixer in (kda, kda, kda, mla) * 2),
-                     norm_eps=1e-6, tie_embeddings=True, max_context_tokens=8192)
+layers = tuple(LayerConfig(mixer, DenseConfig(256)) for mixer in (kda, kda, kda, mla) * 2)
+config = ModelConfig("kimi_linear", 512, 128, layers, norm_eps=1e-6, tie_embeddings=True,
+                     max_context_tokens=8192)
 model = Transformer(config).eval()  # random weights: this chapter is about where state lies, not about answers
 specs = model_state_specs(config, "float32")
 

@@ -15,6 +15,7 @@ from minprfaas.documents import make_document
 from minprfaas.engine.engine import Engine
 from minprfaas.errors import exit_on_user_error
 from minprfaas.model.gqa import GQAConfig
+from minprfaas.model.layers import DenseConfig
 from minprfaas.model.state import ContiguousState
 from minprfaas.model.transformer import Transformer
 from minprfaas.observe.report import human_bytes, table
@@ -51,8 +52,8 @@ print(table(["what", "measured"], [
 del memory
 
 mixer = GQAConfig(num_heads=12, num_kv_heads=4, head_dim=64, rope=RopeConfig())
-config = ModelConfig("example", vocab_size=4096, hidden_size=768, layers=(LayerConfig(mixer, 2304),) * 5, norm_eps=1e-6,
-                     tie_embeddings=True, max_context_tokens=4096)
+config = ModelConfig("example", vocab_size=4096, hidden_size=768, layers=(LayerConfig(mixer, DenseConfig(2304)),) * 5,
+                     norm_eps=1e-6, tie_embeddings=True, max_context_tokens=4096)
 model = Transformer(config).eval()
 weights = sum(parameter.numel() for parameter in model.parameters())
 attention_flops = 4 * len(config.layers) * mixer.num_heads * mixer.head_dim  # per new token and token of context

@@ -66,7 +66,7 @@ class KVSend:
 
     def _hand_over(self, layer: int, end: int) -> None:
         start = self._ready_end[layer]
-        is_state = self.plan.layers[layer].kind is StateKind.REQUEST
+        is_state = self.plan.layers[layer].kind is not StateKind.TOKEN
         if end <= start or (is_state and end < self.plan.end):  # state crosses once, when the last token is in it
             return
         group = self._layout.group_of_layer[layer]

@@ -107,7 +107,7 @@ def control_settings(threshold: float, gbps: float | None, layout: Layout, ship_
     """The control plane's settings for a model whose state has this layout, over a line of `gbps` (None: unlimited).
     With a fleet, that is with profiles, the threshold follows what is observed (the short-term loop)."""
     token_bytes = sum(spec.nbytes for spec in layout.specs if spec.kind is StateKind.TOKEN)
-    state_bytes = sum(spec.nbytes for spec in layout.specs if spec.kind is StateKind.REQUEST)
+    state_bytes = sum(spec.nbytes for spec in layout.specs if spec.kind is not StateKind.TOKEN)
     costs = TransferCosts(token_bytes, state_bytes, ASSUMED_S_PER_TOKEN, ASSUMED_S_PER_TOKEN)
     return ControlSettings(threshold=threshold, link_gbps=gbps or UNTHROTTLED_GBPS, costs=costs,
                            ship_prefixes=ship_prefixes, fleet=fleet, adaptive=fleet is not None)

@@ -6,18 +6,21 @@ from minprfaas.transport.base import LayerPlan, StreamPlan
 
 
 def stream_plan(layout: Layout, stream_id: int, start: int, end: int) -> StreamPlan:
-    """The plan for tokens [start, end) of a request: its rows in token layers, its state as of `end` in the others.
+    """The plan for tokens [start, end) of a request: its rows in token layers, its state as of `end` in the others (of
+    a window the last rows that there are).
 
     Both ends make it from their own layout and their own view of the request; the sender's bytes must fit it. Raises
     ValueError for a range or an id that no stream can have.
     """
-    entries = tuple(LayerPlan(layer, layout.group_of_layer[layer].index, spec.kind, spec.nbytes)
-                    for layer, spec in enumerate(layout.specs))
-    return StreamPlan(stream_id, entries, start, end)
+    entries = []
+    for layer, spec in enumerate(layout.specs):
+        nbytes = spec.nbytes if spec.kind is StateKind.TOKEN else spec.bytes_at(end)
+        entries.append(LayerPlan(layer, layout.group_of_layer[layer].index, spec.kind, nbytes))
+    return StreamPlan(stream_id, tuple(entries), start, end)
 
 
 def snapshot_plan(layout: Layout, stream_id: int, at: int) -> StreamPlan:
     """The plan for a snapshot: the request-level state at the block boundary `at`, and no rows."""
     everything = stream_plan(layout, stream_id, 0, at)
-    state = tuple(entry for entry in everything.entries if entry.kind is StateKind.REQUEST)
+    state = tuple(entry for entry in everything.entries if entry.kind is not StateKind.TOKEN)
     return StreamPlan(stream_id, state, 0, at)

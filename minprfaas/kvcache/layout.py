@@ -90,7 +90,7 @@ def plan_layout(specs: tuple[StateSpec, ...], block_tokens: int) -> Layout:
     token_sizes = [group.used_bytes for group in groups if group.spec.kind is StateKind.TOKEN]
     block_bytes = _round_up(max(token_sizes or [group.used_bytes for group in groups]), BLOCK_ALIGN)
     for index, group in enumerate(groups):
-        if group.spec.kind is StateKind.REQUEST:
+        if group.spec.kind is not StateKind.TOKEN:
             groups[index] = replace(group, state_blocks=-(-group.used_bytes // block_bytes))
     return Layout(tuple(specs), tuple(groups), block_tokens, block_bytes)
 

@@ -7,6 +7,7 @@ write into reserved blocks while the model runs on others.
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
 from minprfaas.config import StateKind
 from minprfaas.errors import UserError
@@ -99,16 +100,17 @@ class BlockPool:
 
     def read_bytes(self, layer: int, block_table: Sequence[int], start: int, end: int) -> torch.Tensor:
         """What the wire carries: uint8 `[end - start, row_bytes]` of a token layer; of a request-level layer the whole
-        state `[state_bytes]`, whatever the range (its tensors in the spec's order, without padding)."""
+        state as of `end` (its tensors in the spec's order, without padding), of a window its last `end` rows at most."""
         if self.layout.specs[layer].kind is StateKind.TOKEN:
             return self.read_tokens(layer, block_table, start, end).view(torch.uint8)
         tensors = self.read_state(layer, self._index(block_table)[None])
-        return torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in tensors])
+        data = torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in tensors])
+        return data[data.numel() - self.layout.specs[layer].bytes_at(end):]
 
     def write_bytes(self, layer: int, block_table: Sequence[int], start: int, end: int, data: torch.Tensor) -> None:
         """Store what `read_bytes` of the same range returned, here or elsewhere. ValueError on a bad size or range."""
         spec = self.layout.specs[layer]
-        size = spec.nbytes * (end - start if spec.kind is StateKind.TOKEN else 1)
+        size = spec.nbytes * (end - start) if spec.kind is StateKind.TOKEN else spec.bytes_at(end)
         if data.dtype != torch.uint8 or data.numel() != size:
             raise ValueError(f"layer {layer}, tokens {start} to {end}: {data.numel()} elements of {data.dtype}; "
                              f"they must be {size} bytes")
@@ -116,6 +118,7 @@ class BlockPool:
         if spec.kind is StateKind.TOKEN:
             self.write_tokens(layer, block_table, start, _typed(data, spec.tensors[0]).view(end - start, -1))
         else:
+            data = F.pad(data, (spec.nbytes - size, 0))  # a window that is not full yet begins with rows of zeros
             parts = zip(data.split([tensor.nbytes for tensor in spec.tensors]), spec.tensors)
             self.write_state(layer, self._index(block_table)[None], *(_typed(part, tensor) for part, tensor in parts))
 

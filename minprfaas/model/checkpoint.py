@@ -5,6 +5,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
@@ -13,10 +14,13 @@ from minprfaas.config import ModelConfig
 from minprfaas.errors import UserError
 from minprfaas.files import read_json, write_whole
 from minprfaas.model.families import read_config
+from minprfaas.model.moe import Router
+from minprfaas.model.names import our_name, places
 from minprfaas.model.tokenizer import Tokenizer
 from minprfaas.model.transformer import Transformer
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "tiny-hybrid"
+FLOATS = ("F32", "BF16", "F16")  # as safetensors names them
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -31,23 +35,22 @@ def load(path: str | Path | None = None, dtype: torch.dtype = torch.float32,
 
 def load_checkpoint(directory: Path, config: ModelConfig, dtype: torch.dtype,
                     device: str | torch.device) -> Transformer:
-    """The model alone. UserError names a missing, extra or misshapen tensor (with both shapes), an unreadable file, or
-    weights that the device cannot hold."""
+    """The model alone, read one tensor at a time. UserError names a tensor that is missing, extra, misshapen (with both
+    shapes), not of floats or not finite, an unreadable file, or weights that the device cannot hold."""
     device = checked_device(device)
     files = _weight_files(directory)
-    stored = {}  # tensor name -> the open file that has it
-    for file in files:
-        weights = _opened(file)
-        for name in weights.keys():
-            stored[name] = weights
+    stored = _stored_tensors(directory, files)
     model = _without_memory(directory, config, stored)
     _check_memory(directory, sum(weight.numel() for weight in model.parameters()) * dtype.itemsize, device)
     model.to(dtype).to_empty(device=device)
     if config.tie_embeddings:  # `to_empty` gave each of the two a memory of its own
         model.lm_head.weight = model.model.embed_tokens.weight
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.float()
     with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.copy_(stored[name].get_tensor(name))
+        for name, place in places(model, stored):
+            place.copy_(_read(directory, stored[name]))
     model.fingerprint = _fingerprint([directory / "config.json", *files], dtype)
     return model.eval().requires_grad_(False)
 
@@ -104,6 +107,38 @@ def _weight_files(directory: Path) -> list[Path]:
     return files
 
 
+class _Stored(NamedTuple):
+    """A tensor of a checkpoint: its name there, and the open file that has it."""
+
+    name: str
+    file: safe_open
+
+
+def _stored_tensors(directory: Path, files: list[Path]) -> dict[str, _Stored]:
+    """By our own name, every tensor that the files hold; UserError unless each is there once and holds floats."""
+    stored: dict[str, _Stored] = {}
+    for file in files:
+        weights = _opened(file)
+        for name in weights.keys():
+            ours = our_name(name)
+            if ours is None:
+                continue
+            if ours in stored:
+                raise UserError(f"{directory}: tensors {stored[ours].name} and {name} are the same of the model's")
+            number_format = weights.get_slice(name).get_dtype()
+            if number_format not in FLOATS:
+                raise UserError(f"{directory}: tensor {name} holds {number_format}; weights are {', '.join(FLOATS)}")
+            stored[ours] = _Stored(name, weights)
+    return stored
+
+
+def _read(directory: Path, stored: _Stored) -> torch.Tensor:
+    tensor = stored.file.get_tensor(stored.name)
+    if not tensor.isfinite().all():
+        raise UserError(f"{directory}: tensor {stored.name} holds a number that is not finite")
+    return tensor
+
+
 def _opened(file: Path) -> safe_open:
     try:
         return safe_open(file, framework="pt", device="cpu")
@@ -113,23 +148,25 @@ def _opened(file: Path) -> safe_open:
         raise UserError(f"{file} is too large for this machine: {error}") from None
 
 
-def _without_memory(directory: Path, config: ModelConfig, stored: dict[str, safe_open]) -> Transformer:
+def _without_memory(directory: Path, config: ModelConfig, stored: dict[str, _Stored]) -> Transformer:
     """The model on the meta device; UserError unless the files hold exactly its tensors."""
-    found = {name: list(weights.get_slice(name).get_shape()) for name, weights in stored.items()}
+    found = {name: list(tensor.file.get_slice(tensor.name).get_shape()) for name, tensor in stored.items()}
     # Never more than one layer beyond those of the files: a configuration of thousands of layers costs nothing then.
     stored_layers = {name.split(".")[2] for name in found if name.startswith("model.layers.")}
     with torch.device("meta"):
         model = Transformer(replace(config, layers=config.layers[: len(stored_layers) + 1]))
-    expected = {name: list(weight.shape) for name, weight in model.named_parameters()}
+    expected = {name: list(place.shape) for name, place in places(model, found)}
     for name, shape in expected.items():
         if name not in found:
             raise UserError(f"{directory}: tensor {name} is missing; {config.family} needs it with shape {shape}")
         if found[name] != shape:
-            raise UserError(f"{directory}: tensor {name} has shape {found[name]}; config.json asks for {shape}")
+            raise UserError(f"{directory}: tensor {stored[name].name} has shape {found[name]}; "
+                            f"config.json asks for {shape}")
     for name, shape in found.items():
         is_tied_head = name == "lm_head.weight" and config.tie_embeddings
-        if name not in expected and not is_tied_head and not name.endswith("rotary_emb.inv_freq"):
-            raise UserError(f"{directory}: tensor {name} with shape {shape} is not part of a {config.family} model")
+        if name not in expected and not is_tied_head:
+            raise UserError(f"{directory}: tensor {stored[name].name} with shape {shape} is not part of a "
+                            f"{config.family} model")
     return model
 
 

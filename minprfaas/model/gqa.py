@@ -10,30 +10,49 @@ from minprfaas.errors import UserError
 from minprfaas.model.attention import attend
 from minprfaas.model.layers import Positions, RMSNorm, apply_rotary
 from minprfaas.model.spec import LayerState, StateSpec, TensorSpec
+from minprfaas.model.window import attend_window, pass_through_window, window_spec
 
 
 @dataclass(frozen=True)
 class GQAConfig:
-    """GQA with RoPE; `qk_norm` normalizes each head's q and k (Qwen3)."""
+    """GQA with RoPE, and what families add to it. `qk_norm` normalizes q and k, each "head" by itself (Qwen3) or the
+    whole "projection" (MiniMax-M2). With `window`, a token sees so many tokens only, its own included."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     rope: RopeConfig
-    qk_norm: bool = False
+    qk_norm: str | None = None
     bias: bool = False
+    out_bias: bool = False
+    v_head_dim: int | None = None  # as `head_dim` where not given
+    v_scale: float = 1.0
+    window: int | None = None
+    sinks: bool = False  # a learned score a head for looking nowhere (MiMo; with `window`)
+    output_gate: bool = False  # a sigmoid gate on each channel of the output (Qwen3-Next)
 
     def __post_init__(self) -> None:
-        require_sizes(self, "num_heads", "num_kv_heads", "head_dim", most=MAX_HEAD_SIZE)
+        require_sizes(self, "num_heads", "num_kv_heads", "head_dim", "v_dim", most=MAX_HEAD_SIZE)
+        if self.window is not None:
+            require_sizes(self, "window", most=2**24)
         if self.num_heads % self.num_kv_heads:
             raise UserError(f"num_attention_heads {self.num_heads} is not a multiple of "
                             f"num_key_value_heads {self.num_kv_heads}")
-        if self.head_dim % 2:
-            raise UserError(f"head_dim {self.head_dim} is odd; RoPE rotates pairs")
+        rotated = int(self.head_dim * self.rope.fraction)
+        if rotated == 0 or rotated + rotated % 2 > self.head_dim:
+            raise UserError(f"head_dim {self.head_dim} cannot have {rotated} channels rotated; RoPE rotates pairs")
+
+    @property
+    def v_dim(self) -> int:
+        """Channels of a head's value."""
+        return self.head_dim if self.v_head_dim is None else self.v_head_dim
 
     def state_spec(self, dtype: str) -> StateSpec:
         """One row a token: every KV head's key (rotated), then every KV head's value."""
-        return StateSpec(StateKind.TOKEN, (TensorSpec("kv", (2 * self.num_kv_heads * self.head_dim,), dtype),))
+        width = self.num_kv_heads * (self.head_dim + self.v_dim)
+        if self.window is not None:
+            return window_spec(self.window, width, dtype)
+        return StateSpec(StateKind.TOKEN, (TensorSpec("kv", (width,), dtype),))
 
     def build(self, hidden_size: int, norm_eps: float) -> nn.Module:
         """The mixer's module, with fresh weights."""
@@ -46,27 +65,38 @@ class GQA(nn.Module):
     def __init__(self, config: GQAConfig, hidden_size: int, norm_eps: float):
         super().__init__()
         self.config = config
-        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(hidden_size, q_size, bias=config.bias)
-        self.k_proj = nn.Linear(hidden_size, kv_size, bias=config.bias)
-        self.v_proj = nn.Linear(hidden_size, kv_size, bias=config.bias)
-        self.o_proj = nn.Linear(q_size, hidden_size, bias=config.bias)
-        if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, norm_eps)
-            self.k_norm = RMSNorm(config.head_dim, norm_eps)
+        q_size, k_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        out_size, v_size = config.num_heads * config.v_dim, config.num_kv_heads * config.v_dim
+        self.q_proj = nn.Linear(hidden_size, q_size + (out_size if config.output_gate else 0), bias=config.bias)
+        self.k_proj = nn.Linear(hidden_size, k_size, bias=config.bias)
+        self.v_proj = nn.Linear(hidden_size, v_size, bias=config.bias)
+        self.o_proj = nn.Linear(out_size, hidden_size, bias=config.out_bias)
+        if config.qk_norm is not None:
+            self.q_norm = RMSNorm(config.head_dim if config.qk_norm == "head" else q_size, norm_eps)
+            self.k_norm = RMSNorm(config.head_dim if config.qk_norm == "head" else k_size, norm_eps)
+        self.sinks = nn.Parameter(torch.zeros(config.num_heads)) if config.sinks else None
 
     def forward(self, x: Tensor, positions: Positions, state: LayerState | None) -> Tensor:
         """`x` `[batch, new, hidden]` -> the same shape; `state` None means that `x` is the whole context."""
-        config = self.config
-        q = self.q_proj(x).unflatten(-1, (-1, config.head_dim))
+        config, scale = self.config, self.config.head_dim**-0.5
+        q, gate = self.q_proj(x).unflatten(-1, (config.num_heads, -1)), None
+        if config.output_gate:
+            q, gate = q.split([config.head_dim, config.v_dim], dim=-1)
         k = self.k_proj(x).unflatten(-1, (-1, config.head_dim))
-        v = self.v_proj(x).unflatten(-1, (-1, config.head_dim))
-        if config.qk_norm:
+        v = self.v_proj(x).unflatten(-1, (-1, config.v_dim)) * config.v_scale
+        if config.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
+        elif config.qk_norm == "projection":
+            q, k = self.q_norm(q.flatten(2)).view_as(q), self.k_norm(k.flatten(2)).view_as(k)
         cos, sin = positions.rotary(config.rope, config.head_dim, x.dtype)
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         if state is not None:
-            rows = state.append(torch.cat([k.flatten(2), v.flatten(2)], dim=-1)).rows()
-            k, v = rows.unflatten(-1, (2, config.num_kv_heads, config.head_dim)).unbind(2)
-        out = attend(q, k, v, positions, config.head_dim**-0.5)
-        return self.o_proj(out.flatten(2))
+            rows = torch.cat([k.flatten(2), v.flatten(2)], dim=-1)
+            rows = state.append(rows).rows() if config.window is None else pass_through_window(rows, state)
+            k, v = rows.split([config.num_kv_heads * config.head_dim, config.num_kv_heads * config.v_dim], dim=-1)
+            k, v = k.unflatten(-1, (config.num_kv_heads, -1)), v.unflatten(-1, (config.num_kv_heads, -1))
+        if config.window is None:
+            out = attend(q, k, v, positions, scale)
+        else:
+            out = attend_window(q, k, v, positions, scale, config.window, self.sinks)
+        return self.o_proj((out if gate is None else out * gate.sigmoid()).flatten(2))

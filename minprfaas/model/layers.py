@@ -1,12 +1,13 @@
 """The pieces every layer shares: normalization, the MLP, and where tokens stand. Chapter 01."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minprfaas.config import RopeConfig
+from minprfaas.config import MAX_WIDTH, RopeConfig, require_sizes
 
 
 class RMSNorm(nn.Module):
@@ -20,6 +21,20 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., size]` -> the same shape."""
         return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class DenseConfig:
+    """A SwiGLU MLP of `intermediate_size`."""
+
+    intermediate_size: int
+
+    def __post_init__(self) -> None:
+        require_sizes(self, "intermediate_size", most=MAX_WIDTH)
+
+    def build(self, hidden_size: int) -> nn.Module:
+        """The MLP's module, with fresh weights."""
+        return MLP(hidden_size, self.intermediate_size)
 
 
 class MLP(nn.Module):
@@ -43,27 +58,50 @@ class Positions:
         self.index = start[:, None] + torch.arange(new_tokens, device=start.device)
         self._tables: dict = {}
 
-    def rotary(self, rope: RopeConfig, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosine and sine tables `[batch, new, 1, dim]`, computed once for all layers that share a RoPE."""
-        if (rope, dim) not in self._tables:
-            angles = self.index[..., None].float() * rope_frequencies(rope, dim).to(self.index.device)
+    def rotary(self, rope: RopeConfig, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and sine tables `[batch, new, 1, channels]` of the channels that are rotated, computed once for all
+        layers that share a RoPE."""
+        if (rope, head_dim) not in self._tables:
+            angles = self.index[..., None].float() * rope_frequencies(rope, head_dim).to(self.index.device)
             angles = torch.cat([angles, angles], dim=-1)[:, :, None]
-            self._tables[rope, dim] = (angles.cos().to(dtype), angles.sin().to(dtype))
-        return self._tables[rope, dim]
+            cos, sin = angles.cos() * rope.amplitude, angles.sin() * rope.amplitude
+            self._tables[rope, head_dim] = (cos.to(dtype), sin.to(dtype))
+        return self._tables[rope, head_dim]
 
 
-def rope_frequencies(rope: RopeConfig, dim: int) -> Tensor:
-    """Radians per position for each channel pair, `[dim / 2]`; llama3 scaling slows the long wavelengths down."""
+def rope_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
+    """Radians per position for each rotated pair of channels, `[channels / 2]`."""
+    dim = int(head_dim * rope.fraction)
     frequencies = rope.theta ** -(torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
-    if rope.scaling is None:
+    if rope.kind == "default":
         return frequencies
-    factor, low, high, context = rope.scaling
-    turns = context * frequencies / (2 * math.pi)  # turns of each pair over the original context
-    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: short wavelength, untouched; 0: long, divided by factor
-    return keep * frequencies + (1 - keep) * frequencies / factor
+    if rope.kind == "linear":
+        return frequencies / rope.factor
+    if rope.kind == "llama3":  # linear in the turns that a pair makes over the original context
+        turns = rope.context_tokens * frequencies / (2 * math.pi)
+        keep = ((turns - rope.low_turns) / (rope.high_turns - rope.low_turns)).clamp(0, 1)
+    else:
+        keep = _yarn_kept(rope, dim)
+    return keep * frequencies + (1 - keep) * frequencies / rope.factor  # 1: short wavelength, 0: long
+
+
+def _yarn_kept(rope: RopeConfig, dim: int) -> Tensor:
+    """How far YaRN (arXiv:2309.00071) keeps each pair's frequency: linear in the pair's number, between those that make
+    `high_turns` and `low_turns` over the original context."""
+    def pair_of(turns: float) -> float:
+        return dim * math.log(rope.context_tokens / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    first, last = pair_of(rope.high_turns), pair_of(rope.low_turns)
+    if rope.whole_channels:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, dim - 1)
+    pairs = torch.arange((dim + 1) // 2, dtype=torch.float32)
+    return 1 - ((pairs - first) / (last - first or 1e-3)).clamp(0, 1)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate channel i with channel i + dim/2 of `x` `[batch, tokens, heads, dim]`."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    """Rotate channel i with channel i + n/2 among the first n of `x` `[batch, tokens, heads, dim]`, n as `cos` has."""
+    rotated, rest = x[..., :cos.shape[-1]], x[..., cos.shape[-1]:]
+    first, second = rotated.chunk(2, dim=-1)
+    rotated = rotated * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.cat([rotated, rest], dim=-1) if rest.shape[-1] else rotated

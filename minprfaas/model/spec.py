@@ -1,8 +1,9 @@
 """What a layer must remember between tokens, and how a forward pass reads and writes it. Chapters 00 and 02.
 
-Two kinds of state (paper 3.2). *Token* state grows with the context: one row of `width` elements for each token
+Three kinds of state (paper 3.2). *Token* state grows with the context: one row of `width` elements for each token
 (GQA: every KV head's key and value; MLA: one latent). *Request* state has one size whatever the context (KDA: a matrix
-per head and the tail of its convolutions), so it can be reused only at exactly the length it was taken at.
+per head and the tail of its convolutions), so it can be reused only at exactly the length it was taken at. A *window*
+(GQA that sees a few tokens only) is rows of one size together, and reused as request state is.
 """
 
 from collections.abc import Callable
@@ -38,7 +39,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class StateSpec:
-    """A layer's whole state. Token state is exactly one tensor, request state any number."""
+    """A layer's whole state. Token state and a window are exactly one tensor, request state any number."""
 
     kind: StateKind
     tensors: tuple[TensorSpec, ...]
@@ -46,8 +47,17 @@ class StateSpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes per token for token state, bytes per request for request state."""
+        """Bytes per token for token state, bytes per request for the others."""
         return sum(tensor.nbytes for tensor in self.tensors)
+
+    def bytes_at(self, tokens: int) -> int:
+        """Bytes of the state of a request of `tokens` tokens: a window that is not full yet has a row each."""
+        if self.kind is StateKind.REQUEST:
+            return self.nbytes
+        if self.kind is StateKind.TOKEN:
+            return self.nbytes * tokens
+        rows = self.tensors[0].shape[0]
+        return self.nbytes // rows * min(tokens, rows)
 
 
 def model_state_specs(config: ModelConfig, dtype: str) -> tuple[StateSpec, ...]:
@@ -57,7 +67,7 @@ def model_state_specs(config: ModelConfig, dtype: str) -> tuple[StateSpec, ...]:
 
 def kv_bytes(specs: tuple[StateSpec, ...], tokens: int) -> int:
     """Bytes of KVCache of a request of `tokens` tokens: S_kv(l) (paper 2.1), without block alignment."""
-    return sum(spec.nbytes * (tokens if spec.kind is StateKind.TOKEN else 1) for spec in specs)
+    return sum(spec.bytes_at(tokens) for spec in specs)
 
 
 class Pages(NamedTuple):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from minprfaas.config import LayerConfig, ModelConfig
-from minprfaas.model.layers import MLP, Positions, RMSNorm
+from minprfaas.model.layers import Positions, RMSNorm
 from minprfaas.model.spec import ModelState, OnLayer
 
 
@@ -17,7 +17,7 @@ class Layer(nn.Module):
     def __init__(self, layer: LayerConfig, config: ModelConfig):
         super().__init__()
         self.self_attn = layer.mixer.build(config.hidden_size, config.norm_eps)
-        self.mlp = MLP(config.hidden_size, layer.intermediate_size)
+        self.mlp = layer.mlp.build(config.hidden_size)
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
 

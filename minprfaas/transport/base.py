@@ -4,7 +4,6 @@ KV moves in *streams*. Both ends hold a plan before a byte moves: who receives c
 `open(plan)` and then `put` for each layer as prefill finishes it. What happens meanwhile is told in a queue of events.
 """
 
-import queue
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +12,8 @@ from typing import Protocol
 import torch
 
 from minprfaas.config import StateKind
+from minprfaas.transport.events import (  # noqa: F401  (whoever speaks to a transport imports them from here)
+    ArrivalReport, Event, EventQueue, LinkLost, LinkRestored, MessageReceived, StreamDone, StreamFailed, StreamReport)
 
 
 class LinkDown(Exception):
@@ -72,74 +73,6 @@ class StreamPlan:
 # Called with (layer, start, end, data) for what has arrived: data is uint8 [bytes], valid during the call only. For
 # request-level state it is called once, with all of it and the plan's start and end.
 Sink = Callable[[int, int, int, torch.Tensor], None]
-
-
-@dataclass(frozen=True)
-class StreamReport:
-    """What a sender saw of one stream. Times are `time.monotonic()`, so the overlap with prefill can be computed."""
-
-    bytes: int
-    chunks: int
-    first_put_s: float
-    last_put_s: float
-    acked_s: float  # when the last byte was acknowledged: written into the receiver's blocks
-    stalled_s: float  # how long `put` was held back because too many bytes were in flight
-    resent_chunks: int
-
-
-@dataclass(frozen=True)
-class ArrivalReport:
-    """What a receiver saw of one stream; times are the receiver's `time.monotonic()`."""
-
-    bytes: int
-    first_byte_s: float
-    last_byte_s: float
-
-
-@dataclass(frozen=True)
-class MessageReceived:
-    """A control message of the peer's, whole and in order. `link` is the name of the link that brought it."""
-
-    message: dict
-    link: str
-
-
-@dataclass(frozen=True)
-class StreamDone:
-    """Every byte of the plan has arrived and the sink has written it."""
-
-    stream_id: int
-    report: ArrivalReport
-
-
-@dataclass(frozen=True)
-class StreamFailed:
-    """The stream will not complete. Tokens before `arrived_end` are written, in every layer of token state."""
-
-    stream_id: int
-    reason: str
-    arrived_end: int
-
-
-@dataclass(frozen=True)
-class LinkLost:
-    """The link is gone for good; its last event."""
-
-    reason: str
-    link: str
-
-
-@dataclass(frozen=True)
-class LinkRestored:
-    """The link is back. If `peer_restarted`, the peer is a new process that knows nothing of what went before."""
-
-    epoch: int
-    peer_restarted: bool
-    link: str
-
-
-Event = MessageReceived | StreamDone | StreamFailed | LinkLost | LinkRestored
-EventQueue = queue.SimpleQueue  # of Event; a process gives one queue to all its transports, so one wait hears them all
 
 
 class SendStream(Protocol):

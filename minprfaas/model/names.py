@@ -1,0 +1,48 @@
+"""How checkpoints spell the names of tensors, and which of ours they fill. Chapter 01.
+
+Our modules carry the names that most Hugging Face checkpoints use. Others differ by author, and by whether the model's
+authors wrote the file or the Transformers library did.
+"""
+
+import re
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+SPELLINGS = tuple((re.compile(pattern), ours) for pattern, ours in (  # applied to every name, in this order
+    (r"\.block_sparse_moe\.", ".mlp."),  # MiniMax, Kimi
+    (r"\.mlp\.e_score_correction_bias$", ".mlp.gate.e_score_correction_bias"),  # MiniMax
+    (r"\.mlp\.shared_expert\.", ".mlp.shared_experts."),  # Qwen
+    (r"(\.experts\.\d+)\.w1\.", r"\1.gate_proj."),  # MiniMax, Kimi
+    (r"(\.experts\.\d+)\.w3\.", r"\1.up_proj."),
+    (r"(\.experts\.\d+)\.w2\.", r"\1.down_proj."),
+    (r"\.self_attn\.attention_sink_bias$", ".self_attn.sinks"),  # MiMo
+))
+# Tables that follow from the configuration, and heads that guess further tokens and that no forward pass of ours needs.
+NOT_NEEDED = re.compile(r"rotary_emb\.inv_freq$|^(model\.)?mtp\.")
+
+
+def our_name(stored: str) -> str | None:
+    """Our name for a tensor of a checkpoint; None for one that is not needed."""
+    if NOT_NEEDED.search(stored):
+        return None
+    for pattern, ours in SPELLINGS:
+        stored = pattern.sub(ours, stored)
+    return stored
+
+
+def places(model: nn.Module, found: set[str] | dict) -> Iterator[tuple[str, Tensor]]:
+    """(name, where it belongs) of each tensor that a checkpoint with the names `found` must hold: a parameter, or, when
+    its module can also be filled by parts and the whole is not there, each part's view of it."""
+    seen = set()  # tied embeddings are one tensor in two modules
+    for prefix, module in model.named_modules():
+        for name, weight in module.named_parameters(recurse=False):
+            whole = f"{prefix}.{name}"
+            if id(weight) in seen:
+                continue
+            seen.add(id(weight))
+            if whole in found or not hasattr(module, "parts"):
+                yield whole, weight
+            else:
+                for part, view in module.parts(name):
+                    yield f"{prefix}.{part}", view
