@@ -4,8 +4,9 @@ import random
 
 import pytest
 
+from minprfaas.transport.wan.digest import Digest
 from minprfaas.transport.wan.frames import (CONTROL_LIMIT_BYTES, HEADER_BYTES, Codec, FrameError, Header, Kind, Slot,
-                                            checksum, decode_acks, encode_acks)
+                                            decode_acks, encode_acks)
 from minprfaas.transport.wan.parts import PartsOut, decode_message, encode_message
 
 LIMIT = 32 * 1024
@@ -82,22 +83,23 @@ def test_ten_thousand_mutated_frames_raise_a_frame_error_or_parse_within_the_lim
     assert 0 < parsed < 9_000, "the mutations must reach both sides of the parser"
 
 
-def test_the_checksum_of_much_data_notices_every_flipped_bit_and_everything_that_is_swapped():
-    generator = random.Random(5)
+@pytest.mark.parametrize("key", [None, b"k" * 32], ids=["public", "keyed"])
+def test_the_digest_of_much_data_notices_every_flipped_bit_and_everything_that_is_swapped(key):
+    generator, digest = random.Random(5), Digest(key).of
     data = bytearray(generator.randbytes(20 * 8192 + 5000))
-    true = checksum(memoryview(data))
+    true = digest(memoryview(data))
     for at in [0, 7, 8191, 8192, 20 * 8192, len(data) - 1, *(generator.randrange(len(data)) for _ in range(200))]:
         bit = 1 << generator.randrange(8)
         data[at] ^= bit
-        assert checksum(memoryview(data)) != true, f"a flipped bit in byte {at} went unnoticed"
+        assert digest(memoryview(data)) != true, f"a flipped bit in byte {at} went unnoticed"
         data[at] ^= bit
     for size in (1, 8, 4096, 8192):
         first, second = (number * size for number in generator.sample(range(20 * 8192 // size), 2))
         swapped = bytearray(data)
         swapped[first:first + size] = data[second:second + size]
         swapped[second:second + size] = data[first:first + size]
-        assert swapped == data or checksum(memoryview(swapped)) != true, f"{size} swapped bytes went unnoticed"
-    assert checksum(memoryview(data)) == true
+        assert swapped == data or digest(memoryview(swapped)) != true, f"{size} swapped bytes went unnoticed"
+    assert digest(memoryview(data)) == true
 
 
 def test_a_message_is_a_json_object_and_nothing_else():

@@ -7,7 +7,6 @@ import random
 import signal
 import struct
 import threading
-import zlib
 from datetime import timedelta
 
 import pytest
@@ -19,6 +18,7 @@ from transport_support import (DEADLINE_S, IDENTITY, Cargo, Impostor, Lanes, con
 from minprfaas.config import LineConfig, LinkConfig
 from minprfaas.transport import (Link, LinkDown, LinkIdentity, LinkLost, LinkRestored, MessageReceived, StreamAborted,
                                  StreamDone, StreamFailed)
+from minprfaas.transport.wan.digest import Digest
 from minprfaas.transport.wan.frames import HEADER_BYTES
 from minprfaas.transport.wan.lanes import Lane
 
@@ -135,7 +135,7 @@ class FaultyLane(Lane):
         """A right checksum over a wrong range or length: what an enemy can send where there is no secret."""
         header = bytearray(frame[:HEADER_BYTES - 16].tolist())
         struct.pack_into("<I", header, 12 + 4 * generator.randrange(4), generator.randrange(2**31, 2**32))
-        frame[:HEADER_BYTES] = torch.tensor(list(header + zlib.crc32(header).to_bytes(16, "little")), dtype=torch.uint8)
+        frame[:HEADER_BYTES] = torch.tensor(list(header + Digest(None).of(header)), dtype=torch.uint8)
         return self.keep(frame)
 
     def _replay(self, frame, _):

@@ -1,20 +1,19 @@
 """Frames: a fixed header and raw bytes, no pickle; parsed as if an enemy had written them. Chapter 07, paper 3.3.
 
 The header's tag covers every other field, so a header that parses is one that the peer wrote; `payload_digest` covers
-the bytes behind it, so damaged bytes can be named by sequence number and asked for again. With a session key (see
-`handshake.py`) both are truncated HMAC-SHA256; without one they are checksums, which find accidents and stop nobody.
+the bytes behind it, so damaged bytes can be named by sequence number and asked for again (`digest.py`).
 """
 
 import ctypes
 import hmac
 import struct
-import zlib
 from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
 
 from minprfaas.transport.streams import Piece
+from minprfaas.transport.wan.digest import DIGEST_BYTES, Digest
 
 MAGIC = b"PFKV"
 VERSION = 1
@@ -23,9 +22,7 @@ ACKS_PER_FRAME = CONTROL_LIMIT_BYTES // 8
 
 # magic, version, kind, layer, group, start, end, offset, nbytes, seq, stream, payload digest; then the header's tag
 _FIELDS = struct.Struct("<4sBBHHxxIIIIQQ4x16s")
-_TAG_BYTES = 16
-_ROW_BYTES = 8192  # of the matrix that is summed
-HEADER_BYTES = _FIELDS.size + _TAG_BYTES
+HEADER_BYTES = _FIELDS.size + DIGEST_BYTES
 
 
 class FrameError(Exception):
@@ -75,9 +72,45 @@ class Slot:
     """Memory for one frame: `tensor` [HEADER_BYTES + capacity] uint8 for Gloo, `view` the same bytes for `struct`."""
 
     def __init__(self, capacity: int, pinned: bool = False):
-        self.tensor = torch.empty(HEADER_BYTES + capacity, dtype=torch.uint8, pin_memory=pinned)
+        nbytes = HEADER_BYTES + capacity
+        if pinned:  # by ctypes, because torch works without numpy and then has no other way to lend its memory
+            self.tensor = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+            array = (ctypes.c_ubyte * nbytes).from_address(self.tensor.data_ptr())
+            array.owner = self.tensor  # the view keeps the memory
+            self.view = memoryview(array).cast("B")
+        else:
+            self.view = memoryview(bytearray(nbytes))
+            self.tensor = torch.frombuffer(self.view, dtype=torch.uint8)
         self.payload = self.tensor[HEADER_BYTES:]
-        self.view = _lend(self.tensor)
+
+
+class SlotPool:
+    """Slots for chunks, used again and again: memory that is new costs a page fault every 4 KiB, and those cost more than
+    the copy into it. A slot comes back when nothing refers to it: it is acknowledged, and Gloo has let go of it."""
+
+    def __init__(self, capacity: int):
+        self._capacity = capacity
+        self._free: dict[bool, list[Slot]] = {True: [], False: []}  # pinned, and not
+
+    def take(self, nbytes: int, pinned: bool) -> Slot:
+        """A slot of at least `nbytes`."""
+        if nbytes <= self._capacity // 2:  # the window counts bytes that are used, so a pooled slot must be
+            return Slot(nbytes, pinned)
+        free = self._free[pinned]
+        try:
+            slot = free.pop()
+        except IndexError:
+            slot = Slot(self._capacity, pinned)
+        return _PooledSlot(slot, free)
+
+
+class _PooledSlot(Slot):
+    def __init__(self, slot: Slot, free: list[Slot]):
+        self._slot, self._free = slot, free
+        self.tensor, self.payload, self.view = slot.tensor, slot.payload, slot.view
+
+    def __del__(self) -> None:
+        self._free.append(self._slot)
 
 
 @dataclass(eq=False)
@@ -114,24 +147,25 @@ def control_frame(kind: Kind, payload: bytes | memoryview = b"", **fields: int) 
 
 
 class Codec:
-    """Seals and opens the frames of one lane in one epoch. Keys are per direction; None means CRC-32."""
+    """Seals and opens the frames of one lane in one epoch. Keys are per direction; None is no secret."""
 
     def __init__(self, payload_limit: int, send_key: bytes | None = None, receive_key: bytes | None = None):
-        self.payload_limit, self._send_key, self._receive_key = payload_limit, send_key, receive_key
+        self.payload_limit = payload_limit
+        self._sent, self._received = Digest(send_key), Digest(receive_key)
 
     def seal(self, header: Header, view: memoryview) -> None:
         """Write `header` in front of the payload that `view` already holds, with both digests."""
         payload = view[HEADER_BYTES:HEADER_BYTES + header.nbytes]
         fields = _FIELDS.pack(MAGIC, VERSION, header.kind, header.layer, header.group, header.start, header.end,
-                              header.offset, header.nbytes, header.seq, header.stream, _digest(self._send_key, payload))
-        view[:HEADER_BYTES] = fields + _digest(self._send_key, fields)
+                              header.offset, header.nbytes, header.seq, header.stream, self._sent.of(payload))
+        view[:HEADER_BYTES] = fields + self._sent.of(fields)
 
     def open(self, view: memoryview) -> Header:
         """The header of a received frame. Raises FrameError unless every field is one that a peer may send."""
         if len(view) < HEADER_BYTES:
             raise FrameError(f"{len(view)} bytes are shorter than a header of {HEADER_BYTES}")
         fields, tag = bytes(view[:_FIELDS.size]), bytes(view[_FIELDS.size:HEADER_BYTES])
-        if not hmac.compare_digest(tag, _digest(self._receive_key, fields)):
+        if not hmac.compare_digest(tag, self._received.of(fields)):
             raise FrameError("the header's tag is wrong")
         magic, version, kind, layer, group, start, end, offset, nbytes, seq, stream, digest = _FIELDS.unpack(fields)
         if magic != MAGIC or version != VERSION:
@@ -149,30 +183,7 @@ class Codec:
     def payload_is_intact(self, header: Header, view: memoryview) -> bool:
         """Whether the bytes behind `header` are the ones that it was sealed with."""
         payload = view[HEADER_BYTES:HEADER_BYTES + header.nbytes]
-        return hmac.compare_digest(header.payload_digest, _digest(self._receive_key, payload))
-
-
-def _lend(tensor: torch.Tensor) -> memoryview:
-    """The tensor's bytes. By ctypes, because torch works without numpy and then has no other way to lend its memory."""
-    array = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
-    array.owner = tensor  # the view keeps the memory
-    return memoryview(array).cast("B")
-
-
-def _digest(key: bytes | None, data: bytes | memoryview) -> bytes:
-    if key is None:
-        return checksum(data).to_bytes(_TAG_BYTES, "little")
-    return hmac.digest(key, data, "sha256")[:_TAG_BYTES]
-
-
-def checksum(data: bytes | memoryview) -> int:
-    """CRC-32; of much data, the CRC-32 of its column and row sums as a matrix of 8-byte words: as sure to notice what
-    is flipped or swapped, and more than twice as fast, where CRC-32 itself took half of a link's time."""
-    whole = len(data) // _ROW_BYTES * _ROW_BYTES
-    if whole < 8 * _ROW_BYTES:
-        return zlib.crc32(data)
-    words = torch.frombuffer(data[:whole], dtype=torch.int64).view(-1, _ROW_BYTES // 8)
-    return zlib.crc32(data[whole:], zlib.crc32(_lend(torch.cat((words.sum(0), words.sum(1))))))
+        return hmac.compare_digest(header.payload_digest, self._received.of(payload))
 
 
 def encode_acks(seqs: list[int]) -> bytes:

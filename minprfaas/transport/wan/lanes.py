@@ -8,8 +8,8 @@
 - A send whose `Work` is dropped before it is done never arrives, and silences the lane.
 """
 
+import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -21,7 +21,9 @@ from minprfaas.transport.base import LinkDown
 from minprfaas.transport.wan.binding import LOOPBACK, Binding
 from minprfaas.transport.wan.frames import HEADER_BYTES, Codec, Frame, Slot
 
-POSTED_AHEAD = 2  # receives, and sends: one is on its way while the other is handled
+# Threads that a lane sends and receives with, each with a frame of its own: while one is on its way others are sealed,
+# checked and written.
+SENDERS, RECEIVERS = 2, 3
 STORE_POLL_S = 0.01  # while the other side is awaited
 _FRAMES_TAG, _HANDSHAKE_TAG, _CUT_TAG = 0, 1, 2
 _HANDSHAKE_BYTES = 2048
@@ -36,7 +38,8 @@ class Lane:
         """Connect; blocks until the peer does the same. Raises LinkDown."""
         self.index, self.rank, self._peer = index, rank, 1 - rank
         self.codec = Codec(payload_limit)
-        self.waiting_since: float | None = None  # since when nothing has arrived; None while a frame is handled
+        self.heard_at = time.monotonic()  # when something last arrived, or was dealt with
+        self._handling: set[int] = set()  # receiving threads that are at a frame
         self._timeout = timedelta(seconds=timeout_s)
         options = dist.ProcessGroupGloo._Options()
         options._timeout = self._timeout
@@ -71,37 +74,30 @@ class Lane:
         """Hand one frame's bytes to Gloo."""
         return self._group.send([tensor], self._peer, _FRAMES_TAG)
 
-    def send_frames(self, next_frame: Callable[[bool], Frame | None],
+    def send_frames(self, next_frame: Callable[[], Frame | None],
                     sent: Callable[["Lane", Frame, float], None]) -> None:
-        """Pull and send until a blocking `next_frame(True)` returns None. Raises RuntimeError when the lane breaks."""
-        posted: deque[tuple[dist.Work, Frame, float]] = deque()
-        while True:
-            frame = next_frame(not posted)  # waits for one only when there is nothing else to wait for
-            if frame is not None:
-                posted.append((self.post(frame), frame, time.monotonic()))
-            elif not posted:
-                return
-            if frame is None or len(posted) == POSTED_AHEAD:
-                work, done, began = posted.popleft()
-                work.wait(_FOREVER)
-                sent(self, done, began)
+        """Pull and send until `next_frame` returns None. Raises RuntimeError when the lane breaks."""
+        while (frame := next_frame()) is not None:
+            began = time.monotonic()
+            self.post(frame).wait(_FOREVER)
+            sent(self, frame, began)
 
     def receive_frames(self, handle: Callable[["Lane", Slot], None]) -> None:
         """Receive and handle, one frame at a time, until the connection breaks (RuntimeError) or `handle` raises."""
         pinned = torch.cuda.is_initialized()  # then a sink copies to the GPU, which is twice as fast from pinned memory
-        slots = [Slot(self.codec.payload_limit, pinned) for _ in range(POSTED_AHEAD)]
-        pending = deque((self._receive(slot), slot) for slot in slots)
+        slot, me = Slot(self.codec.payload_limit, pinned), threading.get_ident()
         while True:
-            work, slot = pending.popleft()
-            self.waiting_since = time.monotonic()
-            work.wait(_FOREVER)
-            self.waiting_since = None
+            slot.view[:HEADER_BYTES] = bytes(HEADER_BYTES)  # a truncated frame must not be completed by the one before
+            self._group.recv([slot.tensor], self._peer, _FRAMES_TAG).wait(_FOREVER)
+            self._handling.add(me)
+            self.heard_at = time.monotonic()
             handle(self, slot)
-            pending.append((self._receive(slot), slot))
+            self.heard_at = time.monotonic()
+            self._handling.discard(me)
 
-    def _receive(self, slot: Slot) -> dist.Work:
-        slot.view[:HEADER_BYTES] = bytes(HEADER_BYTES)  # a truncated frame must not be completed by the one before it
-        return self._group.recv([slot.tensor], self._peer, _FRAMES_TAG)
+    def silent_since(self) -> float | None:
+        """When something last arrived; None while nothing can, because every receiving thread is at a frame."""
+        return self.heard_at if len(self._handling) < RECEIVERS else None
 
     def cut(self) -> None:
         """Break the connection under every pending operation of this lane, here and at the peer."""

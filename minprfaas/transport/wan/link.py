@@ -11,7 +11,7 @@ import torch.distributed as dist
 from minprfaas.config import LinkConfig, StateKind
 from minprfaas.observe.timeline import Timeline
 from minprfaas.transport.base import Event, EventQueue, Sink, StreamPlan
-from minprfaas.transport.wan.frames import CONTROL_LIMIT_BYTES
+from minprfaas.transport.wan.frames import CONTROL_LIMIT_BYTES, SlotPool
 from minprfaas.transport.wan.handshake import LinkIdentity
 from minprfaas.transport.wan.inbox import Inbox
 from minprfaas.transport.wan.lanes import Lane
@@ -35,6 +35,7 @@ class Link:
         self.name, self.rank, self.config, self.line = name, rank, config, line
         self.events = EventQueue() if events is None else events
         self._payload_limit = max(config.chunk_bytes, CONTROL_LIMIT_BYTES)
+        self._slots = SlotPool(self._payload_limit)
         self._outbox = Outbox(name, config, line, timeline)
         self._inbox = Inbox(name, self._outbox, self.events)
         rendezvous = Rendezvous(name, store, rank, config, identity, self._payload_limit, lane_type)
@@ -64,7 +65,7 @@ class Link:
     def open(self, plan: StreamPlan) -> LinkStream:
         """See `KVTransport.open`."""
         self._check(plan)
-        return LinkStream(plan, self._outbox, self.config.chunk_bytes, self.line)
+        return LinkStream(plan, self._outbox, self._slots, self.config.chunk_bytes, self.line)
 
     def expect(self, plan: StreamPlan, sink: Sink) -> None:
         """See `KVTransport.expect`."""

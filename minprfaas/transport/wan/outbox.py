@@ -25,7 +25,8 @@ class Outbox:
         self._name, self._config, self._line, self._timeline = name, config, line, timeline
         self._lock = threading.Lock()
         self._sendable = threading.Condition(self._lock)  # lanes wait here for something to send
-        self._progress = threading.Condition(self._lock)  # senders wait here for room and for acknowledgements
+        self._room = threading.Condition(self._lock)  # `put` waits here for room
+        self._progress = threading.Condition(self._lock)  # and who waits for the last acknowledgement, here
         self._queue = SendQueue(config.max_inflight_bytes, time.monotonic())
         self._on_line: deque[tuple[float, Frame]] = deque()  # (arrival time, frame)
         self._timed_until: float | None = None  # the earliest moment for which a lane's wait is timed
@@ -46,8 +47,8 @@ class Outbox:
     def acknowledge(self, seq: int) -> None:
         """Tell the peer that `seq` is taken."""
         with self._lock:
-            self._queue.push_ack(seq, time.monotonic())
-            self._sendable.notify()
+            if self._queue.push_ack(seq, time.monotonic()):  # else it goes with one for which a lane is awake already
+                self._sendable.notify()
 
     def send_message(self, data: bytes) -> None:
         """Queue an encoded message. Raises LinkDown."""
@@ -64,16 +65,18 @@ class Outbox:
         began = time.monotonic()
         monitor = self._queue.monitor
         with self._lock:
-            while True:
+            while not self._queue.has_room(nbytes):
                 self._check(stream)
-                now = time.monotonic()
-                if self._queue.has_room(nbytes):
-                    monitor.queued(nbytes, now)
-                    return now - began
-                patience_s = max(began, monitor.progress_at) + self._config.timeout_s - now
+                patience_s = max(began, monitor.progress_at) + self._config.timeout_s - time.monotonic()
                 if patience_s <= 0:
                     raise LinkDown(f"nothing was acknowledged for {self._config.timeout_s} s")
-                self._progress.wait(patience_s)
+                self._room.wait(patience_s)
+            self._check(stream)
+            now = time.monotonic()
+            monitor.queued(nbytes, now)
+            if self._queue.has_room(nbytes):
+                self._room.notify()
+            return now - began
 
     def send_chunk(self, frame: Frame) -> None:
         """Queue a chunk for which `wait_for_room` made room. Raises StreamAborted, LinkDown."""
@@ -82,7 +85,7 @@ class Outbox:
                 self._check(frame.stream)  # it may have ended while the bytes were copied
             except Exception:
                 self._queue.monitor.queued_bytes -= frame.nbytes
-                self._progress.notify_all()
+                self._room.notify_all()
                 raise
             self._queue.push_chunk(frame, time.monotonic())
             self._sendable.notify()
@@ -107,23 +110,26 @@ class Outbox:
                 self._queue.fail(stream, reason)
                 self._queue.push_control(control_frame(Kind.ABORT, stream=stream.stream_id), time.monotonic())
                 self._sendable.notify()
-                self._progress.notify_all()
+                self._wake_waiters()
+
+    def _wake_waiters(self) -> None:
+        self._room.notify_all()
+        self._progress.notify_all()
 
     def _check(self, stream: StreamRecord) -> None:
         if stream.failure is not None:
             raise StreamAborted(f"stream {stream.stream_id}: {stream.failure}")
         self.check_open()
 
-    def next_frame(self, epoch: int, block: bool) -> Frame | None:
-        """The next frame to hand to Gloo. None when `epoch` is over, and if not `block` also when there is none yet."""
+    def next_frame(self, epoch: int) -> Frame | None:
+        """The next frame to hand to Gloo: waits for one. None when `epoch` is over."""
         with self._lock:
             while self._epoch == epoch:
                 frame, wake_at = self._pull(time.monotonic())
                 if frame is not None:
-                    self._sendable.notify()  # another lane looks at what comes next
+                    if self._on_line or self._queue.queued_at() is not None:
+                        self._sendable.notify()  # another lane looks at what comes next
                     return frame
-                if not block:
-                    return None
                 if wake_at is None or (self._timed_until is not None and self._timed_until <= wake_at):
                     self._sendable.wait()
                 else:  # one lane keeps the time for all
@@ -163,12 +169,17 @@ class Outbox:
         """`seqs` were acknowledged, or refused (not `written`): their memory is free."""
         now = time.monotonic()
         with self._lock:
-            for seq in seqs:
-                frame = self._queue.settle(seq, written, now)
-                if self._timeline is not None and frame is not None and frame.header.kind == Kind.CHUNK:
+            for frame in [self._queue.settle(seq, written, now) for seq in seqs]:
+                if frame is None:
+                    continue
+                stream = frame.stream
+                if stream is None or stream.failure is not None or not stream.outstanding:
+                    self._wake_waiters()
+                else:
+                    self._room.notify()  # one: as many as wait would wake for each chunk, to find the room taken
+                if self._timeline is not None and stream is not None:
                     self._timeline.instant(f"{self._name} acknowledgements", frame.header.label, now)
-            self._progress.notify_all()
-            if self._queue.owes_messages:
+            if self._queue.queued_at() is not None:
                 self._sendable.notify()  # the receiver's window for messages may have moved
 
     def send_again(self, seq: int) -> None:
@@ -190,7 +201,7 @@ class Outbox:
             self._on_line.clear()
             self._queue.begin_epoch(time.monotonic())
             self._sendable.notify_all()
-            self._progress.notify_all()
+            self._wake_waiters()
 
     def end_epoch(self) -> None:
         """Lanes that wait in `next_frame` return."""
@@ -202,7 +213,7 @@ class Outbox:
         """The peer is a new process: what the old one may have received is worth nothing."""
         with self._lock:
             self._queue.forget_peer(reason, time.monotonic())
-            self._progress.notify_all()
+            self._wake_waiters()
 
     def close(self, reason: str) -> None:
         """Nothing leaves any more; whoever waits here gets LinkDown with the first reason that was given."""
@@ -210,7 +221,7 @@ class Outbox:
             if self._closed is None:
                 self._closed = reason
             self._sendable.notify_all()
-            self._progress.notify_all()
+            self._wake_waiters()
 
     def wait_until_messages_are_acknowledged(self, until: float) -> None:
         """Block until then at the latest, or until the link is closed."""

@@ -38,9 +38,10 @@ class SendQueue:
         held = self.monitor.queued_bytes + self.monitor.inflight_bytes
         return held == 0 or held + nbytes <= self._max_inflight_bytes
 
-    def push_ack(self, seq: int, now: float) -> None:
-        """Acknowledge `seq` to the peer."""
+    def push_ack(self, seq: int, now: float) -> bool:
+        """Acknowledge `seq` to the peer; True if no other acknowledgement waits."""
         self._acks.append((seq, now))
+        return len(self._acks) == 1
 
     def push_control(self, frame: Frame, now: float) -> None:
         """Queue a control frame that is no message."""

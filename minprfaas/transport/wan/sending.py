@@ -9,7 +9,7 @@ import torch
 from minprfaas.config import StateKind
 from minprfaas.transport.base import StreamPlan, StreamReport
 from minprfaas.transport.streams import Piece, PutLog
-from minprfaas.transport.wan.frames import HEADER_BYTES, Frame, Header, Kind, Slot, StreamRecord
+from minprfaas.transport.wan.frames import HEADER_BYTES, Frame, Header, Kind, SlotPool, StreamRecord
 from minprfaas.transport.wan.line import EmulatedLine
 from minprfaas.transport.wan.outbox import Outbox
 
@@ -17,9 +17,10 @@ from minprfaas.transport.wan.outbox import Outbox
 class LinkStream:
     """A SendStream, made by `Link.open`. One thread calls `put` and `finish`; any may call `abort`."""
 
-    def __init__(self, plan: StreamPlan, outbox: Outbox, chunk_bytes: int, line: EmulatedLine | None):
+    def __init__(self, plan: StreamPlan, outbox: Outbox, slots: SlotPool, chunk_bytes: int,
+                 line: EmulatedLine | None):
         self.plan = plan
-        self._outbox, self._chunk_bytes, self._line = outbox, chunk_bytes, line
+        self._outbox, self._slots, self._chunk_bytes, self._line = outbox, slots, chunk_bytes, line
         self._put_log = PutLog(plan)
         self._record = StreamRecord(plan.stream_id)
         self._stalled_s = 0.0
@@ -31,11 +32,12 @@ class LinkStream:
         for piece, part in self._cut(whole, data.view(-1)):
             self._stalled_s += self._outbox.wait_for_room(HEADER_BYTES + piece.nbytes, self._record)
             frame = Frame(Header(Kind.CHUNK, stream=self.plan.stream_id, **vars(piece)),
-                          Slot(piece.nbytes, pinned=data.is_cuda), self._record)
+                          self._slots.take(piece.nbytes, pinned=data.is_cuda), self._record)
+            into = frame.slot.payload[:piece.nbytes]
             if data.is_cuda:
-                frame.ready = self._copy_beside_prefill(frame.slot, part)
+                frame.ready = self._copy_beside_prefill(into, part)
             else:
-                frame.slot.payload.copy_(part)
+                into.copy_(part)
             self._outbox.send_chunk(frame)
 
     def _cut(self, whole: Piece, data: torch.Tensor) -> Iterator[tuple[Piece, torch.Tensor]]:
@@ -57,13 +59,13 @@ class LinkStream:
                 yield replace(whole, nbytes=nbytes, offset=at), part
             at += nbytes
 
-    def _copy_beside_prefill(self, slot: Slot, rows: torch.Tensor) -> torch.cuda.Event:
+    def _copy_beside_prefill(self, into: torch.Tensor, rows: torch.Tensor) -> torch.cuda.Event:
         """Copy to pinned memory on a side stream, behind the work queued so far; prefill goes on."""
         if self._copies is None:
             self._copies = torch.cuda.Stream(rows.device)
         self._copies.wait_stream(torch.cuda.current_stream(rows.device))
         with torch.cuda.stream(self._copies):
-            slot.payload.copy_(rows, non_blocking=True)
+            into.copy_(rows, non_blocking=True)
             event = self._copies.record_event()
         rows.record_stream(self._copies)  # the allocator must not hand the memory out before the copy is done
         return event

@@ -1,7 +1,7 @@
 """Keeps a link alive: begins epochs, beats, notices death, meets the peer again, and at last gives up. Chapters 07, 14.
 
 In an *epoch*, the time between two breaks, all lanes live and die together: what was on any of them is sent again in
-the next one, from the last acknowledged chunk. Threads: two a lane, and the supervisor's own.
+the next one, from the last acknowledged chunk. Threads: those of the lanes, and the supervisor's own.
 """
 
 import logging
@@ -17,7 +17,7 @@ from minprfaas.observe.timeline import Timeline
 from minprfaas.transport.base import EventQueue, LinkDown, LinkLost, LinkRestored
 from minprfaas.transport.wan.frames import Frame, Kind, Slot, control_frame
 from minprfaas.transport.wan.inbox import Inbox
-from minprfaas.transport.wan.lanes import Lane
+from minprfaas.transport.wan.lanes import RECEIVERS, SENDERS, Lane
 from minprfaas.transport.wan.line import EmulatedLine
 from minprfaas.transport.wan.outbox import Outbox
 from minprfaas.transport.wan.rendezvous import LANE_TIMEOUT_S, Meeting, Rendezvous
@@ -92,10 +92,12 @@ class Supervisor:
         self._broken.clear()
         self._outbox.begin_epoch(meeting.epoch)
         for lane in meeting.lanes:
-            lane.waiting_since = time.monotonic()
-            self._start_thread(lane, "send", lambda lane=lane: lane.send_frames(
-                lambda block: self._outbox.next_frame(meeting.epoch, block), self._sent))
-            self._start_thread(lane, "receive", lambda lane=lane: lane.receive_frames(self._received))
+            lane.heard_at = time.monotonic()
+            for _ in range(SENDERS):
+                self._start_thread(lane, "send", lambda lane=lane: lane.send_frames(
+                    lambda: self._outbox.next_frame(meeting.epoch), self._sent))
+            for _ in range(RECEIVERS):
+                self._start_thread(lane, "receive", lambda lane=lane: lane.receive_frames(self._received))
         if returned:
             self._events.put(LinkRestored(meeting.epoch, restarted, self._name))
 
@@ -128,7 +130,7 @@ class Supervisor:
                         beats.append((lane.post(frame), frame))  # Gloo forgets a send whose handle is dropped
                     except RuntimeError as error:
                         self._break(one_line(error), lane)
-                since = lane.waiting_since
+                since = lane.silent_since()
                 if since is not None and now - since > self._config.silence_s:
                     self._break(f"lane {lane.index} was silent for {self._config.silence_s} s", lane)
 
