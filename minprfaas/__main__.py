@@ -7,10 +7,12 @@ from minprfaas.errors import ArgumentParser, exit_on_user_error
 
 COMMANDS = {
     "generate": "answer prompts in one process (the reference for everything distributed)",
+    "serve": "an OpenAI-compatible HTTP endpoint, prefill and decode in one process",
     "inspect": "what a checkpoint holds, and what its KVCache weighs",
     "profile": "measure prefill and decode of a model on this machine",
     "plan": "threshold, prefill and decode instances from the throughput model",
     "simulate": "run the scheduler against a simulated cluster",
+    "report": "draw a run that was written with --json and --timeline as one page",
 }
 
 

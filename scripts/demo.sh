@@ -13,6 +13,8 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # two processes share the cores
 .venv/bin/torchrun --standalone --nproc-per-node 2 scripts/two_datacenters.py --prompts out/demo_prompts.jsonl \
     --threshold 1024 --link-gbps 0.02 --rtt-ms 20 --lanes 4 --check --json out/demo.jsonl --timeline out/demo_timeline.json "$@"
 status=$?
-echo "4. written: out/demo.jsonl (a line a request), out/demo_timeline.json (open in https://ui.perfetto.dev)"
+echo
+[ -s out/demo.jsonl ] && .venv/bin/python -m minprfaas report --json out/demo.jsonl --timeline out/demo_timeline.json
+echo "4. also there: out/demo.jsonl (a line a request), out/demo_timeline.json (open in https://ui.perfetto.dev)"
 echo "   next: .venv/bin/python tutorials/01_a_transformer_from_a_checkpoint.py"
 exit $status

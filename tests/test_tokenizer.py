@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 from conftest import END_OF_TEXT
@@ -99,3 +100,17 @@ def test_a_token_id_without_a_token_has_no_text(hybrid):
     assert tokenizer.decode([known, 5000, known]) == "aa"
     text = StreamedText(tokenizer, ())
     assert "".join(text.push(token) for token in (known, 5000, known)) + text.finish() == "aa"
+
+
+def test_a_long_text_holds_up_nobody_who_decodes_a_token(hybrid, capfd):
+    tokenizer, encoded = hybrid[1], []
+    known = tokenizer.encode("a")
+    thread = threading.Thread(target=lambda: encoded.append(tokenizer.encode("a long text " * 20_000)))
+    thread.start()
+    decoded_meanwhile = 0
+    while thread.is_alive():
+        assert tokenizer.decode(known) == "a"
+        decoded_meanwhile += 1
+    assert len(encoded[0]) == 12 * 20_000 and decoded_meanwhile > 2
+    os.write(2, b"still here")
+    assert capfd.readouterr().err == "still here"

@@ -1,11 +1,11 @@
-"""What every transport does with a KV stream, whatever it is made of: the same tests over loopback and over a link."""
+"""What every transport does with a KV stream, whatever it is made of: the same tests over loopback, a link, a fabric."""
 
 import contextlib
 import threading
 
 import pytest
 import torch
-from transport_support import DEADLINE_S, Cargo, connected, event, next_event, wait_until
+from transport_support import DEADLINE_S, Cargo, connected, connected_fabric, event, next_event, wait_until
 
 from minprfaas.config import LinkConfig
 from minprfaas.transport import Loopback, MessageReceived, StreamAborted, StreamDone, StreamFailed
@@ -24,7 +24,7 @@ def linked():
         yield ends
 
 
-@pytest.fixture(params=[looped, linked], ids=["loopback", "link"])
+@pytest.fixture(params=[looped, linked, connected_fabric], ids=["loopback", "link", "fabric"])
 def ends(request):
     """(sending end, receiving end) of a transport."""
     with request.param() as both:

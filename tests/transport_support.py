@@ -10,7 +10,9 @@ import torch
 from torch.distributed import PrefixStore, TCPStore
 
 from minprfaas.config import LineConfig, LinkConfig, StateKind
-from minprfaas.transport import EmulatedLine, LayerPlan, Link, LinkDown, LinkIdentity, LinkLost, StreamPlan
+from minprfaas.transport import (EmulatedLine, Fabric, LayerPlan, Link, LinkDown, LinkIdentity, LinkLost,
+                                 StreamPlan)
+from minprfaas.transport.pair_group import PairGroup
 from minprfaas.transport.wan.lanes import Lane
 
 DEADLINE_S = 30.0
@@ -56,6 +58,24 @@ def connected(config: LinkConfig = LinkConfig(), line: LineConfig = LineConfig()
         yield sender, receiver
     finally:
         in_parallel(sender.close, receiver.close)
+
+
+@contextlib.contextmanager
+def connected_fabric(devices=("cpu", "cpu"), sender_group=PairGroup, receiver_group=PairGroup, deadline_s=DEADLINE_S):
+    """A connected pair of fabrics (sender, receiver) in one process."""
+    store = new_store()
+    ends = [new_fabric(store, rank, devices[rank], group_type=group_type, deadline_s=deadline_s)
+            for rank, group_type in enumerate((sender_group, receiver_group))]
+    in_parallel(*(lambda end=end: end.connect(DEADLINE_S) for end in ends))
+    try:
+        yield ends
+    finally:
+        in_parallel(*(end.close for end in ends))
+
+
+def new_fabric(store, rank: int, device="cpu", config: LinkConfig = LinkConfig(), **options) -> Fabric:
+    """One end, with staging buffers of four chunks of a layer of `Cargo`."""
+    return Fabric("pd-0+pd-1", store, rank, config, IDENTITY, device, staging_bytes=24_576, **options)
 
 
 def emulated(line: LineConfig) -> EmulatedLine | None:
@@ -104,7 +124,8 @@ def event(transport, kind: type, deadline_s: float = DEADLINE_S):
 class Cargo:
     """Seeded bytes for one stream: three layers of token state, one of request-level state; and where they arrive."""
 
-    def __init__(self, stream_id: int = 1, tokens: int = 256, state_bytes: int = 20_001, seed: int = 0):
+    def __init__(self, stream_id: int = 1, tokens: int = 256, state_bytes: int = 20_001, seed: int = 0,
+                 device: str = "cpu"):
         layers = [LayerPlan(layer, 0, StateKind.TOKEN, 96) for layer in range(3)]
         layers.append(LayerPlan(3, 1, StateKind.REQUEST, state_bytes))
         self.plan = StreamPlan(stream_id, tuple(layers), 64, 64 + tokens)
@@ -112,7 +133,8 @@ class Cargo:
         self.sent = {}
         for entry in self.plan.entries:
             shape = (tokens if entry.kind is StateKind.TOKEN else 1, entry.row_bytes)
-            self.sent[entry.layer] = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+            data = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+            self.sent[entry.layer] = data.to(device)
         self.arrived = {layer: torch.zeros_like(data) for layer, data in self.sent.items()}
         self.calls: list[tuple[int, int, int]] = []
 

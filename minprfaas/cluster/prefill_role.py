@@ -145,6 +145,7 @@ class PrefillRole:
         except (LinkDown, ValueError):  # ValueError: a plan that this transport cannot carry
             return None
         self._kvcache.begin_transfer(prefill.cache)
+        self.upkeep.mark_stream(plan.stream_id, prefill.order.id)
         prefill.sending.append(stream)
         return stream
 

@@ -70,6 +70,12 @@ class Upkeep:
         device, blocks = str(self._engine.model.device), self._ledger.num_blocks
         self._tell(messages.NodeReady(self._role.value, device, blocks))
 
+    def mark_stream(self, stream_id: int, request_id: str) -> None:
+        """Note on the timeline whose KVCache a stream carries: lanes know only its number."""
+        if self._engine.timeline is not None:
+            self._engine.timeline.instant("streams", "stream opened", self._engine.clock(), stream=stream_id,
+                                          request=request_id)
+
     def say_goodbye(self) -> None:
         """The last words: the timeline, and what this process took."""
         events = self._engine.timeline.events() if self._engine.timeline else []

@@ -39,7 +39,10 @@ def json_row(journey: Journey, layout: Layout, link: str) -> dict:
         "error": str(journey.error) if journey.error else None, "prompt_tokens": journey.prompt_tokens,
         "cached_tokens": journey.cached_tokens, "held_tokens": journey.held_tokens, "kv_bytes": journey.kv_bytes,
         "kv_bytes_without_cache": kv_bytes(layout.specs, journey.prompt_tokens), "prefix_bytes": journey.prefix_bytes,
-        "transfer_s": journey.transfer_s, "hidden": journey.hidden, "link": link}
+        "transfer_s": journey.transfer_s, "hidden": journey.hidden, "link": link,
+        "arrived_at_s": journey.arrived_at_s, "finished_at_s": journey.finished_at_s,
+        "prefill_node": journey.decision.node if journey.decision else None,
+        "decode_node": journey.decision.decode_node if journey.decision else None}
     for part in ("route_s", "queue_s", "prefill_s", "transfer_exposed_s", "admit_s", "ttft_s"):
         row[part] = getattr(journey, part) if journey.error is None else None
     row["tokens_per_s"] = _tokens_per_s(journey)

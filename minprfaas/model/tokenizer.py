@@ -19,7 +19,6 @@ from minprfaas.files import read_bytes
 
 ENCODE_DEADLINE_S = 30.0
 
-_stderr_lock = threading.Lock()
 _nowhere = os.open(os.devnull, os.O_WRONLY)  # where there is no stderr, this takes its number
 
 
@@ -43,20 +42,26 @@ class Tokenizer:
                             f"config.json's vocab_size is {config.vocab_size}")
         self.eos_token_ids = config.eos_token_ids
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, with the special tokens that the file adds. UserError when it cannot be applied."""
         require_unicode("a text", text)
         with _mistakes_as_one_line("tokenizer.json cannot encode a text"):
-            return self._encode_by_deadline(text) if self._has_own_regex else self._tokenizer.encode(text).ids
+            if self._has_own_regex:
+                return self._encode_by_deadline(text, add_special_tokens)
+            return self._encode(text, add_special_tokens)
 
-    def _encode_by_deadline(self, text: str) -> list[int]:
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """As a batch of one: unlike `encode`, that lets other threads run meanwhile."""
+        return self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
+
+    def _encode_by_deadline(self, text: str, add_special_tokens: bool) -> list[int]:
         """The library bounds one match of a regular expression, but not their number: `a*a*b` takes hours for a page of
         letters, and cannot be stopped. So it works in a thread of its own, which is left behind when it is late."""
         ids: concurrent.futures.Future[list[int]] = concurrent.futures.Future()
 
         def work() -> None:
             try:
-                ids.set_result(self._tokenizer.encode_batch([text])[0].ids)  # unlike `encode`, lets other threads run
+                ids.set_result(self._encode(text, add_special_tokens))
             except BaseException as error:  # a panic too belongs to who waits
                 ids.set_exception(error)
 
@@ -77,19 +82,38 @@ class Tokenizer:
             return decoder.step(self._tokenizer, token_id)
 
 
+class _QuietStderr:
+    """While anybody is inside, what is written to stderr goes nowhere: past Python, so the file descriptor itself is
+    turned away. Threads enter side by side: a long text's encoding must not hold up who decodes a token."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._kept = threading.Lock(), 0, -1
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._kept = os.dup(2)
+                os.dup2(_nowhere, 2)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                os.dup2(self._kept, 2)
+                os.close(self._kept)
+
+
+_quiet_stderr = _QuietStderr()
+
+
 @contextmanager
 def _mistakes_as_one_line(what: str) -> Iterator[None]:
-    """Whatever the library raises becomes a UserError, and the page that it writes to stderr in a panic goes nowhere:
-    past Python, so the file descriptor itself is turned away, for every thread (hence the lock) and for one call."""
-    with _stderr_lock:
-        kept = os.dup(2)
-        os.dup2(_nowhere, 2)
-        try:
+    """Whatever the library raises becomes a UserError, and the page that it writes to stderr in a panic goes nowhere."""
+    try:
+        with _quiet_stderr:
             yield
-        except BaseException as error:
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # a panic is none either
-                raise  # Ctrl-C
-            raise UserError(f"{what}: {' '.join(str(error).split())[:200]}") from None
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # a panic is none either
+            raise  # Ctrl-C
+        raise UserError(f"{what}: {' '.join(str(error).split())[:200]}") from None

@@ -1,16 +1,18 @@
-"""How KV and messages move between nodes: `loopback` within a process, `wan` between datacenters. Chapters 07, 08."""
+"""How KV and messages move between nodes: `loopback` within a process, `fabric` within a datacenter, `wan` between
+datacenters. Chapters 07, 08, 09."""
 
 from minprfaas.config import WeatherChange
 from minprfaas.transport.base import (ArrivalReport, Event, EventQueue, KVTransport, LayerPlan, LinkDown, LinkLost,
                                       LinkRefused, LinkRestored, MessageChannel, MessageReceived, SendStream, Sink,
                                       StreamAborted, StreamDone, StreamFailed, StreamPlan, StreamReport)
+from minprfaas.transport.fabric import Fabric
 from minprfaas.transport.loopback import Loopback
 from minprfaas.transport.wan.handshake import LinkIdentity
 from minprfaas.transport.wan.line import EmulatedLine, load_weather
 from minprfaas.transport.wan.link import Link
 from minprfaas.transport.wan.monitor import LinkStats
 
-__all__ = ["ArrivalReport", "EmulatedLine", "Event", "EventQueue", "KVTransport", "LayerPlan", "Link", "LinkDown",
-           "LinkIdentity", "LinkLost", "LinkRefused", "LinkRestored", "LinkStats", "Loopback", "MessageChannel",
-           "MessageReceived", "SendStream", "Sink", "StreamAborted", "StreamDone", "StreamFailed", "StreamPlan",
+__all__ = ["ArrivalReport", "EmulatedLine", "Event", "EventQueue", "Fabric", "KVTransport", "LayerPlan", "Link",
+           "LinkDown", "LinkIdentity", "LinkLost", "LinkRefused", "LinkRestored", "LinkStats", "Loopback",
+           "MessageChannel", "MessageReceived", "SendStream", "Sink", "StreamAborted", "StreamDone", "StreamFailed", "StreamPlan",
            "StreamReport", "WeatherChange", "load_weather"]

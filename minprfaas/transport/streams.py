@@ -7,7 +7,8 @@ crosses once, when the last token is in it.
 import threading
 import time
 from bisect import bisect_left
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -124,6 +125,25 @@ class PutLog:
         self.puts += 1
         return piece
 
+    def cut(self, whole: Piece, data: torch.Tensor, limit_bytes: Callable[[], int]) -> Iterator[
+            tuple[Piece, torch.Tensor]]:
+        """A put and its bytes in pieces of at most `limit_bytes()`, which is asked anew for each: whole rows of token
+        state (at least one), any bytes of request-level state."""
+        entry = self.plan.layers[whole.layer]
+        at = 0
+        while at < data.numel():
+            limit = limit_bytes()
+            if entry.kind is StateKind.TOKEN:
+                limit = max(1, limit // entry.row_bytes) * entry.row_bytes
+            part = data[at:at + limit]
+            nbytes = part.numel()
+            if entry.kind is StateKind.TOKEN:
+                first = whole.start + at // entry.row_bytes
+                yield replace(whole, start=first, end=first + nbytes // entry.row_bytes, nbytes=nbytes), part
+            else:
+                yield replace(whole, nbytes=nbytes, offset=at), part
+            at += nbytes
+
     def check_complete(self) -> None:
         """Raises ValueError unless all of the plan was put."""
         missing = self._coverage.missing
@@ -171,7 +191,7 @@ class IncomingStream:
         whole = data
         if piece.nbytes < entry.row_bytes:
             if entry.layer not in self._assembling:
-                self._assembling[entry.layer] = torch.empty(entry.row_bytes, dtype=torch.uint8)
+                self._assembling[entry.layer] = torch.empty(entry.row_bytes, dtype=torch.uint8, device=data.device)
             whole = self._assembling[entry.layer]
             whole[piece.offset:piece.offset + piece.nbytes] = data
         if self._coverage.layers[entry.layer].complete:  # half a state is worth nothing: the sink gets it whole

@@ -45,7 +45,7 @@ class Lane:
         options._timeout = self._timeout
         try:
             options._devices = [binding.gloo_device()]  # not left to Gloo, which listens where the host's name leads
-            self._group = dist.ProcessGroupGloo(_PatientStore(dist.PrefixStore(str(index), store)), rank, 2, options)
+            self._group = dist.ProcessGroupGloo(PatientStore(dist.PrefixStore(str(index), store)), rank, 2, options)
         except RuntimeError as error:
             raise LinkDown(f"lane {index} does not connect: {one_line(error)}") from None
 
@@ -107,7 +107,7 @@ class Lane:
             pass  # that is the point
 
 
-class _PatientStore(dist.Store):
+class PatientStore(dist.Store):
     """The store through which Gloo exchanges addresses. A TCPStore that waits in vain prints a C++ stack before it
     raises, once an attempt, for as long as a line is down; this one asks again and again, and raises one line."""
 

@@ -50,6 +50,11 @@ class Link:
         """How often the two sides have met; 0 before they do."""
         return self._supervisor.epoch
 
+    @property
+    def is_up(self) -> bool:
+        """Whether the peer is there at present, as far as this side has noticed."""
+        return self._supervisor.is_up
+
     def send_message(self, message: dict) -> None:
         """See `MessageChannel.send_message`. Messages overtake chunks; a long one shares the line with them."""
         self._outbox.check_open()  # a dead link raises LinkDown, whatever the message is

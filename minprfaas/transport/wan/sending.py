@@ -1,14 +1,11 @@
 """The sending end of a stream on a link: layer by layer, while prefill computes the next. Chapter 08, paper 3.3."""
 
 import time
-from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 
-from minprfaas.config import StateKind
 from minprfaas.transport.base import StreamPlan, StreamReport
-from minprfaas.transport.streams import Piece, PutLog
+from minprfaas.transport.streams import PutLog
 from minprfaas.transport.wan.frames import HEADER_BYTES, Frame, Header, Kind, SlotPool, StreamRecord
 from minprfaas.transport.wan.line import EmulatedLine
 from minprfaas.transport.wan.outbox import Outbox
@@ -29,7 +26,7 @@ class LinkStream:
     def put(self, layer: int, start: int, end: int, data: torch.Tensor) -> None:
         """See `SendStream.put`. Blocks while more than `max_inflight_bytes` are queued or unacknowledged."""
         whole = self._put_log.add(layer, start, end, data)
-        for piece, part in self._cut(whole, data.view(-1)):
+        for piece, part in self._put_log.cut(whole, data.view(-1), self._limit_bytes):
             self._stalled_s += self._outbox.wait_for_room(HEADER_BYTES + piece.nbytes, self._record)
             frame = Frame(Header(Kind.CHUNK, stream=self.plan.stream_id, **vars(piece)),
                           self._slots.take(piece.nbytes, pinned=data.is_cuda), self._record)
@@ -40,24 +37,10 @@ class LinkStream:
                 into.copy_(part)
             self._outbox.send_chunk(frame)
 
-    def _cut(self, whole: Piece, data: torch.Tensor) -> Iterator[tuple[Piece, torch.Tensor]]:
-        """Whole rows of token state, any bytes of request-level state; at most a chunk each."""
-        entry = self.plan.layers[whole.layer]
-        at = 0
-        while at < data.numel():
-            # Asked anew for each chunk: the weather may have changed since the last.
-            line_limit = None if self._line is None else self._line.chunk_limit(time.monotonic())
-            limit = self._chunk_bytes if line_limit is None else min(self._chunk_bytes, line_limit)
-            if entry.kind is StateKind.TOKEN:
-                limit = max(1, limit // entry.row_bytes) * entry.row_bytes
-            part = data[at:at + limit]
-            nbytes = part.numel()
-            if entry.kind is StateKind.TOKEN:
-                first = whole.start + at // entry.row_bytes
-                yield replace(whole, start=first, end=first + nbytes // entry.row_bytes, nbytes=nbytes), part
-            else:
-                yield replace(whole, nbytes=nbytes, offset=at), part
-            at += nbytes
+    def _limit_bytes(self) -> int:
+        """Of the next chunk: the weather may have changed since the last."""
+        line_limit = None if self._line is None else self._line.chunk_limit(time.monotonic())
+        return self._chunk_bytes if line_limit is None else min(self._chunk_bytes, line_limit)
 
     def _copy_beside_prefill(self, into: torch.Tensor, rows: torch.Tensor) -> torch.cuda.Event:
         """Copy to pinned memory on a side stream, behind the work queued so far; prefill goes on."""

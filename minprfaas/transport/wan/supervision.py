@@ -52,6 +52,11 @@ class Supervisor:
         self._thread = threading.Thread(target=self._run, name=f"{self._name} supervisor", daemon=True)
         self._thread.start()
 
+    @property
+    def is_up(self) -> bool:
+        """Whether an epoch is under way."""
+        return bool(self._lanes) and not self._broken.is_set()
+
     def close(self) -> None:
         """Say goodbye and end. Harmless twice."""
         self._closing.set()

@@ -1,0 +1,100 @@
+"""`python -m minprfaas serve`: an OpenAI-compatible endpoint for one model, in one process. Chapter 13.
+
+It is the cluster's own front end, prefill role and decode role over the loopback: the same door that a whole cluster
+has, and the same way for a request behind it.
+"""
+
+import argparse
+import queue
+
+import torch
+
+from minprfaas.cluster.processes import PDProcess, control_settings, pd_process
+from minprfaas.config import CacheConfig
+from minprfaas.engine.engine import Engine
+from minprfaas.engine.generate import pool_for
+from minprfaas.errors import require_number
+from minprfaas.model.checkpoint import EMBEDDED, load
+from minprfaas.observe.report import human_bytes
+from minprfaas.scheduling.control import ControlPlane
+from minprfaas.serving.chat import MARKS
+from minprfaas.serving.openai import Served
+from minprfaas.serving.service import Service, listen, serve
+
+FULL_CONTEXTS = 8  # the default pool has room for so many requests as long as the context
+END_S = 10.0  # that the roles get to give back what they hold
+DEADLINE_S = 3600.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("--model", metavar="DIR", help="Hugging Face directory (default: the embedded model)")
+    add_http_arguments(parser)
+    parser.add_argument("--port", type=int, default=8000, help="0 lets the system choose (8000)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--prefill-chunk", type=int, default=512, metavar="TOKENS", help="tokens of a prefill chunk: "
+                        "as long as one takes, nobody else gets a token (512)")
+    parser.add_argument("--block-tokens", type=int, default=64, metavar="TOKENS", help="tokens of a KVCache block (64)")
+    parser.add_argument("--pool-blocks", type=int, metavar="N", help="blocks of either pool, for prefill and for decode "
+                        f"(default: room for {FULL_CONTEXTS} contexts, at most 1 GiB)")
+
+
+def add_http_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of whatever serves HTTP."""
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; whoever reaches it may use the model "
+                        "(127.0.0.1)")
+    parser.add_argument("--max-requests", type=int, default=256, metavar="N", help="requests that are answered at once; "
+                        "one more is told to come again (256)")
+    parser.add_argument("--drain-s", type=float, default=30.0, metavar="S", help="seconds that requests get to end once "
+                        "the server is told to (30)")
+    parser.add_argument("--chat-template", choices=sorted(MARKS), help="for a model whose own is missing or unknown")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until a signal."""
+    check_http_arguments(args)
+    require_number("--port", args.port, least=0, most=65_535, whole=True)
+    for option in ("prefill_chunk", "block_tokens", "pool_blocks"):
+        if getattr(args, option) is not None:
+            require_number(f"--{option.replace('_', '-')}", getattr(args, option), least=1, whole=True)
+    listener = listen(args.host, args.port)  # before the model is loaded: a port that is taken is said at once
+    model, tokenizer = load(args.model, getattr(torch, args.dtype), args.device)
+    served = Served.of(args.model or EMBEDDED, model.config, tokenizer, args.chat_template)
+    process = one_process(args, model, tokenizer)
+    service = Service(served, listener, args.max_requests, process.node.mail.events)
+    pool = process.decode.engine.kvcache.pool
+    print(f"serving {served.name} at http://{_shown(args.host)}:{service.port}/v1, {args.max_requests} requests at once, "
+          f"two pools of {human_bytes(pool.bytes.nbytes)}; Ctrl-C ends it", flush=True)
+
+    def step() -> list:
+        process.node.step()
+        return process.front.take_updates()
+
+    cut = serve(service, process.front, step, args.drain_s)
+    process.shut_down(END_S)
+    were = "request was" if cut == 1 else "requests were"
+    print("ended: " + (f"{cut} {were} cut short" if cut else "every request has its answer"), flush=True)
+    return 1 if cut else 0
+
+
+def check_http_arguments(args: argparse.Namespace) -> None:
+    """UserError names the first option that is out of range."""
+    require_number("--max-requests", args.max_requests, least=1, most=10_000, whole=True)
+    require_number("--drain-s", args.drain_s, least=0)
+
+
+def one_process(args: argparse.Namespace, model, tokenizer) -> PDProcess:
+    """Front end, prefill role and decode role in this process, each role with a pool of its own."""
+    context = [model.config.max_context_tokens] * FULL_CONTEXTS
+    engines = []
+    for _ in ("prefill", "decode"):
+        cache = CacheConfig(args.pool_blocks, args.block_tokens) if args.pool_blocks else \
+            pool_for(model, context, args.block_tokens, limit_bytes=2**30)
+        engines.append(Engine(model, tokenizer, cache, args.prefill_chunk))
+    plane = ControlPlane(control_settings(0, None, engines[0].layout))
+    return pd_process(*engines, {}, queue.SimpleQueue(), plane, DEADLINE_S)
+
+
+def _shown(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

@@ -1,0 +1,136 @@
+"""The endpoints: what each path answers, and a request's way through the door and back. Chapter 13."""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from minprfaas.config import Role
+from minprfaas.errors import RequestError, UserError
+from minprfaas.serving import metrics
+from minprfaas.serving.door import Door, FullHouse, Piece, Ticket
+from minprfaas.serving.http import HttpError, Reply, Request, Routes
+from minprfaas.serving.openai import AnswerBody, Ask, Served, UnknownModel
+
+READERS = 2  # threads in which bodies are parsed and prompts become tokens
+STUCK_S = 30.0  # a loop that has not come round for so long is not well
+STATUS_OF = {"too_long": 400, "no_room": 503, "no_node": 503, "node_lost": 503, "shutting_down": 503, "deadline": 504}
+
+
+class Api:
+    """OpenAI's endpoints for one model behind one door."""
+
+    def __init__(self, served: Served, door: Door, clock: Callable[[], float]):
+        self.is_closing = False  # no new request is taken
+        self._served, self._door, self._clock = served, door, clock
+        self._created = int(time.time())
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="read request")
+
+    @property
+    def routes(self) -> Routes:
+        """Paths, and what each method does there."""
+        return {"/v1/completions": {"POST": self._completion}, "/v1/chat/completions": {"POST": self._chat_completion},
+                "/v1/models": {"GET": self._models}, f"/v1/models/{self._served.name}": {"GET": self._model},
+                "/health": {"GET": self._health}, "/metrics": {"GET": self._metrics}}
+
+    async def _completion(self, request: Request, reply: Reply) -> None:
+        await self._answer(request, reply, is_chat=False)
+
+    async def _chat_completion(self, request: Request, reply: Reply) -> None:
+        await self._answer(request, reply, is_chat=True)
+
+    async def _models(self, request: Request, reply: Reply) -> None:
+        await reply.send(200, json.dumps({"object": "list", "data": [self._model_card()]}))
+
+    async def _model(self, request: Request, reply: Reply) -> None:
+        await reply.send(200, json.dumps(self._model_card()))
+
+    def _model_card(self) -> dict:
+        return {"id": self._served.name, "object": "model", "created": self._created, "owned_by": "minprfaas",
+                "max_model_len": self._served.context_tokens}
+
+    async def _health(self, request: Request, reply: Reply) -> None:
+        known = self._door.metrics
+        status, said = 200, "ok"
+        if known.sampled_at_s is None or self._clock() - known.sampled_at_s > STUCK_S:
+            status, said = 503, "the node's loop does not come round"
+        elif Role.PDD.value not in known.roles or len(known.roles) < 2:
+            status, said = 503, "no node prefills, or none decodes"
+        elif self.is_closing:
+            status, said = 503, "shutting down"
+        await reply.send(status, json.dumps({"status": said, "in_flight": self._door.in_flight}))
+
+    async def _metrics(self, request: Request, reply: Reply) -> None:
+        await reply.send(200, self._door.metrics.text(), metrics.CONTENT_TYPE)
+
+    # A completion
+
+    async def _answer(self, request: Request, reply: Reply, is_chat: bool) -> None:
+        if self.is_closing:
+            reply.closes = True
+            raise HttpError(503, "the server is shutting down", code="shutting_down")
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise HttpError(415, "Content-Type must be application/json")
+        try:
+            self._door.check_room()  # before the work of reading
+            loop = asyncio.get_running_loop()
+            ask = await loop.run_in_executor(self._readers, self._served.read, request.body, is_chat)
+            ticket = self._door.open(ask.prompts, ask.params)
+        except UnknownModel as error:
+            raise HttpError(404, str(error), code="model_not_found") from None
+        except UserError as error:
+            raise HttpError(400, str(error)) from None
+        except FullHouse as error:  # places become free all the time: a second is long
+            raise HttpError(429, str(error), code="full_house", headers={"Retry-After": "1"}) from None
+        try:
+            body = AnswerBody(ask, ticket.id, self._served.name)
+            if ask.stream:
+                await self._stream(ask, ticket, body, reply)
+            else:
+                await self._send_whole(ask, ticket, body, reply)
+        finally:  # also where the client has hung up and this task is cancelled
+            self._door.close(ticket)
+
+    async def _send_whole(self, ask: Ask, ticket: Ticket, body: AnswerBody, reply: Reply) -> None:
+        texts, finish_reasons = [""] * len(ask.prompts), [""] * len(ask.prompts)
+        tokens = cached_tokens = 0
+        while not all(finish_reasons):
+            piece = _or_error(await ticket.pieces.get())
+            texts[piece.index] += piece.text
+            tokens += piece.tokens
+            if piece.finish_reason is not None:
+                finish_reasons[piece.index] = piece.finish_reason
+                cached_tokens += piece.cached_tokens
+        answer = body.whole(texts, finish_reasons, tokens, cached_tokens)
+        await reply.send(200, answer, headers={"X-Request-Id": ticket.id})
+
+    async def _stream(self, ask: Ask, ticket: Ticket, body: AnswerBody, reply: Reply) -> None:
+        """The head of the answer waits for the first piece: a request that fails before it still gets its status."""
+        unfinished = len(ask.prompts)
+        tokens = cached_tokens = 0
+        while unfinished:
+            piece = _or_error(await ticket.pieces.get())
+            if not reply.has_begun:
+                await reply.begin_events({"X-Request-Id": ticket.id})
+                for chunk in body.begun():
+                    await reply.event(chunk)
+            tokens += piece.tokens
+            if piece.text or piece.finish_reason is not None:
+                await reply.event(body.chunk(piece.index, piece.text, piece.finish_reason))
+            if piece.finish_reason is not None:
+                unfinished -= 1
+                cached_tokens += piece.cached_tokens
+        if ask.include_usage:
+            await reply.event(body.usage(tokens, cached_tokens))
+        await reply.event("[DONE]")
+        await reply.end_events()
+
+
+def _or_error(piece: Piece) -> Piece:
+    """A piece that brings tokens; the HttpError for one that brings an error."""
+    if isinstance(piece.error, RequestError):
+        raise HttpError(STATUS_OF.get(piece.error.kind, 500), str(piece.error), code=piece.error.kind)
+    if piece.error is not None:
+        raise HttpError(400, str(piece.error))
+    return piece

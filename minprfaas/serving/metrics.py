@@ -1,0 +1,105 @@
+"""What the house has done and is doing, in Prometheus' text format (version 0.0.4). Chapter 13; paper 3.4.3.
+
+The node's loop counts requests as they end and says once a second how things stand; the HTTP thread counts its
+responses and writes the text. A lock keeps the two apart for the moment that either takes.
+"""
+
+import math
+import threading
+from collections import defaultdict
+from collections.abc import Iterable
+
+from minprfaas.cluster.front_end import FrontEnd
+from minprfaas.cluster.journey import Journey
+from minprfaas.config import Role
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+TTFT_PARTS = ("route_s", "queue_s", "prefill_s", "transfer_exposed_s", "admit_s", "ttft_s")  # the last is their sum
+BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+HELP = {
+    "requests_total": ("counter", "Requests that have ended, by how they ended and where they were prefilled."),
+    "prompt_tokens_total": ("counter", "Tokens of the prompts of requests that have ended."),
+    "cached_tokens_total": ("counter", "Of these, tokens that the prefill node had in its cache."),
+    "output_tokens_total": ("counter", "Tokens of the answers of requests that have ended."),
+    "kv_bytes_total": ("counter", "KVCache that crossed from the PrfaaS cluster, in bytes."),
+    "ttft_seconds": ("histogram", "Time to first token and its parts, in seconds; the part ttft is the sum of the others."),
+    "http_responses_total": ("counter", "HTTP responses, by path and status."),
+    "requests_waiting": ("gauge", "Requests without a first token."),
+    "requests_decoding": ("gauge", "Requests with a first token and without their last."),
+    "node_blocks": ("gauge", "Blocks of a node's KVCache pool."),
+    "node_load": ("gauge", "Of a prefill node, uncached tokens that wait or are in work; of a decode node, requests."),
+    "threshold_tokens": ("gauge", "Requests with more uncached tokens than this go to the PrfaaS cluster."),
+    "link_scarce": ("gauge", "1 while bandwidth out of the PrfaaS cluster is scarce, else 0."),
+}
+
+Labels = tuple[tuple[str, str], ...]
+
+
+class Metrics:
+    """Counters, a histogram and gauges, each a value by labels under its name."""
+
+    def __init__(self) -> None:
+        self.sampled_at_s: float | None = None  # when the loop last said how things stand
+        self.roles: frozenset[str] = frozenset()  # that some node takes work in
+        self._lock = threading.Lock()
+        self._counted: dict[str, dict[Labels, float]] = defaultdict(lambda: defaultdict(float))
+        self._gauges: dict[str, dict[Labels, float]] = {}
+
+    def ended(self, journey: Journey, state: str) -> None:
+        """A request has ended: `state` is its finish reason, the kind of its error, or `aborted`."""
+        with self._lock:
+            self._counted["requests_total"][("state", state), ("route", journey.route or "none")] += 1
+            self._counted["prompt_tokens_total"][()] += journey.prompt_tokens
+            self._counted["cached_tokens_total"][()] += journey.cached_tokens
+            self._counted["output_tokens_total"][()] += len(journey.output_ids)
+            self._counted["kv_bytes_total"][()] += journey.kv_bytes
+            if journey.first_token_at_s:
+                for part in TTFT_PARTS:
+                    self._observe("ttft_seconds", part.removesuffix("_s"), max(0.0, getattr(journey, part)))
+
+    def _observe(self, name: str, part: str, seconds: float) -> None:
+        for limit in (*BUCKETS_S, math.inf):
+            label = "+Inf" if limit == math.inf else f"{limit:g}"
+            self._counted[f"{name}_bucket"][("part", part), ("le", label)] += seconds <= limit
+        self._counted[f"{name}_sum"][("part", part),] += seconds
+        self._counted[f"{name}_count"][("part", part),] += 1
+
+    def responded(self, path: str, status: int) -> None:
+        """An HTTP response was begun."""
+        with self._lock:
+            self._counted["http_responses_total"][("path", path), ("status", str(status))] += 1
+
+    def sample(self, front: FrontEnd, unfinished: Iterable[Journey], now_s: float) -> None:
+        """How things stand: the queue, and what the front end and its control plane know of nodes and line."""
+        is_decoding = [journey.first_token_at_s > 0 for journey in unfinished]
+        plane, ready = front.plane, front.ready
+        gauges = {
+            "requests_waiting": {(): is_decoding.count(False)}, "requests_decoding": {(): is_decoding.count(True)},
+            "node_blocks": {(("node", name), ("role", node.role), ("device", node.device)): node.num_blocks
+                            for name, node in ready.items()},
+            "node_load": {(("node", name),): load for name, load in plane.loads().items()},
+        }
+        if plane.nodes(Role.PRFAAS):
+            gauges["threshold_tokens"] = {(): plane.threshold}
+            gauges["link_scarce"] = {(): plane.regime(now_s) == "scarce"}
+        with self._lock:
+            self._gauges, self.sampled_at_s = gauges, now_s
+            self.roles = frozenset(node.role for node in ready.values())
+
+    def text(self) -> str:
+        """Everything, as a scrape reads it."""
+        lines = []
+        with self._lock:
+            values = {**self._counted, **self._gauges}
+            for name, (kind, help_text) in HELP.items():
+                lines += [f"# HELP minprfaas_{name} {help_text}", f"# TYPE minprfaas_{name} {kind}"]
+                for suffix in ("_bucket", "_sum", "_count") if kind == "histogram" else ("",):
+                    for labels, value in values.get(name + suffix, {}).items():
+                        shown = ",".join(f'{label}="{_escaped(text)}"' for label, text in labels)
+                        braces = f"{{{shown}}}" if shown else ""
+                        lines.append(f"minprfaas_{name}{suffix}{braces} {float(value)!r}")
+        return "\n".join(lines) + "\n"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

@@ -1,0 +1,262 @@
+"""The fabric: KVCache between two nodes of one datacenter, from GPU to GPU. Chapter 09; paper 3.1.
+
+Words (announcements, acknowledgements, messages) go over a link, which finds the peer, knows it, and notices when it is
+gone or a new process. Bytes go through a `PairGroup`: NCCL between GPUs, Gloo between CPUs. NCCL cannot cancel one
+operation, and one that is broken off ends like one that succeeded. So bytes land in a staging buffer, count once they
+have the digest that the sender announced, and only then are written into blocks.
+
+A pair's groups live for an *epoch*. When an operation takes longer than `deadline_s`, the link breaks, or either side
+sees a failure, the epoch ends on both: its groups are aborted, its streams fail, and both meet again under the next
+number. So whoever survives a peer goes on after `deadline_s` or the link's `silence_s`, whichever comes first.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from minprfaas.config import LinkConfig, StateKind
+from minprfaas.errors import one_line
+from minprfaas.transport.base import (EventQueue, LinkDown, LinkLost, LinkRestored, MessageReceived, Sink,
+                                      StreamAborted, StreamPlan)
+from minprfaas.transport.fabric_sending import FabricOutbox, FabricStream
+from minprfaas.transport.pair_group import (CONNECT_S, IN_BUFFERS, STAGING_BYTES, PairGroup, Transfer, digest,
+                                            require_error_handling)
+from minprfaas.transport.streams import ExpectedStreams, Piece
+from minprfaas.transport.wan.binding import choose_binding
+from minprfaas.transport.wan.handshake import LinkIdentity
+from minprfaas.transport.wan.link import Link
+from minprfaas.transport.wan.monitor import LinkStats
+
+log = logging.getLogger(__name__)
+DEADLINE_S = 10.0  # of one operation; it takes about a millisecond
+TICK_S = 0.1
+PAUSE_S = 0.5  # between two epochs
+
+
+class Fabric:
+    """One side of a pair, a KVTransport and a MessageChannel. Any thread may call any method."""
+
+    def __init__(self, name: str, store: dist.Store, rank: int, config: LinkConfig, identity: LinkIdentity,
+                 device: torch.device | str, events: EventQueue | None = None, deadline_s: float = DEADLINE_S,
+                 staging_bytes: int | None = None, group_type: Callable[..., PairGroup] = PairGroup):
+        """`rank` is 0 on one side and 1 on the other; KVCache is on `device`. Raises UserError as `Link` does, and when
+        the environment would let a dead peer end this process."""
+        self.name, self.device = name, torch.device(device)
+        self.events = EventQueue() if events is None else events
+        if self.device.type == "cuda":
+            require_error_handling()
+        self._rank, self._deadline_s, self._group_type = rank, deadline_s, group_type
+        self._staging_bytes = staging_bytes or STAGING_BYTES[self.device.type]
+        terms = f"{identity.block_layout}; {self.device.type} fabric, {self._staging_bytes} bytes a buffer"
+        self._link = Link(name, store, rank, config, replace(identity, block_layout=terms), events=EventQueue())
+        self._store, self._binding = store.clone(), choose_binding(store)
+        self._store.set_timeout(timedelta(seconds=CONNECT_S))
+        self._outbox = FabricOutbox(name, self._say, config.timeout_s)
+        self._expected = ExpectedStreams(self.events)
+        self._lost: str | None = None
+
+        self._changed = threading.Condition()  # guards the epoch
+        self._epoch = 0  # 0 between two
+        self._group: PairGroup | None = None  # the epoch's, once both sides have joined it
+        self._announced: queue.SimpleQueue[dict | None] = queue.SimpleQueue()  # the epoch's batches; None is its end
+        self._due_at_s = time.monotonic()  # the next epoch, or this one's group
+
+    def connect(self, deadline_s: float) -> None:
+        """Meet the peer and begin the first epoch. Raises LinkRefused, or LinkDown when `deadline_s` passes."""
+        until_s = time.monotonic() + deadline_s
+        self._link.connect(deadline_s)
+        threading.Thread(target=self._listen, name=f"{self.name} words", daemon=True).start()
+        with self._changed:
+            while self._group is None:
+                if self._lost is not None or not self._changed.wait(max(0.0, until_s - time.monotonic())):
+                    raise LinkDown(f"fabric {self.name}: {self._lost or 'the groups did not come up'}")
+
+    @property
+    def epoch(self) -> int:
+        """The number of the epoch in which both sides are; 0 between two."""
+        return 0 if self._group is None else self._epoch
+
+    def send_message(self, message: dict) -> None:
+        """See `MessageChannel.send_message`."""
+        self._link.send_message(message)
+
+    def stats(self) -> LinkStats:
+        """Of the words that leave."""
+        return self._link.stats()
+
+    def open(self, plan: StreamPlan) -> FabricStream:
+        """See `KVTransport.open`. Between two epochs, the first `put` waits for the next."""
+        self._check(plan)
+        return self._outbox.open(plan, self._staging_bytes)
+
+    def expect(self, plan: StreamPlan, sink: Sink) -> None:
+        """See `KVTransport.expect`. On a GPU, the sink's kernels have run before its stream is reported as done."""
+        self._check(plan)
+
+        def sink_to_the_end(layer: int, start: int, end: int, data: torch.Tensor) -> None:
+            sink(layer, start, end, data)
+            torch.cuda.current_stream(self.device).synchronize()
+
+        self._expected.expect(plan, sink_to_the_end if self.device.type == "cuda" else sink)
+
+    def forget(self, stream_id: int) -> int | None:
+        """See `KVTransport.forget`."""
+        return self._expected.forget(stream_id)
+
+    def close(self) -> None:
+        """Say goodbye and end; the peer's fabric is lost at once."""
+        self._link.close()  # its LinkLost ends the rest
+
+    def _check(self, plan: StreamPlan) -> None:
+        for entry in plan.entries:
+            if entry.kind is StateKind.TOKEN and entry.row_bytes > self._staging_bytes:
+                raise ValueError(f"layer {entry.layer}: a row of {entry.row_bytes} bytes does not fit into a staging "
+                                 f"buffer of {self._staging_bytes}")
+        if self._lost is not None:
+            raise LinkDown(self._lost)
+
+    # Words
+
+    def _say(self, word: str, **fields) -> None:
+        try:
+            self._link.send_message({"fabric": word, **fields})
+        except LinkDown:
+            pass  # the link's last event says so
+
+    def _listen(self) -> None:
+        """Hear the peer's words, hand on what else the link says, and watch the deadlines."""
+        while self._lost is None:
+            self._watch()
+            event = self._link.receive(TICK_S)
+            match event:
+                case None:
+                    continue
+                case MessageReceived(message={"fabric": str(word), **fields}):
+                    self._hear(word, fields)
+                    continue
+                case LinkRestored(peer_restarted=True):
+                    self._end_epoch(self._epoch, "the peer restarted")
+                case LinkLost(reason=reason):
+                    self._lost = reason
+                    self._end_epoch(self._epoch, reason)
+            self.events.put(event)
+
+    def _hear(self, word: str, fields: dict) -> None:
+        match word, fields:
+            case "begin", {"epoch": int(epoch)}:
+                self._begin(epoch)
+            case "ended", {"epoch": int(epoch), "reason": str(reason)} if epoch == self._epoch:
+                self._end_epoch(epoch, f"ended by the peer: {reason}")
+            case "batch", {"epoch": int(epoch)} if epoch == self._epoch:
+                self._announced.put(fields)
+            case "written", {"epoch": int(epoch), "number": number, "refused": refused} if epoch == self._epoch:
+                self._outbox.settle(number, refused)
+            case "abort", {"stream": int(stream_id)}:
+                self._expected.fail(stream_id, "aborted by the sender")
+
+    # Epochs: begun and joined here by rank 0's word, ended by whoever sees a reason to
+
+    def _watch(self) -> None:
+        now, group = time.monotonic(), self._group
+        if not self._link.is_up:
+            self._end_epoch(self._epoch, "the peer is gone")
+        elif group is not None and group.oldest_s(now) > self._deadline_s:
+            self._end_epoch(group.epoch, f"an operation took longer than {self._deadline_s:g} s")
+        elif group is None and now >= self._due_at_s:
+            if self._epoch:
+                self._end_epoch(self._epoch, f"the groups did not come up within {CONNECT_S:g} s")
+            elif self._rank == 0:
+                epoch = self._store.add(f"{self.name}/fabric epoch", 1)
+                self._say("begin", epoch=epoch)
+                self._begin(epoch)
+
+    def _begin(self, epoch: int) -> None:
+        self._end_epoch(self._epoch, "the peer began another")
+        with self._changed:
+            self._epoch, self._due_at_s = epoch, time.monotonic() + CONNECT_S
+            self._announced = queue.SimpleQueue()  # before the groups: the peer may join first, and announce
+        self._start(epoch, "joins", lambda: self._join(epoch))
+
+    def _join(self, epoch: int) -> None:
+        store = dist.PrefixStore(f"{self.name}/fabric", self._store.clone())
+        group = self._group_type(store, epoch, self._rank, self.device, self._staging_bytes, self._binding)
+        with self._changed:
+            is_late = epoch != self._epoch
+            if not is_late:
+                self._group, announced = group, self._announced
+                self._changed.notify_all()
+        if is_late:
+            return group.abort()
+        self._start(epoch, "sends", lambda: self._outbox.send_batches(group))
+        self._start(epoch, "receives", lambda: self._receive_batches(group, announced))
+
+    def _start(self, epoch: int, what: str, work: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                if self.device.type == "cuda":
+                    torch.cuda.set_device(self.device)
+                    torch.cuda.set_stream(torch.cuda.Stream(self.device, priority=-1))  # beside the model's
+                work()
+            except Exception as error:  # whatever it is, the epoch is over
+                self._end_epoch(epoch, one_line(error))
+
+        threading.Thread(target=run, name=f"{self.name} epoch {epoch} {what}", daemon=True).start()
+
+    def _end_epoch(self, epoch: int, reason: str) -> None:
+        """Every stream fails, then the groups are aborted. Harmless when it is over."""
+        with self._changed:
+            if epoch != self._epoch or (epoch == 0 and self._lost is None):
+                return
+            group, self._group, self._epoch = self._group, None, 0
+            self._due_at_s = time.monotonic() + PAUSE_S
+            self._announced.put(None)
+            self._changed.notify_all()
+        log.info("fabric %s: epoch %d ended: %s", self.name, epoch, reason)
+        if group is not None:
+            group.is_over = True
+        self._expected.fail_all(reason)
+        self._outbox.end_epoch(reason, is_lost=self._lost is not None)
+        self._say("ended", epoch=epoch, reason=reason)
+        if group is not None:
+            group.abort()
+
+    # Receiving
+
+    def _receive_batches(self, group: PairGroup, announced: queue.SimpleQueue) -> None:
+        landing: deque[tuple[Transfer, dict]] = deque()
+        while True:
+            try:
+                fields = announced.get(block=not landing)
+                if fields is None:
+                    return
+                landing.append((group.receive(fields["bytes"]), fields))
+                if len(landing) < IN_BUFFERS:
+                    continue  # one lands while another is written
+            except queue.Empty:
+                pass
+            transfer, fields = landing.popleft()
+            group.wait(transfer)
+            self._take(group, fields, transfer.data)
+
+    def _take(self, group: PairGroup, fields: dict, data: torch.Tensor) -> None:
+        """Write what has landed, if it is what was announced."""
+        is_intact = int(digest(data)) == fields["digest"]
+        refused = []
+        for at, stream_id, *place in fields["pieces"]:
+            piece = Piece(*place)
+            try:
+                if not is_intact:
+                    raise StreamAborted("its bytes arrived damaged")
+                self._expected.take(stream_id, piece, data[at:at + piece.nbytes])
+            except StreamAborted as error:
+                self._expected.fail(stream_id, str(error))
+                refused.append(stream_id)
+        self._say("written", epoch=group.epoch, number=fields["number"], refused=refused)

@@ -1,0 +1,221 @@
+"""The fabric: KVCache inside a datacenter. On CPUs over Gloo; what is marked `gpu` over NCCL, between two GPUs."""
+
+import contextlib
+
+import pytest
+import torch
+from fabric_peer import Peer
+from transport_support import (DEADLINE_S, IDENTITY, Cargo, connected_fabric, event, in_parallel, new_fabric, new_store,
+                               next_event, wait_until)
+
+from minprfaas.config import LinkConfig, StateKind
+from minprfaas.errors import UserError
+from minprfaas.transport import (Fabric, LayerPlan, LinkRestored, MessageReceived, StreamAborted, StreamDone,
+                                 StreamFailed, StreamPlan)
+from minprfaas.transport.pair_group import ALIGN_BYTES, PairGroup, digest
+
+BIG = 50_000  # tokens: hundreds of batches
+places = pytest.mark.parametrize("devices", [("cpu", "cpu"), pytest.param(("cuda:0", "cuda:1"), marks=pytest.mark.gpu)],
+                                 ids=["gloo", "nccl"])
+
+
+@pytest.fixture(autouse=True)
+def enough_gpus(request):
+    if "gpu" in request.node.keywords and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs: NCCL joins no two ranks on one")
+
+
+def ask_for(fabric, stream_id, tokens, device="cpu"):
+    """Expect a stream of the peer process's and ask for it; returns where it arrives."""
+    cargo = Cargo(stream_id, tokens, seed=stream_id, device=device)
+    fabric.expect(cargo.plan, cargo.sink)
+    fabric.send_message({"stream": stream_id, "tokens": tokens})
+    return cargo
+
+
+def is_written_up_to(cargo, end):
+    return all(torch.equal(cargo.arrived[layer][:end - 64], cargo.sent[layer][:end - 64]) for layer in range(3))
+
+
+@places
+def test_streams_in_both_directions_at_once_arrive_identical(devices):
+    """Several streams each way, 400 chunks each: neither direction may wait for the other."""
+    with connected_fabric(devices) as ends:
+        cargos = {}
+        for index, end in enumerate(ends):
+            for number in range(3):
+                there = Cargo(10 * index + number, tokens=6_400, seed=10 * index + number, device=devices[1 - index])
+                cargos[index, number] = there
+                ends[1 - index].expect(there.plan, there.sink)
+
+        def send(index, number):
+            here = Cargo(10 * index + number, tokens=6_400, seed=10 * index + number, device=devices[index])
+            stream = ends[index].open(here.plan)
+            here.put_all(stream)
+            return stream.finish(DEADLINE_S)
+
+        reports = in_parallel(*(lambda key=key: send(*key) for key in cargos))
+        assert all(report.chunks >= 301 for report in reports)
+        assert all(cargo.is_identical for cargo in cargos.values())
+        for end in ends:
+            assert {event(end, StreamDone).stream_id % 10 for _ in range(3)} == {0, 1, 2}
+
+
+@places
+def test_a_peer_that_stands_still_or_is_killed_ends_its_streams_and_is_met_again_under_the_next_epoch(devices):
+    store = new_store()
+    here = new_fabric(store, 0, devices[0], LinkConfig(silence_s=1.0))
+    peer = Peer(store, devices[1])
+    try:
+        here.connect(2 * DEADLINE_S)
+        epochs, unfinished, written = [here.epoch], [], []
+
+        def it_is_met_again(stream_id):
+            epochs.append(here.epoch)
+            sound = ask_for(here, stream_id, 300, devices[0])
+            assert event(here, StreamDone).stream_id == stream_id and sound.is_identical
+            for cargo, arrived in zip(unfinished, written):
+                assert all(map(torch.equal, cargo.arrived.values(), arrived)), "a byte of an ended epoch was written"
+
+        def its_stream_ends(stream_id, how):
+            cargo = ask_for(here, stream_id, BIG, devices[0])
+            cargo.wait_for_rows(1_000)
+            how()
+            failed = event(here, StreamFailed)
+            assert failed.stream_id == stream_id and 64 <= failed.arrived_end < 64 + BIG
+            assert is_written_up_to(cargo, failed.arrived_end)
+            unfinished.append(cargo)
+            written.append([data.clone() for data in cargo.arrived.values()])
+
+        its_stream_ends(1, peer.stop)
+        peer.go_on()
+        assert not event(here, LinkRestored).peer_restarted
+        assert "aborted" in event(here, MessageReceived).message, "the peer knows that its epoch is over"
+        wait_until(lambda: here.epoch > epochs[-1])
+        it_is_met_again(2)
+
+        its_stream_ends(3, peer.kill)
+        peer = Peer(store, devices[1])
+        assert event(here, LinkRestored, 2 * DEADLINE_S).peer_restarted
+        wait_until(lambda: here.epoch > epochs[-1])
+        it_is_met_again(4)
+        assert epochs == sorted(set(epochs))
+    finally:
+        peer.go_on()
+        peer.kill()
+        here.close()
+
+
+def put_in_three_batches(cargo, stream):
+    """A layer each; the first two arrive."""
+    for layer in range(3):
+        wait_until(lambda: len(cargo.calls) == layer)
+        stream.put(layer, 64, 320, cargo.sent[layer].reshape(-1))
+
+
+def finish(cargo, stream):
+    stream.put(3, 64, 320, cargo.sent[3].reshape(-1))
+    stream.finish(DEADLINE_S)
+
+
+class Damaging(PairGroup):
+    """One bit of the third batch is lost on the way."""
+
+    sends = 0
+
+    def send(self, data):
+        self.sends += 1
+        if self.sends == 3:
+            data = data.clone()
+            data[100] ^= 1
+        return super().send(data)
+
+
+def test_bytes_without_the_announced_digest_fail_their_stream_and_are_not_written():
+    with connected_fabric(sender_group=Damaging) as (sender, receiver):
+        cargo, sound = Cargo(1), Cargo(2, seed=2)
+        receiver.expect(cargo.plan, cargo.sink)
+        receiver.expect(sound.plan, sound.sink)
+        stream = sender.open(cargo.plan)
+        put_in_three_batches(cargo, stream)
+        failed = event(receiver, StreamFailed)
+        assert failed.reason == "its bytes arrived damaged" and failed.arrived_end == 64
+        assert [layer for layer, _, _ in cargo.calls] == [0, 1] and not cargo.arrived[2].any()
+        with pytest.raises(StreamAborted, match="refused by the receiver"):
+            finish(cargo, stream)
+        other = sender.open(sound.plan)
+        sound.put_all(other)
+        other.finish(DEADLINE_S)
+        assert sound.is_identical
+
+
+class LikeNCCL(PairGroup):
+    """An operation that is broken off ends like one that succeeded."""
+
+    def wait(self, transfer):
+        with contextlib.suppress(RuntimeError):
+            super().wait(transfer)
+
+
+class BreakingOff(PairGroup):
+    """The third send never leaves: its epoch ends instead."""
+
+    sends = 0
+
+    def send(self, data):
+        self.sends += 1
+        if self.sends == 3:
+            raise RuntimeError("the wire was pulled")
+        return super().send(data)
+
+
+class Stalling(BreakingOff):
+    """The third send does not leave while its epoch lasts."""
+
+    def send(self, data):
+        if self.sends == 2:
+            wait_until(lambda: self.is_over)
+        return super().send(data)
+
+
+@pytest.mark.parametrize("sender_group, reason", [(BreakingOff, "the wire was pulled"),
+                                                  (Stalling, "an operation took longer than 0.5 s")])
+def test_an_operation_that_was_broken_off_without_a_word_is_never_used(sender_group, reason):
+    with connected_fabric(sender_group=sender_group, receiver_group=LikeNCCL, deadline_s=0.5) as (sender, receiver):
+        cargo = Cargo(1)
+        receiver.expect(cargo.plan, cargo.sink)
+        stream = sender.open(cargo.plan)
+        put_in_three_batches(cargo, stream)
+        failed = event(receiver, StreamFailed)  # because of the digest, or because the peer says so: whichever is first
+        assert failed.stream_id == 1 and failed.arrived_end == 64
+        with pytest.raises(StreamAborted, match=reason):
+            finish(cargo, stream)
+        wait_until(lambda: sender.epoch > 1 and sender.epoch == receiver.epoch)
+        assert not cargo.arrived[2].any() and [layer for layer, _, _ in cargo.calls] == [0, 1]
+        assert next_event(receiver) is None
+
+
+def test_a_digest_notices_a_changed_word_a_missing_row_and_rows_that_changed_places():
+    torch.manual_seed(0)
+    data = torch.randint(0, 256, (8 * ALIGN_BYTES,), dtype=torch.uint8)
+    rows, sound = data.view(8, -1), int(digest(data))
+    for place in (0, 7, ALIGN_BYTES, len(data) - 1):
+        changed = data.clone()
+        changed[place] ^= 128
+        assert int(digest(changed)) != sound
+    assert int(digest(rows[[1, 0, 2, 3, 4, 5, 6, 7]].reshape(-1))) != sound
+    assert int(digest(rows[[0, 1, 2, 3, 4, 5, 6, 6]].reshape(-1))) != sound, "the last row did not arrive"
+
+
+def test_a_row_that_fits_into_no_staging_buffer_is_refused_at_once():
+    with connected_fabric() as (sender, receiver):
+        plan = StreamPlan(1, (LayerPlan(0, 0, StateKind.TOKEN, 30_000),), 0, 10)
+        for call in (lambda: sender.open(plan), lambda: receiver.expect(plan, print)):
+            with pytest.raises(ValueError, match="a row of 30000 bytes does not fit into a staging buffer of 24576"):
+                call()
+
+
+def test_an_environment_in_which_a_dead_peer_would_end_this_process_is_refused(monkeypatch):
+    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
+    with pytest.raises(UserError, match="TORCH_NCCL_ASYNC_ERROR_HANDLING is '1'; it must be 0 or 2"):
+        Fabric("pair", new_store(), 0, LinkConfig(), IDENTITY, "cuda")
