@@ -87,5 +87,4 @@ def kill(link):
 
 def nothing_in_use(process):
     """Whether no part of a process holds a block for a request."""
-    parts = [process.prefill, process.decode] if hasattr(process, "decode") else [process.prefill]
-    return all(part.engine.kvcache.stats().in_use == 0 for part in parts)
+    return all(role.engine.kvcache.stats().in_use == 0 for role in process.roles)

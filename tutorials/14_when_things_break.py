@@ -22,7 +22,7 @@ from torch.distributed import TCPStore
 
 from minprfaas import SamplingParams, generate, load
 from minprfaas.cluster.launch import link_identity
-from minprfaas.cluster.processes import PRFAAS, PDProcess, control_settings, pd_process, prfaas_process
+from minprfaas.cluster.processes import PRFAAS, Process, control_settings, pd_process, prfaas_process
 from minprfaas.config import CacheConfig, LineConfig, LinkConfig
 from minprfaas.documents import EVALUATION_SEEDS, make_document
 from minprfaas.engine.engine import Engine
@@ -102,7 +102,7 @@ class WatchedLane(Lane):
         super().receive_frames(look_first)
 
 
-def serve(local: PDProcess, line: Line, seed: int, trouble=None) -> tuple:
+def serve(local: Process, line: Line, seed: int, trouble=None) -> tuple:
     """One long request, in whose middle `trouble` strikes; returns its journey and whether the answer is right."""
     engine = local.decode.engine
     document = make_document(EVALUATION_SEEDS + seed, TOKENS, engine.tokenizer.encode)
@@ -114,7 +114,7 @@ def serve(local: PDProcess, line: Line, seed: int, trouble=None) -> tuple:
     return journey, journey.output_ids == alone.token_ids
 
 
-def row(what: str, local: PDProcess, line: Line, journey, same: bool) -> list:
+def row(what: str, local: Process, line: Line, journey, same: bool) -> list:
     """One line of a table."""
     after = "–" if line.struck_s is None else f"{journey.first_token_at_s - line.struck_s:.2f} s"
     return [what, journey.route, local.links[PRFAAS].epoch, human_bytes(line.bytes), line.twice, f"{journey.ttft_s:.2f} s", after,

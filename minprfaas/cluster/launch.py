@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from minprfaas.config import LineConfig
-from minprfaas.errors import UserError
+from minprfaas.errors import UserError, one_line
 from minprfaas.kvcache.layout import Layout
 from minprfaas.model.checkpoint import checked_device
 from minprfaas.model.transformer import Transformer
@@ -27,7 +27,58 @@ from minprfaas.transport.wan.line import EmulatedLine
 STORE_DEADLINE_S = 60.0  # until the process that serves the store has started
 AGENT_DEADLINE_S = 10.0  # torchrun serves its store before it starts anybody
 WATCH_EVERY_S = 0.25
+ENDING_S = 5.0  # for the other processes, once the front end's has ended
 FRONT_END_GRACE_S = 60.0  # that the front end's process gets to say a mistake which another process has seen too
+
+
+@dataclass(frozen=True)
+class StoreAddress:
+    """Where links are agreed, and who serves that: torchrun's agent, or else the front end's process."""
+
+    host: str
+    port: int
+    said_by: str  # for a mistake
+    agent_serves: bool = False
+
+    @staticmethod
+    def parse(text: str) -> "StoreAddress":
+        """`HOST:PORT`. UserError when it is anything else."""
+        host, _, port = text.rpartition(":")
+        if not host or not (port.isascii() and port.isdigit() and 1 <= int(port[:12]) <= 65_535):
+            raise UserError(f"--store is {text[:80]!r}; it must be HOST:PORT with a port from 1 to 65535")
+        return StoreAddress(host.strip("[]"), int(port), f"--store {text}")
+
+    def open(self, serves: bool = False) -> dist.Store:
+        """The store, which this process may have to serve. UserError when nobody does, or its port is taken."""
+        timeout = timedelta(seconds=AGENT_DEADLINE_S if self.agent_serves else STORE_DEADLINE_S)
+        serves = serves and not self.agent_serves
+        options = {}
+        where = f"no store at {self.said_by}"
+        if serves:  # on a socket of our own: left to itself, the store would listen on every interface
+            try:
+                options["master_listen_fd"] = socket.create_server((self.host, self.port)).detach()
+            except OSError as error:
+                raise UserError(f"{where}: {error.strerror}, so this process cannot serve it") from None
+        else:
+            self._wait_for_it(where, timeout.total_seconds())
+        try:
+            return dist.TCPStore(self.host, self.port, is_master=serves, wait_for_workers=False, timeout=timeout,
+                                 **options)
+        except (RuntimeError, ValueError, dist.DistError) as error:
+            raise UserError(f"{where}: {one_line(error)}") from None
+
+    def _wait_for_it(self, where: str, deadline_s: float) -> None:
+        """Until somebody listens there: a store's client that waits for that itself prints a C++ stack."""
+        give_up_at_s = time.monotonic() + deadline_s
+        while True:
+            try:
+                return socket.create_connection((self.host, self.port), timeout=deadline_s).close()
+            except OSError:
+                if time.monotonic() >= give_up_at_s:
+                    who = "torchrun (TORCHELASTIC_USE_AGENT_STORE is set)" if self.agent_serves else \
+                        "the front end's process"
+                    raise UserError(f"{where}: nobody answers there; {who} should serve it") from None
+                time.sleep(WATCH_EVERY_S)
 
 
 @dataclass(frozen=True)
@@ -35,11 +86,8 @@ class Launch:
     """This process among its peers, from torchrun's environment."""
 
     rank: int
-    world_size: int
     local_rank: int
-    host: str
-    port: int
-    agent_serves: bool  # whether torchrun's agent serves the store; else the last process, which outlives the others
+    address: StoreAddress
 
     @staticmethod
     def from_environment(world_size: int) -> "Launch | None":
@@ -53,80 +101,88 @@ class Launch:
         rank = _number("RANK", 0, world_size - 1)
         local_rank = _number("LOCAL_RANK", 0) if "LOCAL_RANK" in os.environ else rank
         host, port = _variable("MASTER_ADDR"), _number("MASTER_PORT", 1, 65_535)
-        return Launch(rank, found, local_rank, host, port, os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
-
-    def store(self) -> dist.Store:
-        """The store at which links are agreed. UserError when nobody serves it, or its port is taken."""
-        serves = self.rank == self.world_size - 1 and not self.agent_serves
-        timeout = timedelta(seconds=AGENT_DEADLINE_S if self.agent_serves else STORE_DEADLINE_S)
-        options = {}
-        where = f"no store at MASTER_ADDR {self.host} MASTER_PORT {self.port}"
-        if serves:  # on a socket of our own: left to itself, the store would listen on every interface
-            try:
-                options["master_listen_fd"] = socket.create_server((self.host, self.port)).detach()
-            except OSError as error:
-                raise UserError(f"{where}: {error.strerror}, so this process cannot serve it") from None
-        try:
-            return dist.TCPStore(self.host, self.port, is_master=serves, wait_for_workers=False, timeout=timeout,
-                                 **options)
-        except (RuntimeError, ValueError, dist.DistError):
-            who = "torchrun (TORCHELASTIC_USE_AGENT_STORE is set)" if self.agent_serves else "the last process"
-            raise UserError(f"{where}: nobody answers there; {who} should serve it") from None
-
-    def device(self, kind: str) -> torch.device:
-        """This process's own GPU of those that are there (shared, if there is only one), or the device as named."""
-        if kind == "cuda" and torch.cuda.is_available():
-            return torch.device("cuda", self.local_rank % torch.cuda.device_count())
-        return checked_device(kind)
-
-    @staticmethod
-    def watch_parent() -> None:
-        """End this process as soon as the one that started it is gone: nobody waits for its answers any more."""
-        parent = os.getppid()
-
-        def watch() -> None:
-            while os.getppid() == parent:
-                time.sleep(WATCH_EVERY_S)
-            os._exit(1)  # from any state: what the other threads hold is nobody's concern now
-
-        threading.Thread(target=watch, name="parent watch", daemon=True).start()
+        agent_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        said_by = f"MASTER_ADDR {host} MASTER_PORT {port}"
+        return Launch(rank, local_rank, StoreAddress(host, port, said_by, agent_serves))
 
 
-def start_processes(count: int, argv: list[str]) -> int:
-    """Run this program in `count` processes, as torchrun would; returns the front end's exit status.
+def watch_parent() -> None:
+    """End this process as soon as the one that started it is gone: nobody waits for its answers any more."""
+    parent = os.getppid()
 
-    torchrun exits with 1 whatever its workers say; this keeps the status 2 of a user's mistake. Ended by a signal, it
-    ends its processes first.
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(WATCH_EVERY_S)
+        os._exit(1)  # from any state: what the other threads hold is nobody's concern now
+
+    threading.Thread(target=watch, name="parent watch", daemon=True).start()
+
+
+def own_device(kind: str, local_rank: int) -> torch.device:
+    """A process's own GPU of those that are there (shared, if there are fewer), or the device as named."""
+    if kind == "cuda" and torch.cuda.is_available():
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
+    return checked_device(kind)
+
+
+def start_processes(names: list[str], front: str | None, argv: list[str], restart: str = "") -> int:
+    """Run this program in a process for each name, as torchrun would; returns the front end's exit status, or without
+    one here the worst of all. `restart` is how a person starts one of them again, with {name} and {port} to be filled
+    in.
+
+    torchrun exits with 1 whatever its workers say; this keeps the status 2 of a user's mistake. It ends every process
+    when one dies; here the others go on. Ended by a signal, this ends its processes first.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = _free_port()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
-    workers = []
+    workers: dict[str, subprocess.Popen] = {}
     try:
-        for rank in range(count):
-            environment = {**inherited, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
+        for rank, name in enumerate(names):
+            environment = {**inherited, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(names)),
                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             environment.setdefault("OMP_NUM_THREADS", "1")
-            workers.append(subprocess.Popen([sys.executable, *argv], env=environment))
-        return _wait_for_the_last(workers)
+            # A group of its own: an interrupt from the keyboard is for this process, which ends the others.
+            workers[name] = subprocess.Popen([sys.executable, *argv], env=environment, process_group=0)
+        awaited = [workers[front]] if front is not None else [*workers.values()]
+        return _wait_for(awaited, workers, restart.replace("{port}", str(port)))
     finally:
-        for worker in workers:
-            if worker.poll() is None:
-                worker.kill()
+        for worker in workers.values():
+            worker.kill()
+        for worker in workers.values():
             worker.wait()
 
 
-def _wait_for_the_last(workers: list[subprocess.Popen]) -> int:
-    """The exit status of the last process, which hosts the front end and outlives the others; or 2, as soon as any
-    process has refused a user's mistake and said so."""
+def _wait_for(awaited: list[subprocess.Popen], workers: dict[str, subprocess.Popen], restart: str) -> int:
+    """The worst exit status of those that are awaited; or 2, as soon as any process has refused a user's mistake and
+    said so. What else ends before that is told."""
+    gone: set[str] = set()
     while True:
-        try:
-            return workers[-1].wait(timeout=0.05)
-        except subprocess.TimeoutExpired:
-            if any(worker.poll() == 2 for worker in workers):
-                return 2
+        statuses = {name: worker.poll() for name, worker in workers.items()}
+        if 2 in statuses.values():
+            return 2
+        if all(worker.poll() is not None for worker in awaited):
+            _give_time(workers)
+            return max(worker.returncode % 256 for worker in awaited)
+        for name in [name for name, status in statuses.items() if status and name not in gone]:
+            gone.add(name)
+            again = f"; {restart.replace('{name}', name)} starts it again" if restart else ""
+            print(f"{name} has ended with status {statuses[name]}{again}", file=sys.stderr)
+        time.sleep(0.05)
+
+
+def _give_time(workers: dict[str, subprocess.Popen]) -> None:
+    """The others have heard the same last word as those that have ended; they may clean up after themselves."""
+    give_up_at_s = time.monotonic() + ENDING_S
+    while time.monotonic() < give_up_at_s and any(worker.poll() is None for worker in workers.values()):
+        time.sleep(0.02)
+
+
+def _free_port() -> int:
+    """A port that nobody listens on at present, chosen by the system."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def wait_for_the_front_end() -> None:

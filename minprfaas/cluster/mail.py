@@ -34,6 +34,7 @@ class Mail:
         self._local: deque[Envelope] = deque()
         self._here: set[str] = set()
         self._link_to: dict[str, Connection] = {}  # by the name of a part elsewhere
+        self._crosses_sites: set[str] = set()  # links, by their names
 
     def add_local(self, name: str) -> None:
         """A part of this process."""
@@ -43,10 +44,15 @@ class Mail:
         """Whether the part called `name` is one of this process."""
         return name in self._here
 
-    def add_link(self, link: Connection, names: list[str]) -> None:
-        """The parts called `names` are at the other end of `link`."""
-        for name in names:
-            self._link_to[name] = link
+    def add_link(self, link: Connection, names: list[str], crosses_sites: bool = True) -> None:
+        """The parts called `names` are at the other end of `link`, from now on of this one. Any thread may call it."""
+        if crosses_sites:
+            self._crosses_sites = self._crosses_sites | {link.name}
+        self._link_to = {**self._link_to, **{name: link for name in names}}  # replaced: the loop may be reading it
+
+    def has_role_besides(self, name: str) -> bool:
+        """Whether another role than the one called `name` lives in this process."""
+        return bool(self._here - {name, FRONT})
 
     def send(self, sender: str, to: str, message: Message) -> None:
         """Send a message. To whom there is no way any more it is not sent: the loss of the link has its own event."""
@@ -68,9 +74,15 @@ class Mail:
         raise LinkDown(f"there is no way to {to!r}")
 
     @property
-    def links(self) -> list[Connection]:
-        """Every link of this process once."""
-        return list({link.name: link for link in self._link_to.values()}.values())
+    def links(self) -> dict[str, Connection]:
+        """The links of this process by the names of the parts that they lead to."""
+        return dict(self._link_to)
+
+    @property
+    def links_between_sites(self) -> list[Connection]:
+        """Every link to the other datacenter once."""
+        links = {link.name: link for link in self._link_to.values()}
+        return [link for name, link in links.items() if name in self._crosses_sites]
 
     def names_behind(self, link_name: str) -> list[str]:
         """The parts at the other end of a link."""

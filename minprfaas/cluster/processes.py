@@ -1,10 +1,11 @@
-"""The two processes of the topology prfaas=1, pd=1: which parts live where, and who is at the other end. Chapter 13.
+"""One process of a run: which parts live there, and how long it serves. Chapter 13; paper 3.1.
 
-Process A is the PrfaaS datacenter with its one node. Process B is the local PD datacenter: the front end, and its one
-PD node, which has to play both PD roles, each with an engine and a pool of its own over the one model. Inside B,
-KVCache goes from the prefill role to the decode role over the loopback, as it comes from A over the link.
+A node plays one role, with an engine and a pool of its own. In the smallest topology the one PD node plays both PD
+roles over the one model; KVCache then goes from its prefill role to its decode role over the loopback, as it comes
+from the PrfaaS node over the link.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from minprfaas.cluster.front_end import LOCAL_DEADLINE_S, FrontEnd
 from minprfaas.cluster.mail import FRONT, Connection, Mail
 from minprfaas.cluster.node import Node
 from minprfaas.cluster.prefill_role import PrefillRole
+from minprfaas.cluster.topology import PRFAAS_SITE, Place, Topology
 from minprfaas.config import Role, StateKind
 from minprfaas.engine.engine import Engine
 from minprfaas.kvcache.layout import Layout
@@ -21,85 +23,125 @@ from minprfaas.scheduling.planner import Fleet
 from minprfaas.scheduling.router import TransferCosts
 from minprfaas.transport.base import EventQueue
 
-PRFAAS, PD_PREFILL, PD_DECODE = "prfaas-0", "pd-0/pdp", "pd-0/pdd"
+PRFAAS = "prfaas-0"
 UNTHROTTLED_GBPS = 100.0  # the paper's link; a first guess that the monitor corrects from what it observes
 ASSUMED_S_PER_TOKEN = 1e-4  # of prefill, until one was seen
 
 
 @dataclass(frozen=True)
-class PrfaasProcess:
-    """Process A."""
+class Process:
+    """The node's loop with the parts that it runs: roles, the front end, or both."""
 
     node: Node
-    prefill: PrefillRole
-    link: Connection
+    front: FrontEnd | None
+    roles: list[PrefillRole | DecodeRole]
 
-    def serve(self) -> None:
-        """Take orders until the front end says that no more come, or is gone; then say goodbye."""
-        self.prefill.upkeep.introduce()
-        while self.prefill.has_work or not self.prefill.upkeep.is_stopping:
+    @property
+    def prefill(self) -> PrefillRole:
+        """The prefill role; the process has one."""
+        return next(role for role in self.roles if isinstance(role, PrefillRole))
+
+    @property
+    def decode(self) -> DecodeRole:
+        """The decode role; the process has one."""
+        return next(role for role in self.roles if isinstance(role, DecodeRole))
+
+    @property
+    def links(self) -> dict[str, Connection]:
+        """By the names of the parts that they lead to."""
+        return self.node.mail.links
+
+    def serve(self, patience_s: float = 0.0) -> None:
+        """Take orders until the front end says that no more come, or is gone for `patience_s`; then say goodbye."""
+        while any(role.has_work for role in self.roles) or not self._is_dismissed(patience_s):
             self.node.step()
-        self.prefill.upkeep.close()
-        self.prefill.upkeep.say_goodbye()
+        self._close()
+        for role in self.roles:
+            role.upkeep.say_goodbye()
 
-
-@dataclass(frozen=True)
-class PDProcess:
-    """Process B."""
-
-    node: Node
-    front: FrontEnd
-    prefill: PrefillRole
-    decode: DecodeRole
-    links: dict[str, Connection]  # by the name of the PrfaaS node at the other end
+    def _is_dismissed(self, patience_s: float) -> bool:
+        upkeep = self.roles[0].upkeep
+        gone_at_s = upkeep.front_gone_at_s
+        return upkeep.is_stopping or (gone_at_s is not None and self.roles[0].engine.clock() - gone_at_s >= patience_s)
 
     def run(self) -> None:
-        """Step until every request has ended."""
+        """Where the front end lives: step until every request has ended."""
         while self.front.has_work:
             self.node.step()
 
     def run_until(self, reached: Callable[[], bool], deadline_s: float) -> bool:
         """Step until `reached()`; False if that has not come to hold within `deadline_s`."""
-        clock = self.decode.engine.clock
-        give_up_at_s = clock() + deadline_s
-        while not reached() and clock() < give_up_at_s:
+        give_up_at_s = time.monotonic() + deadline_s
+        while not reached() and time.monotonic() < give_up_at_s:
             self.node.step()
         return reached()
 
     def shut_down(self, deadline_s: float) -> None:
-        """Tell the other processes that no more requests come, and wait for the last word of those that are there."""
+        """Where the front end lives: tell the other processes that no more requests come, and wait for the last word
+        of those that are there."""
         self.front.shut_down_nodes()
         self.run_until(lambda: not {*self.links} & {*self.front.ready} - {*self.front.goodbyes}, deadline_s)
-        self.prefill.upkeep.close()
-        self.decode.upkeep.close()
+        self._close()
+
+    def _close(self) -> None:
+        for role in self.roles:
+            role.upkeep.close()
+
+
+def roles_of(place: Place, new_engine: Callable[[], Engine], mail: Mail, transfer_deadline_s: float,
+             room_deadline_s: float = LOCAL_DEADLINE_S, overlap: bool = True) -> list[PrefillRole | DecodeRole]:
+    """The roles of a process, each with a pool of its own. `room_deadline_s` is how long a request may wait for
+    blocks."""
+    roles: list[PrefillRole | DecodeRole] = []
+    for name, role in place.roles.items():
+        if role is Role.PDD:
+            roles.append(DecodeRole(name, new_engine(), mail, room_deadline_s, transfer_deadline_s))
+        else:
+            roles.append(PrefillRole(name, role, new_engine(), mail, transfer_deadline_s, overlap))
+    return roles
+
+
+def front_end(plane: ControlPlane, mail: Mail, engine: Engine, deadline_s: float) -> FrontEnd:
+    """The front end. `deadline_s` is what an offloaded prefill may take; of the engine it wants keys and the clock."""
+    return FrontEnd(plane, mail, engine.kvcache.keys, engine.layout.block_tokens, deadline_s, engine.clock)
+
+
+def process(mail: Mail, front: FrontEnd | None, roles: list[PrefillRole | DecodeRole]) -> Process:
+    """The process of these parts. Roles introduce themselves to a front end beside them; to one elsewhere they do when
+    it is met."""
+    decode_first = sorted(roles, key=lambda role: isinstance(role, PrefillRole))  # its step is the shorter one
+    node = Node(mail, [*([front] if front is not None else []), *decode_first])
+    for role in roles if front is not None else []:
+        role.upkeep.introduce()
+    return Process(node, front, roles)
+
+
+# The two processes of the topology prfaas=1,pd=1, for who has their links at hand
 
 
 def prfaas_process(engine: Engine, link: Connection, events: EventQueue, transfer_deadline_s: float,
-                   overlap: bool = True, name: str = PRFAAS) -> PrfaasProcess:
-    """Process A over a link whose events go into `events`. The link need not be connected yet."""
+                   overlap: bool = True, name: str = PRFAAS) -> Process:
+    """The PrfaaS node over a link whose events go into `events`. The link need not be connected yet."""
     mail = Mail(events)
-    mail.add_link(link, [FRONT, PD_PREFILL, PD_DECODE])
-    prefill = PrefillRole(name, Role.PRFAAS, engine, mail, transfer_deadline_s, overlap)
-    return PrfaasProcess(Node(mail, [prefill]), prefill, link)
+    _, pd = Topology(1, 1).two_places()
+    mail.add_link(link, pd.parts)
+    place = Place(name, PRFAAS_SITE, {name: Role.PRFAAS})
+    made = process(mail, None, roles_of(place, lambda: engine, mail, transfer_deadline_s, overlap=overlap))
+    made.prefill.upkeep.introduce()
+    return made
 
 
 def pd_process(prefill_engine: Engine, decode_engine: Engine, links: dict[str, Connection], events: EventQueue,
-               plane: ControlPlane, deadline_s: float, room_deadline_s: float = LOCAL_DEADLINE_S) -> PDProcess:
-    """Process B over links, by PrfaaS node, whose events go into `events`. The engines share the model, not the pool.
-
-    `deadline_s` is what an offloaded prefill may take, `room_deadline_s` how long a request may wait for blocks.
-    """
+               plane: ControlPlane, deadline_s: float, room_deadline_s: float = LOCAL_DEADLINE_S) -> Process:
+    """The PD node and the front end over links, by PrfaaS node, whose events go into `events`. The engines share the
+    model, not the pool."""
     mail = Mail(events)
     for name, link in links.items():
         mail.add_link(link, [name])
-    front = FrontEnd(plane, mail, decode_engine.kvcache.keys, decode_engine.layout.block_tokens, deadline_s,
-                     decode_engine.clock)
-    prefill = PrefillRole(PD_PREFILL, Role.PDP, prefill_engine, mail, deadline_s)
-    decode = DecodeRole(PD_DECODE, decode_engine, mail, room_deadline_s, deadline_s)
-    node = Node(mail, [front, decode, prefill])
-    prefill.upkeep.introduce()
-    decode.upkeep.introduce()
-    return PDProcess(node, front, prefill, decode, links)
+    front = front_end(plane, mail, decode_engine, deadline_s)
+    _, pd = Topology(1, 1).two_places()
+    engines = iter((prefill_engine, decode_engine))
+    return process(mail, front, roles_of(pd, lambda: next(engines), mail, deadline_s, room_deadline_s))
 
 
 def control_settings(threshold: float, gbps: float | None, layout: Layout, ship_prefixes: bool = False,

@@ -23,7 +23,8 @@ class Upkeep:
     number is missing. `threads` are for streams; `transfer_deadline_s` is how long a prefix may be under way."""
 
     def __init__(self, name: str, role: Role, engine: Engine, mail: Mail, transfer_deadline_s: float):
-        self.is_stopping = False  # the front end sends no more requests, or is gone
+        self.is_stopping = False  # the front end sends no more requests
+        self.front_gone_at_s: float | None = None  # since when there is nobody to work for
         self.threads = ThreadPoolExecutor(STREAMS_AT_ONCE, thread_name_prefix=f"{name} send")
         self.prefixes = PrefixShipping(name, engine.kvcache, mail, self.threads, engine.clock, transfer_deadline_s)
         self._name, self._role, self._engine, self._mail, self._ledger = name, role, engine, mail, engine.kvcache.ledger
@@ -48,10 +49,11 @@ class Upkeep:
         match happening:
             case PeerLost(name=name):
                 self.prefixes.peer_lost(name)
-                self.is_stopping = self.is_stopping or name == FRONT  # there is nobody to work for
+                if name == FRONT:
+                    self.front_gone_at_s = self._engine.clock()
             case PeerReturned(name=name):
                 if name == FRONT:
-                    self.is_stopping = False
+                    self.is_stopping, self.front_gone_at_s = False, None
                     self.introduce()
             case _:
                 self.prefixes.notice(happening)
@@ -84,13 +86,14 @@ class Upkeep:
         self._tell(messages.Goodbye(peak_memory_bytes(self._engine.model.device)))
 
     def tell_news(self) -> None:
-        """Cache events since the last time, and the newest sample of the links that carry KVCache away."""
+        """Cache events since the last time, and what the links to the other datacenter carry away."""
         news = self._ledger.take_news()
         if news:
             self._tell_cache(self._sequence + 1, news, inventory=False)
             self._sequence += len(news)
-        # Where one process plays both PD roles, one of them tells of the links.
-        for link in self._mail.links if self._role is not Role.PDD else ():
+        if self._role is Role.PDD and self._mail.has_role_besides(self._name):  # which tells of the links
+            return
+        for link in self._mail.links_between_sites:
             samples = link.stats().samples
             if samples and samples[-1].time_s > self._sampled_at_s.get(link.name, 0.0):
                 self._sampled_at_s[link.name] = samples[-1].time_s

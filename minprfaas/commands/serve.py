@@ -9,7 +9,7 @@ import queue
 
 import torch
 
-from minprfaas.cluster.processes import PDProcess, control_settings, pd_process
+from minprfaas.cluster.processes import Process, control_settings, pd_process
 from minprfaas.config import CacheConfig
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.generate import pool_for
@@ -84,7 +84,7 @@ def check_http_arguments(args: argparse.Namespace) -> None:
     require_number("--drain-s", args.drain_s, least=0)
 
 
-def one_process(args: argparse.Namespace, model, tokenizer) -> PDProcess:
+def one_process(args: argparse.Namespace, model, tokenizer) -> Process:
     """Front end, prefill role and decode role in this process, each role with a pool of its own."""
     context = [model.config.max_context_tokens] * FULL_CONTEXTS
     engines = []

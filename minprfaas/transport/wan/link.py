@@ -45,6 +45,10 @@ class Link:
         """Meet the peer and shake hands. Raises LinkRefused, or LinkDown when `deadline_s` passes."""
         self._supervisor.connect(deadline_s)
 
+    def wait_until_lost(self) -> None:
+        """Block until the link is lost for good, or closed."""
+        self._supervisor.wait_until_over()
+
     @property
     def epoch(self) -> int:
         """How often the two sides have met; 0 before they do."""

@@ -22,6 +22,7 @@ from minprfaas.transport.wan.handshake import INCARNATION_BYTES, LinkIdentity, s
 from minprfaas.transport.wan.lanes import STORE_POLL_S, Lane
 
 REFUSAL_PAUSE_S = 0.2
+SLOW_POLL_S = 0.2
 LANE_TIMEOUT_S = 5.0  # for one attempt to connect and shake hands, once both sides are there
 
 LaneType = Callable[..., Lane]  # called as (store, index, rank, payload_limit, timeout_s, binding)
@@ -112,7 +113,9 @@ class Rendezvous:
 
 
 def _poll(arrived: Callable[[], object], until: float, given_up: threading.Event) -> bool:
+    pause_s = STORE_POLL_S
     while not arrived():
-        if time.monotonic() >= until or given_up.wait(STORE_POLL_S):
+        if time.monotonic() >= until or given_up.wait(pause_s):
             return False
+        pause_s = min(pause_s * 1.2, SLOW_POLL_S)  # one who is late need not be asked for often
     return True

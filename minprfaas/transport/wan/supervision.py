@@ -57,6 +57,10 @@ class Supervisor:
         """Whether an epoch is under way."""
         return bool(self._lanes) and not self._broken.is_set()
 
+    def wait_until_over(self) -> None:
+        """Block until there will be no other epoch."""
+        self._thread.join()
+
     def close(self) -> None:
         """Say goodbye and end. Harmless twice."""
         self._closing.set()

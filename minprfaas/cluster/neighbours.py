@@ -1,0 +1,65 @@
+"""A process's links to the others of its run: each is made when the other one is there, and again when it was lost.
+
+Chapters 13, 14; the paper does not discuss it. Nobody waits for anybody here: a process that starts late, or died and
+was started again, is met by a thread of its own, and its parts are then announced to the node's loop as returned.
+"""
+
+import threading
+from collections.abc import Callable
+
+from minprfaas.cluster.mail import Mail
+from minprfaas.cluster.topology import Place
+from minprfaas.errors import UserError
+from minprfaas.transport.base import LinkDown, LinkRefused, LinkRestored
+from minprfaas.transport.wan.link import Link
+
+MEETING_S = 3600.0  # one attempt's; another one follows
+PAUSE_S = 1.0  # after an attempt that failed
+CLOSING_S = 5.0
+
+
+class Neighbours:
+    """`make_link` makes this process's end of the link to another process, not yet connected. UserError when there can
+    be none, at this moment or at all."""
+
+    def __init__(self, here: Place, peers: list[Place], make_link: Callable[[Place], Link], mail: Mail):
+        self.met: set[str] = set()  # names of the processes that were met at least once
+        self.refused: dict[str, str] = {}  # why, by the name of the process, until it is met
+        self._here, self._make_link, self._mail = here, make_link, mail
+        self._closing = threading.Event()
+        self._links = {peer.name: make_link(peer) for peer in peers}
+        for peer in peers:
+            threading.Thread(target=self._keep, args=(peer,), name=f"meeting {peer.name}", daemon=True).start()
+
+    def _keep(self, peer: Place) -> None:
+        while True:
+            try:
+                self._meet(peer)
+            except LinkRefused as error:
+                self.refused[peer.name] = str(error)
+            except LinkDown:
+                pass  # it did not come, or came and went
+            if self._closing.wait(PAUSE_S):
+                return
+            try:
+                self._links[peer.name] = self._make_link(peer)
+            except UserError:
+                pass  # the store is away; the old link will say that it is no use any more
+
+    def _meet(self, peer: Place) -> None:
+        link = self._links[peer.name]
+        link.connect(MEETING_S)
+        self.met.add(peer.name)
+        self.refused.pop(peer.name, None)
+        self._mail.add_link(link, peer.parts, crosses_sites=peer.site != self._here.site)
+        self._mail.events.put(LinkRestored(link.epoch, peer_restarted=True, link=link.name))
+        link.wait_until_lost()
+
+    def close(self) -> None:
+        """Say goodbye to all of them at once."""
+        self._closing.set()
+        closing = [threading.Thread(target=link.close, daemon=True) for link in self._links.values()]
+        for thread in closing:
+            thread.start()
+        for thread in closing:
+            thread.join(CLOSING_S)

@@ -1,0 +1,87 @@
+"""The live cluster: PrfaaS nodes, PD nodes and a front end, each a process, in two datacenters.
+
+Chapter 13; paper 3.1.
+"""
+
+import argparse
+import sys
+
+from minprfaas.cluster.launch import Launch, StoreAddress, start_processes, watch_parent
+from minprfaas.cluster.topology import PD_SITE, PRFAAS_SITE, Place, Topology
+from minprfaas.commands.live_options import Run, add_options, checked
+from minprfaas.commands.live_run import Seat, check_outputs, play
+from minprfaas.errors import ArgumentParser, UserError
+
+EPILOG = """
+the processes are the front end (rank 0), prfaas-0 …, pd-0 …: with prfaas=2,pd=3 there are six.
+
+  python scripts/cluster.py --topology prfaas=2,pd=3 --split 1 --prompts P.jsonl --check
+      starts them all. One that dies is not missed for long: its requests are done by others, and it is used again when
+      it returns (--node NAME --store HOST:PORT, with the other options as before).
+  torchrun --nproc-per-node 6 scripts/cluster.py --topology prfaas=2,pd=3 …
+      the same under torchrun, on several machines with --nnodes. torchrun ends all when one dies.
+  torchrun --standalone --nproc-per-node 4 scripts/cluster.py … --datacenter pd --store 10.0.0.1:29600
+  torchrun --standalone --nproc-per-node 2 scripts/cluster.py … --datacenter prfaas --store 10.0.0.1:29600
+      one torchrun a datacenter: each lives its own life. The front end serves the store, at an address of its machine.
+      Processes share an emulated line as far as they share a machine.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = ArgumentParser(description=__doc__.splitlines()[0], epilog=EPILOG,
+                       formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--topology", default="prfaas=2,pd=3", metavar="prfaas=N,pd=M", help="nodes of each datacenter "
+                   "(prfaas=2,pd=3)")
+    p.add_argument("--split", type=int, metavar="N", help="PD nodes that begin as PD-P (half of them; a single PD node "
+                   "plays both roles)")
+    p.add_argument("--store", metavar="HOST:PORT", help="where processes that are started apart meet")
+    p.add_argument("--datacenter", choices=(PRFAAS_SITE, PD_SITE), help="only the processes of one datacenter")
+    p.add_argument("--node", metavar="NAME", help="only this process, such as pd-1")
+    add_options(p)
+    return p
+
+
+def main(argv: list[str]) -> int:
+    """Play this process's part, or start the processes when there is no torchrun; returns the exit status."""
+    args = parser().parse_args(argv)
+    topology = Topology.parse(args.topology, args.split)
+    run, places = checked(args, topology), topology.places()
+    apart = args.node is not None or args.datacenter is not None
+    if apart != (args.store is not None):
+        raise UserError("--store says where processes meet that are started apart, by --node or --datacenter; "
+                        f"{'it is missing' if apart else 'neither is given'}")
+    store = StoreAddress.parse(args.store) if apart else None
+    chosen = _chosen(args, places)
+    launch = Launch.from_environment(world_size=len(chosen)) if args.node is None else None
+    if launch is None and args.node is None:
+        return _start(run, chosen, argv)
+    if launch is not None:
+        watch_parent()
+    here = chosen[launch.rank if launch is not None else 0]
+    local_rank = launch.local_rank if launch is not None else places.index(here)
+    gpu_rank = max(0, local_rank - chosen[0].has_front)  # the front end's process needs no GPU of its own
+    return play(run, Seat(places, here, store or launch.address, gpu_rank, outlives_front=apart))
+
+
+def _chosen(args: argparse.Namespace, places: list[Place]) -> list[Place]:
+    """The processes that this command line is about."""
+    if args.node is not None and args.datacenter is not None:
+        raise UserError("--node and --datacenter exclude each other")
+    if args.node is not None:
+        chosen = [place for place in places if place.name == args.node]
+    else:
+        chosen = [place for place in places if args.datacenter in (None, place.site)]
+    if not chosen:
+        what = f"node {args.node!r:.80}" if args.node is not None else f"datacenter {args.datacenter}"
+        raise UserError(f"{what} has no process in topology {args.topology}, which has "
+                        f"{', '.join(place.name for place in places)}")
+    return chosen
+
+
+def _start(run: Run, chosen: list[Place], argv: list[str]) -> int:
+    check_outputs(run)
+    front = next((place.name for place in chosen if place.has_front), None)
+    store = run.args.store or "127.0.0.1:{port}"
+    return start_processes([place.name for place in chosen], front, [sys.argv[0], *argv],
+                           restart=f"--node {{name}} --store {store}")

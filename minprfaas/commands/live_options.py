@@ -1,0 +1,77 @@
+"""The options of every program that runs the live cluster, and what can be checked of them without a model."""
+
+import argparse
+from dataclasses import dataclass
+
+from minprfaas.cluster.processes import UNTHROTTLED_GBPS
+from minprfaas.cluster.topology import Topology
+from minprfaas.config import LineConfig, LinkConfig
+from minprfaas.engine.prompts import Prompt, read_prompts
+from minprfaas.errors import require_number
+from minprfaas.scheduling.planner import Fleet
+from minprfaas.scheduling.profiles import Profile
+from minprfaas.transport.wan.line import load_weather
+
+
+def add_options(p: argparse.ArgumentParser) -> None:
+    """What is asked, of which model, over which line, on what machines, and where the results go."""
+    p.add_argument("--model", metavar="DIR", help="Hugging Face directory (default: the embedded model)")
+    p.add_argument("--prompts", metavar="FILE.jsonl", required=True,
+                   help='one {"id", "prompt", "max_tokens"} a line; {"after": id} continues that conversation')
+    p.add_argument("--threshold", type=int, default=1024, metavar="T", help="offload above T uncached tokens (1024)")
+    p.add_argument("--profile", metavar="P.json", help="of this machine (`python -m minprfaas profile`): the threshold "
+                   "then follows the measured link")
+    p.add_argument("--link-gbps", type=float, metavar="G", help="emulated bandwidth (default: as fast as it goes)")
+    p.add_argument("--rtt-ms", type=float, default=0.0, metavar="MS", help="emulated round-trip time (0)")
+    p.add_argument("--lanes", type=int, default=4, help="connections that one link stripes over (4)")
+    p.add_argument("--weather", metavar="FILE.json", help="emulated schedule of bandwidth, delay and stalls")
+    p.add_argument("--device", default="cpu", help="cpu or cuda; on cuda each process takes its own GPU (cpu)")
+    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    p.add_argument("--prefill-chunk", type=int, default=1024, metavar="TOKENS", help="tokens of a prefill chunk (1024)")
+    p.add_argument("--block-tokens", type=int, default=64, metavar="TOKENS", help="tokens of a KVCache block (64)")
+    p.add_argument("--pool-blocks", type=int, metavar="N", help="blocks of each pool (default: room for the prompts)")
+    p.add_argument("--deadline-s", type=float, default=300.0, help="seconds an offloaded prefill may take (300)")
+    p.add_argument("--link-timeout-s", type=float, default=30.0, help="a link that is away for longer is lost (30)")
+    p.add_argument("--wait-s", type=float, default=120.0, help="seconds that the front end waits for all nodes before "
+                   "it begins with those that are there, and a node for the front end (120)")
+    p.add_argument("--ship-prefixes", action="store_true", help="ship a cached prefix to where a request will be "
+                   "prefilled, while bandwidth is abundant and that is sooner than computing it")
+    p.add_argument("--no-overlap", action="store_true", help="ship KVCache only after prefill, for comparison")
+    p.add_argument("--check", action="store_true", help="recompute every answer in one process; exit 1 if one differs")
+    p.add_argument("--json", metavar="OUT.jsonl", help="write one line a request")
+    p.add_argument("--timeline", metavar="OUT.json", help="write Chrome trace events (opens in Perfetto)")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A command line whose parts have been checked as far as they can be without a model."""
+
+    args: argparse.Namespace
+    topology: Topology
+    link: LinkConfig
+    line: LineConfig
+    prompts: list[Prompt]
+    fleet: Fleet | None  # with a profile: what the threshold loop plans for
+
+
+def checked(args: argparse.Namespace, topology: Topology) -> Run:
+    """UserError names the first option that is out of range."""
+    require_number("threshold", args.threshold, least=0, whole=True)
+    require_number("deadline", args.deadline_s, above=0)
+    require_number("--wait-s", args.wait_s, above=0)
+    for option in ("prefill_chunk", "block_tokens", "pool_blocks"):
+        value = getattr(args, option)
+        if value is not None:
+            require_number(f"--{option.replace('_', '-')}", value, least=1, whole=True)
+    weather = load_weather(args.weather) if args.weather else ()
+    # On GPUs each chunk costs a copy and a few launches at either end: fewer, larger ones.
+    sizes = dict(chunk_bytes=4 * 2**20, max_inflight_bytes=256 * 2**20) if args.device.startswith("cuda") else {}
+    link = LinkConfig(args.lanes, timeout_s=args.link_timeout_s, **sizes)
+    prompts = read_prompts(args.prompts)
+    fleet = None
+    if args.profile is not None:  # a single PD node counts as an instance of either kind
+        profile = Profile.read(args.profile)
+        answer_tokens = sum(prompt.params.max_tokens for prompt in prompts) / len(prompts)
+        fleet = Fleet(topology.prfaas, max(topology.pd, 2), args.link_gbps or UNTHROTTLED_GBPS, profile, profile,
+                      answer_tokens)
+    return Run(args, topology, link, LineConfig(args.link_gbps, args.rtt_ms, weather), prompts, fleet)

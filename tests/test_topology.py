@@ -1,0 +1,85 @@
+"""A run's processes: what a topology may be, who lives where, and which mistakes of a command line get one line."""
+
+import json
+
+import pytest
+
+from minprfaas.cluster.launch import StoreAddress
+from minprfaas.cluster.topology import Topology
+from minprfaas.commands.cluster import main
+from minprfaas.config import Role
+from minprfaas.errors import UserError
+
+
+def roles(topology):
+    return {part: role for place in topology.places() for part, role in place.roles.items()}
+
+
+def test_the_front_end_is_rank_0_and_every_node_has_a_process_of_its_own():
+    places = Topology.parse("prfaas=2,pd=3", split=1).places()
+    assert [place.name for place in places] == ["front", "prfaas-0", "prfaas-1", "pd-0", "pd-1", "pd-2"]
+    assert [place.site for place in places] == ["pd", "prfaas", "prfaas", "pd", "pd", "pd"]
+    assert [place.parts for place in places] == [[place.name] for place in places]
+    assert [place.has_front for place in places] == [True] + [False] * 5
+
+
+@pytest.mark.parametrize("split, prefill", [(None, 1), (0, 0), (1, 1), (2, 2)])
+def test_split_says_how_many_pd_nodes_begin_as_prefill_nodes(split, prefill):
+    found = [role for role in roles(Topology(1, 3, split)).values() if role is not Role.PRFAAS]
+    assert found == [Role.PDP] * prefill + [Role.PDD] * (3 - prefill)
+
+
+def test_a_single_pd_node_plays_both_roles_unless_it_is_told_to_decode():
+    assert roles(Topology(1, 1)) == {"prfaas-0": Role.PRFAAS, "pd-0/pdp": Role.PDP, "pd-0/pdd": Role.PDD}
+    assert roles(Topology(1, 1, split=0)) == {"prfaas-0": Role.PRFAAS, "pd-0": Role.PDD}
+
+
+def test_two_datacenters_are_the_smallest_topology_with_the_front_end_beside_the_pd_node():
+    prfaas, pd = Topology(1, 1).two_places()
+    assert prfaas.parts == ["prfaas-0"] and pd.parts == ["front", "pd-0/pdp", "pd-0/pdd"]
+
+
+@pytest.mark.parametrize("text", ["", "prfaas=2", "pd=3", "prfaas=2,pd=3,pd=4", "prfaas=2;pd=3", "prfaas=two,pd=3",
+                                  "prfaas=-1,pd=3", "prfaas=2,pd=٣", "prfaas=1,pd=1,front=1", "=,="])
+def test_what_is_no_topology_is_quoted_with_an_example(text):
+    with pytest.raises(UserError, match="is not like prfaas=2,pd=3"):
+        Topology.parse(text)
+
+
+@pytest.mark.parametrize("text, split, said", [
+    ("prfaas=1,pd=0", None, "pd=0; it must be from 1 to 64"),
+    ("prfaas=65,pd=1", None, "prfaas=65; it must be from 0 to 64"),
+    ("prfaas=1,pd=" + "9" * 5000, None, "pd=999999999"),
+    ("prfaas=1,pd=3", 3, "split is 3; of 3 PD nodes, with 1 PrfaaS nodes, from 0 to 2"),
+    ("prfaas=1,pd=3", -1, "split is -1"),
+    ("prfaas=0,pd=3", 0, "from 1 to 2 can begin as PD-P"),
+])
+def test_a_number_out_of_range_is_named_with_its_limits(text, split, said):
+    with pytest.raises(UserError) as caught:
+        Topology.parse(text, split)
+    assert said in str(caught.value) and len(str(caught.value)) < 200
+
+
+def test_a_store_is_a_host_and_a_port():
+    assert (StoreAddress.parse("host:29500").host, StoreAddress.parse("[::1]:29500").host) == ("host", "::1")
+    for text in ("host", ":29500", "host:", "host:0", "host:65536", "host:" + "9" * 5000):
+        with pytest.raises(UserError, match="must be HOST:PORT"):
+            StoreAddress.parse(text)
+
+
+@pytest.mark.parametrize("change, said", [
+    (["--topology", "prfaas=2"], "is not like"), (["--split", "9"], "split is 9"),
+    (["--node", "pd-0"], "--store says where processes meet that are started apart, by --node or --datacenter; it is"),
+    (["--store", "127.0.0.1:5"], "neither is given"),
+    (["--node", "pd-9", "--store", "127.0.0.1:5"], "node 'pd-9' has no process in topology prfaas=2,pd=3"),
+    (["--node", "pd-0", "--datacenter", "pd", "--store", "127.0.0.1:5"], "exclude each other"),
+    (["--topology", "prfaas=0,pd=2", "--datacenter", "prfaas", "--store", "127.0.0.1:5"], "datacenter prfaas has no"),
+    (["--datacenter", "pd", "--store", "nowhere"], "--store is 'nowhere'"), (["--wait-s", "0"], "--wait-s is 0.0"),
+])
+def test_a_mistake_on_the_command_line_is_named_before_any_process_is_started(monkeypatch, tmp_path, change, said):
+    monkeypatch.delenv("RANK", raising=False)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "x"}))
+    with pytest.raises(UserError) as caught:
+        main(["--prompts", str(prompts), *change])
+    assert said in str(caught.value)
