@@ -15,14 +15,14 @@ from minprfaas.transport import (Fabric, LayerPlan, LinkRestored, MessageReceive
 from minprfaas.transport.pair_group import ALIGN_BYTES, PairGroup, digest
 
 BIG = 50_000  # tokens: hundreds of batches
-places = pytest.mark.parametrize("devices", [("cpu", "cpu"), pytest.param(("cuda:0", "cuda:1"), marks=pytest.mark.gpu)],
-                                 ids=["gloo", "nccl"])
+GPUS = [pytest.param(devices, marks=pytest.mark.gpu) for devices in (("cuda:0", "cuda:1"), ("cuda:0", "cuda:0"))]
+places = pytest.mark.parametrize("devices", [("cpu", "cpu"), *GPUS], ids=["gloo", "nccl", "one gpu"])
 
 
 @pytest.fixture(autouse=True)
 def enough_gpus(request):
-    if "gpu" in request.node.keywords and torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs: NCCL joins no two ranks on one")
+    if "nccl" in request.node.name and torch.cuda.device_count() < 2:
+        pytest.skip("NCCL needs two GPUs")
 
 
 def ask_for(fabric, stream_id, tokens, device="cpu"):

@@ -14,5 +14,5 @@ from minprfaas.transport.wan.monitor import LinkStats
 
 __all__ = ["ArrivalReport", "EmulatedLine", "Event", "EventQueue", "Fabric", "KVTransport", "LayerPlan", "Link",
            "LinkDown", "LinkIdentity", "LinkLost", "LinkRefused", "LinkRestored", "LinkStats", "Loopback",
-           "MessageChannel", "MessageReceived", "SendStream", "Sink", "StreamAborted", "StreamDone", "StreamFailed", "StreamPlan",
-           "StreamReport", "WeatherChange", "load_weather"]
+           "MessageChannel", "MessageReceived", "SendStream", "Sink", "StreamAborted", "StreamDone", "StreamFailed",
+           "StreamPlan", "StreamReport", "WeatherChange", "load_weather"]

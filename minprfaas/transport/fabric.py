@@ -88,6 +88,12 @@ class Fabric:
         """See `MessageChannel.send_message`."""
         self._link.send_message(message)
 
+    def wait_until_lost(self) -> None:
+        """Block until the peer is lost for good, or this side has been closed."""
+        with self._changed:
+            while self._lost is None:
+                self._changed.wait()
+
     def stats(self) -> LinkStats:
         """Of the words that leave."""
         return self._link.stats()

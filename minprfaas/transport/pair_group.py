@@ -85,8 +85,12 @@ class PairGroup:
 
     def __init__(self, store: dist.Store, epoch: int, rank: int, device: torch.device, staging_bytes: int,
                  binding: Binding):
-        """Blocks until the peer does the same. Raises RuntimeError."""
-        self.epoch, self.device = epoch, device
+        """Blocks until the peer does the same. KVCache is on `device`; it is staged there too, and goes by NCCL, if the
+        peer's is on another GPU. On the same one, or on CPUs, it is staged in CPU memory and goes by Gloo. Raises
+        RuntimeError."""
+        store = dist.PrefixStore(str(epoch), store)
+        self.epoch = epoch
+        self.device = device if _is_between_gpus(store, rank, device) else torch.device("cpu")
         self.is_over = False
         self._rank, self._staging_bytes = rank, staging_bytes
         self._transfers: dict[Transfer, None] = {}
@@ -95,8 +99,7 @@ class PairGroup:
         self._received = 0
         self._filling: Batch | None = None
         self._full: deque[Batch] = deque()
-        groups = [_connect(dist.PrefixStore(f"{epoch}/from {sender}", store), rank, device, binding)
-                  for sender in (0, 1)]
+        groups = [_connect(dist.PrefixStore(f"from {sender}", store), rank, self.device, binding) for sender in (0, 1)]
         self._out, self._in = groups[rank], groups[1 - rank]
 
     # Batches: the caller holds the fabric's lock
@@ -173,6 +176,15 @@ class PairGroup:
                     group.recv([scrap], 1 - self._rank, _CUT_TAG).wait(timedelta(milliseconds=1))
             except RuntimeError:
                 pass  # it was broken already, or it is now
+
+
+def _is_between_gpus(store: dist.Store, rank: int, device: torch.device) -> bool:
+    """Whether both sides have a GPU, each its own. NCCL joins no two ranks on one."""
+    here = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else "cpu"
+    store.set(f"place of {rank}", here)
+    PatientStore(store).wait([f"place of {1 - rank}"], timedelta(seconds=CONNECT_S))
+    there = store.get(f"place of {1 - rank}").decode()
+    return "cpu" not in (here, there) and here != there
 
 
 def _connect(store: dist.Store, rank: int, device: torch.device, binding: Binding) -> dist.ProcessGroup:
