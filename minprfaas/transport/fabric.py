@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from minprfaas.config import LinkConfig, StateKind
 from minprfaas.errors import one_line
-from minprfaas.transport.base import (EventQueue, LinkDown, LinkLost, LinkRestored, MessageReceived, Sink,
+from minprfaas.transport.base import (Event, EventQueue, LinkDown, LinkLost, LinkRestored, MessageReceived, Sink,
                                       StreamAborted, StreamPlan)
 from minprfaas.transport.fabric_sending import FabricOutbox, FabricStream
 from minprfaas.transport.pair_group import (CONNECT_S, IN_BUFFERS, STAGING_BYTES, PairGroup, Transfer, digest,
@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 DEADLINE_S = 10.0  # of one operation; it takes about a millisecond
 TICK_S = 0.1
 PAUSE_S = 0.5  # between two epochs
+CLOSING_S = 5.0
 
 
 class Fabric:
@@ -60,8 +61,11 @@ class Fabric:
         self._store, self._binding = store.clone(), choose_binding(store)
         self._store.set_timeout(timedelta(seconds=CONNECT_S))
         self._outbox = FabricOutbox(name, self._say, config.timeout_s)
-        self._expected = ExpectedStreams(self.events)
+        on_gpu = self.device.type == "cuda"  # streams of our own, beside the model's and before it
+        self._streams = [torch.cuda.Stream(self.device, priority=-1) if on_gpu else None for _ in range(2)]
+        self._expected = ExpectedStreams(_AfterWrites(self.events, self._streams[1]) if on_gpu else self.events)
         self._lost: str | None = None
+        self._threads: list[threading.Thread] = []
 
         self._changed = threading.Condition()  # guards the epoch
         self._epoch = 0  # 0 between two
@@ -73,7 +77,7 @@ class Fabric:
         """Meet the peer and begin the first epoch. Raises LinkRefused, or LinkDown when `deadline_s` passes."""
         until_s = time.monotonic() + deadline_s
         self._link.connect(deadline_s)
-        threading.Thread(target=self._listen, name=f"{self.name} words", daemon=True).start()
+        self._start("words", self._listen)
         with self._changed:
             while self._group is None:
                 if self._lost is not None or not self._changed.wait(max(0.0, until_s - time.monotonic())):
@@ -104,22 +108,26 @@ class Fabric:
         return self._outbox.open(plan, self._staging_bytes)
 
     def expect(self, plan: StreamPlan, sink: Sink) -> None:
-        """See `KVTransport.expect`. On a GPU, the sink's kernels have run before its stream is reported as done."""
+        """See `KVTransport.expect`."""
         self._check(plan)
-
-        def sink_to_the_end(layer: int, start: int, end: int, data: torch.Tensor) -> None:
-            sink(layer, start, end, data)
-            torch.cuda.current_stream(self.device).synchronize()
-
-        self._expected.expect(plan, sink_to_the_end if self.device.type == "cuda" else sink)
+        self._expected.expect(plan, sink)
 
     def forget(self, stream_id: int) -> int | None:
         """See `KVTransport.forget`."""
-        return self._expected.forget(stream_id)
+        arrived_end = self._expected.forget(stream_id)
+        if self._streams[1] is not None:
+            self._streams[1].synchronize()  # what the sink has queued has been written too
+        return arrived_end
 
     def close(self) -> None:
         """Say goodbye and end; the peer's fabric is lost at once."""
         self._link.close()  # its LinkLost ends the rest
+        until_s = time.monotonic() + CLOSING_S
+        while time.monotonic() < until_s:  # a thread that is in C++ when its process ends makes that end by a signal
+            alive = [thread for thread in self._threads if thread.is_alive()]
+            if not alive:
+                return
+            alive[-1].join(max(0.0, until_s - time.monotonic()))  # the oldest; it may start another
 
     def _check(self, plan: StreamPlan) -> None:
         for entry in plan.entries:
@@ -189,7 +197,7 @@ class Fabric:
         with self._changed:
             self._epoch, self._due_at_s = epoch, time.monotonic() + CONNECT_S
             self._announced = queue.SimpleQueue()  # before the groups: the peer may join first, and announce
-        self._start(epoch, "joins", lambda: self._join(epoch))
+        self._start("joins", self._in_epoch, epoch, None, lambda: self._join(epoch))
 
     def _join(self, epoch: int) -> None:
         store = dist.PrefixStore(f"{self.name}/fabric", self._store.clone())
@@ -201,20 +209,24 @@ class Fabric:
                 self._changed.notify_all()
         if is_late:
             return group.abort()
-        self._start(epoch, "sends", lambda: self._outbox.send_batches(group))
-        self._start(epoch, "receives", lambda: self._receive_batches(group, announced))
+        sends, receives = self._streams
+        self._start("sends", self._in_epoch, epoch, sends, lambda: self._outbox.send_batches(group))
+        self._start("receives", self._in_epoch, epoch, receives, lambda: self._receive_batches(group, announced))
 
-    def _start(self, epoch: int, what: str, work: Callable[[], None]) -> None:
-        def run() -> None:
-            try:
-                if self.device.type == "cuda":
-                    torch.cuda.set_device(self.device)
-                    torch.cuda.set_stream(torch.cuda.Stream(self.device, priority=-1))  # beside the model's
+    def _in_epoch(self, epoch: int, stream: torch.cuda.Stream | None, work: Callable[[], None]) -> None:
+        try:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            with torch.cuda.stream(stream):  # None: where this thread is anyway
                 work()
-            except Exception as error:  # whatever it is, the epoch is over
-                self._end_epoch(epoch, one_line(error))
+        except Exception as error:  # whatever it is, the epoch is over
+            self._end_epoch(epoch, one_line(error))
 
-        threading.Thread(target=run, name=f"{self.name} epoch {epoch} {what}", daemon=True).start()
+    def _start(self, what: str, work: Callable[..., None], *arguments) -> None:
+        thread = threading.Thread(target=work, args=arguments, name=f"{self.name} {what}", daemon=True)
+        with self._changed:
+            thread.start()
+            self._threads = [thread, *(other for other in self._threads if other.is_alive())]
 
     def _end_epoch(self, epoch: int, reason: str) -> None:
         """Every stream fails, then the groups are aborted. Harmless when it is over."""
@@ -232,7 +244,7 @@ class Fabric:
         self._outbox.end_epoch(reason, is_lost=self._lost is not None)
         self._say("ended", epoch=epoch, reason=reason)
         if group is not None:
-            group.abort()
+            self._start("aborts", group.abort)  # which may take its time
 
     # Receiving
 
@@ -266,3 +278,14 @@ class Fabric:
                 self._expected.fail(stream_id, str(error))
                 refused.append(stream_id)
         self._say("written", epoch=group.epoch, number=fields["number"], refused=refused)
+
+
+class _AfterWrites:
+    """A queue of events that lets one in when everything which sinks have queued on their CUDA stream has run."""
+
+    def __init__(self, events: EventQueue, stream: torch.cuda.Stream):
+        self._events, self._stream = events, stream
+
+    def put(self, event: Event) -> None:
+        self._stream.synchronize()
+        self._events.put(event)

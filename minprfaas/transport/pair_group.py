@@ -6,7 +6,6 @@ in which one thread sends and one receives: neither direction can wait for the o
 """
 
 import os
-import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -163,10 +162,7 @@ class PairGroup:
         return max([now - transfer.began_at_s for transfer in list(self._transfers)], default=0.0)
 
     def abort(self) -> None:
-        """Break every operation of this group, here and at the peer. Returns at once: breaking may take its time."""
-        threading.Thread(target=self._abort, name=f"epoch {self.epoch} abort", daemon=True).start()
-
-    def _abort(self) -> None:
+        """Break every operation of this group, here and at the peer."""
         for group in (self._out, self._in):
             try:
                 if self.device.type == "cuda":

@@ -1,0 +1,197 @@
+"""Can the KVCache of a real prefill leave its datacenter? A dense and a hybrid model, over lines of 1, 10, 100 Gbps.
+
+    python scripts/bench.py figure_1                        the embedded model twice, on two cores
+    python scripts/bench.py figure_1 --device cuda --models DENSE HYBRID      GPU 0 to GPU 1
+
+What the paper's figure 1 draws, run: one process prefills and ships each layer while the next one computes, the other
+one writes what arrives into its blocks. The lines are emulated; the link under them is real. Chapters 00, 08.
+"""
+
+import argparse
+import queue
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from benches.link import IDENTITY, in_two_processes
+from minprfaas.cluster.kv_receive import KVReceive
+from minprfaas.cluster.kv_send import KVSend
+from minprfaas.cluster.stream_plans import stream_plan
+from minprfaas.config import LineConfig, LinkConfig
+from minprfaas.engine.engine import Engine
+from minprfaas.engine.generate import pool_for
+from minprfaas.engine.sampling import SamplingParams
+from minprfaas.model.checkpoint import EMBEDDED, load
+from minprfaas.observe.report import human_bytes, table
+from minprfaas.transport import (EmulatedLine, KVTransport, Link, MessageReceived, StreamDone, StreamPlan,
+                                 StreamReport)
+
+DEADLINE_S = 120.0
+RTT_MS = 20.0
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python scripts/bench.py figure_1", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--models", nargs="+", metavar="DIR", default=[str(EMBEDDED)])
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768])
+    parser.add_argument("--gbps", type=float, nargs="+", default=[1.0, 10.0, 100.0])
+    parser.add_argument("--prefill-chunk", type=int, default=1024)
+    args = parser.parse_args(argv)
+    steps = len(args.models) * len(args.tokens) * (1 + len(args.gbps))
+    found = in_two_processes(_measure, args, steps=steps)
+    rows = []
+    for model in args.models:
+        for tokens in args.tokens:
+            alone, *shipped = [row for row in found if (row["model"], row["tokens"]) == (model, tokens)]
+            throughput = alone["kv_bytes"] * 8e-9 / alone["prefill_s"]
+            there = [f"{row['arrived_s']:.3f} s ({row['arrived_s'] / alone['prefill_s']:.2f}x)" for row in shipped]
+            rows.append([Path(model).name, tokens, human_bytes(alone["kv_bytes"]), f"{alone['prefill_s']:.3f} s",
+                         f"{throughput:.2f}", *there])
+    lines = [f"there over {gbps:g} Gbps" for gbps in args.gbps]
+    print(table(["model", "tokens", "KVCache", "prefill", "KV Gbps (eq. 1)", *lines], rows))
+    print(f"""
+  {args.dtype}, {args.device}, {args.prefill_chunk} tokens a prefill chunk. The lines and their round trip of
+  {RTT_MS:g} ms are emulated; the link over them is real, and may be slower than its line.
+  prefill: nothing shipped. there: from the beginning of the prefill until the last byte is in its block in the other
+  process, and that as a multiple of the prefill: about 1 where the transfer hides behind it.""")
+    return 0
+
+
+def _measure(rank, store, report, args) -> None:
+    for model in args.models:
+        node = KVNode(model, f"cuda:{rank}" if args.device == "cuda" else "cpu", args.dtype, max(args.tokens),
+                      args.prefill_chunk)
+        node.prefill(node.plan(0, min(args.tokens)), None)  # warms up
+        for tokens in args.tokens:
+            plan = node.plan(1, tokens)
+            if rank == 0:
+                alone = node.prefill(plan, None)
+                report({"model": model, "tokens": tokens, "kv_bytes": plan.total_bytes, "prefill_s": alone.prefill_s})
+            for gbps in args.gbps:
+                row = {"model": model, "tokens": tokens}
+                _ship_over_a_line(rank, store, args, node, plan, gbps, row)
+                if rank == 0:
+                    report(row)
+        del node
+
+
+def _ship_over_a_line(rank, store, args, node: "KVNode", plan: StreamPlan, gbps: float, row: dict) -> None:
+    sizes = dict(chunk_bytes=4 * 2**20, max_inflight_bytes=256 * 2**20) if args.device == "cuda" else {}
+    link = Link(f"{row['model']} {plan.end} {gbps}", store, rank, LinkConfig(lanes=8, **sizes), IDENTITY,
+                EmulatedLine(LineConfig(gbps, RTT_MS)))
+    link.connect(DEADLINE_S)
+    if rank == 0:
+        shipped, arrived_at_s = node.send_and_compare(plan, link)
+        row["arrived_s"] = arrived_at_s - shipped.ended_at_s + shipped.prefill_s
+    else:
+        node.receive(plan, link)
+    link.close()
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """One prefill, whose state left during it (`report`), or did not (None)."""
+
+    prefill_s: float
+    ended_at_s: float
+    report: StreamReport | None
+
+
+class KVNode:
+    """Ships what it prefills, or receives what the other one does. Nothing is cached between two prompts."""
+
+    def __init__(self, model_dir: str | None, device: str, dtype: str, max_tokens: int, prefill_chunk: int):
+        model, tokenizer = load(model_dir, getattr(torch, dtype), device)
+        cache = replace(pool_for(model, [max_tokens + 1]), prefix_cache=False)
+        self.engine = Engine(model, tokenizer, cache, prefill_chunk, max_batch=1)
+        self._threads = ThreadPoolExecutor(1)
+
+    def plan(self, stream_id: int, tokens: int) -> StreamPlan:
+        """Everything of a prompt of so many tokens."""
+        return stream_plan(self.engine.layout, stream_id, 0, tokens)
+
+    def prefill(self, plan: StreamPlan, transport: KVTransport | None, overlap: bool = True) -> Shipped:
+        """Prefill a random prompt and ship its state, layer by layer while it is computed, or when all is there."""
+        engine, sends = self.engine, []
+        request = self._request(plan)
+        engine.add(request)
+
+        def ship(request, layer, start, end):
+            if not sends:
+                sends.append(KVSend(engine.kvcache, transport, plan, request.cache.block_tables, self._threads,
+                                    DEADLINE_S, overlap))
+            sends[0].ready(layer, end)
+
+        began_s = time.monotonic()
+        while engine.has_work:
+            engine.step(on_kv=ship if transport is not None else None)
+        if engine.model.device.type == "cuda":
+            torch.cuda.current_stream(engine.model.device).synchronize()
+        ended_s = time.monotonic()
+        report = None
+        if sends:
+            sends[0].finish()
+            report = sends[0].outcome.result(DEADLINE_S)
+        self._sums = self._checksums(request.cache.block_tables, plan)
+        engine.release(request)
+        return Shipped(ended_s - began_s, ended_s, report)
+
+    def send_and_compare(self, plan: StreamPlan, transport, overlap: bool = True) -> tuple[Shipped, float]:
+        """`prefill` for the other end's `receive`; also when the last byte was in its block. SystemExit when what
+        arrived is not what left."""
+        hear(transport, "ready")
+        shipped = self.prefill(plan, transport, overlap)
+        arrived = hear(transport, "arrived")
+        if arrived["sums"] != self._sums:
+            raise SystemExit(f"stream {plan.stream_id}: what arrived is not what was sent")
+        return shipped, arrived["at_s"]
+
+    def receive(self, plan: StreamPlan, transport) -> None:
+        """The other end of `send_and_compare`."""
+        request = self._request(plan)
+        if not self.engine.reserve_remote(request):
+            raise SystemExit("no room for the prompt")
+        tables = request.cache.block_tables
+        KVReceive(self.engine.kvcache, transport, plan, tables)
+        transport.send_message({"kind": "ready"})
+        event = next_event(transport)
+        arrived_at_s = time.monotonic()  # of this host, and so of both processes
+        if not isinstance(event, StreamDone):
+            raise SystemExit(f"the receiver met {event}")
+        transport.send_message({"kind": "arrived", "at_s": arrived_at_s,
+                                "sums": self._checksums(tables, plan)})
+        self.engine.unreserve_remote(request)
+
+    def _request(self, plan: StreamPlan):
+        prompt = torch.randint(0, self.engine.model.config.vocab_size, (plan.end,)).tolist()
+        return self.engine.request(str(plan.stream_id), prompt, SamplingParams(max_tokens=1), prefill_only=True)
+
+    def _checksums(self, tables, plan: StreamPlan) -> list[int]:
+        """Of each layer's bytes, weighted by their places."""
+        sums = []
+        for layer, group in enumerate(self.engine.layout.group_of_layer):
+            data = self.engine.kvcache.pool.read_bytes(layer, tables[group.index], 0, plan.end).reshape(-1)
+            weights = torch.arange(len(data), device=data.device) % 251 + 1
+            sums.append(int((data * weights).sum()))
+        return sums
+
+
+def next_event(transport, deadline_s: float = DEADLINE_S):
+    """What the transport tells next. SystemExit when it tells nothing."""
+    try:
+        return transport.events.get(timeout=deadline_s)
+    except queue.Empty:
+        raise SystemExit(f"nothing happened for {deadline_s:g} s") from None
+
+
+def hear(transport, kind: str) -> dict:
+    """The other end's next message, which must be of this kind."""
+    event = next_event(transport)
+    if not isinstance(event, MessageReceived) or event.message["kind"] != kind:
+        raise SystemExit(f"expected {kind}, got {event}")
+    return event.message
