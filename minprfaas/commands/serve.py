@@ -35,19 +35,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--prefill-chunk", type=int, default=512, metavar="TOKENS", help="tokens of a prefill chunk: "
                         "as long as one takes, nobody else gets a token (512)")
-    parser.add_argument("--block-tokens", type=int, default=64, metavar="TOKENS", help="tokens of a KVCache block (64)")
-    parser.add_argument("--pool-blocks", type=int, metavar="N", help="blocks of either pool, for prefill and for decode "
+    parser.add_argument("--block-tokens", type=int, default=64, metavar="N", help="tokens of a KVCache block (64)")
+    parser.add_argument("--pool-blocks", type=int, metavar="N", help="blocks of either pool, for prefill and decode "
                         f"(default: room for {FULL_CONTEXTS} contexts, at most 1 GiB)")
 
 
 def add_http_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of whatever serves HTTP."""
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; whoever reaches it may use the model "
-                        "(127.0.0.1)")
-    parser.add_argument("--max-requests", type=int, default=256, metavar="N", help="requests that are answered at once; "
-                        "one more is told to come again (256)")
-    parser.add_argument("--drain-s", type=float, default=30.0, metavar="S", help="seconds that requests get to end once "
-                        "the server is told to (30)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; whoever reaches it may use the "
+                        "model (127.0.0.1)")
+    parser.add_argument("--max-requests", type=int, default=256, metavar="N", help="requests that are answered at "
+                        "once; one more is told to come again (256)")
+    parser.add_argument("--drain-s", type=float, default=30.0, metavar="S", help="seconds that requests get to end "
+                        "once the server is told to (30)")
     parser.add_argument("--chat-template", choices=sorted(MARKS), help="for a model whose own is missing or unknown")
 
 
@@ -64,8 +64,9 @@ def run(args: argparse.Namespace) -> int:
     process = one_process(args, model, tokenizer)
     service = Service(served, listener, args.max_requests, process.node.mail.events)
     pool = process.decode.engine.kvcache.pool
-    print(f"serving {served.name} at http://{_shown(args.host)}:{service.port}/v1, {args.max_requests} requests at once, "
-          f"two pools of {human_bytes(pool.bytes.nbytes)}; Ctrl-C ends it", flush=True)
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    print(f"serving {served.name} at http://{host}:{service.port}/v1, {args.max_requests} requests at once, two pools "
+          f"of {human_bytes(pool.bytes.nbytes)}; Ctrl-C ends it", flush=True)
 
     def step() -> list:
         process.node.step()
@@ -94,7 +95,3 @@ def one_process(args: argparse.Namespace, model, tokenizer) -> Process:
         engines.append(Engine(model, tokenizer, cache, args.prefill_chunk))
     plane = ControlPlane(control_settings(0, None, engines[0].layout))
     return pd_process(*engines, {}, queue.SimpleQueue(), plane, DEADLINE_S)
-
-
-def _shown(host: str) -> str:
-    return f"[{host}]" if ":" in host else host

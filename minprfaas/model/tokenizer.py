@@ -109,7 +109,7 @@ _quiet_stderr = _QuietStderr()
 
 @contextmanager
 def _mistakes_as_one_line(what: str) -> Iterator[None]:
-    """Whatever the library raises becomes a UserError, and the page that it writes to stderr in a panic goes nowhere."""
+    """Whatever the library raises becomes a UserError; the page that it writes to stderr in a panic goes nowhere."""
     try:
         with _quiet_stderr:
             yield

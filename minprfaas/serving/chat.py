@@ -1,7 +1,7 @@
 """From a chat's messages to a prompt, for the chat templates that are known by heart. Chapter 13.
 
-A checkpoint's template is a program in Jinja, which takes a template engine to run. Here the whole text of a template is
-recognised, or it is refused: one that is merely similar might put a token elsewhere, and the answers would be worse
+A checkpoint's template is a program in Jinja, which takes a template engine to run. Here the whole text of a template
+is recognised, or it is refused: one that is merely similar might put a token elsewhere, and the answers would be worse
 without anybody seeing why. `--chat-template` names one for a checkpoint that has none.
 """
 
@@ -37,7 +37,8 @@ class ChatTemplate:
             turns = _with_thoughts_of_the_last_answer_only(turns)
         elif self.system is not None and turns[0][0] != "system":
             turns = [("system", self.system), *turns]
-        return "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns) + "<|im_start|>assistant\n"
+        said = [f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns]
+        return "".join(said) + "<|im_start|>assistant\n"
 
 
 def find_template(directory: Path, tokenizer: Tokenizer, named: str | None = None) -> ChatTemplate | str:
@@ -59,8 +60,8 @@ def find_template(directory: Path, tokenizer: Tokenizer, named: str | None = Non
     return replace(template, bos=bos)
 
 
-# By the SHA-256 of the template's text, its ends stripped and its line ends written as \\n: a file may spell those in its
-# string literals either way.
+# By the SHA-256 of the template's text, its ends stripped and its line ends written as \\n: a file may spell those in
+# its string literals either way.
 KNOWN = {
     "fcf7a096fe99a48fd9ad2b250bf9237e96e8f48bffec1c7ea4d3f225176cd40e": ChatTemplate("chatml"),
     "d7b5b8c7b58f7a6bf868aa46a5f73ee976d7292f40fcb9c3e7a1defd8d235cfb": ChatTemplate("chatml"),  # asks what is defined

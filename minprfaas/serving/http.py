@@ -257,7 +257,7 @@ class Connection:
         return True
 
     async def _until_hung_up(self) -> None:
-        """Keeps what a client sends ahead of its time; returns when it hangs up, or sends more than a request's worth."""
+        """Keeps what a client sends ahead of its time; returns when it hangs up, or sends far more than a head."""
         while len(self._unread) <= self._limits.head_bytes + READ_BYTES:
             try:
                 data = await self._reader.read(READ_BYTES)
@@ -274,7 +274,8 @@ class Connection:
                 raise HttpError(404, f"there is no {request.path[:200]}", code="unknown_url")
             if request.method not in methods:
                 allowed = ", ".join(methods)
-                raise HttpError(405, f"{request.path} takes {allowed}, not {request.method}", headers={"Allow": allowed})
+                message = f"{request.path} takes {allowed}, not {request.method}"
+                raise HttpError(405, message, headers={"Allow": allowed})
             await methods[request.method](request, reply)
         except HttpError as error:
             await reply.fail(error)

@@ -22,7 +22,7 @@ HELP = {
     "cached_tokens_total": ("counter", "Of these, tokens that the prefill node had in its cache."),
     "output_tokens_total": ("counter", "Tokens of the answers of requests that have ended."),
     "kv_bytes_total": ("counter", "KVCache that crossed from the PrfaaS cluster, in bytes."),
-    "ttft_seconds": ("histogram", "Time to first token and its parts, in seconds; the part ttft is the sum of the others."),
+    "ttft_seconds": ("histogram", "Time to first token, in seconds, and its parts, which add up to the part ttft."),
     "http_responses_total": ("counter", "HTTP responses, by path and status."),
     "requests_waiting": ("gauge", "Requests without a first token."),
     "requests_decoding": ("gauge", "Requests with a first token and without their last."),

@@ -136,7 +136,8 @@ def _sampling(raw: dict, max_tokens: int) -> SamplingParams:
         values["max_tokens"] = raw["max_completion_tokens"]
     stop = values.get("stop", [])
     stops = [stop] if isinstance(stop, str) else stop
-    if not isinstance(stops, list) or len(stops) > MAX_STOPS or any(len(str(one)) > MAX_STOP_CHARACTERS for one in stops):
+    is_short = isinstance(stops, list) and len(stops) <= MAX_STOPS
+    if not is_short or any(len(str(one)) > MAX_STOP_CHARACTERS for one in stops):
         raise UserError(f"stop is {shown(stop)}; it must be at most {MAX_STOPS} strings of at most "
                         f"{MAX_STOP_CHARACTERS} characters")
     return SamplingParams(**{**values, "stop": tuple(stops)})

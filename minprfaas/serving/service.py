@@ -25,8 +25,9 @@ PEER_IS_GONE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 lets the system choose. UserError when it cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024)
+        return socket.create_server((host, port), family=family, backlog=1024)
     except (OSError, OverflowError) as error:
         raise UserError(f"cannot listen on {host} port {port}: {getattr(error, 'strerror', None) or error}") from None
 
