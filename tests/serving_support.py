@@ -12,7 +12,6 @@ from minprfaas.config import CacheConfig
 from minprfaas.engine.engine import Engine
 from minprfaas.errors import RequestError
 from minprfaas.scheduling.control import ControlPlane
-from minprfaas.serving.http import Limits
 from minprfaas.serving.openai import Served
 from minprfaas.serving.service import Service, listen
 
@@ -23,7 +22,7 @@ HOST = "127.0.0.1"
 class House:
     """`step` is the loop's, to be called by one thread at a time: by the test, or inside `running` by a thread."""
 
-    def __init__(self, model, tokenizer, directory, capacity=64, pool=400, limits=Limits(), chat_template=None,
+    def __init__(self, model, tokenizer, directory, capacity=64, pool=400, limits=None, chat_template=None,
                  prefill_chunk=48, starts=True):
         engines = [Engine(model, tokenizer, CacheConfig(pool, 16), prefill_chunk) for _ in range(2)]
         plane = ControlPlane(control_settings(0, None, engines[0].layout))

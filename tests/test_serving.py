@@ -198,7 +198,7 @@ def test_a_client_that_hangs_up_frees_both_sides(still_house, stage, leave):
 
 
 def test_a_client_that_does_not_read_its_answer_is_given_up(hybrid, checkpoints):
-    with house(*hybrid, checkpoints["kimi_linear"], limits=Limits(stall_s=0.3)) as one:
+    with house(*hybrid, checkpoints["kimi_linear"], limits=Limits(9, stall_s=0.3)) as one:
         connection = socket.socket()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         connection.connect(("127.0.0.1", one.port))
@@ -223,7 +223,7 @@ def wait_until(condition):
 @pytest.mark.parametrize("sent, answer", [
     (b"", b""), (b"GET / HT", b"HTTP/1.1 408 "), (request_bytes(COMPLETIONS, b"{" + b" " * 50)[:-20], b"HTTP/1.1 408 ")])
 def test_a_request_that_does_not_come_to_its_end_is_given_up(hybrid, checkpoints, sent, answer):
-    limits = Limits(idle_s=0.2, head_s=0.2, body_s=0.2, linger_s=0.2)
+    limits = Limits(9, idle_s=0.2, head_s=0.2, body_s=0.2, linger_s=0.2)
     with house(*hybrid, checkpoints["kimi_linear"], limits=limits) as one, connect(one.port) as connection:
         connection.sendall(sent)
         assert connection.makefile("rb").read(13) == answer
@@ -247,7 +247,7 @@ def test_a_full_house_says_when_to_come_again(still_house, hybrid):
 
 
 def test_more_connections_than_the_house_takes_are_turned_away(hybrid, checkpoints):
-    with house(*hybrid, checkpoints["kimi_linear"], limits=Limits(connections=2, linger_s=0.2)) as one:
+    with house(*hybrid, checkpoints["kimi_linear"], limits=Limits(2, linger_s=0.2)) as one:
         with connect(one.port) as first, connect(one.port):
             first.sendall(request_bytes("/v1/models"))
             assert Response(first).status == 200
@@ -325,7 +325,7 @@ def test_a_client_that_is_refused_while_it_still_sends_can_read_why(open_house):
 
 def test_300_malformed_requests_leave_a_server_that_answers(hybrid, checkpoints, capfd):
     draw, good = random.Random(0), post(max_tokens=2, temperature=0.5, stop=["x"], stream=True)
-    limits = Limits(idle_s=0.5, head_s=0.5, body_s=0.5, linger_s=0.1)
+    limits = Limits(400, head_s=0.5, body_s=0.5, linger_s=0.1)
     statuses = Counter()
     with house(*hybrid, checkpoints["kimi_linear"], limits=limits, capacity=300) as one, one.running():
         connections = [(connect(one.port), spoiled(draw, good, number % 3)) for number in range(300)]

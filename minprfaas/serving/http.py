@@ -28,7 +28,7 @@ _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # a method or a header's na
 class Limits:
     """What one client may take of the house."""
 
-    connections: int = 600
+    connections: int
     head_bytes: int = 16 * 1024
     body_bytes: int = 8 * 2**20
     bodies_bytes: int = 64 * 2**20  # of all connections together

@@ -18,6 +18,7 @@ from minprfaas.serving.metrics import Metrics
 from minprfaas.serving.openai import Served
 from minprfaas.transport.base import EventQueue
 
+SPARE_CONNECTIONS = 64  # beside two a request: of clients that wait, and of who asks how things stand
 END_S = 5.0  # that connections get to send what they have, once every request has ended
 # After 30 s of silence three probes, 10 s apart; what is sent must be acknowledged within 30 s.
 PEER_IS_GONE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 30_000}
@@ -36,13 +37,14 @@ class Service:
     """HTTP in a thread of its own. `events` is what the node's loop waits for, `capacity` the door's."""
 
     def __init__(self, served: Served, listener: socket.socket, capacity: int, events: EventQueue,
-                 limits: Limits = Limits(), clock: Callable[[], float] = time.monotonic):
+                 limits: Limits | None = None, clock: Callable[[], float] = time.monotonic):
         self.door = Door(capacity, Metrics(), events, clock)
         self.port = listener.getsockname()[1]
         self._api = Api(served, self.door, clock)
-        self._listener, self._limits = listener, limits
+        self._listener = listener
+        self._limits = limits or Limits(connections=2 * capacity + SPARE_CONNECTIONS)
         self._connections: dict[asyncio.Task, Connection] = {}
-        self._bodies = BodyBudget(limits.bodies_bytes)
+        self._bodies = BodyBudget(self._limits.bodies_bytes)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="http", daemon=True)
         self._has_begun, self._refusing, self._ending = threading.Event(), asyncio.Event(), asyncio.Event()
