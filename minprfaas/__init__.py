@@ -17,7 +17,7 @@ _HOMES = {
     "load": "minprfaas.model.checkpoint",
     "generate": "minprfaas.engine.generate",
     "SamplingParams": "minprfaas.engine.sampling",
-    "RequestOutput": "minprfaas.engine.request",
+    "RequestOutput": "minprfaas.engine.generate",
     "UserError": "minprfaas.errors",
     "RequestError": "minprfaas.errors",
 }

@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable
 
 from minprfaas.config import CacheConfig
+from minprfaas.engine.fast_runner import runner_for
 from minprfaas.engine.request import KVListener, Request, Status, TokenUpdate
-from minprfaas.engine.runner import Runner
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.engine.scheduler import PrefillChunk, Scheduler
 from minprfaas.engine.text import StreamedText
@@ -38,7 +38,8 @@ class Engine:
     spans of the timeline are `clock()` seconds."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, cache: CacheConfig, prefill_chunk: int = 1024,
-                 max_batch: int = 64, clock: Callable[[], float] = time.monotonic, timeline: Timeline | None = None):
+                 max_batch: int = 64, clock: Callable[[], float] = time.monotonic, timeline: Timeline | None = None,
+                 fast: bool | None = None):
         self.model, self.tokenizer, self.clock, self.timeline = model, tokenizer, clock, timeline
         self.layout = model_layout(model, cache.block_tokens)
         self.kvcache = KVCacheManager(self.layout, cache, model.device, root=model.fingerprint)
@@ -46,7 +47,7 @@ class Engine:
         # The scheduler's own queues, to look at.
         self.waiting, self.prefilling = self.scheduler.waiting, self.scheduler.prefilling
         self.running = self.scheduler.running
-        self.runner = Runner(model, self.kvcache, clock, timeline)
+        self.runner = runner_for(model, self.kvcache, clock, timeline, fast)
         self._texts: dict[Request, StreamedText] = {}
 
     # What callers use

@@ -1,6 +1,7 @@
 """The single-process reference: prompts in, answers out. Everything distributed is held against this. Chapter 04."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
@@ -8,7 +9,7 @@ from tqdm import tqdm
 from minprfaas.config import CacheConfig
 from minprfaas.engine.engine import Engine, model_layout, token_ids_of
 from minprfaas.engine.prompts import Prompt
-from minprfaas.engine.request import Request, RequestOutput, TokenUpdate
+from minprfaas.engine.request import Request, TokenUpdate
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import UserError
 from minprfaas.model.state import ContiguousState
@@ -16,6 +17,30 @@ from minprfaas.model.tokenizer import Tokenizer
 from minprfaas.model.transformer import Transformer
 
 OnToken = Callable[[TokenUpdate], None]
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A finished answer (see `Request`); `token_ids` includes the ending token."""
+
+    id: str
+    prompt_tokens: int
+    cached_tokens: int
+    token_ids: list[int]
+    text: str
+    finish_reason: str
+    length_limit: str | None
+    ttft_s: float
+    decode_tokens_per_s: float
+
+    @staticmethod
+    def of(request: Request) -> "RequestOutput":
+        """The output of a finished request."""
+        token_ids, decode_s = request.output_ids, request.finished_at_s - request.first_token_at_s
+        return RequestOutput(
+            request.id, request.prompt_tokens, request.cached_tokens, token_ids, request.text, request.finish_reason,
+            request.length_limit, ttft_s=request.first_token_at_s - request.arrived_at_s,
+            decode_tokens_per_s=(len(token_ids) - 1) / decode_s if decode_s > 0 else 0.0)
 
 
 def generate(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str | list[int]],

@@ -59,30 +59,6 @@ KVListener = Callable[[Request, int, int, int], None]  # (request, layer, start,
 
 
 @dataclass(frozen=True)
-class RequestOutput:
-    """A finished answer (see `Request`); `token_ids` includes the ending token."""
-
-    id: str
-    prompt_tokens: int
-    cached_tokens: int
-    token_ids: list[int]
-    text: str
-    finish_reason: str
-    length_limit: str | None
-    ttft_s: float
-    decode_tokens_per_s: float
-
-    @staticmethod
-    def of(request: Request) -> "RequestOutput":
-        """The output of a finished request."""
-        token_ids, decode_s = request.output_ids, request.finished_at_s - request.first_token_at_s
-        return RequestOutput(
-            request.id, request.prompt_tokens, request.cached_tokens, token_ids, request.text, request.finish_reason,
-            request.length_limit, ttft_s=request.first_token_at_s - request.arrived_at_s,
-            decode_tokens_per_s=(len(token_ids) - 1) / decode_s if decode_s > 0 else 0.0)
-
-
-@dataclass(frozen=True)
 class TokenUpdate:
     """One new token of a request, and the text that it made certain (empty while a stop string could still begin)."""
 

@@ -1,7 +1,7 @@
 """Every tensor of the engine: the forward pass of a prefill chunk or of a decode batch, and the draw. Chapter 04.
 
-This is the eager path, the reference; a faster one (captured graphs, kernels that read pages) takes its place behind
-the same two methods and is held against it.
+This is the eager path, the reference; the faster one of `fast_runner.py` takes its place behind the same two methods
+and is held against it.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from minprfaas.engine.request import KVListener, Request
-from minprfaas.engine.sampling import sample
+from minprfaas.engine.sampling import sample, sample_batch
 from minprfaas.engine.scheduler import PrefillChunk
 from minprfaas.kvcache.manager import KVCacheManager
 from minprfaas.model.spec import OnLayer
@@ -43,15 +43,16 @@ class Runner:
         began_at_s = self.clock()
         last_tokens = torch.tensor([[request.token_ids[-1]] for request in batch], device=self.model.device)
         logits = self.model(last_tokens, self.kvcache.state([request.cache for request in batch]))[:, -1]
-        greedy = logits.argmax(dim=-1).tolist()  # one transfer from the device for all rows, not one a row
-        tokens = []
-        for row, request in enumerate(batch):
-            self.kvcache.advance(request.cache, request.token_ids)
-            is_greedy = request.params.temperature == 0
-            tokens.append(greedy[row] if is_greedy else sample(logits[row], request.params, len(request.output_ids)))
+        tokens = self._finish_step(batch, logits, logits.argmax(dim=-1))
         if self.timeline is not None:
             self.timeline.span("decode", f"step of {len(batch)}", began_at_s, self.clock())
         return tokens
+
+    def _finish_step(self, batch: list[Request], logits: torch.Tensor, greedy: torch.Tensor) -> list[int]:
+        """Keep the books while the device still computes, then wait for the tokens."""
+        for request in batch:
+            self.kvcache.advance(request.cache, request.token_ids)
+        return sample_batch(logits, greedy, [(request.params, len(request.output_ids)) for request in batch])
 
     def _layer_listener(self, chunk: PrefillChunk, on_kv: KVListener | None) -> OnLayer | None:
         """What happens when a layer's state holds the chunk: a mark on the timeline, and word to `on_kv`."""

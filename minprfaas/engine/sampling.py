@@ -1,6 +1,7 @@
 """From logits to a token: greedy, temperature, top-k, top-p, the same draw wherever the request runs. Chapter 04."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,11 +44,26 @@ def sample(logits: Tensor, params: SamplingParams, position: int) -> int:
     """The token drawn from `logits` `[vocab]` as the request's output number `position`. The noise depends on the seed,
     the position and the token alone (Gumbel-max: argmax of logits / T + noise is a draw from the softmax), so batching,
     routing and preemption cannot change it."""
-    if params.temperature == 0:
-        return int(logits.argmax())
-    scores = logits.detach().float().cpu() / params.temperature  # the CPU's noise is the same beside every device
-    scores = _keep_top_p(_keep_top_k(scores, params.top_k), params.top_p)
-    return int((scores + _gumbel_noise(params.seed, position, scores.shape[0])).argmax())
+    return int(logits.argmax() if params.temperature == 0 else _draw(logits, params, position))
+
+
+def sample_batch(logits: Tensor, greedy: Tensor, each: Sequence[tuple[SamplingParams, int]]) -> list[int]:
+    """`sample` of every row of `logits` `[batch, vocab]`, whose params and position are given, with one transfer from
+    the device for all of them. `greedy` `[batch]` is `logits.argmax(dim=-1)`."""
+    drawn = {row: _draw(logits[row], params, position)
+             for row, (params, position) in enumerate(each) if params.temperature > 0}
+    if drawn:
+        rows = torch.tensor(list(drawn)).to(greedy.device)
+        greedy = greedy.index_copy(0, rows, torch.stack(list(drawn.values())))
+    return greedy.tolist()
+
+
+def _draw(logits: Tensor, params: SamplingParams, position: int) -> Tensor:
+    """On the logits' device. The CPU makes the noise, because it is to be the same beside every device; where a GPU
+    computes the logits, that happens meanwhile."""
+    noise = _gumbel_noise(params.seed, position, logits.shape[0]).to(logits.device, non_blocking=True)
+    scores = logits.detach().float() / params.temperature
+    return (_keep_top_p(_keep_top_k(scores, params.top_k), params.top_p) + noise).argmax()
 
 
 def _keep_top_k(scores: Tensor, top_k: int) -> Tensor:

@@ -18,28 +18,30 @@ from minprfaas.model.spec import TensorSpec
 class BlockPool:
     """`num_blocks` blocks of `layout.block_bytes` bytes on `device`; UserError when it cannot hold them.
 
-    One more block, number `num_blocks`, is the null block: always zero, never handed out. Block tables of a batch are
-    padded with it, so that what a forward pass reads past a short request's end is finite.
+    Two more are never handed out. The null block, number `num_blocks`, is always zero: block tables of a batch are
+    padded with it, so that what a pass reads past a short request's end is finite. Into the scratch block writes who
+    must write somewhere: a row of a batch that stands for no request.
     """
 
     def __init__(self, layout: Layout, num_blocks: int, device: torch.device | str):
-        self.layout, self.num_blocks, self.null_block = layout, num_blocks, num_blocks
+        self.layout, self.num_blocks = layout, num_blocks
+        self.null_block, self.scratch_block = num_blocks, num_blocks + 1
         self.device = torch.device(device)
         try:
-            self.bytes = torch.empty(num_blocks + 1, layout.block_bytes, dtype=torch.uint8, device=device)
+            self.bytes = torch.empty(num_blocks + 2, layout.block_bytes, dtype=torch.uint8, device=device)
         except RuntimeError as error:
             raise UserError(f"a KVCache pool of {num_blocks:,} blocks of {layout.block_bytes:,} bytes does not fit on "
                             f"{device}: {str(error).splitlines()[0]}") from None
-        self.bytes[self.null_block] = 0  # the others hold whatever was there: `zero` cleans one when it is handed out
+        self.bytes[num_blocks:] = 0  # the others hold whatever was there: `zero` cleans one when it is handed out
 
     # Token state
 
     def token_view(self, layer: int) -> torch.Tensor:
-        """A layer's rows in every block, `[num_blocks + 1, block_tokens, width]`: a strided view, no copy."""
+        """A layer's rows in every block, `[num_blocks + 2, block_tokens, width]`: a strided view, no copy."""
         ((tensor, offset),) = self.layout.group_of_layer[layer].places(layer)
         # Blocks have BLOCK_ALIGN bytes and offsets TENSOR_ALIGN, so that both are whole numbers of elements.
         blocks, width = self.bytes.view(tensor.torch_dtype), tensor.shape[0]
-        return blocks.as_strided((self.num_blocks + 1, self.layout.block_tokens, width), (blocks.stride(0), width, 1),
+        return blocks.as_strided((self.num_blocks + 2, self.layout.block_tokens, width), (blocks.stride(0), width, 1),
                                  offset // blocks.element_size())
 
     def write_tokens(self, layer: int, block_table: Sequence[int], start: int, rows: torch.Tensor) -> None:

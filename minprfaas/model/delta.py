@@ -5,9 +5,12 @@ what S stores under its key k by its value v, as far as its gate beta asks (the 
 
     S_t = diag(exp(g_t)) S_(t-1);   S_t += beta_t k_t (v_t - k_t^T S_t)^T;   o_t = S_t^T q_t
 
-KDA has a decay g for every key channel, GDN one for the head. `delta_rule_recurrent` is that, token by token: the reference, and the decode step. `delta_rule_chunked` computes the
-same for whole chunks with matrix products: the prefill form.
+KDA has a decay g for every key channel, GDN one for the head. `delta_rule_recurrent` is that, token by token: the
+reference, and the decode step. `delta_rule_chunked` computes the same for whole chunks with matrix products: the
+prefill form.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,73 +48,109 @@ def delta_rule_recurrent(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tenso
 
 
 def delta_rule_chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, memory: Tensor,
-                       chunk: int = CHUNK_TOKENS, sub_chunk: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+                       chunk: int = CHUNK_TOKENS, sub_chunk: int = 8) -> tuple[Tensor, Tensor, Tensor]:
     """The same function as `delta_rule_recurrent` (same arguments), `chunk` tokens at a time.
 
     Returns the outputs, the memory after the last token, and the memory before each chunk
-    `[batch, heads, chunks, key_dim, value_dim]`.
+    `[batch, heads, chunks, key_dim, value_dim]`. `chunk` is `sub_chunk` times a power of two.
 
-    Inside a chunk the delta rule is a unit lower-triangular system, solved once for all of the chunk's tokens; between
-    chunks only the memory is carried, by one matrix product a chunk. Every exponent is a difference of cumulative
-    decays from an earlier to a later token, so it is at most 0 and nothing overflows however strong the decay.
+    Inside a chunk the delta rule is a unit lower-triangular system. Its inverse is made for all chunks at once, so that
+    the one loop, from chunk to chunk, is two matrix products long.
     """
-    tokens = q.shape[1]
-    padding = -tokens % chunk  # padding has k = 0, beta = 0, g = 0: it neither writes nor decays
+    parts = chunk_parts(q, k, v, g, beta, chunk, sub_chunk)
+    before, values, after = _carry_through(parts, memory)
+    return chunk_outputs(parts, before, values)[:, :q.shape[1]], after, before
+
+
+class ChunkParts(NamedTuple):
+    """What a chunk is as long as nothing is known of the memory S before it; `[batch, heads, chunks, …]` each."""
+
+    queries: Tensor  # [chunk, key_dim], decayed from the chunk's beginning: reads S
+    q_by_k: Tensor  # [chunk, chunk]: how each token reads what the tokens up to it have written
+    new_values: Tensor  # [chunk, value_dim]: what the tokens write is `new_values - reads @ S`
+    reads: Tensor  # [chunk, key_dim]
+    keys: Tensor  # [key_dim, chunk], decayed to the chunk's end: writes into S
+    kept: Tensor  # [key_dim or 1, 1]: what the chunk leaves of S
+
+
+def chunk_parts(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, chunk: int, sub_chunk: int) -> ChunkParts:
+    """Everything that needs no memory, for all chunks at once."""
+    padding = -q.shape[1] % chunk  # padding has k = 0, beta = 0, g = 0: it neither writes nor decays
     q, k, v, g, beta = (  # [batch, heads, chunks, chunk, dim]
         F.pad(x, (0, 0, 0, 0, 0, padding)).unflatten(1, (-1, chunk)).permute(0, 3, 1, 2, 4)
         for x in (q, k, v, g, beta[..., None]))
-    # exp(-20) is below float32's resolution; without the bound, sums of strong decays would lose the weak ones' digits.
+    # exp(-20) is below float32's resolution; without the bound, sums of strong decays would lose the weak ones' digits,
+    # and the exponents inside a sub-chunk would have none.
     decay = g.clamp(min=-20.0).cumsum(dim=-2)  # from the chunk's beginning through each token
-    total = decay[..., -1:, :]
+    total, from_start = decay[..., -1:, :], decay.exp()
+    inverse, q_by_k = _solve(q, k, decay, beta, sub_chunk)
+    solved = inverse @ (torch.cat([v, k * from_start], dim=-1) * beta)
+    new_values, reads = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
+    keys = (k * (total - decay).exp()).transpose(-1, -2)
+    return ChunkParts(q * from_start, q_by_k, new_values, reads, keys, total.exp().transpose(-1, -2))
 
-    if decay.shape[-1] == 1:
-        k_by_k, q_by_k = _evenly_decayed_products(q, k, decay)
-    else:
-        k_by_k, q_by_k = _decayed_products(q, k, decay, sub_chunk)
-    system = (k_by_k * beta).tril(-1)
-    right = torch.cat([v, k * decay.exp()], dim=-1) * beta
-    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
-    new_values, reads = solved.split([v.shape[-1], k.shape[-1]], dim=-1)  # new values = new_values - reads @ memory
 
-    keys_at_end = (k * (total - decay).exp()).transpose(-1, -2)
-    carry = torch.eye(k.shape[-1], device=k.device) * total.exp() - keys_at_end @ reads
-    added = keys_at_end @ new_values
-    # The one loop of the prefill form: a product a chunk, which is why everything above runs for all chunks at once.
-    befores, after = [], memory.flatten(0, 1)
-    for carry_n, added_n in zip(carry.flatten(0, 1).unbind(1), added.flatten(0, 1).unbind(1)):
+def _carry_through(parts: ChunkParts, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The memory before each chunk, the values that each chunk's tokens write, and the memory after the last one."""
+    befores, values, after = [], [], memory.flatten(0, 1)
+    chunks = (part.flatten(0, 1).unbind(1) for part in (parts.new_values, parts.reads, parts.keys, parts.kept))
+    for new_values, reads, keys, kept in zip(*chunks):
         befores.append(after)
-        after = torch.baddbmm(added_n, carry_n, after)  # memory after chunk n = carry_n @ memory before it + added_n
-    before = torch.stack(befores, dim=1).unflatten(0, memory.shape[:2])
-
-    out = (q * decay.exp()) @ before + q_by_k.tril() @ (new_values - reads @ before)
-    out = out.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :tokens]
-    return out, after.unflatten(0, memory.shape[:2]), before
-
-
-def _evenly_decayed_products(q: Tensor, k: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
-    """As `_decayed_products`, where all channels of a head decay alike: the decay stands outside the sum over them."""
-    between = (decay - decay.transpose(-1, -2)).clamp(max=0).exp()
-    return k @ k.transpose(-1, -2) * between, q @ k.transpose(-1, -2) * between
+        values.append(torch.baddbmm(new_values, reads, after, alpha=-1))
+        after = torch.baddbmm(kept * after, keys, values[-1])
+    heads = memory.shape[:2]
+    return (torch.stack(befores, dim=1).unflatten(0, heads), torch.stack(values, dim=1).unflatten(0, heads),
+            after.unflatten(0, heads))
 
 
-def _decayed_products(q: Tensor, k: Tensor, decay: Tensor, sub_chunk: int) -> tuple[Tensor, Tensor]:
-    """`sum_d x_i[d] k_j[d] exp(decay_i[d] - decay_j[d])` for x = k and x = q, right for j <= i inside each chunk.
+def chunk_outputs(parts: ChunkParts, before: Tensor, values: Tensor) -> Tensor:
+    """What the tokens read, of the memory before their chunk and of each other: `[batch, tokens, heads, value_dim]`."""
+    return (parts.queries @ before + parts.q_by_k @ values).permute(0, 2, 3, 1, 4).flatten(1, 2)
 
-    One product of `x exp(decay)` with `k exp(-decay)` would overflow. So the chunk is cut into sub-chunks (secondary
-    chunking): a later against the earlier ones goes through the decay at its own beginning, which lies between the two
-    and makes both exponents at most 0; inside a sub-chunk the differences are formed one by one.
+
+def _solve(q: Tensor, k: Tensor, decay: Tensor, beta: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """`(I + A)^-1` and Q, `[…, chunk, chunk]`. With `x_by_k[i, j] = sum_d x_i[d] k_j[d] exp(decay_i[d] - decay_j[d])`
+    for j <= i, and 0 for j > i, Q is q_by_k and A is beta_i k_by_k below its diagonal.
+
+    Both grow upward from blocks of `size` tokens, two neighbours becoming one. A block's decays refer to a moment
+    between the tokens that meet in it, so that no exponent is large; and A's powers are taken in the smallest blocks
+    only, because with keys that resemble each other those of a whole chunk would overflow.
     """
-    chunk = q.shape[-2]
-    left = torch.stack([k, q])  # [2, batch, heads, chunks, chunk, key_dim]
-    ahead = torch.ones(sub_chunk, sub_chunk, dtype=torch.bool, device=q.device).triu(1)[..., None]
-    rows = []
-    for start in range(0, chunk, sub_chunk):
-        now = slice(start, start + sub_chunk)
-        reference = decay[..., start : start + 1, :]
-        earlier = k[..., :start, :] * (reference - decay[..., :start, :]).exp()
-        off_diagonal = (left[..., now, :] * (decay[..., now, :] - reference).exp()) @ earlier.transpose(-1, -2)
-        difference = decay[..., now, None, :] - decay[..., None, now, :]
-        pair_decay = difference.masked_fill(ahead, float("-inf")).exp() * k[..., None, now, :]
-        diagonal = (pair_decay @ left[..., now, :, None]).squeeze(-1)
-        rows.append(F.pad(torch.cat([off_diagonal, diagonal], dim=-1), (0, chunk - start - sub_chunk)))
-    return torch.cat(rows, dim=-2).unbind(0)
+    k_by_k, q_by_k = (products.tril() for products in _products_inside(q, k, decay, size))
+    power = -(k_by_k * beta.unflatten(-2, (-1, size))).tril(-1)
+    inverse = torch.eye(size, device=q.device) + power
+    for _ in range((size - 1).bit_length() - 1):  # (I - A)(I + A^2)(I + A^4) …, and A^size is zero
+        power = power @ power
+        inverse = inverse + inverse @ power
+    while size < q.shape[-2]:
+        k_across, q_across = _products_across(q, k, decay, size)
+        k_across = k_across * beta.unflatten(-2, (-1, 2, size))[..., 1, :, :]
+        first, second = inverse.unflatten(-3, (-1, 2)).unbind(-3)
+        inverse = _lower_triangle(first, -(second @ k_across @ first), second)
+        first, second = q_by_k.unflatten(-3, (-1, 2)).unbind(-3)
+        q_by_k = _lower_triangle(first, q_across, second)
+        size *= 2
+    return inverse.squeeze(-3), q_by_k.squeeze(-3)
+
+
+def _products_inside(q: Tensor, k: Tensor, decay: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """k_by_k and q_by_k inside each block of `size` tokens, right for j <= i: the decays refer to the block's middle,
+    so that with 8 tokens every exponent is within 4 x 20 = 80, and exp(80) is a float32."""
+    q, k, decay = (x.unflatten(-2, (-1, size)) for x in (q, k, decay))
+    from_middle = decay - decay[..., (size - 1) // 2:, :][..., :1, :]
+    left, right = from_middle.exp(), (k * (-from_middle).exp()).transpose(-1, -2)
+    return (k * left) @ right, (q * left) @ right
+
+
+def _products_across(q: Tensor, k: Tensor, decay: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """k_by_k and q_by_k of every second block's tokens with the block before: the decays refer to the border."""
+    (_, q), (earlier, k), (decay_before, decay) = (
+        x.unflatten(-2, (-1, 2, size)).unbind(-3) for x in (q, k, decay))
+    border = decay_before[..., -1:, :]
+    left, right = (decay - border).exp(), (earlier * (border - decay_before).exp()).transpose(-1, -2)
+    return (k * left) @ right, (q * left) @ right
+
+
+def _lower_triangle(first: Tensor, across: Tensor, second: Tensor) -> Tensor:
+    """`[[first, 0], [across, second]]`."""
+    return torch.cat([F.pad(first, (0, first.shape[-1])), torch.cat([across, second], dim=-1)], dim=-2)

@@ -9,6 +9,7 @@ from minprfaas.config import MAX_HEAD_SIZE, RopeConfig, StateKind, require_sizes
 from minprfaas.errors import UserError
 from minprfaas.model.attention import attend
 from minprfaas.model.layers import Positions, RMSNorm, apply_rotary
+from minprfaas.model.paged_attention import merge_pages
 from minprfaas.model.spec import LayerState, StateSpec, TensorSpec
 from minprfaas.model.window import attend_window, pass_through_window, window_spec
 
@@ -62,6 +63,8 @@ class GQAConfig:
 class GQA(nn.Module):
     """Keys are stored rotated, so that decode never touches old positions again."""
 
+    PIECES = ("project", "output")
+
     def __init__(self, config: GQAConfig, hidden_size: int, norm_eps: float):
         super().__init__()
         self.config = config
@@ -79,24 +82,36 @@ class GQA(nn.Module):
     def forward(self, x: Tensor, positions: Positions, state: LayerState | None) -> Tensor:
         """`x` `[batch, new, hidden]` -> the same shape; `state` None means that `x` is the whole context."""
         config, scale = self.config, self.config.head_dim**-0.5
+        q, rows, gate = self.project(x, *positions.rotary(config.rope, config.head_dim, x.dtype))
+        if state is not None and config.window is None:
+            context = state.append(rows)
+            if context.attend is not None:
+                return self.output(gate, *context.attend(q, scale))
+            rows = context.rows()
+        elif state is not None:
+            rows = pass_through_window(rows, state)
+        k, v = rows.split([config.num_kv_heads * config.head_dim, config.num_kv_heads * config.v_dim], dim=-1)
+        k, v = k.unflatten(-1, (config.num_kv_heads, -1)), v.unflatten(-1, (config.num_kv_heads, -1))
+        if config.window is None:
+            return self.output(gate, attend(q, k, v, positions, scale))
+        return self.output(gate, attend_window(q, k, v, positions, scale, config.window, self.sinks))
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The queries `[batch, new, heads, dim]`, the rows to store, and the output's gate."""
+        config = self.config
         q, gate = self.q_proj(x).unflatten(-1, (config.num_heads, -1)), None
         if config.output_gate:
             q, gate = q.split([config.head_dim, config.v_dim], dim=-1)
         k = self.k_proj(x).unflatten(-1, (-1, config.head_dim))
-        v = self.v_proj(x).unflatten(-1, (-1, config.v_dim)) * config.v_scale
+        v = self.v_proj(x) * config.v_scale
         if config.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         elif config.qk_norm == "projection":
             q, k = self.q_norm(q.flatten(2)).view_as(q), self.k_norm(k.flatten(2)).view_as(k)
-        cos, sin = positions.rotary(config.rope, config.head_dim, x.dtype)
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        if state is not None:
-            rows = torch.cat([k.flatten(2), v.flatten(2)], dim=-1)
-            rows = state.append(rows).rows() if config.window is None else pass_through_window(rows, state)
-            k, v = rows.split([config.num_kv_heads * config.head_dim, config.num_kv_heads * config.v_dim], dim=-1)
-            k, v = k.unflatten(-1, (config.num_kv_heads, -1)), v.unflatten(-1, (config.num_kv_heads, -1))
-        if config.window is None:
-            out = attend(q, k, v, positions, scale)
-        else:
-            out = attend_window(q, k, v, positions, scale, config.window, self.sinks)
+        return q, torch.cat([k.flatten(2), v], dim=-1), gate
+
+    def output(self, gate: Tensor | None, out: Tensor, *of_pages: Tensor) -> Tensor:
+        """The heads' outputs `[batch, new, heads, dim]`, or what `merge_pages` merges -> `[batch, new, hidden]`."""
+        out = merge_pages(out, *of_pages) if of_pages else out
         return self.o_proj((out if gate is None else out * gate.sigmoid()).flatten(2))

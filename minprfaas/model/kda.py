@@ -49,6 +49,8 @@ class KDAConfig:
 class KDA(nn.Module):
     """The whole mixer: projections, short convolutions, decay and beta gates, the delta rule, gated output norm."""
 
+    PIECES = ("project", "step", "output")
+
     def __init__(self, config: KDAConfig, hidden_size: int, norm_eps: float):
         super().__init__()
         self.config = config
@@ -74,18 +76,33 @@ class KDA(nn.Module):
 
     def forward(self, x: Tensor, positions: Positions, state: LayerState | None) -> Tensor:
         """`x` `[batch, new, hidden]` -> the same shape; `state` None means that nothing came before `x`."""
-        heads = (self.config.num_heads, self.config.head_dim)
         state = state_or_fresh(state, self.config.state_spec("float32"), x)
         memory, tail = state.load()
+        *arguments, inputs = self.project(x, tail)
+        if x.shape[1] == 1:
+            out, memory, before = self.step(*arguments, memory)
+        else:
+            out, memory, before = delta_rule(*arguments, memory)
+        store_memory(state, x.shape[1], CHUNK_TOKENS, memory, before, inputs)
+        return self.output(out, x)
+
+    def project(self, x: Tensor, tail: Tensor) -> tuple[Tensor, ...]:
+        """q, k, v, g and beta of the delta rule, and the convolutions' inputs, which begin with `tail`."""
+        heads = (self.config.num_heads, self.config.head_dim)
         projected = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
         taps = torch.cat([self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight])
         convolved, inputs = short_convolution(tail, projected, taps)
         q, k, v = (part.unflatten(-1, heads) for part in convolved.float().chunk(3, dim=-1))
         q, k = unit_length(q) * self.config.head_dim**-0.5, unit_length(k)
-        beta = self.b_proj(x).float().sigmoid()
-        out, memory, before = delta_rule(q, k, v, self._log_decay(x), beta, memory)
-        store_memory(state, x.shape[1], CHUNK_TOKENS, memory, before, inputs)
-        gate = self._gate("g", x).unflatten(-1, heads).float().sigmoid()
+        return q, k, v, self._log_decay(x), self.b_proj(x).float().sigmoid(), inputs
+
+    def step(self, *arguments: Tensor) -> tuple[Tensor, Tensor, None]:
+        """The delta rule for one token."""
+        return delta_rule(*arguments)
+
+    def output(self, out: Tensor, x: Tensor) -> Tensor:
+        """Gated norm and projection of what the memory answered: `[batch, new, hidden]`."""
+        gate = self._gate("g", x).unflatten(-1, out.shape[2:]).float().sigmoid()
         return self.o_proj((self.o_norm(out) * gate).to(x.dtype).flatten(2))
 
     def _log_decay(self, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -62,11 +63,18 @@ class Positions:
         """Cosine and sine tables `[batch, new, 1, channels]` of the channels that are rotated, computed once for all
         layers that share a RoPE."""
         if (rope, head_dim) not in self._tables:
-            angles = self.index[..., None].float() * rope_frequencies(rope, head_dim).to(self.index.device)
+            angles = self.index[..., None].float() * _frequencies_on(self.index.device, rope, head_dim)
             angles = torch.cat([angles, angles], dim=-1)[:, :, None]
             cos, sin = angles.cos() * rope.amplitude, angles.sin() * rope.amplitude
             self._tables[rope, head_dim] = (cos.to(dtype), sin.to(dtype))
         return self._tables[rope, head_dim]
+
+
+@cache
+def _frequencies_on(device: torch.device, rope: RopeConfig, head_dim: int) -> Tensor:
+    """Copied to a device once: a copy from the host would make a pass wait, and a captured one fail."""
+    with torch.inference_mode(False):  # what is kept must serve passes with gradients too
+        return rope_frequencies(rope, head_dim).to(device)
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:

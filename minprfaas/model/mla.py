@@ -52,6 +52,8 @@ class MLA(nn.Module):
     """Prefill expands the latents to keys and values; decode folds the expansion into the query instead ("absorbed"),
     so that one step reads the latents only. Both are the same product, bracketed differently."""
 
+    PIECES = ("project", "output", "_absorbed", "_expand")
+
     def __init__(self, config: MLAConfig, hidden_size: int):
         super().__init__()
         self.config = config
@@ -73,19 +75,31 @@ class MLA(nn.Module):
 
     def forward(self, x: Tensor, positions: Positions, state: LayerState | None) -> Tensor:
         """`x` `[batch, new, hidden]` -> the same shape; `state` None means that `x` is the whole context."""
+        config, rotary = self.config, ()
+        if config.rope is not None:
+            rotary = positions.rotary(config.rope, config.qk_shared_dim, x.dtype)
+        q, rows = self.project(x, *rotary)
+        if state is not None:
+            rows = state.append(rows).rows()
+        if state is not None and x.shape[1] == 1:
+            return self.output(self._absorbed(q, rows, positions.index), x)
+        k, v = self._expand(rows)
+        return self.output(attend(q, k, v, positions, self.scale), x)
+
+    def project(self, x: Tensor, *rotary: Tensor) -> tuple[Tensor, Tensor]:
+        """The queries `[batch, new, heads, nope + shared]`, and the rows to store."""
         config = self.config
         q = self._queries(x).unflatten(-1, (config.num_heads, -1))
         latent, shared = self.kv_a_proj_with_mqa(x).split([config.kv_lora_rank, config.qk_shared_dim], dim=-1)
         if config.rope is not None:
             q_nope, q_shared = q.split([config.qk_nope_dim, config.qk_shared_dim], dim=-1)
-            q = torch.cat([q_nope, self._rotated(q_shared, positions)], dim=-1)
-            shared = self._rotated(shared[:, :, None], positions)[:, :, 0]
-        rows = torch.cat([self.kv_a_layernorm(latent), shared], dim=-1)
-        if state is not None:
-            rows = state.append(rows).rows()
-        one_step = state is not None and x.shape[1] == 1
-        out = self._absorbed(q, rows, positions) if one_step else self._expanded(q, rows, positions)
-        if config.head_gate:
+            q = torch.cat([q_nope, _rotated(q_shared, *rotary)], dim=-1)
+            shared = _rotated(shared[:, :, None], *rotary)[:, :, 0]
+        return q, torch.cat([self.kv_a_layernorm(latent), shared], dim=-1)
+
+    def output(self, out: Tensor, x: Tensor) -> Tensor:
+        """The heads' outputs `[batch, new, heads, v_dim]` -> `[batch, new, hidden]`."""
+        if self.config.head_gate:
             out = out * self.g_proj(x).float().sigmoid().to(out.dtype)[..., None]
         return self.o_proj(out.flatten(2))
 
@@ -94,21 +108,16 @@ class MLA(nn.Module):
             return self.q_proj(x)
         return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
 
-    def _rotated(self, shared: Tensor, positions: Positions) -> Tensor:
-        """RoPE on neighbouring channels, `[batch, tokens, heads, qk_shared_dim]`. The pairs are drawn apart first, in
-        queries and keys alike, which changes no product."""
-        cos, sin = positions.rotary(self.config.rope, self.config.qk_shared_dim, shared.dtype)
-        return apply_rotary(shared.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2), cos, sin)
-
-    def _expanded(self, q: Tensor, rows: Tensor, positions: Positions) -> Tensor:
+    def _expand(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Every head's keys and values."""
         config = self.config
         latent, shared = rows.split([config.kv_lora_rank, config.qk_shared_dim], dim=-1)
         expanded = self.kv_b_proj(latent).unflatten(-1, (config.num_heads, -1))
         k_nope, v = expanded.split([config.qk_nope_dim, config.v_dim], dim=-1)
         k = torch.cat([k_nope, shared[:, :, None].expand(-1, -1, config.num_heads, -1)], dim=-1)
-        return attend(q, k, v, positions, self.scale)
+        return k, v
 
-    def _absorbed(self, q: Tensor, rows: Tensor, positions: Positions) -> Tensor:
+    def _absorbed(self, q: Tensor, rows: Tensor, index: Tensor) -> Tensor:
         """One query token a request, as `num_heads` queries on a single KV head of width rank + shared."""
         config = self.config
         weight = self.kv_b_proj.weight.unflatten(0, (config.num_heads, -1))  # [heads, nope + v, rank]
@@ -119,7 +128,13 @@ class MLA(nn.Module):
         # Plain products read the latents once for all heads; the fused kernels read them once a head (on a CPU
         # some times slower), and none of them is made for keys as wide as this.
         scores = torch.bmm(queries, rows.transpose(1, 2)).float() * self.scale
-        beyond = torch.arange(rows.shape[1], device=rows.device) > positions.index  # [batch, context]
+        beyond = torch.arange(rows.shape[1], device=rows.device) > index  # [batch, context]
         weights = scores.masked_fill(beyond[:, None], float("-inf")).softmax(dim=-1).to(rows.dtype)
         out = torch.bmm(weights, rows[..., : config.kv_lora_rank])
         return torch.einsum("bhr,hvr->bhv", out, expand_v)[:, None]
+
+
+def _rotated(shared: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on neighbouring channels, `[batch, tokens, heads, qk_shared_dim]`. The pairs are drawn apart first, in
+    queries and keys alike, which changes no product."""
+    return apply_rotary(shared.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2), cos, sin)

@@ -84,6 +84,8 @@ class TokenContext:
 
     where: Pages
     longest: int  # of the lengths
+    # (q `[batch, 1, heads, dim]`, scale) -> `PageOutputs`, without a copy. None: the way through `rows` is the only one.
+    attend: Callable[[torch.Tensor, float], tuple[torch.Tensor, ...]] | None = None
 
     def pages(self) -> Pages:
         """Without a copy, for kernels that follow a block table."""

@@ -14,12 +14,19 @@ from minprfaas.model.spec import ModelState, OnLayer
 class Layer(nn.Module):
     """One layer's parts. The stack calls them, because a layer's KVCache is shipped between its mixer and its MLP."""
 
+    PIECES = ("feed", "input_layernorm")
+
     def __init__(self, layer: LayerConfig, config: ModelConfig):
         super().__init__()
         self.self_attn = layer.mixer.build(config.hidden_size, config.norm_eps)
         self.mlp = layer.mlp.build(config.hidden_size)
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+
+    def feed(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """What follows the mixer, whose output is `mixed`: both residual sums, and the MLP between them."""
+        x = x + mixed
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Stack(nn.Module):
@@ -38,10 +45,10 @@ class Stack(nn.Module):
         x = self.embed_tokens(token_ids)
         for index, layer in enumerate(self.layers):
             layer_state = None if state is None else state.layer(index)
-            x = x + layer.self_attn(layer.input_layernorm(x), positions, layer_state)
+            mixed = layer.self_attn(layer.input_layernorm(x), positions, layer_state)
             if on_layer is not None:
                 on_layer(index)
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            x = layer.feed(x, mixed)
         return self.norm(x)
 
 

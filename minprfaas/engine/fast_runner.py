@@ -1,0 +1,62 @@
+"""The runner for a GPU: decode steps are replayed from captured graphs. Chapter 05.
+
+The eager `Runner` is what this is held against; prefill is its own.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from minprfaas.engine.decode_graphs import DecodeStep, bucket_of
+from minprfaas.engine.request import Request
+from minprfaas.engine.runner import Runner
+from minprfaas.kvcache.manager import KVCacheManager
+from minprfaas.model.gqa import GQA
+from minprfaas.model.kda import KDA
+from minprfaas.model.layers import MLP
+from minprfaas.model.mla import MLA
+from minprfaas.model.transformer import Transformer
+from minprfaas.observe.timeline import Timeline
+
+
+def runner_for(model: Transformer, kvcache: KVCacheManager, clock: Callable[[], float], timeline: Timeline | None,
+               fast: bool | None) -> Runner:
+    """The fast runner or the eager one; `fast` None takes the fast one on a GPU, if it can run every layer."""
+    if fast is None:
+        fast = model.device.type == "cuda" and not what_must_run_eagerly(model)
+    return (FastRunner if fast else Runner)(model, kvcache, clock, timeline)
+
+
+def what_must_run_eagerly(model: Transformer) -> set[str]:
+    """The kinds of module in the model of which it is not known that a step can be captured (a device's answer that
+    the host waits for, a shape that depends on the tokens)."""
+    parts = [part for layer in model.model.layers for part in (layer.self_attn, layer.mlp)]
+    unknown = {type(part).__name__ for part in parts if type(part) not in (GQA, MLA, KDA, MLP)}
+    for part in parts:
+        if isinstance(part, GQA) and (part.config.window is not None or part.config.v_dim != part.config.head_dim):
+            unknown.add("GQA with a window or narrower values")
+    return unknown
+
+
+class FastRunner(Runner):
+    """`Runner` with decode steps of fixed shape, one for each bucket that was met so far."""
+
+    def __init__(self, model: Transformer, kvcache: KVCacheManager, clock: Callable[[], float],
+                 timeline: Timeline | None):
+        super().__init__(model, kvcache, clock, timeline)
+        self._steps: dict[tuple[int, int], DecodeStep] = {}
+        self._memory = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
+
+    @torch.inference_mode()
+    def decode(self, batch: list[Request]) -> list[int]:
+        """As the eager runner's."""
+        began_at_s = self.clock()
+        bucket = bucket_of(len(batch), max(request.cache.num_blocks for request in batch))
+        if bucket not in self._steps:
+            self._steps[bucket] = DecodeStep(self.model, self.kvcache.pool, *bucket, self._memory)
+        step = self._steps[bucket]
+        step.run(batch)
+        tokens = self._finish_step(batch, step.logits[:len(batch)], step.greedy[:len(batch)])
+        if self.timeline is not None:
+            self.timeline.span("decode", f"step of {len(batch)}", began_at_s, self.clock())
+        return tokens

@@ -1,0 +1,33 @@
+"""Optional compilation: each module names its pieces, which are tensors in and tensors out. Chapter 04.
+
+What lies between the pieces (pages, snapshots, attention kernels) stays as it is written, so that nothing has to be
+traced which depends on a request, and a piece is compiled once for all layers that are alike.
+"""
+
+from functools import cache, partial
+
+import torch
+
+from minprfaas.model.transformer import Transformer
+
+# One new token makes a product a reduction over one weight, which a generated kernel reads at the speed of a copy; the
+# option that lets it do so also tunes the kernels.
+OPTIONS = {"coordinate_descent_tuning": True}
+
+
+@cache
+def compiled(function, tune: bool):
+    """`function` compiled; shapes that vary become symbolic as soon as a second one is seen."""
+    return torch.compile(function, options=OPTIONS if tune else None)
+
+
+def compile_pieces(model: Transformer) -> None:
+    """Put the compiled form of every piece in its place, in this model only. Harmless when repeated."""
+    torch._dynamo.config.recompile_limit = 64  # a piece meets as many shapes as there are kinds of layer and phases
+    tune = model.device.type == "cuda"
+    for module in list(model.modules()):
+        for name in getattr(type(module), "PIECES", ()):
+            if isinstance(part := getattr(module, name), torch.nn.Module):
+                part.compile(options=OPTIONS if tune else None)
+            else:
+                setattr(module, name, partial(compiled(getattr(type(module), name), tune), module))

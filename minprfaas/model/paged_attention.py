@@ -1,0 +1,89 @@
+"""Decode attention straight over pages: no copy of the context, no mask, nothing planned anew a step. Chapter 05.
+
+Split-KV ("flash decoding") in plain PyTorch. The flash kernel for sequences of unequal length is told that every page
+is a sequence of its own, which begins at the page's first row of the pool and has as many rows as are filled. It
+returns each page's output and the logarithm of its softmax denominator, and with those the pages of a request are one
+weighted sum. So however long a context is, its pages are read side by side, and each of them once.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minprfaas.model.spec import Pages
+
+
+class PageIndex(NamedTuple):
+    """Where pages lie, as the flash kernel wants it; the layers of a KVCache group share it."""
+
+    first_rows: Tensor  # [batch * pages + 1] int32: the page's first row; the last entry is never read
+    row_counts: Tensor  # [batch, pages] int32: how many of its rows are part of the context, 0 for padding
+    first_queries: Tensor  # [batch * pages + 1] int32: the query heads that share a KV head are a page's queries
+
+
+class PageOutputs(NamedTuple):
+    """What each page gives; `merge_pages` makes one attention of it."""
+
+    out: Tensor  # [batch, pages, groups, kv_heads, dim]: softmax over the page alone; anything for an empty one
+    log_sum: Tensor  # [kv_heads, batch, pages, groups]: logarithm of its denominator
+    row_counts: Tensor
+
+
+def page_index(pages: Pages, groups: int) -> PageIndex:
+    """The index of `pages` for mixers with `groups` query heads for each KV head."""
+    batch, count = pages.block_table.shape
+    block_tokens, device = pages.view.shape[1], pages.view.device
+    first_rows = (pages.block_table * (pages.view.stride(0) // pages.view.stride(1))).flatten().int()
+    before = torch.arange(0, count * block_tokens, block_tokens, device=device)
+    row_counts = (pages.lengths[:, None] - before).clamp(0, block_tokens).int()
+    first_queries = torch.arange(batch * count + 1, device=device, dtype=torch.int32) * groups
+    return PageIndex(torch.cat([first_rows, first_rows[-1:]]), row_counts, first_queries)
+
+
+def flash_can_read(view: Tensor, head_dim: int) -> bool:
+    """Whether the flash kernel can follow pages of `view` `[blocks, block_tokens, width]`: on a GPU, in 16 bits, and
+    where a block is a whole number of rows, so that every page begins at a row."""
+    return (view.is_cuda and view.dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
+            and view.stride(0) % view.stride(1) == 0)
+
+
+def attend_to_pages(q: Tensor, view: Tensor, index: PageIndex, scale: float) -> PageOutputs:
+    """`q` `[batch, 1, heads, dim]` over every page by itself, without a copy of any."""
+    batch, count = index.row_counts.shape
+    heads, dim = q.shape[2:]
+    kv_heads = view.shape[2] // (2 * dim)
+    groups = heads // kv_heads
+    length = (view.shape[0] - 1) * (view.stride(0) // view.stride(1)) + view.shape[1]
+    rows = view.as_strided((length, view.shape[2]), (view.stride(1), 1), view.storage_offset())  # all from here on
+    k, v = rows.unflatten(-1, (2, kv_heads, dim)).unbind(1)
+    per_page = q.view(batch, 1, kv_heads, groups, dim).transpose(2, 3).expand(-1, count, -1, -1, -1)
+    out, log_sum = torch.ops.aten._flash_attention_forward(
+        per_page.reshape(-1, kv_heads, dim), k, v, index.first_queries, index.first_rows, groups, view.shape[1], 0.0,
+        False, False, scale=scale, seqused_k=index.row_counts.view(-1))[:2]
+    return PageOutputs(out.view(batch, count, groups, kv_heads, dim), log_sum.view(kv_heads, batch, count, groups),
+                       index.row_counts)
+
+
+def attend_to_copied_pages(q: Tensor, pages: Pages, row_counts: Tensor, scale: float) -> PageOutputs:
+    """The same by gathering the pages: the reference, and the way of those that flash cannot read."""
+    batch, count = pages.block_table.shape
+    dim = q.shape[3]
+    rows = pages.view.index_select(0, pages.block_table.flatten()).unflatten(0, (batch, count))
+    k, v = rows.unflatten(-1, (2, -1, dim)).unbind(3)  # [batch, pages, tokens, kv_heads, dim]
+    queries = q.view(batch, k.shape[3], -1, dim)  # [batch, kv_heads, groups, dim]
+    scores = torch.einsum("bkgd,bptkd->bkgpt", queries, k).float() * scale
+    beyond = torch.arange(k.shape[2], device=q.device) >= row_counts[..., None]
+    scores = scores.masked_fill(beyond[:, None, None], float("-inf"))
+    log_sum = scores.logsumexp(dim=-1)
+    out = torch.einsum("bkgpt,bptkd->bpgkd", scores.softmax(dim=-1).to(v.dtype), v)
+    return PageOutputs(out, log_sum.permute(1, 0, 3, 2), row_counts)
+
+
+def merge_pages(out: Tensor, log_sum: Tensor, row_counts: Tensor) -> Tensor:
+    """One attention over all pages, of `PageOutputs`: `[batch, 1, heads, dim]`."""
+    empty = (row_counts == 0)[:, :, None, None]
+    weights = log_sum.permute(1, 2, 3, 0).masked_fill(empty, float("-inf")).softmax(dim=1)
+    # What stands in the output of an empty page is nobody's business, NaN included.
+    merged = (out.float().masked_fill(empty[..., None], 0) * weights[..., None]).sum(dim=1)
+    return merged.transpose(1, 2).flatten(1, 2)[:, None].to(out.dtype)

@@ -1,0 +1,133 @@
+"""Decode in steps of fixed shape: what the graphs capture is held against the eager runner, on a CPU uncaptured."""
+
+import random
+
+import pytest
+import torch
+from conftest import FAMILIES
+
+from minprfaas import SamplingParams
+from minprfaas.config import CacheConfig
+from minprfaas.engine.decode_graphs import bucket_of
+from minprfaas.engine.engine import Engine
+from minprfaas.engine.fast_runner import FastRunner, what_must_run_eagerly
+from minprfaas.model.attention import attend
+from minprfaas.model.layers import Positions
+from minprfaas.model.paged_attention import (
+    attend_to_copied_pages, attend_to_pages, flash_can_read, merge_pages, page_index)
+from minprfaas.model.spec import Pages
+
+SAMPLED = dict(temperature=1.0, top_k=20, top_p=0.9)
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def answers(model, tokenizer, fast: bool, blocks: int = 60) -> tuple[list[list[int]], Engine]:
+    """Tokens of six requests, greedy and sampled in turn, which end at different steps."""
+    engine = Engine(model, tokenizer, CacheConfig(blocks, 8, snapshot_every=2), prefill_chunk=16, fast=fast)
+    rng, requests = random.Random(0), []
+    for number, length in enumerate((5, 40, 17, 8, 64, 23)):
+        params = SamplingParams(max_tokens=8 + 4 * number, seed=number, **(SAMPLED if number % 2 else {}))
+        prompt = [rng.randrange(1, 257) for _ in range(length)]
+        requests.append(engine.add(engine.request(str(number), prompt, params)))
+    while engine.has_work:
+        engine.step()
+        engine.kvcache.check()
+    return [request.token_ids for request in requests], engine
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_of_fixed_shape_give_the_eager_runners_tokens(models, family, device):
+    model, tokenizer = models[family]
+    model = model.to(device)
+    try:
+        expected, _ = answers(model, tokenizer, fast=False)
+        tokens, engine = answers(model, tokenizer, fast=True)
+    finally:
+        model.to("cpu")
+    assert tokens == expected
+    assert isinstance(engine.runner, FastRunner) and len(engine.runner._steps) >= 3
+    assert not engine.kvcache.pool.bytes[engine.kvcache.pool.null_block].any()
+
+
+def test_steps_of_fixed_shape_survive_preemption(models):
+    expected, _ = answers(*models["kimi_linear"], fast=False)
+    tokens, engine = answers(*models["kimi_linear"], fast=True, blocks=36)
+    assert tokens == expected
+
+
+def test_a_row_without_a_request_writes_into_no_block_that_anyone_holds(models):
+    """After a step of four comes a step of three in the same bucket: the fourth's blocks must stay as they are."""
+    model, tokenizer = models["llama"]
+    engine = Engine(model, tokenizer, CacheConfig(40, 8), fast=True)
+    requests = [engine.add(engine.request(str(n), [n + 1] * 9, SamplingParams(max_tokens=20))) for n in range(4)]
+    while engine.waiting or engine.prefilling:
+        engine.step()
+    engine.runner.decode(requests)
+    before = engine.kvcache.pool.bytes[list(requests[3].cache.block_tables[0])].clone()
+    for request in requests[:3]:
+        request.token_ids.append(1)
+    engine.runner.decode(requests[:3])
+    assert torch.equal(engine.kvcache.pool.bytes[list(requests[3].cache.block_tables[0])], before)
+
+
+def test_a_bucket_holds_what_it_is_for_and_wastes_little():
+    for requests in range(1, 200):
+        for pages in (1, 8, 9, 12, 13, 64, 65, 97, 640):
+            batch, room = bucket_of(requests, pages)
+            assert requests <= batch < max(2 * requests, requests + 8) and pages <= room <= max(8, 1.5 * pages)
+    assert bucket_of(64, 64) == (64, 64)
+
+
+def paged(lengths, kv_heads, dim, dtype=torch.float32, device="cpu", block_tokens=16):
+    """Pages of requests of these lengths, scattered over a pool in which everything else is NaN, as rows too."""
+    torch.manual_seed(0)
+    most = -(-max(lengths) // block_tokens) + 1
+    view = torch.full((most * len(lengths) + 1, block_tokens, 2 * kv_heads * dim), float("nan"), dtype=dtype)
+    table = torch.randperm(len(view) - 1)[:most * len(lengths)].view(len(lengths), most)
+    rows = torch.randn(len(lengths), max(lengths), view.shape[2]).to(dtype)
+    for blocks, request_rows, length in zip(table, rows, lengths):
+        for token in range(length):
+            view[blocks[token // block_tokens], token % block_tokens] = request_rows[token]
+    pages = Pages(view.to(device), table.to(device), torch.tensor(lengths, device=device))
+    k, v = rows.to(device).unflatten(-1, (2, kv_heads, dim)).unbind(2)
+    return pages, k, v
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (8, 2), (6, 1)])
+def test_attention_page_by_page_is_attention(heads, kv_heads):
+    lengths, dim = [1, 16, 17, 50], 8
+    pages, k, v = paged(lengths, kv_heads, dim)
+    view = pages.view.nan_to_num(0.0)  # the copy multiplies what is masked by 0
+    q = torch.randn(4, 1, heads, dim)
+    index = page_index(pages, heads // kv_heads)
+    outputs = attend_to_copied_pages(q, Pages(view, *pages[1:]), index.row_counts, 0.3)
+    expected = attend(q, k, v, Positions(torch.tensor(lengths) - 1, 1), 0.3)
+    torch.testing.assert_close(merge_pages(*outputs), expected)
+    empty = (index.row_counts == 0)[:, :, None, None, None]
+    outputs = outputs._replace(out=outputs.out.masked_fill(empty, float("nan")))
+    torch.testing.assert_close(merge_pages(*outputs), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block_tokens", [16, 64, 256])
+@pytest.mark.parametrize("heads, kv_heads, dim", [(4, 4, 64), (32, 8, 128), (6, 1, 256)])
+def test_the_flash_kernel_reads_each_page_and_nothing_beyond_it(heads, kv_heads, dim, block_tokens):
+    """Every row of the pool that is no request's is NaN: one that was read would show."""
+    lengths = [1, 700, 64, 65, 255]
+    pages, k, v = paged(lengths, kv_heads, dim, torch.bfloat16, "cuda", block_tokens)
+    assert flash_can_read(pages.view, dim)
+    q = torch.randn(len(lengths), 1, heads, dim, device="cuda", dtype=torch.bfloat16)
+    out = merge_pages(*attend_to_pages(q, pages.view, page_index(pages, heads // kv_heads), dim**-0.5))
+    exact = attend(q.double(), k.double(), v.double(), Positions(pages.lengths - 1, 1), dim**-0.5)
+    assert ((out.double() - exact).norm() / exact.norm()).item() < 1e-2
+
+
+def test_a_model_with_a_part_that_is_not_known_runs_eagerly(models):
+    model = models["llama"][0]
+    assert what_must_run_eagerly(model) == set()
+    known, model.model.layers[0].mlp = model.model.layers[0].mlp, torch.nn.Identity()
+    try:
+        assert what_must_run_eagerly(model) == {"Identity"}
+    finally:
+        model.model.layers[0].mlp = known
