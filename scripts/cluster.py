@@ -1,6 +1,10 @@
 """The live cluster, each node a process: `torchrun --nproc-per-node 6 scripts/cluster.py --help`."""
 
-from minprfaas.errors import run_program
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C before `run_program` can answer it ends without a traceback
+
+from minprfaas.errors import run_program  # noqa: E402
 
 if __name__ == "__main__":
     run_program("minprfaas.commands.cluster")

@@ -4,20 +4,22 @@ import os
 import secrets
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing.connection import wait
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from minprfaas.config import LineConfig
-from minprfaas.errors import UserError, one_line
+from minprfaas.errors import UserError, exit_on_user_error, one_line
 from minprfaas.kvcache.layout import Layout
 from minprfaas.model.checkpoint import checked_device
 from minprfaas.model.transformer import Transformer
@@ -125,57 +127,71 @@ def own_device(kind: str, local_rank: int) -> torch.device:
     return checked_device(kind)
 
 
-def start_processes(names: list[str], front: str | None, argv: list[str], restart: str = "") -> int:
-    """Run this program in a process for each name, as torchrun would; returns the front end's exit status, or without
+def start_processes(names: list[str], front: str | None, main: Callable[[list[str]], int], argv: list[str],
+                    restart: str = "") -> int:
+    """Run `main(argv)` in a process for each name, as torchrun would; returns the front end's exit status, or without
     one here the worst of all. `restart` is how a person starts one of them again, with {name} and {port} to be filled
     in.
 
-    torchrun exits with 1 whatever its workers say; this keeps the status 2 of a user's mistake. It ends every process
-    when one dies; here the others go on. Ended by a signal, this ends its processes first.
+    They are forked, so that PyTorch is imported once and not by each of them; this process only waits, and never
+    computes or touches a GPU. torchrun exits with 1 whatever its workers say; this keeps the status 2 of a user's
+    mistake. It ends every process when one dies; here the others go on. Ended by a signal, this ends its processes
+    first.
     """
     port = _free_port()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
-    workers: dict[str, subprocess.Popen] = {}
+    workers: dict[str, ForkProcess] = {}
     try:
         for rank, name in enumerate(names):
-            environment = {**inherited, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(names)),
+            environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(names)),
                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            environment.setdefault("OMP_NUM_THREADS", "1")
-            # A group of its own: an interrupt from the keyboard is for this process, which ends the others.
-            workers[name] = subprocess.Popen([sys.executable, *argv], env=environment, process_group=0)
+            workers[name] = ForkProcess(target=_run_as, args=(environment, main, argv), name=name)
+            workers[name].start()
         awaited = [workers[front]] if front is not None else [*workers.values()]
         return _wait_for(awaited, workers, restart.replace("{port}", str(port)))
     finally:
         for worker in workers.values():
             worker.kill()
         for worker in workers.values():
-            worker.wait()
+            worker.join()
 
 
-def _wait_for(awaited: list[subprocess.Popen], workers: dict[str, subprocess.Popen], restart: str) -> int:
+def _run_as(environment: dict[str, str], main: Callable[[list[str]], int], argv: list[str]) -> None:
+    """In a process of its own. Also a group of its own: an interrupt from the keyboard is for the process that started
+    it, which ends the others."""
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for name in [name for name in os.environ if name.startswith("TORCHELASTIC_")]:
+        del os.environ[name]
+    os.environ.update(environment)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # as torchrun does: they share the cores
+    sys.exit(exit_on_user_error(main)(argv))
+
+
+def _wait_for(awaited: list[ForkProcess], workers: dict[str, ForkProcess], restart: str) -> int:
     """The worst exit status of those that are awaited; or 2, as soon as any process has refused a user's mistake and
     said so. What else ends before that is told."""
     gone: set[str] = set()
     while True:
-        statuses = {name: worker.poll() for name, worker in workers.items()}
+        statuses = {name: worker.exitcode for name, worker in workers.items()}
         if 2 in statuses.values():
             return 2
-        if all(worker.poll() is not None for worker in awaited):
+        if all(worker.exitcode is not None for worker in awaited):
             _give_time(workers)
-            return max(worker.returncode % 256 for worker in awaited)
+            return max(worker.exitcode % 256 for worker in awaited)
         for name in [name for name, status in statuses.items() if status and name not in gone]:
             gone.add(name)
             again = f"; {restart.replace('{name}', name)} starts it again" if restart else ""
             print(f"{name} has ended with status {statuses[name]}{again}", file=sys.stderr)
-        time.sleep(0.05)
+        wait([worker.sentinel for name, worker in workers.items() if statuses[name] is None])
 
 
-def _give_time(workers: dict[str, subprocess.Popen]) -> None:
+def _give_time(workers: dict[str, ForkProcess]) -> None:
     """The others have heard the same last word as those that have ended; they may clean up after themselves."""
     give_up_at_s = time.monotonic() + ENDING_S
-    while time.monotonic() < give_up_at_s and any(worker.poll() is None for worker in workers.values()):
-        time.sleep(0.02)
+    for worker in workers.values():
+        worker.join(max(0.0, give_up_at_s - time.monotonic()))
 
 
 def _free_port() -> int:

@@ -8,9 +8,10 @@ import threading
 from collections.abc import Callable
 
 from minprfaas.cluster.mail import Mail
+from minprfaas.cluster.node import PeerReturned
 from minprfaas.cluster.topology import Place
 from minprfaas.errors import UserError
-from minprfaas.transport.base import LinkDown, LinkRefused, LinkRestored
+from minprfaas.transport.base import LinkDown, LinkRefused
 from minprfaas.transport.wan.link import Link
 
 MEETING_S = 3600.0  # one attempt's; another one follows
@@ -48,11 +49,15 @@ class Neighbours:
 
     def _meet(self, peer: Place) -> None:
         link = self._links[peer.name]
-        link.connect(MEETING_S)
-        self.met.add(peer.name)
-        self.refused.pop(peer.name, None)
-        self._mail.add_link(link, peer.parts, crosses_sites=peer.site != self._here.site)
-        self._mail.events.put(LinkRestored(link.epoch, peer_restarted=True, link=link.name))
+
+        def met() -> None:
+            self.met.add(peer.name)
+            self.refused.pop(peer.name, None)
+            self._mail.add_link(link, peer.parts, crosses_sites=peer.site != self._here.site)
+            for part in peer.parts:
+                self._mail.events.put(PeerReturned(part))
+
+        link.connect(MEETING_S, met)
         link.wait_until_lost()
 
     def close(self) -> None:

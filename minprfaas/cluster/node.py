@@ -100,7 +100,7 @@ class Node:
                 for name in self.mail.names_behind(link):
                     self._tell_all(PeerLost(name, f"{name} restarted"))
                     self._tell_all(PeerReturned(name))
-            case StreamDone() | StreamFailed():
+            case StreamDone() | StreamFailed() | PeerReturned():
                 self._tell_all(event)
 
     def _tell_all(self, happening: Happening) -> None:

@@ -4,7 +4,6 @@ Chapter 13; paper 3.1.
 """
 
 import argparse
-import sys
 
 from minprfaas.cluster.launch import Launch, StoreAddress, start_processes, watch_parent
 from minprfaas.cluster.topology import PD_SITE, PRFAAS_SITE, Place, Topology
@@ -83,5 +82,5 @@ def _start(run: Run, chosen: list[Place], argv: list[str]) -> int:
     check_outputs(run)
     front = next((place.name for place in chosen if place.has_front), None)
     store = run.args.store or "127.0.0.1:{port}"
-    return start_processes([place.name for place in chosen], front, [sys.argv[0], *argv],
+    return start_processes([place.name for place in chosen], front, main, argv,
                            restart=f"--node {{name}} --store {store}")

@@ -105,6 +105,8 @@ def _play(run: Run, seat: Seat, outputs: dict[str, OutputFile]) -> int:
         return 0
     finally:
         neighbours.close()
+        if line is not None:
+            line.close()
 
 
 def _wait_for_front(run: Run, seat: Seat, made: Process, neighbours: Neighbours) -> None:

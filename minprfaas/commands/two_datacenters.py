@@ -1,7 +1,6 @@
 """Prefill in one datacenter process, decode in another, on real text: the main job. Chapter 13; paper 3 and 4."""
 
 import argparse
-import sys
 
 from minprfaas.cluster.launch import Launch, start_processes, watch_parent
 from minprfaas.cluster.topology import Topology
@@ -26,6 +25,6 @@ def main(argv: list[str]) -> int:
     launch = Launch.from_environment(world_size=2)
     if launch is None:
         check_outputs(run)
-        return start_processes([place.name for place in places], places[-1].name, [sys.argv[0], *argv])
+        return start_processes([place.name for place in places], places[-1].name, main, argv)
     watch_parent()
     return play(run, Seat(places, places[launch.rank], launch.address, launch.local_rank))

@@ -5,6 +5,7 @@ replaces them when they break; `rendezvous` and `handshake` find the peer and ma
 """
 
 import queue
+from collections.abc import Callable
 
 import torch.distributed as dist
 
@@ -41,9 +42,10 @@ class Link:
         rendezvous = Rendezvous(name, store, rank, config, identity, self._payload_limit, lane_type)
         self._supervisor = Supervisor(name, config, rendezvous, self._outbox, self._inbox, line, self.events, timeline)
 
-    def connect(self, deadline_s: float) -> None:
-        """Meet the peer and shake hands. Raises LinkRefused, or LinkDown when `deadline_s` passes."""
-        self._supervisor.connect(deadline_s)
+    def connect(self, deadline_s: float, met: Callable[[], None] = lambda: None) -> None:
+        """Meet the peer and shake hands; call `met` before anything that the peer sends is heard. Raises LinkRefused, or
+        LinkDown when `deadline_s` passes."""
+        self._supervisor.connect(deadline_s, met)
 
     def wait_until_lost(self) -> None:
         """Block until the link is lost for good, or closed."""

@@ -43,12 +43,14 @@ class Supervisor:
         self._closing = threading.Event()  # and there will be no other
         self._reason = ""
 
-    def connect(self, deadline_s: float) -> None:
+    def connect(self, deadline_s: float, met: Callable[[], None]) -> None:
         """Begin the first epoch. Raises LinkRefused, LinkDown."""
         if self._thread is not None:
             raise LinkDown(f"link {self._name} was connected before; a lost link is replaced by a new one")
         until = time.monotonic() + deadline_s
-        self._begin_epoch(self._rendezvous.meet(until, self._closing, bear_refusals=False))
+        meeting = self._rendezvous.meet(until, self._closing, bear_refusals=False)
+        met()
+        self._begin_epoch(meeting)
         self._thread = threading.Thread(target=self._run, name=f"{self._name} supervisor", daemon=True)
         self._thread.start()
 
@@ -100,6 +102,8 @@ class Supervisor:
         self._peer, self.epoch, self._lanes = meeting.peer, meeting.epoch, meeting.lanes
         self._broken.clear()
         self._outbox.begin_epoch(meeting.epoch)
+        if returned:  # said first: what a new peer sends must not be heard as the old one's
+            self._events.put(LinkRestored(meeting.epoch, restarted, self._name))
         for lane in meeting.lanes:
             lane.heard_at = time.monotonic()
             for _ in range(SENDERS):
@@ -107,8 +111,6 @@ class Supervisor:
                     lambda: self._outbox.next_frame(meeting.epoch), self._sent))
             for _ in range(RECEIVERS):
                 self._start_thread(lane, "receive", lambda lane=lane: lane.receive_frames(self._received))
-        if returned:
-            self._events.put(LinkRestored(meeting.epoch, restarted, self._name))
 
     def _start_thread(self, lane: Lane, role: str, work: Callable[[], None]) -> None:
         def run() -> None:
