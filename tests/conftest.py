@@ -20,6 +20,11 @@ TINY = {
         SIZES, model_type="kimi_linear", num_hidden_layers=4, first_k_dense_replace=4, model_max_length=512,
         kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, linear_attn_config=dict(
             num_heads=2, head_dim=8, short_conv_kernel_size=4, kda_layers=[1, 2, 3], full_attn_layers=[4])),
+    "mimo_v2_flash": dict(
+        SIZES, model_type="mimo_v2_flash", num_hidden_layers=3, num_key_value_heads=1, head_dim=8, v_head_dim=4,
+        sliding_window=20, layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+        mlp_layer_types=["dense", "sparse", "sparse"], n_routed_experts=8, num_experts_per_tok=2, n_group=2, topk_group=1,
+        moe_intermediate_size=16, max_position_embeddings=512),
 }
 FAMILIES = tuple(TINY)
 END_OF_TEXT = "<|end|>"

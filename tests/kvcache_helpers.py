@@ -11,8 +11,10 @@ LINEAR = StateSpec(
     StateKind.REQUEST, (TensorSpec("memory", (2, 8, 8), "float32"), TensorSpec("conv", (10, 3), "bfloat16")))
 LATENT = StateSpec(StateKind.TOKEN, (TensorSpec("latent", (6,), "float32"),))
 KV = StateSpec(StateKind.TOKEN, (TensorSpec("kv", (16,), "bfloat16"),))
+WINDOW = StateSpec(StateKind.WINDOW, (TensorSpec("kv", (5, 6), "float32"),))
 HYBRID = (LINEAR, LINEAR, LINEAR, LATENT) * 2
 DENSE = (KV,) * 3
+WINDOWED = (LATENT, WINDOW, WINDOW)
 ALL_LINEAR = (LINEAR,) * 2
 
 
@@ -48,6 +50,8 @@ def step(kvcache, cache, tokens, end):
             rows = torch.tensor(values[start:], dtype=spec.tensors[0].torch_dtype)[None, :, None]
             context = state.layer(layer).append(rows.expand(1, -1, spec.tensors[0].shape[0])).rows()
             assert context[0, :, 0].tolist() == values
+        elif spec.kind is StateKind.WINDOW:
+            step_window(state.layer(layer), values, start)
         else:
             memory, conv = state.layer(layer).load()
             before = values[start - 1] if start else 0
@@ -57,6 +61,15 @@ def step(kvcache, cache, tokens, end):
                 there = values[start + offset - 1]
                 state.layer(layer).store_snapshot(offset, torch.full_like(memory, there), torch.full_like(conv, there))
     kvcache.advance(cache, tokens[:end])
+
+
+def step_window(layer, values, start):
+    """A row a token, of its value: the last five of them, after zeros where the request has fewer."""
+    rows = torch.tensor([0] * 5 + values, dtype=torch.float32)[None, :, None].expand(1, -1, 6)
+    assert torch.equal(layer.load()[0], rows[:, start:start + 5])
+    for offset in layer.snapshot_offsets:
+        layer.store_snapshot(offset, rows[:, start + offset:start + offset + 5])
+    layer.store(rows[:, -5:])
 
 
 def prefill(kvcache, tokens, max_chunk=16):

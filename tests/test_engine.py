@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, write_checkpoint
+from conftest import write_checkpoint
 
 from minprfaas import SamplingParams, UserError, load
 from minprfaas.config import CacheConfig
@@ -20,6 +20,7 @@ from minprfaas.model.state import ContiguousState
 from minprfaas.observe.timeline import Timeline
 
 BLOCK = 8
+FAMILIES = ("qwen3", "kimi_linear", "mimo_v2_flash")  # rows, state of one size and windows
 
 
 @lru_cache(maxsize=None)

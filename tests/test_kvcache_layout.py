@@ -5,7 +5,7 @@ import pytest
 from minprfaas.config import StateKind
 from minprfaas.kvcache.layout import plan_layout
 from minprfaas.model.spec import StateSpec, TensorSpec, kv_bytes
-from kvcache_helpers import ALL_LINEAR, DENSE, HYBRID, KV, LATENT, LINEAR
+from kvcache_helpers import ALL_LINEAR, DENSE, HYBRID, KV, LATENT, LINEAR, WINDOW, WINDOWED
 
 
 def test_a_three_to_one_stack_gives_three_linear_groups_and_one_full_group_of_equally_many_layers():
@@ -36,7 +36,7 @@ def test_a_block_without_token_state_is_one_groups_whole_state():
     assert layout.blocks_for(1) == layout.blocks_for(10_000) == 1
 
 
-@pytest.mark.parametrize("specs", [HYBRID, DENSE, ALL_LINEAR, (LATENT, KV, KV, LINEAR)])
+@pytest.mark.parametrize("specs", [HYBRID, DENSE, ALL_LINEAR, WINDOWED, (LATENT, KV, KV, LINEAR)])
 @pytest.mark.parametrize("block_tokens", [1, 4, 64])
 def test_no_two_tensors_overlap_and_all_lie_inside_their_blocks(specs, block_tokens):
     layout = plan_layout(specs, block_tokens)
@@ -58,3 +58,9 @@ def test_the_blocks_of_a_request_hold_its_kvcache_and_little_more():
     for tokens in (1, 1024, 128 * 1024):
         held, needed = layout.blocks_for(tokens) * layout.block_bytes, kv_bytes(layout.specs, tokens)
         assert needed <= held <= needed + 4 * layout.block_bytes  # at most one block of each group partly empty
+
+
+def test_a_window_weighs_a_row_a_token_until_it_is_full_and_then_no_more():
+    assert [kv_bytes((WINDOW,), tokens) for tokens in (0, 1, 5, 6, 10_000)] == [0, 24, 120, 120, 120]
+    layout = plan_layout(WINDOWED, block_tokens=4)
+    assert layout.blocks_for(10_000) - layout.blocks_for(4) == 10_000 // 4 - 1, "only the token layer's blocks"

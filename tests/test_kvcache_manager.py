@@ -9,10 +9,11 @@ import torch
 from minprfaas.config import StateKind
 from minprfaas.kvcache.ledger import CacheNews
 from minprfaas.model.spec import model_state_specs
-from kvcache_helpers import ALL_LINEAR, DENSE, HYBRID, KV, LATENT, LINEAR, decode, manager, prefill, step
+from kvcache_helpers import ALL_LINEAR, DENSE, HYBRID, KV, LATENT, LINEAR, WINDOWED, decode, manager, prefill, step
 from test_kvcache_paged import MODELS, model_of
 
-SPECS = {"hybrid": HYBRID, "dense": DENSE, "linear only": ALL_LINEAR, "two token groups": (LATENT, KV, KV, LINEAR)}
+SPECS = {"hybrid": HYBRID, "dense": DENSE, "linear only": ALL_LINEAR, "windows": WINDOWED,
+         "two token groups": (LATENT, KV, KV, LINEAR)}
 PROMPT = list(range(100, 142))  # 10 blocks of 4, and 2 tokens
 
 

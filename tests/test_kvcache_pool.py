@@ -10,7 +10,7 @@ from minprfaas.errors import UserError
 from minprfaas.kvcache.layout import plan_layout
 from minprfaas.kvcache.pool import BlockPool
 from minprfaas.model.spec import StateSpec, TensorSpec
-from kvcache_helpers import DENSE, HYBRID, KV, LATENT, LINEAR
+from kvcache_helpers import DENSE, HYBRID, KV, LATENT, LINEAR, WINDOWED
 
 TABLE = [5, 2, 9]  # blocks out of order, 4 tokens each
 
@@ -93,6 +93,19 @@ def test_bytes_cross_from_one_pool_to_another_whatever_the_blocks():
     target.write_bytes(0, blocks[::-1], 0, 12, data)
     for read, written in zip(target.read_state(0, torch.tensor([blocks[::-1]])), state):
         assert torch.equal(read, written)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 5, 6, 100])
+def test_of_a_window_the_last_rows_cross_that_there_are_and_arrive_in_their_places(tokens):
+    source, target = pool_of(WINDOWED), pool_of(WINDOWED)
+    blocks, rows = list(range(source.layout.groups[1].state_blocks)), torch.randn(1, 5, 6)
+    rows[:, :max(5 - tokens, 0)] = 0
+    target.bytes.fill_(0x7F)
+    source.write_state(1, torch.tensor([blocks]), rows)
+    data = source.read_bytes(1, blocks, 0, tokens)
+    assert data.numel() == min(tokens, 5) * 24
+    target.write_bytes(1, blocks, 0, tokens, data)
+    assert torch.equal(target.read_state(1, torch.tensor([blocks]))[0], rows)
 
 
 def test_bytes_may_lie_at_any_place_of_a_message():

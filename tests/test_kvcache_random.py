@@ -16,11 +16,13 @@ from kvcache_helpers import hear, manager
 STATE = StateSpec(StateKind.REQUEST, (TensorSpec("memory", (8,), "float32"),))
 STRIDED = replace(STATE, snapshot_stride=8)  # held at every second block from the beginning of a pass
 TOKEN = StateSpec(StateKind.TOKEN, (TensorSpec("kv", (8,), "float32"),))
+WINDOW = StateSpec(StateKind.WINDOW, (TensorSpec("kv", (6, 8), "float32"),))
 OTHER = StateSpec(StateKind.TOKEN, (TensorSpec("kv", (4,), "float32"),))
 STACKS = {
     "hybrid": (STATE, STATE, TOKEN),
     "dense": (TOKEN,),
     "linear only": (STATE, STATE),
+    "windows": (WINDOW, WINDOW, TOKEN, WINDOW),
     "two token groups": (TOKEN, OTHER, STRIDED),
 }
 POOLS = (7, 20, 60, 200, 600)  # blocks, from tiny to ample
