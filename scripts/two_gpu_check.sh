@@ -17,6 +17,6 @@ two --model /tmp/qwen3-0.6b --prompts /tmp/qwen.jsonl --link-gbps 10 --rtt-ms 20
 echo "== Qwen3-0.6B shape, bfloat16, unthrottled"
 two --model /tmp/qwen3-0.6b --prompts /tmp/qwen.jsonl --lanes 8 --dtype bfloat16 --json "$out/qwen_bfloat16.jsonl"
 echo "== link lanes, GPU 0 to GPU 1"
-timeout 90 python3 scripts/bench.py link --device cuda --table lanes 2>>"$out/errors.log"
+timeout 90 python3 scripts/bench.py link --table lanes 2>>"$out/errors.log"
 echo "== gpu tests"
 timeout 120 python3 -m pytest -q -m gpu tests 2>&1 | tail -15

@@ -84,8 +84,9 @@ def test_ten_thousand_mutated_frames_raise_a_frame_error_or_parse_within_the_lim
 
 
 @pytest.mark.parametrize("key", [None, b"k" * 32], ids=["public", "keyed"])
-def test_the_digest_of_much_data_notices_every_flipped_bit_and_everything_that_is_swapped(key):
-    generator, digest = random.Random(5), Digest(key).of
+@pytest.mark.parametrize("by_bytes", [False, True], ids=["by words", "by bytes"])
+def test_the_digest_of_much_data_notices_every_flipped_bit_and_everything_that_is_swapped(key, by_bytes):
+    generator, digest = random.Random(5), Digest(key, by_bytes).of
     data = bytearray(generator.randbytes(20 * 8192 + 5000))
     true = digest(memoryview(data))
     for at in [0, 7, 8191, 8192, 20 * 8192, len(data) - 1, *(generator.randrange(len(data)) for _ in range(200))]:
@@ -93,6 +94,10 @@ def test_the_digest_of_much_data_notices_every_flipped_bit_and_everything_that_i
         data[at] ^= bit
         assert digest(memoryview(data)) != true, f"a flipped bit in byte {at} went unnoticed"
         data[at] ^= bit
+    for at in range(7, 60 * 8, 8):  # the topmost bits of words, which half of all keys multiply away
+        data[at] ^= 128
+        assert digest(memoryview(data)) != true, f"a flipped bit in byte {at} went unnoticed"
+        data[at] ^= 128
     for size in (1, 8, 4096, 8192):
         first, second = (number * size for number in generator.sample(range(20 * 8192 // size), 2))
         swapped = bytearray(data)

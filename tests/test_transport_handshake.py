@@ -99,7 +99,7 @@ def test_a_replayed_handshake_is_refused_because_the_nonce_is_fresh():
 def test_an_impostor_that_repeats_what_it_hears_is_refused():
     class Mirror(Impostor):
         def __call__(self):
-            self._words = _Echo(self.heard, b"minprfaas link" + bytes(40) + b"version 1, link a-b, epoch 1, 1 lanes, "
+            self._words = _Echo(self.heard, b"minprfaas link" + bytes(40) + b"version 2, link a-b, epoch 1, 1 lanes, "
                                 b"frames of 262144 bytes, lane 0")
             super().__call__()
 

@@ -1,12 +1,15 @@
 """The link: goodput at emulated rates, control messages beside bulk, memory, and lanes against raw Gloo. Chapter 07.
 
-    python scripts/bench.py link                       two processes on this machine, CPU memory
-    python scripts/bench.py link --device cuda         GPU 0 to GPU 1 of one host
+    python scripts/bench.py link                  two processes on this machine; GPU memory, too, where there is a GPU
+    python scripts/bench.py link --table lanes    only what is not throttled
 
 Every ratio compares readings of one run. Rates are emulated in user space; both ends run on this machine.
 """
 
 import argparse
+import json
+import os
+import statistics
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -29,17 +32,26 @@ DEADLINE_S = 120.0
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python scripts/bench.py link", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the bytes start and end (cpu)")
     parser.add_argument("--seconds", type=float, default=5.0, help="how long each emulated rate is measured (5)")
     parser.add_argument("--table", choices=["rates", "lanes", "both"], default="both")
     parser.add_argument("--lanes", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--chunk-mib", type=float, default=4.0, help="size of an unthrottled chunk (4)")
+    parser.add_argument("--mib", type=int, default=128 * os.cpu_count(), help="MiB a reading (128 a core)")
+    parser.add_argument("--repeats", type=int, default=3, help="readings of which the median is shown (3)")
+    parser.add_argument("--json", action="store_true", help="print what was measured as one JSON object")
     args = parser.parse_args(argv)
-    if args.device == "cuda" and torch.cuda.device_count() < 2:
-        parser.error(f"--device cuda needs two GPUs; there are {torch.cuda.device_count()}")
+    found, chunk, total = {}, int(args.chunk_mib * 2**20), args.mib * 2**20
     if args.table != "lanes":
-        print_rates(args.seconds)
+        found["rates"] = measure_rates(args.seconds)
     if args.table != "rates":
-        print_lanes(args.device, args.lanes)
+        found["lanes"] = measure_lanes(args.lanes, chunk, total, args.repeats)
+    if args.json:
+        print(json.dumps({"cores": os.cpu_count(), "torch": torch.__version__, "chunk_bytes": chunk, **found}))
+        return 0
+    if "rates" in found:
+        print_rates(found["rates"])
+    if "lanes" in found:
+        print_lanes(found["lanes"], chunk, total)
     return 0
 
 
@@ -73,13 +85,18 @@ def _run(work, rank, port, reports, arguments):
 
 # ---- emulated rates
 
-def print_rates(seconds: float) -> None:
-    lines = [LineConfig(gbps, RTT_MS) for gbps in (0.01, 0.1, 1.0)] + [LineConfig()]
-    found = in_two_processes(_rates, lines, seconds, steps=len(lines))
+LINES = [LineConfig(gbps, RTT_MS) for gbps in (0.01, 0.1, 1.0)] + [LineConfig()]
+
+
+def measure_rates(seconds: float) -> list[dict]:
+    return in_two_processes(_rates, LINES, seconds, steps=len(LINES))
+
+
+def print_rates(found: list[dict]) -> None:
     print(f"\nGoodput over 4 lanes (rates and the {RTT_MS:g} ms round trip are emulated; the last row is unthrottled)")
     print(f"{'rate':>10} {'goodput':>12} {'of rate':>8} {'busiest 1 s':>12} {'message p50 / p99':>18} {'bound':>9} "
           f"{'memory, sender / receiver':>26}")
-    for line, row in zip(lines, found):
+    for line, row in zip(LINES, found):
         rate = line.gbps
         bound = f"{row['bound_ms']:.1f} ms" if rate else "–"
         share = f"{row['gbps'] / rate:8.1%} {row['busiest_gbps'] / rate:12.1%}" if rate else f"{'–':>8} {'–':>12}"
@@ -201,38 +218,55 @@ class PeakMemory:
 
 # ---- lanes
 
-def print_lanes(device: str, lane_counts: list[int]) -> None:
-    total = 8 * 2**30 if device == "cuda" else 256 * 2**20
-    chunk = 4 * 2**20 if device == "cuda" else 2**20
-    found = in_two_processes(_lanes, device, lane_counts, total, chunk, steps=2 * len(lane_counts))
-    readings = {(row["what"], row["lanes"]): row["GB_s"] for row in found}
-    place = "GPU memory to GPU memory" if device == "cuda" else "CPU memory to CPU memory"
-    print(f"\nUnthrottled goodput against lanes: {total / 2**20:g} MiB in chunks of {chunk / 2**20:g} MiB, {place}, "
-          "over loopback")
-    print(f"{'lanes':>6} {'link':>12} {'raw Gloo (CPU memory)':>22} {'link / raw':>11}")
-    for lanes in lane_counts:
-        link, raw = readings["link", lanes], readings["raw", lanes]
-        print(f"{lanes:>6} {link:7.2f} GB/s {raw:17.2f} GB/s {link / raw:11.0%}")
-    print("link: checked, acknowledged, written by the sink. raw: the same bytes, sent and received, nothing else.")
+def measure_lanes(lane_counts: list[int], chunk: int, total: int, repeats: int) -> list[dict]:
+    """For each number of lanes the medians of raw Gloo and of the link in GB/s, taken in turns."""
+    places = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    rows = in_two_processes(_lanes, places, lane_counts, chunk, total, repeats, steps=len(lane_counts))
+    return [{name: statistics.median(value) if isinstance(value, list) else value for name, value in row.items()}
+            for row in rows]
 
 
-def _lanes(rank, store, report, device, lane_counts, total, chunk):
+def print_lanes(rows: list[dict], chunk: int, total: int) -> None:
+    print(f"\nUnthrottled goodput against lanes: {total / 2**20:g} MiB in chunks of {chunk / 2**20:g} MiB over "
+          f"loopback, {os.cpu_count()} cores, torch {torch.__version__}, medians")
+    places = [place for place in ("cpu", "cuda") if place in rows[0]]
+    print(f"{'lanes':>6} {'raw Gloo':>13}" + "".join(f" {f'link, {place} memory':>24}" for place in places))
+    for row in rows:
+        ours = "".join(f" {row[place]:13.2f} GB/s {row[place] / row['raw']:5.0%}" for place in places)
+        print(f"{row['lanes']:>6} {row['raw']:8.2f} GB/s{ours}")
+    print("link: with a secret; checked, written by the sink, acknowledged. raw: sent and received, nothing else.\n"
+          "Both go through two chunks of memory a lane again and again; both ends share a GPU if there is only one.")
+
+
+def _lanes(rank, store, report, places, lane_counts, chunk, total, repeats):
     for lanes in lane_counts:
-        raw = _raw_gloo(rank, store, lanes, total, chunk)
-        link = _link_goodput(rank, store, device, lanes, total, chunk)
+        groups = [ProcessGroupGloo(PrefixStore(f"raw{lanes}/{lane}", store), rank, 2, timedelta(seconds=DEADLINE_S))
+                  for lane in range(lanes)]
+        config = LinkConfig(lanes=lanes, chunk_bytes=chunk, max_inflight_bytes=max(64 * 2**20, 4 * lanes * chunk))
+        link = Link(f"lanes{lanes}", store, rank, config, IDENTITY)
+        link.connect(DEADLINE_S)
+        streams = min(lanes, 8)  # so that their sinks write in parallel
+        memory = {place: torch.zeros(streams, 2 * chunk * lanes // streams, dtype=torch.uint8,
+                                     device=place if place == "cpu" else f"cuda:{rank % torch.cuda.device_count()}")
+                  for place in places}
+        row = {"lanes": lanes, "raw": [], **{place: [] for place in places}}
+        for number in range(1 + repeats):
+            readings = {"raw": _raw_gloo(rank, groups, total, chunk)}
+            for place in places:
+                readings[place] = _link_goodput(link, rank, memory[place], total)
+            if number:  # the first is to warm up
+                for name, reading in readings.items():
+                    row[name].append(reading)
+        link.close()
         if rank == 0:
-            report({"what": "raw", "lanes": lanes, "GB_s": raw})
-            report({"what": "link", "lanes": lanes, "GB_s": link})
+            report(row)
 
 
-def _raw_gloo(rank, store, lanes, total, chunk) -> float:
+def _raw_gloo(rank, groups, total, chunk) -> float:
     """Each lane sends its share in messages of one chunk, two posted ahead; GB/s over all lanes."""
-    groups = [ProcessGroupGloo(PrefixStore(f"raw{lanes}/{lane}", store), rank, 2, timedelta(seconds=DEADLINE_S))
-              for lane in range(lanes)]
-
     def pump(group):
         buffers, posted = [torch.zeros(chunk, dtype=torch.uint8) for _ in range(2)], []
-        for number in range(total // lanes // chunk):
+        for number in range(total // len(groups) // chunk):
             if len(posted) == 2:
                 posted.pop(0).wait()
             move = group.send if rank == 0 else group.recv
@@ -242,30 +276,23 @@ def _raw_gloo(rank, store, lanes, total, chunk) -> float:
 
     groups[0].barrier().wait()
     began = time.monotonic()
-    with ThreadPoolExecutor(lanes) as pool:
+    with ThreadPoolExecutor(len(groups)) as pool:
         list(pool.map(pump, groups))
     groups[0].barrier().wait()
     return total / (time.monotonic() - began) / 1e9
 
 
-def _link_goodput(rank, store, device, lanes, total, chunk) -> float:
-    """`lanes` streams (at most 8), so that their sinks write in parallel; GB/s from the first put to the last ack."""
-    config = LinkConfig(lanes=lanes, chunk_bytes=chunk, max_inflight_bytes=max(16 * 2**20, 4 * lanes * chunk))
-    link = Link(f"lanes{lanes}", store, rank, config, LinkIdentity(bytes(32), "none", "none"))
-    where = f"cuda:{rank}" if device == "cuda" else "cpu"
-    streams = min(lanes, 8)
-    tokens = total // streams // ROW_BYTES
-    plans = [StreamPlan(number, (LayerPlan(0, 0, StateKind.TOKEN, ROW_BYTES),), 0, tokens) for number in range(streams)]
-    memory = torch.zeros(streams, 64 * 2**20, dtype=torch.uint8, device=where)  # each stream's stand-in for its pool
-    link.connect(DEADLINE_S)
-    goodput = _send_all(link, plans, memory) if rank == 0 else _receive_all(link, plans, memory)
-    link.close()
-    return goodput
+def _link_goodput(link, rank, memory, total) -> float:
+    """A stream for each row of `memory`; GB/s from the first put to the last acknowledgement."""
+    tokens = total // len(memory) // ROW_BYTES
+    plans = [StreamPlan(number, (LayerPlan(0, 0, StateKind.TOKEN, ROW_BYTES),), 0, tokens)
+             for number in range(len(memory))]
+    return _send_all(link, plans, memory) if rank == 0 else _receive_all(link, plans, memory)
 
 
 def _send_all(link, plans, memory) -> float:
     _expect(link, "ready")
-    step = memory.shape[1] // ROW_BYTES
+    step = memory.shape[1] // ROW_BYTES  # tokens that the memory holds
 
     def send(plan):
         stream = link.open(plan)

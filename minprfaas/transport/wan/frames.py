@@ -16,7 +16,7 @@ from minprfaas.transport.streams import Piece
 from minprfaas.transport.wan.digest import DIGEST_BYTES, Digest
 
 MAGIC = b"PFKV"
-VERSION = 1
+VERSION = 2
 CONTROL_LIMIT_BYTES = 16 * 2**10  # payload of one control frame; a longer message travels in parts
 ACKS_PER_FRAME = CONTROL_LIMIT_BYTES // 8
 
@@ -42,7 +42,7 @@ class Kind(IntEnum):
     BYE = 8  # the peer closes the link on purpose
 
 
-@dataclass(frozen=True)
+@dataclass
 class Header:
     """One frame's fields. `start`, `end` are tokens; `offset` is a byte offset into request-level state."""
 
@@ -85,8 +85,8 @@ class Slot:
 
 
 class SlotPool:
-    """Slots for chunks, used again and again: memory that is new costs a page fault every 4 KiB, and those cost more than
-    the copy into it. A slot comes back when nothing refers to it: it is acknowledged, and Gloo has let go of it."""
+    """Slots for chunks, used again and again: new memory costs a page fault every 4 KiB, more than the copy into it.
+    A slot comes back when nothing refers to it any more: it is acknowledged, and Gloo has let go of it."""
 
     def __init__(self, capacity: int):
         self._capacity = capacity
@@ -149,9 +149,10 @@ def control_frame(kind: Kind, payload: bytes | memoryview = b"", **fields: int) 
 class Codec:
     """Seals and opens the frames of one lane in one epoch. Keys are per direction; None is no secret."""
 
-    def __init__(self, payload_limit: int, send_key: bytes | None = None, receive_key: bytes | None = None):
+    def __init__(self, payload_limit: int, send_key: bytes | None = None, receive_key: bytes | None = None,
+                 by_bytes: bool = False):
         self.payload_limit = payload_limit
-        self._sent, self._received = Digest(send_key), Digest(receive_key)
+        self._sent, self._received = Digest(send_key, by_bytes), Digest(receive_key, by_bytes)
 
     def seal(self, header: Header, view: memoryview) -> None:
         """Write `header` in front of the payload that `view` already holds, with both digests."""

@@ -24,6 +24,7 @@ import secrets
 from dataclasses import dataclass
 
 from minprfaas.transport.base import LinkRefused
+from minprfaas.transport.wan.digest import multiplies_bytes
 from minprfaas.transport.wan.frames import VERSION, Codec, FrameError
 from minprfaas.transport.wan.lanes import Lane
 from minprfaas.transport.wan.parts import decode_message
@@ -91,12 +92,14 @@ def shake_hands(lane: Lane, terms: str, incarnation: bytes, identity: LinkIdenti
         reason = "the peer's identity was altered on the way"
     reason = reason or identity.difference(theirs)
 
-    verdict = lane.exchange(b"" if reason else mac("yes", lane.rank))
+    skill = bytes([multiplies_bytes()])
+    verdict = lane.exchange(b"" if reason else skill + mac("yes", lane.rank, skill))
     if reason is not None:
         log.warning("link refused (%s): %s", terms, reason)
         raise LinkRefused(reason)
-    if not hmac.compare_digest(verdict, mac("yes", peer_rank)):
+    peer_skill = verdict[:1]
+    if not hmac.compare_digest(verdict[1:], mac("yes", peer_rank, peer_skill)):
         raise LinkRefused("the peer refused")
-    if identity.secret is not None:
-        lane.codec = Codec(lane.codec.payload_limit, mac("frames", lane.rank), mac("frames", peer_rank))
+    keys = (mac("frames", lane.rank), mac("frames", peer_rank)) if identity.secret is not None else (None, None)
+    lane.codec = Codec(lane.codec.payload_limit, *keys, by_bytes=skill == peer_skill == b"\1")
     return peer_hello[len(_GREETING):len(_GREETING) + INCARNATION_BYTES]

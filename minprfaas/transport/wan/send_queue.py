@@ -6,7 +6,6 @@ locks, time is an argument; the outbox holds its lock while it calls.
 """
 
 from collections import OrderedDict, deque
-from dataclasses import replace
 
 from minprfaas.transport.wan.frames import ACKS_PER_FRAME, Frame, Kind, StreamRecord, control_frame, encode_acks
 from minprfaas.transport.wan.monitor import Monitor
@@ -80,7 +79,7 @@ class SendQueue:
         frame.sent_at = now
         if frame.header.kind in RELIABLE:
             if not frame.header.seq:  # numbered now and not when it was queued: only dropped streams leave holes
-                frame.header = replace(frame.header, seq=self._next_seq)
+                frame.header.seq = self._next_seq
                 self._next_seq += 1
             self._unacked[frame.header.seq] = frame
         if frame.header.kind == Kind.CHUNK:
