@@ -12,7 +12,7 @@ from minprfaas.observe.timeline import Timeline
 from minprfaas.transport import (LayerPlan, Link, LinkDown, LinkLost, MessageReceived, StreamAborted, StreamDone,
                                  StreamFailed, StreamPlan)
 from minprfaas.transport.wan.frames import HEADER_BYTES
-from minprfaas.transport.wan.lanes import SENDERS, Lane
+from minprfaas.transport.wan.lanes import Lane
 
 
 def test_a_stream_arrives_identical_and_both_sides_report_it():
@@ -101,9 +101,8 @@ def test_a_slow_lane_does_not_stall_the_others():
         receiver.expect(cargo.plan, cargo.sink)
         stream = sender.open(cargo.plan)
         cargo.put_all(stream)
-        wait_until(lambda: sender.stats().queued_bytes + sender.stats().inflight_bytes
-                   <= SENDERS * (HEADER_BYTES + 4096))
-        with pytest.raises(TimeoutError, match=f"[1-{SENDERS}] chunks are not acknowledged"):
+        wait_until(lambda: sender.stats().queued_bytes + sender.stats().inflight_bytes <= HEADER_BYTES + 4096)
+        with pytest.raises(TimeoutError, match="1 chunks are not acknowledged"):
             stream.finish(0.1)
         GatedLane.gate.set()
         stream.finish(DEADLINE_S)

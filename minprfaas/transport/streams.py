@@ -180,9 +180,8 @@ class IncomingStream:
             except Exception as error:
                 self._coverage = PlanCoverage(self.plan)  # what the blocks hold now is anyone's guess
                 raise StreamAborted(f"the sink failed on layer {piece.layer}: {error!r}") from error
-            if not self._first_byte_s:
-                self._first_byte_s = now
-            self._last_byte_s = now
+            self._first_byte_s = min(self._first_byte_s or now, now)  # threads of several lanes come in any order
+            self._last_byte_s = max(self._last_byte_s, now)
             return not self._coverage.missing
 
     def _write(self, entry: LayerPlan, piece: Piece, data: torch.Tensor) -> None:

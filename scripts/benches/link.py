@@ -240,15 +240,15 @@ def print_lanes(rows: list[dict], chunk: int, total: int) -> None:
 
 def _lanes(rank, store, report, places, lane_counts, chunk, total, repeats):
     for lanes in lane_counts:
+        streams = min(lanes, 8)  # so that their sinks write in parallel
+        memory = {place: torch.zeros(streams, 2 * chunk * lanes // streams, dtype=torch.uint8,
+                                     device=place if place == "cpu" else f"cuda:{rank % torch.cuda.device_count()}")
+                  for place in places}
         groups = [ProcessGroupGloo(PrefixStore(f"raw{lanes}/{lane}", store), rank, 2, timedelta(seconds=DEADLINE_S))
                   for lane in range(lanes)]
         config = LinkConfig(lanes=lanes, chunk_bytes=chunk, max_inflight_bytes=max(64 * 2**20, 4 * lanes * chunk))
         link = Link(f"lanes{lanes}", store, rank, config, IDENTITY)
         link.connect(DEADLINE_S)
-        streams = min(lanes, 8)  # so that their sinks write in parallel
-        memory = {place: torch.zeros(streams, 2 * chunk * lanes // streams, dtype=torch.uint8,
-                                     device=place if place == "cpu" else f"cuda:{rank % torch.cuda.device_count()}")
-                  for place in places}
         row = {"lanes": lanes, "raw": [], **{place: [] for place in places}}
         for number in range(1 + repeats):
             readings = {"raw": _raw_gloo(rank, groups, total, chunk)}

@@ -21,13 +21,16 @@ from minprfaas.transport.base import LinkDown
 from minprfaas.transport.wan.binding import LOOPBACK, Binding
 from minprfaas.transport.wan.frames import HEADER_BYTES, Codec, Frame, Slot
 
-# Threads that a lane sends and receives with, each with a frame of its own: while one is on its way others are sealed,
-# checked and written.
-SENDERS, RECEIVERS = 2, 3
 STORE_POLL_S = 0.01  # while the other side is awaited
 _FRAMES_TAG, _HANDSHAKE_TAG, _CUT_TAG = 0, 1, 2
 _HANDSHAKE_BYTES = 2048
 _FOREVER = timedelta(days=1)  # silence is noticed by heartbeats, not by Gloo
+
+
+def threads_per_lane(lanes: int) -> tuple[int, int]:
+    """How many send and how many receive, each with a frame of its own: while one is on its way another is sealed, or
+    checked and written. With many lanes that happens anyway, and more threads only wait for the interpreter lock."""
+    return (2, 3) if lanes <= 2 else (1, 2)
 
 
 class Lane:
@@ -39,7 +42,7 @@ class Lane:
         self.index, self.rank, self._peer = index, rank, 1 - rank
         self.codec = Codec(payload_limit)
         self.heard_at = time.monotonic()  # when something last arrived, or was dealt with
-        self._handling: set[int] = set()  # receiving threads that are at a frame
+        self._waiting: set[int] = set()  # receiving threads that could hear something
         self._timeout = timedelta(seconds=timeout_s)
         options = dist.ProcessGroupGloo._Options()
         options._timeout = self._timeout
@@ -88,16 +91,17 @@ class Lane:
         slot, me = Slot(self.codec.payload_limit, pinned), threading.get_ident()
         while True:
             slot.view[:HEADER_BYTES] = bytes(HEADER_BYTES)  # a truncated frame must not be completed by the one before
-            self._group.recv([slot.tensor], self._peer, _FRAMES_TAG).wait(_FOREVER)
-            self._handling.add(me)
+            work = self._group.recv([slot.tensor], self._peer, _FRAMES_TAG)
+            self.heard_at = time.monotonic()
+            self._waiting.add(me)
+            work.wait(_FOREVER)
+            self._waiting.discard(me)
             self.heard_at = time.monotonic()
             handle(self, slot)
-            self.heard_at = time.monotonic()
-            self._handling.discard(me)
 
     def silent_since(self) -> float | None:
         """When something last arrived; None while nothing can, because every receiving thread is at a frame."""
-        return self.heard_at if len(self._handling) < RECEIVERS else None
+        return self.heard_at if self._waiting else None
 
     def cut(self) -> None:
         """Break the connection under every pending operation of this lane, here and at the peer."""

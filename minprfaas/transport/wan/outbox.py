@@ -167,8 +167,8 @@ class Outbox:
 
     def settle(self, seqs: list[int], written: bool = True) -> None:
         """`seqs` were acknowledged, or refused (not `written`): their memory is free."""
-        now = time.monotonic()
         with self._lock:
+            now = time.monotonic()
             for frame in [self._queue.settle(seq, written, now) for seq in seqs]:
                 if frame is None:
                     continue

@@ -17,7 +17,7 @@ from minprfaas.observe.timeline import Timeline
 from minprfaas.transport.base import EventQueue, LinkDown, LinkLost, LinkRestored
 from minprfaas.transport.wan.frames import Frame, Kind, Slot, control_frame
 from minprfaas.transport.wan.inbox import Inbox
-from minprfaas.transport.wan.lanes import RECEIVERS, SENDERS, Lane
+from minprfaas.transport.wan.lanes import Lane, threads_per_lane
 from minprfaas.transport.wan.line import EmulatedLine
 from minprfaas.transport.wan.outbox import Outbox
 from minprfaas.transport.wan.rendezvous import LANE_TIMEOUT_S, Meeting, Rendezvous
@@ -104,12 +104,13 @@ class Supervisor:
         self._outbox.begin_epoch(meeting.epoch)
         if returned:  # said first: what a new peer sends must not be heard as the old one's
             self._events.put(LinkRestored(meeting.epoch, restarted, self._name))
+        senders, receivers = threads_per_lane(len(meeting.lanes))
         for lane in meeting.lanes:
             lane.heard_at = time.monotonic()
-            for _ in range(SENDERS):
+            for _ in range(senders):
                 self._start_thread(lane, "send", lambda lane=lane: lane.send_frames(
                     lambda: self._outbox.next_frame(meeting.epoch), self._sent))
-            for _ in range(RECEIVERS):
+            for _ in range(receivers):
                 self._start_thread(lane, "receive", lambda lane=lane: lane.receive_frames(self._received))
 
     def _start_thread(self, lane: Lane, role: str, work: Callable[[], None]) -> None:
