@@ -145,22 +145,23 @@ def _said(message, to="pd-0/pdd", sender="prfaas-0"):
 
 def _ordered(**change):
     order = dict(id="absurd", stream_id=2**40, token_ids=list(range(1, 60)), start=0, snapshot_stream_id=2**41,
-                 snapshot_at=48, prefix_source="", prefix_tokens=0, sampling={})
+                 snapshot_at=48, prefix_source="", prefix_tokens=0, answered_tokens=0, sampling={},
+                 deadline_s=60.0)
     return _said(messages.PrefillOrder(**{**order, **change}), "prfaas-0", "pd-0/pdd")
 
 
 ABSURD_MESSAGES = {
     PREFILL: [_said(message) for message in (
         messages.PrefillProgress("0", tokens=-5), messages.PrefillProgress("0", tokens=2**63),
-        messages.PrefillFailed("nobody", "", False), messages.PrefixOrder(-1, [], -1), messages.PrefixOrder(1, [2**63], 0),
-        messages.PrefixAbort(7), messages.Abort("0"), messages.Serve("1", [1], {}, "x", 1.0, "", 0), messages.Shutdown(),
+        messages.PrefillFailed("nobody", "", "lost"), messages.PrefixOrder(-1, [], -1), messages.PrefixOrder(1, [2**63], 0),
+        messages.PrefixAbort(7), messages.Abort("0"), messages.Serve("1", [1], 0, {}, "x", 1.0, "", 0), messages.Shutdown(),
         messages.PrefillDone("0", first_token=10**6, cached_tokens=0, queue_s=0.0, prefill_s=0.0, prefix_bytes=0))]
     + [_said(message, "front") for message in (
         messages.TransferDone("0", kv_bytes=-1, transfer_s=-1.0, exposed_s=9e99),
         messages.TransferDone(["0"], kv_bytes=0, transfer_s=0, exposed_s=0),
         messages.CacheNews(sequence=-7, keys=["no hex"], tokens=[10**9], inventory=True),
         messages.CacheNews(sequence=2**60, keys=["a", "b"], tokens=[1], inventory=False),
-        messages.NodeReady("king", "abacus", num_blocks=-1), messages.PrefillLost("0", "says who", False),
+        messages.NodeReady("king", "abacus", num_blocks=-1), messages.PrefillLost("0", "says who", "lost"),
         messages.TokenDrawn("0", 1, "x", "eos", ""), messages.ServeFailed("0", "x", "y"))]
     + [_said(messages.TokenDrawn("0", 1, "x", "eos", ""), "front", "pd-0/pdd"), _said(messages.Shutdown(), "nobody"),
        dict(type="Surprise"), {"to": "front", "from": "prfaas-0", "type": "PrefillOrder", "fields": {"id": "0"}}, {}],

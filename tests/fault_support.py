@@ -56,6 +56,7 @@ class Site:
         self.words = collections.defaultdict(list)  # what was said in handshakes, by lane
         self.chunks: list[torch.Tensor] = []  # frames that carried KV
         self.sent: set[tuple[int, int, bytes]] = set()  # (layer, token or -1, bytes) that the prefill node put
+        self.states_arrived = collections.Counter()  # layers' request-level states as of so many tokens
         self.arrived: set[tuple[int, int]] = set()  # (layer, token or -1) that the local node's blocks received
         self.stream_id = self.writes = 0
         self.writes_before_impostor: int | None = None
@@ -146,6 +147,7 @@ class Site:
             if not threading.current_thread().name.startswith("pd-0"):  # over the link, not from this process's PD-P
                 self.writes += 1
                 self.arrived |= {piece[:2] for piece in pieces}
+                self.states_arrived[end] += self.engines[0].layout.specs[layer].kind is not StateKind.TOKEN
             if self.victim is None and not pieces <= self.sent:
                 self.failures.append(AssertionError(f"layer {layer}, tokens {start}-{end}: foreign bytes in a block"))
             write_bytes(layer, table, start, end, data)
@@ -173,7 +175,7 @@ class Site:
         while front.has_work:
             assert time.monotonic() < until, "a request did not end by its deadline"
             self.local.node.step()
-            serving = self.local.decode.servings.get(journeys[0].id)
+            serving = self.local.decode.servings.get(journeys[0].attempt)
             if serving is not None and serving.kv is not None:
                 self.stream_id = serving.kv.plan.stream_id
             if self.client_gone.is_set():

@@ -31,7 +31,7 @@ from minprfaas.simulator.trace import read_trace, write_conversations
 from minprfaas.scheduling.paper_case import paper_fleet
 from minprfaas.transport import Link, MessageReceived
 
-ORDER = messages.PrefillOrder("a", 7, [1, 2, 3], 0, 8, 0, "", 0, {"max_tokens": 3})
+ORDER = messages.PrefillOrder("a", 7, [1, 2, 3], 0, 8, 0, "", 0, 0, {"max_tokens": 3}, 60.0)
 
 
 # ---- messages and mail
@@ -61,7 +61,7 @@ def test_a_peer_can_speak_for_its_own_parts_only():
     with no_link() as (link, mail):
         mail.add_local(FRONT)
         mail.add_link(link, ["prfaas-0"])
-        said = {sender: encode(Envelope(FRONT, sender, messages.PrefillLost("a", "x", False)))
+        said = {sender: encode(Envelope(FRONT, sender, messages.PrefillLost("a", "x", "lost")))
                 for sender in ("prfaas-0", "pd-0/pdd", FRONT)}
         heard = {sender: mail.opened(MessageReceived(raw, link.name)) for sender, raw in said.items()}
         assert heard["prfaas-0"] is not None and heard["pd-0/pdd"] is None and heard[FRONT] is None
@@ -104,7 +104,7 @@ def test_a_line_that_stands_still_holds_no_forward_pass_up(hybrid):
         held_early = []
 
         def prefilled():
-            prefill = remote.prefill.prefills.get("0")
+            prefill = remote.prefill.prefills.get("0#1")
             if prefill is not None and prefill.request.status is Status.HELD:
                 held_early.append(not prefill.stream.outcome.done())
             return bool(held_early)
@@ -172,7 +172,7 @@ def test_a_request_that_finds_no_room_in_time_ends_in_a_named_error(hybrid):
     many = SamplingParams(max_tokens=200, ignore_eos=True)
     with two_datacenters(*hybrid, threshold=1000, pool_b=36, room_deadline_s=0.0) as (local, _):
         first = local.front.submit("first", long, many)
-        step_until(local, lambda: "first" in local.decode.servings and local.decode.servings["first"].kv is not None)
+        step_until(local, lambda: "first#1" in local.decode.servings and local.decode.servings["first#1"].kv is not None)
         late = local.front.submit("late", other, many)
         step_until(local, lambda: late.is_finished)
         assert late.error.kind == "no_room" and "KVCache pool" in str(late.error)
@@ -188,14 +188,20 @@ def test_a_prompt_that_the_decode_node_can_never_hold_ends_in_a_named_error(hybr
     assert journey.error.kind == "too_long" and "pool" in str(journey.error)
 
 
-def test_the_loss_of_the_node_that_decodes_ends_its_requests_in_a_named_error(hybrid):
+def test_late_words_about_an_attempt_that_was_given_up_are_not_taken_for_the_next_ones(hybrid):
+    """The front end loses the decode node, which does not notice: it goes on with the old attempt beside the new."""
+    (prompt,) = prompts_of(300)
+    params = SamplingParams(max_tokens=30, ignore_eos=True)
     with two_datacenters(*hybrid, threshold=100) as (local, _):
-        journey = local.front.submit("0", prompts_of(300)[0], GREEDY)
-        local.front.step()
+        journey = local.front.submit("0", prompt, params)
+        step_until(local, lambda: len(journey.output_ids) == 5)
         local.front.notice(PeerLost("pd-0/pdd", "link lost: test"))
-        assert journey.error.kind == "node_lost" and not local.front.has_work
-        local.front.ready["pd-0/pdd"] = messages.NodeReady("pdd", "cpu", 1)  # as it is: for the shutdown
-        step_until(local, lambda: not local.decode.has_work)
+        assert journey.attempt == "" and not journey.is_finished
+        local.decode.upkeep.introduce()
+        step_until(local, lambda: not local.front.has_work)
+        step_until(local, lambda: nothing_in_use(local))
+    assert (journey.attempts, journey.recoveries) == (2, 1)
+    assert tokens([journey]) == reference(*hybrid, [prompt], params)
 
 
 def test_the_parts_of_the_time_to_the_first_token_add_up_to_it(hybrid):
@@ -257,6 +263,7 @@ class _Key(str):
 def drive(front, call, ids, keys_of):
     """One input of a simulated plane, as the live front end gets it: from a node's message, a lost peer, a client."""
     decode_node = {id: journey.decision.decode_node for id, journey in front.journeys.items() if journey.decision}
+    attempt = {id: journey.attempt for id, journey in front.journeys.items()}
     match call.ask:
         case None:
             front.step()
@@ -270,18 +277,18 @@ def drive(front, call, ids, keys_of):
         case control.LinkMeasured(node, sample):
             front.hear(node, sample)
         case control.PrefillEnded(id, uncached, seconds):
-            front.hear(decode_node[ids[id]], messages.Prefilled(ids[id], uncached, seconds, 0))
+            front.hear(decode_node[ids[id]], messages.Prefilled(attempt[ids[id]], uncached, seconds, 0))
         case control.DecodeStarted(id):
-            front.hear(decode_node[ids[id]], messages.Started(ids[id], 0, 0, 0.0, 0.0, 0.0, 0.0))
+            front.hear(decode_node[ids[id]], messages.Started(attempt[ids[id]], 0, 0, 0.0, 0.0, 0.0, 0.0))
         case control.RequestEnded(id, output_tokens):
             for _ in range(output_tokens - 1):
-                front.hear(decode_node[ids[id]], messages.TokenDrawn(ids[id], 1, "", "", ""))
-            front.hear(decode_node[ids[id]], messages.TokenDrawn(ids[id], 1, "", "length", "max_tokens"))
+                front.hear(decode_node[ids[id]], messages.TokenDrawn(attempt[ids[id]], 1, "", "", ""))
+            front.hear(decode_node[ids[id]], messages.TokenDrawn(attempt[ids[id]], 1, "", "length", "max_tokens"))
         case _ if call.method == "route":
             request = call.ask
             if request.id in ids:  # again, after a failure
                 journey = front.journeys[ids[request.id]]
-                front.hear(journey.decision.decode_node, messages.PrefillLost(journey.id, "its node failed", False))
+                front.hear(journey.decision.decode_node, messages.PrefillLost(journey.attempt, "its node failed", "lost"))
                 return
             ids[request.id] = f"r{len(ids)}"
             number = len(ids)

@@ -85,9 +85,8 @@ def test_a_hybrid_goes_on_from_the_snapshot_if_that_arrived(models):
     journey = local.front.submit("0", prompt, PARAMS)
 
     def snapshot_and_rows_have_arrived():
-        serving = local.decode.servings.get("0")
-        return serving is not None and serving.snapshot is not None and serving.snapshot.has_arrived \
-            and site.arrived_end(layer=3) >= 320
+        serving = local.decode.servings.get("0#1")
+        return serving is not None and site.arrived_end(layer=3) >= 320 and site.states_arrived[320] == 3
 
     step_until(local, snapshot_and_rows_have_arrived)
     site.kill_prefill_node()
@@ -120,10 +119,10 @@ def test_a_client_that_goes_away_frees_everything_on_both_sides(hybrid, stage):
         reached = {"queued": lambda: True, "away": lambda: prefills, "decoding": lambda: journeys[0].output_ids,
                    "finished": lambda: journeys[0].finish_reason}[stage]
         step_until(local, reached)
-        prefill = prefills.get("gone")
+        prefill = prefills.get("gone#1")
         local.front.abort("gone")
         step_until(local, lambda: not local.front.has_work and not remote.prefill.has_work and nothing_in_use(local))
-        assert "gone" not in local.decode.servings and nothing_in_use(remote)
+        assert not any(id.startswith("gone") for id in local.decode.servings) and nothing_in_use(remote)
     assert stage != "away" or prefill.request.finish_reason == "aborted", "its prefill is not computed to the end"
     assert journeys[0].finish_reason == ("length" if stage == "finished" else "aborted")
     assert journeys[1].output_ids == generate(*hybrid, [stays], LONG)[0].token_ids

@@ -75,7 +75,7 @@ def test_each_layer_is_shipped_while_prefill_still_runs(hybrid):
         write = local.decode.engine.kvcache.pool.write_bytes
 
         def watch(layer, table, start, end, data):
-            prefill = remote.prefill.prefills["0"]
+            prefill = remote.prefill.prefills["0#1"]
             shipped_during_prefill.append((layer, end, prefill.request.status is Status.PREFILL))
             write(layer, table, start, end, data)
 
@@ -93,7 +93,7 @@ def test_without_overlap_nothing_is_shipped_before_prefill_ends(hybrid):
         during = []
 
         def watch(layer, table, start, end, data):
-            during.append(remote.prefill.prefills["0"].request.status is Status.PREFILL)
+            during.append(remote.prefill.prefills["0#1"].request.status is Status.PREFILL)
             write(layer, table, start, end, data)
 
         local.decode.engine.kvcache.pool.write_bytes = watch
@@ -190,8 +190,8 @@ def test_a_prompt_that_was_prefilled_here_has_its_first_token_before_the_next_pr
         local.prefill.engine.runner.prefill = watch
         journeys = [local.front.submit(str(i), prompt, GREEDY) for i, prompt in enumerate(prompts_of(100, 90, 80))]
         step_until(local, lambda: not local.front.has_work)
-    assert [bool(tokens) for tokens in answered["1"]] == [True, False, False]
-    assert [bool(tokens) for tokens in answered["2"]] == [True, True, False]
+    assert [bool(tokens) for tokens in answered["1#2"]] == [True, False, False]
+    assert [bool(tokens) for tokens in answered["2#3"]] == [True, True, False]
 
 
 def test_a_snapshot_that_comes_after_its_request_was_admitted_is_kept_once_it_is_whole(hybrid):

@@ -8,7 +8,7 @@ import itertools
 import math
 import secrets
 from collections import deque
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from minprfaas.cluster import messages
 from minprfaas.cluster.kv_receive import KVReceive
@@ -30,7 +30,7 @@ class Serving:
     """One request at this node, from `Serve` to its last token. Moments are the engine clock's."""
 
     request: Request
-    serve: messages.Serve  # the newest: it names the prefill node
+    serve: messages.Serve
     served_at_s: float
     deadline_at_s: float  # of what it waits for at present: room, or its prefill
     ordered_at_s: float = 0.0
@@ -43,10 +43,11 @@ class Serving:
 class DecodeRole:
     """Serves `Serve`s. `room_deadline_s` is how long a request may wait for blocks here."""
 
-    def __init__(self, name: str, engine: Engine, mail: Mail, room_deadline_s: float, transfer_deadline_s: float):
+    def __init__(self, name: str, engine: Engine, mail: Mail, room_deadline_s: float, transfer_deadline_s: float,
+                 upkeep: Upkeep | None = None):
         self.name, self.engine, self.room_deadline_s = name, engine, room_deadline_s
         self.servings: dict[str, Serving] = {}
-        self.upkeep = Upkeep(name, Role.PDD, engine, mail, transfer_deadline_s)
+        self.upkeep = upkeep or Upkeep(name, Role.PDD, engine, mail, transfer_deadline_s)
         self.prefixes = self.upkeep.prefixes
         self._mail, self._kvcache, self._clock = mail, engine.kvcache, engine.clock
         self._for_room: deque[Serving] = deque()
@@ -81,14 +82,16 @@ class DecodeRole:
     def notice(self, happening: Happening) -> None:
         """Take what has happened to a stream or to a peer."""
         self.upkeep.notice(happening)
-        self._snapshots.notice(happening)
         match happening:
             case PeerLost(name=name, reason=reason):
                 for serving in list(self.servings.values()):
-                    if serving.kv is not None and serving.serve.prefill_node == name:
+                    if name == FRONT:  # it has these requests no more, or gives them to another node
+                        self._forget(serving)
+                    elif serving.kv is not None and serving.serve.prefill_node == name:
                         self._lose_prefill(serving, reason)
             case StreamDone(stream_id=stream_id) | StreamFailed(stream_id=stream_id) if stream_id in self._by_stream:
                 self._stream_ended(self._by_stream.pop(stream_id), happening)
+        self._snapshots.notice(happening)  # last: what has arrived counts with the rows that have
 
     def step(self) -> None:
         """Order prefills for which there is room, decode one step, give up on what is overdue."""
@@ -106,18 +109,16 @@ class DecodeRole:
     # From the front end's word to the order
 
     def _accept(self, serve: messages.Serve) -> None:
-        serving = self.servings.get(serve.id)
         now_s = self._clock()
-        if serving is None:
-            request = Request(serve.id, list(serve.token_ids), SamplingParams(**serve.sampling), arrived_at_s=now_s)
-            try:
-                self.engine.check_fits(request)
-            except UserError as error:
-                return self._tell(messages.ServeFailed(serve.id, "too_long", str(error)))
-            serving = self.servings[serve.id] = Serving(request, serve, now_s, now_s + self.room_deadline_s)
-        elif serving.kv is not None or serving.done is not None or serving in self._for_room:
-            return  # it is being served already
-        serving.serve, serving.deadline_at_s = serve, now_s + self.room_deadline_s
+        try:
+            if serve.id in self.servings or not 0 <= serve.answered_tokens < len(serve.token_ids):
+                raise UserError(f"attempt {serve.id!r} came before, or has no prompt")
+            request = Request(serve.id, list(serve.token_ids), SamplingParams(**serve.sampling), arrived_at_s=now_s,
+                              answered_tokens=serve.answered_tokens)
+            self.engine.check_fits(request)
+        except UserError as error:
+            return self._tell(messages.ServeFailed(serve.id, "too_long", str(error)))
+        serving = self.servings[serve.id] = Serving(request, serve, now_s, now_s + self.room_deadline_s)
         self._for_room.append(serving)
 
     def _order_where_there_is_room(self) -> None:
@@ -136,7 +137,7 @@ class DecodeRole:
         serving.ordered_at_s = self._clock()
         serving.deadline_at_s = serving.ordered_at_s + serve.deadline_s
         stream_id, snapshot_id = next(self._stream_ids), next(self._stream_ids)
-        plan = stream_plan(layout, stream_id, request.cached_tokens, request.prompt_tokens)
+        plan = stream_plan(layout, stream_id, request.cached_tokens, len(request.token_ids))
         try:
             transport = self._mail.transport(serve.prefill_node)
             serving.kv = KVReceive(self._kvcache, transport, plan, request.cache.block_tables)
@@ -145,8 +146,8 @@ class DecodeRole:
         except LinkDown as error:  # the way was lost while the request waited for room
             return self._lose_prefill(serving, str(error))
         self._mail.send(self.name, serve.prefill_node, messages.PrefillOrder(
-            request.id, stream_id, list(request.token_ids), request.cached_tokens, snapshot_id,
-            snapshot_at, serve.prefix_source, serve.prefix_tokens, asdict(request.params)))
+            request.id, stream_id, list(request.token_ids), request.cached_tokens, snapshot_id, snapshot_at,
+            serve.prefix_source, serve.prefix_tokens, serve.answered_tokens, serve.sampling, serve.deadline_s))
 
     # From the order to the first token
 
@@ -154,12 +155,12 @@ class DecodeRole:
         match message:
             case messages.PrefillProgress(tokens=tokens):
                 serving.prefilled_tokens = tokens
-            case messages.PrefillFailed(reason=reason, prefix_missing=prefix_missing):
-                self._lose_prefill(serving, reason, prefix_missing=prefix_missing)
+            case messages.PrefillFailed(reason=reason, cause=cause):
+                self._lose_prefill(serving, reason, cause=cause)
             case messages.PrefillDone():
                 serving.done = message
-                serving.prefilled_tokens = serving.request.prompt_tokens
-                uncached = serving.request.prompt_tokens - message.cached_tokens
+                serving.prefilled_tokens = len(serving.request.token_ids)
+                uncached = serving.prefilled_tokens - message.cached_tokens
                 self._tell(messages.Prefilled(serving.request.id, uncached, message.prefill_s, message.prefix_bytes))
                 self._admit_if_complete(serving)
 
@@ -190,50 +191,37 @@ class DecodeRole:
 
     # When it goes wrong
 
-    def _lose_prefill(self, serving: Serving, reason: str, arrived_end: int = 0, prefix_missing: bool = False) -> None:
-        """The prefill will not complete: keep what has arrived, and let the front end say who shall do it instead."""
-        if serving.kv is not None:
-            ended_at = self._end_stream(serving)
-            self._keep_arrived(serving, arrived_end if ended_at is None else ended_at)
-        self._mail.send(self.name, serving.serve.prefill_node, messages.PrefillAbort(serving.request.id))
-        self.engine.unreserve_remote(serving.request)
-        serving.done, serving.prefilled_tokens = None, 0
-        serving.deadline_at_s = self._clock() + self.room_deadline_s
+    def _lose_prefill(self, serving: Serving, reason: str, arrived_end: int = 0, cause: str = "lost") -> None:
+        """The prefill will not complete: keep what has arrived, and let the front end begin another attempt."""
+        self._forget(serving, arrived_end)
         self.upkeep.tell_news()  # first: who routes the request again should know what has arrived
-        self._tell(messages.PrefillLost(serving.request.id, reason, prefix_missing))
-
-    def _end_stream(self, serving: Serving) -> int | None:
-        """No byte for the request is written after this. Returns the token up to which the rows of all layers have
-        arrived; None if the stream had failed before, and told it."""
-        kv, serving.kv = serving.kv, None
-        self._snapshots.give_up(serving.request)
-        if self._by_stream.pop(kv.plan.stream_id, None) is not None:
-            return kv.give_up()
-        return kv.plan.end if kv.has_arrived else None
-
-    def _keep_arrived(self, serving: Serving, arrived_end: int) -> None:
-        """Turn full blocks that arrived into prefix cache: whoever prefills next need not send them again."""
-        cache, size = serving.request.cache, self.engine.layout.block_tokens
-        full_end = arrived_end // size * size
-        if full_end > cache.num_tokens:
-            self._kvcache.advance(cache, serving.request.token_ids[:full_end], has_state=False)
+        self._tell(messages.PrefillLost(serving.request.id, reason, cause))
 
     def _overdue(self, serving: Serving) -> None:
         if serving.kv is not None:
             return self._lose_prefill(serving, f"deadline of {serving.serve.deadline_s:g} s passed")
-        reason = f"no room in the KVCache pool within {self.room_deadline_s:g} s"
         self._forget(serving)
+        reason = f"no room in the KVCache pool within {self.room_deadline_s:g} s"
         self._tell(messages.ServeFailed(serving.request.id, "no_room", reason))
 
-    def _forget(self, serving: Serving) -> None:
-        """The request ends here, in whatever state: free what it holds on both sides."""
+    def _forget(self, serving: Serving, arrived_end: int = 0) -> None:
+        """The attempt ends here, in whatever state: free what it holds on both sides. Full blocks that have arrived
+        (before `arrived_end` of a stream that failed) become prefix cache: nobody need send them again."""
+        request, kv = serving.request, serving.kv
         if serving in self._for_room:
             self._for_room.remove(serving)
-        if serving.kv is not None:
-            self._end_stream(serving)
-            self._mail.send(self.name, serving.serve.prefill_node, messages.PrefillAbort(serving.request.id))
-        self.engine.abort(serving.request)
-        del self.servings[serving.request.id]
+        if kv is not None:
+            self._mail.send(self.name, serving.serve.prefill_node, messages.PrefillAbort(request.id))
+            if self._by_stream.pop(kv.plan.stream_id, None) is not None:
+                arrived_end = kv.give_up() or 0  # no byte is written after this
+            elif kv.has_arrived:
+                arrived_end = kv.plan.end
+            full_end = arrived_end // self.engine.layout.block_tokens * self.engine.layout.block_tokens
+            if full_end > request.cache.num_tokens:
+                self._kvcache.advance(request.cache, request.token_ids[:full_end], has_state=False)
+            self._snapshots.give_up(request)
+        self.engine.abort(request)
+        del self.servings[request.id]
 
     # To the front end
 

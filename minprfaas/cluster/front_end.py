@@ -4,22 +4,25 @@ Chapter 13; paper 3.1 and 3.4.3. No policy lives here: what happens is told to t
 decisions and actions are carried out.
 """
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
 
-from minprfaas.cluster import messages
+from minprfaas.cluster import messages, recovery
 from minprfaas.cluster.journey import Journey, Update
 from minprfaas.cluster.mail import FRONT, Mail
-from minprfaas.cluster.node import Happening, PeerLost
+from minprfaas.cluster.node import Happening, PeerLost, PeerReturned
 from minprfaas.config import LinkSample, Role
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import RequestError, UserError
 from minprfaas.scheduling import control
 from minprfaas.scheduling.control import ControlPlane
 from minprfaas.scheduling.directory import CacheChanged
+from minprfaas.scheduling.roles import RoleChange
 from minprfaas.scheduling.router import RouteRequest
 
-LOCAL_DEADLINE_S = 3600.0  # for a prefill inside the PD cluster, and for a request that no node can take yet
+LOCAL_DEADLINE_S = 3600.0  # for a prefill inside the PD cluster
+ENDED_ATTEMPTS = 64  # that are still known: the report of a transfer may come after the last token
 
 
 class FrontEnd:
@@ -34,45 +37,46 @@ class FrontEnd:
     def __init__(self, plane: ControlPlane, mail: Mail, block_keys: Callable[[list[int]], list[bytes]],
                  block_tokens: int, deadline_s: float, clock: Callable[[], float]):
         self.plane, self.deadline_s = plane, deadline_s
-        self.journeys: dict[str, Journey] = {}
+        self.journeys: dict[str, Journey] = {}  # that have not ended, by request
         self.ready: dict[str, messages.NodeReady] = {}  # the nodes that take work, by name
         self.goodbyes: dict[str, int] = {}  # peak memory in bytes of the nodes that have ended
         self.timeline_events: list[dict] = []  # of other processes
         self._mail, self._block_keys, self._block_tokens, self._clock = mail, block_keys, block_tokens, clock
+        self._attempts: dict[str, Journey] = {}  # by the id that the nodes know
+        self._attempts_made = 0
+        self._ended_attempts: deque[str] = deque()
         self._unrouted: list[Journey] = []  # new ones
         self._without_node: list[Journey] = []  # that no node could take when they were routed last
-        self._unfinished = 0
+        self._retry_at_s = 0.0  # when to try again with those
         self._updates: list[Update] = []
         self._actions: list[control.Action] = []
 
     # What callers use
 
     def submit(self, id: str, token_ids: list[int], params: SamplingParams) -> Journey:
-        """Take a request. UserError when it has no token, or its id was used before."""
+        """Take a request. UserError when it has no token, or its id is that of one that has not ended."""
         if not token_ids:
             raise UserError(f"request {id!r} has an empty prompt; it needs at least 1 token")
-        if id in self.journeys:  # a late message about the old one would be taken for one about the new
-            raise UserError(f"request id {id!r} was used before; every request needs an id of its own")
-        keys = [key.hex() for key in self._block_keys(token_ids[:-1])]
-        journey = Journey(id, list(token_ids), params, keys, self._clock())
+        if id in self.journeys:
+            raise UserError(f"request id {id!r} is in use; every request under way needs an id of its own")
+        journey = Journey(id, list(token_ids), params, self._keys(token_ids), self._clock())
         self.journeys[id] = journey
-        self._unfinished += 1
         self._unrouted.append(journey)
         return journey
 
     def abort(self, id: str) -> None:
         """The client of this request went away: free what it holds everywhere. Harmless for one that has ended."""
         journey = self.journeys.get(id)
-        if journey is None or journey.is_finished:
+        if journey is None:
             return
-        if journey.decision is not None:
-            self._mail.send(FRONT, journey.decision.decode_node, messages.Abort(id))
+        if journey.attempt:
+            self._mail.send(FRONT, journey.decision.decode_node, messages.Abort(journey.attempt))
         self._end(journey, "aborted")
 
     @property
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
-        return self._unfinished > 0
+        return bool(self.journeys)
 
     @property
     def is_ready(self) -> bool:
@@ -99,20 +103,25 @@ class FrontEnd:
     def step(self) -> None:
         """Route what waits; ask the control plane's loops now and then."""
         now_s = self._clock()
-        waiting = self._without_node + self._unrouted
-        self._without_node, self._unrouted = [], []
+        if self._without_node and now_s >= self._retry_at_s:
+            self._unrouted[:0], self._without_node = self._without_node, []
+            self._retry_at_s = now_s + recovery.RETRY_S
+        waiting, self._unrouted = self._unrouted, []
         for journey in waiting:
             self._route(journey)
         self._carry_out(self.plane.tick(now_s))  # which looks at its loops once a second
 
     def notice(self, happening: Happening) -> None:
-        """Take the loss of a node. Its requests come back by themselves: their decode nodes lost it as well."""
+        """Take the loss of a node. What it decoded goes on elsewhere; what it prefilled comes back by itself, for the
+        decode nodes lost it as well."""
+        if isinstance(happening, PeerReturned):
+            self._mail.send(FRONT, happening.name, messages.Introduce())  # what it said may have come too soon
         if isinstance(happening, PeerLost) and self.ready.pop(happening.name, None) is not None:
             self._tell_plane(control.NodeLeft(happening.name))
             for journey in list(self.journeys.values()):
-                decision = journey.decision
-                if not journey.is_finished and decision is not None and decision.decode_node == happening.name:
-                    self._fail(journey, RequestError("node_lost", f"{happening.name} decoded it: {happening.reason}"))
+                if journey.attempt and journey.decision.decode_node == happening.name:
+                    recovery.decoder_lost(journey, self._keys(journey.token_ids))
+                    self._begin_again(journey)
 
     def hear(self, sender: str, message: messages.Message) -> None:
         """Take a message."""
@@ -120,6 +129,8 @@ class FrontEnd:
             case messages.NodeReady(role=role) if role in {one.value for one in Role}:
                 self.ready[sender] = message
                 self._tell_plane(control.NodeJoined(sender, Role(role)))
+                recovery.node_returned(self.journeys.values(), sender)
+                self._retry_at_s = 0.0
             case messages.CacheNews(sequence=sequence, keys=keys, tokens=tokens, inventory=inventory):
                 if sender in self.ready:
                     self._tell_plane(CacheChanged(sender, sequence, list(zip(keys, tokens)), inventory))
@@ -130,38 +141,30 @@ class FrontEnd:
                 self.timeline_events += events
             case messages.Goodbye(peak_bytes=peak_bytes):
                 self.goodbyes[sender] = peak_bytes
-            case messages.TransferDone(id=id) if id in self.journeys and message.transfer_s > 0:
-                journey = self.journeys[id]
-                journey.transfer_s = message.transfer_s
-                journey.hidden = 1 - message.exposed_s / message.transfer_s
+            case messages.TransferDone(id=id) if id in self._attempts and self._attempts[id].decision.node == sender:
+                self._attempts[id].note(message)
             case _:
                 self._hear_decode_node(sender, message)
 
     def _hear_decode_node(self, sender: str, message: messages.Message) -> None:
-        journey = self.journeys.get(getattr(message, "id", ""))
-        if journey is None or journey.is_finished or journey.decision is None or journey.decision.decode_node != sender:
+        journey = self._attempts.get(getattr(message, "id", ""))
+        if journey is None or journey.is_finished or journey.decision.decode_node != sender:
             return
+        journey.note(message)
         match message:
             case messages.Progress():
-                journey.prefilled_tokens = message.prefilled_tokens
-                journey.received_bytes, journey.expected_bytes = message.received_bytes, message.expected_bytes
                 self._updates.append(Update(journey))
             case messages.Prefilled():
-                journey.is_prefilled = True
-                journey.cached_tokens = journey.prompt_tokens - message.uncached_tokens
-                journey.prefix_bytes = message.prefix_bytes
                 self._tell_plane(control.PrefillEnded(journey.id, message.uncached_tokens, message.prefill_s))
             case messages.Started():
-                journey.held_tokens, journey.queue_s = message.cached_tokens, message.queue_s
-                journey.prefill_s, journey.admit_s = message.prefill_s, message.admit_s
-                journey.transfer_exposed_s = message.transfer_exposed_s
-                journey.kv_bytes = message.kv_bytes if journey.decision.route is Role.PRFAAS else 0
-                journey.prefilled_tokens = journey.prompt_tokens
                 self._tell_plane(control.DecodeStarted(journey.id))
             case messages.TokenDrawn():
                 self._take_token(journey, message)
-            case messages.PrefillLost(reason=reason, prefix_missing=prefix_missing):
-                self._route_again(journey, reason, prefix_missing)
+            case messages.PrefillLost():
+                missing = recovery.prefill_failed(journey, message, self._block_tokens)
+                if missing is not None:
+                    self._tell_plane(missing)
+                self._begin_again(journey)
             case messages.ServeFailed(kind=kind, reason=reason):
                 self._fail(journey, RequestError(kind, reason))
 
@@ -172,35 +175,30 @@ class FrontEnd:
         if journey.is_finished:
             return
         now_s = self._clock()
-        request = RouteRequest(journey.id, journey.prompt_tokens, journey.keys, journey.avoid)
+        request = RouteRequest(journey.id, len(journey.token_ids), journey.keys, journey.avoid)
         try:
             decision = self.plane.route(request, now_s)
         except RequestError as error:
-            if journey.avoid or now_s - journey.arrived_at_s > LOCAL_DEADLINE_S:
-                self._fail(journey, error)  # every node that could have done it has failed it, or none has come
-            else:
-                self._without_node.append(journey)
-            return
-        journey.decision = decision
+            reason = recovery.no_node(journey, error, self.plane, now_s)
+            return self._fail(journey, reason) if reason is not None else self._without_node.append(journey)
+        self._attempts_made += 1
+        journey.decision, journey.attempt = decision, f"{journey.id}#{self._attempts_made}"
+        journey.attempts += 1
+        self._attempts[journey.attempt] = journey
         deadline_s = self.deadline_s if decision.route is Role.PRFAAS else LOCAL_DEADLINE_S
         prefix = decision.transfer
         self._mail.send(FRONT, decision.decode_node, messages.Serve(
-            journey.id, list(journey.token_ids), asdict(journey.params), decision.node, deadline_s,
-            prefix.source if prefix else "", prefix.end if prefix else 0))
+            journey.attempt, list(journey.token_ids), len(journey.output_ids), asdict(journey.params), decision.node,
+            deadline_s, prefix.source if prefix else "", prefix.end if prefix else 0))
 
-    def _route_again(self, journey: Journey, reason: str, prefix_missing: bool) -> None:
-        """Its prefill node failed it, so another one shall do it; or its cached prefix did not come: decide anew,
-        without that prefix."""
-        decision = journey.decision
-        if prefix_missing and decision.transfer is not None:
-            source, end = decision.transfer.source, decision.transfer.end
-            self._tell_plane(control.PrefixMissing(source, journey.keys[end // self._block_tokens - 1]))
-        else:
-            journey.avoid |= {decision.node}
-            if decision.route is Role.PRFAAS:
-                journey.fallback = reason
-        journey.prefilled_tokens = journey.received_bytes = journey.expected_bytes = 0
+    def _begin_again(self, journey: Journey) -> None:
+        """The newest attempt has come to nothing: make another."""
+        del self._attempts[journey.attempt]
+        journey.attempt = ""
         self._route(journey)
+
+    def _keys(self, token_ids: list[int]) -> list[str]:
+        return [key.hex() for key in self._block_keys(token_ids[:-1])]
 
     def _take_token(self, journey: Journey, drawn: messages.TokenDrawn) -> None:
         journey.first_token_at_s = journey.first_token_at_s or self._clock()
@@ -218,7 +216,10 @@ class FrontEnd:
 
     def _end(self, journey: Journey, finish_reason: str) -> None:
         journey.finish_reason, journey.finished_at_s = finish_reason, self._clock()
-        self._unfinished -= 1
+        del self.journeys[journey.id]
+        self._ended_attempts.append(journey.attempt)
+        if len(self._ended_attempts) > ENDED_ATTEMPTS:
+            self._attempts.pop(self._ended_attempts.popleft(), None)
         if journey.decision is not None:
             self._tell_plane(control.RequestEnded(journey.id, len(journey.output_ids)))
 
@@ -229,6 +230,9 @@ class FrontEnd:
 
     def _carry_out(self, actions: list[control.Action]) -> None:
         for action in actions:
-            if isinstance(action, control.AskInventory):
-                self._mail.send(FRONT, action.node, messages.SendInventory())
+            match action:
+                case control.AskInventory(node):
+                    self._mail.send(FRONT, node, messages.SendInventory())
+                case RoleChange(node, role):  # it has drained
+                    self._mail.send(FRONT, node, messages.ChangeRole(role.value))
             self._actions.append(action)  # a new threshold is in force at once: the plane itself holds it

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from minprfaas.cluster import messages
+from minprfaas.config import Role
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import RequestError
 from minprfaas.scheduling.router import Decision
@@ -11,13 +13,14 @@ from minprfaas.scheduling.router import Decision
 class Journey:
     """One request, from the door to its last token, and what became of it on the way.
 
-    `token_ids` is the prompt and then the answer, as far as it is known. The five parts of `ttft_s` add up to it.
+    `token_ids` is the prompt and then the answer, as far as it is known. The five parts of `ttft_s` add up to it; they
+    are those of the attempt that gave the first token, and what earlier ones took is part of `route_s`.
     """
 
     id: str
     token_ids: list[int]
     params: SamplingParams
-    keys: list[str]  # of the prompt's full blocks, but for its last token, which is always computed
+    keys: list[str]  # of the full blocks that are to be prefilled, but for the last token, which is always computed
     arrived_at_s: float
     prompt_tokens: int = field(init=False)
     text: str = ""
@@ -25,8 +28,12 @@ class Journey:
     length_limit: str | None = None  # what ended a `length` answer: max_tokens, context, or a pool too small for it
     error: RequestError | None = None  # instead of an answer
     decision: Decision | None = None  # the newest
+    attempt: str = ""  # the newest one's id, by which the nodes know it
+    attempts: int = 0
+    recoveries: int = 0  # times that the node which decoded it was lost, and another took over
     fallback: str | None = None  # why a request that was offloaded was prefilled in the PD cluster after all
     avoid: frozenset[str] = frozenset()  # prefill nodes that failed it
+    refused: frozenset[str] = frozenset()  # those of them that always will
     is_prefilled: bool = False
     held_tokens: int = 0  # rows that were at the decode node, and so did not cross
     cached_tokens: int = 0  # that the prefill node had, and did not compute
@@ -46,6 +53,27 @@ class Journey:
 
     def __post_init__(self):
         self.prompt_tokens = len(self.token_ids)
+
+    def note(self, message: messages.Message) -> None:
+        """Take what a node tells of the newest attempt. What led to the first token is settled once that is there."""
+        match message:
+            case messages.Progress():
+                self.prefilled_tokens = message.prefilled_tokens
+                self.received_bytes, self.expected_bytes = message.received_bytes, message.expected_bytes
+            case messages.Prefilled() if not self.first_token_at_s:
+                self.is_prefilled = True
+                self.cached_tokens = self.prompt_tokens - message.uncached_tokens
+                self.prefix_bytes = message.prefix_bytes
+            case messages.Started():
+                self.prefilled_tokens = len(self.token_ids)
+                self.kv_bytes += message.kv_bytes if self.decision.route is Role.PRFAAS else 0
+                if not self.first_token_at_s:
+                    self.held_tokens, self.queue_s = message.cached_tokens, message.queue_s
+                    self.prefill_s, self.admit_s = message.prefill_s, message.admit_s
+                    self.transfer_exposed_s = message.transfer_exposed_s
+            case messages.TransferDone() if message.transfer_s > 0:
+                self.transfer_s = message.transfer_s
+                self.hidden = 1 - message.exposed_s / message.transfer_s
 
     @property
     def output_ids(self) -> list[int]:
@@ -74,7 +102,8 @@ class Journey:
 
     @property
     def route_s(self) -> float:
-        """What of `ttft_s` is no other part's: deciding, and the messages between front end and decode node."""
+        """What of `ttft_s` is no other part's: deciding, the messages between front end and decode node, and attempts
+        that came to nothing."""
         return self.ttft_s - self.queue_s - self.prefill_s - self.transfer_exposed_s - self.admit_s
 
 

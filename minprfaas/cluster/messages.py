@@ -5,8 +5,8 @@ Who receives one dispatches it with `match`. `envelope` turns them into JSON for
 
 from dataclasses import dataclass
 
-from minprfaas.cluster.upkeep_messages import (CacheNews, Goodbye, NodeReady, PrefixAbort, PrefixOrder,
-                                               SendInventory, Shutdown, TimelinePart)
+from minprfaas.cluster.upkeep_messages import (CacheNews, ChangeRole, Goodbye, Introduce, NodeReady, PrefixAbort,
+                                               PrefixOrder, SendInventory, Shutdown, TimelinePart)
 from minprfaas.config import LinkSample
 
 # A request: front end and decode node
@@ -16,12 +16,13 @@ from minprfaas.config import LinkSample
 class Serve:
     """Front end -> decode node: answer this prompt; `prefill_node` computes its KVCache within `deadline_s`.
 
-    A prefix of `prefix_tokens` (0: none) that `prefix_source` holds is shipped to the prefill node first. The same id
-    again, after `PrefillLost`, names another prefill node.
+    A prefix of `prefix_tokens` (0: none) that `prefix_source` holds is shipped to the prefill node first. The last
+    `answered_tokens` are answer already, from a node that was lost. An id is one attempt's: no other ever has it.
     """
 
     id: str
     token_ids: list[int]
+    answered_tokens: int
     sampling: dict
     prefill_node: str
     deadline_s: float
@@ -77,12 +78,14 @@ class TokenDrawn:
 
 @dataclass(frozen=True)
 class PrefillLost:
-    """Decode node -> front end: the prefill will not complete; say who shall do it instead. With `prefix_missing` the
-    prefill node is well, but the cached prefix that was to be shipped to it did not come."""
+    """Decode node -> front end: the prefill will not complete, and this attempt is forgotten; begin another one.
+
+    `cause`: the prefill was "lost" with its node or on the way; its node has "refused" it and always will; or the node
+    is well, but the cached prefix that was to be shipped to it did not come ("no_prefix")."""
 
     id: str
     reason: str
-    prefix_missing: bool
+    cause: str
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ class PrefillOrder:
     as `stream_id`.
 
     Unless `snapshot_at` is 0, the request-level state at that block boundary is welcome too, as `snapshot_stream_id`:
-    with it a later prompt can begin there. `prefix_source` and `prefix_tokens` are those of `Serve`.
+    with it a later prompt can begin there. Where a field is named as in `Serve`, it is that one.
     """
 
     id: str
@@ -121,7 +124,9 @@ class PrefillOrder:
     snapshot_at: int
     prefix_source: str
     prefix_tokens: int
+    answered_tokens: int
     sampling: dict
+    deadline_s: float
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,7 @@ class PrefillFailed:
 
     id: str
     reason: str
-    prefix_missing: bool
+    cause: str
 
 
 @dataclass(frozen=True)
@@ -172,6 +177,6 @@ class PrefillAbort:
     id: str
 
 
-Message = (NodeReady | CacheNews | SendInventory | Shutdown | TimelinePart | Goodbye | Serve | Progress | Prefilled
-           | Started | TokenDrawn | PrefillLost | ServeFailed | Abort | PrefillOrder | PrefillProgress | PrefillDone
-           | TransferDone | PrefillFailed | PrefillAbort | PrefixOrder | PrefixAbort | LinkSample)
+Message = (NodeReady | Introduce | ChangeRole | CacheNews | SendInventory | Shutdown | TimelinePart | Goodbye | Serve
+           | Progress | Prefilled | Started | TokenDrawn | PrefillLost | ServeFailed | Abort | PrefillOrder
+           | PrefillProgress | PrefillDone | TransferDone | PrefillFailed | PrefillAbort | PrefixOrder | PrefixAbort | LinkSample)

@@ -41,6 +41,7 @@ class Prefill:
     decode_node: str
     request: Request
     arrived_at_s: float
+    deadline_at_s: float
     stage: Stage = Stage.COMPUTING
     fetch: Fetch | None = None  # of a prefix that is to be here before the prefill begins
     cache: RequestCache | None = None  # whose blocks the streams read, whatever becomes of the request
@@ -53,12 +54,12 @@ class PrefillRole:
     """Serves `PrefillOrder`s. `overlap` False ships KVCache only after prefill, for comparison."""
 
     def __init__(self, name: str, role: Role, engine: Engine, mail: Mail, transfer_deadline_s: float,
-                 overlap: bool = True):
+                 overlap: bool = True, upkeep: Upkeep | None = None):
         self.name, self.engine, self.overlap = name, engine, overlap
         self.deadline_s = transfer_deadline_s
         self.prefills: dict[str, Prefill] = {}
         self._ended: list[Prefill] = []  # the decode node knows it, but a stream may have to let go of the blocks
-        self.upkeep = Upkeep(name, role, engine, mail, transfer_deadline_s)
+        self.upkeep = upkeep or Upkeep(name, role, engine, mail, transfer_deadline_s)
         self.prefixes = self.upkeep.prefixes
         self._mail, self._kvcache, self._clock = mail, engine.kvcache, engine.clock
 
@@ -110,16 +111,17 @@ class PrefillRole:
         try:
             if order.id in self.prefills:
                 raise UserError(f"order {order.id!r} came before, and is not forgotten yet")
-            if not 0 <= order.start < len(order.token_ids):
+            if not (0 <= order.start < len(order.token_ids) and 0 <= order.answered_tokens < len(order.token_ids)):
                 raise UserError(f"order {order.id!r} starts at token {order.start} of {len(order.token_ids)}")
-            request = Request(order.id, list(order.token_ids), SamplingParams(**order.sampling), prefill_only=True)
+            request = Request(order.id, list(order.token_ids), SamplingParams(**order.sampling), prefill_only=True,
+                              answered_tokens=order.answered_tokens)
             self.engine.check_fits(request)
             plan = stream_plan(layout, order.stream_id, order.start, len(order.token_ids))
             snapshot = snapshot_plan(layout, order.snapshot_stream_id, order.snapshot_at) if order.snapshot_at else None
         except (UserError, TypeError, ValueError) as error:
-            refusal = messages.PrefillFailed(order.id, str(error), prefix_missing=False)
-            return self._mail.send(self.name, sender, refusal)
-        prefill = Prefill(order, plan, snapshot, sender, request, self._clock())
+            return self._mail.send(self.name, sender, messages.PrefillFailed(order.id, str(error), "refused"))
+        now_s = self._clock()
+        prefill = Prefill(order, plan, snapshot, sender, request, now_s, now_s + order.deadline_s)
         self.prefills[order.id] = prefill
         if 0 < order.prefix_tokens < len(order.token_ids):
             prefill.fetch = self.prefixes.fetch(order.token_ids[:order.prefix_tokens + 1], order.prefix_source)
@@ -151,6 +153,8 @@ class PrefillRole:
 
     def _tend(self, prefill: Prefill) -> None:
         """Take a prefill one stage further, if it is time."""
+        if self._clock() > prefill.deadline_at_s:
+            return self._fail(prefill, f"deadline of {prefill.order.deadline_s:g} s passed")
         stream_ended = prefill.stream is not None and prefill.stream.outcome.done()
         if prefill.stage is Stage.FETCHING:
             self._begin_once_prefix_is_here(prefill)
@@ -166,17 +170,20 @@ class PrefillRole:
             self._transferred(prefill)
 
     def _let_go(self, prefill: Prefill) -> None:
-        """Streams that have ended read the blocks no more."""
-        for stream in [stream for stream in prefill.sending if stream.outcome.done()]:
-            prefill.sending.remove(stream)
-            self._kvcache.end_transfer(prefill.cache)
+        """Streams that have ended read the blocks no more; one that is not taken in time is ended."""
+        for stream in list(prefill.sending):
+            if self._clock() > prefill.deadline_at_s:
+                stream.abort()
+            if stream.outcome.done():
+                prefill.sending.remove(stream)
+                self._kvcache.end_transfer(prefill.cache)
 
     def _begin_once_prefix_is_here(self, prefill: Prefill) -> None:
         """Without its prefix this may be the wrong node for the request: that is not for this node to decide."""
         if prefill.fetch.nbytes is None:
             return
         if prefill.fetch.nbytes == 0:
-            return self._fail(prefill, f"the prefix at {prefill.fetch.source} did not come", prefix_missing=True)
+            return self._fail(prefill, f"the prefix at {prefill.fetch.source} did not come", "no_prefix")
         prefill.stage = Stage.COMPUTING
         self.engine.add(prefill.request)
 
@@ -214,8 +221,8 @@ class PrefillRole:
         self.engine.release(prefill.request)
         self._end(prefill)
 
-    def _fail(self, prefill: Prefill, reason: str, prefix_missing: bool = False) -> None:
-        self._tell(prefill, messages.PrefillFailed(prefill.order.id, reason, prefix_missing))
+    def _fail(self, prefill: Prefill, reason: str, cause: str = "lost") -> None:
+        self._tell(prefill, messages.PrefillFailed(prefill.order.id, reason, cause))
         self._drop(prefill)
 
     def _drop(self, prefill: Prefill) -> None:

@@ -26,6 +26,7 @@ class _Sending:
     peer: str
     cache: RequestCache  # holds all of the prefix, the snapshot at its end too
     stream: KVSend
+    deadline_at_s: float
 
 
 @dataclass(eq=False)
@@ -114,7 +115,7 @@ class PrefixShipping:
             self._kvcache.close(cache)
             return False
         stream.finish()
-        self._sending[order.stream_id] = _Sending(sender, cache, stream)
+        self._sending[order.stream_id] = _Sending(sender, cache, stream, self._clock() + self.deadline_s)
         return True
 
     def _tables(self, cache: RequestCache, end: int) -> list:
@@ -157,6 +158,8 @@ class PrefixShipping:
     def step(self) -> None:
         """Let go of what has been sent; give up what is overdue."""
         for stream_id, sending in list(self._sending.items()):
+            if self._clock() > sending.deadline_at_s:
+                sending.stream.abort()
             if sending.stream.outcome.done():
                 del self._sending[stream_id]
                 self._kvcache.close(sending.cache)

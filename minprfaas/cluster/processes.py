@@ -13,6 +13,7 @@ from minprfaas.cluster.decode_role import DecodeRole
 from minprfaas.cluster.front_end import LOCAL_DEADLINE_S, FrontEnd
 from minprfaas.cluster.mail import FRONT, Connection, Mail
 from minprfaas.cluster.node import Node
+from minprfaas.cluster.pd_node import PDNode
 from minprfaas.cluster.prefill_role import PrefillRole
 from minprfaas.cluster.topology import PRFAAS_SITE, Place, Topology
 from minprfaas.config import Role, StateKind
@@ -26,6 +27,7 @@ from minprfaas.transport.base import EventQueue
 PRFAAS = "prfaas-0"
 UNTHROTTLED_GBPS = 100.0  # the paper's link; a first guess that the monitor corrects from what it observes
 ASSUMED_S_PER_TOKEN = 1e-4  # of prefill, until one was seen
+RolePart = PrefillRole | DecodeRole | PDNode
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Process:
 
     node: Node
     front: FrontEnd | None
-    roles: list[PrefillRole | DecodeRole]
+    roles: list[RolePart]
 
     @property
     def prefill(self) -> PrefillRole:
@@ -89,12 +91,14 @@ class Process:
 
 
 def roles_of(place: Place, new_engine: Callable[[], Engine], mail: Mail, transfer_deadline_s: float,
-             room_deadline_s: float = LOCAL_DEADLINE_S, overlap: bool = True) -> list[PrefillRole | DecodeRole]:
+             room_deadline_s: float = LOCAL_DEADLINE_S, overlap: bool = True) -> list[RolePart]:
     """The roles of a process, each with a pool of its own. `room_deadline_s` is how long a request may wait for
     blocks."""
-    roles: list[PrefillRole | DecodeRole] = []
+    roles: list[RolePart] = []
     for name, role in place.roles.items():
-        if role is Role.PDD:
+        if role is not Role.PRFAAS and len(place.roles) == 1:
+            roles.append(PDNode(name, role, new_engine(), mail, room_deadline_s, transfer_deadline_s, overlap))
+        elif role is Role.PDD:
             roles.append(DecodeRole(name, new_engine(), mail, room_deadline_s, transfer_deadline_s))
         else:
             roles.append(PrefillRole(name, role, new_engine(), mail, transfer_deadline_s, overlap))
@@ -106,7 +110,7 @@ def front_end(plane: ControlPlane, mail: Mail, engine: Engine, deadline_s: float
     return FrontEnd(plane, mail, engine.kvcache.keys, engine.layout.block_tokens, deadline_s, engine.clock)
 
 
-def process(mail: Mail, front: FrontEnd | None, roles: list[PrefillRole | DecodeRole]) -> Process:
+def process(mail: Mail, front: FrontEnd | None, roles: list[RolePart]) -> Process:
     """The process of these parts. Roles introduce themselves to a front end beside them; to one elsewhere they do when
     it is met."""
     decode_first = sorted(roles, key=lambda role: isinstance(role, PrefillRole))  # its step is the shorter one

@@ -1,4 +1,4 @@
-"""Snapshots on their way to a decode node, where with one the conversation's next prompt can begin. Chapter 08; paper 3.2.
+"""Snapshots on their way to a decode node: there the conversation's next prompt can begin. Chapter 08; paper 3.2.
 
 A favour beside a request's KVCache, for which nobody waits: it may come before its request is admitted or long after,
 and counts once the rows up to it are here too.
@@ -54,7 +54,7 @@ class SnapshotArrivals:
         return sum(one.stream.received_bytes for one in self._arrivals.values() if one.request is request)
 
     def give_up(self, request: Request) -> None:
-        """Nobody prefills this request any more."""
+        """Nobody prefills this request any more; what has arrived is kept, if the rows up to it are here."""
         for arrival in [one for one in self._arrivals.values() if one.request is request]:
             self._drop(arrival)
 
@@ -79,5 +79,6 @@ class SnapshotArrivals:
 
     def _drop(self, arrival: _Arrival) -> None:
         arrival.stream.give_up()  # first: no byte may come after its blocks are free
-        self._kvcache.snapshots.forget(arrival.expected)
+        if not (arrival.stream.has_arrived and self._kvcache.snapshots.index_expected(arrival.expected)):
+            self._kvcache.snapshots.forget(arrival.expected)
         del self._arrivals[arrival.stream.plan.stream_id]

@@ -27,7 +27,8 @@ class Upkeep:
         self.front_gone_at_s: float | None = None  # since when there is nobody to work for
         self.threads = ThreadPoolExecutor(STREAMS_AT_ONCE, thread_name_prefix=f"{name} send")
         self.prefixes = PrefixShipping(name, engine.kvcache, mail, self.threads, engine.clock, transfer_deadline_s)
-        self._name, self._role, self._engine, self._mail, self._ledger = name, role, engine, mail, engine.kvcache.ledger
+        self.role = role
+        self._name, self._engine, self._mail, self._ledger = name, engine, mail, engine.kvcache.ledger
         self._ledger.take_news()  # from now on there are some
         self._sequence = 0  # of the last cache event told
         self._sampled_at_s: dict[str, float] = {}  # by link
@@ -39,6 +40,8 @@ class Upkeep:
                 self.prefixes.order(sender, message)
             case messages.PrefixAbort(stream_id=stream_id):
                 self.prefixes.aborted(sender, stream_id)
+            case messages.Introduce() if sender == FRONT:
+                self.introduce()
             case messages.SendInventory() if sender == FRONT:
                 self._tell_inventory()
             case messages.Shutdown() if sender == FRONT:
@@ -70,7 +73,7 @@ class Upkeep:
     def introduce(self) -> None:
         """Say who is here. The front end then asks for an inventory."""
         device, blocks = str(self._engine.model.device), self._ledger.num_blocks
-        self._tell(messages.NodeReady(self._role.value, device, blocks))
+        self._tell(messages.NodeReady(self.role.value, device, blocks))
 
     def mark_stream(self, stream_id: int, request_id: str) -> None:
         """Note on the timeline whose KVCache a stream carries: lanes know only its number."""
@@ -91,7 +94,7 @@ class Upkeep:
         if news:
             self._tell_cache(self._sequence + 1, news, inventory=False)
             self._sequence += len(news)
-        if self._role is Role.PDD and self._mail.has_role_besides(self._name):  # which tells of the links
+        if self.role is Role.PDD and self._mail.has_role_besides(self._name):  # which tells of the links
             return
         for link in self._mail.links_between_sites:
             samples = link.stats().samples

@@ -13,6 +13,18 @@ class NodeReady:
 
 
 @dataclass(frozen=True)
+class Introduce:
+    """Front end -> node: we meet (anew); say who you are."""
+
+
+@dataclass(frozen=True)
+class ChangeRole:
+    """Front end -> PD node: play `role` as soon as what you have is finished, and say so by `NodeReady`."""
+
+    role: str
+
+
+@dataclass(frozen=True)
 class CacheNews:
     """Node -> front end: prefixes that it can begin with (`tokens` at a `key`) or, where tokens are 0, no longer can.
 

@@ -155,6 +155,7 @@ class Program:
                  outputs: dict[str, OutputFile]):
         self.args, self.line, self.lanes, self.outputs = run.args, run.line, run.link.lanes, outputs
         self.prompts = {prompt.id: prompt for prompt in run.prompts}
+        self.journeys: dict[str, Journey] = {}
         self.seat, self.process, self.front, self.neighbours = seat, made, made.front, neighbours
         self.model, self.tokenizer, self.layout, self.timeline = (engine.model, engine.tokenizer, engine.layout,
                                                                   engine.timeline)
@@ -171,7 +172,7 @@ class Program:
             self.process.node.step()
             self._show(self.front.take_updates())
         elapsed_s = time.monotonic() - started_s
-        journeys = [self.front.journeys[id] for id in self.prompts if id in self.front.journeys]  # in the file's order
+        journeys = [self.journeys[id] for id in self.prompts if id in self.journeys]  # in the file's order
         self.process.shut_down(GOODBYE_DEADLINE_S)
         self.screen.close()
         self._print_table(journeys, elapsed_s)
@@ -201,7 +202,8 @@ class Program:
         for prompt in self.prompts.values():
             if prompt.after == (finished.id if finished else None):
                 history = finished.token_ids if finished else []
-                self.front.submit(prompt.id, history + self.tokenizer.encode(prompt.text), prompt.params)
+                token_ids = history + self.tokenizer.encode(prompt.text)
+                self.journeys[prompt.id] = self.front.submit(prompt.id, token_ids, prompt.params)
 
     def _say_what_is_there(self) -> None:
         config, say = self.model.config, self.screen.line
@@ -224,7 +226,7 @@ class Program:
 
     def _show(self, updates: list[Update]) -> None:
         if self.screen.shown:
-            journeys = self.front.journeys.values()
+            journeys = self.journeys.values()
             self.screen.prefilled(sum(journey.prefilled_tokens for journey in journeys))
             self.screen.streamed(sum(j.received_bytes for j in journeys), sum(j.expected_bytes for j in journeys))
             drawn = sum(len(journey.token_ids) - journey.prompt_tokens for journey in journeys)

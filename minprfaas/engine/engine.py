@@ -66,7 +66,7 @@ class Engine:
 
     def check_fits(self, request: Request) -> None:
         """UserError when the prompt is longer than the context or than the whole pool, or holds what is no token."""
-        self.check_length(request.id, request.prompt_tokens)
+        self.check_length(request.id, len(request.token_ids))
         vocab_size = self.model.config.vocab_size
         for token in request.token_ids:
             if not 0 <= token < vocab_size:
@@ -165,7 +165,7 @@ class Engine:
     def _accept_token(self, request: Request, token: int) -> TokenUpdate:
         """Append a token to the answer, and end it if that was its last."""
         if request not in self._texts:
-            self._texts[request] = StreamedText(self.tokenizer, request.params.stop)
+            self._texts[request] = StreamedText(self.tokenizer, request.params.stop, request.output_ids)
         text = self._texts[request]
         request.token_ids.append(token)
         is_eos = token in self.model.config.eos_token_ids and not request.params.ignore_eos

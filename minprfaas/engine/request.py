@@ -32,6 +32,7 @@ class Request:
     token_ids: list[int]
     params: SamplingParams
     prefill_only: bool = False
+    answered_tokens: int = 0  # the last so many of `token_ids` are answer already, from a node that was lost
     status: Status = Status.WAITING
     cached_tokens: int = 0
     text: str = ""
@@ -47,7 +48,7 @@ class Request:
     finished_at_s: float | None = None
 
     def __post_init__(self) -> None:
-        self.prompt_tokens = len(self.token_ids)
+        self.prompt_tokens = len(self.token_ids) - self.answered_tokens
 
     @property
     def output_ids(self) -> list[int]:

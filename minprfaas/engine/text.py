@@ -1,19 +1,24 @@
 """Text as it streams: pieces that are certain, and the stop strings that end it. Chapter 05."""
 
+from collections.abc import Sequence
+
 from tokenizers.decoders import DecodeStream
 
 from minprfaas.model.tokenizer import Tokenizer
 
 
 class StreamedText:
-    """Turns one request's tokens into text, holding back what may yet turn out to be a stop string."""
+    """Turns one request's tokens into text, holding back what may yet turn out to be a stop string. What `known` tokens
+    made certain was shown before, by another process."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]):
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], known: Sequence[int] = ()):
         self.text = ""
         self.stopped = False
         self._tokenizer, self._stop = tokenizer, stop
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._shown = 0  # characters
+        for token_id in known:
+            self.push(token_id)
 
     def push(self, token_id: int) -> str:
         """Add a token; returns the new text that is certain. Sets `stopped` and cuts `text` at a stop string."""

@@ -106,8 +106,15 @@ class RequestEnded:
     output_tokens: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class RoleWanted:
+    """A person wants a PD node to play another role; ignored while one is being converted."""
+
+    change: RoleChange
+
+
 Event = (NodeJoined | NodeLeft | CacheChanged | PrefixMissing | LinkMeasured | LineChanged | PrefillEnded
-         | DecodeStarted | RequestEnded)
+         | DecodeStarted | RequestEnded | RoleWanted)
 
 
 # Actions
@@ -202,6 +209,9 @@ class ControlPlane:
                 return self._ask_inventory(node, now_s)
             case NodeLeft(node):
                 self._remove(node, now_s)
+            case RoleWanted(change):
+                if self._conversion is None:
+                    self._begin_conversion(change)
         return []
 
     def _end_prefill(self, event: PrefillEnded) -> None:
@@ -236,7 +246,8 @@ class ControlPlane:
         self._switch_off(name)
         if self._conversion is not None and self._conversion.node == name:
             self._conversion = None  # it comes back in its new role, or died on the way
-            self._role_loop.converted(now_s)
+            if self.settings.fleet is not None:
+                self._role_loop.converted(now_s)
 
     def _switch_off(self, name: str) -> None:
         self._stop_work(name)
@@ -276,6 +287,8 @@ class ControlPlane:
         actions: list[Action] = []
         for node in list(self._asked_at_s):
             actions += self._ask_inventory(node, now_s)
+        if self._conversion is not None:
+            actions += self._finish_drain()
         if self.settings.fleet is not None:
             actions += self._run_loops(self._observe(now_s, elapsed_s))
         return actions
@@ -302,14 +315,16 @@ class ControlPlane:
             if threshold != self.threshold:
                 self._router.threshold = threshold
                 actions.append(NewThreshold(threshold, self._threshold_loop.reason))
-        if self._conversion is not None:
-            actions += self._finish_drain()
-        elif self.settings.convert_roles:
-            self._conversion = self._role_loop.update(seen, self._threshold_loop.lengths, self._output_tokens,
-                                                      self._view.pdp, self._view.pdd)
-            if self._conversion is not None:
-                self._stop_work(self._conversion.node)  # it drains; what it holds can still be fetched
+        if self._conversion is None and self.settings.convert_roles:
+            change = self._role_loop.update(seen, self._threshold_loop.lengths, self._output_tokens, self._view.pdp,
+                                            self._view.pdd)
+            if change is not None:
+                self._begin_conversion(change)
         return actions
+
+    def _begin_conversion(self, change: RoleChange) -> None:
+        self._conversion = change
+        self._stop_work(change.node)  # it drains; what it holds can still be fetched
 
     def _finish_drain(self) -> list[Action]:
         """The node changes its role when it has finished what it was given."""
