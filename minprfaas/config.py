@@ -82,11 +82,26 @@ class MLPConfig(Protocol):
 
 
 @dataclass(frozen=True)
+class ResidualConfig:
+    """How what a mixer or an MLP gives joins the stream in MiniMax-Text-01: alpha times what its norm made of the
+    stream, plus beta times what it gave. Everywhere else it is added to the stream as that was before the norm."""
+
+    alpha: float = 1.0
+    beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_number("the weight of the stream", self.alpha)
+        require_number("the weight of what is added to the stream", self.beta)
+
+
+@dataclass(frozen=True)
 class LayerConfig:
     """One layer: a mixer, then an MLP."""
 
     mixer: MixerConfig
     mlp: MLPConfig
+    mixer_residual: ResidualConfig | None = None
+    mlp_residual: ResidualConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -101,12 +116,15 @@ class ModelConfig:
     tie_embeddings: bool
     max_context_tokens: int
     eos_token_ids: tuple[int, ...] = ()
+    norms_around_zero: bool = False  # the checkpoint holds what is added to a norm's weight of 1
+    further_layers: int = 0  # layers of the checkpoint after these, which guess further tokens: they are not read
 
     def __post_init__(self) -> None:
         require_sizes(self, "vocab_size", most=MAX_VOCAB_SIZE)
         require_sizes(self, "hidden_size", most=MAX_WIDTH)
         require_sizes(self, "max_context_tokens", most=2**40)
         require_number("rms_norm_eps", self.norm_eps, least=0)
+        require_number("num_nextn_predict_layers", self.further_layers, least=0, most=MAX_LAYERS, whole=True)
         for token_id in self.eos_token_ids:
             require_number("eos_token_id", token_id, least=0, whole=True)
         require_number("num_hidden_layers", len(self.layers), least=1, most=MAX_LAYERS, whole=True)

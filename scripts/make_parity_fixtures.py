@@ -35,6 +35,8 @@ PARITY = Path(__file__).resolve().parent.parent / "tests" / "fixtures" / "parity
 PROMPT_TOKENS, DECODE_STEPS = 150, 10  # the prompt: more than two chunks of the delta rule
 SPEED_TOKENS, SPEED_RUNS, SPEED_SCALE = 2048, 5, 8
 MOST_BYTES = 2**20
+VISION = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, patch_size=2, out_hidden_size=32,
+              num_position_embeddings=16)  # of the multimodal wrappers, whose text part alone is read
 SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
              max_position_embeddings=4096, bos_token_id=None, eos_token_id=0, pad_token_id=None)
 WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "head_dim",
@@ -52,6 +54,12 @@ class Fixture:
     fused: bool = False  # experts as one tensor, as the oracle holds them, not one by one as they are published
     ties: bool = False  # the first router gives every expert the same score
 
+    @property
+    def whole_settings(self) -> dict:
+        """All that the oracle is given; a multimodal wrapper has the sizes in its text part."""
+        return self.settings if "text_config" in self.settings else {**SIZES, **self.settings}
+
+
 GQA = dict(num_key_value_heads=2)
 LLAMA3 = dict(rope_type="llama3", rope_theta=5000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=32)
@@ -61,6 +69,15 @@ QWEN_MOE = dict(head_dim=16, num_experts=8, num_experts_per_tok=3, moe_intermedi
 MIMO = dict(num_hidden_layers=4, num_key_value_heads=1, head_dim=24, v_head_dim=16, sliding_window=33,
             layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
             n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=16)
+LINEAR, FULL = "linear_attention", "full_attention"
+MLA = dict(num_hidden_layers=4, num_key_value_heads=4, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4,
+           v_head_dim=8, num_local_experts=8, num_experts_per_tok=3, moe_intermediate_size=16)
+KIMI = dict(MLA, linear_num_heads=2, linear_head_dim=8, layer_types=[LINEAR] * 3 + [FULL])
+GATED = dict(GQA, num_hidden_layers=4, head_dim=16, linear_key_head_dim=16, linear_value_head_dim=8,
+             linear_num_key_heads=2, linear_num_value_heads=4)
+GATED_MOE = dict(GATED, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=16,
+                 shared_expert_intermediate_size=16)
+TEXT = dict(GQA, num_hidden_layers=4, num_local_experts=4, block_size=32, layer_types=[LINEAR] * 3 + [FULL])
 FIXTURES = {
     "llama": Fixture(GQA),
     "llama-scaled_biased_tied": Fixture(dict(num_key_value_heads=1, head_dim=16, attention_bias=True,
@@ -91,6 +108,45 @@ FIXTURES = {
         fused=True, ties=True),
     "mimo_v2_flash-short_window": Fixture(dict(MIMO, sliding_window=7, norm_topk_prob=False, num_key_value_heads=2,
                                                v_head_dim=8, head_dim=16)),
+    "kimi_linear": Fixture(KIMI, published=dict(
+        layer_types=None, mlp_layer_types=None, linear_num_heads=None, linear_head_dim=None, first_k_dense_replace=1,
+        linear_conv_kernel_dim=None, moe_layer_freq=1, moe_router_activation_func="sigmoid", mla_use_nope=True,
+        linear_attn_config=dict(num_heads=2, head_dim=8, short_conv_kernel_size=4, kda_layers=[1, 2, 3],
+                                full_attn_layers=[4]))),
+    "kimi_linear-groups_fused": Fixture(
+        dict(KIMI, num_expert_group=4, topk_group=2, q_lora_rank=12, linear_num_heads=3, linear_conv_kernel_dim=3,
+             mlp_layer_types=["dense", "sparse", "dense", "sparse"], attention_bias=True, moe_renormalize=False),
+        fused=True, ties=True, prompt_tokens=129),
+    "kimi_linear-one_chunk": Fixture(dict(KIMI, num_shared_experts=2), prompt_tokens=64),
+    "bailing_hybrid": Fixture(dict(MLA, head_dim=8, layer_group_size=2, n_group=2, topk_group=1), published=dict(
+        layer_types=None, mlp_layer_types=None, linear_head_dim=None, linear_num_heads=None, head_dim=8,
+        linear_conv_kernel_dim=None, rope_parameters=None, rope_theta=6e6)),
+    "bailing_hybrid-yarn_fused": Fixture(
+        dict(MLA, head_dim=12, layer_types=[FULL, LINEAR, FULL, LINEAR], n_group=1, topk_group=1, q_lora_rank=20,
+             kda_safe_gate=False, rope_parameters=dict(YARN, mscale=1.0, mscale_all_dim=0.7)),
+        fused=True, prompt_tokens=65),
+    "bailing_hybrid-bound": Fixture(dict(MLA, head_dim=8, layer_group_size=4, kda_lower_bound=-2.0, n_group=4,
+                                         topk_group=2, first_k_dense_replace=0), prompt_tokens=63, ties=True),
+    "qwen3_next": Fixture(GATED_MOE, published=dict(layer_types=None, full_attention_interval=4, rope_parameters=None,
+                                                    rope_theta=1e4, partial_rotary_factor=0.25)),
+    "qwen3_next-heads_dense_fused": Fixture(
+        dict(GATED_MOE, linear_num_value_heads=6, linear_key_head_dim=24, linear_conv_kernel_dim=3,
+             norm_topk_prob=False, mlp_only_layers=[1], layer_types=[FULL, LINEAR, LINEAR, FULL], rope_parameters={**HALF, **YARN}),
+        fused=True, ties=True, prompt_tokens=128),
+    "qwen3_5_text": Fixture(dict(GATED, linear_value_head_dim=16, tie_word_embeddings=True), prompt_tokens=127),
+    "qwen3_5_text-heads": Fixture(dict(GATED, num_key_value_heads=1, linear_num_key_heads=1, linear_num_value_heads=3,
+                                       linear_value_head_dim=12, attention_bias=True, rope_parameters=HALF)),
+    "qwen3_5_moe_text-fused": Fixture(GATED_MOE, fused=True, ties=True),
+    "qwen3_5": Fixture(dict(text_config={**SIZES, **GATED}, vision_config=VISION)),
+    "qwen3_5_moe": Fixture(dict(text_config={**SIZES, **GATED_MOE, "num_experts_per_tok": 2}, vision_config=VISION)),
+    "minimax": Fixture(TEXT, published=dict(
+        model_type="minimax_text_01", layer_types=None, attn_type_list=[0, 0, 0, 1], postnorm=True,
+        rope_parameters=None, rope_theta=1e6, rotary_dim=8, shared_intermediate_size=0)),
+    "minimax-weights_fused": Fixture(
+        dict(TEXT, head_dim=16, num_key_value_heads=1, layer_types=[FULL, LINEAR, LINEAR, FULL], num_experts_per_tok=3,
+             full_attn_alpha_factor=3.5, full_attn_beta_factor=0.7, linear_attn_alpha_factor=2.5,
+             linear_attn_beta_factor=1.3, mlp_alpha_factor=1.5, mlp_beta_factor=0.6),
+        fused=True, ties=True, prompt_tokens=65),
 }
 
 
@@ -116,7 +172,7 @@ def main() -> int:
 def parity_row(name: str) -> list[str]:
     """Write one fixture, and hold our model against it."""
     directory, fixture = PARITY / name, FIXTURES[name]
-    oracle = build(name, {**SIZES, **fixture.settings}, seed=zlib.crc32(name.encode()))
+    oracle = build(name, fixture.whole_settings, seed=zlib.crc32(name.encode()))
     save(oracle, fixture, directory)
     expected = expectation(oracle, fixture.prompt_tokens)
     save_file(expected, PARITY / f"{name}.expected.safetensors")
@@ -141,7 +197,9 @@ def build(name: str, settings: dict, seed: int) -> torch.nn.Module:
     attention and routers that hardly choose."""
     torch.manual_seed(seed)
     config = transformers.AutoConfig.for_model(family_of(name), **copy.deepcopy(settings))  # it changes them
-    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    is_wrapped = "text_config" in settings
+    kind = transformers.AutoModelForImageTextToText if is_wrapped else transformers.AutoModelForCausalLM
+    model = kind.from_config(config).float().eval()
     biases = {place: buffer for place, buffer in model.named_buffers() if place.endswith("correction_bias")}
     for place, tensor in {**dict(model.named_parameters()), **biases}.items():
         if place.endswith("A_log"):
@@ -149,7 +207,7 @@ def build(name: str, settings: dict, seed: int) -> torch.nn.Module:
         elif place.endswith("dt_bias"):
             tensor.uniform_(-4.0, 1.0)
         elif tensor.dim() == 1:
-            tensor.normal_(1.0 if "norm" in place else 0.0, 0.2)
+            tensor.normal_(tensor.mean().round().item(), 0.2)  # fresh norms are 1, or 0 where 1 is added
         else:
             tensor.normal_(0.0, tensor.shape[-1] ** -0.5)
     if FIXTURES[name].ties:
@@ -175,13 +233,16 @@ def save(oracle: torch.nn.Module, fixture: Fixture, directory: Path) -> None:
 def expectation(oracle: torch.nn.Module, prompt_tokens: int) -> dict[str, torch.Tensor]:
     """What the oracle says: `logits` `[prompt, vocab]`; `tokens` `[steps + 1]`, the first drawn after the prompt;
     `decode_logits` `[steps, vocab]`, after each of them but the last."""
-    prompt = torch.randint(1, oracle.config.vocab_size, (1, prompt_tokens))
+    prompt = torch.randint(1, SIZES["vocab_size"], (1, prompt_tokens))
     logits = oracle(prompt, use_cache=False).logits[0]
     out = oracle(prompt, use_cache=True)
     tokens, decoded = [out.logits[0, -1].argmax()], []
-    for _ in range(DECODE_STEPS):
+    for step in range(DECODE_STEPS):
         cache = getattr(out, "cache", None)
-        out = oracle(tokens[-1].view(1, 1), cache=out.past_key_values if cache is None else cache, use_cache=True)
+        cache = out.past_key_values if cache is None else cache
+        # Said, because MiniMax counts what is cached in its first layer, which may keep no tokens.
+        positions = torch.tensor([[prompt_tokens + step]])
+        out = oracle(tokens[-1].view(1, 1), cache=cache, use_cache=True, position_ids=positions)
         decoded.append(out.logits[0, -1])
         tokens.append(decoded[-1].argmax())
     return {"prompt": prompt[0], "logits": logits.contiguous(), "tokens": torch.stack(tokens),
@@ -204,11 +265,11 @@ def ours(model: Transformer, expected: dict[str, torch.Tensor]) -> tuple[torch.T
 @torch.no_grad()
 def speed_row(name: str) -> list[str]:
     """Prefill of one long prompt by the oracle and by us, one after the other: a wider model of the same family."""
-    oracle = build(name, scaled({**SIZES, **FIXTURES[name].settings}), seed=0)
+    oracle = build(name, scaled(FIXTURES[name].whole_settings), seed=0)
     with tempfile.TemporaryDirectory() as directory:
         save(oracle, FIXTURES[name], Path(directory))
         model = load_checkpoint(Path(directory), read_config(directory), torch.float32, "cpu")
-    prompt = torch.randint(1, oracle.config.vocab_size, (1, SPEED_TOKENS))
+    prompt = torch.randint(1, SIZES["vocab_size"], (1, SPEED_TOKENS))
     runs = {"oracle": lambda: oracle(prompt, use_cache=True, logits_to_keep=1),
             "ours": lambda: model(prompt, ContiguousState(model.config, "float32"), last_only=True)}
     seconds = {who: [] for who in runs}

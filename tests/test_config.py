@@ -46,7 +46,7 @@ def test_generation_config_adds_the_end_of_text_ids(tmp_path):
 
 
 @pytest.mark.parametrize("change, words", [
-    (dict(model_type="gpt2"), ["'gpt2'", "supported: kimi_linear, llama, mimo_v2_flash"]),
+    (dict(model_type="gpt2"), ["'gpt2'", "supported: bailing_hybrid, bailing_moe_v2_5, kimi_linear, llama, m"]),
     (dict(model_type=None), ["None", "supported"]),
     (dict(hidden_act="gelu"), ["hidden_act", "'gelu'", "silu"]),
     (dict(mlp_bias=True), ["mlp_bias"]),
@@ -61,8 +61,10 @@ def test_a_llama_config_that_cannot_be_run_is_refused(change, words):
 
 
 @pytest.mark.parametrize("change, words", [
-    (dict(first_k_dense_replace=1), ["mixture-of-experts", "1", "4"]),
-    (dict(q_lora_rank=64), ["q_lora_rank 64"]),
+    (dict(first_k_dense_replace=1), ["moe_intermediate_size"]),
+    (dict(q_lora_rank=-1), ["q_lora_rank is -1"]),
+    (dict(mlp_layer_types=["dense", "wide"] * 2), ["mlp_layer_types", "'wide'", "dense, sparse"]),
+    (dict(layer_types=["full_attention"]), ["layer_types", "num_hidden_layers 4"]),
     (dict(linear_attn_config=None), []),
     (dict(linear_attn_config={**LINEAR, "kda_layers": [1, 2]}), ["[1, 2, 4]", "1 to 4"]),
     (dict(linear_attn_config={**LINEAR, "kda_layers": [1, 2, 3, 4]}), ["[1, 2, 3, 4, 4]"]),

@@ -15,7 +15,7 @@ from minprfaas.errors import UserError
 from minprfaas.files import read_json, write_whole
 from minprfaas.model.families import read_config
 from minprfaas.model.moe import Router
-from minprfaas.model.names import our_name, places
+from minprfaas.model.names import AROUND_ZERO, our_name, places, spelled
 from minprfaas.model.tokenizer import Tokenizer
 from minprfaas.model.transformer import Transformer
 
@@ -39,7 +39,7 @@ def load_checkpoint(directory: Path, config: ModelConfig, dtype: torch.dtype,
     shapes), not of floats or not finite, an unreadable file, or weights that the device cannot hold."""
     device = checked_device(device)
     files = _weight_files(directory)
-    stored = _stored_tensors(directory, files)
+    stored = _stored_tensors(directory, files, config)
     model = _without_memory(directory, config, stored)
     _check_memory(directory, sum(weight.numel() for weight in model.parameters()) * dtype.itemsize, device)
     model.to(dtype).to_empty(device=device)
@@ -51,6 +51,8 @@ def load_checkpoint(directory: Path, config: ModelConfig, dtype: torch.dtype,
     with torch.no_grad():
         for name, place in places(model, stored):
             place.copy_(_read(directory, stored[name]))
+            if config.norms_around_zero and AROUND_ZERO.search(name):
+                place.add_(1.0)
     model.fingerprint = _fingerprint([directory / "config.json", *files], dtype)
     return model.eval().requires_grad_(False)
 
@@ -58,7 +60,10 @@ def load_checkpoint(directory: Path, config: ModelConfig, dtype: torch.dtype,
 def save_checkpoint(model: Transformer, config_json: dict, directory: str | Path, dtype: torch.dtype) -> None:
     """Write `config.json` and `model.safetensors` (weights in `dtype`), each whole or not at all. Raises UserError."""
     directory = Path(directory)
-    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.named_parameters()}
+    tensors = {}
+    for name, tensor in model.named_parameters():
+        is_less_one = model.config.norms_around_zero and AROUND_ZERO.search(name)
+        tensors[name] = (tensor.detach() - 1.0 if is_less_one else tensor.detach()).to("cpu", dtype).contiguous()
     try:
         directory.mkdir(parents=True, exist_ok=True)
         save_tensors(tensors, directory / (SINGLE + ".partial"))
@@ -114,14 +119,16 @@ class _Stored(NamedTuple):
     file: safe_open
 
 
-def _stored_tensors(directory: Path, files: list[Path]) -> dict[str, _Stored]:
+def _stored_tensors(directory: Path, files: list[Path], config: ModelConfig) -> dict[str, _Stored]:
     """By our own name, every tensor that the files hold; UserError unless each is there once and holds floats."""
     stored: dict[str, _Stored] = {}
+    layers = len(config.layers)
+    further = tuple(f"model.layers.{layer}." for layer in range(layers, layers + config.further_layers))
     for file in files:
         weights = _opened(file)
         for name in weights.keys():
             ours = our_name(name)
-            if ours is None:
+            if ours is None or ours.startswith(further):
                 continue
             if ours in stored:
                 raise UserError(f"{directory}: tensors {stored[ours].name} and {name} are the same of the model's")
@@ -158,7 +165,8 @@ def _without_memory(directory: Path, config: ModelConfig, stored: dict[str, _Sto
     expected = {name: list(place.shape) for name, place in places(model, found)}
     for name, shape in expected.items():
         if name not in found:
-            raise UserError(f"{directory}: tensor {name} is missing; {config.family} needs it with shape {shape}")
+            theirs = spelled(name, {ours: tensor.name for ours, tensor in stored.items()})
+            raise UserError(f"{directory}: tensor {theirs} is missing; {config.family} needs it with shape {shape}")
         if found[name] != shape:
             raise UserError(f"{directory}: tensor {stored[name].name} has shape {found[name]}; "
                             f"config.json asks for {shape}")

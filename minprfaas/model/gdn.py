@@ -10,7 +10,7 @@ from minprfaas.config import MAX_HEAD_SIZE, StateKind, require_sizes
 from minprfaas.errors import UserError, require_number
 from minprfaas.model.delta import CHUNK_TOKENS, delta_rule
 from minprfaas.model.layers import Positions, RMSNorm
-from minprfaas.model.recurrent import short_convolution, state_or_fresh, store_memory, unit_length
+from minprfaas.model.recurrent import ShortConvolution, state_or_fresh, store_memory, unit_length
 from minprfaas.model.spec import LayerState, StateSpec, TensorSpec
 
 
@@ -64,12 +64,11 @@ class GDN(nn.Module):
             sizes = dict(qkvz=qkv + values, ba=2 * config.num_v_heads)
         for name, size in sizes.items():
             self.add_module(f"in_proj_{name}", nn.Linear(hidden_size, size, bias=False))
-        taps = torch.randn(qkv, 1, config.conv_kernel) * config.conv_kernel**-0.5
-        self.conv1d = nn.ParameterDict({"weight": taps})  # a depthwise convolution's, as checkpoints have it
+        self.conv1d = ShortConvolution(qkv, config.conv_kernel)
         self.dt_bias = nn.Parameter(torch.ones(config.num_v_heads))
         self.A_log = nn.Parameter(torch.empty(config.num_v_heads).uniform_(0.01, 16).log())
         self.norm = RMSNorm(config.v_dim, norm_eps)
-        self.out_proj = nn.Linear(values, hidden_size, bias=False)
+        self.o_proj = nn.Linear(values, hidden_size, bias=False)
 
     def forward(self, x: Tensor, positions: Positions, state: LayerState | None) -> Tensor:
         """`x` `[batch, new, hidden]` -> the same shape; `state` None means that nothing came before `x`."""
@@ -77,7 +76,7 @@ class GDN(nn.Module):
         state = state_or_fresh(state, config.state_spec("float32"), x)
         memory, tail = state.load()
         qkv, z, b, a = self._projections(x)
-        convolved, inputs = short_convolution(tail, qkv, self.conv1d.weight)
+        convolved, inputs = self.conv1d(tail, qkv)
         q, k, v = convolved.float().split(config.qkv_sizes, dim=-1)
         q, k = (unit_length(part.unflatten(-1, (-1, config.k_dim))) for part in (q, k))
         v = v.unflatten(-1, (-1, config.v_dim))
@@ -87,10 +86,10 @@ class GDN(nn.Module):
         out, memory, before = delta_rule(q * config.k_dim**-0.5, k, v, g[..., None], b.float().sigmoid(), memory)
         store_memory(state, x.shape[1], CHUNK_TOKENS, memory, before, inputs)
         gate = F.silu(z.unflatten(-1, (-1, config.v_dim)).float())
-        return self.out_proj((self.norm(out) * gate).to(x.dtype).flatten(2))
+        return self.o_proj((self.norm(out) * gate).to(x.dtype).flatten(2))
 
     def _projections(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q, k and v together, z (the output's gate), b (of beta) and a (of the decay), each `[batch, new, channels]`."""
+        """q, k and v together, z (gate of the output), b (of beta), a (of the decay), each `[batch, new, channels]`."""
         config = self.config
         if not config.by_key_head:
             return self.in_proj_qkv(x), self.in_proj_z(x), self.in_proj_b(x), self.in_proj_a(x)

@@ -11,7 +11,7 @@ from minprfaas.config import MAX_HEAD_SIZE, StateKind, require_sizes
 from minprfaas.errors import require_number
 from minprfaas.model.delta import CHUNK_TOKENS, delta_rule
 from minprfaas.model.layers import Positions, RMSNorm
-from minprfaas.model.recurrent import short_convolution, state_or_fresh, store_memory, unit_length
+from minprfaas.model.recurrent import ShortConvolution, state_or_fresh, store_memory, unit_length
 from minprfaas.model.spec import LayerState, StateSpec, TensorSpec
 
 
@@ -54,11 +54,10 @@ class KDA(nn.Module):
     def __init__(self, config: KDAConfig, hidden_size: int, norm_eps: float):
         super().__init__()
         self.config = config
-        channels, kernel = config.num_heads * config.head_dim, config.conv_kernel
+        channels = config.num_heads * config.head_dim
         for name in ("q", "k", "v"):
             self.add_module(f"{name}_proj", nn.Linear(hidden_size, channels, bias=False))
-            taps = torch.randn(channels, 1, kernel) * kernel**-0.5  # a depthwise convolution's, as checkpoints have it
-            self.add_module(f"{name}_conv1d", nn.ParameterDict({"weight": taps}))
+        self.conv1d = ShortConvolution(3 * channels, config.conv_kernel, parts_of=("q", "k", "v"))
         log_rate = torch.empty(config.num_heads).uniform_(1, 16).log()
         self.A_log = nn.Parameter(log_rate if config.one_step_gates else log_rate.view(1, 1, -1, 1))
         # Biases whose softplus is spread evenly in logarithm over [1e-3, 1e-1]: heads that forget fast and slowly.
@@ -90,8 +89,7 @@ class KDA(nn.Module):
         """q, k, v, g and beta of the delta rule, and the convolutions' inputs, which begin with `tail`."""
         heads = (self.config.num_heads, self.config.head_dim)
         projected = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
-        taps = torch.cat([self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight])
-        convolved, inputs = short_convolution(tail, projected, taps)
+        convolved, inputs = self.conv1d(tail, projected)
         q, k, v = (part.unflatten(-1, heads) for part in convolved.float().chunk(3, dim=-1))
         q, k = unit_length(q) * self.config.head_dim**-0.5, unit_length(k)
         return q, k, v, self._log_decay(x), self.b_proj(x).float().sigmoid(), inputs

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minprfaas.config import MAX_WIDTH, RopeConfig, require_sizes
+from minprfaas.config import MAX_WIDTH, ResidualConfig, RopeConfig, require_sizes
 
 
 class RMSNorm(nn.Module):
@@ -50,6 +50,11 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[batch, tokens, hidden]` -> the same shape."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def join(stream: Tensor, normed: Tensor, given: Tensor, residual: ResidualConfig | None) -> Tensor:
+    """The stream after a mixer or an MLP has `given` something, which it made of `normed`; all of one shape."""
+    return stream + given if residual is None else residual.alpha * normed + residual.beta * given
 
 
 class Positions:

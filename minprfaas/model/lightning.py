@@ -5,7 +5,7 @@ there (the delta rule does): S_t = exp(-slope) S_(t-1) + k_t v_t^T; o_t = S_t^T 
 decode step; `lightning_chunked` computes the same for whole chunks with matrix products, the prefill form.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +22,10 @@ CHUNK_TOKENS = 64
 
 @dataclass(frozen=True)
 class LightningConfig:
-    """Lightning attention as MiniMax-Text-01 has it (SiLU on q, k and v, one norm over all heads), or as Ring-2.5 (norms
-    of q and k, RoPE, a scale, an output norm in groups of heads).
+    """Lightning attention as MiniMax-Text-01 has it (SiLU on q, k and v, one norm over all heads), or as Ring 2.5 (norms
+    of q and k, RoPE, a scale, the output norm in groups).
 
-    `slopes`: the decay of each head, of this layer. `by_head`: the checkpoint keeps a head's rows of q, k and v together.
+    `slopes`: how fast each head decays in this layer. `by_head`: a checkpoint keeps a head's rows of q, k, v together.
     """
 
     head_dim: int
@@ -37,7 +37,6 @@ class LightningConfig:
     scale: float = 1.0
     norm_groups: int = 1
     norm_eps: float | None = None  # None: as every other norm of the model
-    bias: bool = False
 
     def __post_init__(self) -> None:
         require_sizes(self, "head_dim", "norm_groups", most=MAX_HEAD_SIZE)
@@ -46,6 +45,10 @@ class LightningConfig:
         if len(self.slopes) * self.head_dim % self.norm_groups:
             raise UserError(f"group_norm_size {self.norm_groups} does not divide the width of all heads, "
                             f"{len(self.slopes) * self.head_dim}")
+
+    def in_layer(self, depth: float) -> "LightningConfig":
+        """The same for a layer whose heads decay `depth` times as fast."""
+        return replace(self, slopes=tuple(depth * slope for slope in self.slopes))
 
     def state_spec(self, dtype: str) -> StateSpec:
         """A matrix a head, in float32 because of the long sums."""
@@ -104,12 +107,12 @@ class Lightning(nn.Module):
         super().__init__()
         self.config = config
         width = len(config.slopes) * config.head_dim
-        self.qkv_proj = nn.Linear(hidden_size, 3 * width, bias=config.bias)
+        self.qkv_proj = nn.Linear(hidden_size, 3 * width, bias=False)
         if config.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(config.head_dim, norm_eps), RMSNorm(config.head_dim, norm_eps)
         self.norm = RMSNorm(width, norm_eps if config.norm_eps is None else config.norm_eps)
-        self.output_gate = nn.Linear(hidden_size, width, bias=False)
-        self.o_proj = nn.Linear(width, hidden_size, bias=config.bias)
+        self.g_proj = nn.Linear(hidden_size, width, bias=False)
+        self.o_proj = nn.Linear(width, hidden_size, bias=False)
 
     def forward(self, x: Tensor, positions: Positions, state: LayerState | None) -> Tensor:
         """`x` `[batch, new, hidden]` -> the same shape; `state` None means that nothing came before `x`."""
@@ -127,7 +130,7 @@ class Lightning(nn.Module):
         store_memory(state, x.shape[1], CHUNK_TOKENS, memory, before)
         out = out.flatten(2).unflatten(-1, (config.norm_groups, -1)).to(x.dtype)
         normed = F.rms_norm(out.float(), out.shape[-1:], eps=self.norm.eps).flatten(2).to(x.dtype) * self.norm.weight
-        return self.o_proj(self.output_gate(x).sigmoid() * normed)
+        return self.o_proj(self.g_proj(x).sigmoid() * normed)
 
     def _heads(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v, each `[batch, new, heads, head_dim]`, float32."""

@@ -30,6 +30,7 @@ class MLAConfig:
     q_lora_rank: int | None = None
     head_gate: bool = False
     bias: bool = False
+    score_scale: float = 1.0  # beside 1 / sqrt(the width of a query)
 
     def __post_init__(self) -> None:
         require_sizes(self, "num_heads", "kv_lora_rank", "qk_nope_dim", "v_dim", most=MAX_HEAD_SIZE)
@@ -58,7 +59,7 @@ class MLA(nn.Module):
         super().__init__()
         self.config = config
         heads, rank, shared = config.num_heads, config.kv_lora_rank, config.qk_shared_dim
-        self.scale = (config.qk_nope_dim + shared) ** -0.5
+        self.scale = config.score_scale * (config.qk_nope_dim + shared) ** -0.5
         q_size = heads * (config.qk_nope_dim + shared)
         if config.q_lora_rank is None:
             self.q_proj = nn.Linear(hidden_size, q_size, bias=False)

@@ -1,8 +1,10 @@
 """What mixers share whose state has one size: a short convolution before it, and where it is kept. Chapter 02."""
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from minprfaas.model.spec import LayerState, StateSpec
 from minprfaas.model.state import ContiguousLayerState
@@ -13,25 +15,38 @@ def state_or_fresh(state: LayerState | None, spec: StateSpec, x: Tensor) -> Laye
     return ContiguousLayerState(spec, len(x), x.device) if state is None else state
 
 
-def short_convolution(tail: Tensor, projected: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A depthwise convolution over each token and the few before it, then SiLU.
+class ShortConvolution(nn.Module):
+    """A depthwise convolution over each token and the few before it, then SiLU. `parts_of`: a checkpoint may hold it in
+    as many equal parts, one for each of these letters."""
 
-    `tail` `[batch, channels, kernel - 1]` are the inputs before these, `projected` `[batch, new, channels]`, `weight`
-    `[channels, 1, kernel]`. Returns `[batch, new, channels]`, and tail and inputs `[batch, kernel - 1 + new, channels]`.
-    """
-    inputs = torch.cat([tail.transpose(1, 2).to(projected.dtype), projected], dim=1)
-    new = projected.shape[1]
-    # A sum over the kernel's few taps: cuDNN's depthwise convolution wants another layout, and copies twice.
-    return F.silu(sum(inputs[:, tap : tap + new] * weight[:, 0, tap] for tap in range(weight.shape[2]))), inputs
+    def __init__(self, channels: int, kernel: int, parts_of: tuple[str, ...] = ()):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(channels, 1, kernel) * kernel**-0.5)
+        self._parts_of = parts_of
+
+    def parts(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        """What a checkpoint may hold in place of the parameter `name`, and where it belongs."""
+        if not self._parts_of:
+            yield name, self.weight
+        for letter, view in zip(self._parts_of, self.weight.chunk(len(self._parts_of) or 1)):
+            yield f"{letter}.{name}", view
+
+    def forward(self, tail: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
+        """`tail` `[batch, channels, kernel - 1]` are the inputs before these, `projected` `[batch, new, channels]`.
+        Returns `[batch, new, channels]`, and tail and inputs `[batch, kernel - 1 + new, channels]`."""
+        inputs = torch.cat([tail.transpose(1, 2).to(projected.dtype), projected], dim=1)
+        new, taps = projected.shape[1], self.weight[:, 0].unbind(1)
+        # A sum over the kernel's few taps: cuDNN's depthwise convolution wants another layout, and copies twice.
+        return F.silu(sum(inputs[:, place : place + new] * tap for place, tap in enumerate(taps))), inputs
 
 
 def store_memory(state: LayerState, new: int, chunk: int, memory: Tensor, before: Tensor | None,
                  inputs: Tensor | None = None) -> None:
     """The state after a pass of `new` tokens, and at the wanted offsets inside it.
 
-    `memory` is the one after the pass, `before` `[batch, heads, chunks, …]` the one before each chunk of `chunk` tokens.
-    `inputs` of a short convolution begin with the tail that the pass began with, so the kernel - 1 rows from `offset` on
-    are the tail after `offset` tokens.
+    `memory` is the one after the pass, `before` `[batch, heads, chunks, …]` the one before each `chunk` tokens. The
+    `inputs` of a short convolution begin with the tail that the pass began with, so the kernel - 1 rows from `offset`
+    on are the tail after `offset` tokens.
     """
     for offset in sorted({*state.snapshot_offsets, new}):
         tensors = (memory if offset == new else before[:, :, offset // chunk],)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from minprfaas.config import LayerConfig, ModelConfig
-from minprfaas.model.layers import Positions, RMSNorm
+from minprfaas.model.layers import Positions, RMSNorm, join
 from minprfaas.model.spec import ModelState, OnLayer
 
 
@@ -22,11 +22,13 @@ class Layer(nn.Module):
         self.mlp = layer.mlp.build(config.hidden_size)
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.config = layer
 
-    def feed(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """What follows the mixer, whose output is `mixed`: both residual sums, and the MLP between them."""
-        x = x + mixed
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def feed(self, x: Tensor, normed: Tensor, mixed: Tensor) -> Tensor:
+        """What follows the mixer, which made `mixed` of `normed`: both residual sums, and the MLP between them."""
+        x = join(x, normed, mixed, self.config.mixer_residual)
+        normed = self.post_attention_layernorm(x)
+        return join(x, normed, self.mlp(normed), self.config.mlp_residual)
 
 
 class Stack(nn.Module):
@@ -45,10 +47,11 @@ class Stack(nn.Module):
         x = self.embed_tokens(token_ids)
         for index, layer in enumerate(self.layers):
             layer_state = None if state is None else state.layer(index)
-            mixed = layer.self_attn(layer.input_layernorm(x), positions, layer_state)
+            normed = layer.input_layernorm(x)
+            mixed = layer.self_attn(normed, positions, layer_state)
             if on_layer is not None:
                 on_layer(index)
-            x = layer.feed(x, mixed)
+            x = layer.feed(x, normed, mixed)
         return self.norm(x)
 
 

@@ -11,11 +11,17 @@ from minprfaas.errors import UserError
 from minprfaas.files import read_json
 from minprfaas.model.families.dense import llama, qwen3
 from minprfaas.model.families.kimi import kimi_linear
+from minprfaas.model.families.ling import bailing_hybrid, bailing_moe_v2_5
 from minprfaas.model.families.mimo import mimo_v2_flash
 from minprfaas.model.families.minimax import minimax_m2
+from minprfaas.model.families.minimax_text import minimax
+from minprfaas.model.families.qwen_hybrid import qwen3_5, qwen3_next
 from minprfaas.model.families.qwen_moe import qwen3_moe
 
-FAMILIES = {reader.__name__: reader for reader in (llama, qwen3, qwen3_moe, kimi_linear, mimo_v2_flash, minimax_m2)}
+FAMILIES = {reader.__name__: reader for reader in (
+    llama, qwen3, qwen3_moe, kimi_linear, mimo_v2_flash, minimax_m2, minimax, qwen3_next, qwen3_5, bailing_hybrid,
+    bailing_moe_v2_5)}
+FAMILIES |= {"minimax_text_01": minimax, "qwen3_5_text": qwen3_5, "qwen3_5_moe": qwen3_5, "qwen3_5_moe_text": qwen3_5}
 
 
 def read_config(directory: str | Path) -> ModelConfig:

@@ -87,10 +87,11 @@ def _yarn_amplitude(parameters: dict, factor: float) -> float:
     """What YaRN scales queries and keys by (arXiv:2309.00071, eq. 22), unless the file gives it."""
     if parameters.get("attention_factor") is not None:
         return parameters["attention_factor"]
-
-    def amplitude(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-
     if parameters.get("mscale") and parameters.get("mscale_all_dim"):
-        return amplitude(parameters["mscale"]) / amplitude(parameters["mscale_all_dim"])
-    return amplitude(1.0)
+        return yarn_gain(parameters["mscale"], factor) / yarn_gain(parameters["mscale_all_dim"], factor)
+    return yarn_gain(1.0, factor)
+
+
+def yarn_gain(weight: float, factor: float) -> float:
+    """How much louder queries and keys are in a context that is `factor` times as long."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
