@@ -5,9 +5,12 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = [sys.executable, str(ROOT / "scripts" / "cluster.py")]
@@ -37,7 +40,7 @@ def test_six_processes_and_three_more_beside_them_answer_as_one_process_would(ch
         prompts = write_prompts(tmp_path / f"prompts{seed}.jsonl", (400, 20, 300, 60, 350, 90, 310, 30), seed)
         command = PROGRAM + arguments(checkpoints, prompts, topology, "--json", str(tmp_path / f"out{seed}.jsonl"),
                                       "--link-gbps", "0.01", "--rtt-ms", "5")
-        runs.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        runs.append(start(command))
     for seed, running in enumerate(runs):
         said, errors = running.communicate(timeout=DEADLINE_S)
         assert running.returncode == 0, errors
@@ -56,16 +59,14 @@ def test_killed_prefill_nodes_of_both_datacenters_cost_prefills_and_no_answer(ch
     # 100 kbit/s: the long prompts' KVCache is under way for seconds when the short answer is printed
     command = PROGRAM + arguments(checkpoints, prompts, "prfaas=2,pd=3", "--json", str(tmp_path / "out.jsonl"),
                                   "--link-gbps", "0.0001", "--link-timeout-s", "2")
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running = start(command)
     try:
-        for line in running.stdout:
-            if line.startswith("[p1]"):
-                for name in ("prfaas-0", "pd-0"):
-                    kill(running.pid, name)
-                break
+        wait_for_line(running, "[p1]")
+        for name in ("prfaas-0", "pd-0"):
+            kill(running.pid, name)
         said, errors = running.communicate(timeout=DEADLINE_S)
     finally:
-        running.kill()
+        end(running)
     assert running.returncode == 0, errors
     assert "8 of 8 answers are identical" in said
     assert "prfaas-0 has ended with status -9; --node prfaas-0 --store 127.0.0.1:" in errors
@@ -73,6 +74,79 @@ def test_killed_prefill_nodes_of_both_datacenters_cost_prefills_and_no_answer(ch
     moved = [row for row in rows.values() if "avoiding" in row["reason"]]
     assert any("avoiding prfaas-0" in row["reason"] and row["route"] == "prfaas" for row in moved), rows
     assert any("avoiding pd-0" in row["reason"] for row in moved), rows
+
+
+@pytest.mark.heavy
+def test_a_node_that_was_killed_is_used_again_when_it_returns(checkpoints, tmp_path):
+    after = [{"id": f"next{number}", "after": "p0", "prompt": "abcde " * (number + 20), "max_tokens": 8} for number in range(4)]
+    prompts = write_prompts(tmp_path / "prompts.jsonl", (300, 20, 250), more=after)
+    # 20 kbit/s: the long prompts' KVCache is under way while the node returns
+    common = arguments(checkpoints, prompts, "prfaas=2,pd=3", "--link-gbps", "0.00002", "--link-timeout-s", "2")
+    running = start(PROGRAM + common + ["--json", str(tmp_path / "out.jsonl")])
+    returned = None
+    try:
+        wait_for_line(running, "[p1]")
+        kill(running.pid, "prfaas-1")
+        again = running.stderr.readline()
+        assert again.startswith("prfaas-1 has ended with status -9"), again
+        options = re.search(r"--node prfaas-1 --store \S+(?= starts it again)", again)[0]
+        returned = start(PROGRAM + common + options.split())
+        wait_for_line(running, "prfaas-1 has joined as prfaas")
+        said, errors = running.communicate(timeout=DEADLINE_S)
+        assert running.returncode == 0, errors
+        assert returned.wait(DEADLINE_S) == 0
+    finally:
+        end(running, returned)
+    assert "7 of 7 answers are identical" in said
+    used = [row["reason"] for row in rows_of(tmp_path / "out.jsonl").values()]
+    assert any("PrfaaS prfaas-1" in reason for reason in used[3:]), used
+
+
+@pytest.mark.heavy
+def test_the_prefill_datacenter_outlives_the_other_one_and_serves_it_when_it_returns(checkpoints, tmp_path):
+    prompts = write_prompts(tmp_path / "prompts.jsonl", (300, 20, 250))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        store = f"127.0.0.1:{probe.getsockname()[1]}"
+
+    def torchrun(datacenter, processes, *more):
+        return start([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+                      *PROGRAM[1:], *arguments(checkpoints, prompts, "prfaas=1,pd=2", *more),
+                      "--datacenter", datacenter, "--store", store])
+
+    prfaas = torchrun("prfaas", 1)
+    pd = torchrun("pd", 3, "--link-gbps", "0.00001")  # it would take minutes
+    second = None
+    try:
+        wait_for_line(pd, "[p1]")
+        os.killpg(pd.pid, signal.SIGKILL)
+        pd.wait(DEADLINE_S)
+        second = torchrun("pd", 3)
+        said, errors = second.communicate(timeout=DEADLINE_S)
+        assert second.returncode == 0 and "3 of 3 answers are identical" in said, errors
+        assert "PrfaaS, prefill: prfaas-0" in said
+        assert prfaas.wait(DEADLINE_S) == 0
+    finally:
+        end(prfaas, pd, second)
+
+
+def start(command):
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def end(*processes):
+    """Whatever is still there, with all that it has started."""
+    for one in processes:
+        if one is not None and one.poll() is None:
+            one.kill()
+            one.communicate()
+
+
+def wait_for_line(process, beginning):
+    for line in process.stdout:
+        if line.startswith(beginning):
+            return
+    raise AssertionError(process.communicate()[1])
 
 
 def kill(launcher, name, number=signal.SIGKILL):

@@ -12,6 +12,7 @@ from minprfaas.cluster.node import PeerReturned
 from minprfaas.cluster.topology import Place
 from minprfaas.errors import UserError
 from minprfaas.transport.base import LinkDown, LinkRefused
+from minprfaas.transport.fabric import Fabric
 from minprfaas.transport.wan.link import Link
 
 MEETING_S = 3600.0  # one attempt's; another one follows
@@ -23,7 +24,7 @@ class Neighbours:
     """`make_link` makes this process's end of the link to another process, not yet connected. UserError when there can
     be none, at this moment or at all."""
 
-    def __init__(self, here: Place, peers: list[Place], make_link: Callable[[Place], Link], mail: Mail):
+    def __init__(self, here: Place, peers: list[Place], make_link: Callable[[Place], Link | Fabric], mail: Mail):
         self.met: set[str] = set()  # names of the processes that were met at least once
         self.refused: dict[str, str] = {}  # why, by the name of the process, until it is met
         self._here, self._make_link, self._mail = here, make_link, mail
@@ -42,6 +43,7 @@ class Neighbours:
                 pass  # it did not come, or came and went
             if self._closing.wait(PAUSE_S):
                 return
+            self._links[peer.name].close()  # of a fabric, the link may have come up without the rest
             try:
                 self._links[peer.name] = self._make_link(peer)
             except UserError:

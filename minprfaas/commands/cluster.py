@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
     here = chosen[launch.rank if launch is not None else 0]
     local_rank = launch.local_rank if launch is not None else places.index(here)
     gpu_rank = max(0, local_rank - chosen[0].has_front)  # the front end's process needs no GPU of its own
-    return play(run, Seat(places, here, store or launch.address, gpu_rank, outlives_front=apart))
+    return play(run, Seat(places, here, store or launch.address, gpu_rank, is_apart=apart))
 
 
 def _chosen(args: argparse.Namespace, places: list[Place]) -> list[Place]:

@@ -27,6 +27,7 @@ from minprfaas.observe.screen import Screen
 from minprfaas.observe.timeline import Timeline, timeline_json
 from minprfaas.scheduling.control import ControlPlane, NewThreshold
 from minprfaas.transport.base import EventQueue
+from minprfaas.transport.fabric import Fabric
 from minprfaas.transport.wan.link import Link
 
 GOODBYE_DEADLINE_S = 30.0
@@ -41,7 +42,7 @@ class Seat:
     here: Place
     address: StoreAddress
     local_rank: int = 0
-    outlives_front: bool = False  # waits for the front end to return, if it goes away
+    is_apart: bool = False  # was started by itself: it waits for the front end to return, if that goes away
 
 
 def outputs_of(run: Run) -> dict[str, OutputFile]:
@@ -61,6 +62,10 @@ def play(run: Run, seat: Seat) -> int:
     outputs = outputs_of(run) if seat.here.has_front else {}
     try:
         return _play(run, seat, outputs)
+    except UserError:
+        if not seat.here.has_front and not seat.is_apart:
+            wait_for_the_front_end()  # it sees the same mistake and says it; once is enough
+        raise
     finally:
         for output in outputs.values():
             output.discard()
@@ -69,12 +74,7 @@ def play(run: Run, seat: Seat) -> int:
 def _play(run: Run, seat: Seat, outputs: dict[str, OutputFile]) -> int:
     args, here = run.args, seat.here
     timeline = Timeline(here.name) if args.timeline else None
-    try:
-        engines = Engines(run, seat, timeline)
-    except UserError:
-        if not here.has_front:
-            wait_for_the_front_end()  # it sees the same mistake and says it; once is enough
-        raise
+    engines = Engines(run, seat, timeline)
     engine = engines.first
     store = seat.address.open(serves=here.has_front)  # kept: where this process serves it, it lives as long
     mail = Mail(EventQueue())
@@ -89,19 +89,22 @@ def _play(run: Run, seat: Seat, outputs: dict[str, OutputFile]) -> int:
     line = emulated_line(run.line, store, here.site, other.pop()) if other else None
     identity = link_identity(engine.model, engine.layout)
 
-    def make_link(peer: Place) -> Link:
+    def make_link(peer: Place) -> Link | Fabric:
         first, second = sorted((here, peer), key=seat.places.index)
-        crosses = peer.site != here.site
-        config = run.link if crosses else replace(run.link, lanes=1, timeout_s=FABRIC_TIMEOUT_S)
-        return Link(f"{first.name}:{second.name}", seat.address.open(), int(here is second), config, identity,
-                    line=line if crosses else None, events=mail.events, timeline=timeline)
+        name, store, rank = f"{first.name}:{second.name}", seat.address.open(), int(here is second)
+        if peer.site != here.site:
+            return Link(name, store, rank, run.link, identity, line, mail.events, timeline)
+        config = replace(run.link, lanes=1, timeout_s=FABRIC_TIMEOUT_S)
+        if here.roles and peer.roles:
+            return Fabric(name, store, rank, config, identity, engine.model.device, mail.events)
+        return Link(name, store, rank, config, identity, events=mail.events, timeline=timeline)
 
     neighbours = Neighbours(here, [place for place in seat.places if place is not here], make_link, mail)
     try:
         if front is not None:
             return Program(run, seat, made, neighbours, engine, outputs).run()
         _wait_for_front(run, seat, made, neighbours)
-        made.serve(args.wait_s if seat.outlives_front else 0.0)
+        made.serve(args.wait_s if seat.is_apart else 0.0)
         return 0
     finally:
         neighbours.close()
@@ -166,6 +169,7 @@ class Program:
         """Serve every prompt; 1 if one has no answer or `--check` finds one that is wrong, else 0."""
         self._wait_for_nodes()
         self._say_what_is_there()
+        self.there = {*self.front.ready}
         started_s = time.monotonic()
         self._submit_after(None)
         while self.front.has_work:
@@ -234,10 +238,19 @@ class Program:
         for action in self.front.take_actions():
             if isinstance(action, NewThreshold):
                 self.screen.line(f"threshold     now {action.threshold:,.0f} tokens: {action.reason}")
+        self._show_who_came_and_went()
         for update in updates:
             if update.journey.is_finished:
                 self.screen.line(answers.answer_lines(update.journey, self.prompts[update.journey.id]))
                 self._submit_after(update.journey)
+
+    def _show_who_came_and_went(self) -> None:
+        ready = self.front.ready
+        for name in sorted(self.there - {*ready}):
+            self.screen.line(f"{name} is gone")
+        for name in sorted({*ready} - self.there):
+            self.screen.line(f"{name} has joined as {ready[name].role}")
+        self.there = {*ready}
 
     def _print_table(self, journeys: list[Journey], elapsed_s: float) -> None:
         print("\n" + answers.answer_table(journeys))

@@ -73,15 +73,20 @@ class Fabric:
         self._announced: queue.SimpleQueue[dict | None] = queue.SimpleQueue()  # the epoch's batches; None is its end
         self._due_at_s = time.monotonic()  # the next epoch, or this one's group
 
-    def connect(self, deadline_s: float) -> None:
-        """Meet the peer and begin the first epoch. Raises LinkRefused, or LinkDown when `deadline_s` passes."""
+    def connect(self, deadline_s: float, met: Callable[[], None] = lambda: None) -> None:
+        """Meet the peer and begin the first epoch; call `met` before anything that the peer sends is heard. Raises
+        LinkRefused, or LinkDown when `deadline_s` passes."""
         until_s = time.monotonic() + deadline_s
-        self._link.connect(deadline_s)
+        self._link.connect(deadline_s, met)
         self._start("words", self._listen)
         with self._changed:
             while self._group is None:
                 if self._lost is not None or not self._changed.wait(max(0.0, until_s - time.monotonic())):
                     raise LinkDown(f"fabric {self.name}: {self._lost or 'the groups did not come up'}")
+
+    def wait_until_lost(self) -> None:
+        """Block until the fabric is lost for good, or closed."""
+        self._link.wait_until_lost()
 
     @property
     def epoch(self) -> int:
