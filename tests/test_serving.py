@@ -256,6 +256,17 @@ def test_more_connections_than_the_house_takes_are_turned_away(hybrid, checkpoin
         wait_until(lambda: call(one.port, "/v1/models").status == 200)
 
 
+def test_large_bodies_have_a_limit_that_all_of_them_share(hybrid, checkpoints):
+    limits, body = Limits(9, bodies_bytes=1000, linger_s=0.2), json.dumps({"prompt": "x" * 300, **GREEDY}).encode()
+    body += b" " * (600 - len(body))
+    with house(*hybrid, checkpoints["kimi_linear"], limits=limits) as one, connect(one.port) as first:
+        first.sendall(request_bytes(COMPLETIONS, body)[:-1])
+        wait_until(lambda: call(one.port, COMPLETIONS, body).status == 429)
+        with one.running():
+            first.sendall(body[-1:])
+            assert Response(first).status == 200 == call(one.port, COMPLETIONS, body).status
+
+
 # ---- mistakes
 
 
@@ -317,9 +328,9 @@ def test_every_mistake_gets_its_status_and_one_line(open_house):
     assert call(open_house.port, "/v1/models").status == 200
 
 
-def test_a_client_that_is_refused_while_it_still_sends_can_read_why(open_house):
-    with connect(open_house.port) as connection:
-        connection.sendall(HEAD + b"Content-Length: 9000000\r\n\r\n" + b"x" * 1_000_000)
+def test_a_client_that_is_refused_while_it_still_sends_can_read_why(hybrid, checkpoints):
+    with house(*hybrid, checkpoints["kimi_linear"], limits=Limits(9, linger_s=DEADLINE_S)) as one, connect(one.port) as connection:
+        connection.sendall(HEAD + b"Content-Length: 9000000\r\n\r\n" + b"x" * 9_000_000)
         assert Response(connection).status == 413
 
 
