@@ -6,6 +6,8 @@ import random
 import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +19,7 @@ from serving_support import DEADLINE_S, Response, call, connect, house, request_
 
 from minprfaas import SamplingParams, generate
 from minprfaas.__main__ import main
+from minprfaas.commands import cluster
 from minprfaas.errors import UserError
 from minprfaas.model.checkpoint import load
 from minprfaas.serving import api
@@ -25,6 +28,7 @@ from minprfaas.serving.http import Limits
 from minprfaas.serving.metrics import TTFT_PARTS
 from minprfaas.serving.service import serve
 
+ROOT = Path(__file__).resolve().parent.parent
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 GREEDY = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
 
@@ -565,3 +569,35 @@ def test_the_program_says_where_it_serves_and_how_it_ended(checkpoints, capsys):
         assert main(["serve", "--model", str(checkpoints["kimi_linear"]), "--port", "0"]) == 0
         assert answer.result(DEADLINE_S).status == 200
     assert capsys.readouterr() == ("ended: every request has its answer\n", "")
+
+
+# ---- the same door before a cluster
+
+
+def test_a_cluster_answers_http_clients_over_its_link_until_a_signal(hybrid, checkpoints):
+    prompts = [[3, 4, 5] * 60, [6, 7, 8] * 10]
+    expected = [output.text for output in reference(hybrid, prompts, max_tokens=12, ignore_eos=True)]
+    program = subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts" / "cluster.py"), "--topology", "prfaas=1,pd=1", "--model", str(checkpoints["kimi_linear"]),
+         "--threshold", "100", "--prefill-chunk", "64", "--block-tokens", "16", "--lanes", "1", "--serve", "0"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        port = next(int(found[1]) for line in program.stdout if (found := re.search(r":(\d+)/v1", line)))
+        answer = call(port, COMPLETIONS, {"prompt": prompts, **GREEDY}).json
+        assert [choice["text"] for choice in answer["choices"]] == expected
+        wait_until(lambda: b'route="prfaas"} 1.0' in (text := call(port, "/metrics").body) and b'route="pdp"} 1.0' in text)
+        crossed = re.search(r"\nminprfaas_kv_bytes_total (\S+)", call(port, "/metrics").body.decode())
+        assert float(crossed[1]) > 0 and b"\nminprfaas_link_utilization " in call(port, "/metrics").body
+        program.send_signal(signal.SIGTERM)
+        said, errors = program.communicate(timeout=DEADLINE_S)
+    finally:
+        program.kill()
+    assert (program.returncode, errors) == (0, "") and said.endswith("ended: every request has its answer\n")
+
+
+@pytest.mark.parametrize("options, said", [
+    ([], "nothing is asked"), (["--serve", "0", "--check"], "--check is about a file of prompts"),
+    (["--serve", "70000"], "--serve is 70000"), (["--serve", "0", "--max-requests", "0"], "--max-requests is 0")])
+def test_a_cluster_has_prompts_or_clients(options, said):
+    with pytest.raises(UserError, match=said):
+        cluster.main(options)

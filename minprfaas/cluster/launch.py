@@ -128,7 +128,7 @@ def own_device(kind: str, local_rank: int) -> torch.device:
 
 
 def start_processes(names: list[str], front: str | None, main: Callable[[list[str]], int], argv: list[str],
-                    restart: str = "") -> int:
+                    restart: str = "", front_ends_all: bool = False) -> int:
     """Run `main(argv)` in a process for each name, as torchrun would; returns the front end's exit status, or without
     one here the worst of all. `restart` is how a person starts one of them again, with {name} and {port} to be filled
     in.
@@ -136,11 +136,18 @@ def start_processes(names: list[str], front: str | None, main: Callable[[list[st
     They are forked, so that PyTorch is imported once and not by each of them; this process only waits, and never
     computes or touches a GPU. torchrun exits with 1 whatever its workers say; this keeps the status 2 of a user's
     mistake. It ends every process when one dies; here the others go on. Ended by a signal, this ends its processes
-    first.
+    first; with `front_ends_all` a signal is handed to the front end, which then dismisses the others.
     """
     port = _free_port()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     workers: dict[str, ForkProcess] = {}
+
+    def on_signal(number: int, frame: object) -> None:
+        if not front_ends_all or front not in workers:
+            sys.exit(128 + number)
+        os.kill(workers[front].pid, number)
+
+    for number in (signal.SIGTERM, signal.SIGINT) if front_ends_all else (signal.SIGTERM,):
+        signal.signal(number, on_signal)
     try:
         for rank, name in enumerate(names):
             environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(names)),
@@ -160,7 +167,8 @@ def _run_as(environment: dict[str, str], main: Callable[[list[str]], int], argv:
     """In a process of its own. Also a group of its own: an interrupt from the keyboard is for the process that started
     it, which ends the others."""
     os.setpgid(0, 0)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
     for name in [name for name in os.environ if name.startswith("TORCHELASTIC_")]:
         del os.environ[name]
     os.environ.update(environment)

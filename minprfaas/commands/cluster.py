@@ -17,6 +17,8 @@ the processes are the front end (rank 0), prfaas-0 …, pd-0 …: with prfaas=2,
   python scripts/cluster.py --topology prfaas=2,pd=3 --split 1 --prompts P.jsonl --check
       starts them all. One that dies is not missed for long: its requests are done by others, and it is used again when
       it returns (--node NAME --store HOST:PORT, with the other options as before).
+  python scripts/cluster.py --topology prfaas=2,pd=3 --serve 8000
+      answers HTTP clients until Ctrl-C.
   torchrun --nproc-per-node 6 scripts/cluster.py --topology prfaas=2,pd=3 …
       the same under torchrun, on several machines with --nnodes. torchrun ends all when one dies.
   torchrun --standalone --nproc-per-node 4 scripts/cluster.py … --datacenter pd --store 10.0.0.1:29600
@@ -37,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--store", metavar="HOST:PORT", help="where processes that are started apart meet")
     p.add_argument("--datacenter", choices=(PRFAAS_SITE, PD_SITE), help="only the processes of one datacenter")
     p.add_argument("--node", metavar="NAME", help="only this process, such as pd-1")
-    add_options(p)
+    add_options(p, may_serve=True)
     return p
 
 
@@ -83,4 +85,4 @@ def _start(run: Run, chosen: list[Place], argv: list[str]) -> int:
     front = next((place.name for place in chosen if place.has_front), None)
     store = run.args.store or "127.0.0.1:{port}"
     return start_processes([place.name for place in chosen], front, main, argv,
-                           restart=f"--node {{name}} --store {store}")
+                           restart=f"--node {{name}} --store {store}", front_ends_all=run.args.serve is not None)

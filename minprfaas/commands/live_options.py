@@ -2,21 +2,24 @@
 
 import argparse
 from dataclasses import dataclass
+from statistics import fmean
 
 from minprfaas.cluster.processes import UNTHROTTLED_GBPS
 from minprfaas.cluster.topology import Topology
+from minprfaas.commands.serve import add_http_arguments, check_http_arguments
 from minprfaas.config import LineConfig, LinkConfig
 from minprfaas.engine.prompts import Prompt, read_prompts
-from minprfaas.errors import require_number
+from minprfaas.engine.sampling import SamplingParams
+from minprfaas.errors import UserError, require_number
 from minprfaas.scheduling.planner import Fleet
 from minprfaas.scheduling.profiles import Profile
 from minprfaas.transport.wan.line import load_weather
 
 
-def add_options(p: argparse.ArgumentParser) -> None:
+def add_options(p: argparse.ArgumentParser, may_serve: bool = False) -> None:
     """What is asked, of which model, over which line, on what machines, and where the results go."""
     p.add_argument("--model", metavar="DIR", help="Hugging Face directory (default: the embedded model)")
-    p.add_argument("--prompts", metavar="FILE.jsonl", required=True,
+    p.add_argument("--prompts", metavar="FILE.jsonl", required=not may_serve,
                    help='one {"id", "prompt", "max_tokens"} a line; {"after": id} continues that conversation')
     p.add_argument("--threshold", type=int, default=1024, metavar="T", help="offload above T uncached tokens (1024)")
     p.add_argument("--profile", metavar="P.json", help="of this machine (`python -m minprfaas profile`): the threshold "
@@ -40,6 +43,11 @@ def add_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--check", action="store_true", help="recompute every answer in one process; exit 1 if one differs")
     p.add_argument("--json", metavar="OUT.jsonl", help="write one line a request")
     p.add_argument("--timeline", metavar="OUT.json", help="write Chrome trace events (opens in Perfetto)")
+    p.set_defaults(serve=None)
+    if may_serve:
+        p.add_argument("--serve", type=int, metavar="PORT", help="instead of --prompts: answer HTTP clients, as "
+                       "`python -m minprfaas serve` does, until a signal")
+        add_http_arguments(p)
 
 
 @dataclass(frozen=True)
@@ -67,11 +75,24 @@ def checked(args: argparse.Namespace, topology: Topology) -> Run:
     # On GPUs each chunk costs a copy and a few launches at either end: fewer, larger ones.
     sizes = dict(chunk_bytes=4 * 2**20, max_inflight_bytes=256 * 2**20) if args.device.startswith("cuda") else {}
     link = LinkConfig(args.lanes, timeout_s=args.link_timeout_s, **sizes)
-    prompts = read_prompts(args.prompts)
+    prompts = _checked_prompts(args)
     fleet = None
     if args.profile is not None:  # a single PD node counts as an instance of either kind
         profile = Profile.read(args.profile)
-        answer_tokens = sum(prompt.params.max_tokens for prompt in prompts) / len(prompts)
+        answer_tokens = fmean([prompt.params.max_tokens for prompt in prompts] or [SamplingParams().max_tokens])
         fleet = Fleet(topology.prfaas, max(topology.pd, 2), args.link_gbps or UNTHROTTLED_GBPS, profile, profile,
                       answer_tokens)
     return Run(args, topology, link, LineConfig(args.link_gbps, args.rtt_ms, weather), prompts, fleet)
+
+
+def _checked_prompts(args: argparse.Namespace) -> list[Prompt]:
+    """Those of the file; none where clients bring them."""
+    if args.serve is None:
+        if args.prompts is None:
+            raise UserError("nothing is asked; give --prompts FILE.jsonl, or --serve PORT for clients that ask")
+        return read_prompts(args.prompts)
+    check_http_arguments(args, "--serve", args.serve)
+    for option in ("prompts", "check", "json", "timeline"):
+        if getattr(args, option):
+            raise UserError(f"--{option} is about a file of prompts, and --serve takes them from clients")
+    return []

@@ -1,6 +1,7 @@
 """A process's part in a run of the live cluster; the front end's has the screen. Chapter 13; paper 3 and 4."""
 
 import json
+import socket
 import time
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,7 @@ from minprfaas.cluster.topology import PRFAAS_SITE, Place
 from minprfaas.cluster.upkeep import peak_memory_bytes
 from minprfaas.commands import answers
 from minprfaas.commands.live_options import Run
+from minprfaas.commands.serve import FULL_CONTEXTS, serve_until_signal
 from minprfaas.config import CacheConfig, Role
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.generate import longest_prompts, pool_for
@@ -26,6 +28,8 @@ from minprfaas.observe.report import human_bytes
 from minprfaas.observe.screen import Screen
 from minprfaas.observe.timeline import Timeline, timeline_json
 from minprfaas.scheduling.control import ControlPlane, NewThreshold
+from minprfaas.serving.openai import Served
+from minprfaas.serving.service import listen
 from minprfaas.transport.base import EventQueue
 from minprfaas.transport.fabric import Fabric
 from minprfaas.transport.wan.link import Link
@@ -74,6 +78,7 @@ def play(run: Run, seat: Seat) -> int:
 def _play(run: Run, seat: Seat, outputs: dict[str, OutputFile]) -> int:
     args, here = run.args, seat.here
     timeline = Timeline(here.name) if args.timeline else None
+    listener = listen(args.host, args.serve) if here.has_front and args.serve is not None else None
     engines = Engines(run, seat, timeline)
     engine = engines.first
     store = seat.address.open(serves=here.has_front)  # kept: where this process serves it, it lives as long
@@ -102,7 +107,8 @@ def _play(run: Run, seat: Seat, outputs: dict[str, OutputFile]) -> int:
     neighbours = Neighbours(here, [place for place in seat.places if place is not here], make_link, mail)
     try:
         if front is not None:
-            return Program(run, seat, made, neighbours, engine, outputs).run()
+            program = Program(run, seat, made, neighbours, engine, outputs)
+            return program.run() if listener is None else program.serve(listener)
         _wait_for_front(run, seat, made, neighbours)
         made.serve(args.wait_s if seat.is_apart else 0.0)
         return 0
@@ -132,7 +138,8 @@ class Engines:
         lengths = longest_prompts(run.prompts, self.tokenizer, self.model.config.max_context_tokens)
         self._timeline, self._prefill_chunk = timeline, args.prefill_chunk
         self._cache = CacheConfig(args.pool_blocks, args.block_tokens) if args.pool_blocks else pool_for(
-            self.model, [lengths[one.id] + one.params.max_tokens for one in run.prompts], args.block_tokens)
+            self.model, [lengths[one.id] + one.params.max_tokens for one in run.prompts]
+            or [self.model.config.max_context_tokens] * FULL_CONTEXTS, args.block_tokens)
         self._made = [self._make() for _ in seat.here.roles or [None]]
         self._fresh = iter(self._made)
         for prompt in run.prompts:
@@ -187,6 +194,22 @@ class Program:
                                        self.tokenizer, self.args.prefill_chunk)
         print("\n".join(lines))
         return 0 if is_well else 1
+
+    def serve(self, listener: socket.socket) -> int:
+        """Answer HTTP clients until a signal; 1 if one of their requests was cut short, else 0."""
+        args = self.args
+        served = Served.of(args.model or EMBEDDED, self.model.config, self.tokenizer, args.chat_template)
+        self._wait_for_nodes()
+        self._say_what_is_there()
+        self.there = {*self.front.ready}
+        self.screen.close()
+
+        def step() -> list[Update]:
+            self.process.node.step()
+            self._show([])
+            return self.front.take_updates()
+
+        return serve_until_signal(args, listener, served, self.process, step)
 
     def _wait_for_nodes(self) -> None:
         """For all of them, or until time is up; then those that are there must be able to answer."""

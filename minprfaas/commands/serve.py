@@ -5,21 +5,26 @@ has, and the same way for a request behind it.
 """
 
 import argparse
-import queue
+import socket
+from collections.abc import Callable
 
 import torch
 
+from minprfaas.cluster.journey import Update
 from minprfaas.cluster.processes import Process, control_settings, pd_process
 from minprfaas.config import CacheConfig
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.generate import pool_for
 from minprfaas.errors import require_number
 from minprfaas.model.checkpoint import EMBEDDED, load
+from minprfaas.model.tokenizer import Tokenizer
+from minprfaas.model.transformer import Transformer
 from minprfaas.observe.report import human_bytes
 from minprfaas.scheduling.control import ControlPlane
 from minprfaas.serving.chat import MARKS
 from minprfaas.serving.openai import Served
 from minprfaas.serving.service import Service, listen, serve
+from minprfaas.transport.base import EventQueue
 
 FULL_CONTEXTS = 8  # the default pool has room for so many requests as long as the context
 END_S = 10.0  # that the roles get to give back what they hold
@@ -53,8 +58,7 @@ def add_http_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal."""
-    check_http_arguments(args)
-    require_number("--port", args.port, least=0, most=65_535, whole=True)
+    check_http_arguments(args, "--port", args.port)
     for option in ("prefill_chunk", "block_tokens", "pool_blocks"):
         if getattr(args, option) is not None:
             require_number(f"--{option.replace('_', '-')}", getattr(args, option), least=1, whole=True)
@@ -62,16 +66,24 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = load(args.model, getattr(torch, args.dtype), args.device)
     served = Served.of(args.model or EMBEDDED, model.config, tokenizer, args.chat_template)
     process = one_process(args, model, tokenizer)
-    service = Service(served, listener, args.max_requests, process.node.mail.events)
-    pool = process.decode.engine.kvcache.pool
-    host = f"[{args.host}]" if ":" in args.host else args.host
-    print(f"serving {served.name} at http://{host}:{service.port}/v1, {args.max_requests} requests at once, two pools "
-          f"of {human_bytes(pool.bytes.nbytes)}; Ctrl-C ends it", flush=True)
+    print(f"two pools of {human_bytes(process.decode.engine.kvcache.pool.bytes.nbytes)}, for prefill and for decode")
 
-    def step() -> list:
+    def step() -> list[Update]:
         process.node.step()
+        process.front.take_actions()  # of nodes that neither come nor go there is nothing to tell
         return process.front.take_updates()
 
+    return serve_until_signal(args, listener, served, process, step)
+
+
+def serve_until_signal(args: argparse.Namespace, listener: socket.socket, served: Served, process: Process,
+                       step: Callable[[], list[Update]]) -> int:
+    """Answer HTTP clients from the process in which the front end lives, until SIGINT or SIGTERM; then dismiss all
+    nodes. `step` steps the node and returns the front end's updates. Returns 1 if a request was cut short, else 0."""
+    service = Service(served, listener, args.max_requests, process.node.mail.events)
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    print(f"serving {served.name} at http://{host}:{service.port}/v1, {args.max_requests} requests at once; Ctrl-C "
+          "ends it", flush=True)
     cut = serve(service, process.front, step, args.drain_s)
     process.shut_down(END_S)
     were = "request was" if cut == 1 else "requests were"
@@ -79,13 +91,14 @@ def run(args: argparse.Namespace) -> int:
     return 1 if cut else 0
 
 
-def check_http_arguments(args: argparse.Namespace) -> None:
+def check_http_arguments(args: argparse.Namespace, port_option: str, port: int) -> None:
     """UserError names the first option that is out of range."""
+    require_number(port_option, port, least=0, most=65_535, whole=True)
     require_number("--max-requests", args.max_requests, least=1, most=10_000, whole=True)
     require_number("--drain-s", args.drain_s, least=0)
 
 
-def one_process(args: argparse.Namespace, model, tokenizer) -> Process:
+def one_process(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer) -> Process:
     """Front end, prefill role and decode role in this process, each role with a pool of its own."""
     context = [model.config.max_context_tokens] * FULL_CONTEXTS
     engines = []
@@ -94,4 +107,4 @@ def one_process(args: argparse.Namespace, model, tokenizer) -> Process:
             pool_for(model, context, args.block_tokens, limit_bytes=2**30)
         engines.append(Engine(model, tokenizer, cache, args.prefill_chunk))
     plane = ControlPlane(control_settings(0, None, engines[0].layout))
-    return pd_process(*engines, {}, queue.SimpleQueue(), plane, DEADLINE_S)
+    return pd_process(*engines, {}, EventQueue(), plane, DEADLINE_S)

@@ -14,7 +14,7 @@ from minprfaas.scheduling.directory import CacheChanged, Directory
 from minprfaas.scheduling.monitor import CongestionMonitor
 from minprfaas.scheduling.planner import Fleet
 from minprfaas.scheduling.roles import RoleChange, RoleLoop
-from minprfaas.scheduling.router import ClusterView, Decision, Router, RouteRequest, TransferCosts
+from minprfaas.scheduling.router import ClusterView, Decision, LinkView, Router, RouteRequest, TransferCosts
 from minprfaas.scheduling.threshold import Observation, ThresholdLoop
 
 TICK_S = 1.0  # how often the loops look; `tick` may be called more often
@@ -166,6 +166,11 @@ class ControlPlane:
     def threshold(self) -> float:
         """t in tokens, by which requests are routed now."""
         return self._router.threshold
+
+    @property
+    def egress(self) -> LinkView:
+        """The line out of the PrfaaS cluster, as its senders measure it."""
+        return self._egress
 
     def regime(self, now_s: float) -> str:
         """Whether bandwidth out of the PrfaaS cluster is "scarce" or "abundant"."""

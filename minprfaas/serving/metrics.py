@@ -29,6 +29,9 @@ HELP = {
     "node_blocks": ("gauge", "Blocks of a node's KVCache pool."),
     "node_load": ("gauge", "Of a prefill node, uncached tokens that wait or are in work; of a decode node, requests."),
     "threshold_tokens": ("gauge", "Requests with more uncached tokens than this go to the PrfaaS cluster."),
+    "link_gbps": ("gauge", "Capacity of the line out of the PrfaaS cluster, as its senders see it."),
+    "link_utilization": ("gauge", "Share of it that is in use, smoothed."),
+    "link_queued_bytes": ("gauge", "KVCache that waits to leave over it, in bytes."),
     "link_scarce": ("gauge", "1 while bandwidth out of the PrfaaS cluster is scarce, else 0."),
 }
 
@@ -80,8 +83,9 @@ class Metrics:
             "node_load": {(("node", name),): load for name, load in plane.loads().items()},
         }
         if plane.nodes(Role.PRFAAS):
-            gauges["threshold_tokens"] = {(): plane.threshold}
-            gauges["link_scarce"] = {(): plane.regime(now_s) == "scarce"}
+            gauges |= {"threshold_tokens": {(): plane.threshold}, "link_scarce": {(): plane.regime(now_s) == "scarce"},
+                       "link_gbps": {(): plane.egress.gbps}, "link_utilization": {(): plane.egress.utilization},
+                       "link_queued_bytes": {(): plane.egress.queued_bytes}}
         with self._lock:
             self._gauges, self.sampled_at_s = gauges, now_s
             self.roles = frozenset(node.role for node in ready.values())
