@@ -10,10 +10,10 @@ from minprfaas import SamplingParams, generate
 from minprfaas.config import StateKind
 from minprfaas.engine.engine import model_layout
 from minprfaas.model.checkpoint import load_checkpoint
-from minprfaas.model.families import read_config
+from minprfaas.model.families import FAMILIES, read_config
 from minprfaas.model.tokenizer import Tokenizer
 
-ONE_OF_EACH = {read_config(PARITY / name).family: name for name in reversed(FIXTURES)}
+ONE_OF_EACH = {FAMILIES[read_config(PARITY / name).family].__name__: name for name in reversed(FIXTURES)}
 every_family = pytest.mark.parametrize("family", sorted(ONE_OF_EACH))
 GREEDY = SamplingParams(max_tokens=8, ignore_eos=True)
 LONG = SamplingParams(max_tokens=30, ignore_eos=True)

@@ -44,10 +44,43 @@ def test_the_tables_name_every_group_and_length(directory, capsys):
     assert all(f"{2**doubling}K" in screen for doubling in range(8))
 
 
+@pytest.mark.parametrize("name, mixers, bytes_per_token, window_bytes, state_bytes", [
+    ("kimi-linear-48b", {"KDA": 20, "MLA": 7}, 7 * 576 * 2, 0, 20 * (32 * 128 * 128 * 4 + 3 * 32 * 128 * 3 * 2)),
+    ("mimo-v2-flash", {"GQA": 48}, 9 * 4 * 320 * 2, 39 * 128 * 8 * 320 * 2, 0),
+    ("qwen3.5-397b", {"GDN": 45, "GQA": 15}, 15 * 2 * 512 * 2, 0,
+     45 * (64 * 128 * 128 * 4 + (2 * 16 + 64) * 128 * 3 * 2)),
+    ("ring-2.5-1t", {"Lightning": 70, "MLA": 10}, 10 * 576 * 2, 0, 70 * 64 * 128 * 128 * 4),
+    ("minimax-m2.5", {"GQA": 62}, 62 * 8 * 256 * 2, 0, 0),
+    ("qwen3-235b", {"GQA": 94}, 94 * 4 * 256 * 2, 0, 0)])
+def test_a_published_model_weighs_what_its_layers_make_of_it(name, mixers, bytes_per_token, window_bytes, state_bytes,
+                                                             capsys):
+    main(["inspect", "--config", name, "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["mixers"] == mixers and report["bytes_per_token"] == bytes_per_token
+    assert (report["window_bytes"], report["state_bytes"]) == (window_bytes, state_bytes)
+    for row in report["kv_throughput"]:  # equation 1, with the paper's own Phi_kv
+        assert row["bytes"] * 8e-9 / row["implied_prefill_s"] == pytest.approx(row["paper_gbps"])
+        assert row["bytes"] == row["tokens"] * bytes_per_token + window_bytes + state_bytes
+        assert 0.3 < row["implied_prefill_s"] < 10, "a prefill on 8 H200 takes about as long"
+
+
+def test_the_tables_of_a_published_model_say_whose_throughput_it_is(capsys):
+    main(["inspect", "--config", "ring-2.5-1t"])
+    screen = capsys.readouterr().out
+    assert "70 Lightning, 10 MLA" in screen and "Phi_kv Gbps (paper's)" in screen and "T_prefill s (implied)" in screen
+
+
 @pytest.mark.parametrize("arguments, complaint", [
-    (["no-such-directory"], "no-such-directory is not a directory"), (["--block-tokens", "0"], "block_tokens is 0")])
+    (["no-such-directory"], "no-such-directory is not a directory"), (["--block-tokens", "0"], "block_tokens is 0"),
+    (["--config", "gpt-5"], "--config gpt-5 are both given")])
 def test_a_mistake_gets_one_line_and_status_2(directory, arguments, complaint, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["inspect", *([] if arguments[0] == "no-such-directory" else [directory]), *arguments])
     error = capsys.readouterr().err
     assert ended.value.code == 2 and complaint in error and error.count("\n") == 1
+
+
+def test_a_published_model_that_is_not_shipped_is_refused_with_those_that_are(capsys):
+    with pytest.raises(SystemExit):
+        main(["inspect", "--config", "gpt-5"])
+    assert "no configuration 'gpt-5' is shipped; there are: kimi-linear-48b, mimo-v2-flash" in capsys.readouterr().err

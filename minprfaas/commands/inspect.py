@@ -6,11 +6,14 @@ from collections import Counter
 from pathlib import Path
 
 from minprfaas.config import CacheConfig, ModelConfig, StateKind
+from minprfaas.errors import UserError
 from minprfaas.kvcache.layout import Layout, plan_layout
 from minprfaas.model.checkpoint import EMBEDDED
 from minprfaas.model.families import read_config
+from minprfaas.model.published import PUBLISHED, read_published
 from minprfaas.model.spec import ITEM_BYTES, kv_bytes, model_state_specs
 from minprfaas.observe.report import table
+from minprfaas.scheduling.paper_case import TABLE_3_GBPS, TABLE_3_TOKENS
 
 LENGTHS = [1024 << doubling for doubling in range(8)]  # 1K to 128K tokens
 
@@ -19,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("directory", nargs="?", metavar="DIR",
                         help="Hugging Face directory (default: the embedded model)")
+    parser.add_argument("--config", metavar="NAME", help=f"a published model instead: {', '.join(PUBLISHED)}")
     parser.add_argument("--block-tokens", type=int, default=64, metavar="N", help="tokens a block (64)")
     parser.add_argument("--dtype", default="bfloat16", choices=tuple(ITEM_BYTES), help="of the KVCache (bfloat16)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
@@ -26,15 +30,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the layout; only `config.json` is read, no weights."""
-    directory = Path(args.directory or EMBEDDED)
-    config = read_config(directory)
+    if args.directory is not None and args.config is not None:
+        raise UserError(f"DIR {args.directory} and --config {args.config} are both given; it must be one of them")
+    name = args.config or str(args.directory or EMBEDDED)
+    config = read_published(args.config) if args.config else read_config(name)
     block_tokens = CacheConfig(num_blocks=1, block_tokens=args.block_tokens).block_tokens
     layout = plan_layout(model_state_specs(config, args.dtype), block_tokens)
     report = describe(config, layout, args.dtype)
+    if args.config:
+        report["kv_throughput"] = paper_throughput(PUBLISHED[args.config], layout)
     if args.json:
-        print(json.dumps({"directory": str(directory), **report}))
+        print(json.dumps({"config" if args.config else "directory": name, **report}))
     else:
-        show(directory, report)
+        show(name, report)
 
 
 def describe(config: ModelConfig, layout: Layout, dtype: str) -> dict:
@@ -51,20 +59,31 @@ def describe(config: ModelConfig, layout: Layout, dtype: str) -> dict:
             "bytes": group.spec.nbytes * len(group.layers), "blocks_per_request": group.state_blocks,
             "waste": layout.waste(group)} for group in layout.groups],
         "bytes_per_token": sum(spec.nbytes for spec in layout.specs if spec.kind is StateKind.TOKEN),
-        "state_bytes": sum(spec.nbytes for spec in layout.specs if spec.kind is not StateKind.TOKEN),
+        "window_bytes": sum(spec.nbytes for spec in layout.specs if spec.kind is StateKind.WINDOW),
+        "state_bytes": sum(spec.nbytes for spec in layout.specs if spec.kind is StateKind.REQUEST),
         "s_kv": [{"tokens": tokens, "bytes": kv_bytes(layout.specs, tokens), "blocks": layout.blocks_for(tokens),
                   "pool_bytes": layout.blocks_for(tokens) * layout.block_bytes} for tokens in LENGTHS],
     }
 
 
-def show(directory: Path, report: dict) -> None:
+def paper_throughput(name: str, layout: Layout) -> list[dict]:
+    """Phi_kv of the model, which the paper measured (table 3), and the prefill time that our S_kv makes of it:
+    T_prefill = S_kv / Phi_kv (equation 1)."""
+    rows = []
+    for tokens, gbps in zip(TABLE_3_TOKENS, TABLE_3_GBPS[name]):
+        nbytes = kv_bytes(layout.specs, tokens)
+        rows.append({"tokens": tokens, "bytes": nbytes, "paper_gbps": gbps, "implied_prefill_s": nbytes * 8e-9 / gbps})
+    return rows
+
+
+def show(name: str, report: dict) -> None:
     """The report as tables."""
     mixers = ", ".join(f"{count} {name}" for name, count in report["mixers"].items())
-    print(f"{directory}: {report['family']}, {report['layers']} layers ({mixers}), hidden size "
+    print(f"{name}: {report['family']}, {report['layers']} layers ({mixers}), hidden size "
           f"{report['hidden_size']:,}, vocabulary {report['vocab_size']:,}, "
           f"context {report['max_context_tokens']:,} tokens")
-    print(f"KVCache in {report['dtype']} (recurrent matrices in float32): {report['bytes_per_token']:,} bytes a token, "
-          f"{report['state_bytes']:,} bytes of state a request")
+    print(f"KVCache in {report['dtype']} (recurrent matrices in float32): {report['bytes_per_token']:,} bytes a token; "
+          f"a request has {report['window_bytes']:,} bytes of windows and {report['state_bytes']:,} of state")
     print(f"one pool of equal blocks of {report['block_bytes']:,} bytes; "
           f"a token group keeps {report['block_tokens']} tokens in one\n")
     print(table(["group", "kind", "layers", "state", "bytes", "blocks", "waste"], [
@@ -76,6 +95,12 @@ def show(directory: Path, report: dict) -> None:
         [f"{row['tokens'] // 1024}K", f"{row['bytes'] / 2**20:,.2f}", row["blocks"],
          f"{row['pool_bytes'] / 2**20:,.2f}", f"+{row['pool_bytes'] / row['bytes'] - 1:.1%}"]
         for row in report["s_kv"]]))
+    if "kv_throughput" in report:
+        print("\nThe paper's KV throughput of one instance of 8 H200 (table 3), and the prefill time that it implies "
+              "with the S_kv above")
+        print(table(["tokens", "S_kv MiB", "Phi_kv Gbps (paper's)", "T_prefill s (implied)"], [
+            [f"{row['tokens'] // 1024}K", f"{row['bytes'] / 2**20:,.2f}", f"{row['paper_gbps']:.2f}",
+             f"{row['implied_prefill_s']:.2f}"] for row in report["kv_throughput"]]))
 
 
 def _ranges(layers: list[int]) -> str:
