@@ -11,7 +11,7 @@ from transport_support import DEADLINE_S, IDENTITY, Cargo, in_parallel, new_stor
 from minprfaas.config import LineConfig, LinkConfig
 from minprfaas.errors import UserError
 from minprfaas.transport import EmulatedLine, Link, WeatherChange
-from minprfaas.transport.wan.shared_words import SharedWords
+from minprfaas.transport.wan.shared_words import SharedWords, remove_abandoned
 
 LINE = LineConfig(gbps=0.008, weather=(WeatherChange(5.0, gbps=0.004, rtt_ms=100),))  # a kilobyte takes a millisecond
 FRAMES = 400
@@ -73,6 +73,16 @@ def test_the_file_disappears_with_its_last_user(tmp_path):
         line.close()
         line.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_whose_users_were_killed_are_removed_and_those_in_use_are_not(tmp_path):
+    used, abandoned = tmp_path / "used.line", tmp_path / "abandoned.line"
+    user = EmulatedLine(LINE, used)
+    for path in (abandoned, tmp_path / "abandoned.line.users"):
+        path.touch()  # nobody's lock is on it, as after a kill
+    remove_abandoned([used, abandoned, tmp_path / "gone.line"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["used.line", "used.line.users"]
+    user.close()
 
 
 def test_a_line_of_another_configuration_does_not_share_the_file(tmp_path):

@@ -25,6 +25,7 @@ from minprfaas.model.checkpoint import checked_device
 from minprfaas.model.transformer import Transformer
 from minprfaas.transport.wan.handshake import LinkIdentity
 from minprfaas.transport.wan.line import EmulatedLine
+from minprfaas.transport.wan.shared_words import remove_abandoned
 
 STORE_DEADLINE_S = 60.0  # until the process that serves the store has started
 AGENT_DEADLINE_S = 10.0  # torchrun serves its store before it starts anybody
@@ -220,8 +221,10 @@ def emulated_line(config: LineConfig, store: dist.Store, here: str, there: str) 
     None when there is nothing to emulate."""
     if config.gbps is None and not config.rtt_ms and not config.weather:
         return None
+    directory = Path(tempfile.gettempdir())
+    remove_abandoned(directory.glob("minprfaas-*.line"))
     run_id = store.compare_set("run id", "", secrets.token_hex(8)).decode()
-    return EmulatedLine(config, share=Path(tempfile.gettempdir()) / f"minprfaas-{run_id}-{here}-{there}.line")
+    return EmulatedLine(config, share=directory / f"minprfaas-{run_id}-{here}-{there}.line")
 
 
 def link_identity(model: Transformer, layout: Layout) -> LinkIdentity:

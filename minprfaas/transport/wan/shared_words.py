@@ -10,6 +10,7 @@ import mmap
 import os
 import threading
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -50,6 +51,18 @@ class SharedWords:
             fcntl.flock(self._file, operation)
 
 
+def remove_abandoned(paths: Iterable[Path]) -> None:
+    """Remove those of `paths` whose users were all killed, and so could not."""
+    for path in paths:
+        try:
+            users_path = path.with_name(path.name + ".users")
+            with open(users_path, "r+b") as users:
+                if _lock_alone(users) and os.path.samestat(os.stat(users_path), os.fstat(users.fileno())):
+                    _unlink(path)
+        except OSError:
+            pass  # another one's, or removed at this moment
+
+
 def _join(path: Path, count: int) -> BinaryIO:
     """Become a user of `path`; the first one writes it. Returns the file whose shared lock says so."""
     users_path = path.with_name(path.name + ".users")
@@ -68,10 +81,14 @@ def _join(path: Path, count: int) -> BinaryIO:
 
 def _leave(path: Path, users: BinaryIO, file: BinaryIO) -> None:
     if _lock_alone(users):
-        path.unlink(missing_ok=True)
-        Path(users.name).unlink(missing_ok=True)
+        _unlink(path)
     users.close()
     file.close()
+
+
+def _unlink(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.with_name(path.name + ".users").unlink(missing_ok=True)
 
 
 def _lock_alone(users: BinaryIO) -> bool:
