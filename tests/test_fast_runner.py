@@ -4,7 +4,6 @@ import random
 
 import pytest
 import torch
-from conftest import FAMILIES
 
 from minprfaas import SamplingParams
 from minprfaas.config import CacheConfig
@@ -36,7 +35,7 @@ def answers(model, tokenizer, fast: bool, blocks: int = 60) -> tuple[list[list[i
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "kimi_linear"])
 def test_steps_of_fixed_shape_give_the_eager_runners_tokens(models, family, device):
     model, tokenizer = models[family]
     model = model.to(device)

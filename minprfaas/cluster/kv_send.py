@@ -70,8 +70,10 @@ class KVSend:
         if end <= start or (is_state and end < self.plan.end):  # state crosses once, when the last token is in it
             return
         group = self._layout.group_of_layer[layer]
-        on_gpu = self._pool.device.type == "cuda"
-        written = torch.cuda.current_stream(self._pool.device).record_event() if on_gpu else None
+        written = None
+        if self._pool.device.type == "cuda":
+            written = torch.cuda.Event(blocking=True)
+            written.record(torch.cuda.current_stream(self._pool.device))
         self._pieces.put(_Piece(layer, start, end, self._tables[group.index], written))
         self._ready_end[layer] = end
 
@@ -82,7 +84,9 @@ class KVSend:
             with torch.inference_mode(), torch.cuda.stream(beside_prefill) if beside_prefill else nullcontext():
                 while (piece := self._pieces.get()) is not None:
                     if piece.written is not None:
-                        beside_prefill.wait_event(piece.written)
+                        # Waiting here, not on the device, keeps this thread from Python while the model's thread
+                        # still launches the pass: the two would take turns at the interpreter, launch by launch.
+                        piece.written.synchronize()
                     data = self._pool.read_bytes(piece.layer, piece.blocks, piece.start, piece.end)
                     self._stream.put(piece.layer, piece.start, piece.end, data.reshape(-1))
             return self._stream.finish(self._deadline_s)

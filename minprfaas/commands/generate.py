@@ -9,6 +9,7 @@ import torch
 
 from minprfaas.config import CacheConfig
 from minprfaas.engine.generate import answer_prompts
+from minprfaas.engine.pieces import compile_and_warm_up
 from minprfaas.engine.prompts import Prompt, read_prompts
 from minprfaas.engine.request import TokenUpdate
 from minprfaas.engine.sampling import SamplingParams
@@ -31,8 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer here (repeatable)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--prefill-chunk", type=int, default=1024, metavar="TOKENS")
+    parser.add_argument("--prefill-chunk", type=int, metavar="TOKENS", help="(1024; on a GPU 8192)")
     parser.add_argument("--pool-blocks", type=int, metavar="N", help="blocks of the pool (default: room for all)")
+    parser.add_argument("--compile", action="store_true", help="compile the model's pieces first: minutes on two cores")
     parser.add_argument("--json", action="store_true", help="print one JSON line an answer")
 
 
@@ -40,6 +42,8 @@ def run(args: argparse.Namespace) -> None:
     """Answer the prompts; a single prompt's answer streams as it is drawn."""
     prompts = _prompts(args)
     model, tokenizer = load(args.model, getattr(torch, args.dtype), args.device)
+    if args.compile:
+        compile_and_warm_up(model, tokenizer)
     streams = len(prompts) == 1 and not args.json
 
     def show(update: TokenUpdate) -> None:

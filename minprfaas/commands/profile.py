@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from minprfaas.engine.measure import measure_decode, measure_prefill
+from minprfaas.engine.pieces import compile_and_warm_up
 from minprfaas.errors import UserError, require_number
 from minprfaas.files import OutputFile
 from minprfaas.model.checkpoint import EMBEDDED, load
@@ -23,14 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=3, help="timed prefills of each length (3)")
     parser.add_argument("--batch", type=int, default=8, help="requests of a decode step: BS_max (8)")
     parser.add_argument("--context", type=int, default=1024, metavar="TOKENS", help="their context (1024)")
-    parser.add_argument("--prefill-chunk", type=int, default=1024, metavar="TOKENS")
+    parser.add_argument("--prefill-chunk", type=int, metavar="TOKENS", help="(1024; on a GPU 8192)")
+    parser.add_argument("--compile", action="store_true", help="compile the model's pieces first")
     parser.add_argument("--out", metavar="FILE.json", help="write the profile, for `plan --profile`")
     parser.add_argument("--json", action="store_true", help="print the profile instead of the table")
 
 
 def run(args: argparse.Namespace) -> None:
     """Measure, check that it is a profile, print it, and write it to `--out`."""
-    for name in ("repeats", "batch", "context", "prefill_chunk"):
+    for name in ("repeats", "batch", "context"):
         require_number(f"--{name.replace('_', '-')}", getattr(args, name), least=1, whole=True)
     if len(set(args.lengths)) < 2 or min(args.lengths) < 1:
         raise UserError(f"--lengths {args.lengths} is no curve; it needs two different lengths of at least 1 token")
@@ -49,6 +51,8 @@ def run(args: argparse.Namespace) -> None:
 def _measure(args: argparse.Namespace) -> Profile:
     torch.manual_seed(0)
     model, tokenizer = load(args.model, getattr(torch, args.dtype), args.device)
+    if args.compile:
+        compile_and_warm_up(model, tokenizer)
     points = measure_prefill(model, tokenizer, sorted(set(args.lengths)), args.repeats, args.prefill_chunk)
     t_decode_s = measure_decode(model, tokenizer, args.batch, args.context, steps=16)
     name = f"{Path(args.model).name if args.model else EMBEDDED.name} on {args.device}, {args.dtype}"

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from minprfaas.config import CacheConfig
-from minprfaas.engine.fast_runner import runner_for
+from minprfaas.engine.fast_runner import chunk_for, runner_for
 from minprfaas.engine.request import KVListener, Request, Status, TokenUpdate
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.engine.scheduler import PrefillChunk, Scheduler
@@ -37,13 +37,13 @@ class Engine:
     """One model and its KVCache pool. `add` requests, then `step` until `has_work` is false. Moments of requests and
     spans of the timeline are `clock()` seconds."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, cache: CacheConfig, prefill_chunk: int = 1024,
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, cache: CacheConfig, prefill_chunk: int | None = None,
                  max_batch: int = 64, clock: Callable[[], float] = time.monotonic, timeline: Timeline | None = None,
                  fast: bool | None = None):
         self.model, self.tokenizer, self.clock, self.timeline = model, tokenizer, clock, timeline
         self.layout = model_layout(model, cache.block_tokens)
         self.kvcache = KVCacheManager(self.layout, cache, model.device, root=model.fingerprint)
-        self.scheduler = Scheduler(self.kvcache, prefill_chunk, max_batch)
+        self.scheduler = Scheduler(self.kvcache, chunk_for(model.device, prefill_chunk), max_batch)
         # The scheduler's own queues, to look at.
         self.waiting, self.prefilling = self.scheduler.waiting, self.scheduler.prefilling
         self.running = self.scheduler.running

@@ -27,6 +27,14 @@ def runner_for(model: Transformer, kvcache: KVCacheManager, clock: Callable[[], 
     return (FastRunner if fast else Runner)(model, kvcache, clock, timeline)
 
 
+def chunk_for(device: torch.device, wanted: int | None) -> int:
+    """Tokens of a prefill chunk where nothing else is `wanted`. On an H100 chunks of 1,024 take four times as long as
+    one of 8,192, whose kernels fill the chip; on CPU cores there is nothing to gain beyond 1,024."""
+    if wanted is not None:
+        return wanted
+    return 8192 if device.type == "cuda" else 1024
+
+
 def what_must_run_eagerly(model: Transformer) -> set[str]:
     """The kinds of module in the model of which it is not known that a step can be captured (a device's answer that
     the host waits for, a shape that depends on the tokens)."""
@@ -44,6 +52,10 @@ class FastRunner(Runner):
     def __init__(self, model: Transformer, kvcache: KVCacheManager, clock: Callable[[], float],
                  timeline: Timeline | None):
         super().__init__(model, kvcache, clock, timeline)
+        if model.device.type == "cuda" and model.dtype != torch.float32:
+            # What such a model keeps in float32 (a linear mixer's sums) is multiplied in TF32: its inputs have no more
+            # digits than that. A float32 model's products stay exact.
+            torch.set_float32_matmul_precision("high")
         self._steps: dict[tuple[int, int], DecodeStep] = {}
         self._memory = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
 

@@ -17,7 +17,7 @@ from minprfaas.model.transformer import Transformer
 
 
 def measure_prefill(model: Transformer, tokenizer: Tokenizer, lengths: list[int], repeats: int,
-                    prefill_chunk: int) -> list[tuple[int, int, float]]:
+                    prefill_chunk: int | None) -> list[tuple[int, int, float]]:
     """(tokens, KVCache bytes S_kv, median prefill seconds T_prefill) for each length; nothing is cached between."""
     engine = _engine(model, tokenizer, [max(lengths)], prefill_chunk, max_batch=1)
     points = []
@@ -40,7 +40,7 @@ def measure_prefill(model: Transformer, tokenizer: Tokenizer, lengths: list[int]
 
 def measure_decode(model: Transformer, tokenizer: Tokenizer, batch: int, context: int, steps: int) -> float:
     """Median seconds of a decode step (T_decode) with `batch` requests of about `context` tokens."""
-    engine = _engine(model, tokenizer, [context + steps + 2] * batch, prefill_chunk=1024, max_batch=batch)
+    engine = _engine(model, tokenizer, [context + steps + 2] * batch, prefill_chunk=None, max_batch=batch)
     params = SamplingParams(max_tokens=steps + 2, ignore_eos=True)
     for number in range(batch):
         engine.add(engine.request(str(number), _random_prompt(model, context), params))
@@ -59,7 +59,7 @@ def measure_decode(model: Transformer, tokenizer: Tokenizer, batch: int, context
     return median(seconds)
 
 
-def _engine(model: Transformer, tokenizer: Tokenizer, lengths: list[int], prefill_chunk: int, max_batch: int) -> Engine:
+def _engine(model: Transformer, tokenizer: Tokenizer, lengths: list[int], prefill_chunk: int | None, max_batch: int) -> Engine:
     """An engine that caches no prefix: every prompt is computed whole."""
     cache = replace(pool_for(model, [length + 1 for length in lengths]), prefix_cache=False)
     return Engine(model, tokenizer, cache, prefill_chunk, max_batch)

@@ -7,6 +7,8 @@ from torch.nn.attention.bias import causal_lower_right
 
 from minprfaas.model.layers import Positions
 
+PLANNED_TOKENS = 1024
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, positions: Positions, scale: float) -> Tensor:
     """Causal attention of new tokens over the whole context.
@@ -16,6 +18,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, positions: Positions, scale: float) 
     """
     batch, new, heads = q.shape[:3]
     context, v_dim = k.shape[1], v.shape[-1]
+    if batch == 1 and new > 1 and _kernels_can_take(q):
+        return _attend_by_kernels(q, k, v, scale)
     # The fused kernels want one width; the others build the whole score matrix.
     v = F.pad(v, (0, max(q.shape[-1] - v_dim, 0)))
     # A mask that is given as a tensor rules the fused kernels out too, so one is built only where requests of unequal
@@ -31,3 +35,33 @@ def attend(q: Tensor, k: Tensor, v: Tensor, positions: Positions, scale: float) 
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=is_causal, scale=scale,
         enable_gqa=heads != k.shape[2])
     return out.transpose(1, 2)[..., :v_dim]
+
+
+def _kernels_can_take(q: Tensor) -> bool:
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] <= 256 and q.shape[3] % 8 == 0
+
+
+def _attend_by_kernels(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """One prompt's chunk on a GPU, by two kernels called by name, because the dispatcher builds a whole mask for new
+    tokens that follow others.
+
+    Read on an H100 (16 heads on 8, 128 wide, 8K new tokens): cuDNN 520 to 630 TFLOP/s, flash 270 to 340. But cuDNN
+    plans every shape anew, for 50 ms and more, so it gets those that come again: whole multiples of `PLANNED_TOKENS`.
+    """
+    new, v_dim, before = q.shape[1], v.shape[3], k.shape[1] - q.shape[1]
+    if new % PLANNED_TOKENS or before % PLANNED_TOKENS:
+        v = F.pad(v, (0, q.shape[3] - v_dim))  # flash wants one width
+        return torch.ops.aten._flash_attention_forward(
+            q, k, v, None, None, new, k.shape[1], 0.0, True, False, scale=scale)[0][..., :v_dim]
+    out, log_sum = _planned(q, k[:, before:], v[:, before:], True, scale)
+    if before:  # its causal mask begins at the first key, so what came before is an attention of its own
+        earlier, log_sum_earlier = _planned(q, k[:, :before], v[:, :before], False, scale)
+        out = torch.lerp(earlier, out, (log_sum - log_sum_earlier).sigmoid().to(out.dtype))
+    return out.transpose(1, 2)
+
+
+def _planned(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """cuDNN's output `[1, heads, new, v_dim]`, and the logarithm of each softmax's denominator `[1, heads, new, 1]`."""
+    out, log_sum = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, True, 0.0, is_causal, scale=scale)[:2]
+    return out, log_sum.view(*out.shape[:3], 1)

@@ -76,8 +76,9 @@ class ChunkParts(NamedTuple):
 def chunk_parts(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, chunk: int, sub_chunk: int) -> ChunkParts:
     """Everything that needs no memory, for all chunks at once."""
     padding = -q.shape[1] % chunk  # padding has k = 0, beta = 0, g = 0: it neither writes nor decays
+    # Copied once into the order in which they are multiplied: each product would copy them anew.
     q, k, v, g, beta = (  # [batch, heads, chunks, chunk, dim]
-        F.pad(x, (0, 0, 0, 0, 0, padding)).unflatten(1, (-1, chunk)).permute(0, 3, 1, 2, 4)
+        F.pad(x, (0, 0, 0, 0, 0, padding)).unflatten(1, (-1, chunk)).permute(0, 3, 1, 2, 4).contiguous()
         for x in (q, k, v, g, beta[..., None]))
     # exp(-20) is below float32's resolution; without the bound, sums of strong decays would lose the weak ones' digits,
     # and the exponents inside a sub-chunk would have none.

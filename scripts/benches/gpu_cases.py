@@ -1,0 +1,248 @@
+"""The cases of `bench.py gpu`: each a generator of rows (case, our ms, floor ms[, peer, its ms])."""
+
+import statistics
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from random_checkpoint import SHAPES
+
+from minprfaas.cluster.kv_send import KVSend
+from minprfaas.cluster.stream_plans import stream_plan
+from minprfaas.config import CacheConfig
+from minprfaas.engine.engine import Engine
+from minprfaas.engine.generate import pool_for
+from minprfaas.engine.pieces import compile_pieces
+from minprfaas.engine.request import Request, Status
+from minprfaas.engine.sampling import SamplingParams
+from minprfaas.model.delta import delta_rule, delta_rule_recurrent
+from minprfaas.model.families import config_from_hf
+from minprfaas.model.spec import kv_bytes
+from minprfaas.model.transformer import Transformer
+from minprfaas.transport.loopback import Loopback
+
+LLAMA_8B = {"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+            "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 5e5,
+            "max_position_embeddings": 131072, "eos_token_id": 128001}
+STEPS = 24
+Rows = Iterator[tuple]
+
+
+def random_model(shape: dict, compiled: bool) -> Transformer:
+    """In bfloat16 on the GPU, drawn there."""
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = Transformer(config_from_hf(shape))
+    torch.set_default_dtype(torch.float32)
+    for parameter in model.requires_grad_(False).parameters():
+        if parameter.dim() == 2:
+            parameter.normal_(0, 0.02)
+    if compiled:
+        compile_pieces(model)
+    return model
+
+
+def decode(card: dict, compiled: bool) -> Rows:
+    """A decode step as the engine runs it, host and all."""
+    for name, shape, places in (("Llama-3-8B", LLAMA_8B, ((1, 1024), (64, 4096))),
+                                ("Qwen3-0.6B", SHAPES["qwen3-0.6b"], ((1, 1024), (64, 1024))),
+                                ("hybrid-1b", SHAPES["hybrid-1b"], ((1, 1024), (64, 1024)))):
+        model = random_model(shape, compiled)
+        for batch, context in places:
+            engine, ms = decoding_engine(model, batch, context), []
+            floor = weight_bytes(model) + batch * kv_bytes(engine.layout.specs, context)
+            for _ in range(STEPS):
+                began = time.perf_counter()
+                engine.step()
+                ms.append((time.perf_counter() - began) * 1e3)
+            del engine
+            peer = transformers_decode(shape, batch, context) if name == "Qwen3-0.6B" else ()
+            yield (f"{name} decode, batch {batch} at {context // 1024}K", statistics.median(ms[4:]),
+                   floor / card["copy_bytes_per_s"] * 1e3, *peer)
+        del model
+
+
+def decoding_engine(model: Transformer, batch: int, context: int) -> Engine:
+    """An engine in the middle of `batch` answers, whose contexts were never computed."""
+    cache = pool_for(model, [context + STEPS] * batch, limit_bytes=2**36)
+    engine = Engine(model, None, replace(cache, prefix_cache=False), max_batch=batch)
+    for number in range(batch):
+        request = Request(str(number), [number + 1] * (context - STEPS), SamplingParams(2 * STEPS, ignore_eos=True))
+        if not engine.scheduler.open_cache(request):
+            raise RuntimeError("the pool is too small")
+        engine.kvcache.advance(request.cache, request.token_ids)
+        request.token_ids.append(1)
+        request.status, request.first_token_at_s = Status.DECODE, 0.0
+        engine.running.append(request)
+        engine._texts[request] = _NoText()
+    values = engine.kvcache.pool.bytes.view(torch.bfloat16)
+    for first in range(0, len(values) - 2, 64):
+        values[first:first + 64].normal_(0, 0.1)
+    engine.kvcache.pool.bytes[-2:] = 0
+    return engine
+
+
+class _NoText:
+    """Stands where an answer's text would be: there is no tokenizer here."""
+
+    text, stopped = "", False
+
+    def push(self, token: int) -> str:
+        return ""
+
+    def finish(self) -> str:
+        return ""
+
+
+def weight_bytes(model: Transformer) -> int:
+    """What a step reads of the weights: all but the embeddings that it looks one row of up in, unless tied."""
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    return total if model.config.tie_embeddings else total - model.model.embed_tokens.weight.nbytes
+
+
+def prefill(card: dict, compiled: bool) -> Rows:
+    """A prompt as the engine prefills it, in its default chunks."""
+    for name in ("qwen3-0.6b", "hybrid-1b"):
+        model = random_model(SHAPES[name], compiled)
+        for tokens in (8192, 32768):
+            floor_ms = prefill_flops(model, tokens) / card["flops_per_s"] * 1e3
+            peer = transformers_prefill(SHAPES[name], tokens) if name == "qwen3-0.6b" else ()
+            yield f"{name} prefill, {tokens // 1024}K", prefill_ms(model, tokens), floor_ms, *peer
+        del model
+
+
+def prefill_ms(model: Transformer, tokens: int, stream: bool = False) -> float:
+    """Median milliseconds from the first chunk to the drawn token; with `stream`, while its KVCache leaves."""
+    cache = CacheConfig(pool_for(model, [tokens + 1]).num_blocks, 256, prefix_cache=False)
+    engine, ms, link = Engine(model, None, cache), [], Loopback()
+    landing = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
+
+    def sink(layer: int, start: int, end: int, data: torch.Tensor) -> None:
+        landing[:len(data)].copy_(data)
+
+    with ThreadPoolExecutor(1) as threads:
+        for run in range(5):
+            prompt = torch.randint(0, model.config.vocab_size, (tokens,)).tolist()
+            request = engine.add(engine.request(str(run), prompt, SamplingParams(1), prefill_only=True))
+            plan, sends = stream_plan(engine.layout, run, 0, tokens), []
+            link.expect(plan, sink)
+
+            def on_kv(request: Request, layer: int, start: int, end: int) -> None:
+                if not sends:
+                    sends.append(KVSend(engine.kvcache, link, plan, request.cache.block_tables, threads, 60.0))
+                sends[0].ready(layer, end)
+
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            while engine.has_work:
+                engine.step(on_kv if stream else None)
+            ms.append((time.perf_counter() - began) * 1e3)
+            for send in sends:
+                send.finish()
+                send.outcome.result(60.0)
+            engine.release(request)
+    return statistics.median(ms[2:])
+
+
+def prefill_flops(model: Transformer, tokens: int) -> float:
+    """Products with the weights, and causal attention; what a linear mixer's core needs beside them is left out."""
+    weights = sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)
+    attention = 0
+    for layer in model.model.layers:
+        config = layer.self_attn.config
+        if hasattr(config, "num_kv_heads"):
+            attention += 2 * config.num_heads * config.head_dim
+        elif hasattr(config, "kv_lora_rank"):
+            attention += config.num_heads * (config.qk_nope_dim + config.qk_shared_dim + config.v_dim)
+    return 2.0 * weights * tokens + attention * tokens**2
+
+
+def streams(card: dict, compiled: bool) -> Rows:
+    """Prefill of 8K while its KVCache leaves for pinned memory, layer by layer; the floor is the prefill alone."""
+    for name in ("qwen3-0.6b", "hybrid-1b"):
+        model = random_model(SHAPES[name], compiled)
+        alone = prefill_ms(model, 8192)
+        yield f"{name} prefill, 8K, streaming (floor: alone)", prefill_ms(model, 8192, stream=True), alone
+        del model
+
+
+def kda(card: dict, compiled: bool) -> Rows:
+    """The delta rule of KDA by itself, 32 heads of 128; the floor is its inputs read and its outputs written once."""
+    for tokens in (8192, 32768):
+        shape = (1, tokens, 32, 128)
+        q, k = (F.normalize(torch.randn(shape, device="cuda"), dim=-1) for _ in range(2))
+        v, g = torch.randn(shape, device="cuda"), -torch.rand(shape, device="cuda")
+        beta = torch.rand(shape[:3], device="cuda")
+        memory = torch.zeros(1, 32, 128, 128, device="cuda")
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            ms = []
+            for _ in range(5):
+                torch.cuda.synchronize()
+                began = time.perf_counter()
+                delta_rule(q, k, v, g, beta, memory)
+                torch.cuda.synchronize()
+                ms.append((time.perf_counter() - began) * 1e3)
+            name = {"highest": "float32", "high": "TF32"}[precision]
+            yield (f"KDA core, {tokens // 1024}K, {name}, error {kda_error():.0e}", statistics.median(ms[1:]),
+                   5 * q.nbytes / card["copy_bytes_per_s"] * 1e3)
+        torch.set_float32_matmul_precision("highest")
+
+
+def kda_error() -> float:
+    """Of 512 tokens of 4 heads against the recurrence in float64: |difference| / |exact|."""
+    torch.manual_seed(0)
+    shape = (1, 512, 4, 128)
+    q, k = (F.normalize(torch.randn(shape, device="cuda"), dim=-1) for _ in range(2))
+    g = -(torch.rand(shape, device="cuda") * 8 - 7).exp()  # from forgetting in a thousand tokens to forgetting in one
+    arguments = (q, k, torch.randn_like(q), g, torch.rand(shape[:3], device="cuda"),
+                 torch.randn(1, 4, 128, 128, device="cuda"))
+    exact = delta_rule_recurrent(*(argument.double() for argument in arguments))[0]
+    return float((delta_rule(*arguments)[0] - exact).norm() / exact.norm())
+
+
+def transformers_model(shape: dict):
+    """The same shape in Transformers, or None where that is not installed."""
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ImportError:
+        return None
+    options = dict(shape)
+    config = AutoConfig.for_model(options.pop("model_type"), **options)
+    with torch.device("cuda"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+@torch.inference_mode()
+def transformers_decode(shape: dict, batch: int, context: int) -> tuple:
+    model, ms = transformers_model(shape), []
+    if model is None:
+        return ()
+    out = model(torch.ones(batch, context - STEPS, dtype=torch.int64, device="cuda"), use_cache=True, logits_to_keep=1)
+    for _ in range(10):
+        began = time.perf_counter()
+        token = out.logits[:, -1:].argmax(dim=-1)
+        out = model(token, past_key_values=out.past_key_values, use_cache=True)
+        torch.cuda.synchronize()
+        ms.append((time.perf_counter() - began) * 1e3)
+    return "Transformers", statistics.median(ms[2:])
+
+
+@torch.inference_mode()
+def transformers_prefill(shape: dict, tokens: int) -> tuple:
+    model, ms = transformers_model(shape), []
+    if model is None:
+        return ()
+    for _ in range(4):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        model(torch.ones(1, tokens, dtype=torch.int64, device="cuda"), use_cache=True, logits_to_keep=1)
+        torch.cuda.synchronize()
+        ms.append((time.perf_counter() - began) * 1e3)
+    return "Transformers", statistics.median(ms[1:])
+
+
+CASES = {"decode": decode, "prefill": prefill, "kda": kda, "streams": streams}
