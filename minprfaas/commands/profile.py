@@ -32,8 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, check that it is a profile, print it, and write it to `--out`."""
-    for name in ("repeats", "batch", "context"):
-        require_number(f"--{name.replace('_', '-')}", getattr(args, name), least=1, whole=True)
+    for name in ("repeats", "batch", "context", "prefill_chunk"):
+        if getattr(args, name) is not None:
+            require_number(f"--{name.replace('_', '-')}", getattr(args, name), least=1, whole=True)
     if len(set(args.lengths)) < 2 or min(args.lengths) < 1:
         raise UserError(f"--lengths {args.lengths} is no curve; it needs two different lengths of at least 1 token")
     out = OutputFile(args.out) if args.out else None  # a path that cannot be written is said before minutes of work
