@@ -20,6 +20,8 @@ QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "head_dim": 128, "rope_the
 KIMI = {"model_type": "kimi_linear", "vocab_size": 163840, "rms_norm_eps": 1e-5, "model_max_length": 1048576,
         "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "eos_token_id": 163586}
 SHAPES = {
+    "tiny-dense": {**QWEN3, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
+                   "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},  # to rehearse with
     "qwen3-0.6b": {**QWEN3, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
                    "num_attention_heads": 16},
     "qwen3-4b": {**QWEN3, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,

@@ -60,7 +60,7 @@ class Fabric:
         self._link = Link(name, store, rank, config, replace(identity, block_layout=terms), events=EventQueue())
         self._store, self._binding = store.clone(), choose_binding(store)
         self._store.set_timeout(timedelta(seconds=CONNECT_S))
-        self._outbox = FabricOutbox(name, self._say, config.timeout_s)
+        self._outbox = FabricOutbox(name, self._say)
         on_gpu = self.device.type == "cuda"  # streams of our own, beside the model's and before it
         self._streams = [torch.cuda.Stream(self.device, priority=-1) if on_gpu else None for _ in range(2)]
         self._expected = ExpectedStreams(_AfterWrites(self.events, self._streams[1]) if on_gpu else self.events)
@@ -74,15 +74,10 @@ class Fabric:
         self._due_at_s = time.monotonic()  # the next epoch, or this one's group
 
     def connect(self, deadline_s: float, met: Callable[[], None] = lambda: None) -> None:
-        """Meet the peer and begin the first epoch; call `met` before anything that the peer sends is heard. Raises
-        LinkRefused, or LinkDown when `deadline_s` passes."""
-        until_s = time.monotonic() + deadline_s
+        """Meet the peer; call `met` before anything that it sends is heard. The first epoch begins behind that: until
+        then, messages cross and streams wait. Raises LinkRefused, or LinkDown when `deadline_s` passes."""
         self._link.connect(deadline_s, met)
         self._start("words", self._listen)
-        with self._changed:
-            while self._group is None:
-                if self._lost is not None or not self._changed.wait(max(0.0, until_s - time.monotonic())):
-                    raise LinkDown(f"fabric {self.name}: {self._lost or 'the groups did not come up'}")
 
     def wait_until_lost(self) -> None:
         """Block until the fabric is lost for good, or closed."""
@@ -97,18 +92,12 @@ class Fabric:
         """See `MessageChannel.send_message`."""
         self._link.send_message(message)
 
-    def wait_until_lost(self) -> None:
-        """Block until the peer is lost for good, or this side has been closed."""
-        with self._changed:
-            while self._lost is None:
-                self._changed.wait()
-
     def stats(self) -> LinkStats:
         """Of the words that leave."""
         return self._link.stats()
 
     def open(self, plan: StreamPlan) -> FabricStream:
-        """See `KVTransport.open`. Between two epochs, the first `put` waits for the next."""
+        """See `KVTransport.open`. Between two epochs, `put` waits for the next."""
         self._check(plan)
         return self._outbox.open(plan, self._staging_bytes)
 
@@ -242,7 +231,8 @@ class Fabric:
             self._due_at_s = time.monotonic() + PAUSE_S
             self._announced.put(None)
             self._changed.notify_all()
-        log.info("fabric %s: epoch %d ended: %s", self.name, epoch, reason)
+        if self._lost is None:
+            log.warning("fabric %s: epoch %d ended: %s", self.name, epoch, reason)
         if group is not None:
             group.is_over = True
         self._expected.fail_all(reason)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from minprfaas.transport.base import LinkDown, StreamAborted, StreamPlan, StreamReport
-from minprfaas.transport.pair_group import Batch, PairGroup, Transfer, digest
+from minprfaas.transport.pair_group import CONNECT_S, Batch, PairGroup, Transfer, digest
 from minprfaas.transport.streams import Piece, PutLog
 
 POSTED_AHEAD = 2  # one batch is on its way while the next is announced
@@ -17,10 +17,10 @@ POSTED_AHEAD = 2  # one batch is on its way while the next is announced
 class FabricOutbox:
     """One for each side of a fabric; it outlives epochs. Any thread may call any method.
 
-    `say(word, **fields)` tells the peer; `patience_s` is how long a piece waits for room."""
+    `say(word, **fields)` tells the peer."""
 
-    def __init__(self, name: str, say: Callable[..., None], patience_s: float):
-        self._name, self._say, self._patience_s = name, say, patience_s
+    def __init__(self, name: str, say: Callable[..., None]):
+        self._name, self._say = name, say
         self._changed = threading.Condition()  # something to send, room, or an acknowledgement came
         self._lost: str | None = None  # why nothing leaves any more
         self._group: PairGroup | None = None
@@ -50,9 +50,9 @@ class FabricOutbox:
                     stream.unwritten += 1
                     self._changed.notify_all()
                     return waited_s
-                if waited_s >= self._patience_s:
-                    raise LinkDown(f"fabric {self._name}: no room within {self._patience_s:g} s")
-                self._changed.wait(self._patience_s - waited_s)
+                if waited_s >= CONNECT_S:
+                    raise LinkDown(f"fabric {self._name}: no room in a batch within {CONNECT_S:g} s")
+                self._changed.wait(CONNECT_S - waited_s)
 
     def check(self, stream: "FabricStream") -> None:
         """Raises StreamAborted, LinkDown."""

@@ -57,7 +57,17 @@ def new_fabric(store, rank: int, device: str, name: str) -> Fabric:
     fabric = Fabric(name, store, rank, LinkConfig(silence_s=SILENCE_S), IDENTITY, where,
                     deadline_s=OPERATION_DEADLINE_S)
     fabric.connect(DEADLINE_S)
+    wait_until(lambda: fabric.epoch > 0)
     return fabric
+
+
+def wait_until(reached) -> None:
+    """SystemExit when it is not within DEADLINE_S."""
+    until_s = time.monotonic() + DEADLINE_S
+    while not reached():
+        if time.monotonic() > until_s:
+            raise SystemExit(f"not reached within {DEADLINE_S:g} s")
+        time.sleep(0.005)
 
 
 # ---- speed
@@ -260,7 +270,7 @@ class Survivor:
         received = torch.zeros(LAYERS, 64 * self._step, ROW_BYTES, dtype=torch.uint8, device=self.fabric.device)
         self._expect(tokens, received)
         self._order(sends=True, tokens=tokens)
-        self._wait(lambda: self._written >= 4 * LAYERS)
+        wait_until(lambda: self._written >= 4 * LAYERS)
         kill()
         killed_s = time.monotonic()
         event = next_event(self.fabric)
@@ -296,7 +306,7 @@ class Survivor:
         event = next_event(self.fabric, DEADLINE_S)
         if not isinstance(event, LinkRestored):
             raise SystemExit(f"the survivor met {event}")
-        self._wait(lambda: self.fabric.epoch > epoch)
+        wait_until(lambda: self.fabric.epoch > epoch)
 
     def exchange(self) -> str:
         """A stream from the successor, as it should be."""
@@ -320,10 +330,3 @@ class Survivor:
 
     def _order(self, **what) -> None:
         self.fabric.send_message({"kind": "order", "stream": self._streams, "step": self._step, **what})
-
-    def _wait(self, reached) -> None:
-        until_s = time.monotonic() + DEADLINE_S
-        while not reached():
-            if time.monotonic() > until_s:
-                raise SystemExit(f"not reached within {DEADLINE_S:g} s")
-            time.sleep(0.005)
