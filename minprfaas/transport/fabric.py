@@ -231,7 +231,7 @@ class Fabric:
             self._due_at_s = time.monotonic() + PAUSE_S
             self._announced.put(None)
             self._changed.notify_all()
-        if self._lost is None:
+        if self._link.is_up:  # what ends a link, it tells itself
             log.warning("fabric %s: epoch %d ended: %s", self.name, epoch, reason)
         if group is not None:
             group.is_over = True
