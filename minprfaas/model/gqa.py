@@ -87,7 +87,8 @@ class GQA(nn.Module):
             context = state.append(rows)
             if context.attend is not None:
                 return self.output(gate, *context.attend(q, scale))
-            rows = context.rows()
+            if context.longest > x.shape[1]:
+                rows = context.rows()
         elif state is not None:
             rows = pass_through_window(rows, state)
         k, v = rows.split([config.num_kv_heads * config.head_dim, config.num_kv_heads * config.v_dim], dim=-1)
@@ -103,7 +104,7 @@ class GQA(nn.Module):
         if config.output_gate:
             q, gate = q.split([config.head_dim, config.v_dim], dim=-1)
         k = self.k_proj(x).unflatten(-1, (-1, config.head_dim))
-        v = self.v_proj(x) * config.v_scale
+        v = self.v_proj(x) if config.v_scale == 1.0 else self.v_proj(x) * config.v_scale
         if config.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         elif config.qk_norm == "projection":
