@@ -46,7 +46,7 @@ def test_the_tables_name_every_group_and_length(directory, capsys):
 
 @pytest.mark.parametrize("name, mixers, bytes_per_token, window_bytes, state_bytes", [
     ("kimi-linear-48b", {"KDA": 20, "MLA": 7}, 7 * 576 * 2, 0, 20 * (32 * 128 * 128 * 4 + 3 * 32 * 128 * 3 * 2)),
-    ("mimo-v2-flash", {"GQA": 48}, 9 * 4 * 320 * 2, 39 * 128 * 8 * 320 * 2, 0),
+    ("mimo-v2-flash", {"GQA": 9, "SWA": 39}, 9 * 4 * 320 * 2, 39 * 128 * 8 * 320 * 2, 0),
     ("qwen3.5-397b", {"GDN": 45, "GQA": 15}, 15 * 2 * 512 * 2, 0,
      45 * (64 * 128 * 128 * 4 + (2 * 16 + 64) * 128 * 3 * 2)),
     ("ring-2.5-1t", {"Lightning": 70, "MLA": 10}, 10 * 576 * 2, 0, 70 * 64 * 128 * 128 * 4),

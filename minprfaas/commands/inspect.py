@@ -47,7 +47,10 @@ def run(args: argparse.Namespace) -> None:
 
 def describe(config: ModelConfig, layout: Layout, dtype: str) -> dict:
     """Everything that the command prints, as plain values."""
-    mixers = Counter(type(layer.mixer).__name__.removesuffix("Config") for layer in config.layers)
+    mixers = Counter()
+    for layer, spec in zip(config.layers, layout.specs):
+        name = type(layer.mixer).__name__.removesuffix("Config")
+        mixers["SWA" if spec.kind is StateKind.WINDOW else name] += 1
     return {
         "family": config.family, "layers": len(config.layers), "mixers": dict(mixers), "dtype": dtype,
         "hidden_size": config.hidden_size, "vocab_size": config.vocab_size,
