@@ -29,18 +29,21 @@ def test_a_cut_link_resumes_from_the_last_acknowledged_chunk():
     cargo, lanes = Cargo(tokens=2000), Lanes()
     config, line = LinkConfig(lanes=2, chunk_bytes=4096), LineConfig(gbps=0.004)
     with connected(config, line, receiver_lanes=lanes) as (sender, receiver):
-        half = threading.Event()
+        half, is_cut = threading.Event(), threading.Event()
 
         def sink(*arguments):
             cargo.sink(*arguments)
-            if len(cargo.calls) == 50:
+            if len(cargo.calls) == 50:  # this chunk is written and not acknowledged when the link breaks
                 half.set()
+                assert is_cut.wait(DEADLINE_S)
 
         receiver.expect(cargo.plan, sink)
         stream = sender.open(cargo.plan)
         cargo.put_all(stream)
         assert half.wait(DEADLINE_S)
         lanes.made[1].cut()
+        wait_until(lambda: sender.epoch == 2)
+        is_cut.set()
         report = stream.finish(DEADLINE_S)
         restored = event(receiver, LinkRestored), event(sender, LinkRestored)
         event(receiver, StreamDone)

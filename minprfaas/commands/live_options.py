@@ -73,7 +73,7 @@ def checked(args: argparse.Namespace, topology: Topology) -> Run:
             require_number(f"--{option.replace('_', '-')}", value, least=1, whole=True)
     weather = load_weather(args.weather) if args.weather else ()
     # On GPUs each chunk costs a copy and a few launches at either end: fewer, larger ones.
-    sizes = dict(chunk_bytes=4 * 2**20, max_inflight_bytes=256 * 2**20) if args.device.startswith("cuda") else {}
+    sizes = dict(chunk_bytes=16 * 2**20, max_inflight_bytes=256 * 2**20) if args.device.startswith("cuda") else {}
     link = LinkConfig(args.lanes, timeout_s=args.link_timeout_s, **sizes)
     prompts = _checked_prompts(args)
     fleet = None

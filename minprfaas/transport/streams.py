@@ -8,7 +8,7 @@ import threading
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -139,9 +139,9 @@ class PutLog:
             nbytes = part.numel()
             if entry.kind is StateKind.TOKEN:
                 first = whole.start + at // entry.row_bytes
-                yield replace(whole, start=first, end=first + nbytes // entry.row_bytes, nbytes=nbytes), part
+                yield Piece(whole.layer, whole.group, first, first + nbytes // entry.row_bytes, nbytes), part
             else:
-                yield replace(whole, nbytes=nbytes, offset=at), part
+                yield Piece(whole.layer, whole.group, whole.start, whole.end, nbytes, at), part
             at += nbytes
 
     def check_complete(self) -> None:

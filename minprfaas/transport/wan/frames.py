@@ -7,6 +7,8 @@ the bytes behind it, so damaged bytes can be named by sequence number and asked 
 import ctypes
 import hmac
 import struct
+import weakref
+from copy import copy
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -86,31 +88,23 @@ class Slot:
 
 class SlotPool:
     """Slots for chunks, used again and again: new memory costs a page fault every 4 KiB, more than the copy into it.
-    A slot comes back when nothing refers to it any more: it is acknowledged, and Gloo has let go of it."""
+    A slot's memory comes back when nothing refers to it: it is acknowledged, and Gloo has let go of it."""
 
     def __init__(self, capacity: int):
         self._capacity = capacity
         self._free: dict[bool, list[Slot]] = {True: [], False: []}  # pinned, and not
 
     def take(self, nbytes: int, pinned: bool) -> Slot:
-        """A slot of at least `nbytes`."""
-        if nbytes <= self._capacity // 2:  # the window counts bytes that are used, so a pooled slot must be
+        """A slot of at least `nbytes`; its view and payload may be longer."""
+        if not self._capacity / 2 < nbytes <= self._capacity:  # what waits is counted in bytes: no slot half empty
             return Slot(nbytes, pinned)
-        free = self._free[pinned]
         try:
-            slot = free.pop()
+            memory = self._free[pinned].pop()
         except IndexError:
-            slot = Slot(self._capacity, pinned)
-        return _PooledSlot(slot, free)
-
-
-class _PooledSlot(Slot):
-    def __init__(self, slot: Slot, free: list[Slot]):
-        self._slot, self._free = slot, free
-        self.tensor, self.payload, self.view = slot.tensor, slot.payload, slot.view
-
-    def __del__(self) -> None:
-        self._free.append(self._slot)
+            memory = Slot(self._capacity, pinned)
+        taken = copy(memory)
+        weakref.finalize(taken, self._free[pinned].append, memory).atexit = False
+        return taken
 
 
 @dataclass(eq=False)

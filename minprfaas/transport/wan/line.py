@@ -139,9 +139,8 @@ def _change(where: str, item: object) -> WeatherChange:
         raise UserError(f"{where}: {item!r} is no object with at_s and any of gbps, rtt_ms, stall_s")
     for name, value in item.items():
         require_number(f"{where}: {name}", value, least=0, most=1_000_000)
-    change = WeatherChange(**item)
     try:
-        LineConfig(change.gbps, change.rtt_ms or 0.0)
+        LineConfig(item.get("gbps"), item.get("rtt_ms", 0.0))
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    return change
+    return WeatherChange(**item)

@@ -36,7 +36,7 @@ class Link:
         self.name, self.rank, self.config, self.line = name, rank, config, line
         self.events = EventQueue() if events is None else events
         self._payload_limit = max(config.chunk_bytes, CONTROL_LIMIT_BYTES)
-        self._slots = SlotPool(self._payload_limit)
+        self._slots = SlotPool(config.chunk_bytes)
         self._outbox = Outbox(name, config, line, timeline)
         self._inbox = Inbox(name, self._outbox, self.events)
         rendezvous = Rendezvous(name, store, rank, config, identity, self._payload_limit, lane_type)

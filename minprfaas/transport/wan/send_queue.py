@@ -25,7 +25,7 @@ class SendQueue:
         self._max_inflight_bytes = max_inflight_bytes
         self._acks: list[tuple[int, float]] = []  # (sequence number, since when)
         self._control: deque[Frame] = deque()
-        self._again: deque[Frame] = deque()  # left before, under the number that they have
+        self._again: dict[int, Frame] = {}  # left before, under the number that they have
         self._messages = PartsOut()
         self._streams: OrderedDict[StreamRecord, deque[Frame]] = OrderedDict()  # chunks; the first stream is next
         self._lead_bytes = 0  # by how much messages are ahead of the chunks that waited for them
@@ -62,9 +62,10 @@ class SendQueue:
         """Since when the frame that `pop` would take has waited; None when nothing may leave."""
         if self._acks:
             return self._acks[0][1]
-        urgent = self._control or self._again
-        if urgent:
-            return urgent[0].queued_at
+        if self._control:
+            return self._control[0].queued_at
+        if self._again:
+            return next(iter(self._again.values())).queued_at
         if self._a_message_is_next():
             return self._messages.queued_at
         if self._streams:
@@ -90,9 +91,10 @@ class SendQueue:
         if self._acks:
             taken, self._acks = self._acks[:ACKS_PER_FRAME], self._acks[ACKS_PER_FRAME:]
             return control_frame(Kind.ACK, encode_acks([seq for seq, _ in taken]))
-        urgent = self._control or self._again
-        if urgent:
-            return urgent.popleft()
+        if self._control:
+            return self._control.popleft()
+        if self._again:
+            return self._again.pop(next(iter(self._again)))
         if self._a_message_is_next():
             frame = self._messages.pop()
             self._lead_bytes = self._lead_bytes + frame.nbytes if self._streams else 0
@@ -117,9 +119,7 @@ class SendQueue:
         frame = self._unacked.pop(seq, None)
         if frame is None:
             return None
-        waits_again = frame in self._again
-        if waits_again:
-            self._again.remove(frame)
+        waits_again = self._again.pop(seq, None) is not None
         if frame.header.kind == Kind.MESSAGE:
             self._messages.settled(frame.header.stream)
         if frame.header.kind == Kind.CHUNK:
@@ -135,23 +135,23 @@ class SendQueue:
     def send_again(self, seq: int, now: float) -> None:
         """Queue an unacknowledged frame once more, under the number that it has."""
         frame = self._unacked.get(seq)
-        if frame is None or frame in self._again:
+        if frame is None or seq in self._again:
             return
         if frame.header.kind == Kind.CHUNK:
             self.monitor.settled(frame.nbytes, None, now)
             self.monitor.queued(frame.nbytes, now)
             frame.stream.resent_chunks += 1
-        self._again.append(frame)
+        self._again[seq] = frame
 
     def fail(self, stream: StreamRecord, reason: str) -> None:
         """End a stream: what waits of it never leaves (again). Chunks that have left settle when the peer answers."""
         if stream.failure is not None:
             return
         stream.failure = reason
-        dropped = [*self._streams.pop(stream, ()), *(frame for frame in self._again if frame.stream is stream)]
-        self._again = deque(frame for frame in self._again if frame.stream is not stream)
-        for frame in dropped:
+        again = [frame for frame in self._again.values() if frame.stream is stream]
+        for frame in [*self._streams.pop(stream, ()), *again]:
             self.monitor.queued_bytes -= frame.nbytes
+            self._again.pop(frame.header.seq, None)
             self._unacked.pop(frame.header.seq, None)
 
     @property
@@ -173,7 +173,7 @@ class SendQueue:
                 self.send_again(seq, now)
         self._acks.clear()  # the peer sends again what it has no acknowledgement for
         self._control = deque(frame for frame in self._control if frame.header.kind == Kind.ABORT)
-        self._again = deque(sorted(self._again, key=lambda frame: frame.header.seq))
+        self._again = dict(sorted(self._again.items()))
 
     def forget_peer(self, reason: str, now: float) -> None:
         """The peer is a new process: nothing that the old one has, or was meant to get, is of use."""
