@@ -135,6 +135,8 @@ class Engines:
         args = run.args
         device = own_device(args.device, seat.local_rank) if seat.here.roles or args.check else torch.device("cpu")
         self.model, self.tokenizer = load(args.model, getattr(torch, args.dtype), device)
+        if self.model.device.type == "cuda":
+            torch.cuda.set_device(self.model.device)  # for what names no device of its own, such as an event
         lengths = longest_prompts(run.prompts, self.tokenizer, self.model.config.max_context_tokens)
         self._timeline, self._prefill_chunk = timeline, args.prefill_chunk
         self._cache = CacheConfig(args.pool_blocks, args.block_tokens) if args.pool_blocks else pool_for(

@@ -162,7 +162,9 @@ class DecodeStep:
                 self._forward()
         torch.cuda.current_stream(self.pool.device).wait_stream(beside)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=memory):
+        # The stream is named because the default one belongs to the first GPU. Other threads use the device meanwhile
+        # (KVCache leaves and arrives): only what this one does may spoil the capture.
+        with torch.cuda.graph(self.graph, pool=memory, stream=beside, capture_error_mode="thread_local"):
             self._forward()
 
     def run(self, requests: Sequence[Request]) -> None:
