@@ -26,7 +26,8 @@ def test_answers_come_in_the_order_of_the_prompts_whatever_finished_first(hybrid
     alone = [generate(*hybrid, [prompt], params)[0] for prompt, params in zip(prompts, each)]
     assert [output.token_ids for output in together] == [output.token_ids for output in alone]
     for output in together:  # an answer cut in the middle of a character has no text for its first half
-        assert output.text and output.text.rstrip("\ufffd") == hybrid[1].decode(output.token_ids).rstrip("\ufffd")
+        assert output.text.rstrip("\ufffd") == hybrid[1].decode(output.token_ids).rstrip("\ufffd")
+    assert any(output.text for output in together)
 
 
 def test_greedy_answers_are_what_recomputing_the_whole_context_gives(hybrid):

@@ -179,4 +179,5 @@ class PrefillAbort:
 
 Message = (NodeReady | Introduce | ChangeRole | CacheNews | SendInventory | Shutdown | TimelinePart | Goodbye | Serve
            | Progress | Prefilled | Started | TokenDrawn | PrefillLost | ServeFailed | Abort | PrefillOrder
-           | PrefillProgress | PrefillDone | TransferDone | PrefillFailed | PrefillAbort | PrefixOrder | PrefixAbort | LinkSample)
+           | PrefillProgress | PrefillDone | TransferDone | PrefillFailed | PrefillAbort | PrefixOrder | PrefixAbort
+           | LinkSample)

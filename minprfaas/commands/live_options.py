@@ -30,7 +30,7 @@ def add_options(p: argparse.ArgumentParser, may_serve: bool = False) -> None:
     p.add_argument("--weather", metavar="FILE.json", help="emulated schedule of bandwidth, delay and stalls")
     p.add_argument("--device", default="cpu", help="cpu or cuda; on cuda each process takes its own GPU (cpu)")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    p.add_argument("--prefill-chunk", type=int, metavar="TOKENS", help="tokens of a prefill chunk (1024; on a GPU 8192)")
+    p.add_argument("--prefill-chunk", type=int, metavar="TOKENS", help="tokens a prefill chunk (1024; on a GPU 8192)")
     p.add_argument("--block-tokens", type=int, default=64, metavar="TOKENS", help="tokens of a KVCache block (64)")
     p.add_argument("--pool-blocks", type=int, metavar="N", help="blocks of each pool (default: room for the prompts)")
     p.add_argument("--deadline-s", type=float, default=300.0, help="seconds an offloaded prefill may take (300)")

@@ -45,7 +45,8 @@ class RequestOutput:
 
 def generate(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str | list[int]],
              params: SamplingParams | Sequence[SamplingParams] | None = None, cache: CacheConfig | None = None,
-             prefill_chunk: int | None = None, progress: bool = False, on_token: OnToken | None = None) -> list[RequestOutput]:
+             prefill_chunk: int | None = None, progress: bool = False,
+             on_token: OnToken | None = None) -> list[RequestOutput]:
     """Answers to `prompts` (texts or token ids), in their order. Raises UserError before any is computed. `params` is
     one for all or one for each; `cache` None sizes the pool for the prompts; `on_token` sees each token when drawn."""
     params = SamplingParams() if params is None else params
@@ -115,8 +116,9 @@ def logit_gap(model: Transformer, token_ids: list[int], first: int, second: int,
 def pool_for(model: Transformer, lengths: list[int], block_tokens: int | None = None,
              limit_bytes: int | None = None) -> CacheConfig:
     """A pool in which requests of these lengths fit side by side, each with room for two snapshots of its request-level
-    state; past `limit_bytes` (None: 2 GiB, on a GPU 40% of what is free), one in which the longest fits at least. Blocks hold
-    64 tokens, on a GPU 256: attention to pages reads them there at 2.0 TB/s instead of 1.3 (H100, 64 requests)."""
+    state; past `limit_bytes` (None: 2 GiB, on a GPU 40% of what is free), one in which the longest fits at least.
+    Blocks hold 64 tokens, on a GPU 256: attention to pages reads them there at 2.0 TB/s instead of 1.3 (H100, 64
+    requests)."""
     on_gpu = model.device.type == "cuda"
     if limit_bytes is None:
         limit_bytes = torch.cuda.mem_get_info(model.device)[0] * 2 // 5 if on_gpu else 2 * 2**30

@@ -59,7 +59,8 @@ def measure_decode(model: Transformer, tokenizer: Tokenizer, batch: int, context
     return median(seconds)
 
 
-def _engine(model: Transformer, tokenizer: Tokenizer, lengths: list[int], prefill_chunk: int | None, max_batch: int) -> Engine:
+def _engine(model: Transformer, tokenizer: Tokenizer, lengths: list[int], prefill_chunk: int | None,
+            max_batch: int) -> Engine:
     """An engine that caches no prefix: every prompt is computed whole."""
     cache = replace(pool_for(model, [length + 1 for length in lengths]), prefix_cache=False)
     return Engine(model, tokenizer, cache, prefill_chunk, max_batch)

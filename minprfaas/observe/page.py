@@ -11,7 +11,8 @@ from pathlib import Path
 from minprfaas.errors import UserError, require_number
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "assets" / "report.html"
-NEEDED = ("id", "route", "reason", "text", "prompt_tokens", "cached_tokens", "kv_bytes", "arrived_at_s", "finished_at_s")
+NEEDED = ("id", "route", "reason", "text", "prompt_tokens", "cached_tokens", "kv_bytes", "arrived_at_s",
+          "finished_at_s")
 PARTS = ("route_s", "queue_s", "prefill_s", "transfer_exposed_s", "admit_s", "ttft_s")
 LINE_POINTS = 400  # of the line's curve: a screen shows no more
 

@@ -45,7 +45,7 @@ class Profile:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name or not isinstance(self.source, str):
-            raise UserError(f"profile name {self.name!r} or source {self.source!r} is not a text; a name has characters")
+            raise UserError(f"profile name {self.name!r} or source {self.source!r} is no text; a name has characters")
         require_number(f"profile {self.name!r}: t_decode_s", self.t_decode_s, above=0)
         require_number(f"profile {self.name!r}: bs_max", self.bs_max, above=0, whole=True)
         if len(self.points) < 2:

@@ -1,4 +1,4 @@
-"""What a transport reports: how streams went, and the events that whoever owns it hears. Chapters 07 and 08; paper 3.3."""
+"""What a transport reports: how streams went, and the events that its owner hears. Chapters 07 and 08; paper 3.3."""
 
 import queue
 from dataclasses import dataclass

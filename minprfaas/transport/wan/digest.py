@@ -1,4 +1,4 @@
-"""Sixteen bytes that vouch for others: nobody without the key makes them, nothing that changed fits them. Chapter 07.
+"""Sixteen bytes that vouch for others: nobody without the key makes them, nothing changed fits them. Chapter 07.
 
 They are a keyed BLAKE2b. That does half a GB/s a core and a link should carry twenty times as much, so long data is
 first shrunk by a universal hash, and BLAKE2b vouches for the sums (Carter and Wegman 1979). Two forms of it, both exact:
@@ -11,8 +11,8 @@ first shrunk by a universal hash, and BLAKE2b vouches for the sums (Carter and W
   summed twice, under two sets of keys, the second time in words that begin four bytes later. Each byte is in the lower
   half of one of its two words, t is at most 31, and a change passes with a probability of at most 2^-33.
 
-That is a try; an enemy on the line hears of it only that it failed, because BLAKE2b hides the sums. Without a secret the
-keys are known to all: then this finds accidents and stops nobody.
+That is a try; an enemy on the line hears of it only that it failed, because BLAKE2b hides the sums. Without a secret
+the keys are known to all: then this finds accidents and stops nobody.
 """
 
 import hashlib

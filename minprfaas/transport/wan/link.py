@@ -43,8 +43,8 @@ class Link:
         self._supervisor = Supervisor(name, config, rendezvous, self._outbox, self._inbox, line, self.events, timeline)
 
     def connect(self, deadline_s: float, met: Callable[[], None] = lambda: None) -> None:
-        """Meet the peer and shake hands; call `met` before anything that the peer sends is heard. Raises LinkRefused, or
-        LinkDown when `deadline_s` passes."""
+        """Meet the peer and shake hands; call `met` before anything that the peer sends is heard. Raises LinkRefused,
+        or LinkDown when `deadline_s` passes."""
         self._supervisor.connect(deadline_s, met)
 
     def wait_until_lost(self) -> None:
