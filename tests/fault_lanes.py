@@ -168,5 +168,5 @@ ABSURD_MESSAGES = {
     DECODE: [_ordered(**{"id": f"absurd {number}", "stream_id": 2**40 + 2 * number, **change})
              for number, change in enumerate(ABSURD_ORDERS)]
     + [_said(message, "prfaas-0", "pd-0/pdd") for message in (
-        messages.PrefillAbort("nobody"), messages.Goodbye(-1), messages.PrefixOrder(3, [], 0))]
+        messages.PrefillAbort("nobody"), messages.Goodbye(-1, ""), messages.PrefixOrder(3, [], 0))]
     + [dict(type="PrefillDone"), {}]}

@@ -39,7 +39,8 @@ class FrontEnd:
         self.plane, self.deadline_s = plane, deadline_s
         self.journeys: dict[str, Journey] = {}  # that have not ended, by request
         self.ready: dict[str, messages.NodeReady] = {}  # the nodes that take work, by name
-        self.goodbyes: dict[str, int] = {}  # peak memory in bytes of the nodes that have ended
+        self.figures: dict[str, messages.NodeFigures] = {}  # the newest of each node
+        self.goodbyes: dict[str, messages.Goodbye] = {}  # of the nodes that have ended
         self.timeline_events: list[dict] = []  # of other processes
         self._mail, self._block_keys, self._block_tokens, self._clock = mail, block_keys, block_tokens, clock
         self._attempts: dict[str, Journey] = {}  # by the id that the nodes know
@@ -139,8 +140,10 @@ class FrontEnd:
                 self._tell_plane(control.LinkMeasured(sender, message, is_ingress))
             case messages.TimelinePart(events=events):
                 self.timeline_events += events
-            case messages.Goodbye(peak_bytes=peak_bytes):
-                self.goodbyes[sender] = peak_bytes
+            case messages.NodeFigures():
+                self.figures[sender] = message
+            case messages.Goodbye():
+                self.goodbyes[sender] = message
             case messages.TransferDone(id=id) if id in self._attempts and self._attempts[id].decision.node == sender:
                 self._attempts[id].note(message)
             case _:

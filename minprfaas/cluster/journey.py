@@ -8,6 +8,8 @@ from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import RequestError
 from minprfaas.scheduling.router import Decision
 
+TTFT_PARTS = ("route_s", "queue_s", "prefill_s", "transfer_exposed_s", "admit_s", "ttft_s")  # the last is their sum
+
 
 @dataclass(eq=False)
 class Journey:

@@ -5,8 +5,8 @@ Who receives one dispatches it with `match`. `envelope` turns them into JSON for
 
 from dataclasses import dataclass
 
-from minprfaas.cluster.upkeep_messages import (CacheNews, ChangeRole, Goodbye, Introduce, NodeReady, PrefixAbort,
-                                               PrefixOrder, SendInventory, Shutdown, TimelinePart)
+from minprfaas.cluster.upkeep_messages import (CacheNews, ChangeRole, Goodbye, Introduce, NodeFigures, NodeReady,
+                                               PrefixAbort, PrefixOrder, SendInventory, Shutdown, TimelinePart)
 from minprfaas.config import LinkSample
 
 # A request: front end and decode node
@@ -177,7 +177,7 @@ class PrefillAbort:
     id: str
 
 
-Message = (NodeReady | Introduce | ChangeRole | CacheNews | SendInventory | Shutdown | TimelinePart | Goodbye | Serve
-           | Progress | Prefilled | Started | TokenDrawn | PrefillLost | ServeFailed | Abort | PrefillOrder
-           | PrefillProgress | PrefillDone | TransferDone | PrefillFailed | PrefillAbort | PrefixOrder | PrefixAbort
-           | LinkSample)
+Message = (NodeReady | Introduce | ChangeRole | CacheNews | SendInventory | Shutdown | TimelinePart | NodeFigures
+           | Goodbye | Serve | Progress | Prefilled | Started | TokenDrawn | PrefillLost | ServeFailed | Abort
+           | PrefillOrder | PrefillProgress | PrefillDone | TransferDone | PrefillFailed | PrefillAbort | PrefixOrder
+           | PrefixAbort | LinkSample)

@@ -1,5 +1,6 @@
 """What every node does beside its role: say who and what is here, ship prefixes. Chapters 11 and 13; paper 3.4.3."""
 
+import math
 import resource
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from minprfaas.config import Role
 from minprfaas.engine.engine import Engine
 
 TIMELINE_PART = 4096  # events a message
+FIGURES_S = 1.0  # how often a node says how things stand
 
 
 class Upkeep:
@@ -32,6 +34,8 @@ class Upkeep:
         self._ledger.take_news()  # from now on there are some
         self._sequence = 0  # of the last cache event told
         self._sampled_at_s: dict[str, float] = {}  # by link
+        self._began_at_s = engine.clock()
+        self._figures_at_s = -math.inf  # when they were told last
 
     def hear(self, sender: str, message: messages.Message) -> None:
         """Take a message that is not about the role."""
@@ -62,9 +66,11 @@ class Upkeep:
                 self.prefixes.notice(happening)
 
     def step(self) -> None:
-        """Look after the prefixes, tell the news."""
+        """Look after the prefixes, tell the news and, now and then, how things stand."""
         self.prefixes.step()
         self.tell_news()
+        if self._engine.clock() - self._figures_at_s >= FIGURES_S:
+            self._tell_figures()
 
     def close(self) -> None:
         """End the sending threads; every stream must have ended."""
@@ -82,11 +88,12 @@ class Upkeep:
                                           request=request_id)
 
     def say_goodbye(self) -> None:
-        """The last words: the timeline, and what this process took."""
+        """The last words: the timeline, what this process did and took, and whether its books are right."""
         events = self._engine.timeline.events() if self._engine.timeline else []
         for first in range(0, len(events), TIMELINE_PART):
             self._tell(messages.TimelinePart(events[first:first + TIMELINE_PART]))
-        self._tell(messages.Goodbye(peak_memory_bytes(self._engine.model.device)))
+        self._tell_figures()
+        self._tell(messages.Goodbye(peak_memory_bytes(self._engine.model.device), self._wrong_in_books()))
 
     def tell_news(self) -> None:
         """Cache events since the last time, and what the links to the other datacenter carry away."""
@@ -101,6 +108,21 @@ class Upkeep:
             if samples and samples[-1].time_s > self._sampled_at_s.get(link.name, 0.0):
                 self._sampled_at_s[link.name] = samples[-1].time_s
                 self._tell(replace(samples[-1], link=link.name))
+
+    def _tell_figures(self) -> None:
+        engine, stats = self._engine, self._engine.kvcache.stats()
+        self._figures_at_s = engine.clock()
+        self._tell(messages.NodeFigures(
+            self._figures_at_s - self._began_at_s, engine.computed_s, engine.prefilled_tokens, engine.decoded_tokens,
+            stats.free, stats.cached, stats.in_use))
+
+    def _wrong_in_books(self) -> str:
+        try:
+            self._engine.kvcache.check()
+        except RuntimeError as error:
+            return str(error)
+        in_use = self._engine.kvcache.stats().in_use
+        return f"{in_use} blocks are held for nobody" if in_use else ""
 
     def _tell_inventory(self) -> None:
         """Everything that a prefill could begin with here. News that were not told yet are part of it."""

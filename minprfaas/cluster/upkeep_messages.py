@@ -55,10 +55,26 @@ class TimelinePart:
 
 
 @dataclass(frozen=True)
+class NodeFigures:
+    """Node -> front end, now and then: what this process has done in the `up_s` since it began, of which it
+    `computed_s` seconds; and the blocks of its pool (see `CacheStats`), now."""
+
+    up_s: float
+    computed_s: float
+    prefilled_tokens: int
+    decoded_tokens: int
+    free_blocks: int
+    cached_blocks: int
+    in_use_blocks: int
+
+
+@dataclass(frozen=True)
 class Goodbye:
-    """Node -> front end: the last message, with the process's peak memory."""
+    """Node -> front end: the last message, with the process's peak memory, and what is wrong with the books of its
+    pool now that nothing is under way (empty: nothing)."""
 
     peak_bytes: int
+    wrong: str
 
 
 @dataclass(frozen=True)

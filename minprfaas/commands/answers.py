@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from minprfaas.cluster.journey import Journey
+from minprfaas.cluster.journey import TTFT_PARTS, Journey
 from minprfaas.config import Role
 from minprfaas.engine.generate import answer_prompts, logit_gap
 from minprfaas.engine.prompts import Prompt
@@ -24,11 +24,17 @@ def answer_lines(journey: Journey, prompt: Prompt) -> str:
         return f"[{journey.id}] no answer: {journey.error}"
     mark = ""
     if prompt.expected is not None:
-        mark = "  ✓" if journey.text.strip() == prompt.expected else f"  ✗ expected {prompt.expected}"
+        mark = "  ✓" if is_right(journey, prompt) else f"  ✗ expected {prompt.expected}"
     lines = prompt.text.rstrip().splitlines() or [prompt.text]
     questions = [line for line in lines if line.startswith("Question:")]
     asked = questions[-1] if questions else lines[-1]
     return f"[{journey.id}] {asked[:90]}\n    {journey.text.strip()}{mark}"
+
+
+def is_right(journey: Journey, prompt: Prompt) -> bool:
+    """Whether the answer is the expected one; one that had to go on need only begin with it."""
+    text = journey.text.strip()
+    return text.startswith(prompt.expected) if prompt.params.ignore_eos else text == prompt.expected
 
 
 def json_row(journey: Journey, layout: Layout, link: str) -> dict:
@@ -43,7 +49,7 @@ def json_row(journey: Journey, layout: Layout, link: str) -> dict:
         "arrived_at_s": journey.arrived_at_s, "finished_at_s": journey.finished_at_s,
         "prefill_node": journey.decision.node if journey.decision else None,
         "decode_node": journey.decision.decode_node if journey.decision else None}
-    for part in ("route_s", "queue_s", "prefill_s", "transfer_exposed_s", "admit_s", "ttft_s"):
+    for part in TTFT_PARTS:
         row[part] = getattr(journey, part) if journey.error is None else None
     row["tokens_per_s"] = _tokens_per_s(journey)
     return row

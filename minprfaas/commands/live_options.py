@@ -4,6 +4,7 @@ import argparse
 from dataclasses import dataclass
 from statistics import fmean
 
+from minprfaas.cluster.load import LENGTH_SCALE, REQUESTS, Load
 from minprfaas.cluster.processes import UNTHROTTLED_GBPS
 from minprfaas.cluster.topology import Topology
 from minprfaas.commands.serve import add_http_arguments, check_http_arguments
@@ -43,11 +44,22 @@ def add_options(p: argparse.ArgumentParser, may_serve: bool = False) -> None:
     p.add_argument("--check", action="store_true", help="recompute every answer in one process; exit 1 if one differs")
     p.add_argument("--json", metavar="OUT.jsonl", help="write one line a request")
     p.add_argument("--timeline", metavar="OUT.json", help="write Chrome trace events (opens in Perfetto)")
-    p.set_defaults(serve=None)
+    p.set_defaults(serve=None, load=None, check_sample=None)
     if may_serve:
+        _add_load_options(p)
         p.add_argument("--serve", type=int, metavar="PORT", help="instead of --prompts: answer HTTP clients, as "
                        "`python -m minprfaas serve` does, until a signal")
         add_http_arguments(p)
+
+
+def _add_load_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--load", metavar="KIND", help="instead of --prompts: poisson:RATE or bursty:RATE requests a "
+                   "second, or trace:FILE[:SPEED] (Mooncake format); requests come when they are due, answered or not")
+    p.add_argument("--requests", type=int, metavar="N", help=f"of the load ({REQUESTS}; of a trace, all)")
+    p.add_argument("--seed", type=int, default=0, help="of the load: another one, other times, lengths and texts (0)")
+    p.add_argument("--length-scale", type=float, metavar="X", help="the paper's or the trace's lengths are multiplied "
+                   f"by X ({LENGTH_SCALE:g}; for a trace so that a block of it is a block here)")
+    p.add_argument("--check-sample", type=int, metavar="N", help="--check, of N answers of a load chosen at random")
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,7 @@ class Run:
     link: LinkConfig
     line: LineConfig
     prompts: list[Prompt]
+    load: Load | None  # instead of the prompts
     fleet: Fleet | None  # with a profile: what the threshold loop plans for
 
 
@@ -76,23 +89,37 @@ def checked(args: argparse.Namespace, topology: Topology) -> Run:
     sizes = dict(chunk_bytes=16 * 2**20, max_inflight_bytes=256 * 2**20) if args.device.startswith("cuda") else {}
     link = LinkConfig(args.lanes, timeout_s=args.link_timeout_s, **sizes)
     prompts = _checked_prompts(args)
+    load = None
+    if args.load is not None:
+        load = Load.parse(args.load, args.requests, args.seed, args.length_scale, args.block_tokens)
+    if args.check_sample is not None:
+        require_number("--check-sample", args.check_sample, least=1, whole=True)
+        if load is None:
+            raise UserError("--check-sample is about a --load, and none is given; --check is about all answers")
     fleet = None
     if args.profile is not None:  # a single PD node counts as an instance of either kind
         profile = Profile.read(args.profile)
-        answer_tokens = fmean([prompt.params.max_tokens for prompt in prompts] or [SamplingParams().max_tokens])
+        otherwise = load.answer_tokens if load is not None else SamplingParams().max_tokens
+        answer_tokens = fmean([prompt.params.max_tokens for prompt in prompts] or [otherwise])
         fleet = Fleet(topology.prfaas, max(topology.pd, 2), args.link_gbps or UNTHROTTLED_GBPS, profile, profile,
                       answer_tokens)
-    return Run(args, topology, link, LineConfig(args.link_gbps, args.rtt_ms, weather), prompts, fleet)
+    return Run(args, topology, link, LineConfig(args.link_gbps, args.rtt_ms, weather), prompts, load, fleet)
 
 
 def _checked_prompts(args: argparse.Namespace) -> list[Prompt]:
     """Those of the file; none where clients bring them."""
+    given = [option for option in ("prompts", "load", "serve") if getattr(args, option) is not None]
+    if not given:
+        raise UserError("nothing is asked; give --prompts FILE.jsonl, --load KIND, or --serve PORT for clients "
+                        "that ask")
+    if len(given) > 1:
+        raise UserError(f"--{given[0]} and --{given[1]} exclude each other")
+    if args.load is not None:
+        return []
     if args.serve is None:
-        if args.prompts is None:
-            raise UserError("nothing is asked; give --prompts FILE.jsonl, or --serve PORT for clients that ask")
         return read_prompts(args.prompts)
     check_http_arguments(args, "--serve", args.serve)
-    for option in ("prompts", "check", "json", "timeline"):
+    for option in ("check", "json", "timeline"):
         if getattr(args, option):
             raise UserError(f"--{option} is about a file of prompts, and --serve takes them from clients")
     return []

@@ -48,6 +48,7 @@ class Engine:
         self.waiting, self.prefilling = self.scheduler.waiting, self.scheduler.prefilling
         self.running = self.scheduler.running
         self.runner = runner_for(model, self.kvcache, clock, timeline, fast)
+        self.computed_s, self.prefilled_tokens, self.decoded_tokens = 0.0, 0, 0  # so far
         self._texts: dict[Request, StreamedText] = {}
 
     # What callers use
@@ -96,14 +97,17 @@ class Engine:
     def step(self, on_kv: KVListener | None = None) -> list[TokenUpdate]:
         """One prefill chunk and one decode step; returns the tokens that they drew. `on_kv` hears between the layers
         of the prefill pass what a layer's state now holds: it can be shipped while the next layer computes."""
-        updates = []
+        updates, began_s = [], self.clock()
         chunk = self.scheduler.next_chunk()
         if chunk is not None:
+            self.prefilled_tokens += chunk.end - chunk.start
             updates += self._prefill(chunk, on_kv)
         batch = self.scheduler.next_batch()
         if batch:
             for request, token in zip(batch, self.runner.decode(batch)):
                 updates.append(self._accept_token(request, token))
+        self.decoded_tokens += len(batch)
+        self.computed_s += self.clock() - began_s
         return updates
 
     def abort(self, request: Request) -> None:

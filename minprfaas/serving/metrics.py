@@ -10,11 +10,11 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from minprfaas.cluster.front_end import FrontEnd
-from minprfaas.cluster.journey import Journey
+from minprfaas.cluster.journey import TTFT_PARTS, Journey
+from minprfaas.cluster.messages import NodeFigures
 from minprfaas.config import Role
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-TTFT_PARTS = ("route_s", "queue_s", "prefill_s", "transfer_exposed_s", "admit_s", "ttft_s")  # the last is their sum
 BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 HELP = {
     "requests_total": ("counter", "Requests that have ended, by how they ended and where they were prefilled."),
@@ -27,6 +27,10 @@ HELP = {
     "requests_waiting": ("gauge", "Requests without a first token."),
     "requests_decoding": ("gauge", "Requests with a first token and without their last."),
     "node_blocks": ("gauge", "Blocks of a node's KVCache pool."),
+    "node_blocks_by_state": ("gauge", "Of these, free ones, cached ones and ones in use."),
+    "node_up_seconds": ("gauge", "Seconds since a node's process began."),
+    "node_computed_seconds": ("gauge", "Of these, seconds in which it computed."),
+    "node_tokens": ("gauge", "Tokens that it has prefilled and decoded since."),
     "node_load": ("gauge", "Of a prefill node, uncached tokens that wait or are in work; of a decode node, requests."),
     "threshold_tokens": ("gauge", "Requests with more uncached tokens than this go to the PrfaaS cluster."),
     "link_gbps": ("gauge", "Capacity of the line out of the PrfaaS cluster, as its senders see it."),
@@ -80,6 +84,7 @@ class Metrics:
             "requests_waiting": {(): is_decoding.count(False)}, "requests_decoding": {(): is_decoding.count(True)},
             "node_blocks": {(("node", name), ("role", node.role), ("device", node.device)): node.num_blocks
                             for name, node in ready.items()},
+            **_node_gauges({name: front.figures[name] for name in ready if name in front.figures}),
             "node_load": {(("node", name),): load for name, load in plane.loads().items()},
         }
         if plane.nodes(Role.PRFAAS):
@@ -103,6 +108,21 @@ class Metrics:
                         braces = f"{{{shown}}}" if shown else ""
                         lines.append(f"minprfaas_{name}{suffix}{braces} {float(value)!r}")
         return "\n".join(lines) + "\n"
+
+
+def _node_gauges(figures: dict[str, NodeFigures]) -> dict[str, dict[Labels, float]]:
+    """What the nodes have told, by gauge."""
+    gauges: dict[str, dict[Labels, float]] = {
+        "node_up_seconds": {}, "node_computed_seconds": {}, "node_blocks_by_state": {}, "node_tokens": {}}
+    for name, node in figures.items():
+        here = ("node", name)
+        gauges["node_up_seconds"][here,] = node.up_s
+        gauges["node_computed_seconds"][here,] = node.computed_s
+        for state in ("free", "cached", "in_use"):
+            gauges["node_blocks_by_state"][here, ("state", state)] = getattr(node, f"{state}_blocks")
+        for work in ("prefilled", "decoded"):
+            gauges["node_tokens"][here, ("work", work)] = getattr(node, f"{work}_tokens")
+    return gauges
 
 
 def _escaped(text: str) -> str:
