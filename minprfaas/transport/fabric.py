@@ -40,6 +40,7 @@ DEADLINE_S = 10.0  # of one operation; it takes about a millisecond
 TICK_S = 0.1
 PAUSE_S = 0.5  # between two epochs
 CLOSING_S = 5.0
+PEER_IS_GONE = "the peer is gone"
 
 
 class Fabric:
@@ -175,7 +176,7 @@ class Fabric:
     def _watch(self) -> None:
         now, group = time.monotonic(), self._group
         if not self._link.is_up:
-            self._end_epoch(self._epoch, "the peer is gone")
+            self._end_epoch(self._epoch, PEER_IS_GONE)
         elif group is not None and group.oldest_s(now) > self._deadline_s:
             self._end_epoch(group.epoch, f"an operation took longer than {self._deadline_s:g} s")
         elif group is None and now >= self._due_at_s:
@@ -231,7 +232,7 @@ class Fabric:
             self._due_at_s = time.monotonic() + PAUSE_S
             self._announced.put(None)
             self._changed.notify_all()
-        if self._link.is_up:  # what ends a link, it tells itself
+        if self._link.is_up and not reason.endswith(PEER_IS_GONE):  # what ends a link, it tells itself, on both sides
             log.warning("fabric %s: epoch %d ended: %s", self.name, epoch, reason)
         if group is not None:
             group.is_over = True
