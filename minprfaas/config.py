@@ -56,7 +56,7 @@ class RopeConfig:
     whole_channels: bool = True  # yarn: the turns' limits are rounded to whole channels
 
     def __post_init__(self) -> None:
-        require_number("rope_theta", self.theta, above=0)
+        require_number("rope_theta", self.theta, above=1 if self.kind == "yarn" else 0)  # whose logarithm is divided by
         require_number("partial_rotary_factor", self.fraction, above=0, most=1)
         require_number("the factor of rope scaling", self.factor, above=0)
         require_number("the lower limit of rope scaling, in turns", self.low_turns, above=0)

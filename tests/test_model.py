@@ -1,13 +1,11 @@
-"""The transformer against Hugging Face's numbers, and against itself: whole, in chunks, token by token, in blocks."""
+"""The transformer against itself: whole, in chunks, token by token, in blocks."""
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import FAMILIES, SIZES, TINY, write_checkpoint
-from safetensors.torch import load_file
 
 from minprfaas import SamplingParams, UserError, generate, load
 from minprfaas.config import CacheConfig, LayerConfig, ModelConfig, RopeConfig, StateKind
@@ -23,7 +21,6 @@ from minprfaas.model.mla import MLA, MLAConfig
 from minprfaas.model.spec import StateSpec, TensorSpec, model_state_specs
 from minprfaas.model.state import ContiguousLayerState, ContiguousState
 
-GOLDEN = Path(__file__).parent / "golden"
 CLOSE = dict(atol=1e-4, rtol=1e-4)
 
 
@@ -54,13 +51,6 @@ def through_blocks(model, manager, cache, token_ids, chunk):
         pieces.append(model(token_ids[:, start:end], manager.state([cache])))
         manager.advance(cache, ids[:end])
     return torch.cat(pieces, dim=1)
-
-
-@pytest.mark.parametrize("name", sorted(path.name for path in GOLDEN.iterdir() if (path / "config.json").exists()))
-def test_logits_are_those_of_hugging_face_transformers(name):
-    model = load_checkpoint(GOLDEN / name, read_config(GOLDEN / name), torch.float32, "cpu")
-    expected = load_file(GOLDEN / f"{name}.logits.safetensors")
-    torch.testing.assert_close(model(expected["token_ids"]), expected["logits"], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
