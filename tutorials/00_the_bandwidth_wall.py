@@ -1,24 +1,32 @@
 """Chapter 00: the bandwidth wall. Why prefill could not leave the datacenter, and what changed (paper 2.1-2.3).
 
-    python tutorials/00_the_bandwidth_wall.py
+    python tutorials/00_the_bandwidth_wall.py [--plots DIRECTORY]
 """
 
+import argparse
 import time
+from collections import Counter
 
 import torch
 
 from minprfaas.config import LayerConfig, ModelConfig, RopeConfig, StateKind
+from minprfaas.errors import exit_on_user_error
+from minprfaas.model.gdn import GDNConfig
 from minprfaas.model.gqa import GQAConfig
 from minprfaas.model.kda import KDAConfig
 from minprfaas.model.layers import DenseConfig
+from minprfaas.model.lightning import LightningConfig
 from minprfaas.model.mla import MLAConfig
+from minprfaas.model.published import PUBLISHED, read_published
 from minprfaas.model.spec import kv_bytes, model_state_specs
 from minprfaas.model.transformer import Transformer
+from minprfaas.observe.plots import draw_weights, prepare_plots
 from minprfaas.observe.report import human_bytes, table
 from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.throughput import egress_needed_gbps, kv_throughput_gbps
 
 ETHERNET_GBPS = 400  # a generous dedicated line between two datacenters
+PLOTTED_TOKENS = [2**exponent for exponent in range(8, 21)]  # 256 to 1M
 
 
 def stack(mixers: list, hidden_size: int, intermediate_size: int, vocab_size: int) -> ModelConfig:
@@ -36,44 +44,59 @@ def prefill_seconds(model: Transformer, prompt: torch.Tensor) -> float:
 
 
 torch.set_num_threads(1)  # one core measures the same on a busy machine
-# The attention shapes of three published models; MLPs and experts leave no state, so any will do.
-gqa = GQAConfig(num_heads=48, num_kv_heads=8, head_dim=128, rope=RopeConfig())
-qwen_gqa = GQAConfig(num_heads=64, num_kv_heads=4, head_dim=128, rope=RopeConfig())
-mla = MLAConfig(num_heads=32, kv_lora_rank=512, qk_nope_dim=128, qk_shared_dim=64, v_dim=128)
-kda = KDAConfig(num_heads=32, head_dim=128)
-models = {
-    "MiniMax-M2.5": stack([gqa] * 62, 3072, 1536, 200_064),
-    "Qwen3-235B": stack([qwen_gqa] * 94, 4096, 1536, 151_936),
-    "Kimi Linear": stack(([kda] * 3 + [mla]) * 6 + [kda] * 2 + [mla], 2304, 1024, 163_840),
-}
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("--plots", metavar="DIRECTORY", help="draw section 2 there, as a picture")
+args = parser.parse_args()
+if args.plots:
+    exit_on_user_error(prepare_plots)(args.plots)
+models = {theirs: read_published(ours) for ours, theirs in PUBLISHED.items()}  # of table 1, as their authors publish
 
 print("""1. What a layer remembers
 
 Prefill reads a prompt and leaves its KVCache; decode needs that KVCache to go on. If the two run on different
 machines, it has to travel. How much there is depends on the kind of layer (bfloat16; recurrent state is float32):
 """)
+kinds = {
+    "GQA, 8 KV heads of 128": GQAConfig(num_heads=48, num_kv_heads=8, head_dim=128, rope=RopeConfig()),
+    "the same, last 128 tokens": GQAConfig(num_heads=48, num_kv_heads=8, head_dim=128, rope=RopeConfig(), window=128),
+    "MLA, latent of 512 + 64": MLAConfig(num_heads=32, kv_lora_rank=512, qk_nope_dim=128, qk_shared_dim=64, v_dim=128),
+    "KDA, 32 heads of 128": KDAConfig(num_heads=32, head_dim=128),
+    "GDN, 16 and 64 heads of 128": GDNConfig(num_k_heads=16, num_v_heads=64, k_dim=128, v_dim=128),
+    "Lightning, 64 heads of 128": LightningConfig(head_dim=128, slopes=(0.1,) * 64)}
 rows = []
-for name, mixer in (("GQA, 8 KV heads of 128", gqa), ("MLA, latent of 512 + 64", mla), ("KDA, 32 heads of 128", kda)):
+for name, mixer in kinds.items():
     spec = mixer.state_spec("bfloat16")
     per_token, fixed = (spec.nbytes, 0) if spec.kind is StateKind.TOKEN else (0, spec.nbytes)
-    rows.append((name, f"{per_token:,}", human_bytes(fixed), human_bytes(per_token * 32_768 + fixed)))
-print(table(["layer", "bytes a token", "fixed", "at 32K tokens"], rows))
-print("\nGQA keeps every token's keys and values. MLA keeps one small latent for each. KDA keeps no tokens at all: one"
-      "\nmatrix per head, as large after a word as after a book.")
+    rows.append((name, f"{per_token:,}", human_bytes(fixed), human_bytes(spec.bytes_at(32_768))))
+print(table(["layer", "bytes a token", "at most", "at 32K tokens"], rows))
+print("\nGQA keeps every token's keys and values, or those of the last few (a sliding window, SWA). MLA keeps one small\n"
+      "latent for each. KDA, GDN and Lightning keep no tokens at all: one matrix per head, as large after a word as\n"
+      "after a book.")
 
 print("""
 2. What a request weighs: S_kv(l)
 
-Stack such layers the way three real models do, two dense ones and a hybrid with three KDA layers for each MLA layer:
+The six models of the paper's table 1 stack such layers, from the configurations that their authors publish
+(`python -m minprfaas inspect --config kimi-linear-48b` shows one in full):
 """)
-lengths = paper.TABLE_3_TOKENS
-weights = {name: [kv_bytes(model_state_specs(config, "bfloat16"), tokens) for tokens in lengths]
-           for name, config in models.items()}
-print(table(["model", *(f"{tokens // 1024}K tokens" for tokens in lengths)],
-            [(name, *map(human_bytes, counts)) for name, counts in weights.items()]))
+lengths, rows, weights = paper.TABLE_3_TOKENS, [], {}
+for name, config in models.items():
+    specs = model_state_specs(config, "bfloat16")
+    layers = Counter(type(layer.mixer).__name__.removesuffix("Config") + " window" * (spec.kind is StateKind.WINDOW)
+                     for layer, spec in zip(config.layers, specs))
+    per_token = sum(spec.nbytes for spec in specs if spec.kind is StateKind.TOKEN)
+    fixed = sum(spec.nbytes for spec in specs if spec.kind is not StateKind.TOKEN)
+    weights[name] = [kv_bytes(specs, tokens) for tokens in lengths]
+    rows.append((name, ", ".join(f"{count} {kind}" for kind, count in layers.items()), f"{per_token:,}",
+                 human_bytes(fixed), *map(human_bytes, weights[name])))
+print(table(["model", "layers", "bytes a token", "fixed", *(f"{tokens // 1024}K" for tokens in lengths)], rows))
 dense, hybrid = weights["MiniMax-M2.5"], weights["Kimi Linear"]
-print(f"\nMiniMax-M2.5 weighs {dense[0] / hybrid[0]:.1f} times as much as the hybrid at 1K tokens, where the fixed "
+print(f"\nMiniMax-M2.5 weighs {dense[0] / hybrid[0]:.1f} times as much as Kimi Linear at 1K tokens, where the fixed "
       f"state counts, and {dense[-1] / hybrid[-1]:.0f} times\nas much at 128K.")
+if args.plots:
+    curves = {name: [(tokens, kv_bytes(model_state_specs(config, "bfloat16"), tokens)) for tokens in PLOTTED_TOKENS]
+              for name, config in models.items()}
+    print(f"\nDrawn: {draw_weights(args.plots, 'kvcache_of_six_models.png', curves)}")
 
 print("""
 3. How fast it comes out: Phi_kv(l) = S_kv(l) / T_prefill(l)   (equation 1)
@@ -83,11 +106,12 @@ paper's table 3, in Gbps, for one instance of 8 H200 (published numbers, none of
 """)
 print(table(["model", *(f"{tokens // 1024}K" for tokens in lengths)],
             [(name, *(f"{gbps:.2f}" for gbps in line)) for name, line in paper.TABLE_3_GBPS.items()]))
-index = lengths.index(32_768)
-implied = {name: counts[index] * 8 / 1e9 / paper.TABLE_3_GBPS[name][index] for name, counts in weights.items()}
-print("\nBoth tables together give the prefill times of 32K tokens: "
-      + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in implied.items()) + "."
-      "\nFaster prefill raises the wall, fewer bytes take it down. The hybrid is the fastest and still emits least.")
+print("\nBoth tables together imply how long prefill took, in seconds (equation 1 the other way round):\n")
+print(table(["model", *(f"{tokens // 1024}K" for tokens in lengths)], [
+    (name, *(f"{count * 8e-9 / gbps:.2f}" for count, gbps in zip(weights[name], line)))
+    for name, line in paper.TABLE_3_GBPS.items()]))
+print("\nFaster prefill raises the wall, fewer bytes take it down. At 128K Kimi Linear is the fastest, and emits a tenth"
+      "\nof what MiniMax-M2.5 does.")
 
 print("""
    The same on this machine, with two small models of random weights (float32, measured now):

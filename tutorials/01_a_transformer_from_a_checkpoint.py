@@ -1,9 +1,13 @@
 """Chapter 01: a transformer from a checkpoint. From three files to the next token, through the library and by hand.
 
     python tutorials/01_a_transformer_from_a_checkpoint.py [DIRECTORY]     (no directory: the embedded model)
+    python tutorials/01_a_transformer_from_a_checkpoint.py --config NAME   (one of the paper's six models, made small,
+                                                                            with random weights)
 """
 
-import sys
+import argparse
+import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -13,15 +17,54 @@ from minprfaas import load
 from minprfaas.config import StateKind
 from minprfaas.documents import make_document
 from minprfaas.errors import exit_on_user_error
-from minprfaas.model.checkpoint import EMBEDDED
-from minprfaas.model.layers import Positions
+from minprfaas.files import read_json
+from minprfaas.model.checkpoint import EMBEDDED, save_checkpoint
+from minprfaas.model.families import config_from_hf, read_config
+from minprfaas.model.layers import Positions, join
+from minprfaas.model.published import PUBLISHED, SHIPPED
 from minprfaas.model.spec import model_state_specs
 from minprfaas.model.state import ContiguousState
+from minprfaas.model.transformer import Transformer
 from minprfaas.observe.report import human_bytes, table
 
 torch.set_num_threads(1)
 torch.set_grad_enabled(False)
-directory = Path(sys.argv[1]) if len(sys.argv) > 1 else EMBEDDED
+LAYERS = 8  # of a model made small: one whole group of every kind of layer
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 32,
+         "shared_expert_intermediate_size": 32, "num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8, "num_experts_per_tok": 2,
+         "num_experts_per_token": 2, "n_group": 1, "topk_group": 1, "eos_token_id": None,
+         "num_hidden_layers": LAYERS, "vocab_size": read_config(EMBEDDED).vocab_size}
+
+
+def made_small(fields: dict) -> dict:
+    """A published configuration with its first layers alone and narrow; the heads keep their shapes."""
+    small = {}
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            value = made_small(value)
+        elif name in ("full_attn_layers", "kda_layers"):
+            value = [number for number in value if number <= LAYERS]
+        elif isinstance(value, list) and len(value) > LAYERS:
+            value = value[:LAYERS]
+        small[name] = SMALL.get(name, value)
+    return small
+
+
+def write_small(name: str, directory: Path) -> Path:
+    """A checkpoint of that model with random weights and the embedded model's tokenizer."""
+    raw = made_small(read_json(SHIPPED / f"{name}.json"))
+    torch.manual_seed(0)
+    save_checkpoint(Transformer(config_from_hf(raw)), raw, directory / name, torch.float32)
+    shutil.copy(EMBEDDED / "tokenizer.json", directory / name)
+    return directory / name
+
+
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("directory", nargs="?", default=EMBEDDED, type=Path, help="Hugging Face directory")
+parser.add_argument("--config", choices=PUBLISHED, metavar="NAME", help=f"one of: {', '.join(PUBLISHED)}")
+args = parser.parse_args()
+temporary = tempfile.TemporaryDirectory()  # gone when the chapter ends
+directory = write_small(args.config, Path(temporary.name)) if args.config else args.directory
 model, tokenizer = exit_on_user_error(load)(directory)
 
 print(f"""1. Three files
@@ -77,10 +120,12 @@ other tokens, then what its MLP makes of it. The head can look at the stream aft
 stack, positions = model.model, Positions(torch.zeros(1, dtype=torch.int64), len(token_ids))
 stream, rows = stack.embed_tokens(ids), []
 for index, layer in enumerate(stack.layers):
-    mixed = layer.self_attn(layer.input_layernorm(stream), positions, None)
-    stream = stream + mixed
-    thought = layer.mlp(layer.post_attention_layernorm(stream))
-    stream = stream + thought
+    normed = layer.input_layernorm(stream)
+    mixed = layer.self_attn(normed, positions, None)
+    stream = join(stream, normed, mixed, layer.config.mixer_residual)  # their sum, in all families but one
+    normed = layer.post_attention_layernorm(stream)
+    thought = layer.mlp(normed)
+    stream = join(stream, normed, thought, layer.config.mlp_residual)
     forecast = model.lm_head(stack.norm(stream))[0, -1].softmax(-1)
     lengths = [f"{vector[0, -1].norm():.1f}" for vector in (mixed, thought, stream)]
     rows.append((index, type(layer.self_attn).__name__, *lengths,

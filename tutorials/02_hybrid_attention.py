@@ -1,26 +1,38 @@
 """Chapter 02: hybrid attention. A memory of one size, its two forms, and what it saves (paper 2.2).
 
-    python tutorials/02_hybrid_attention.py
+    python tutorials/02_hybrid_attention.py [--plots DIRECTORY]
 """
 
+import argparse
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
 from minprfaas.config import RopeConfig, StateKind
+from minprfaas.errors import exit_on_user_error
 from minprfaas.model.delta import delta_rule_chunked, delta_rule_recurrent
+from minprfaas.model.gdn import GDNConfig
 from minprfaas.model.gqa import GQAConfig
 from minprfaas.model.kda import KDAConfig
 from minprfaas.model.layers import Positions
+from minprfaas.model.lightning import LightningConfig, lightning_chunked, lightning_recurrent
 from minprfaas.model.mla import MLAConfig
+from minprfaas.model.spec import kv_bytes
 from minprfaas.model.state import ContiguousLayerState
+from minprfaas.observe.plots import draw_weights, prepare_plots
 from minprfaas.observe.report import human_bytes, table
 
 torch.set_num_threads(1)
 torch.set_grad_enabled(False)
 torch.manual_seed(0)
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("--plots", metavar="DIRECTORY", help="draw section 5 there, as a picture")
+args = parser.parse_args()
+if args.plots:
+    exit_on_user_error(prepare_plots)(args.plots)
 
 
 def seconds(work: Callable[[], object], repeats: int = 3) -> float:
@@ -106,21 +118,56 @@ print(f"\nFrom a decay of {broken:g} a token on, the one product is of no use, a
       "\nthan that. The bounded form does not notice.")
 
 print("""
-4. What each kind of layer remembers
+4. The same memory with fewer questions
 
-One layer with Kimi Linear's shapes (32 heads of 128; MLA latent 512 + 64), beside a GQA layer with 8 KV heads of 128;
-bfloat16, the recurrent matrices float32:
+KDA asks a decay of every channel of a key, and what is already stored. Two relatives ask less, and have the same two
+forms:
+
+    GDN (Qwen3.5)              S = exp(g) S;       S = S + beta k (v - k'S)';   one decay a head
+    Lightning (MiniMax, Ring)  S = exp(-slope) S;  S = S + k v';                a fixed decay a head, nothing replaced
+
+The first four tokens of section 1 through Lightning, without its decay: the second value under a is added to the
+first. Then 1,024 tokens through each of the three (2 heads of 64, one core, float32):
+""")
+memory, read = torch.zeros(1, 1, 2, 1), []
+for what, key, value, _, _, query in story[:4]:
+    q, k = torch.tensor(query).view(1, 1, 1, 2), torch.tensor(key).view(1, 1, 1, 2)
+    value = torch.full((1, 1, 1, 1), value).expand(1, 1, 1, 2)  # as wide as its key
+    out, memory = lightning_recurrent(q, k, value, torch.zeros(1), memory)
+    read.append(f"{what}: {out[0, 0, 0, 0]:.0f}")
+print("    " + ", ".join(read) + "\n")
+q, k, v, g, beta, memory = random_tokens(1024, decay=0.1)
+slopes = torch.full((2,), 0.1)
+forms = {"KDA": (delta_rule_recurrent, delta_rule_chunked, (q, k, v, g, beta, memory)),
+         "GDN": (delta_rule_recurrent, delta_rule_chunked, (q, k, v, g[..., :1], beta, memory)),
+         "Lightning": (lightning_recurrent, lightning_chunked, (q, k, v, slopes, memory))}
+rows = []
+for name, (recurrent, chunked, arguments) in forms.items():
+    difference = (recurrent(*arguments)[0] - chunked(*arguments)[0]).abs().max().item()
+    slow, fast = seconds(lambda: recurrent(*arguments), repeats=1), seconds(lambda: chunked(*arguments))
+    rows.append((name, f"{slow:.4f}", f"{fast:.4f}", f"{slow / fast:.1f}x", f"{difference:.0e}"))
+print(table(["mixer", "recurrence, s", "chunked, s", "ratio", "largest difference"], rows))
+print("""
+A sliding window (SWA, MiMo) is another way to a state of one size: attention as ever, but over the last few tokens
+only. It forgets by position what the others forget by decay.""")
+
+print("""
+5. What each kind of layer remembers
+
+One layer with Kimi Linear's shapes (32 heads of 128; MLA latent 512 + 64), a GQA layer with 8 KV heads of 128, the same
+with a window of 128 tokens, and the relatives' published shapes; bfloat16, the recurrent matrices float32:
 """)
 gqa = GQAConfig(num_heads=32, num_kv_heads=8, head_dim=128, rope=RopeConfig())
 mla = MLAConfig(num_heads=32, kv_lora_rank=512, qk_nope_dim=128, qk_shared_dim=64, v_dim=128)
 kda = KDAConfig(num_heads=32, head_dim=128)
-layers = {"GQA": [gqa], "MLA": [mla], "KDA": [kda], "3 KDA + 1 MLA, a layer": [kda] * 3 + [mla]}
+layers = {"GQA": [gqa], "GQA, window": [replace(gqa, window=128)], "MLA": [mla], "KDA": [kda],
+          "GDN": [GDNConfig(num_k_heads=16, num_v_heads=64, k_dim=128, v_dim=128)],
+          "Lightning": [LightningConfig(head_dim=128, slopes=(0.1,) * 64)], "3 KDA + 1 MLA, a layer": [kda] * 3 + [mla]}
 
 
 def layer_bytes(mixers: list, tokens: int) -> float:
     """Mean bytes a layer after `tokens` tokens."""
-    specs = [mixer.state_spec("bfloat16") for mixer in mixers]
-    return sum(spec.nbytes * (tokens if spec.kind is StateKind.TOKEN else 1) for spec in specs) / len(specs)
+    return kv_bytes(tuple(mixer.state_spec("bfloat16") for mixer in mixers), tokens) / len(mixers)
 
 
 lengths = (1024, 8192, 32_768, 131_072, 1_048_576)
@@ -132,9 +179,13 @@ print(f"""
 KDA is the heavier one up to {mla_crossing:,.0f} tokens (MLA) or {gqa_crossing:,.0f} (GQA): a matrix is a matrix,
 even after one word. A hybrid keeps a few full-attention layers to look things up exactly, and pays for those alone as
 the text grows.""")
+if args.plots:
+    curves = {name: [(tokens, layer_bytes(mixers, tokens)) for tokens in (2**exponent for exponent in range(4, 21))]
+              for name, mixers in layers.items()}
+    print(f"\nDrawn: {draw_weights(args.plots, 'state_of_a_layer.png', curves)}")
 
 print("""
-5. What that means for time
+6. What that means for time
 
 A decode step reads the whole state of every layer. One step of one mixer (width 256, 4 heads of 64) after a context
 of:
@@ -143,6 +194,8 @@ of:
 
 class FullContext:
     """The token state of one layer with one free row at its end: a step writes that row and copies nothing."""
+
+    attend = None  # as `TokenContext`: there is no other way than through the rows
 
     def __init__(self, context: int, width: int):
         self.tensor = torch.randn(1, context + 1, width)
@@ -155,7 +208,9 @@ class FullContext:
         return self.tensor
 
 
-small = {"GQA": GQAConfig(4, 4, 64, RopeConfig()), "MLA": MLAConfig(4, 128, 64, 16, 64), "KDA": KDAConfig(4, 64)}
+small = {"GQA": GQAConfig(4, 4, 64, RopeConfig()), "MLA": MLAConfig(4, 128, 64, 16, 64),
+         "GQA, window": GQAConfig(4, 4, 64, RopeConfig(), window=128), "KDA": KDAConfig(4, 64),
+         "GDN": GDNConfig(2, 4, 64, 64), "Lightning": LightningConfig(64, (0.1,) * 4)}
 contexts, rows, growth = (1024, 8192, 65_536), [], {}
 for name, mixer_config in small.items():
     mixer, spec, times = mixer_config.build(256, 1e-6), mixer_config.state_spec("float32"), []

@@ -52,6 +52,17 @@ def save_figure(figure: "Figure", directory: str | Path, name: str) -> Path:
     return path
 
 
+def draw_weights(directory: str | Path, name: str, curves: Mapping[str, Sequence[tuple[int, float]]]) -> Path:
+    """Write `directory/name`: bytes of KVCache over the length of the request, by model or kind of layer. Returns its
+    path; raises UserError."""
+    figure, axes = new_figure()
+    for label, points in curves.items():
+        axes.plot(*zip(*((tokens, count / 2**20) for tokens, count in points)), label=label)
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="MiB of KVCache")
+    axes.legend(frameon=False, fontsize="small")
+    return save_figure(figure, directory, name)
+
+
 def draw_plan(directory: str | Path, fleet: Fleet, lengths: LengthDistribution, plan: Plan,
               kv_gbps: Mapping[str, Sequence[tuple[int, float]]]) -> list[Path]:
     """Write figure_2.png, figure_5a.png and figure_5b.png into `directory` and return their paths. `kv_gbps`: by name,
