@@ -23,12 +23,18 @@ export MINPRFAAS_SECRET="$(head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \n')"
 dense="$work/dense" hybrid="$work/hybrid" began=$SECONDS
 
 if [ $where = cuda ]; then
+    patience=1
     export OMP_NUM_THREADS=8 NCCL_DEBUG=VERSION
-    gpu0=cuda:0 gpu1=cuda:1 shapes="qwen3-0.6b hybrid-1b" lengths="8192 8192 512 4096" threshold=4097 chunk=1024 dtype=bfloat16
+    gpu0=cuda:0 gpu1=cuda:1 shapes="qwen3-0.6b hybrid-1b"
+    lengths="8192 8192 512 4096" threshold=4097 chunk=1024
+    dtype=bfloat16 rounds=12
     tests="-m gpu" figure="--models $dense $hybrid" fabric="" lanes=""
 else
+    patience=4  # with a busy machine
     export OMP_NUM_THREADS=1
-    gpu0=cpu gpu1=cpu shapes="tiny-dense" lengths="300 300 150 200" threshold=250 chunk=128 dtype=float32
+    gpu0=cpu gpu1=cpu shapes="tiny-dense"
+    lengths="300 300 150 200" threshold=250 chunk=128 dtype=float32
+    rounds=4
     tests="-k digest" figure="--models $dense --tokens 64 256 --gbps 0.01 0.1 --dtype float32 --prefill-chunk 64"
     fabric="--tokens 256 --mib 1 --repeats 2 --dtype float32" lanes="--lanes 1 2 --mib 16 --chunk-mib 1 --repeats 1"
 fi
@@ -40,7 +46,7 @@ say() { echo "== $* (at $((SECONDS - began)) s)"; }
 # step PART SECONDS COMMAND…: what it says goes to the screen and to the part's file; a failure is said and stops nothing.
 step() {
     local part=$1 limit=$2; shift 2
-    timeout -k 5 "$limit" "$@" 2>"$work/errors" | tee -a "$OUT/$part.txt"
+    timeout -k 5 $((limit * patience)) "$@" 2>"$work/errors" | tee -a "$OUT/$part.txt"
     local status=${PIPESTATUS[0]}
     [ "$status" -eq 0 ] || { echo "FAILED with status $status: $*"; tail -8 "$work/errors"; } | tee -a "$OUT/$part.txt"
     grep -v Warning "$work/errors" >>"$OUT/errors.log"
@@ -70,7 +76,8 @@ start() {
 
 # front PART SECONDS: the front end of what was started; when it has ended, so have the nodes, or they are ended.
 front() {
-    step "$1" "$2" python3 scripts/cluster.py "${options[@]}" --node front --device $gpu1 --check --json "$OUT/$1.jsonl"
+    step "$1" "$2" python3 scripts/cluster.py "${options[@]}" --node front --device $gpu1 --check \
+        --json "$OUT/$1.jsonl"
     for _ in $(seq 50); do
         kill -0 $(cat "$work/nodes") 2>/dev/null || break
         sleep 0.2
@@ -101,7 +108,7 @@ if wants tests; then
 fi
 if wants demo; then
     say "demo: embedded model, 100 Mbit/s emulated"
-    two --prompts "$work/prompts.jsonl" --threshold 400 --link-gbps 0.1 --rtt-ms 20 --check
+    two --prompts "$work/prompts.jsonl" --threshold $threshold --link-gbps 0.1 --rtt-ms 20 --check
     for model in $dense $hybrid; do
         say "demo: $(basename $model), float32, 10 Gbit/s emulated"
         two --model $model --prompts "$work/prompts.jsonl" --threshold $threshold --link-gbps 10 --rtt-ms 20 --check
@@ -124,7 +131,7 @@ if wants fabric; then
 fi
 if wants kill; then
     say "kill: PD-P, then a PD-D, each started again"
-    python3 scripts/demo_prompts.py "$work/prompts.jsonl" --next-turn 0 --tokens $lengths $lengths $lengths $lengths
+    python3 scripts/demo_prompts.py "$work/prompts.jsonl" --next-turn 0 --tokens $(for _ in $(seq $rounds); do echo $lengths; done)
     start prfaas=1,pd=3 --model $dense
     (   answers() { for _ in $(seq 900); do [ "$(grep -c '^\[' "$OUT/kill.txt")" -ge $1 ] && return; sleep 0.1; done; }
         answers 2; kill -9 $pdp; echo "-- killed pd-0, which prefilled" >>"$OUT/kill.txt"; node pd-0 $gpu0
