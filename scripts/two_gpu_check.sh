@@ -43,7 +43,7 @@ wants() { [[ " $parts " == *" $1 "* ]]; }
 
 say() { echo "== $* (at $((SECONDS - began)) s)"; }
 
-# step PART SECONDS COMMAND…: what it says goes to the screen and to the part's file; a failure is said and stops nothing.
+# step PART SECONDS COMMAND…: what it says goes to the screen and to the part's file; a failure is said, no more.
 step() {
     local part=$1 limit=$2; shift 2
     timeout -k 5 $((limit * patience)) "$@" 2>"$work/errors" | tee -a "$OUT/$part.txt"
@@ -131,7 +131,8 @@ if wants fabric; then
 fi
 if wants kill; then
     say "kill: PD-P, then a PD-D, each started again"
-    python3 scripts/demo_prompts.py "$work/prompts.jsonl" --next-turn 0 --tokens $(for _ in $(seq $rounds); do echo $lengths; done)
+    many=$(for _ in $(seq $rounds); do echo $lengths; done)
+    python3 scripts/demo_prompts.py "$work/prompts.jsonl" --next-turn 0 --tokens $many
     start prfaas=1,pd=3 --model $dense
     (   answers() { for _ in $(seq 900); do [ "$(grep -c '^\[' "$OUT/kill.txt")" -ge $1 ] && return; sleep 0.1; done; }
         answers 2; kill -9 $pdp; echo "-- killed pd-0, which prefilled" >>"$OUT/kill.txt"; node pd-0 $gpu0

@@ -104,6 +104,7 @@ def _speed(rank, store, report, args) -> None:
         readings.append((raw_gb_per_s, gb_per_s))
     _report(report, rank, f"KV of {args.tokens:,} tokens", plan.total_bytes, readings)
     fabric.close()
+    raw.close()
 
 
 def _report(report, rank, what, nbytes, readings) -> None:
@@ -152,6 +153,11 @@ class RawPair:
         for _ in range(times):
             self._move(data)
         return times * nbytes / (time.monotonic() - began_s) / 1e9
+
+    def close(self) -> None:
+        """Before the process ends: NCCL's threads must not outlive it."""
+        if self._device.type == "cuda":
+            self._group.abort()
 
     def _move(self, data: torch.Tensor) -> None:
         move = self._group.send if self._rank == 0 else self._group.recv
