@@ -78,3 +78,40 @@ def test_a_request_without_an_answer_is_a_failure_with_its_reason(right, hybrid)
     right.error = RequestError("no_room", "no room in time")
     said, is_well = verdict(right, hybrid)
     assert not is_well and "no_room" in said and "no_room" in answer_lines(right, PROMPT)
+
+
+def test_behind_a_lossy_wire_an_offloaded_answer_may_change_and_no_other(right, hybrid):
+    right.token_ids[right.prompt_tokens + 2] = 1 + right.output_ids[2] % 256
+    right.kv_bytes = 1
+
+    def lossy(journey, prompt=PROMPT):
+        lines, is_well = check([journey], [prompt], *hybrid, prefill_chunk=64, is_lossy=True)
+        return " ".join(lines), is_well
+
+    assert not lossy(right)[1]  # prefilled beside its decode node, where nothing is rounded
+    right.decision = right.decision._replace(route=Role.PRFAAS)
+    said, is_well = lossy(right)
+    assert is_well and "0 of 1" in said and "Changed by the rounding on the wire: a: another answer" in said
+    assert "The largest gap where one changed" in said
+    assert not verdict(right, hybrid)[1]  # an exact wire excuses nothing
+    right.kv_bytes = 0
+    assert not lossy(right)[1]
+    right.kv_bytes, right.error = 1, RequestError("lost", "gone")
+    assert not lossy(right)[1]
+
+
+def test_what_continues_a_changed_answer_may_differ_with_it(right, hybrid):
+    changed = copy.deepcopy(right)
+    changed.token_ids[-1] = 1 + changed.output_ids[-1] % 256
+    changed.kv_bytes, changed.decision = 1, right.decision._replace(route=Role.PRFAAS)
+    turn = Prompt("b", " and now?", PARAMS, after="a")
+    (answer,) = generate(*hybrid, [changed.token_ids + hybrid[1].encode(turn.text)], PARAMS)
+    second = Journey("b", changed.token_ids + hybrid[1].encode(turn.text), PARAMS, [], 0.0)
+    second.token_ids += answer.token_ids
+    second.decision, second.finish_reason = right.decision, "length"  # prefilled exactly, after another history
+    second.token_ids[-1] = 1 + second.output_ids[-1] % 256  # certainly not what follows the right history
+    _, is_well = check([changed, second], [PROMPT, turn], *hybrid, prefill_chunk=64, is_lossy=True)
+    assert is_well
+    second.token_ids = right.token_ids + hybrid[1].encode(turn.text) + second.output_ids
+    _, is_well = check([right, second], [PROMPT, turn], *hybrid, prefill_chunk=64, is_lossy=True)
+    assert not is_well

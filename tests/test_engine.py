@@ -389,20 +389,6 @@ def test_a_reservation_that_finds_no_room_takes_nothing(hybrid):
     assert engine.reserve_remote(remote)
 
 
-def test_a_reservation_given_back_can_be_made_anew(hybrid):
-    engine = new_engine(hybrid)
-    remote = engine.request("remote", list(range(1, 30)), SamplingParams(max_tokens=8))
-    assert engine.reserve_remote(remote)
-    engine.unreserve_remote(remote)
-    assert (remote.status, remote.cache) == (Status.WAITING, None)
-    assert_nothing_is_held(engine)
-    assert engine.reserve_remote(remote) and remote.status is Status.REMOTE
-    engine.unreserve_remote(remote)
-    engine.add(remote)  # or it is prefilled here after all
-    run(engine)
-    assert_answers_are_the_naive_ones(engine, [remote])
-
-
 def test_times_are_the_clocks_and_in_order(hybrid):
     ticks = iter(range(1, 10_000))
     engine = new_engine(hybrid, clock=lambda: float(next(ticks)))

@@ -137,11 +137,13 @@ class DecodeRole:
         serving.ordered_at_s = self._clock()
         serving.deadline_at_s = serving.ordered_at_s + serve.deadline_s
         stream_id, snapshot_id = next(self._stream_ids), next(self._stream_ids)
-        plan = stream_plan(layout, stream_id, request.cached_tokens, len(request.token_ids))
+        encoding = self._mail.encoding_to(serve.prefill_node)
+        plan = stream_plan(layout, stream_id, request.cached_tokens, len(request.token_ids), encoding)
         try:
             transport = self._mail.transport(serve.prefill_node)
             serving.kv = KVReceive(self._kvcache, transport, plan, request.cache.block_tables)
             self._by_stream[stream_id] = serving
+            request.cache.is_exact = serving.kv.is_exact
             snapshot_at = self._snapshots.expect(snapshot_id, request, serve.prefill_node, serving.deadline_at_s)
         except LinkDown as error:  # the way was lost while the request waited for room
             return self._lose_prefill(serving, str(error))

@@ -6,6 +6,7 @@ import torch
 
 from minprfaas.kvcache.manager import KVCacheManager
 from minprfaas.transport.base import ArrivalReport, KVTransport, StreamPlan
+from minprfaas.transport.encoding import row_codecs
 
 
 class KVReceive:
@@ -21,12 +22,19 @@ class KVReceive:
         self.has_arrived = False
         self._pool, self._layout = kvcache.pool, kvcache.layout
         self._transport, self._tables = transport, tables
+        self._codecs = row_codecs(kvcache.layout.specs, plan)
         transport.expect(plan, self._write)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether what is written is to the last bit what the sender read."""
+        return all(codec.is_exact for codec in self._codecs.values())
 
     def _write(self, layer: int, start: int, end: int, data: torch.Tensor) -> None:
         """The sink: runs on the transport's thread while the model computes on other blocks."""
-        group = self._layout.group_of_layer[layer]
-        self._pool.write_bytes(layer, self._tables[group.index], start, end, data)
+        group, codec = self._layout.group_of_layer[layer], self._codecs.get(layer)
+        rows = data if codec is None else codec.decode(data.to(self._pool.device))
+        self._pool.write_bytes(layer, self._tables[group.index], start, end, rows)
         self.received_bytes += data.numel()
 
     def arrived(self, report: ArrivalReport) -> None:

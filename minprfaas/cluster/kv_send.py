@@ -16,6 +16,7 @@ import torch
 from minprfaas.config import StateKind
 from minprfaas.kvcache.manager import KVCacheManager
 from minprfaas.transport.base import KVTransport, LinkDown, StreamAborted, StreamPlan, StreamReport
+from minprfaas.transport.encoding import row_codecs
 
 STREAMS_AT_ONCE = 64  # of one node; further ones wait for their turn, and their KVCache in its blocks
 
@@ -43,6 +44,7 @@ class KVSend:
         self.plan = plan
         self._pool, self._layout, self._tables = kvcache.pool, kvcache.layout, tables
         self._overlap, self._deadline_s = overlap, deadline_s
+        self._codecs = row_codecs(self._layout.specs, plan)
         self._ready_end = {entry.layer: plan.start for entry in plan.entries}
         self._pieces: queue.SimpleQueue[_Piece | None] = queue.SimpleQueue()
         self._stream = transport.open(plan)
@@ -87,8 +89,10 @@ class KVSend:
                         # Waiting here, not on the device, keeps this thread from Python while the model's thread
                         # still launches the pass: the two would take turns at the interpreter, launch by launch.
                         piece.written.synchronize()
-                    data = self._pool.read_bytes(piece.layer, piece.blocks, piece.start, piece.end)
-                    self._stream.put(piece.layer, piece.start, piece.end, data.reshape(-1))
+                    data = self._pool.read_bytes(piece.layer, piece.blocks, piece.start, piece.end).reshape(-1)
+                    if (codec := self._codecs.get(piece.layer)) is not None:
+                        data = codec.encode(data)  # here, beside the forward pass, and on the pool's device
+                    self._stream.put(piece.layer, piece.start, piece.end, data)
             return self._stream.finish(self._deadline_s)
         except (LinkDown, StreamAborted, TimeoutError, ValueError) as error:
             self._stream.abort()

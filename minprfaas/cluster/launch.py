@@ -23,6 +23,7 @@ from minprfaas.errors import UserError, exit_on_user_error, one_line
 from minprfaas.kvcache.layout import Layout
 from minprfaas.model.checkpoint import checked_device
 from minprfaas.model.transformer import Transformer
+from minprfaas.transport.encoding import Encoding
 from minprfaas.transport.wan.handshake import LinkIdentity
 from minprfaas.transport.wan.line import EmulatedLine
 from minprfaas.transport.wan.shared_words import remove_abandoned
@@ -227,12 +228,13 @@ def emulated_line(config: LineConfig, store: dist.Store, here: str, there: str) 
     return EmulatedLine(config, share=directory / f"minprfaas-{run_id}-{here}-{there}.line")
 
 
-def link_identity(model: Transformer, layout: Layout) -> LinkIdentity:
-    """What both ends of a link must agree on before any KVCache crosses: model, number format, block layout, secret."""
+def link_identity(model: Transformer, layout: Layout, encoding: Encoding = Encoding.EXACT) -> LinkIdentity:
+    """What both ends of a link must agree on before any KVCache crosses: model, number format, block layout, how rows
+    are encoded, secret."""
     secret = os.environ.get("MINPRFAAS_SECRET")
     shape = ";".join(f"{group.index}:{group.layers}:{group.spec.nbytes}:{group.spec.kind.value}"
                      for group in layout.groups)
-    return LinkIdentity(model.fingerprint, str(model.dtype), shape, secret.encode() if secret else None)
+    return LinkIdentity(model.fingerprint, str(model.dtype), shape, secret.encode() if secret else None, encoding.value)
 
 
 def _variable(name: str) -> str:

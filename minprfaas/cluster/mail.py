@@ -10,6 +10,7 @@ from typing import Protocol
 from minprfaas.cluster.envelope import BadMessage, Envelope, decode, encode
 from minprfaas.cluster.messages import Message
 from minprfaas.transport.base import EventQueue, KVTransport, LinkDown, MessageChannel, MessageReceived
+from minprfaas.transport.encoding import Encoding
 from minprfaas.transport.loopback import Loopback
 from minprfaas.transport.wan.monitor import LinkStats
 
@@ -26,10 +27,11 @@ class Connection(KVTransport, MessageChannel, Protocol):
 
 
 class Mail:
-    """One process's switchboard. `events` is the queue into which all its transports put what happens."""
+    """One process's switchboard. `events` is the queue into which all its transports put what happens; `encoding` is
+    how the rows of a request's KVCache cross to another datacenter."""
 
-    def __init__(self, events: EventQueue):
-        self.events = events
+    def __init__(self, events: EventQueue, encoding: Encoding = Encoding.EXACT):
+        self.events, self._encoding = events, encoding
         self._loopback = Loopback(events=events)
         self._local: deque[Envelope] = deque()
         self._here: set[str] = set()
@@ -72,6 +74,11 @@ class Mail:
         if to in self._link_to:
             return self._link_to[to]
         raise LinkDown(f"there is no way to {to!r}")
+
+    def encoding_to(self, name: str) -> Encoding:
+        """How rows of attention state cross to the part called `name`, or from it: inside a datacenter exactly."""
+        link = self._link_to.get(name)
+        return self._encoding if link is not None and link.name in self._crosses_sites else Encoding.EXACT
 
     @property
     def links(self) -> dict[str, Connection]:

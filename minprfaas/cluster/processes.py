@@ -23,6 +23,7 @@ from minprfaas.scheduling.control import ControlPlane, ControlSettings
 from minprfaas.scheduling.planner import Fleet
 from minprfaas.scheduling.router import TransferCosts
 from minprfaas.transport.base import EventQueue
+from minprfaas.transport.encoding import Encoding
 
 PRFAAS = "prfaas-0"
 UNTHROTTLED_GBPS = 100.0  # the paper's link; a first guess that the monitor corrects from what it observes
@@ -124,9 +125,9 @@ def process(mail: Mail, front: FrontEnd | None, roles: list[RolePart]) -> Proces
 
 
 def prfaas_process(engine: Engine, link: Connection, events: EventQueue, transfer_deadline_s: float,
-                   overlap: bool = True, name: str = PRFAAS) -> Process:
+                   overlap: bool = True, name: str = PRFAAS, encoding: Encoding = Encoding.EXACT) -> Process:
     """The PrfaaS node over a link whose events go into `events`. The link need not be connected yet."""
-    mail = Mail(events)
+    mail = Mail(events, encoding)
     _, pd = Topology(1, 1).two_places()
     mail.add_link(link, pd.parts)
     place = Place(name, PRFAAS_SITE, {name: Role.PRFAAS})
@@ -136,10 +137,11 @@ def prfaas_process(engine: Engine, link: Connection, events: EventQueue, transfe
 
 
 def pd_process(prefill_engine: Engine, decode_engine: Engine, links: dict[str, Connection], events: EventQueue,
-               plane: ControlPlane, deadline_s: float, room_deadline_s: float = LOCAL_DEADLINE_S) -> Process:
+               plane: ControlPlane, deadline_s: float, room_deadline_s: float = LOCAL_DEADLINE_S,
+               encoding: Encoding = Encoding.EXACT) -> Process:
     """The PD node and the front end over links, by PrfaaS node, whose events go into `events`. The engines share the
     model, not the pool."""
-    mail = Mail(events)
+    mail = Mail(events, encoding)
     for name, link in links.items():
         mail.add_link(link, [name])
     front = front_end(plane, mail, decode_engine, deadline_s)

@@ -38,7 +38,9 @@ class SnapshotArrivals:
 
     def expect(self, stream_id: int, request: Request, source: str, deadline_at_s: float) -> int:
         """Expect the state at the last block boundary before the prompt's last token. Returns that boundary, or 0 when
-        there is no room or no use for it. Raises LinkDown."""
+        there is no room or no use for it (as where the rows up to it are rounded). Raises LinkDown."""
+        if not request.cache.is_exact:
+            return 0
         size = self._kvcache.layout.block_tokens
         at = (len(request.token_ids) - 1) // size * size
         transport, expected = self._mail.transport(source), self._kvcache.snapshots.expect(request.keys, at)

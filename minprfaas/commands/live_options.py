@@ -14,6 +14,7 @@ from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import UserError, require_number
 from minprfaas.scheduling.planner import Fleet
 from minprfaas.scheduling.profiles import Profile
+from minprfaas.transport.encoding import Encoding
 from minprfaas.transport.wan.line import load_weather
 
 
@@ -29,6 +30,9 @@ def add_options(p: argparse.ArgumentParser, may_serve: bool = False) -> None:
     p.add_argument("--rtt-ms", type=float, default=0.0, metavar="MS", help="emulated round-trip time (0)")
     p.add_argument("--lanes", type=int, default=4, help="connections that one link stripes over (4)")
     p.add_argument("--weather", metavar="FILE.json", help="emulated schedule of bandwidth, delay and stalls")
+    p.add_argument("--wire", default=Encoding.EXACT.value, choices=[encoding.value for encoding in Encoding],
+                   help="how rows of attention state cross between the datacenters; all but exact suspend the promise "
+                   "that answers are token-identical (exact)")
     p.add_argument("--device", default="cpu", help="cpu or cuda; on cuda each process takes its own GPU (cpu)")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     p.add_argument("--prefill-chunk", type=int, metavar="TOKENS", help="tokens a prefill chunk (1024; on a GPU 8192)")
@@ -72,6 +76,7 @@ class Run:
     line: LineConfig
     prompts: list[Prompt]
     load: Load | None  # instead of the prompts
+    encoding: Encoding  # of rows of attention state between the datacenters
     fleet: Fleet | None  # with a profile: what the threshold loop plans for
 
 
@@ -103,7 +108,8 @@ def checked(args: argparse.Namespace, topology: Topology) -> Run:
         answer_tokens = fmean([prompt.params.max_tokens for prompt in prompts] or [otherwise])
         fleet = Fleet(topology.prfaas, max(topology.pd, 2), args.link_gbps or UNTHROTTLED_GBPS, profile, profile,
                       answer_tokens)
-    return Run(args, topology, link, LineConfig(args.link_gbps, args.rtt_ms, weather), prompts, load, fleet)
+    line = LineConfig(args.link_gbps, args.rtt_ms, weather)
+    return Run(args, topology, link, line, prompts, load, Encoding(args.wire), fleet)
 
 
 def _checked_prompts(args: argparse.Namespace) -> list[Prompt]:

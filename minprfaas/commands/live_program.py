@@ -43,6 +43,7 @@ class Program:
         self.args, self.line, self.lanes, self.load = run.args, run.line, run.link.lanes, run.load
         self.outputs, self.here, self.places, self.neighbours = outputs, here, places, neighbours
         self.process, self.front, self.engine = made, made.front, engine
+        self.lossy = answers.lossy_wire(engine.layout, run.encoding)
         self.journeys: dict[str, Journey] = {}
         self.prompts, self.due = self._asked(run)
         if run.load is not None or run.args.serve is not None:
@@ -85,7 +86,7 @@ class Program:
         if self.args.check_sample is not None:
             journeys = random.Random(self.args.seed).sample(journeys, min(self.args.check_sample, len(journeys)))
         lines, is_right = answers.check(journeys, [self.prompts[journey.id] for journey in journeys], self.engine.model,
-                                        self.engine.tokenizer, self.args.prefill_chunk)
+                                        self.engine.tokenizer, self.args.prefill_chunk, self.lossy is not None)
         print("\n".join(lines))
         return 0 if is_well and is_right else 1
 
@@ -156,6 +157,8 @@ class Program:
         gbps = self.line.gbps
         bandwidth = "unthrottled" if gbps is None else f"{gbps * 1000:g} Mbit/s (emulated)"
         say(f"link A → B    {bandwidth}, round trip {self.line.rtt_ms:g} ms (emulated), {self.lanes} lanes")
+        if self.lossy is not None:
+            say(f"wire          {self.lossy}")
         if self.load is not None:
             say(f"load          {self.load}")
         say(f"routing       more than {self.args.threshold:,} uncached tokens → A, else B\n")

@@ -73,7 +73,7 @@ def _play(run: Run, seat: Seat, outputs: dict[str, OutputFile]) -> int:
     engines = Engines(run, seat, timeline)
     engine = engines.first
     store = seat.address.open(serves=here.has_front)  # kept: where this process serves it, it lives as long
-    mail = Mail(EventQueue())
+    mail = Mail(EventQueue(), run.encoding)
     front = None
     if here.has_front:
         plane = ControlPlane(control_settings(args.threshold, args.link_gbps, engine.layout, args.ship_prefixes,
@@ -84,12 +84,13 @@ def _play(run: Run, seat: Seat, outputs: dict[str, OutputFile]) -> int:
     other = {place.site for place in seat.places} - {here.site}
     line = emulated_line(run.line, store, here.site, other.pop()) if other else None
     identity = link_identity(engine.model, engine.layout)
+    across = link_identity(engine.model, engine.layout, run.encoding)
 
     def make_link(peer: Place) -> Link | Fabric:
         first, second = sorted((here, peer), key=seat.places.index)
         name, store, rank = f"{first.name}:{second.name}", seat.address.open(), int(here is second)
         if peer.site != here.site:
-            return Link(name, store, rank, run.link, identity, line, mail.events, timeline)
+            return Link(name, store, rank, run.link, across, line, mail.events, timeline)
         config = replace(run.link, lanes=1, timeout_s=FABRIC_TIMEOUT_S)
         if here.roles and peer.roles:
             return Fabric(name, store, rank, config, identity, engine.model.device, mail.events)

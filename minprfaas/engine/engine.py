@@ -131,11 +131,6 @@ class Engine:
         request.cached_tokens, request.status = request.cache.cached_tokens, Status.REMOTE
         return True
 
-    def unreserve_remote(self, request: Request) -> None:
-        """The other node's prefill will not complete: give the blocks back, so that it can be reserved for anew."""
-        self.scheduler.close_cache(request)
-        request.status = Status.WAITING
-
     def admit_remote(self, request: Request, first_token: int) -> TokenUpdate:
         """The prompt's whole KVCache has arrived in the reserved blocks: decode from its first token on."""
         self.kvcache.advance(request.cache, request.token_ids)

@@ -146,7 +146,7 @@ class KVCacheManager:
         if len(token_ids) > reserved:
             raise ValueError(f"advance to {len(token_ids)} tokens, but {reserved} are reserved")
         cache.num_tokens = len(token_ids)
-        if not self.config.prefix_cache:
+        if not self.config.prefix_cache or not cache.is_exact:
             return
         if full > len(cache.keys):
             cache.keys = self.keys(token_ids, cache.keys)

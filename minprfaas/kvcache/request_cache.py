@@ -19,6 +19,7 @@ class RequestCache:
     replaced: list[int] = field(default_factory=list)  # blocks whose equals in the index are used instead
     transfers: int = 0
     closed: bool = False
+    is_exact: bool = True  # else rows of it were rounded on the wire, and are no other request's prefix
     # Request-level state; see `snapshots.py`.
     has_state: bool = False  # whether the live state has its blocks
     origin: int | None = None  # the snapshot (an entry) that the live state will begin as a copy of

@@ -30,12 +30,13 @@ class StreamAborted(Exception):
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer's state on the wire: `row_bytes` for each token of token state, else `row_bytes` in all."""
+    """One layer's state on the wire, in an `Encoding`: `row_bytes` for each token of token state, else in all."""
 
     layer: int
     group: int
     kind: StateKind
     row_bytes: int
+    encoding: str = "exact"
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from minprfaas.model.spec import StateSpec
+from minprfaas.transport.base import StreamPlan
+
 FP8_TOP, INT8_TOP, INT4_TOP = 448.0, 127, 15
 SCALE = torch.bfloat16  # float32's range in two bytes
 
@@ -40,6 +43,11 @@ class RowCodec:
     dtype: torch.dtype
 
     @property
+    def is_exact(self) -> bool:
+        """Whether what `decode` gives is what `encode` got, to the last bit."""
+        return self.encoding is Encoding.EXACT or (self.encoding is Encoding.BF16 and self.dtype is torch.bfloat16)
+
+    @property
     def group(self) -> int:
         """Channels that share a scale: a divisor of the width, so that no group crosses from one head to the next."""
         most = 32 if self.encoding is Encoding.INT4 else 64
@@ -52,6 +60,10 @@ class RowCodec:
         return {Encoding.EXACT: self.width * self.dtype.itemsize, Encoding.BF16: 2 * self.width,
                 Encoding.FP8: self.width + 2 * groups, Encoding.INT8: self.width + 2 * groups,
                 Encoding.INT4: groups * ((self.group + 1) // 2 + 4)}[self.encoding]
+
+    def wire_bytes(self, nbytes: int) -> int:
+        """What whole rows of `nbytes` in the cache's format become."""
+        return nbytes // (self.width * self.dtype.itemsize) * self.row_bytes
 
     def encode(self, data: Tensor) -> Tensor:
         """uint8 of whole rows in the cache's format -> uint8 of as many rows, `row_bytes` each."""
@@ -75,16 +87,29 @@ class RowCodec:
         """What `encode` gave -> uint8 of the rows in the cache's format."""
         if self.encoding is Encoding.EXACT:
             return data
+        data = data.reshape(-1)
         if self.encoding is Encoding.BF16:
-            return _as_bytes(data.reshape(-1).view(torch.bfloat16).to(self.dtype)).reshape(-1)
+            return _as_bytes(_typed(data, torch.bfloat16).to(self.dtype)).reshape(-1)
         groups = data.view(-1, self.width // self.group, self.row_bytes // (self.width // self.group))
         if self.encoding is Encoding.INT4:
             values = _decode_int4(groups, self.group)
         else:
-            codes, scale = groups[..., :self.group].contiguous(), groups[..., self.group:].contiguous().view(SCALE)
-            values = codes.view(torch.float8_e4m3fn if self.encoding is Encoding.FP8 else torch.int8).float()
-            values = values * scale.float()
+            code = torch.float8_e4m3fn if self.encoding is Encoding.FP8 else torch.int8
+            scale = _typed(groups[..., self.group:], SCALE)
+            values = _typed(groups[..., :self.group], code).float() * scale.float()
         return _as_bytes(values.reshape(-1).to(self.dtype)).reshape(-1)
+
+
+def row_codec(spec: StateSpec, encoding: Encoding) -> RowCodec:
+    """For a layer of token state or with a window: its one tensor's last dimension is a row."""
+    (tensor,) = spec.tensors
+    return RowCodec(encoding, tensor.shape[-1], tensor.torch_dtype)
+
+
+def row_codecs(specs: tuple[StateSpec, ...], plan: StreamPlan) -> dict[int, RowCodec]:
+    """The codecs of the layers whose rows do not cross as they are."""
+    return {entry.layer: row_codec(specs[entry.layer], Encoding(entry.encoding)) for entry in plan.entries
+            if entry.encoding != Encoding.EXACT}
 
 
 def _encode_int4(groups: Tensor) -> list[Tensor]:
@@ -100,7 +125,7 @@ def _encode_int4(groups: Tensor) -> list[Tensor]:
 
 def _decode_int4(groups: Tensor, size: int) -> Tensor:
     packed = groups[..., :-4]
-    scale, base = groups[..., -4:].contiguous().view(SCALE).float().split(1, dim=-1)
+    scale, base = _typed(groups[..., -4:], SCALE).float().split(1, dim=-1)
     codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)[..., :size]
     return codes.float() * scale + base
 
@@ -115,6 +140,11 @@ def _scale(wanted: Tensor) -> Tensor:
 def _next_below(value: Tensor) -> Tensor:
     """A two-byte number that is certainly smaller."""
     return value - value.abs() * 2**-7 - 1e-37
+
+
+def _typed(data: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes as numbers, in memory of their own: a piece of a message may begin at any byte."""
+    return data.clone(memory_format=torch.contiguous_format).view(dtype)
 
 
 def _as_bytes(values: Tensor) -> Tensor:

@@ -165,7 +165,7 @@ class KVNode:
             raise SystemExit(f"the receiver met {event}")
         transport.send_message({"kind": "arrived", "at_s": arrived_at_s,
                                 "sums": self._checksums(tables, plan)})
-        self.engine.unreserve_remote(request)
+        self.engine.abort(request)
 
     def _request(self, plan: StreamPlan):
         prompt = torch.randint(0, self.engine.model.config.vocab_size, (plan.end,)).tolist()
