@@ -105,9 +105,10 @@ def test_a_cluster_under_load_answers_as_one_process_does_and_says_where_the_tim
     rows = [json.loads(line) for line in rows.read_text().splitlines()]
     assert {row["route"] for row in rows} == {"prfaas", "pdp"} and any(row["cached_tokens"] for row in rows)
     shown = {line[2:24].strip(): line.split() for line in done.stdout.splitlines() if line.startswith("  ")}
-    parts = [float(shown[part][-2]) for part in ("route", "queue", "prefill", "exposed transfer", "admission, first token")]
+    names = ("route", "queue", "prefill", "exposed transfer", "admission, first token")
+    parts = [float(shown[name][-2]) for name in names]
     assert sum(parts) == pytest.approx(float(shown["TTFT"][-2]), abs=0.003)
     assert sum(parts) == pytest.approx(sum(row["ttft_s"] for row in rows) / 10, abs=0.003)
-    computes = {name: line.split()[2] for line in done.stdout.splitlines() for name in ("prfaas-0", "pd-0/pdp", "pd-0/pdd")
-                if line.startswith(f"  {name} ")}
+    computes = {name: line.split()[2] for line in done.stdout.splitlines()
+                for name in ("prfaas-0", "pd-0/pdp", "pd-0/pdd") if line.startswith(f"  {name} ")}
     assert len(computes) == 3 and all(0 < float(share.rstrip("%")) <= 100 for share in computes.values())

@@ -4,7 +4,7 @@ A message from another datacenter is input from outside: `decode` accepts exactl
 fields, or raises `BadMessage`.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 from minprfaas.cluster.messages import Message
 
@@ -26,9 +26,11 @@ class Envelope:
 
 
 def encode(envelope: Envelope) -> dict:
-    """A JSON-ready object."""
+    """A JSON-ready object, to be written at once: it shares the message's lists. (`asdict` would copy them token by
+    token, which took most of a front end's time.)"""
     message = envelope.message
-    return {"to": envelope.to, "from": envelope.sender, "type": type(message).__name__, "fields": asdict(message)}
+    values = {field.name: getattr(message, field.name) for field in fields(message)}
+    return {"to": envelope.to, "from": envelope.sender, "type": type(message).__name__, "fields": values}
 
 
 def decode(raw: dict) -> Envelope:

@@ -130,18 +130,26 @@ def own_device(kind: str, local_rank: int) -> torch.device:
 
 
 def start_processes(names: list[str], front: str | None, main: Callable[[list[str]], int], argv: list[str],
-                    restart: str = "", front_ends_all: bool = False) -> int:
+                    restart: str = "", front_ends_all: bool = False, restarts: bool = False) -> int:
     """Run `main(argv)` in a process for each name, as torchrun would; returns the front end's exit status, or without
     one here the worst of all. `restart` is how a person starts one of them again, with {name} and {port} to be filled
     in.
 
     They are forked, so that PyTorch is imported once and not by each of them; this process only waits, and never
     computes or touches a GPU. torchrun exits with 1 whatever its workers say; this keeps the status 2 of a user's
-    mistake. It ends every process when one dies; here the others go on. Ended by a signal, this ends its processes
-    first; with `front_ends_all` a signal is handed to the front end, which then dismisses the others.
+    mistake. It ends every process when one dies; here the others go on, and with `restarts` one that was killed is
+    started again. Ended by a signal, this ends its processes first; with `front_ends_all` a signal is handed to the
+    front end, which then dismisses the others.
     """
     port = _free_port()
     workers: dict[str, ForkProcess] = {}
+
+    def start(name: str) -> None:
+        rank = str(names.index(name))
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(len(names)), "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": str(port)}
+        workers[name] = ForkProcess(target=_run_as, args=(environment, main, argv), name=name)
+        workers[name].start()
 
     def on_signal(number: int, frame: object) -> None:
         if not front_ends_all or front not in workers:
@@ -151,13 +159,10 @@ def start_processes(names: list[str], front: str | None, main: Callable[[list[st
     for number in (signal.SIGTERM, signal.SIGINT) if front_ends_all else (signal.SIGTERM,):
         signal.signal(number, on_signal)
     try:
-        for rank, name in enumerate(names):
-            environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(names)),
-                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            workers[name] = ForkProcess(target=_run_as, args=(environment, main, argv), name=name)
-            workers[name].start()
+        for name in names:
+            start(name)
         awaited = [workers[front]] if front is not None else [*workers.values()]
-        return _wait_for(awaited, workers, restart.replace("{port}", str(port)))
+        return _wait_for(awaited, workers, restart.replace("{port}", str(port)), start if restarts else None)
     finally:
         for worker in workers.values():
             worker.kill()
@@ -179,9 +184,10 @@ def _run_as(environment: dict[str, str], main: Callable[[list[str]], int], argv:
     sys.exit(exit_on_user_error(main)(argv))
 
 
-def _wait_for(awaited: list[ForkProcess], workers: dict[str, ForkProcess], restart: str) -> int:
+def _wait_for(awaited: list[ForkProcess], workers: dict[str, ForkProcess], restart: str,
+              start: Callable[[str], None] | None) -> int:
     """The worst exit status of those that are awaited; or 2, as soon as any process has refused a user's mistake and
-    said so. What else ends before that is told."""
+    said so. What else ends before that is told, and with `start` begins anew if a signal has ended it."""
     gone: set[str] = set()
     while True:
         statuses = {name: worker.exitcode for name, worker in workers.items()}
@@ -191,6 +197,12 @@ def _wait_for(awaited: list[ForkProcess], workers: dict[str, ForkProcess], resta
             _give_time(workers)
             return max(worker.exitcode % 256 for worker in awaited)
         for name in [name for name, status in statuses.items() if status and name not in gone]:
+            if start is not None and statuses[name] < 0:
+                start(name)
+                print(f"{name} has ended with status {statuses[name]}; it is process {workers[name].pid} now",
+                      file=sys.stderr, flush=True)
+                statuses[name] = None
+                continue
             gone.add(name)
             again = f"; {restart.replace('{name}', name)} starts it again" if restart else ""
             print(f"{name} has ended with status {statuses[name]}{again}", file=sys.stderr)

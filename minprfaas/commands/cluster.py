@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
                    "(prfaas=2,pd=3)")
     p.add_argument("--split", type=int, metavar="N", help="PD nodes that begin as PD-P (half of them; a single PD node "
                    "plays both roles)")
+    p.add_argument("--restart", action="store_true", help="without torchrun: start a node again that was killed")
     p.add_argument("--store", metavar="HOST:PORT", help="where processes that are started apart meet")
     p.add_argument("--datacenter", choices=(PRFAAS_SITE, PD_SITE), help="only the processes of one datacenter")
     p.add_argument("--node", metavar="NAME", help="only this process, such as pd-1")
@@ -85,4 +86,5 @@ def _start(run: Run, chosen: list[Place], argv: list[str]) -> int:
     front = next((place.name for place in chosen if place.has_front), None)
     store = run.args.store or "127.0.0.1:{port}"
     return start_processes([place.name for place in chosen], front, main, argv,
-                           restart=f"--node {{name}} --store {store}", front_ends_all=run.args.serve is not None)
+                           restart=f"--node {{name}} --store {store}", front_ends_all=run.args.serve is not None,
+                           restarts=run.args.restart)
