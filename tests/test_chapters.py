@@ -1,0 +1,53 @@
+"""The chapters as a reader runs them. All of them together take minutes, and are `heavy`."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TUTORIALS = Path(__file__).resolve().parent.parent / "tutorials"
+CHAPTERS = sorted(TUTORIALS.glob("[0-9][0-9]_*.py"))
+WITH_HELPER = [path for path in CHAPTERS if "import helper" in path.read_text()]
+DEADLINE_S = 400
+
+
+def start(chapter, *options):
+    return subprocess.Popen([sys.executable, str(chapter), *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize("chapter", WITH_HELPER, ids=lambda path: path.stem)
+def test_a_chapter_says_what_it_is_before_it_loads_anything(chapter):
+    running = start(chapter, "--help")
+    said, errors = running.communicate(timeout=60)
+    assert running.returncode == 0 and errors == ""
+    assert f"Chapter {chapter.name[:2]}" in said and f"python tutorials/{chapter.name}" in said
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+def test_a_chapter_runs_alone_and_keeps_what_it_promises(chapter):
+    running = start(chapter)
+    said, errors = running.communicate(timeout=DEADLINE_S)
+    assert running.returncode == 0, errors
+    assert "Traceback" not in errors and not re.search(r"\b(?:FALSE|DIFFERENT|BROKEN|NOT|DAMAGED)\b", said)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("chapter", WITH_HELPER, ids=lambda path: path.stem)
+def test_ctrl_c_ends_a_chapter_with_one_line_and_a_reader_who_leaves_with_none(chapter):
+    running = start(chapter)
+    while running.stdout.readline().strip() == "":
+        assert running.poll() is None, running.stderr.read()
+    os.killpg(running.pid, signal.SIGINT)
+    _, errors = running.communicate(timeout=DEADLINE_S)
+    assert (running.returncode, errors) == (130, "interrupted\n")
+
+    running = start(chapter)
+    running.stdout.readline()
+    running.stdout.close()
+    assert running.wait(DEADLINE_S) == 1 and running.stderr.read() == ""

@@ -1,0 +1,273 @@
+"""Chapter 09: inside a datacenter. KVCache from GPU to GPU: a group of two, a digest, and then the blocks. Paper 3.1.
+
+    python tutorials/09_inside_a_datacenter.py
+
+Uses transport/fabric, fabric_sending and pair_group. This runs on CPUs, where Gloo carries the bytes; between two GPUs
+the same code takes NCCL. What is said of NCCL here is marked so: nothing in this run measures it.
+"""
+import helper
+
+if __name__ == "__main__":
+    helper.begin(__doc__)
+
+import time
+
+import torch
+from nodes import DEADLINE_S, STREAM_TOKENS, cargo, new_store, pair_end, plan
+
+from minprfaas.observe.report import human_bytes, table
+from minprfaas.transport import EventQueue, LinkRestored, StreamDone, StreamFailed
+from minprfaas.transport.pair_group import ALIGN_BYTES, STAGING_BYTES, PairGroup, digest, require_error_handling
+from minprfaas.transport.wan.binding import LOOPBACK
+
+torch.set_num_threads(1)
+CPU, NODES_PY = torch.device("cpu"), helper.path_of("nodes.py")
+
+# %% [markdown]
+# ## 1. A group of two
+#
+# Two datacenters are joined by a line that is slow and may break, so chapter 07 built lanes, frames, acknowledgements.
+# Inside one there is a network that moves 100 GB/s and more, from the memory of one GPU into that of another, and
+# `torch.distributed` can drive it. What a *node* prefills goes to *any* node that decodes, and nodes die by themselves.
+# One group of all nodes would die with each of them. So every **pair** of nodes has a group of its own, and when one
+# of the two dies, nobody else notices. Each direction has its own group, too: a group's operations queue up behind
+# each other, and a send would wait for a receive that waits for a send.
+#
+# *Guess first:* how many groups does a datacenter of 8 nodes need, and how many MB/s pass between two CPUs here?
+
+# %%
+store = new_store()
+here, there = helper.in_parallel(
+    *[lambda rank=rank: PairGroup(store, 1, rank, CPU, STAGING_BYTES["cpu"], LOOPBACK) for rank in (0, 1)])
+kvcache = torch.randint(0, 256, (STAGING_BYTES["cpu"],), dtype=torch.uint8)
+
+
+def cross() -> torch.Tensor:
+    """One operation on either side; what has landed."""
+    landed = there.receive(kvcache.numel())
+    here.wait(here.send(kvcache))
+    there.wait(landed)
+    return landed.data
+
+
+cross()
+began_s = time.monotonic()
+for _ in range(32):
+    landed = cross()
+mb_s = 32 * kvcache.numel() / (time.monotonic() - began_s) / 1e6
+print("1. A group of two\n")
+print(f"   8 nodes: {8 * 7 // 2} pairs, {8 * 7} groups, one for each direction. Between two threads here\n"
+      f"   {mb_s:,.0f} MB/s pass by Gloo, {human_bytes(kvcache.numel())} an operation; what landed is "
+      f"{'the same' if torch.equal(landed, kvcache) else 'NOT the same'}.\n")
+
+# %% [markdown]
+# *Why so large an operation?* One costs some microseconds whatever it moves, and a row of KVCache may have only some
+# hundred bytes. So pieces of many layers and streams are packed into a *staging buffer*, and that crosses at once.
+#
+# *Change this line:* `range(32)` sends the whole buffer; send `kvcache[:4096]` instead, and watch the rate.
+
+# %% [markdown]
+# ## 2. Land, digest, scatter
+#
+# The bytes could be received straight into the blocks of the pool. They are not. With NCCL an operation that is broken
+# off *ends like one that succeeded*: no error, and a buffer that is half old, half new. So the sender announces a
+# *digest* over the link, the bytes land in a staging buffer, and only when they have that digest are they scattered
+# into blocks. The digest is one pass over the bytes, on the device where they are.
+#
+# *Guess first:* 1 of 8,388,608 bits is wrong. Does a sum notice? And if the second half never came?
+
+# %%
+announced = int(digest(kvcache))
+one_bit, half, swapped = kvcache.clone(), kvcache.clone(), kvcache.clone()
+one_bit[100_000] ^= 4
+half[half.numel() // 2:] = 0  # what an operation leaves that was broken off
+rows = swapped.view(-1, ALIGN_BYTES)
+rows[[3, 7]] = rows[[7, 3]]
+cases = {"as it was sent": kvcache, "one bit flipped": one_bit, "the second half missing": half,
+         "two rows in each other's place": swapped}
+print("2. Land, digest, scatter\n")
+print(table(["what landed", "its digest", "scattered"],
+            [[what, f"{int(digest(data)) % 2**64:016x}", "yes" if int(digest(data)) == announced else "no"]
+             for what, data in cases.items()]))
+noticed = sum(int(digest(data)) != announced for data in list(cases.values())[1:])
+print(f"\n   {noticed} of 3 damages noticed.\n")
+
+# %% [markdown]
+# *Why two rows' places?* Each row's sum is multiplied with an odd number of its own before they are added. A plain sum
+# would not notice; `sum` in place of `digest` above shows that.
+#
+# *Change this line:* swap two words inside one row (`half[0:8]` and `half[8:16]`). This digest cannot see that; a wire
+# does not do that either, and against malice it was never meant.
+
+# %% [markdown]
+# ## 3. What cannot be cancelled
+#
+# A receive is posted, and the peer does not send: it is dead, or stopped. There is no call that takes one operation
+# back. What can be done is to end the *group*, with everything that is on its way in it.
+#
+# *Guess first:* two receives wait; how many of them end when the group is aborted?
+
+# %%
+waiting = [there.receive(4096), there.receive(4096)]
+time.sleep(0.2)
+oldest_s = there.oldest_s(time.monotonic())
+
+
+def outcome(transfer) -> str:
+    """How it ended."""
+    try:
+        there.wait(transfer)
+        return "ended without a word"
+    except RuntimeError:
+        return "ended in an error"
+
+
+began_s = time.monotonic()
+there.abort()
+ends = [outcome(transfer) for transfer in waiting]
+ended_s = time.monotonic() - began_s
+print("3. What cannot be cancelled\n")
+print(f"   Two receives have waited for {oldest_s:.2f} s. Abort the group: {ended_s * 1e3:.0f} ms later "
+      f"{sum(end.startswith('ended') for end in ends)} of 2 have ended ({', '.join(sorted(set(ends)))}).\n"
+      "   NCCL's would end without a word (not measured here; the fabric's tests imitate it): hence the digest.\n")
+here.abort()
+
+# %% [markdown]
+# *Why not wait longer?* Behind the receive are the blocks that it was to fill, and a request. So a watchdog looks at
+# the oldest operation, and ends the *epoch* when it is older than `deadline_s`. With NCCL there is one trap more:
+# unless `TORCH_NCCL_ASYNC_ERROR_HANDLING` is 0 or 2, PyTorch's own watchdog then ends the *process*. So the fabric
+# sets it, and refuses to start where the environment insists:
+
+# %%
+require_error_handling()
+
+# %% [markdown]
+# ## 4. The fabric: a stream from another process
+#
+# `Fabric` puts it together. Words (announcements, acknowledgements) go over a link as in chapter 07, bytes through the
+# groups. For whoever uses it, it is a `KVTransport` like the link: `expect` here, `open` and `put` there. The other
+# node is now another process; it sends what it is asked for, 64 tokens at a time.
+#
+# *Guess first:* 64 puts of 128 KiB: how many operations would you make of them?
+
+# %%
+store = new_store()
+peer = helper.start(NODES_PY, str(store.port))
+
+
+class Counted(PairGroup):
+    """A group that knows how many operations brought it something."""
+
+    received = 0
+
+    def receive(self, nbytes: int):
+        Counted.received += 1
+        return super().receive(nbytes)
+
+
+fabric = pair_end(store, 0, group_type=Counted)
+fabric.connect(DEADLINE_S)
+helper.wait_until(lambda: fabric.epoch > 0, "the first epoch")
+
+
+class Blocks:
+    """Where a stream arrives, and how."""
+
+    def __init__(self, number: int):
+        self.number, self.rows, self.calls = number, torch.zeros_like(cargo(number)), 0
+
+    def write(self, layer: int, start: int, end: int, data: torch.Tensor) -> None:
+        self.rows[start:end] = data.view(end - start, -1)
+        self.calls += 1
+
+    @property
+    def is_identical(self) -> bool:
+        return torch.equal(self.rows, cargo(self.number))
+
+
+def ask(number: int, pause_s: float = 0.0) -> Blocks:
+    """Expect stream `number`, then ask for it: the order in which a decode node does it."""
+    blocks = Blocks(number)
+    fabric.expect(plan(number), blocks.write)
+    fabric.send_message({"stream": number, "pause_s": pause_s})
+    return blocks
+
+
+def next_of(kind: type, events: EventQueue = fabric.events):
+    """The next event of this kind."""
+    while not isinstance(event := events.get(timeout=DEADLINE_S), kind):
+        pass
+    return event
+
+
+first = ask(1)
+done = next_of(StreamDone)
+took_s = done.report.last_byte_s - done.report.first_byte_s
+print("4. A stream from another process\n")
+print(f"   epoch {fabric.epoch}: {human_bytes(done.report.bytes)} in {first.calls} pieces, "
+      f"by {Counted.received} operations, in {took_s * 1e3:.0f} ms;\n"
+      f"   {'every byte is the same' if first.is_identical else 'the bytes are NOT the same'}.\n")
+
+# %% [markdown]
+# *Why did nobody say "go" in between?* A batch is announced, with its size, its digest and what is in it, before it is
+# sent. The receiver posts exactly that receive. NCCL matches operations by their order alone, so both sides must make
+# the same ones in the same order; the announcements are that order.
+#
+# *Change this line:* `ask(1, pause_s=0.005)`, as if a layer were computed in between. Are there more operations now?
+
+# %% [markdown]
+# ## 5. A peer is killed, and the next epoch
+#
+# The same stream, but in its middle the other node is killed, as `kill -9` does it. Another process then takes its
+# place.
+#
+# *Guess first:* how long until this side knows? Which of the bytes that had arrived may be used?
+
+# %%
+second = ask(2, pause_s=0.02)
+helper.wait_until(lambda: second.calls >= 8, "the eighth piece")
+epoch, killed_s = fabric.epoch, time.monotonic()
+peer.kill()
+failed = next_of(StreamFailed)
+known_s = time.monotonic() - killed_s
+arrived, before = failed.arrived_end, second.rows.clone()
+is_sound = torch.equal(second.rows[:arrived], cargo(2)[:arrived])
+
+peer = helper.start(NODES_PY, str(store.port))
+restored = next_of(LinkRestored)
+helper.wait_until(lambda: fabric.epoch > epoch, "the next epoch")
+met_s = time.monotonic() - killed_s
+third = ask(3)
+next_of(StreamDone)
+is_untouched = torch.equal(before, second.rows)
+print("5. A peer is killed, and the next epoch\n")
+print(table(["what happened", "s after the kill"], [
+    [f"the stream failed: {failed.reason}", f"{known_s:.2f}"],
+    [f"a new process is met ({'it says that it is new' if restored.peer_restarted else 'the old one?'}), epoch "
+     f"{epoch} → {fabric.epoch} (it had to import torch first)", f"{met_s:.2f}"]]))
+print(f"\n   Of {STREAM_TOKENS:,} tokens {arrived:,} had arrived, and they are {'sound' if is_sound else 'DAMAGED'}; "
+      f"nothing was written once the stream\n   had failed: {'true' if is_untouched else 'FALSE'}. "
+      f"A stream of the next epoch: {'every byte is the same' if third.is_identical else 'NOT the same'}.\n")
+peer.kill()
+fabric.close()
+
+# %% [markdown]
+# *Why so fast?* A killed process's connections are reset by its kernel, and the link notices that at once. One that is
+# only stopped (`SIGSTOP`), or whose machine has lost its power, says nothing: then it takes the link's `silence_s`, or
+# the operation's `deadline_s`, whichever is over first.
+#
+# *Why an epoch, and not just a new group?* What the old process announced may still be on its way. Every word bears the
+# number of its epoch, and what belongs to another one is not heard.
+#
+# *Change this line:* `peer.kill()` → `peer.send_signal(signal.SIGSTOP)` (and `SIGCONT` later). How long now?
+#
+# ### Exercises
+# 1. Give `pair_end` a `Fabric(…, staging_bytes=65_536)` on both sides. What happens to the pieces, and why does the
+#    link refuse a pair that does not agree about it?
+# 2. Section 1 sends in one direction. Send in both at once, first through two groups, then through one, and abort
+#    what does not end.
+
+# %%
+sound = [first.is_identical, third.is_identical, is_sound, is_untouched, noticed == 3]
+print(f"{sum(sound)} of {len(sound)} promises kept. Next: tutorials/10_the_throughput_model.py, which requests should "
+      "leave at all;\ntests/test_transport_fabric.py holds more of this, and between two GPUs with NCCL.")

@@ -1,0 +1,192 @@
+"""Chapter 13: Prefill-as-a-Service, end to end. Two datacenters, four processes, two turns of one talk. Paper 3, 4.
+
+    python tutorials/13_prefill_as_a_service.py
+
+Uses cluster/, by the same classes as scripts/cluster.py, which starts the nodes. The line between the datacenters is
+emulated in its rate and its round trip; the processes, the KVCache that crosses, and the times are real.
+"""
+import helper
+
+if __name__ == "__main__":
+    helper.begin(__doc__)
+
+from nodes import LiveCluster
+
+from minprfaas import SamplingParams, generate
+from minprfaas.cluster.journey import Journey
+from minprfaas.cluster.topology import Topology
+from minprfaas.config import LineConfig
+from minprfaas.documents import EVALUATION_SEEDS, make_document
+from minprfaas.observe.report import human_bytes, table
+
+# %% [markdown]
+# ## 1. Who is there
+#
+# Prefill reads the whole prompt at once and wants arithmetic; decode reads the whole KVCache for every token and wants
+# memory bandwidth (chapter 04). So the paper puts machines that are good at prefill into a datacenter of their own, and
+# lets the PD cluster ask it for *prefill as a service*: `prfaas-0` there; here `pd-0`, which prefills what stays
+# (PD-P), `pd-1`, which decodes (PD-D), and the front end, which runs no model and routes.
+
+# %%
+THRESHOLD = 512  # uncached tokens; a request with more of them is offloaded
+LINE = LineConfig(gbps=0.05, rtt_ms=20)
+cluster = LiveCluster(Topology(prfaas=1, pd=2, split=1), THRESHOLD, LINE)
+cluster.wait_for("prfaas-0", "pd-0", "pd-1")
+print("1. Who is there\n")
+print(table(["process", "datacenter", "role", "process id"], [
+    [node.name, node.site, cluster.front.ready[node.name].role, str(cluster.processes[node.name].pid)]
+    for node in cluster.nodes]))
+print(f"\n   Between the datacenters: {LINE.gbps * 1e3:g} Mbps, {LINE.rtt_ms:g} ms round trip (emulated). "
+      f"More than {THRESHOLD} uncached tokens go to PrfaaS.\n")
+
+# %% [markdown]
+# ## 2. Requests of two lengths
+#
+# Attention makes a long prompt's prefill grow faster than its KVCache: the longer, the fewer bytes a second has the
+# line to carry, and the more is gained elsewhere. A short prompt is soon done here, and a round trip would only delay
+# it. The threshold says what is long (chapter 10 computes it, chapter 11 applies it).
+#
+# *Guess first:* a prompt of 1,500 tokens and one of 200: which route, and how many bytes cross for each?
+
+# %%
+GREEDY = SamplingParams(max_tokens=8)
+encode = cluster.tokenizer.encode
+
+
+def serve(requests: dict[str, list[int]]) -> list[Journey]:
+    """Submit them all at once; step the front end until each has its answer."""
+    journeys = [cluster.front.submit(name, token_ids, GREEDY) for name, token_ids in requests.items()]
+    while cluster.front.has_work:
+        cluster.step()
+    for journey in journeys:
+        if journey.error is not None:
+            raise journey.error
+    return journeys
+
+
+documents = {name: make_document(EVALUATION_SEEDS + seed, tokens, encode)
+             for seed, (name, tokens) in enumerate({"long": 1500, "short": 200}.items())}
+asked = {name: encode(document.prompt(document.questions[0])) for name, document in documents.items()}
+first = serve(asked)
+
+
+def show(journeys: list[Journey]) -> str:
+    """What became of each, and why."""
+    rows = [[journey.id, f"{journey.prompt_tokens:,}", f"{journey.cached_tokens:,}", f"{journey.held_tokens:,}",
+             journey.route, human_bytes(journey.kv_bytes), journey.text.strip()] for journey in journeys]
+    reasons = "\n".join(f"   {journey.id}: {journey.reason}" for journey in journeys)
+    return table(["request", "tokens", "cached", "held", "route", "KV crossed", "answer"], rows) + f"\n\n{reasons}\n"
+
+
+print("2. Requests of two lengths\n")
+print(show(first))
+
+# %% [markdown]
+# `cached` is what the node that prefilled had in its cache and did not compute; `held` what the node that decodes had,
+# so that it did not cross. The second half of each reason is the node.
+#
+# *Why does the decode node ask for it, and is not just sent it?* Only `pd-1` knows what it holds already. So the front
+# end says `Serve` to `pd-1`; that reserves blocks, expects a stream, and orders the prefill, from the first token that
+# it lacks. The KVCache then arrives while prefill still runs, layer by layer (chapter 08). For the short one it came
+# from `pd-0` over the datacenter's fabric (chapter 09), and nothing crossed.
+#
+# *Change this line:* `THRESHOLD = 512` → `100`. What does the short one cost in bytes, and in TTFT below?
+
+# %% [markdown]
+# ## 3. The second turn: increments only
+#
+# The user goes on: the same conversation, and a new text of 700 tokens to read. What was there before is cached where
+# it was prefilled and held where it was decoded.
+#
+# *Guess first:* the first turn sent its whole KVCache. What part of the second prompt's KVCache crosses? And would a
+# short second question go to the other datacenter, where its prefix is, or not?
+
+# %%
+new_text = make_document(EVALUATION_SEEDS + 7, 700, encode)
+so_far = first[0].token_ids
+second = serve({"next, with a new text": so_far + encode("\n\n" + new_text.prompt(new_text.questions[0]))})
+third = serve({"next, a short question": so_far + encode(documents["long"].questions[1].prompt_tail)})
+print("3. The second turn\n")
+print(show([*second, *third]))
+token_bytes = cluster.front.plane.settings.costs.token_bytes
+turn = second[0]
+whole_bytes = turn.prompt_tokens * token_bytes + cluster.front.plane.settings.costs.state_bytes
+print(f"   The KVCache of {turn.prompt_tokens:,} tokens is {human_bytes(whole_bytes)}; "
+      f"{human_bytes(turn.kv_bytes)} crossed, {turn.kv_bytes / whole_bytes:.0%} of it.\n"
+      f"   For the short question {human_bytes(third[0].kv_bytes)} crossed; "
+      f"{human_bytes(third[0].prefix_bytes)} of cached prefix were shipped to {third[0].decision.node}.\n")
+
+# %% [markdown]
+# *Why is it not just the share of the new tokens?* This model is a hybrid. The rows of its full-attention layers are
+# there once for each token, and only the new ones cross; the state of its linear layers has one size whatever the
+# prompt's length, and crosses whole each time (chapter 06). And the short question is judged by its *uncached* tokens,
+# wherever the cached ones are; where that is sooner than computing them, a node that has them ships them (*prefix
+# shipping*), inside the datacenter by the fabric.
+#
+# *Change this line:* a new text of 700 → 2000 tokens. Does the share grow or shrink?
+
+# %% [markdown]
+# ## 4. Where the time to the first token went
+#
+# A TTFT is measured at the front end, its parts where they happen: waiting for a place (queue), computing (prefill),
+# what of the transfer prefill could not hide (exposed), being taken into the running batch (admit). What no part
+# claims is called route: deciding, and the messages to and fro.
+#
+# *Guess first:* what part of the long one's TTFT is the transfer?
+
+# %%
+journeys = [*first, *second, *third]
+PARTS = ("route_s", "queue_s", "prefill_s", "transfer_exposed_s", "admit_s")
+print("4. Where the time to the first token went (ms)\n")
+print(table(["request", *(part[:-2].replace("_", " ") for part in PARTS), "sum", "TTFT"], [
+    [journey.id, *(f"{getattr(journey, part) * 1e3:,.0f}" for part in PARTS),
+     f"{sum(getattr(journey, part) for part in PARTS) * 1e3:,.0f}", f"{journey.ttft_s * 1e3:,.0f}"]
+    for journey in journeys]))
+long = first[0]
+exposed, exposed_ms = long.transfer_exposed_s / long.ttft_s, long.transfer_exposed_s * 1e3
+alone_s = long.kv_bytes * 8e-9 / LINE.gbps
+least = min(getattr(journey, part) for journey in journeys for part in PARTS)
+print(f"""
+   The long one's KVCache alone takes the line {alone_s * 1e3:,.0f} ms (emulated); {exposed_ms:,.0f} ms of its
+   transfer were exposed, {exposed:.0%} of its TTFT. The parts add up by the definition of route; that they do not
+   overlap shows in that no part is negative: {'true' if least > -1e-6 else 'FALSE'}.
+""")
+
+# %% [markdown]
+# *Why is a part of the transfer always exposed?* What prefill makes last cannot leave before it is made, and a round
+# trip is a round trip.
+#
+# *Change this line:* `gbps=0.05` → `0.01`: the line is now slower than prefill makes KVCache, and nothing can hide
+# that.
+
+# %% [markdown]
+# ## 5. The same answers
+#
+# All of this must change nothing. One process, one request at a time, no cache that anybody shares: the reference.
+
+# %%
+prompts = [journey.token_ids[:journey.prompt_tokens] for journey in journeys]
+alone = generate(cluster.model, cluster.tokenizer, prompts, GREEDY)
+same = sum(journey.output_ids == output.token_ids for journey, output in zip(journeys, alone))
+right = [journey.text.strip() == documents[journey.id].questions[0].answer for journey in first]
+crossed = all((journey.kv_bytes > 0) == (journey.route == "prfaas") for journey in journeys)
+cluster.close()
+print("5. The same answers\n")
+print(f"   {same} of {len(journeys)} answers are, token by token, those of one process; "
+      f"{sum(right)} of {len(right)} first ones are the right name.\n"
+      f"   KVCache crossed for each request that went to PrfaaS, and for no other: {'true' if crossed else 'FALSE'}.\n")
+
+# %% [markdown]
+# ### Exercises
+# 1. `Topology(prfaas=1, pd=2, split=1)` → `Topology(prfaas=2, pd=3, split=1)`, `wait_for` all five, and submit four
+#    long requests at once. Which nodes are named in the reasons?
+# 2. Print `update.new_text` of `cluster.front.take_updates()` after each step of `serve`. When does the first one come?
+
+# %%
+print("""The same from a command line, with your own prompts, and a page that draws each request's life:
+
+  python scripts/cluster.py --topology prfaas=1,pd=2 --split 1 --prompts P.jsonl \\
+      --check --json run.jsonl --timeline run.json
+  python -m minprfaas report --json run.jsonl --timeline run.json
+
+Next: tutorials/14_when_things_break.py, what is left of it when processes die.""")
