@@ -234,7 +234,8 @@ arrived, before = failed.arrived_end, second.rows.clone()
 is_sound = torch.equal(second.rows[:arrived], cargo(2)[:arrived])
 
 peer = helper.start(NODES_PY, str(store.port))
-restored = next_of(LinkRestored)
+while not (restored := next_of(LinkRestored)).peer_restarted:
+    pass  # on a busy machine a link may also blink
 helper.wait_until(lambda: fabric.epoch > epoch, "the next epoch")
 met_s = time.monotonic() - killed_s
 third = ask(3)
@@ -243,8 +244,7 @@ is_untouched = torch.equal(before, second.rows)
 print("5. A peer is killed, and the next epoch\n")
 print(table(["what happened", "s after the kill"], [
     [f"the stream failed: {failed.reason}", f"{known_s:.2f}"],
-    [f"a new process is met ({'it says that it is new' if restored.peer_restarted else 'the old one?'}), epoch "
-     f"{epoch} → {fabric.epoch} (it had to import torch first)", f"{met_s:.2f}"]]))
+    [f"a new process is met, epoch {epoch} → {fabric.epoch} (it had to import torch first)", f"{met_s:.2f}"]]))
 print(f"\n   Of {STREAM_TOKENS:,} tokens {arrived:,} had arrived, and they are {'sound' if is_sound else 'DAMAGED'}; "
       f"nothing was written once the stream\n   had failed: {'true' if is_untouched else 'FALSE'}. "
       f"A stream of the next epoch: {'every byte is the same' if third.is_identical else 'NOT the same'}.\n")

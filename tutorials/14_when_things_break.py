@@ -45,7 +45,7 @@ from minprfaas.transport.wan.line import EmulatedLine
 from minprfaas.transport.wan.link import Link
 
 TOKENS, GREEDY = 1536, SamplingParams(max_tokens=12)
-THRESHOLD, LONG_ANSWER = 512, SamplingParams(max_tokens=40, ignore_eos=True)
+THRESHOLD, LONG_ANSWER = 512, SamplingParams(max_tokens=30, ignore_eos=True)
 LINE = LineConfig(gbps=0.02, rtt_ms=20)
 LINK = LinkConfig(lanes=3, chunk_bytes=32 * 1024, timeout_s=30)
 HALF = 30  # chunks, of about 60
@@ -201,9 +201,9 @@ def many_nodes() -> list[list]:
     print("3. Many nodes: one of each kind is killed in the middle of a request\n")
     cluster = LiveCluster(Topology(prfaas=1, pd=3, split=1), THRESHOLD, LINE)
     cluster.wait_for(*(node.name for node in cluster.nodes))
-    _, undisturbed = stream_of(cluster, 900, nobody)
-    _, without_decoder = stream_of(cluster, 901, who_decodes)
-    offloaded, without_prfaas = stream_of(cluster, 902, who_prefills)
+    _, undisturbed = stream_of(cluster, 640, nobody)
+    _, without_decoder = stream_of(cluster, 641, who_decodes)
+    offloaded, without_prfaas = stream_of(cluster, 642, who_prefills)
     cluster.start("prfaas-0")  # it returns, as a new process
     cluster.wait_for("prfaas-0")
     local, without_pdp = stream_of(cluster, THRESHOLD, who_prefills)

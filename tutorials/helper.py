@@ -13,10 +13,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import minprfaas  # noqa: F401  (silences what torch says of NumPy, if it comes before torch)
 
-DEADLINE_S = 60.0
+DEADLINE_S = 240.0  # of any wait: on a busy machine a process takes its time to import torch
 _started: list[subprocess.Popen] = []
 
 
@@ -72,11 +73,11 @@ def out_of_reach_of_the_keyboard() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def start(*arguments: str) -> subprocess.Popen:
-    """A Python process, which ends with this one."""
+def start(*arguments: str, errors: IO | None = None) -> subprocess.Popen:
+    """A Python process, which ends with this one. What it says on stderr goes into `errors`."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with out_of_reach_of_the_keyboard():
-        process = subprocess.Popen([sys.executable, *arguments], env=environment)
+        process = subprocess.Popen([sys.executable, *arguments], env=environment, stderr=errors)
     _started.append(process)
     return process
 

@@ -6,6 +6,7 @@ As a program this is the other node of a pair, for chapter 09: `python tutorials
 import contextlib
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -28,10 +29,9 @@ from minprfaas.transport import (EventQueue, Fabric, LayerPlan, Link, LinkDown, 
                                  StreamAborted, StreamPlan)
 
 HERE = Path(__file__).resolve().parent
-START_S = 180.0  # until a cluster's nodes take work: each imports torch, and a busy machine is slow
 STREAM_TOKENS, ROW_BYTES = 4096, 2048  # of what the other node of a pair sends: 8 MiB in one layer
 IDENTITY = LinkIdentity(bytes(32), "uint8", "one layer of bytes", b"chapter nine")
-PAIR = LinkConfig(silence_s=1.0)
+PAIR = LinkConfig(timeout_s=DEADLINE_S)
 
 
 def new_store() -> TCPStore:
@@ -94,9 +94,10 @@ class LiveCluster:
         self._options = ["--topology", f"prfaas={topology.prfaas},pd={topology.pd}", "--split", f"{topology.split}",
                          "--store", f"127.0.0.1:{self._store.port}", "--threshold", str(threshold),
                          "--link-gbps", str(line.gbps), "--rtt-ms", str(line.rtt_ms),
-                         "--link-timeout-s", str(link_timeout_s), "--wait-s", str(START_S), *self.OPTIONS]
+                         "--link-timeout-s", str(link_timeout_s), "--wait-s", str(DEADLINE_S), *self.OPTIONS]
         self._link_timeout_s = link_timeout_s
         front, *self.nodes = topology.places()
+        self._errors = tempfile.TemporaryFile("w+")  # what the nodes log, too
         self.processes: dict[str, subprocess.Popen] = {}
         for node in self.nodes:
             self.start(node.name)
@@ -119,7 +120,8 @@ class LiveCluster:
 
     def start(self, name: str) -> None:
         """Start a node, for the first time or again."""
-        self.processes[name] = start(str(HERE.parent / "scripts" / "cluster.py"), "--node", name, *self._options)
+        self.processes[name] = start(str(HERE.parent / "scripts" / "cluster.py"), "--node", name, *self._options,
+                                     errors=self._errors)
 
     def kill(self, name: str) -> None:
         """kill -9."""
@@ -138,9 +140,10 @@ class LiveCluster:
             dead[:] = [name for name in names if self.processes[name].poll() is not None]
             return bool(dead) or {*names} <= {*self.front.ready}
 
-        if not self._process.run_until(is_over, START_S) or dead:
+        if not self._process.run_until(is_over, DEADLINE_S) or dead:
+            self._errors.seek(0)
             raise RuntimeError(f"of {', '.join(names)} only {', '.join(self.front.ready) or 'none'} came, and "
-                               f"{', '.join(dead) or 'none'} ended")
+                               f"{', '.join(dead) or 'none'} ended:\n{self._errors.read()}")
 
     def close(self) -> None:
         """Dismiss the nodes that are there."""
