@@ -12,7 +12,7 @@ from minprfaas.scheduling.paper_case import h200_profile, paper_lengths
 from minprfaas.simulator.arrivals import bursty, day_lengths, diurnal, drawn, from_trace, poisson
 from minprfaas.simulator.events import Clock
 from minprfaas.simulator.link import FluidLink
-from minprfaas.simulator.nodes import STEP_FIXED_SHARE, DecodeNode, PrefixCache, SimRequest
+from minprfaas.simulator.nodes import DecodeNode, PrefixCache, SimRequest
 from minprfaas.simulator.trace import read_trace, write_conversations
 
 GBPS = 1.25e8  # bytes per second
@@ -108,8 +108,7 @@ def test_a_full_batch_takes_the_profiles_step_time_and_a_lone_request_its_fixed_
         for _ in range(count):
             clock.at(0.0, node.admit, SimRequest(0.0, 1000, 400))
         clock.run()
-        share = STEP_FIXED_SHARE + (1 - STEP_FIXED_SHARE) * count / 20
-        assert finished[0].finished_s == pytest.approx(400 * 0.025 * share)
+        assert finished[0].finished_s == pytest.approx(400 * 0.025 * {1: 0.525, 20: 1.0}[count])
 
 
 def test_a_request_beyond_the_batch_waits_for_a_place_and_joins_between_steps():

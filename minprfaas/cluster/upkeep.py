@@ -93,7 +93,9 @@ class Upkeep:
         for first in range(0, len(events), TIMELINE_PART):
             self._tell(messages.TimelinePart(events[first:first + TIMELINE_PART]))
         self._tell_figures()
-        self._tell(messages.Goodbye(peak_memory_bytes(self._engine.model.device), self._wrong_in_books()))
+        pace = getattr(self._engine.runner, "pace", None)
+        kept = (pace.allowed_s, pace.needed_s, pace.late_s) if pace is not None else ()
+        self._tell(messages.Goodbye(peak_memory_bytes(self._engine.model.device), self._wrong_in_books(), *kept))
 
     def tell_news(self) -> None:
         """Cache events since the last time, and what the links to the other datacenter carry away."""

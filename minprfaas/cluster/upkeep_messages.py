@@ -70,11 +70,14 @@ class NodeFigures:
 
 @dataclass(frozen=True)
 class Goodbye:
-    """Node -> front end: the last message, with the process's peak memory, and what is wrong with the books of its
-    pool now that nothing is under way (empty: nothing)."""
+    """Node -> front end: the last message, with the process's peak memory, what is wrong with the books of its pool now
+    that nothing is under way (empty: nothing) and, of an emulated machine, its pace (see `Pace`)."""
 
     peak_bytes: int
     wrong: str
+    allowed_s: float = 0.0
+    needed_s: float = 0.0
+    late_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ import argparse
 from dataclasses import dataclass
 from statistics import fmean
 
+from minprfaas.cluster.emulation import Emulation
 from minprfaas.cluster.load import LENGTH_SCALE, REQUESTS, Load
 from minprfaas.cluster.processes import UNTHROTTLED_GBPS
-from minprfaas.cluster.topology import Topology
+from minprfaas.cluster.topology import PD_SITE, PRFAAS_SITE, Topology
 from minprfaas.commands.serve import add_http_arguments, check_http_arguments
 from minprfaas.config import LineConfig, LinkConfig
 from minprfaas.engine.prompts import Prompt, read_prompts
@@ -14,6 +15,7 @@ from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import UserError, require_number
 from minprfaas.scheduling.planner import Fleet
 from minprfaas.scheduling.profiles import Profile
+from minprfaas.scheduling.scale import Scale
 from minprfaas.transport.encoding import Encoding
 from minprfaas.transport.wan.line import load_weather
 
@@ -26,6 +28,11 @@ def add_options(p: argparse.ArgumentParser, may_serve: bool = False) -> None:
     p.add_argument("--threshold", type=int, default=1024, metavar="T", help="offload above T uncached tokens (1024)")
     p.add_argument("--profile", metavar="P.json", help="of this machine (`python -m minprfaas profile`): the threshold "
                    "then follows the measured link")
+    p.add_argument("--emulate", metavar="PROFILE", help="PrfaaS nodes take the time of this profile (file, or a name "
+                   "that is shipped) for their real work; the threshold follows it as with --profile")
+    p.add_argument("--emulate-pd", metavar="PROFILE", help="and PD nodes that of this one (the same)")
+    p.add_argument("--emulate-scale", metavar="TIME,LENGTH,BYTES", help="seconds times TIME, one token for LENGTH, "
+                   "bytes times BYTES (1,1,1); --link-gbps is scaled with them")
     p.add_argument("--link-gbps", type=float, metavar="G", help="emulated bandwidth (default: as fast as it goes)")
     p.add_argument("--rtt-ms", type=float, default=0.0, metavar="MS", help="emulated round-trip time (0)")
     p.add_argument("--lanes", type=int, default=4, help="connections that one link stripes over (4)")
@@ -78,6 +85,9 @@ class Run:
     load: Load | None  # instead of the prompts
     encoding: Encoding  # of rows of attention state between the datacenters
     fleet: Fleet | None  # with a profile: what the threshold loop plans for
+    emulation: Emulation | None = None
+    adaptive: bool = True  # the threshold follows the link, where there is a fleet
+    selective: bool = True  # or else the least loaded node prefills
 
 
 def checked(args: argparse.Namespace, topology: Topology) -> Run:
@@ -102,14 +112,37 @@ def checked(args: argparse.Namespace, topology: Topology) -> Run:
         if load is None:
             raise UserError("--check-sample is about a --load, and none is given; --check is about all answers")
     fleet = None
-    if args.profile is not None:  # a single PD node counts as an instance of either kind
-        profile = Profile.read(args.profile)
+    emulation = _checked_emulation(args)
+    line_gbps = args.link_gbps
+    if emulation is not None and line_gbps is not None:
+        line_gbps = emulation.scale.run_gbps(line_gbps)
+    profiles = _planned_profiles(args, emulation)
+    if profiles is not None:  # a single PD node counts as an instance of either kind
         otherwise = load.answer_tokens if load is not None else SamplingParams().max_tokens
         answer_tokens = fmean([prompt.params.max_tokens for prompt in prompts] or [otherwise])
-        fleet = Fleet(topology.prfaas, max(topology.pd, 2), args.link_gbps or UNTHROTTLED_GBPS, profile, profile,
-                      answer_tokens)
-    line = LineConfig(args.link_gbps, args.rtt_ms, weather)
-    return Run(args, topology, link, line, prompts, load, Encoding(args.wire), fleet)
+        fleet = Fleet(topology.prfaas, max(topology.pd, 2), line_gbps or UNTHROTTLED_GBPS, *profiles, answer_tokens)
+    line = LineConfig(line_gbps, args.rtt_ms, weather)
+    return Run(args, topology, link, line, prompts, load, Encoding(args.wire), fleet, emulation)
+
+
+def _checked_emulation(args: argparse.Namespace) -> Emulation | None:
+    if args.emulate is None:
+        for option in ("emulate_pd", "emulate_scale"):
+            if getattr(args, option) is not None:
+                raise UserError(f"--{option.replace('_', '-')} goes with --emulate PROFILE, which is missing")
+        return None
+    if args.profile is not None:
+        raise UserError("--profile and --emulate exclude each other: an emulated machine is planned with its profile")
+    prfaas = Profile.read(args.emulate)
+    pd = Profile.read(args.emulate_pd) if args.emulate_pd is not None else prfaas
+    return Emulation(prfaas, pd, Scale.parse(args.emulate_scale or "1,1,1"))
+
+
+def _planned_profiles(args: argparse.Namespace, emulation: Emulation | None) -> tuple[Profile, Profile] | None:
+    """Of a PrfaaS and of a PD node, in the run's units."""
+    if emulation is not None:
+        return emulation.profile_at(PRFAAS_SITE), emulation.profile_at(PD_SITE)
+    return (Profile.read(args.profile),) * 2 if args.profile is not None else None
 
 
 def _checked_prompts(args: argparse.Namespace) -> list[Prompt]:

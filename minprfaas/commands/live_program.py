@@ -8,7 +8,9 @@ import random
 import socket
 from collections import deque
 from collections.abc import Collection
+from statistics import fmean
 
+from minprfaas.cluster.emulation import verdict
 from minprfaas.cluster.journey import Journey, Update
 from minprfaas.cluster.load import Arrival
 from minprfaas.cluster.neighbours import Neighbours
@@ -27,6 +29,7 @@ from minprfaas.errors import UserError
 from minprfaas.files import OutputFile
 from minprfaas.model.checkpoint import EMBEDDED
 from minprfaas.observe.board import Board
+from minprfaas.observe.cores import Cores
 from minprfaas.observe.report import human_bytes
 from minprfaas.observe.screen import Screen
 from minprfaas.observe.timeline import timeline_json
@@ -41,6 +44,7 @@ class Program:
     def __init__(self, run: Run, here: Place, places: list[Place], made: Process, neighbours: Neighbours,
                  engine: Engine, outputs: dict[str, OutputFile]):
         self.args, self.line, self.lanes, self.load = run.args, run.line, run.link.lanes, run.load
+        self.emulation = run.emulation
         self.outputs, self.here, self.places, self.neighbours = outputs, here, places, neighbours
         self.process, self.front, self.engine = made, made.front, engine
         self.lossy = answers.lossy_wire(engine.layout, run.encoding)
@@ -66,10 +70,10 @@ class Program:
         return {prompt.id: prompt for prompt in prompts}, deque(due)
 
     def run(self) -> int:
-        """Serve every prompt; 1 if one has no answer, a node's books are wrong or `--check` finds a wrong answer, else
-        0."""
+        """Serve every prompt; 1 if one has no answer, a node's books are wrong, an emulated machine came late or
+        `--check` finds a wrong answer, else 0."""
         self._begin(self.journeys.values())
-        started_s = self.engine.clock()
+        started_s, cores = self.engine.clock(), Cores()
         while self.due or self.front.has_work:
             self._submit_due(started_s)
             self.process.node.step()
@@ -80,7 +84,8 @@ class Program:
         self.screen.close()
         self._print_tables(journeys, elapsed_s)
         self._write(journeys)
-        is_well = self._books_are_right() and all(journey.error is None for journey in journeys)
+        is_well = self._emulation_is_valid(journeys, cores) and self._books_are_right()
+        is_well = is_well and all(journey.error is None for journey in journeys)
         if not self.args.check and self.args.check_sample is None:
             return 0 if is_well else 1
         if self.args.check_sample is not None:
@@ -89,6 +94,18 @@ class Program:
                                         self.engine.tokenizer, self.args.prefill_chunk, self.lossy is not None)
         print("\n".join(lines))
         return 0 if is_well and is_right else 1
+
+    def _emulation_is_valid(self, journeys: list[Journey], cores: Cores) -> bool:
+        """Say what the run stands for, and whether the machines kept their pace; True where none is emulated."""
+        if self.emulation is None:
+            return True
+        scale, (words, is_valid) = self.emulation.scale, verdict(self.front.goodbyes)
+        times = [scale.seconds(journey.ttft_s) for journey in journeys if journey.error is None]
+        print(f"{self.emulation.prfaas.name} and {self.emulation.pd.name} emulated: {scale}")
+        if times:
+            print(f"TTFT {fmean(times):.2f} s in the mean, {max(times):.2f} s at most, at the emulated machines' pace")
+        print(f"{words}; {cores}")
+        return is_valid
 
     def serve(self, listener: socket.socket) -> int:
         """Answer HTTP clients until a signal; 1 if one of their requests was cut short, else 0."""

@@ -1,5 +1,6 @@
 """A process's part in a run of the live cluster; the front end's has the screen. Chapter 13; paper 3 and 4."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +17,7 @@ from minprfaas.commands.serve import FULL_CONTEXTS
 from minprfaas.config import CacheConfig
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.generate import longest_prompts, pool_for
+from minprfaas.engine.paced import PacedEngine
 from minprfaas.errors import UserError
 from minprfaas.files import OutputFile
 from minprfaas.model.checkpoint import EMBEDDED, load
@@ -26,6 +28,7 @@ from minprfaas.transport.base import EventQueue
 from minprfaas.transport.fabric import Fabric
 from minprfaas.transport.wan.link import Link
 
+Drive = Callable[[Process, Engine], int]
 FABRIC_TIMEOUT_S = 2.0  # inside a datacenter there is no weather: a connection that breaks is a process that died
 
 
@@ -52,11 +55,12 @@ def check_outputs(run: Run) -> None:
         output.discard()
 
 
-def play(run: Run, seat: Seat) -> int:
-    """Live this process's life; returns the exit status."""
+def play(run: Run, seat: Seat, drive: Drive | None = None) -> int:
+    """Live this process's life; returns the exit status. `drive` is what the front end's process does once its peers
+    can be met, instead of asking the prompts."""
     outputs = outputs_of(run) if seat.here.has_front else {}
     try:
-        return _play(run, seat, outputs)
+        return _play(run, seat, outputs, drive)
     except UserError:
         if not seat.here.has_front and not seat.is_apart:
             wait_for_the_front_end()  # it sees the same mistake and says it; once is enough
@@ -66,7 +70,7 @@ def play(run: Run, seat: Seat) -> int:
             output.discard()
 
 
-def _play(run: Run, seat: Seat, outputs: dict[str, OutputFile]) -> int:
+def _play(run: Run, seat: Seat, outputs: dict[str, OutputFile], drive: Drive | None) -> int:
     args, here = run.args, seat.here
     timeline = Timeline(here.name) if args.timeline else None
     listener = listen(args.host, args.serve) if here.has_front and args.serve is not None else None
@@ -76,8 +80,8 @@ def _play(run: Run, seat: Seat, outputs: dict[str, OutputFile]) -> int:
     mail = Mail(EventQueue(), run.encoding)
     front = None
     if here.has_front:
-        plane = ControlPlane(control_settings(args.threshold, args.link_gbps, engine.layout, args.ship_prefixes,
-                                              run.fleet))
+        settings = control_settings(args.threshold, run.line.gbps, engine.layout, args.ship_prefixes, run.fleet)
+        plane = ControlPlane(replace(settings, adaptive=settings.adaptive and run.adaptive, selective=run.selective))
         front = front_end(plane, mail, engine, args.deadline_s)
     roles = roles_of(here, engines.new, mail, args.deadline_s, overlap=not args.no_overlap)
     made = process(mail, front, roles)
@@ -98,6 +102,8 @@ def _play(run: Run, seat: Seat, outputs: dict[str, OutputFile]) -> int:
 
     neighbours = Neighbours(here, [place for place in seat.places if place is not here], make_link, mail)
     try:
+        if front is not None and drive is not None:
+            return drive(made, engine)
         if front is not None:
             program = Program(run, here, seat.places, made, neighbours, engine, outputs)
             return program.run() if listener is None else program.serve(listener)
@@ -134,6 +140,7 @@ class Engines:
         self._cache = CacheConfig(args.pool_blocks, args.block_tokens) if args.pool_blocks else pool_for(
             self.model, [lengths[one.id] + one.params.max_tokens for one in run.prompts]
             or [self.model.config.max_context_tokens] * FULL_CONTEXTS, args.block_tokens)
+        self._emulation, self._site = run.emulation, seat.here.site
         self._made = [self._make() for _ in seat.here.roles or [None]]
         self._fresh = iter(self._made)
         for prompt in run.prompts:
@@ -149,4 +156,9 @@ class Engines:
         return next(self._fresh)
 
     def _make(self) -> Engine:
-        return Engine(self.model, self.tokenizer, self._cache, self._prefill_chunk, timeline=self._timeline)
+        made_of = (self.model, self.tokenizer, self._cache, self._prefill_chunk)
+        if self._emulation is None:
+            return Engine(*made_of, timeline=self._timeline)
+        engine = PacedEngine(*made_of, timeline=self._timeline)
+        engine.emulate(self._emulation.pace_at(self._site), self._emulation.profile_at(self._site).bs_max)
+        return engine

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from minprfaas.engine.engine import Engine
-from minprfaas.engine.request import KVListener, Request
+from minprfaas.engine.request import KVListener, Request, TokenUpdate
 from minprfaas.engine.runner import Runner
 from minprfaas.engine.scheduler import PrefillChunk
 
@@ -38,14 +38,22 @@ class PacedRunner:
 
     def __init__(self, runner: Runner, pace: Pace, layers: int, clock: Callable[[], float],
                  wait: Callable[[float], None] = time.sleep):
-        self._runner, self._pace, self._layers, self._clock, self._wait = runner, pace, layers, clock, wait
+        self._runner, self.pace, self._layers, self._clock, self._wait = runner, pace, layers, clock, wait
+        self.step_due_at_s: float | None = None  # of a decode step that has begun
         self._waited_s = 0.0  # in the pass under way
+
+    def begin_step(self, requests: int, at_s: float | None = None) -> float:
+        """A decode step of so many requests begins at `at_s` (now), unless one has begun; returns when it is due."""
+        if self.step_due_at_s is None:
+            began_at_s = self._clock() if at_s is None else at_s
+            self.step_due_at_s = began_at_s + self.pace.decode_step_s(requests)
+        return self.step_due_at_s
 
     def prefill(self, chunk: PrefillChunk, on_kv: KVListener | None) -> int | None:
         """See `Runner.prefill`. Every layer takes an equal part of the chunk's time."""
         cached, began_at_s = chunk.request.cache.cached_tokens, self._clock()
-        before_s = self._pace.prefill_s(chunk.start - cached) if chunk.start > cached else 0.0
-        allowed_s = self._pace.prefill_s(chunk.end - cached) - before_s
+        before_s = self.pace.prefill_s(chunk.start - cached) if chunk.start > cached else 0.0
+        allowed_s = self.pace.prefill_s(chunk.end - cached) - before_s
 
         def on_layer(request: Request, layer: int, start: int, end: int) -> None:
             self._wait_until(began_at_s + allowed_s * (layer + 1) / self._layers)
@@ -54,16 +62,20 @@ class PacedRunner:
 
         self._waited_s = 0.0
         token = self._runner.prefill(chunk, on_layer)
-        self._note(began_at_s, allowed_s)
+        self._note(began_at_s, allowed_s, self._clock() - began_at_s - allowed_s)
         return token
 
     def decode(self, batch: list[Request]) -> list[int]:
-        """See `Runner.decode`."""
-        began_at_s, allowed_s = self._clock(), self._pace.decode_step_s(len(batch))
+        """See `Runner.decode`. It is computed at once, and done when its time has passed."""
+        worked_from_s, allowed_s = self._clock(), self.pace.decode_step_s(len(batch))
+        due_at_s = self.begin_step(len(batch))
         self._waited_s = 0.0
         tokens = self._runner.decode(batch)
-        self._wait_until(began_at_s + allowed_s)
-        self._note(began_at_s, allowed_s)
+        self._wait_until(due_at_s)
+        self.step_due_at_s = None
+        # The next step can make up for a lag; one of a whole step is none of a step's beginning any more.
+        lag_s = self._clock() - due_at_s
+        self._note(worked_from_s, allowed_s, lag_s if lag_s > allowed_s else 0.0)
         return tokens
 
     def _wait_until(self, due_at_s: float) -> None:
@@ -72,13 +84,46 @@ class PacedRunner:
             self._wait(remaining_s)
             self._waited_s += remaining_s
 
-    def _note(self, began_at_s: float, allowed_s: float) -> None:
-        took_s = self._clock() - began_at_s
-        self._pace.allowed_s += allowed_s
-        self._pace.needed_s += max(took_s - self._waited_s, 0.0)
-        self._pace.late_s += max(took_s - allowed_s, 0.0)
+    def _note(self, worked_from_s: float, allowed_s: float, late_s: float) -> None:
+        self.pace.allowed_s += allowed_s
+        self.pace.needed_s += max(self._clock() - worked_from_s - self._waited_s, 0.0)
+        self.pace.late_s += max(late_s, 0.0)
 
 
-def emulate(engine: Engine, pace: Pace) -> None:
-    """From now on the engine takes the time of `pace` for what it computes."""
-    engine.runner = PacedRunner(engine.runner, pace, len(engine.model.config.layers), engine.clock)
+class PacedEngine(Engine):
+    """An engine of an emulated machine that shares its process with others: a decode step, which stands for many, is
+    computed when its time has passed, and nothing waits for that. Who joins meanwhile takes part in it."""
+
+    def emulate(self, pace: Pace, max_batch: int) -> None:
+        """From now on, take the time of `pace`; at most so many requests are in a decode step."""
+        self.runner = PacedRunner(self.runner, pace, len(self.model.config.layers), self.clock)
+        self.scheduler.max_batch = max_batch
+
+    @property
+    def is_ready(self) -> bool:
+        """See `Engine.is_ready`."""
+        due_at_s = self.runner.step_due_at_s
+        is_stepping = self._only_decodes() and due_at_s is not None and self.clock() < due_at_s
+        return super().is_ready and not is_stepping
+
+    def step(self, on_kv: KVListener | None = None) -> list[TokenUpdate]:
+        """See `Engine.step`; nothing happens while a decode step takes its time."""
+        if self._only_decodes() and self.clock() < self.runner.begin_step(self._batch_size()):
+            return []
+        due_at_s = self.runner.step_due_at_s
+        updates = super().step(on_kv)
+        if due_at_s is not None and self.running and self.clock() < due_at_s + self.runner.pace.decode_step_s(1):
+            self.runner.begin_step(self._batch_size(), due_at_s)  # not now: looking late must not add up
+        return updates
+
+    def abort(self, request: Request) -> None:
+        """See `Engine.abort`. A step in which nobody takes part any more is none."""
+        super().abort(request)
+        if not self.running:
+            self.runner.step_due_at_s = None
+
+    def _only_decodes(self) -> bool:
+        return bool(self.running) and not (self.prefilling or self.waiting)
+
+    def _batch_size(self) -> int:
+        return min(len(self.running), self.scheduler.max_batch)

@@ -12,6 +12,9 @@ from pathlib import Path
 from minprfaas.errors import UserError, require_number
 from minprfaas.files import read_json
 
+# Modelled: the share of a full batch's decode step that a batch of one would take too (weights are read once a step,
+# the KVCache once a request). A full batch takes the profile's t_decode_s whatever this is.
+STEP_FIXED_SHARE = 0.5
 SHIPPED = Path(__file__).resolve().parent.parent / "assets" / "profiles"  # measured by others; each says by whom
 
 
@@ -91,6 +94,10 @@ class Profile:
         """Prefill of `tokens` uncached tokens, in seconds: T_prefill(l)."""
         c0, c1, c2 = self._prefill_coefficients
         return c0 + (c1 + c2 * tokens) * tokens
+
+    def decode_step_s(self, requests: int) -> float:
+        """One decode step with so many requests in the batch, in seconds."""
+        return self.t_decode_s * (STEP_FIXED_SHARE + (1 - STEP_FIXED_SHARE) * requests / self.bs_max)
 
     @cached_property
     def overhead_tokens(self) -> int:

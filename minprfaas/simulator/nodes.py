@@ -12,10 +12,6 @@ from minprfaas.scheduling.router import Decision
 from minprfaas.simulator.events import Clock
 from minprfaas.simulator.trace import BLOCK_TOKENS
 
-# Modelled: the share of a full batch's decode step that a batch of one would take too (weights are read once a step,
-# the KVCache once a request). A full batch takes the profile's t_decode_s whatever this is.
-STEP_FIXED_SHARE = 0.5
-
 
 @dataclass(slots=True, eq=False)
 class SimRequest:
@@ -138,8 +134,7 @@ class DecodeNode:
         heapq.heappush(self.running, (self._steps + request.output_tokens, self._joined, request))
 
     def _step_s(self) -> float:
-        fill = len(self.running) / self._profile.bs_max
-        return self._profile.t_decode_s * (STEP_FIXED_SHARE + (1 - STEP_FIXED_SHARE) * fill)
+        return self._profile.decode_step_s(len(self.running))
 
     def _advance(self) -> None:
         now = self._clock.now_s

@@ -1,0 +1,47 @@
+"""Emulated machines of a live run: which node is which, and whether the real work kept up. Chapter 13; paper 4."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from minprfaas.cluster.messages import Goodbye
+from minprfaas.cluster.topology import PRFAAS_SITE
+from minprfaas.engine.paced import Pace
+from minprfaas.scheduling.profiles import Profile
+from minprfaas.scheduling.scale import Scale
+
+MOST_LATE = 0.05  # of the emulated time, of any node: beyond it a run says nothing about the machines
+
+
+@dataclass(frozen=True)
+class Emulation:
+    """The machine of a node of each datacenter, in real units, and the scale in which it is run."""
+
+    prfaas: Profile
+    pd: Profile
+    scale: Scale = Scale()
+
+    def profile_at(self, site: str) -> Profile:
+        """The machine of a node of this datacenter, in the run's units."""
+        return self.scale.profile(self.prfaas if site == PRFAAS_SITE else self.pd)
+
+    def pace_at(self, site: str) -> Pace:
+        """The pace of a node there that has done nothing yet."""
+        profile = self.profile_at(site)
+        return Pace(profile.prefill_s, profile.decode_step_s)
+
+
+def lateness(goodbyes: Mapping[str, Goodbye]) -> tuple[str, float]:
+    """The node whose real work exceeded its emulated time most, and the share by which it did."""
+    shares = {name: said.late_s / said.allowed_s for name, said in goodbyes.items() if said.allowed_s}
+    worst = max(shares, key=shares.get, default="no node")
+    return worst, shares.get(worst, 0.0)
+
+
+def verdict(goodbyes: Mapping[str, Goodbye]) -> tuple[str, bool]:
+    """Whether the emulation is valid, in words and as a truth."""
+    worst, late = lateness(goodbyes)
+    allowed_s, needed_s = (sum(getattr(said, name) for said in goodbyes.values()) for name in ("allowed_s", "needed_s"))
+    is_valid = bool(allowed_s) and late <= MOST_LATE
+    real = f"real work took {needed_s / allowed_s:.0%} of the emulated time" if allowed_s else "no node has computed"
+    return (f"emulation {'valid' if is_valid else 'NOT VALID'}: {real}; {worst} was late by {late:.1%} of its own "
+            f"(limit {MOST_LATE:.0%})"), is_valid

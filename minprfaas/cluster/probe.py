@@ -1,0 +1,72 @@
+"""One rate, asked of a live cluster by its front end, in the run's units. Chapter 13; paper 4.
+
+The requests come when they are due, however long the queue has become. When every one has its first token, or has had
+time enough, the rest is given up: what decode still owes says nothing more about the rate.
+"""
+
+import random
+import time
+from collections.abc import Callable, Sequence
+
+from minprfaas.cluster.journey import Journey
+from minprfaas.cluster.processes import Process
+from minprfaas.config import Role
+from minprfaas.engine.generate import generate
+from minprfaas.engine.sampling import SamplingParams
+from minprfaas.model.tokenizer import Tokenizer
+from minprfaas.model.transformer import Transformer
+from minprfaas.simulator.nodes import SimRequest
+from minprfaas.simulator.sustained import Reading, reading
+
+FIRST_TOKEN = 2  # of random prompts: below it are those that end or begin a text
+
+
+def ask(made: Process, name: str, requests: Sequence[SimRequest], vocab_size: int, patience_s: float,
+        on_progress: Callable[[float], object], until_done: bool = False) -> tuple[float, list[Journey]]:
+    """Submit each request when it is due; returns the moment at which it began, and their journeys. `patience_s` is
+    given to first tokens (with `until_done`, to last ones) after the last arrival; `on_progress` hears of seconds."""
+    front, rng = made.front, random.Random(name)
+    began_at_s = told_at_s = time.monotonic()
+    give_up_at_s = began_at_s + requests[-1].arrival_s + patience_s
+    journeys: list[Journey] = []
+
+    def is_over() -> bool:
+        return len(journeys) == len(requests) and all(
+            one.is_finished or (one.first_token_at_s and not until_done) for one in journeys)
+
+    while not is_over() and time.monotonic() < give_up_at_s:
+        while len(journeys) < len(requests) and began_at_s + requests[len(journeys)].arrival_s <= time.monotonic():
+            request = requests[len(journeys)]
+            prompt = [rng.randrange(FIRST_TOKEN, vocab_size) for _ in range(request.input_tokens)]
+            params = SamplingParams(max_tokens=request.output_tokens, ignore_eos=True)
+            journeys.append(front.submit(f"{name}-{len(journeys)}", prompt, params))
+        made.node.step()
+        front.take_updates()
+        front.take_actions()
+        now_s = time.monotonic()
+        if now_s - told_at_s >= 0.5:
+            on_progress(now_s - told_at_s)
+            told_at_s = now_s
+    for journey in journeys:
+        front.abort(journey.id)
+    return began_at_s, journeys
+
+
+def read(rate_rps: float, began_at_s: float, requests: Sequence[SimRequest], journeys: Sequence[Journey]) -> Reading:
+    """What came of the probe. A request that failed counts as one without a first token."""
+    firsts = [one.first_token_at_s - began_at_s if one.first_token_at_s else None for one in journeys]
+    return reading(rate_rps, [request.arrival_s for request in requests], firsts,
+                   [one.route == Role.PRFAAS.value for one in journeys], sum(one.kv_bytes for one in journeys))
+
+
+def wrong_answers(journeys: Sequence[Journey], model: Transformer, tokenizer: Tokenizer, sample: int,
+                  seed: int) -> tuple[int, int]:
+    """(how many of a random sample differ from the single-process reference, how many were looked at). Answers that
+    were given up are compared as far as they go; requests that failed are wrong."""
+    begun = [one for one in journeys if one.output_ids or one.error is not None]
+    chosen = random.Random(seed).sample(begun, min(sample, len(begun)))
+    answered = [one for one in chosen if one.output_ids]
+    params = [SamplingParams(len(one.output_ids), ignore_eos=True) for one in answered]
+    expected = generate(model, tokenizer, [one.token_ids[:one.prompt_tokens] for one in answered], params)
+    wrong = sum(one.output_ids != right.token_ids for one, right in zip(answered, expected))
+    return wrong + len(chosen) - len(answered), len(chosen)

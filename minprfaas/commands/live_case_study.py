@@ -1,0 +1,304 @@
+"""The paper's table 6: planned, simulated, and run on a live cluster of emulated machines. Chapter 13; paper 4.
+
+Four deployments of the case study's 12 instances, each as 12 real processes and a front end. Tokens, KVCache, links and
+decisions are real; the machines' pace and the line between the datacenters are emulated, in a scale that is printed.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+
+from tqdm import tqdm
+
+from minprfaas.cluster.emulation import Emulation, verdict
+from minprfaas.cluster.launch import Launch, start_processes, watch_parent
+from minprfaas.cluster.probe import ask, read, wrong_answers
+from minprfaas.cluster.processes import Process
+from minprfaas.cluster.topology import Topology
+from minprfaas.commands import cluster
+from minprfaas.commands.case_results import Results
+from minprfaas.commands.live_options import Run
+from minprfaas.commands.live_program import GOODBYE_DEADLINE_S
+from minprfaas.commands.live_run import Seat, play
+from minprfaas.config import LineConfig, LinkConfig
+from minprfaas.engine.engine import Engine
+from minprfaas.errors import ArgumentParser, UserError, require_number
+from minprfaas.observe.cores import Cores
+from minprfaas.observe.report import table
+from minprfaas.scheduling import paper_case as paper
+from minprfaas.scheduling.planner import Fleet, Plan, first_token_times
+from minprfaas.scheduling.scale import Scale
+from minprfaas.simulator.cluster import RTT_S, Setup, Simulation
+from minprfaas.simulator.nodes import SimRequest
+from minprfaas.simulator.sustained import Reading, best_rate_rps, highest_sustained, reading, stratified
+from minprfaas.transport.encoding import Encoding
+
+NAMES = {"prfaas_pd": "PrfaaS-PD", "homogeneous": "homogeneous PD", "naive": "naive heterogeneous PD",
+         "least_loaded": "least-loaded"}
+# Predicted from the embedded model's 0.6 ms a token and 27 ms a decode step of 16 on one core (two were busy besides):
+# at 3.24 requests/s of 27K tokens, in tokens that stand for 64 and seconds that take 2, prefill needs 0.4 of a core,
+# decode 0.05, and what surrounds them as much again.
+SCALE = "2,64,0.001"
+QUICK_SCALE = "1,128,0.00056"  # as much work a second, in half the time: fewer and coarser tokens
+FULL_REQUESTS, QUICK_REQUESTS = 384, 96
+QUICK_LOADS = (0.8, 1.25)  # of the plan: one rate that must be sustained, one that cannot be
+SEARCHED_LOADS = (1.0, 1.15, 1.075, 1.04)  # what a search is expected to try
+WARM_UP_LOAD = 0.5
+START_S = 20.0  # of 13 processes, about
+SIMULATED_REQUESTS = 4000
+POOL_BLOCKS = 1200
+BLOCK_TOKENS = 64
+TRANSFER_DEADLINE_S = 600.0
+WARM_UP_REQUESTS = 16
+FIRST_TOKENS_S, PATIENCE_S = 4.0, 12.0  # until the last first tokens of a probe: expected and at most, in real units
+SETTLE_S = 6.0  # between probes: what was given up is dropped, and computed to its end where it had begun
+SAMPLE = 6
+NOTES = """
+  measured: real tokens, KVCache, links and decisions; the machines' pace and the line are emulated. TTFT, offloaded and
+  egress are those of the rate in brackets (waiting included), planned and the paper's those of Lambda (TTFT without
+  waiting). The paper's Lambda of homogeneous PD is one of the two rates that the H20's profile was calibrated with."""
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """One column of table 6, in real units."""
+
+    name: str
+    fleet: Fleet
+    plan: Plan
+
+    @property
+    def topology(self) -> Topology:
+        """The processes."""
+        return Topology(int(self.fleet.prfaas_instances), self.fleet.pd_instances, self.plan.n_p)
+
+    @property
+    def threshold(self) -> float:
+        """In tokens; what routes by load never asks for it."""
+        return 0.0 if self.plan.threshold is None else self.plan.threshold
+
+    @property
+    def selective(self) -> bool:
+        """Whether the threshold decides."""
+        return self.plan.threshold is not None
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--deployment", choices=tuple(NAMES), action="append", help="only this one (all four)")
+    p.add_argument("--quick", action="store_true", help="two rates a deployment near the plan instead of a search: "
+                   "under ten minutes")
+    p.add_argument("--requests", type=int, metavar="N", help=f"of a rate ({FULL_REQUESTS}; quick {QUICK_REQUESTS})")
+    p.add_argument("--scale", metavar="TIME,LENGTH,BYTES", help=f"seconds times TIME, one token for LENGTH, bytes "
+                   f"times BYTES ({SCALE}; quick {QUICK_SCALE}); undone in every figure")
+    p.add_argument("--results", default="case_study.jsonl", metavar="FILE.jsonl", help="what was measured; a run that "
+                   "was interrupted goes on from it (case_study.jsonl)")
+    p.add_argument("--seed", type=int, default=0)
+    return p
+
+
+def main(argv: list[str]) -> int:
+    """Plan, simulate, run, compare; 1 if an emulation was not valid or an answer wrong."""
+    args = parser().parse_args(argv)
+    require_number("--seed", args.seed, least=0, whole=True)
+    requests = args.requests if args.requests is not None else QUICK_REQUESTS if args.quick else FULL_REQUESTS
+    require_number("--requests", requests, least=16, most=100_000, whole=True)
+    text = args.scale or (QUICK_SCALE if args.quick else SCALE)
+    study = Study(Scale.parse(text), requests, args.seed, args.quick)
+    results = Results(args.results, f"scale {text}, {requests} requests, seed {args.seed}, quick {args.quick}")
+    chosen = [Deployment(name, *of) for name, of in paper.paper_plans().items() if name in (args.deployment or NAMES)]
+    waiting = [deployment for deployment in chosen if results.verdict(deployment.name) is None]
+    print(f"scale: {study.scale}\n{len(waiting)} of {len(chosen)} deployments to run, {requests} requests a rate: "
+          f"about {sum(map(study.expected_s, waiting)) / 60:.0f} minutes\n", flush=True)
+    for deployment in waiting:
+        run_deployment(study, deployment, args.results, results)
+    results = Results(args.results, results.settings)
+    _print_table(study, chosen, results)
+    verdicts = [results.verdict(deployment.name) for deployment in chosen]
+    return 0 if all(one is not None and one["is_valid"] and not one["wrong"] for one in verdicts) else 1
+
+
+@dataclass(frozen=True)
+class Study:
+    """How everything is run, simulated and live."""
+
+    scale: Scale
+    requests: int
+    seed: int
+    quick: bool
+
+    def arrivals(self, rate_rps: float, count: int | None = None) -> list[SimRequest]:
+        """A probe's, in real units."""
+        return stratified(rate_rps, count or self.requests, paper.paper_lengths(), paper.OUTPUT_TOKENS, self.seed)
+
+    def run_arrivals(self, rate_rps: float, count: int | None = None) -> list[SimRequest]:
+        """The same in the run's; the first token of an answer comes from its prefill."""
+        scale = self.scale
+        return [SimRequest(one.arrival_s * scale.time, max(2, round(one.input_tokens / scale.length)),
+                           1 + max(1, round(one.output_tokens / scale.length)))
+                for one in self.arrivals(rate_rps, count)]
+
+    def search(self, probe: Callable[[float], Reading], planned_rps: float) -> list[Reading]:
+        """Probe as this study does."""
+        if self.quick:
+            return [probe(load * planned_rps) for load in QUICK_LOADS]
+        return highest_sustained(probe, planned_rps)
+
+    def expected_s(self, deployment: Deployment) -> float:
+        """How long a deployment will take, about."""
+        loads, planned_rps = QUICK_LOADS if self.quick else SEARCHED_LOADS, deployment.plan.lambda_max
+        arrivals_s = WARM_UP_REQUESTS / (WARM_UP_LOAD * planned_rps) + sum(
+            self.requests / (load * planned_rps) for load in loads)
+        return START_S + (arrivals_s + len(loads) * (FIRST_TOKENS_S + SETTLE_S)) * self.scale.time
+
+
+def simulate(study: Study, deployment: Deployment, requests: Sequence[SimRequest], rate_rps: float) -> Reading:
+    """The simulator's reading of a probe. What it says is simulated."""
+    setup = Setup(deployment.fleet, deployment.plan.n_p, deployment.threshold, deployment.selective, adaptive=False)
+    simulation = Simulation(setup, iter(requests))
+    simulation.run()
+    return reading(rate_rps, [one.arrival_s for one in requests], [one.first_token_s for one in requests],
+                   [one.decision.route == "prfaas" for one in requests], simulation.egress.bytes_sent)
+
+
+def run_deployment(study: Study, deployment: Deployment, path: str, results: Results) -> None:
+    """Its processes, until all of its rates are measured. UserError when they end without a verdict."""
+    run, places = _run_of(study, deployment), deployment.topology.places()
+    started_s, before = time.monotonic(), os.times()
+
+    def live(argv: list[str]) -> int:
+        launch = Launch.from_environment(world_size=len(places))
+        watch_parent()
+        here = places[launch.rank]
+        seat = Seat(places, here, launch.address, 0)
+        return play(run, seat, lambda made, engine: drive(study, deployment, results, made, engine))
+
+    status = start_processes([place.name for place in places], places[0].name, live, [])
+    after, elapsed_s = os.times(), time.monotonic() - started_s
+    used_s = after.children_user + after.children_system - before.children_user - before.children_system
+    print(f"{NAMES[deployment.name]}: {len(places)} processes for {elapsed_s:.0f} s took {used_s:.0f} s of CPU, "
+          f"{used_s / elapsed_s / (os.cpu_count() or 1):.0%} of the cores\n", flush=True)
+    if status:
+        raise UserError(f"the run of {NAMES[deployment.name]} ended with status {status}; its readings are in {path}")
+
+
+def _run_of(study: Study, deployment: Deployment) -> Run:
+    scale, fleet = study.scale, deployment.fleet
+    emulation = Emulation(fleet.prfaas_profile, fleet.pd_profile, scale)
+    args = cluster.parser().parse_args(["--pool-blocks", str(POOL_BLOCKS), "--block-tokens", str(BLOCK_TOKENS),
+                                        "--deadline-s", str(TRANSFER_DEADLINE_S)])
+    longest = paper.paper_lengths().values[-1]
+    args.threshold = round(min(deployment.threshold, longest) / scale.length)
+    run_fleet = replace(fleet, link_gbps=scale.run_gbps(fleet.link_gbps),
+                        output_tokens=fleet.output_tokens / scale.length,
+                        prfaas_profile=scale.profile(fleet.prfaas_profile), pd_profile=scale.profile(fleet.pd_profile))
+    line = LineConfig(run_fleet.link_gbps, 1000 * RTT_S * scale.time)
+    return Run(args, deployment.topology, LinkConfig(args.lanes), line, [], None, Encoding.EXACT, run_fleet, emulation, adaptive=False,
+               selective=deployment.selective)
+
+
+def drive(study: Study, deployment: Deployment, results: Results, made: Process, engine: Engine) -> int:
+    """What the front end's process does: wait for the nodes, warm the ways up, probe, judge. 0 once all is written."""
+    name, scale, nodes = deployment.name, study.scale, len(deployment.topology.places()) - 1
+    asked, vocab_size = [], engine.model.config.vocab_size
+    if not made.run_until(lambda: len(made.front.ready) == nodes, 120.0):
+        raise UserError(f"{len(made.front.ready)} of {nodes} nodes came within 120 s")
+    warm_up_rps = WARM_UP_LOAD * deployment.plan.lambda_max
+    ask(made, "warm-up", study.run_arrivals(warm_up_rps, WARM_UP_REQUESTS), vocab_size, PATIENCE_S * scale.time,
+        lambda seconds: None)
+    made.run_until(lambda: False, SETTLE_S * scale.time)
+    cores = Cores()
+    with tqdm(total=ceil(study.expected_s(deployment) - START_S), unit="s", desc=NAMES[name],
+              bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}, about {remaining} to go") as bar:
+
+        def probe(rate_rps: float) -> Reading:
+            known = results.reading(name, rate_rps)
+            if known is not None:
+                return known
+            requests = study.run_arrivals(rate_rps)
+            began_at_s, journeys = ask(made, f"{name}-{rate_rps:.4g}", requests, vocab_size, PATIENCE_S * scale.time,
+                                       bar.update)
+            asked.extend(journeys)
+            measured = in_real_units(scale, read(rate_rps / scale.time, began_at_s, requests, journeys), rate_rps)
+            results.add(name, "reading", measured)
+            bar.write(f"{NAMES[name]}: {describe(measured)}")
+            made.run_until(lambda: False, SETTLE_S * scale.time)
+            bar.update(SETTLE_S * scale.time)
+            return measured
+
+        study.search(probe, deployment.plan.lambda_max)
+    busy = str(cores)
+    made.shut_down(GOODBYE_DEADLINE_S)
+    words, is_valid = verdict(made.front.goodbyes)
+    wrong, checked = wrong_answers(asked, engine.model, engine.tokenizer, SAMPLE, study.seed)
+    words = f"{words}; {busy}; {checked - wrong} of {checked} sampled answers identical to the single-process reference"
+    results.add(name, "verdict", {"words": words, "is_valid": is_valid, "wrong": wrong, "checked": checked})
+    print(f"{NAMES[name]}: {words}", flush=True)
+    return 0
+
+
+def in_real_units(scale: Scale, run: Reading, rate_rps: float) -> Reading:
+    """The factors undone; `rate_rps` is the rate as it was asked for, without rounding."""
+    return replace(run, rate_rps=rate_rps, served_rps=scale.rate_rps(run.served_rps),
+                   ttft_mean_s=scale.seconds(run.ttft_mean_s), ttft_p90_s=scale.seconds(run.ttft_p90_s),
+                   egress_gbps=scale.gbps(run.egress_gbps))
+
+
+def describe(one: Reading) -> str:
+    """A reading in a line."""
+    return (f"{one.rate_rps:.2f} req/s {'sustained' if one.is_sustained else 'NOT sustained'} (backlog grows by "
+            f"{one.growth:+.2f} a request), {one.served_rps:.2f} served, TTFT {one.ttft_mean_s:.2f} s, P90 "
+            f"{one.ttft_p90_s:.2f}")
+
+
+def capacity_rps(readings: Sequence[Reading]) -> float:
+    """The measured Lambda: what was served at the highest rate that was not sustained, or the highest that was, if that
+    is more."""
+    grew = [one for one in readings if not one.is_sustained]
+    return max(best_rate_rps(readings), max(grew, key=lambda one: one.rate_rps).served_rps if grew else 0.0)
+
+
+def _print_table(study: Study, chosen: Sequence[Deployment], results: Results) -> None:
+    rows, measured_rps = [], {}
+    for deployment in chosen:
+        live = results.readings(deployment.name)
+        if not live:
+            continue
+        large = replace(study, requests=SIMULATED_REQUESTS)
+        simulated = study.search(lambda rate: simulate(study, deployment, large.arrivals(rate), rate),
+                                 deployment.plan.lambda_max)
+        calm = max((one for one in live if one.is_sustained), key=lambda one: one.rate_rps, default=live[0])
+        beside = simulate(study, deployment, study.arrivals(calm.rate_rps), calm.rate_rps)
+        measured_rps[deployment.name] = capacity_rps(live)
+        rows += _rows(deployment, capacity_rps(simulated), beside, calm, measured_rps[deployment.name])
+    print(table(["deployment", "figure", "planned", "simulated", "measured", "paper"], rows))
+    print(NOTES)
+    for deployment in chosen:
+        said = results.verdict(deployment.name)
+        planned = deployment.plan.lambda_max
+        if said is not None and deployment.name in measured_rps:
+            off = measured_rps[deployment.name] / planned - 1
+            print(f"  {NAMES[deployment.name]}: measured Lambda is {off:+.1%} from the plan; {said['words']}")
+    if {"prfaas_pd", "homogeneous"} <= {*measured_rps}:
+        ratio = measured_rps["prfaas_pd"] / measured_rps["homogeneous"]
+        print(f"  PrfaaS-PD over homogeneous PD: measured {ratio:.2f}, paper {paper.TABLE_6['prfaas_pd']['ratio']:.2f}")
+
+
+def _rows(deployment: Deployment, simulated_rps: float, beside: Reading, calm: Reading,
+          measured_rps: float) -> list[tuple]:
+    said, plan = paper.TABLE_6.get(deployment.name, {}), deployment.plan
+    mean_s, p90_s = first_token_times(deployment.fleet, paper.paper_lengths(), plan)
+    at = f" [{calm.rate_rps:.2f}/s]"
+    figures = (("Lambda, req/s", plan.lambda_max, simulated_rps, measured_rps, "lambda_max", ".2f"),
+               (f"TTFT mean, s{at}", mean_s, beside.ttft_mean_s, calm.ttft_mean_s, "ttft_mean_s", ".2f"),
+               (f"TTFT P90, s{at}", p90_s, beside.ttft_p90_s, calm.ttft_p90_s, "ttft_p90_s", ".2f"),
+               (f"offloaded{at}", plan.offloaded_fraction, beside.offloaded_fraction, calm.offloaded_fraction,
+                "offloaded_fraction", ".1%"),
+               (f"egress, Gbps{at}", plan.egress_gbps, beside.egress_gbps, calm.egress_gbps, "egress_gbps", ".2f"))
+    return [(NAMES[deployment.name] if number == 0 else "", what, *(format(value, form) for value in values),
+             format(said[key], form) if key in said else "–")
+            for number, (what, *values, key, form) in enumerate(figures)]

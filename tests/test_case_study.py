@@ -1,0 +1,143 @@
+"""What the live case study is judged by: scales, the rule for a sustained rate, its file, its verdict. Chapter 13."""
+
+from dataclasses import replace
+
+import pytest
+
+from minprfaas.cluster.emulation import Emulation, verdict
+from minprfaas.cluster.messages import Goodbye
+from minprfaas.cluster.topology import PD_SITE, PRFAAS_SITE
+from minprfaas.commands.case_results import Results
+from minprfaas.commands.live_case_study import Deployment, Study, capacity_rps, in_real_units, simulate
+from minprfaas.config import CacheConfig
+from minprfaas.engine.engine import Engine
+from minprfaas.engine.paced import Pace, PacedEngine
+from minprfaas.engine.sampling import SamplingParams
+from minprfaas.errors import UserError
+from minprfaas.scheduling import paper_case as paper
+from minprfaas.scheduling.planner import plan
+from minprfaas.scheduling.scale import Scale
+from minprfaas.simulator.sustained import STRATUM, Reading, best_rate_rps, highest_sustained, reading, stratified
+
+SCALE = Scale(time=3, length=64, size=0.001)
+
+
+def a_reading(rate_rps, growth=0.0, served_rps=1.0):
+    return Reading(rate_rps, growth, served_rps, 2.0, 3.0, 0.5, 10.0)
+
+
+def test_a_plan_made_in_the_runs_units_is_the_real_one_once_the_scale_is_undone():
+    fleet, lengths = paper.paper_fleet(), paper.paper_lengths()
+    run = replace(fleet, prfaas_profile=SCALE.profile(fleet.prfaas_profile), output_tokens=16,
+                  pd_profile=SCALE.profile(fleet.pd_profile), link_gbps=SCALE.run_gbps(fleet.link_gbps))
+    short = type(lengths).__mro__[1](length / SCALE.length for length in lengths.values)
+    real, scaled = plan(fleet, lengths, threshold=19_400), plan(run, short, threshold=19_400 / SCALE.length)
+    assert scaled.n_p == real.n_p
+    assert SCALE.rate_rps(scaled.lambda_max) == pytest.approx(real.lambda_max, rel=1e-6)
+    assert SCALE.gbps(scaled.egress_gbps) == pytest.approx(real.egress_gbps, rel=1e-6)
+    assert SCALE.tokens(scaled.mean_offloaded_tokens) == pytest.approx(real.mean_offloaded_tokens, rel=1e-6)
+    prefill_s = Emulation(fleet.prfaas_profile, fleet.pd_profile, SCALE).pace_at(PD_SITE).prefill_s(500)
+    assert SCALE.seconds(prefill_s) == pytest.approx(fleet.pd_profile.prefill_s(500 * 64), rel=1e-6)
+
+
+def test_figures_of_a_run_are_given_in_real_units():
+    run = Reading(1.0, 0.01, 0.9, 6.0, 9.0, 0.5, 0.004)
+    assert in_real_units(SCALE, run, 3.0) == Reading(3.0, 0.01, pytest.approx(2.7), 2.0, 3.0, 0.5, pytest.approx(12.0))
+
+
+@pytest.mark.parametrize("text", ["2,64", "2,64,x", "0,1,1", "", "nan,1,1"])
+def test_a_scale_that_is_none_is_refused(text):
+    with pytest.raises(UserError):
+        Scale.parse(text)
+
+
+def test_each_stratum_of_a_probe_holds_every_part_of_the_lengths_once():
+    lengths = paper.paper_lengths()
+    requests = stratified(2.0, 3 * STRATUM, lengths, 1024, seed=4)
+    bounds = [lengths.quantile(part / STRATUM) for part in range(STRATUM + 1)]
+    for first in range(0, len(requests), STRATUM):
+        block = requests[first:first + STRATUM]
+        for low, tokens, high in zip(bounds, sorted(one.input_tokens for one in block), bounds[1:]):
+            assert low - 1 <= tokens <= high + 1
+        assert first / 2.0 <= block[0].arrival_s <= block[-1].arrival_s <= (first + STRATUM) / 2.0
+
+
+def test_a_rate_is_sustained_when_the_backlog_does_not_grow_with_it():
+    arrivals = [index / 4 for index in range(200)]  # 4 a second
+    steady = reading(4.0, arrivals, [at_s + 3 for at_s in arrivals], [False] * 200, 0)
+    assert steady.is_sustained and steady.growth == pytest.approx(0, abs=0.01) and steady.ttft_mean_s == 3
+    behind = reading(4.0, arrivals, [index / 3 for index in range(200)], [True] * 200, 1e9)  # 3 a second are served
+    assert not behind.is_sustained and behind.growth == pytest.approx(0.25, abs=0.01)
+    assert behind.served_rps == pytest.approx(3.0, rel=0.03) and behind.offloaded_fraction == 1
+    lost = reading(4.0, arrivals, [at_s + 3 if at_s < 25 else None for at_s in arrivals], [False] * 200, 0)
+    assert not lost.is_sustained
+
+
+def test_the_search_ends_between_a_rate_that_is_sustained_and_one_that_is_not():
+    for start_rps in (0.5, 2.9, 9.0):
+        readings = highest_sustained(lambda rate: a_reading(rate, growth=max(0.0, 1 - 3 / rate) + 0.079), start_rps, 40)
+        best, grew = best_rate_rps(readings), min(one.rate_rps for one in readings if not one.is_sustained)
+        assert 2.85 <= best < 3.01 and 3.0 < grew <= best * 1.05
+    assert best_rate_rps(highest_sustained(lambda rate: a_reading(rate, growth=1.0), 4.0, 5)) == 0
+    assert capacity_rps([a_reading(2.0), a_reading(4.0, 0.3, served_rps=2.8)]) == 2.8
+
+
+def test_the_simulated_homogeneous_cluster_sustains_what_is_planned():
+    study, deployment = Study(SCALE, 320, 0, quick=True), Deployment("homogeneous", *paper.paper_plans()["homogeneous"])
+    below, above = study.search(lambda rate: simulate(study, deployment, study.arrivals(rate), rate), 2.11)
+    assert below.is_sustained and not above.is_sustained and below.offloaded_fraction == 0
+    assert above.served_rps == pytest.approx(2.11, rel=0.06)
+
+
+def test_results_are_taken_up_again_after_half_a_line(tmp_path):
+    path = tmp_path / "results.jsonl"
+    results = Results(path, "these")
+    results.add("naive", "reading", a_reading(2.5))
+    Results(path, "others").add("naive", "reading", a_reading(9.0))
+    results.add("naive", "verdict", {"words": "fine", "is_valid": True, "wrong": 0, "checked": 3})
+    with open(path, "a", encoding="utf-8") as file:
+        file.write('{"settings": "these", "deploy')
+    again = Results(path, "these")
+    assert again.reading("naive", 2.5) == a_reading(2.5) and again.reading("naive", 9.0) is None
+    assert again.verdict("naive")["is_valid"] and again.verdict("prfaas_pd") is None
+    again.add("prfaas_pd", "reading", a_reading(3.0))
+    assert Results(path, "these").readings("prfaas_pd") == [a_reading(3.0)], "the half line took nothing with it"
+    with pytest.raises(UserError):
+        Results(tmp_path, "a directory")
+
+
+def test_an_emulation_is_valid_while_every_node_kept_its_pace():
+    good = Goodbye(1, "", allowed_s=100.0, needed_s=40.0, late_s=1.0)
+    words, is_valid = verdict({"pd-0": good, "pd-1": Goodbye(1, "")})
+    assert is_valid and "pd-0 was late by 1.0%" in words and "40%" in words
+    words, is_valid = verdict({"pd-0": good, "pd-1": replace(good, allowed_s=10.0)})
+    assert not is_valid and "NOT VALID" in words and "pd-1 was late by 10.0%" in words
+    assert not verdict({})[1]
+
+
+def test_nodes_of_each_datacenter_have_their_own_machine():
+    emulation = Emulation(paper.h200_profile(), paper.h20_profile(), SCALE)
+    assert emulation.pace_at(PRFAAS_SITE).prefill_s(100) < emulation.pace_at(PD_SITE).prefill_s(100)
+
+
+def test_a_decode_step_passes_without_holding_up_its_node_and_no_more_than_the_batch_take_part():
+    from minprfaas import load
+    now_s = [0.0]
+    engine = PacedEngine(*load(), CacheConfig(64), clock=lambda: now_s[0])
+    params = SamplingParams(8, ignore_eos=True)
+    requests = [engine.add(engine.request(str(number), [5, 6, 7 + number], params)) for number in range(3)]
+    while engine.waiting or engine.prefilling:
+        Engine.step(engine)
+    engine.emulate(Pace(lambda tokens: 0.0, lambda batch: float(batch)), max_batch=2)
+    drawn = [len(one.output_ids) for one in requests]
+    assert engine.step() == [] and not engine.is_ready, "a step of 2 s has begun"
+    now_s[0] += 2.25  # it is looked at late; the next one is not
+    assert engine.is_ready and [update.request for update in engine.step()] == requests[:2]
+    assert [len(one.output_ids) - before for one, before in zip(requests, drawn)] == [1, 1, 0]
+    now_s[0] += 1.5
+    assert not engine.is_ready
+    now_s[0] += 0.25
+    assert engine.is_ready and len(engine.step()) == 2 and engine.runner.pace.late_s == 0
+    for request in requests:
+        engine.abort(request)
+    assert engine.runner.step_due_at_s is None, "who comes much later begins a step, and ends none"
