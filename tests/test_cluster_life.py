@@ -1,14 +1,19 @@
 """Many nodes, one request's life: whatever the topology and whoever is lost, the answers are those of one process."""
 
 import random
+import time
+from dataclasses import replace
 
 import pytest
 from test_two_datacenters import prompts_of
 from world import World
 
-from minprfaas import SamplingParams
-from minprfaas.config import Role
+from minprfaas import SamplingParams, generate
+from minprfaas.config import LinkSample, Role
 from minprfaas.engine.request import Status
+from minprfaas.scheduling.control import ControlPlane, ControlSettings, NewThreshold
+from minprfaas.scheduling.paper_case import paper_fleet
+from minprfaas.scheduling.roles import RoleChange
 
 GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
 LONG = SamplingParams(max_tokens=60, ignore_eos=True)
@@ -19,12 +24,13 @@ def _turns_are_short(monkeypatch):
     monkeypatch.setattr("minprfaas.cluster.node.IDLE_S", 0.0005)  # many nodes wait by turns here, in one thread
 
 
-@pytest.mark.parametrize("prfaas, pd, split", [(1, 1, 0), (1, 2, 1), (2, 3, 1), (3, 5, 2)])
+@pytest.mark.parametrize("prfaas, pd, split", [(1, 1, 0), (2, 3, 1), (3, 5, 2)])
 def test_a_burst_and_its_next_turns_get_the_answers_of_one_process_in_every_topology(hybrid, prfaas, pd, split):
     with World(*hybrid, prfaas, pd, split) as world:
-        first = world.serve(prompts_of(20, 150, 200, 64, 130, 31, 180, 90), GREEDY)
-        turns = [journey.token_ids + new for journey, new in zip(first, prompts_of(*[40] * 8, seed=5))]
-        second = world.serve(turns, GREEDY)
+        short = SamplingParams(max_tokens=6, ignore_eos=True)
+        first = world.serve(prompts_of(20, 150, 200, 64, 130, 31), short)
+        turns = [journey.token_ids + new for journey, new in zip(first, prompts_of(*[40] * 6, seed=5))]
+        second = world.serve(turns, short)
         world.check([*first, *second])
     assert all(journey.kv_bytes > 0 for journey in (*first, *second) if journey.route == "prfaas")
     assert {journey.route for journey in first} == ({"prfaas", "pdp"} if split else {"prfaas"})
@@ -40,7 +46,6 @@ def test_when_the_node_that_decodes_is_killed_the_stream_goes_on_where_it_was(hy
     model, tokenizer = hybrid
     prompts = prompts_of(150, 20, 140, 160, 30)
     sampled = SamplingParams(max_tokens=60, temperature=1.0, top_p=0.9, seed=3, ignore_eos=True)
-    from minprfaas import generate
     text = generate(model, tokenizer, prompts[2:3], sampled)[0].text
     stopped = SamplingParams(max_tokens=60, temperature=1.0, top_p=0.9, seed=3, ignore_eos=True, stop=(text[40:43],))
     with World(model, tokenizer, prfaas=1, pd=3, split=1) as world:
@@ -84,6 +89,7 @@ def test_a_stopped_node_that_returns_takes_work_again_and_what_it_still_says_of_
     with World(*hybrid, prfaas=1, pd=3, split=1) as world:
         journeys = world.submit(prompts_of(150, 20, 140, 30), LONG)
         world.step_until(lambda: all(len(journey.output_ids) > 5 for journey in journeys))
+        before = {*world.part("pd-1").servings}
         for name in ("pd-1", "prfaas-0"):
             world.stop(name)
         late = world.submit(prompts_of(170, seed=4), GREEDY)
@@ -92,6 +98,7 @@ def test_a_stopped_node_that_returns_takes_work_again_and_what_it_still_says_of_
         for name in ("pd-1", "prfaas-0"):
             world.resume(name)
         world.step_until(lambda: {"pd-1", "prfaas-0"} <= world.front.ready.keys())
+        assert before and before.isdisjoint(world.part("pd-1").servings), "it goes on with nothing of before"
         again = world.submit(prompts_of(150, 33, 160, 34, 165, 35, seed=8), GREEDY)
         world.step_until(lambda: not world.front.has_work)
         world.check([*journeys, *late, *again])
@@ -109,9 +116,9 @@ STAGES = {
 }
 
 
-@pytest.mark.parametrize("end", ["kill", "stop"])
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("victim, lengths", [("prfaas-0", (400, 410)), ("pd-0", (90, 95))])
+@pytest.mark.parametrize("victim, lengths, stage, end", [
+    ("prfaas-0", (400, 410), "computing", "kill"), ("prfaas-0", (400, 410), "sending", "stop"),
+    ("pd-0", (90, 95), "computing", "stop"), ("pd-0", (90, 95), "sending", "kill")])
 def test_when_a_node_that_prefills_is_lost_another_one_does_it(hybrid, victim, lengths, stage, end):
     with World(*hybrid, prfaas=2, pd=3, split=2) as world:
         for other in ("pd-1", "pd-2"):  # what it sends stays on its way
@@ -143,7 +150,38 @@ def test_blocks_that_are_held_for_a_peer_that_takes_nothing_are_freed_by_a_deadl
     assert journey.route == "pdp" and "deadline" in journey.fallback
 
 
+def test_a_node_that_failed_a_request_is_tried_again_when_none_is_left(hybrid):
+    """Only the line between the two is away, so that for everybody else both are well."""
+    with World(*hybrid, prfaas=1, pd=1, split=0) as world:
+        world.cut_line("prfaas-0", "pd-0")
+        journeys = world.submit(prompts_of(150), GREEDY)
+        world.step_until(lambda: journeys[0].attempts > 2)
+        world.mend_line("prfaas-0", "pd-0")
+        world.step_until(lambda: not world.front.has_work)
+        world.check(journeys)
+
+
 # ---- roles
+
+
+def test_a_node_that_is_to_decode_first_sends_what_it_has_prefilled(hybrid):
+    with World(*hybrid, prfaas=1, pd=3, split=2) as world:
+        world.machines["pd-0"].ends["pd-2"].room.clear()
+        journeys = world.submit(prompts_of(90), GREEDY)
+        prefills = world.part("pd-0").prefills
+        world.step_until(lambda: any(prefill.request.status is Status.HELD for prefill in prefills.values()))
+        world.convert("pd-0", Role.PDD)
+        actions = []
+        world.step_until(lambda: actions.extend(world.front.take_actions()) or
+                         any(isinstance(action, RoleChange) for action in actions))
+        for _ in range(5):
+            world.step()
+        assert world.roles_now()["pd-0"] is Role.PDP and prefills
+        world.machines["pd-0"].ends["pd-2"].room.set()
+        world.step_until(lambda: world.roles_now()["pd-0"] is Role.PDD)
+        world.step_until(lambda: not world.front.has_work)
+        world.check(journeys)
+    assert journeys[0].attempts == 1
 
 
 def test_a_node_changes_its_role_while_requests_run_and_nothing_is_dropped(hybrid):
@@ -170,3 +208,159 @@ def test_a_node_changes_its_role_while_requests_run_and_nothing_is_dropped(hybri
     assert {journey.decision.node for journey in back} == {busy}
     assert "pd-0" in {journey.decision.decode_node for journey in back}
     assert not any(journey.recoveries or journey.attempts > 1 for journey in (*journeys, *more, *after, *back))
+
+
+def test_the_long_term_loop_of_the_control_plane_converts_a_live_node(hybrid, monkeypatch):
+    """Answers are long and one decode node is all there is: by its books decode is the bottleneck, for long enough."""
+    for name, value in (("SUSTAIN_S", 0.0), ("INTERVAL_S", 0.0)):
+        monkeypatch.setattr(f"minprfaas.scheduling.roles.{name}", value)
+    monkeypatch.setattr("minprfaas.scheduling.control.BUSY_SMOOTH_S", 0.01)
+    profile = replace(paper_fleet().pd_profile, bs_max=1)
+    fleet = replace(paper_fleet(), prfaas_instances=1, pd_instances=4, pd_profile=profile, output_tokens=2000)
+    settings = replace(ControlSettings(100, 100.0), fleet=fleet, convert_roles=True)
+    now_s = [1000.0]
+    with World(*hybrid, prfaas=1, pd=4, split=3, plane=ControlPlane(settings), clock=lambda: now_s[0]) as world:
+        for number, prompt in enumerate(prompts_of(*[20] * 65)):
+            world.front.submit(str(number), prompt, LONG)
+
+        def has_changed():
+            now_s[0] += 1.0
+            return Role.PDD in [role for name, role in world.roles_now().items() if name != "pd-3"]
+
+        world.step_until(has_changed)
+        change = next(action for action in world.front.take_actions() if isinstance(action, RoleChange))
+        assert world.front.has_work, "it was converted beside requests that go on"
+        for id in list(world.front.journeys):
+            world.front.abort(id)
+        world.step_until(lambda: world.is_empty)
+    assert change.role is Role.PDD and "decode" in change.reason and "would" in change.reason
+
+
+# ---- prefixes
+
+
+def test_a_hot_prefix_is_copied_to_an_idle_node_of_its_cluster_and_computed_by_none_of_them_again(hybrid):
+    (prefix,) = prompts_of(320)
+    with World(*hybrid, prfaas=2, pd=2, split=1) as world:
+        (first,) = world.serve([prefix], GREEDY)
+        holder = first.decision.node
+        world.step_until(lambda: holder in world.front.plane.directory.match(first.keys))
+        turns = world.serve([prefix + new for new in prompts_of(*[150] * 6, seed=2)], GREEDY)
+        world.check([first, *turns])
+        matches = world.front.plane.directory.match(turns[0].keys)
+    assert {"prfaas-0", "prfaas-1"} <= matches.keys()
+    copied = [journey for journey in turns if journey.decision.node != holder]
+    assert copied and copied[0].decision.transfer.source == holder and copied[0].prefix_bytes > 0
+    assert all(journey.cached_tokens >= 304 for journey in turns)
+
+
+@pytest.mark.parametrize("victim", ["source", "fetcher"])
+def test_a_node_that_is_lost_while_a_prefix_is_shipped_costs_a_prefill_elsewhere(hybrid, victim):
+    (prefix,) = prompts_of(320)
+    with World(*hybrid, prfaas=2, pd=2, split=1) as world:
+        (first,) = world.serve([prefix], GREEDY)
+        source = first.decision.node
+        (fetcher,) = {"prfaas-0", "prfaas-1"} - {source}
+        world.step_until(lambda: source in world.front.plane.directory.match(first.keys))
+        world.machines[source].ends[fetcher].room.clear()
+        turns = world.submit([prefix + new for new in prompts_of(*[150] * 4, seed=2)], GREEDY)
+        world.step_until(lambda: world.part(fetcher).prefixes and world.part(source).prefixes)
+        world.kill({"source": source, "fetcher": fetcher}[victim])
+        world.step_until(lambda: not world.front.has_work)
+        world.check([first, *turns])
+    assert any(journey.attempts > 1 for journey in turns)
+
+
+# ---- what a door that runs for weeks needs
+
+
+def test_ended_requests_are_forgotten_and_their_ids_may_be_used_again(hybrid, monkeypatch):
+    monkeypatch.setattr("minprfaas.cluster.front_end.ENDED_ATTEMPTS", 8)
+    with World(*hybrid, prfaas=1, pd=2, split=1) as world:
+        one = SamplingParams(max_tokens=1)
+        journeys = [journey for _ in range(2) for journey in world.serve(prompts_of(*[5] * 6), one)]
+        assert not world.front.journeys and len({journey.attempt for journey in journeys}) == 12
+        kept = [value for value in vars(world.front).values() if isinstance(value, dict)]
+        (known,) = [value for value in kept if journeys[-1].attempt in value]
+        assert len(known) <= 8 and journeys[0].attempt not in known
+        world.front.submit("again", [1, 2], GREEDY)
+        world.front.abort("again")
+        (again,) = [world.front.submit("again", prompts_of(30)[0], GREEDY)]
+        world.step_until(lambda: not world.front.has_work)
+        world.check([*journeys, again])
+
+
+def test_the_samples_of_each_link_of_a_process_count(hybrid):
+    """A PrfaaS node sends to two decode nodes; each of its lines is half busy, so together they are busy."""
+    now_s = [1000.0]
+    with World(*hybrid, prfaas=1, pd=3, split=1, clock=lambda: now_s[0]) as world:
+        ends = [world.machines["prfaas-0"].ends[name] for name in ("pd-1", "pd-2")]
+        assert measured(world, ends, now_s, 0.45, turns=12) == "scarce"
+        assert measured(world, ends, now_s, 0.2, turns=30) == "abundant"
+
+
+def measured(world, ends, now_s, utilization, turns, gbps=1.0):
+    """What the control plane makes of so many seconds with this sample of each line."""
+    for _ in range(turns):
+        now_s[0] += 1.0
+        for end in ends:
+            end.samples = (LinkSample(now_s[0], gbps, utilization, 0.0),)
+        world.step()
+    return world.front.plane.regime(now_s[0])
+
+
+@pytest.mark.parametrize("gbps, direction", [(1e-6, 1), (100.0, -1)])
+def test_the_live_threshold_moves_with_what_the_line_is_measured_to_give(hybrid, gbps, direction):
+    now_s = [1000.0]
+    fleet = replace(paper_fleet(), prfaas_instances=1, pd_instances=2)
+    settings = ControlSettings(50, 1.0, fleet=fleet, adaptive=True)
+    with World(*hybrid, prfaas=1, pd=2, split=1, plane=ControlPlane(settings), clock=lambda: now_s[0]) as world:
+        measured(world, [world.machines["prfaas-0"].ends["pd-1"]], now_s, 0.5, turns=20, gbps=gbps)
+        for number in range(66):
+            world.front.submit(str(number), prompts_of(20 + number)[0], GREEDY)
+        measured(world, [world.machines["prfaas-0"].ends["pd-1"]], now_s, 0.5, turns=3, gbps=gbps)
+        moves = [action for action in world.front.take_actions() if isinstance(action, NewThreshold)]
+        for number in range(66):
+            world.front.abort(str(number))
+        world.step_until(lambda: world.is_empty)
+    assert moves and (moves[0].threshold - 50) * direction > 0, moves
+    assert f"{fleet.prfaas_instances} PrfaaS" in moves[0].reason and "Gbps" in moves[0].reason
+
+
+# ---- everything at random
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("seed", range(10))
+def test_ten_losses_stops_and_role_changes_at_random_moments_lose_nothing(hybrid, seed):
+    draw = random.Random(seed)
+    sampled = SamplingParams(max_tokens=40, temperature=1.0, seed=seed, ignore_eos=True)
+    with World(*hybrid, prfaas=2, pd=4, split=2) as world:
+        journeys, away = [], {}
+        for _ in range(10):
+            lengths = [draw.choice((20, 60, 150, 250)) for _ in range(5)]
+            new = [[draw.randrange(1, 257) for _ in range(length)] for length in lengths]
+            told = [journey.token_ids for journey in journeys if journey.is_finished and len(journey.token_ids) < 300]
+            new += [draw.choice(told) + new[0][:30]] if told else []
+            started = [world.front.submit(f"{len(journeys) + i}", prompt, draw.choice((LONG, GREEDY, sampled)))
+                       for i, prompt in enumerate(new)]
+            journeys += started
+            for _ in range(draw.randrange(60)):
+                world.step()
+            name = draw.choice([name for name in world.roles if name not in away])
+            event = draw.choice(("kill", "stop", "convert"))
+            if event != "convert":
+                getattr(world, event)(name)
+                away[name] = event
+            elif name.startswith("pd"):
+                world.convert(name, Role.PDP if world.roles_now()[name] is Role.PDD else Role.PDD)
+            for _ in range(draw.randrange(60)):
+                world.step()
+            if len(away) > 2 or draw.random() < 0.5:
+                for name, event in away.items():
+                    world.start(name) if event == "kill" else world.resume(name)
+                away.clear()
+        for name, event in away.items():
+            world.start(name) if event == "kill" else world.resume(name)
+        world.step_until(lambda: not world.front.has_work)
+        world.check(journeys)

@@ -122,16 +122,22 @@ class World:
         return self
 
     def __exit__(self, failed, *_):
-        for machine in [*self.machines.values(), *self.dead]:
-            for end in machine.ends.values():
-                end.is_up = False
-                end.room.set()
         if failed is None:
             for name in self.machines.keys() - {FRONT}:
                 self.part(name).engine.kvcache.check()
         for machine in [*self.machines.values(), *self.dead]:
+            self._cut(machine)
+        for machine in [*self.machines.values(), *self.dead]:
             if machine.name != FRONT:
-                machine.part.upkeep.close()
+                self._wind_up(machine)
+
+    def _wind_up(self, machine):
+        """End a node's sending threads, which in a killed process would have ended with it."""
+        until_s = time.monotonic() + DEADLINE_S
+        machine.node.step()
+        while machine.part.has_work and time.monotonic() < until_s:
+            machine.node.step()
+        machine.part.upkeep.threads.shutdown(wait=not machine.part.has_work)
 
     # Nodes come and go
 
@@ -174,6 +180,10 @@ class World:
         """The line between two nodes is lost for good."""
         for end in (self.machines[one].ends[other], self.machines[other].ends[one]):
             end.lose("it was cut")
+
+    def mend_line(self, one, other):
+        """The two meet anew."""
+        self._connect(self.machines[one], self.machines[other], met_before=True)
 
     def _cut(self, machine):
         for other, end in machine.ends.items():
