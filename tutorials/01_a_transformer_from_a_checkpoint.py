@@ -31,8 +31,8 @@ torch.set_num_threads(1)
 torch.set_grad_enabled(False)
 LAYERS = 8  # of a model made small: one whole group of every kind of layer
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 32,
-         "shared_expert_intermediate_size": 32, "num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8, "num_experts_per_tok": 2,
-         "num_experts_per_token": 2, "n_group": 1, "topk_group": 1, "eos_token_id": None,
+         "shared_expert_intermediate_size": 32, "num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8,
+         "num_experts_per_tok": 2, "num_experts_per_token": 2, "n_group": 1, "topk_group": 1, "eos_token_id": None,
          "num_hidden_layers": LAYERS, "vocab_size": read_config(EMBEDDED).vocab_size}
 
 
