@@ -8,6 +8,7 @@ import pytest
 
 from minprfaas.__main__ import main
 from minprfaas.scheduling.paper_case import h20_profile, h200_profile
+from minprfaas.scheduling.profiles import Profile
 
 KEYS = ["threshold", "n_prfaas", "n_p", "n_d", "theta_prfaas", "theta_pdp", "theta_pdd", "lambda_max", "ratio",
         "ttft_mean_s", "ttft_p90_s", "offloaded_fraction", "mean_offloaded_tokens", "egress_gbps"]
@@ -166,3 +167,14 @@ def test_somebody_elses_measurements_say_who_can_cross_a_thin_line(capsys):
     screen = capsys.readouterr().out
     assert "HarshavardhanK/Mooncake" in screen and "the line carries 0.3 of 4 such instances" in screen
     assert "kimi-linear-48b-8xh100" in refused(capsys, "--profile", "nope"), "what is shipped is named"
+
+
+def test_what_inspect_says_of_a_token_is_what_others_have_measured():
+    """Their KVCache counts attention rows only, so the state of fixed size is what `S_kv` has beyond it."""
+    from minprfaas.config import StateKind
+    from minprfaas.model.published import read_published
+    from minprfaas.model.spec import kv_bytes, model_state_specs
+    specs = model_state_specs(read_published("kimi-linear-48b"), "bfloat16")
+    fixed = sum(spec.nbytes for spec in specs if spec.kind is StateKind.REQUEST)
+    for point in Profile.read("kimi-linear-48b-8xh100").points:
+        assert kv_bytes(specs, point.tokens) - fixed == point.kv_bytes

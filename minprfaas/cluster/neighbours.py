@@ -5,6 +5,7 @@ was started again, is met by a thread of its own, and its parts are then announc
 """
 
 import threading
+import time
 from collections.abc import Callable
 
 from minprfaas.cluster.mail import Mail
@@ -61,6 +62,12 @@ class Neighbours:
 
         link.connect(MEETING_S, met)
         link.wait_until_lost()
+
+    def wait_for_all(self, deadline_s: float) -> None:
+        """Until every process was met once, or the time is up: one that is away must not keep the others waiting."""
+        give_up_at_s = time.monotonic() + deadline_s
+        while not {*self._links} <= self.met and time.monotonic() < give_up_at_s:
+            self._closing.wait(0.02)
 
     def close(self) -> None:
         """Say goodbye to all of them at once."""

@@ -49,6 +49,7 @@ class Program:
         self.process, self.front, self.engine = made, made.front, engine
         self.lossy = answers.lossy_wire(engine.layout, run.encoding)
         self.journeys: dict[str, Journey] = {}
+        self.ended: set[str] = set()  # ids of those whose end was shown
         self.prompts, self.due = self._asked(run)
         if run.load is not None or run.args.serve is not None:
             self.board = self.screen = Board()
@@ -193,11 +194,13 @@ class Program:
         for line in self.watch.take(self.front.take_actions(), now_s):
             self.screen.line(line)
         self._show_who_came_and_went()
-        for update in updates:
-            if update.journey.is_finished:
-                if self.load is None or update.journey.error is not None:
-                    self.screen.line(answers.answer_lines(update.journey, self.prompts[update.journey.id]))
-                self._submit_after(update.journey)
+        for journey in (update.journey for update in updates if update.journey.is_finished):
+            if journey.id in self.ended:  # word of its transfer, after its last token
+                continue
+            self.ended.add(journey.id)
+            if self.load is None or journey.error is not None:
+                self.screen.line(answers.answer_lines(journey, self.prompts[journey.id]))
+            self._submit_after(journey)
 
     def _show_who_came_and_went(self) -> None:
         ready = self.front.ready

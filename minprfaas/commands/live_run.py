@@ -29,6 +29,7 @@ from minprfaas.transport.fabric import Fabric
 from minprfaas.transport.wan.link import Link
 
 Drive = Callable[[Process, Engine], int]
+MEET_ALL_S = 5.0  # until all processes of a run are there, for a node that is
 FABRIC_TIMEOUT_S = 2.0  # inside a datacenter there is no weather: a connection that breaks is a process that died
 
 
@@ -117,6 +118,7 @@ def _play(run: Run, seat: Seat, outputs: dict[str, OutputFile], drive: Drive | N
 
 
 def _wait_for_front(run: Run, seat: Seat, made: Process, neighbours: Neighbours) -> None:
+    neighbours.wait_for_all(MEET_ALL_S)  # first: once it has said that it is there, this node is sent work at once
     front = next(place.name for place in seat.places if place.has_front)
     made.run_until(lambda: front in neighbours.met or front in neighbours.refused, run.args.wait_s)
     if front not in neighbours.met:
