@@ -74,6 +74,7 @@ def test_a_store_is_a_host_and_a_port():
     (["--node", "pd-9", "--store", "127.0.0.1:5"], "node 'pd-9' has no process in topology prfaas=2,pd=3"),
     (["--node", "pd-0", "--datacenter", "pd", "--store", "127.0.0.1:5"], "exclude each other"),
     (["--topology", "prfaas=0,pd=2", "--datacenter", "prfaas", "--store", "127.0.0.1:5"], "datacenter prfaas has no"),
+    (["--convert-roles"], "--profile (or --emulate) says it"),
     (["--datacenter", "pd", "--store", "nowhere"], "--store is 'nowhere'"), (["--wait-s", "0"], "--wait-s is 0.0"),
 ])
 def test_a_mistake_on_the_command_line_is_named_before_any_process_is_started(monkeypatch, tmp_path, change, said):

@@ -4,6 +4,7 @@ Chapter 13; paper 3.1.
 """
 
 import argparse
+from dataclasses import replace
 
 from minprfaas.cluster.launch import Launch, StoreAddress, start_processes, watch_parent
 from minprfaas.cluster.topology import PD_SITE, PRFAAS_SITE, Place, Topology
@@ -36,6 +37,8 @@ def parser() -> argparse.ArgumentParser:
                    "(prfaas=2,pd=3)")
     p.add_argument("--split", type=int, metavar="N", help="PD nodes that begin as PD-P (half of them; a single PD node "
                    "plays both roles)")
+    p.add_argument("--convert-roles", action="store_true", help="let PD nodes change their role with the load, by what "
+                   "--profile says (or --emulate)")
     p.add_argument("--restart", action="store_true", help="without torchrun: start a node again that was killed")
     p.add_argument("--store", metavar="HOST:PORT", help="where processes that are started apart meet")
     p.add_argument("--datacenter", choices=(PRFAAS_SITE, PD_SITE), help="only the processes of one datacenter")
@@ -49,6 +52,10 @@ def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     topology = Topology.parse(args.topology, args.split)
     run, places = checked(args, topology), topology.places()
+    if args.convert_roles:
+        if run.fleet is None:
+            raise UserError("--convert-roles compares what the nodes could do; --profile (or --emulate) says it")
+        run = replace(run, convert_roles=True)
     apart = args.node is not None or args.datacenter is not None
     if apart != (args.store is not None):
         raise UserError("--store says where processes meet that are started apart, by --node or --datacenter; "

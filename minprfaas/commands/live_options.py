@@ -86,6 +86,7 @@ class Run:
     encoding: Encoding  # of rows of attention state between the datacenters
     fleet: Fleet | None  # with a profile: what the threshold loop plans for
     emulation: Emulation | None = None
+    convert_roles: bool = False  # PD nodes change their role with the load
     adaptive: bool = True  # the threshold follows the link, where there is a fleet
     selective: bool = True  # or else the least loaded node prefills
 

@@ -82,7 +82,8 @@ def _play(run: Run, seat: Seat, outputs: dict[str, OutputFile], drive: Drive | N
     front = None
     if here.has_front:
         settings = control_settings(args.threshold, run.line.gbps, engine.layout, args.ship_prefixes, run.fleet)
-        plane = ControlPlane(replace(settings, adaptive=settings.adaptive and run.adaptive, selective=run.selective))
+        plane = ControlPlane(replace(settings, adaptive=settings.adaptive and run.adaptive, selective=run.selective,
+                                     convert_roles=run.convert_roles))
         front = front_end(plane, mail, engine, args.deadline_s)
     roles = roles_of(here, engines.new, mail, args.deadline_s, overlap=not args.no_overlap)
     made = process(mail, front, roles)
