@@ -212,7 +212,7 @@ def test_a_script_that_cannot_write_its_file_says_so_before_its_work(tmp_path, p
     (tmp_path / "file").write_text("")
     places = [tmp_path / "file" / "out", "/proc/nowhere/out"]
     if program == "demo_prompts.py":
-        places += [tmp_path, "/", ""]
+        places += [""]  # a directory; `OutputFile` has tests of its own for the others
     for place in places:
         done = run_program(ROOT / "scripts" / program, place)
         assert done.returncode == 2 and done.stdout == "", place

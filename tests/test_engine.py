@@ -268,14 +268,14 @@ def test_max_tokens_ends_an_answer_after_exactly_so_many(hybrid):
 
 def test_the_context_ends_an_answer(hybrid):
     engine = new_engine(hybrid, blocks=200)
-    request = engine.add(engine.request("full", [5] * 505, SamplingParams(max_tokens=100)))
+    request = engine.add(engine.request("full", [5] * 505, SamplingParams(max_tokens=100, ignore_eos=True)))
     run(engine)
     assert (len(request.token_ids), request.finish_reason, request.length_limit) == (512, "length", "context")
 
 
 def test_the_pool_ends_an_answer_that_it_cannot_hold(hybrid):
     engine = new_engine(hybrid, blocks=new_engine(hybrid).layout.blocks_for(40))
-    request = engine.add(engine.request("long", [5] * 30, SamplingParams(max_tokens=100)))
+    request = engine.add(engine.request("long", [5] * 30, SamplingParams(max_tokens=100, ignore_eos=True)))
     run(engine)
     assert (len(request.token_ids), request.finish_reason, request.length_limit) == (40, "length", "pool")
     assert_nothing_is_held(engine)

@@ -1,5 +1,7 @@
 """Every family prefilled there and decoded here, as in one process: cached prefixes, a second turn, preemption."""
 
+from dataclasses import replace
+
 import pytest
 import tokenizers
 import torch
@@ -17,6 +19,7 @@ from minprfaas.model.tokenizer import Tokenizer
 ONE_OF_EACH = {FAMILIES[read_config(PARITY / name).family].__name__: name for name in reversed(FIXTURES)}
 every_family = pytest.mark.parametrize("family", sorted(ONE_OF_EACH))
 GREEDY = SamplingParams(max_tokens=8, ignore_eos=True)
+LONG = replace(GREEDY, max_tokens=40)  # so long that all three decode at once, however soon the first begins
 
 
 @pytest.fixture
@@ -57,10 +60,10 @@ def test_requests_of_a_family_that_are_preempted_where_they_decode_get_the_same_
     blocks = 2 * layout.blocks_for(64) + layout.blocks_for(72)  # all begin, not all can end
     with two_datacenters(model, tokenizer, threshold=60, pool_b=blocks) as (local, _):
         running, seen = local.decode.engine.running, set()
-        journeys = [local.front.submit(str(number), prompt, GREEDY) for number, prompt in enumerate(prompts)]
+        journeys = [local.front.submit(str(number), prompt, LONG) for number, prompt in enumerate(prompts)]
         step_until(local, lambda: seen.update(running) or not local.front.has_work)
     assert sum(request.preemptions for request in seen) > 0
-    outputs = generate(model, tokenizer, prompts, GREEDY)
+    outputs = generate(model, tokenizer, prompts, LONG)
     assert [journey.output_ids for journey in journeys] == [output.token_ids for output in outputs]
 
 

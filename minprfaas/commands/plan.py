@@ -10,7 +10,7 @@ from minprfaas.observe.plots import draw_plan, prepare_plots
 from minprfaas.observe.report import table
 from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.lengths import EmpiricalLengths, LengthDistribution, TruncatedLogNormal
-from minprfaas.scheduling.planner import Fleet, Plan, first_token_times, plan, sensitivity
+from minprfaas.scheduling.planner import MAX_INSTANCES, Fleet, Plan, first_token_times, plan, sensitivity
 from minprfaas.scheduling.profiles import Profile
 from minprfaas.scheduling.throughput import egress_needed_gbps, kv_throughput_gbps
 
@@ -158,10 +158,11 @@ def _print_table_6(result: dict) -> None:
 
 def _without_prfaas(fleet: Fleet, lengths: LengthDistribution) -> dict[str, Plan]:
     """What the same money buys in one datacenter: the PD cluster alone, and with as many instances more."""
-    alone = replace(fleet, prfaas_instances=0)
-    if alone.pd_instances == 1:
+    together = fleet.pd_instances + int(fleet.prfaas_instances)
+    if not 1 < fleet.pd_instances <= together <= MAX_INSTANCES:  # a single instance cannot both prefill and decode
         return {}
-    more = replace(alone, pd_instances=alone.pd_instances + int(fleet.prfaas_instances))
+    alone = replace(fleet, prfaas_instances=0)
+    more = replace(alone, pd_instances=together)
     return {"alone": plan(alone, lengths), "in_the_building": plan(more, lengths)}
 
 
