@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from minprfaas.__main__ import main
 from minprfaas.scheduling.paper_case import h20_profile, h200_profile
@@ -178,3 +179,16 @@ def test_what_inspect_says_of_a_token_is_what_others_have_measured():
     fixed = sum(spec.nbytes for spec in specs if spec.kind is StateKind.REQUEST)
     for point in Profile.read("kimi-linear-48b-8xh100").points:
         assert kv_bytes(specs, point.tokens) - fixed == point.kv_bytes
+
+
+def test_fewer_bytes_of_a_row_leave_less_egress_and_state_of_one_size_as_it_was():
+    from minprfaas.commands.plan import WIRE_SHARES
+    from minprfaas.scheduling import paper_case
+    from minprfaas.transport.encoding import Encoding, RowCodec
+    shares = {name: RowCodec(Encoding(name), 576, torch.bfloat16).row_bytes / 1152 for name in ("bf16", "fp8", "int8", "int4")}
+    assert {one: share for names, share in WIRE_SHARES.items() for one in names.split(", ") if one != "exact"} == shares
+    exact, half = paper_case.h200_profile(), paper_case.h200_profile().encoded(0.5)
+    assert exact.encoded(1.0) == exact
+    assert half.kv_bytes(0) == pytest.approx(exact.kv_bytes(0))
+    saved = [exact.kv_bytes(tokens) - half.kv_bytes(tokens) for tokens in (8192, 16_384)]
+    assert saved[1] == pytest.approx(2 * saved[0]) and 0 < saved[0] < exact.kv_bytes(8192) / 2

@@ -25,6 +25,7 @@ ROWS = {  # JSON key: (label, format)
     "ttft_mean_s": ("TTFT mean, s", ".2f"), "ttft_p90_s": ("TTFT P90, s", ".2f"),
     "offloaded_fraction": ("offloaded fraction", ".3f"), "mean_offloaded_tokens": ("their mean, tokens", ",.0f"),
     "egress_gbps": ("egress, Gbps", ".1f")}
+WIRE_SHARES = {"exact, bf16": 1.0, "fp8, int8": 33 / 64, "int4": 5 / 16}  # see transport/encoding.py
 NOTES = """\
 modelled: every figure but the columns `paper`, which are table 6's own; TTFT is without waiting.
 calibrated: the paper prints no H20 prefill times; two of its rates (1.64 and 2.11 req/s) fix them, so these agree by
@@ -50,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fleet.add_argument("--trace", metavar="FILE", help="lengths of a Mooncake-format trace, nothing cached")
     fleet.add_argument("--threshold", type=float, metavar="T", help="plan for this threshold (default: search)")
     fleet.add_argument("--n-p", type=int, metavar="N", help="plan for this many PD prefill instances (default: search)")
+    parser.add_argument("--by-wire", action="store_true", help="also what each encoding of the wire would make of it")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--plots", metavar="DIR", help="draw figures 2, 5(a), 5(b) into DIR (needs the `plots` extra)")
 
@@ -74,6 +76,8 @@ def run(args: argparse.Namespace) -> None:
     if args.profile:
         result["sensitivity"] = {change: changed.lambda_max for change, changed in more}
         result["without_prfaas"] = {name: other.lambda_max for name, other in _without_prfaas(fleet, lengths).items()}
+    if args.by_wire:
+        result["by_wire"] = _by_wire(fleet, lengths)
     if args.egress:
         result["egress"] = _egress_cases()
     drawn = draw_plan(args.plots, fleet, lengths, best, _curves(args, fleet)) if args.plots else []
@@ -84,6 +88,8 @@ def run(args: argparse.Namespace) -> None:
     else:
         _print_own(fleet, lengths, best, result)
     _print_margins(best, more)
+    if args.by_wire:
+        _print_by_wire(result["by_wire"])
     if args.egress:
         print()
         _print_egress()
@@ -207,6 +213,27 @@ def _print_margins(best: Plan, more: list[tuple[str, Plan]]) -> None:
              _cell("threshold", changed.threshold), f"{changed.n_p} / {changed.n_d}", changed.binding_stage)
             for change, changed in more]
     print(table(["", "Λ_max, req/s", "gain, req/s", "t, tokens", "N_p / N_d", "binds"], rows))
+
+
+def _by_wire(fleet: Fleet, lengths: LengthDistribution) -> list[dict]:
+    """The best plan behind each encoding: of a bf16 cache, scales included, at rows of a multiple of 64 channels."""
+    rows = []
+    for wire, share in WIRE_SHARES.items():
+        behind = replace(fleet, prfaas_profile=fleet.prfaas_profile.encoded(share))
+        best = plan(behind, lengths)
+        rows.append({"wire": wire, "rows_share": share, **_figures(behind, best, lengths),
+                     "gbps_32k": kv_throughput_gbps(behind.prfaas_profile.kv_bytes(32_768),
+                                                    behind.prfaas_profile.prefill_s(32_768))})
+    return rows
+
+
+def _print_by_wire(rows: list[dict]) -> None:
+    print("\nBy the encoding of the wire (modelled): what grows with each token crosses in so much of its bytes, state of "
+          "one size exactly.\n")
+    keys = ("lambda_max", "threshold", "offloaded_fraction", "egress_gbps")
+    print(table(["wire", "of a row", *(ROWS[key][0] for key in keys), "Φ_kv at 32K, Gbps"],
+                [(row["wire"], f"{row['rows_share']:.0%}", *(_cell(key, row[key]) for key in keys),
+                  f"{row['gbps_32k']:.2f}") for row in rows]))
 
 
 def _egress_cases() -> list[dict]:

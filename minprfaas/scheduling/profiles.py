@@ -113,6 +113,17 @@ class Profile:
                                     point.prefill_s * time) for point in self.points)
         return replace(self, points=points, t_decode_s=self.t_decode_s * length * time)
 
+    def encoded(self, share: float) -> "Profile":
+        """The same machine behind a wire on which rows of attention state cross in `share` of their bytes. What grows
+        with each token is rows; the intercept is state of one size, which crosses exactly. Where the points are no
+        line, the least slope between two of them counts as rows, so that no saving is claimed that is not there."""
+        pairs = zip(self.points, self.points[1:])
+        slope = min((right.kv_bytes - left.kv_bytes) / (right.tokens - left.tokens) for left, right in pairs)
+        slope = min(slope, self.points[0].kv_bytes / self.points[0].tokens)
+        points = tuple(replace(point, kv_bytes=point.kv_bytes - (1 - share) * slope * point.tokens)
+                       for point in self.points)
+        return replace(self, points=points)
+
     @property
     def fit_error(self) -> float:
         """How far the prefill curve passes from the worst of its points, as a fraction of that point."""
