@@ -199,8 +199,8 @@ class IncomingStream:
 
     def close(self) -> int:
         """No sink call runs after this returns. Returns the token up to which all token state is written."""
+        self._closed = True  # before the wait: pieces that wait for the lock as well are written no more
         with self._lock:
-            self._closed = True
             self._assembling.clear()
             return self._coverage.prefix_end
 
