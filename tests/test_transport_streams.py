@@ -1,6 +1,7 @@
 """Plans and what a receiver accepts: nothing outside the plan, nothing twice, nothing after it gave up."""
 
 import random
+import threading
 
 import pytest
 import torch
@@ -91,3 +92,33 @@ def test_coverage_agrees_with_a_set_of_tokens():
 def test_an_impossible_plan_is_refused(fields):
     with pytest.raises(ValueError):
         StreamPlan(**{"stream_id": 5, "entries": PLAN.entries, "start": 8, "end": 16, **fields})
+
+
+def test_a_piece_that_waits_for_its_turn_while_the_stream_is_given_up_is_not_written():
+    writing, may_end, calls, refused = threading.Event(), threading.Event(), [], []
+
+    def slow_sink(layer, start, end, data):
+        writing.set()
+        assert may_end.wait(30)
+        calls.append(start)
+
+    stream = IncomingStream(PLAN, slow_sink)
+
+    def accept(start):
+        try:
+            stream.accept(chunk(layer=0, start=start, end=start + 1, nbytes=4), torch.zeros(4, dtype=torch.uint8), 0.0)
+        except StreamAborted as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=accept, args=(8,), daemon=True)]
+    threads[0].start()
+    assert writing.wait(30)
+    for target, arguments in ((accept, (9,)), (stream.close, ())):  # the piece was there before
+        threads.append(threading.Thread(target=target, args=arguments, daemon=True))
+        threads[-1].start()
+        threads[-1].join(0.2)
+        assert threads[-1].is_alive()
+    may_end.set()
+    for thread in threads:
+        thread.join(30)
+    assert calls == [8] and refused == ["the receiver has given the stream up"]

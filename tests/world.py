@@ -24,7 +24,8 @@ from minprfaas.config import CacheConfig, Role
 from minprfaas.engine.engine import Engine
 from minprfaas.scheduling import control
 from minprfaas.scheduling.control import ControlPlane
-from minprfaas.transport.base import LinkDown, LinkLost, LinkRestored, MessageReceived
+from minprfaas.transport.base import LinkDown
+from minprfaas.transport.events import LinkLost, LinkRestored, MessageReceived
 from minprfaas.transport.loopback import LoopbackStream
 from minprfaas.transport.streams import ExpectedStreams
 from minprfaas.transport.wan.monitor import LinkStats

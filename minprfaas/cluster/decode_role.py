@@ -22,7 +22,8 @@ from minprfaas.engine.engine import Engine
 from minprfaas.engine.request import Request, TokenUpdate
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import UserError
-from minprfaas.transport.base import LinkDown, StreamDone, StreamFailed
+from minprfaas.transport.base import LinkDown
+from minprfaas.transport.events import StreamDone, StreamFailed
 
 
 @dataclass(eq=False)

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from minprfaas.kvcache.manager import KVCacheManager
-from minprfaas.transport.base import ArrivalReport, KVTransport, StreamPlan
+from minprfaas.transport.base import KVTransport, StreamPlan
+from minprfaas.transport.events import ArrivalReport
 from minprfaas.transport.encoding import row_codecs
 
 

@@ -15,7 +15,8 @@ import torch
 
 from minprfaas.config import StateKind
 from minprfaas.kvcache.manager import KVCacheManager
-from minprfaas.transport.base import KVTransport, LinkDown, StreamAborted, StreamPlan, StreamReport
+from minprfaas.transport.base import KVTransport, LinkDown, StreamAborted, StreamPlan
+from minprfaas.transport.events import StreamReport
 from minprfaas.transport.encoding import row_codecs
 
 STREAMS_AT_ONCE = 64  # of one node; further ones wait for their turn, and their KVCache in its blocks

@@ -9,7 +9,8 @@ from typing import Protocol
 
 from minprfaas.cluster.envelope import BadMessage, Envelope, decode, encode
 from minprfaas.cluster.messages import Message
-from minprfaas.transport.base import EventQueue, KVTransport, LinkDown, MessageChannel, MessageReceived
+from minprfaas.transport.base import KVTransport, LinkDown, MessageChannel
+from minprfaas.transport.events import EventQueue, MessageReceived
 from minprfaas.transport.encoding import Encoding
 from minprfaas.transport.loopback import Loopback
 from minprfaas.transport.wan.monitor import LinkStats

@@ -20,7 +20,8 @@ from minprfaas.engine.request import Request, Status
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import UserError
 from minprfaas.kvcache.request_cache import RequestCache
-from minprfaas.transport.base import LinkDown, StreamPlan, StreamReport
+from minprfaas.transport.base import LinkDown, StreamPlan
+from minprfaas.transport.events import StreamReport
 
 
 class Stage(Enum):

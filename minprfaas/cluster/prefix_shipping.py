@@ -19,7 +19,8 @@ from minprfaas.cluster.messages import PrefixAbort, PrefixOrder
 from minprfaas.cluster.stream_plans import stream_plan
 from minprfaas.kvcache.manager import KVCacheManager
 from minprfaas.kvcache.request_cache import RequestCache
-from minprfaas.transport.base import LinkDown, StreamDone, StreamFailed
+from minprfaas.transport.base import LinkDown
+from minprfaas.transport.events import StreamDone, StreamFailed
 
 
 @dataclass(eq=False)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from minprfaas.cluster.decode_role import DecodeRole
 from minprfaas.cluster.front_end import LOCAL_DEADLINE_S, FrontEnd
-from minprfaas.cluster.mail import FRONT, Connection, Mail
+from minprfaas.cluster.mail import Connection, Mail
 from minprfaas.cluster.node import Node
 from minprfaas.cluster.pd_node import PDNode
 from minprfaas.cluster.prefill_role import PrefillRole
@@ -22,7 +22,7 @@ from minprfaas.kvcache.layout import Layout
 from minprfaas.scheduling.control import ControlPlane, ControlSettings
 from minprfaas.scheduling.planner import Fleet
 from minprfaas.scheduling.router import TransferCosts
-from minprfaas.transport.base import EventQueue
+from minprfaas.transport.events import EventQueue
 from minprfaas.transport.encoding import Encoding
 
 PRFAAS = "prfaas-0"

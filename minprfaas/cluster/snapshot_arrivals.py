@@ -14,7 +14,7 @@ from minprfaas.cluster.stream_plans import snapshot_plan
 from minprfaas.engine.request import Request
 from minprfaas.kvcache.manager import KVCacheManager
 from minprfaas.kvcache.snapshots import ExpectedSnapshot
-from minprfaas.transport.base import StreamDone, StreamFailed
+from minprfaas.transport.events import StreamDone, StreamFailed
 
 
 @dataclass(eq=False)

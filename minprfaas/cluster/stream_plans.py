@@ -12,7 +12,7 @@ def stream_plan(layout: Layout, stream_id: int, start: int, end: int,
     a window the last rows that there are).
 
     Both ends make it from their own layout and their own view of the request; the sender's bytes must fit it. Rows of
-    attention cross in `encoding`; request-level state crosses exactly, because its error would stay in all that follows.
+    attention cross in `encoding`; request-level state crosses exactly: its error would stay in all that follows.
     Raises ValueError for a range or an id that no stream can have.
     """
     entries = []

@@ -94,8 +94,8 @@ def lossy_wire(layout: Layout, encoding: Encoding) -> str | None:
         return None
     exact = sum(row_codec(spec, Encoding.EXACT).row_bytes for spec in specs)
     encoded = sum(codec.row_bytes for codec in codecs)
-    return (f"rows of attention state cross in {encoding.value}, {encoded / exact:.0%} of their bytes, and arrive rounded: "
-            "offloaded answers may differ from exact ones")
+    return (f"rows of attention state cross in {encoding.value}, {encoded / exact:.0%} of their bytes, and arrive "
+            "rounded: offloaded answers may differ from exact ones")
 
 
 def check(journeys: Sequence[Journey], prompts: Sequence[Prompt], model: Transformer, tokenizer: Tokenizer,
@@ -126,7 +126,8 @@ def check(journeys: Sequence[Journey], prompts: Sequence[Prompt], model: Transfo
             lines.append(f"{kind.value}: " + "; ".join(verdict.words for verdict in found))
     gaps = [verdict.gap for verdict in verdicts.values() if verdict.kind is Kind.CHANGED and verdict.gap is not None]
     if gaps:
-        lines.append(f"The largest gap where one changed: {max(gaps):.2g} between the reference's logits of the two tokens.")
+        lines.append(f"The largest gap where one changed: {max(gaps):.2g} between the reference's logits of the two "
+                     "tokens.")
     return lines, all(verdict.kind in (Kind.TIE, Kind.CHANGED) for verdict in verdicts.values())
 
 

@@ -3,7 +3,6 @@
 import argparse
 import json
 from collections import Counter
-from pathlib import Path
 
 from minprfaas.config import CacheConfig, ModelConfig, StateKind
 from minprfaas.errors import UserError

@@ -197,8 +197,8 @@ def _run_of(study: Study, deployment: Deployment) -> Run:
                         output_tokens=fleet.output_tokens / scale.length,
                         prfaas_profile=scale.profile(fleet.prfaas_profile), pd_profile=scale.profile(fleet.pd_profile))
     line = LineConfig(run_fleet.link_gbps, 1000 * RTT_S * scale.time)
-    return Run(args, deployment.topology, LinkConfig(args.lanes), line, [], None, Encoding.EXACT, run_fleet, emulation, adaptive=False,
-               selective=deployment.selective)
+    return Run(args, deployment.topology, LinkConfig(args.lanes), line, [], None, Encoding.EXACT, run_fleet, emulation,
+               adaptive=False, selective=deployment.selective)
 
 
 def drive(study: Study, deployment: Deployment, results: Results, made: Process, engine: Engine) -> int:

@@ -20,11 +20,11 @@ from minprfaas.engine.generate import longest_prompts, pool_for
 from minprfaas.engine.paced import PacedEngine
 from minprfaas.errors import UserError
 from minprfaas.files import OutputFile
-from minprfaas.model.checkpoint import EMBEDDED, load
+from minprfaas.model.checkpoint import load
 from minprfaas.observe.timeline import Timeline
 from minprfaas.scheduling.control import ControlPlane
 from minprfaas.serving.service import listen
-from minprfaas.transport.base import EventQueue
+from minprfaas.transport.events import EventQueue
 from minprfaas.transport.fabric import Fabric
 from minprfaas.transport.wan.link import Link
 

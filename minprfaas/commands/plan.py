@@ -228,8 +228,8 @@ def _by_wire(fleet: Fleet, lengths: LengthDistribution) -> list[dict]:
 
 
 def _print_by_wire(rows: list[dict]) -> None:
-    print("\nBy the encoding of the wire (modelled): what grows with each token crosses in so much of its bytes, state of "
-          "one size exactly.\n")
+    print("\nBy the encoding of the wire (modelled): what grows with each token crosses in so much of its bytes, state "
+          "of one size exactly.\n")
     keys = ("lambda_max", "threshold", "offloaded_fraction", "egress_gbps")
     print(table(["wire", "of a row", *(ROWS[key][0] for key in keys), "Φ_kv at 32K, Gbps"],
                 [(row["wire"], f"{row['rows_share']:.0%}", *(_cell(key, row[key]) for key in keys),

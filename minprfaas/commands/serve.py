@@ -24,7 +24,7 @@ from minprfaas.scheduling.control import ControlPlane
 from minprfaas.serving.chat import MARKS
 from minprfaas.serving.openai import Served
 from minprfaas.serving.service import Service, listen, serve
-from minprfaas.transport.base import EventQueue
+from minprfaas.transport.events import EventQueue
 
 FULL_CONTEXTS = 8  # the default pool has room for so many requests as long as the context
 END_S = 10.0  # that the roles get to give back what they hold

@@ -102,7 +102,7 @@ class BlockPool:
 
     def read_bytes(self, layer: int, block_table: Sequence[int], start: int, end: int) -> torch.Tensor:
         """What the wire carries: uint8 `[end - start, row_bytes]` of a token layer; of a request-level layer the whole
-        state as of `end` (its tensors in the spec's order, without padding), of a window its last `end` rows at most."""
+        state as of `end` (its tensors in the spec's order, unpadded), of a window its last `end` rows at most."""
         if self.layout.specs[layer].kind is StateKind.TOKEN:
             return self.read_tokens(layer, block_table, start, end).view(torch.uint8)
         tensors = self.read_state(layer, self._index(block_table)[None])

@@ -22,8 +22,8 @@ CHUNK_TOKENS = 64
 
 @dataclass(frozen=True)
 class LightningConfig:
-    """Lightning attention as MiniMax-Text-01 has it (SiLU on q, k and v, one norm over all heads), or as Ring 2.5 (norms
-    of q and k, RoPE, a scale, the output norm in groups).
+    """Lightning attention as MiniMax-Text-01 has it (SiLU on q, k and v, one norm over all heads), or as Ring 2.5
+    (norms of q and k, RoPE, a scale, the output norm in groups).
 
     `slopes`: how fast each head decays in this layer. `by_head`: a checkpoint keeps a head's rows of q, k, v together.
     """

@@ -84,7 +84,7 @@ class TokenContext:
 
     where: Pages
     longest: int  # of the lengths
-    # (q `[batch, 1, heads, dim]`, scale) -> `PageOutputs`, without a copy. None: the way through `rows` is the only one.
+    # (q `[batch, 1, heads, dim]`, scale) -> `PageOutputs`, without a copy. None: `rows` is the only way.
     attend: Callable[[torch.Tensor, float], tuple[torch.Tensor, ...]] | None = None
 
     def pages(self) -> Pages:

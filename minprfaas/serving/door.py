@@ -16,7 +16,7 @@ from minprfaas.cluster.journey import Journey, Update
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import RequestError, UserError
 from minprfaas.serving.metrics import Metrics
-from minprfaas.transport.base import EventQueue
+from minprfaas.transport.events import EventQueue
 
 SAMPLE_S = 1.0  # how often the loop tells what a scrape then shows
 

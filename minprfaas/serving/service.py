@@ -16,7 +16,7 @@ from minprfaas.serving.door import Door
 from minprfaas.serving.http import BodyBudget, Connection, Limits
 from minprfaas.serving.metrics import Metrics
 from minprfaas.serving.openai import Served
-from minprfaas.transport.base import EventQueue
+from minprfaas.transport.events import EventQueue
 
 SPARE_CONNECTIONS = 64  # beside two a request: of clients that wait, and of who asks how things stand
 END_S = 5.0  # that connections get to send what they have, once every request has ended

@@ -2,9 +2,10 @@
 datacenters. Chapters 07, 08, 09."""
 
 from minprfaas.config import WeatherChange
-from minprfaas.transport.base import (ArrivalReport, Event, EventQueue, KVTransport, LayerPlan, LinkDown, LinkLost,
-                                      LinkRefused, LinkRestored, MessageChannel, MessageReceived, SendStream, Sink,
-                                      StreamAborted, StreamDone, StreamFailed, StreamPlan, StreamReport)
+from minprfaas.transport.base import (KVTransport, LayerPlan, LinkDown, LinkRefused, MessageChannel, SendStream, Sink,
+                                      StreamAborted, StreamPlan)
+from minprfaas.transport.events import (ArrivalReport, Event, EventQueue, LinkLost, LinkRestored, MessageReceived,
+                                        StreamDone, StreamFailed, StreamReport)
 from minprfaas.transport.fabric import Fabric
 from minprfaas.transport.loopback import Loopback
 from minprfaas.transport.wan.handshake import LinkIdentity

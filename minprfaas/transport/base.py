@@ -12,8 +12,7 @@ from typing import Protocol
 import torch
 
 from minprfaas.config import StateKind
-from minprfaas.transport.events import (  # noqa: F401  (whoever speaks to a transport imports them from here)
-    ArrivalReport, Event, EventQueue, LinkLost, LinkRestored, MessageReceived, StreamDone, StreamFailed, StreamReport)
+from minprfaas.transport.events import StreamReport
 
 
 class LinkDown(Exception):

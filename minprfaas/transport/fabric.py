@@ -24,8 +24,8 @@ import torch.distributed as dist
 
 from minprfaas.config import LinkConfig, StateKind
 from minprfaas.errors import one_line
-from minprfaas.transport.base import (Event, EventQueue, LinkDown, LinkLost, LinkRestored, MessageReceived, Sink,
-                                      StreamAborted, StreamPlan)
+from minprfaas.transport.base import LinkDown, Sink, StreamAborted, StreamPlan
+from minprfaas.transport.events import Event, EventQueue, LinkLost, LinkRestored, MessageReceived
 from minprfaas.transport.fabric_sending import FabricOutbox, FabricStream
 from minprfaas.transport.pair_group import (CONNECT_S, IN_BUFFERS, STAGING_BYTES, PairGroup, Transfer, digest,
                                             require_error_handling)

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from minprfaas.transport.base import LinkDown, StreamAborted, StreamPlan, StreamReport
+from minprfaas.transport.base import LinkDown, StreamAborted, StreamPlan
+from minprfaas.transport.events import StreamReport
 from minprfaas.transport.pair_group import CONNECT_S, Batch, PairGroup, Transfer, digest
 from minprfaas.transport.streams import Piece, PutLog
 

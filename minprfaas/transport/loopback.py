@@ -8,7 +8,8 @@ import time
 
 import torch
 
-from minprfaas.transport.base import EventQueue, Sink, StreamAborted, StreamPlan, StreamReport
+from minprfaas.transport.base import Sink, StreamAborted, StreamPlan
+from minprfaas.transport.events import EventQueue, StreamReport
 from minprfaas.transport.streams import ExpectedStreams, PutLog
 
 

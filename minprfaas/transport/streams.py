@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from minprfaas.config import StateKind
-from minprfaas.transport.base import (ArrivalReport, EventQueue, LayerPlan, Sink, StreamAborted, StreamDone,
-                                      StreamFailed, StreamPlan)
+from minprfaas.transport.base import LayerPlan, Sink, StreamAborted, StreamPlan
+from minprfaas.transport.events import ArrivalReport, EventQueue, StreamDone, StreamFailed
 
 
 @dataclass(frozen=True)

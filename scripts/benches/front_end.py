@@ -20,7 +20,7 @@ from minprfaas.engine.sampling import SamplingParams
 from minprfaas.kvcache.ledger import chain_keys
 from minprfaas.observe.report import table
 from minprfaas.scheduling.control import ControlPlane, ControlSettings
-from minprfaas.transport.base import EventQueue, MessageReceived
+from minprfaas.transport.events import EventQueue, MessageReceived
 
 GOAL_RPS, GOAL_P99_MS = 500.0, 1.0
 BLOCK_TOKENS, THRESHOLD, VOCABULARY = 64, 1024, 1216

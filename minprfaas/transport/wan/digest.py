@@ -1,7 +1,7 @@
 """Sixteen bytes that vouch for others: nobody without the key makes them, nothing changed fits them. Chapter 07.
 
 They are a keyed BLAKE2b. That does half a GB/s a core and a link should carry twenty times as much, so long data is
-first shrunk by a universal hash, and BLAKE2b vouches for the sums (Carter and Wegman 1979). Two forms of it, both exact:
+first shrunk by a universal hash, and BLAKE2b vouches for the sums (Carter and Wegman 1979). Two forms, both exact:
 
 - *By bytes*, where both ends have instructions for it: a row of bytes x_j becomes sixteen sums sum_j k_jc x_j, with
   secret k_jc of seven bits. A change of one byte is hidden by one k_jc of 128 at most, whatever else was changed, and

@@ -2,7 +2,8 @@
 
 import threading
 
-from minprfaas.transport.base import EventQueue, MessageReceived, StreamAborted
+from minprfaas.transport.base import StreamAborted
+from minprfaas.transport.events import EventQueue, MessageReceived
 from minprfaas.transport.streams import ExpectedStreams
 from minprfaas.transport.wan.frames import HEADER_BYTES, Codec, FrameError, Header, Kind, Slot, decode_acks
 from minprfaas.transport.wan.outbox import Outbox

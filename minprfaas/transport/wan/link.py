@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from minprfaas.config import LinkConfig, StateKind
 from minprfaas.observe.timeline import Timeline
-from minprfaas.transport.base import Event, EventQueue, Sink, StreamPlan
+from minprfaas.transport.base import Sink, StreamPlan
+from minprfaas.transport.events import Event, EventQueue
 from minprfaas.transport.wan.frames import CONTROL_LIMIT_BYTES, SlotPool
 from minprfaas.transport.wan.handshake import LinkIdentity
 from minprfaas.transport.wan.inbox import Inbox

@@ -4,7 +4,8 @@ import time
 
 import torch
 
-from minprfaas.transport.base import StreamPlan, StreamReport
+from minprfaas.transport.base import StreamPlan
+from minprfaas.transport.events import StreamReport
 from minprfaas.transport.streams import PutLog
 from minprfaas.transport.wan.frames import HEADER_BYTES, Frame, Header, Kind, SlotPool, StreamRecord
 from minprfaas.transport.wan.line import EmulatedLine

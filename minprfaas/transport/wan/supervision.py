@@ -14,7 +14,8 @@ import torch.distributed as dist
 from minprfaas.config import LinkConfig
 from minprfaas.errors import one_line
 from minprfaas.observe.timeline import Timeline
-from minprfaas.transport.base import EventQueue, LinkDown, LinkLost, LinkRestored
+from minprfaas.transport.base import LinkDown
+from minprfaas.transport.events import EventQueue, LinkLost, LinkRestored
 from minprfaas.transport.wan.frames import Frame, Kind, Slot, control_frame
 from minprfaas.transport.wan.inbox import Inbox
 from minprfaas.transport.wan.lanes import Lane, threads_per_lane
