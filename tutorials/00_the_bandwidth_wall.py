@@ -3,14 +3,16 @@
     python tutorials/00_the_bandwidth_wall.py [--plots DIRECTORY]
 """
 
-import argparse
+import helper
+
+args = helper.begin(__doc__, {"--plots": dict(metavar="DIRECTORY", help="draw section 2 there, as a picture")})
+
 import time
 from collections import Counter
 
 import torch
 
 from minprfaas.config import LayerConfig, ModelConfig, RopeConfig, StateKind
-from minprfaas.errors import exit_on_user_error
 from minprfaas.model.gdn import GDNConfig
 from minprfaas.model.gqa import GQAConfig
 from minprfaas.model.kda import KDAConfig
@@ -44,11 +46,8 @@ def prefill_seconds(model: Transformer, prompt: torch.Tensor) -> float:
 
 
 torch.set_num_threads(1)  # one core measures the same on a busy machine
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--plots", metavar="DIRECTORY", help="draw section 2 there, as a picture")
-args = parser.parse_args()
 if args.plots:
-    exit_on_user_error(prepare_plots)(args.plots)
+    prepare_plots(args.plots)
 models = {theirs: read_published(ours) for ours, theirs in PUBLISHED.items()}  # of table 1, as their authors publish
 
 print("""1. What a layer remembers
@@ -158,3 +157,10 @@ Shown: KVCache per second of prefill decides whether prefill may leave the datac
 {', '.join(crossing)} fit through one line. Smaller is necessary, not sufficient:
 chapters 10 to 12 decide *which* requests should go.
 Next: tutorials/01_a_transformer_from_a_checkpoint.py, what such a model computes.""")
+
+# %% [markdown]
+# ### Exercises
+# Write the functions of `tutorials/exercises/ex_00.py`, then `python tutorials/00_the_bandwidth_wall.py --check 1`.
+# 1. `gqa_kv_bytes`: what a request weighs in a model of GQA layers.
+# 2. `lighter_from`: from how many tokens on a hybrid's KVCache is lighter than a dense model's.
+# 3. `instances_that_fit`: how many instances of a prefill cluster one link can carry.

@@ -6,16 +6,19 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, NoReturn
 
-import minprfaas  # noqa: F401  (silences what torch says of NumPy, if it comes before torch)
+from exercises.checking import exercises_of, numbers_of, run_check
+
+from minprfaas.errors import ArgumentParser, UserError
 
 DEADLINE_S = 240.0  # of any wait: on a busy machine a process takes its time to import torch
 _started: list[subprocess.Popen] = []
@@ -29,24 +32,47 @@ def path_of(name: str) -> str:
 # Beginning and ending
 
 
-def begin(doc: str) -> None:
-    """Answer `--help`; from now on Ctrl-C ends the chapter with one line, and a reader who has left, as `head` does,
-    with none. Whatever the chapter has started ends with it. In a notebook this does nothing."""
+def begin(doc: str, options: Mapping[str, dict] | None = None) -> argparse.Namespace:
+    """Answer `--help` and `--check N`; return the values of the chapter's own `options` (name -> what argparse's
+    `add_argument` takes). From now on Ctrl-C ends the chapter with one line, a mistake of the user with another, and a
+    reader who has left, as `head` does, with none. Whatever the chapter has started ends with it. A notebook has no
+    command line: there this does nothing, and every option has its default."""
+    chapter = re.search(r"Chapter (\d\d)", doc)[1]
+    parser = ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, how in (options or {}).items():
+        parser.add_argument(name, **how)
+    if exercises_of(chapter).exists():
+        parser.add_argument("--check", metavar="N", help=f"check your answer to exercise N, given in "
+                                                         f"tutorials/exercises/{exercises_of(chapter).name}")
     if "ipykernel" in sys.modules:
-        return
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
-    logging.disable(logging.WARNING)  # what a link would log is told by the chapter
+        return parser.parse_args([])
     signal.signal(signal.SIGINT, lambda number, frame: _end(130, "interrupted"))
     sys.excepthook = _on_exception
+    arguments = parser.parse_args()
+    if getattr(arguments, "check", None) is not None:
+        _check(chapter, arguments.check)
+    logging.disable(logging.WARNING)  # what a link would log is told by the chapter
     atexit.register(_end_processes)
     if sys.stdout is not None and not sys.stdout.isatty():
         sys.stdout.reconfigure(line_buffering=True)  # so that a reader who has left is noticed at the next line
+    return arguments
+
+
+def _check(chapter: str, number: str) -> NoReturn:
+    """Say whether the answer to one exercise is right, and exit with status 0 if it is."""
+    numbers = numbers_of(chapter)
+    if number not in map(str, numbers):
+        raise UserError(f"--check {number}: chapter {chapter} has the exercises {', '.join(map(str, numbers))}")
+    line, status = run_check(chapter, int(number))
+    print(line)
+    sys.exit(status)
 
 
 def _on_exception(kind: type, error: BaseException, trace: object) -> None:
     if kind is BrokenPipeError:
         _end(1, None)
+    if issubclass(kind, UserError):
+        _end(2, f"error: {error}")
     sys.__excepthook__(kind, error, trace)
     _end(1, None)
 
