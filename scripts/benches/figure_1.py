@@ -1,7 +1,7 @@
 """Can the KVCache of a real prefill leave its datacenter? A dense and a hybrid model, over lines of 1, 10, 100 Gbps.
 
     python scripts/bench.py figure_1                        the embedded model twice, on two cores
-    python scripts/bench.py figure_1 --device cuda --models DENSE HYBRID      GPU 0 to GPU 1
+    python scripts/bench.py figure_1 --device cuda --models DENSE HYBRID      GPU 0 to GPU 1; both on one, if it is alone
 
 What the paper's figure 1 draws, run: one process prefills and ships each layer while the next one computes, the other
 one writes what arrives into its blocks. The lines are emulated; the link under them is real. Chapters 00, 08.
@@ -19,6 +19,7 @@ import torch
 from benches.link import IDENTITY, in_two_processes
 from minprfaas.cluster.kv_receive import KVReceive
 from minprfaas.cluster.kv_send import KVSend
+from minprfaas.cluster.launch import own_device
 from minprfaas.cluster.stream_plans import stream_plan
 from minprfaas.config import LineConfig, LinkConfig
 from minprfaas.engine.engine import Engine
@@ -31,6 +32,8 @@ from minprfaas.transport import (EmulatedLine, KVTransport, Link, MessageReceive
 
 DEADLINE_S = 120.0
 RTT_MS = 20.0
+NEAR = 1.15  # times the prefill, and a round trip: KVCache that is there by then was bound by prefill
+MOST_OF_A_LINE = 0.7  # a line of which KVCache gets less is not what holds it up
 
 
 def main(argv: list[str]) -> int:
@@ -44,40 +47,76 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     steps = len(args.models) * len(args.tokens) * (1 + len(args.gbps))
     found = in_two_processes(_measure, args, steps=steps)
-    rows = []
+    rows, verdicts = [], []
     for model in args.models:
         for tokens in args.tokens:
             alone, *shipped = [row for row in found if (row["model"], row["tokens"]) == (model, tokens)]
-            throughput = alone["kv_bytes"] * 8e-9 / alone["prefill_s"]
-            there = [f"{row['arrived_s']:.3f} s ({row['arrived_s'] / alone['prefill_s']:.2f}x)" for row in shipped]
+            there = [f"{row['arrived_s']:.3f} s ({row['arrived_s'] / alone['prefill_s']:.2f}x), {row['hidden']:.0%}"
+                     for row in shipped]
             rows.append([Path(model).name, tokens, human_bytes(alone["kv_bytes"]), f"{alone['prefill_s']:.3f} s",
-                         f"{throughput:.2f}", *there])
+                         f"{phi_gbps(alone):.3g}", *there])
+            verdicts.append(f"  {Path(model).name}, {tokens:,} tokens: {crossing(alone, shipped, args.gbps)}")
     lines = [f"there over {gbps:g} Gbps" for gbps in args.gbps]
     print(table(["model", "tokens", "KVCache", "prefill", "KV Gbps (eq. 1)", *lines], rows))
     print(f"""
-  {args.dtype}, {args.device}, {args.prefill_chunk} tokens a prefill chunk. The lines and their round trip of
-  {RTT_MS:g} ms are emulated; the link over them is real, and may be slower than its line.
+  {args.dtype}, {args.device} ({found[0]["device"]}), {args.prefill_chunk} tokens a prefill chunk. The lines and their
+  round trip of {RTT_MS:g} ms are emulated; the link over them is real, and may be slower than its line.
   prefill: nothing shipped. there: from the beginning of the prefill until the last byte is in its block in the other
-  process, and that as a multiple of the prefill: about 1 where the transfer hides behind it.""")
+  process, that as a multiple of the prefill, and the share of the transfer that ran while prefill still did.
+""" + "\n".join(verdicts))
     return 0
+
+
+def phi_gbps(alone: dict) -> float:
+    """Phi_kv of a prefill that ships nothing (eq. 1)."""
+    return alone["kv_bytes"] * 8e-9 / alone["prefill_s"]
+
+
+def binding(alone: dict, shipped: dict, gbps: float) -> str:
+    """What a prefill's KVCache waits for: "prefill", the "line", or the "link" that is slower than its line."""
+    if shipped["arrived_s"] <= NEAR * alone["prefill_s"] + RTT_MS * 1e-3:
+        return "prefill"
+    carried_gbps = alone["kv_bytes"] * 8e-9 / (shipped["arrived_s"] - RTT_MS * 0.5e-3)
+    return "line" if carried_gbps >= MOST_OF_A_LINE * gbps else "link"
+
+
+def crossing(alone: dict, shipped: list[dict], rates_gbps: list[float]) -> str:
+    """At which lines KVCache is bound by the line and where by prefill, in words that follow from the readings."""
+    bound = {gbps: binding(alone, row, gbps) for gbps, row in zip(rates_gbps, shipped)}
+    words = {"line": "bound by the line", "link": "bound by the link, not its line,", "prefill": "bound by prefill"}
+    said = [f"{words[what]} at {', '.join(f'{gbps:g}' for gbps in bound if bound[gbps] == what)} Gbps"
+            for what in words if what in bound.values()]
+    slow, fast = ([gbps for gbps in bound if bound[gbps] == what] for what in ("line", "prefill"))
+    if slow and fast:
+        measured = f"between {max(slow):g} and {min(fast):g} Gbps"
+    else:
+        measured = f"below {min(rates_gbps):g} Gbps" if fast else f"above {max(slow, default=min(rates_gbps)):g} Gbps"
+    return f"{'; '.join(said)}. Crosses over {measured}; by eq. 1 at {phi_gbps(alone):.3g}"
 
 
 def _measure(rank, store, report, args) -> None:
     for model in args.models:
-        node = KVNode(model, f"cuda:{rank}" if args.device == "cuda" else "cpu", args.dtype, max(args.tokens),
-                      args.prefill_chunk)
+        node = KVNode(model, own_device(args.device, rank), args.dtype, max(args.tokens), args.prefill_chunk)
         node.prefill(node.plan(0, min(args.tokens)), None)  # warms up
         for tokens in args.tokens:
             plan = node.plan(1, tokens)
             if rank == 0:
                 alone = node.prefill(plan, None)
-                report({"model": model, "tokens": tokens, "kv_bytes": plan.total_bytes, "prefill_s": alone.prefill_s})
+                report({"model": model, "tokens": tokens, "kv_bytes": plan.total_bytes, "prefill_s": alone.prefill_s,
+                        "device": _devices(args.device)})
             for gbps in args.gbps:
                 row = {"model": model, "tokens": tokens}
                 _ship_over_a_line(rank, store, args, node, plan, gbps, row)
                 if rank == 0:
                     report(row)
         del node
+
+
+def _devices(kind: str) -> str:
+    if kind == "cpu":
+        return "both processes on the same cores"
+    name, count = torch.cuda.get_device_name(0), torch.cuda.device_count()
+    return f"both processes on one {name}" if count == 1 else f"a {name} each"
 
 
 def _ship_over_a_line(rank, store, args, node: "KVNode", plan: StreamPlan, gbps: float, row: dict) -> None:
@@ -88,6 +127,8 @@ def _ship_over_a_line(rank, store, args, node: "KVNode", plan: StreamPlan, gbps:
     if rank == 0:
         shipped, arrived_at_s = node.send_and_compare(plan, link)
         row["arrived_s"] = arrived_at_s - shipped.ended_at_s + shipped.prefill_s
+        began_at_s = shipped.report.first_put_s
+        row["hidden"] = max(0.0, min(1.0, (shipped.ended_at_s - began_at_s) / (arrived_at_s - began_at_s)))
     else:
         node.receive(plan, link)
     link.close()
@@ -105,7 +146,8 @@ class Shipped:
 class KVNode:
     """Ships what it prefills, or receives what the other one does. Nothing is cached between two prompts."""
 
-    def __init__(self, model_dir: str | None, device: str, dtype: str, max_tokens: int, prefill_chunk: int):
+    def __init__(self, model_dir: str | None, device: torch.device | str, dtype: str, max_tokens: int,
+                 prefill_chunk: int):
         model, tokenizer = load(model_dir, getattr(torch, dtype), device)
         cache = replace(pool_for(model, [max_tokens + 1]), prefix_cache=False)
         self.engine = Engine(model, tokenizer, cache, prefill_chunk, max_batch=1)
