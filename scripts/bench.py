@@ -1,19 +1,40 @@
 """Benchmarks: `python scripts/bench.py NAME`, NAME one of the modules of `scripts/benches/`. Ratios, taken in one run."""
 
+import ast
 import importlib
 import sys
+import textwrap
 from pathlib import Path
+
+import minprfaas  # noqa: F401  (silences what torch says of NumPy, if it comes before torch)
 
 HERE = Path(__file__).resolve().parent
 
 
 def main() -> int:
+    """Run the benchmark that is named, or say which there are. Returns the exit status."""
     sys.path.insert(0, str(HERE))
-    names = sorted(path.stem for path in (HERE / "benches").glob("*.py") if path.stem != "__init__")
-    if len(sys.argv) < 2 or sys.argv[1] not in names:
-        print(f"error: benchmark {sys.argv[1] if len(sys.argv) > 1 else '(none)'!r} is not one of: {', '.join(names)}", file=sys.stderr)
+    sentences = dict(benchmarks())
+    name = sys.argv[1] if len(sys.argv) > 1 else None
+    if name in ("-h", "--help"):
+        print("usage: python scripts/bench.py NAME [OPTION ...]    (its options: NAME --help)\n\nbenchmarks:")
+        for known, sentence in sentences.items():
+            print(textwrap.fill(sentence, 79, initial_indent=f"  {known:17}", subsequent_indent=" " * 19))
+        print("\nexample: python scripts/bench.py wire --documents 1 --lengths 1024")
+        return 0
+    if name not in sentences:
+        print(f"error: benchmark {name or '(none)'!r} is not one of: {', '.join(sentences)}", file=sys.stderr)
         return 2
-    return importlib.import_module(f"benches.{sys.argv[1]}").main(sys.argv[2:]) or 0
+    sys.argv[0] += f" {name}"  # as its own --help calls it
+    return importlib.import_module(f"benches.{name}").main(sys.argv[2:]) or 0
+
+
+def benchmarks():
+    """(name, its first sentence) of each; the files are read, not run, for some wait long for torch."""
+    for path in sorted((HERE / "benches").glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
+            yield path.stem, " ".join(ast.get_docstring(tree).split("\n\n")[0].split())
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import argparse
 import sys
 import time
 
+import minprfaas  # noqa: F401  (before torch: it silences what torch says of NumPy)
 import torch
 from tqdm import tqdm
 

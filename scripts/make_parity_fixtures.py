@@ -20,6 +20,7 @@ import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import minprfaas  # noqa: F401  (before torch: it silences what torch says of NumPy)
 import torch
 import transformers
 from safetensors.torch import save_file

@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import minprfaas  # noqa: F401  (before torch: it silences what torch says of NumPy)
 import torch
 
 from minprfaas.errors import ArgumentParser, UserError, exit_on_user_error

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tokenizers
+import minprfaas  # noqa: F401  (before torch: it silences what torch says of NumPy)
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset

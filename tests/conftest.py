@@ -6,6 +6,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny tensors, and
 
 import pytest
 import tokenizers
+
+import minprfaas  # noqa: F401  (before torch: it silences what torch says of NumPy)
 import torch
 
 from minprfaas.model.checkpoint import load, save_checkpoint
@@ -71,6 +73,10 @@ def models(checkpoints):
 def hybrid(models):
     """The hybrid's (model, tokenizer)."""
     return models["kimi_linear"]
+
+
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "ignore:Failed to initialize NumPy")  # torch works without it
 
 
 def pytest_collection_modifyitems(items):

@@ -62,5 +62,9 @@ def test_the_command_writes_it_and_names_what_is_wrong(tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             main(["report", "--json", str(rows), "--out", str(out)])
         assert stop.value.code == 2 and said in capsys.readouterr().err
+    rows.write_text(json.dumps(row()))
+    with pytest.raises(SystemExit) as stop:
+        main(["report", "--json", str(rows), "--out", str(rows / "below" / "page.html")])
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith(f"error: {rows / 'below'} cannot be made: ")
     with pytest.raises(UserError, match="no request"):
         page([], [], "Run")

@@ -108,7 +108,7 @@ def test_figures_2_5a_and_5b_are_drawn_and_nothing_half_written_stays(capsys, tm
 def test_without_matplotlib_plots_names_the_extra_to_install(capsys, tmp_path, monkeypatch):
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
-    assert "minprfaas[plots]" in refused(capsys, "--case", "paper", "--plots", str(tmp_path))
+    assert "python -m pip install matplotlib" in refused(capsys, "--case", "paper", "--plots", str(tmp_path))
 
 
 @pytest.mark.parametrize("arguments, named", [

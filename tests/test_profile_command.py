@@ -1,4 +1,4 @@
-"""`python -m minprfaas profile`: a profile that `plan` can read, or one line before any work is done."""
+"""`python -m minprfaas profile`: a profile that `plan` can read, or one line before any work is done. Chapter 10."""
 
 import json
 import os
@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from minprfaas.__main__ import main
-from minprfaas.scheduling.profiles import Profile
+from minprfaas.commands.profile import rising
+from minprfaas.scheduling.profiles import Profile, ProfilePoint
 
 ROOT = Path(__file__).resolve().parent.parent
 # 1 pass against 32, medians of 3: the longer prompt takes longer on the most loaded machine too, as a profile must say.
@@ -58,6 +59,14 @@ def test_a_failed_measurement_leaves_no_file_behind(checkpoints, tmp_path, capsy
         main(["profile", "--model", str(checkpoints["kimi_linear"]), "--lengths", "16", "600", "--out",
               str(tmp_path / "out.json")])
     assert "context holds 512" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def test_points_that_a_busy_machine_made_cross_are_left_out_and_the_rest_is_a_profile():
+    points = [ProfilePoint(tokens, tokens * 10.0, seconds)
+              for tokens, seconds in ((512, 0.1), (1024, 0.9), (2048, 0.4), (3072, 0.8), (4096, 0.8))]
+    assert [point.tokens for point in rising(points)] == [512, 2048, 4096]
+    assert Profile("quiet enough", tuple(rising(points)), 0.1, 8).prefill_s(512) > 0
+    assert rising(points[:1]) == points[:1]
 
 
 @pytest.mark.parametrize("option", ["--repeats", "--batch", "--context", "--prefill-chunk"])

@@ -13,26 +13,33 @@ from minprfaas.commands.live_run import Seat, check_outputs, play
 from minprfaas.errors import ArgumentParser, UserError
 
 EPILOG = """
-the processes are the front end (rank 0), prfaas-0 …, pd-0 …: with prfaas=2,pd=3 there are six.
+the processes are the front end (rank 0), prfaas-0 …, pd-0 …: with
+prfaas=2,pd=3 there are six. Examples:
 
-  python scripts/cluster.py --topology prfaas=2,pd=3 --split 1 --prompts P.jsonl --check
-      starts them all. One that dies is not missed for long: its requests are done by others, and it is used again when
-      it returns (--node NAME --store HOST:PORT, with the other options as before).
+  python scripts/cluster.py --topology prfaas=2,pd=3 --split 1 \\
+      --prompts P.jsonl --check
+    starts them all. One that dies is not missed for long: its requests are
+    done by others, and it is used again when it returns (--node NAME
+    --store HOST:PORT, with the other options as before).
   python scripts/cluster.py --topology prfaas=2,pd=3 --serve 8000
-      answers HTTP clients until Ctrl-C.
+    answers HTTP clients until Ctrl-C.
   torchrun --nproc-per-node 6 scripts/cluster.py --topology prfaas=2,pd=3 …
-      the same under torchrun, on several machines with --nnodes. torchrun ends all when one dies.
-  torchrun --standalone --nproc-per-node 4 scripts/cluster.py … --datacenter pd --store 10.0.0.1:29600
-  torchrun --standalone --nproc-per-node 2 scripts/cluster.py … --datacenter prfaas --store 10.0.0.1:29600
-      one torchrun a datacenter: each lives its own life. The front end serves the store, at an address of its machine.
-      Processes share an emulated line as far as they share a machine.
+    the same under torchrun, on several machines with --nnodes. torchrun ends
+    all when one dies.
+  torchrun --standalone --nproc-per-node 4 scripts/cluster.py … \\
+      --datacenter pd --store 10.0.0.1:29600
+  torchrun --standalone --nproc-per-node 2 scripts/cluster.py … \\
+      --datacenter prfaas --store 10.0.0.1:29600
+    one torchrun a datacenter: each lives its own life. The front end serves
+    the store, at an address of its machine. Processes share an emulated line
+    as far as they share a machine.
 """
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = ArgumentParser(description=__doc__.splitlines()[0], epilog=EPILOG,
-                       formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = ArgumentParser(description="PrfaaS nodes, PD nodes and a front end in two datacenters, each a process.",
+                       epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--topology", default="prfaas=2,pd=3", metavar="prfaas=N,pd=M", help="nodes of each datacenter "
                    "(prfaas=2,pd=3)")
     p.add_argument("--split", type=int, metavar="N", help="PD nodes that begin as PD-P (half of them; a single PD node "

@@ -88,7 +88,7 @@ class Deployment:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = ArgumentParser(description=__doc__.splitlines()[0])
+    p = ArgumentParser(description=__doc__.splitlines()[0], epilog="example: python scripts/live_case_study.py --quick")
     p.add_argument("--deployment", choices=tuple(NAMES), action="append", help="only this one (all four)")
     p.add_argument("--quick", action="store_true", help="two rates a deployment near the plan instead of a search: "
                    "under ten minutes")
@@ -97,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
                    f"times BYTES ({SCALE}; quick {QUICK_SCALE}); undone in every figure")
     p.add_argument("--results", default="case_study.jsonl", metavar="FILE.jsonl", help="what was measured; a run that "
                    "was interrupted goes on from it (case_study.jsonl)")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the requests (0)")
     return p
 
 

@@ -35,19 +35,19 @@ def add_options(p: argparse.ArgumentParser, may_serve: bool = False) -> None:
                    "bytes times BYTES (1,1,1); --link-gbps is scaled with them")
     p.add_argument("--link-gbps", type=float, metavar="G", help="emulated bandwidth (default: as fast as it goes)")
     p.add_argument("--rtt-ms", type=float, default=0.0, metavar="MS", help="emulated round-trip time (0)")
-    p.add_argument("--lanes", type=int, default=4, help="connections that one link stripes over (4)")
+    p.add_argument("--lanes", type=int, default=4, metavar="N", help="connections that one link stripes over (4)")
     p.add_argument("--weather", metavar="FILE.json", help="emulated schedule of bandwidth, delay and stalls")
     p.add_argument("--wire", default=Encoding.EXACT.value, choices=[encoding.value for encoding in Encoding],
                    help="how rows of attention state cross between the datacenters; all but exact suspend the promise "
                    "that answers are token-identical (exact)")
     p.add_argument("--device", default="cpu", help="cpu or cuda; on cuda each process takes its own GPU (cpu)")
-    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="(float32)")
     p.add_argument("--prefill-chunk", type=int, metavar="TOKENS", help="tokens a prefill chunk (1024; on a GPU 8192)")
     p.add_argument("--block-tokens", type=int, default=64, metavar="TOKENS", help="tokens of a KVCache block (64)")
     p.add_argument("--pool-blocks", type=int, metavar="N", help="blocks of each pool (default: room for the prompts)")
-    p.add_argument("--deadline-s", type=float, default=300.0, help="seconds an offloaded prefill may take (300)")
-    p.add_argument("--link-timeout-s", type=float, default=30.0, help="a link that is away for longer is lost (30)")
-    p.add_argument("--wait-s", type=float, default=120.0, help="seconds that the front end waits for all nodes before "
+    p.add_argument("--deadline-s", type=float, default=300.0, metavar="S", help="seconds an offloaded prefill may take (300)")
+    p.add_argument("--link-timeout-s", type=float, default=30.0, metavar="S", help="a link that is away for longer is lost (30)")
+    p.add_argument("--wait-s", type=float, default=120.0, metavar="S", help="seconds that the front end waits for all nodes before "
                    "it begins with those that are there, and a node for the front end (120)")
     p.add_argument("--ship-prefixes", action="store_true", help="ship a cached prefix to where a request will be "
                    "prefilled, while bandwidth is abundant and that is sooner than computing it")
@@ -67,7 +67,7 @@ def _add_load_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--load", metavar="KIND", help="instead of --prompts: poisson:RATE or bursty:RATE requests a "
                    "second, or trace:FILE[:SPEED] (Mooncake format); requests come when they are due, answered or not")
     p.add_argument("--requests", type=int, metavar="N", help=f"of the load ({REQUESTS}; of a trace, all)")
-    p.add_argument("--seed", type=int, default=0, help="of the load: another one, other times, lengths and texts (0)")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the load: another one, other times, lengths and texts (0)")
     p.add_argument("--length-scale", type=float, metavar="X", help="the paper's or the trace's lengths are multiplied "
                    f"by X ({LENGTH_SCALE:g}; for a trace so that a block of it is a block here)")
     p.add_argument("--check-sample", type=int, metavar="N", help="--check, of N answers of a load chosen at random")

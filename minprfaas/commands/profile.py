@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -18,13 +19,14 @@ from minprfaas.scheduling.profiles import Profile, ProfilePoint
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("--model", metavar="DIR", help="Hugging Face directory (default: the embedded model)")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096], metavar="TOKENS")
-    parser.add_argument("--repeats", type=int, default=3, help="timed prefills of each length (3)")
-    parser.add_argument("--batch", type=int, default=8, help="requests of a decode step: BS_max (8)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="(float32)")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096], metavar="TOKENS",
+                        help="of the prompts: the points of the curve (512 1024 2048 4096)")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="timed prefills of each length (3)")
+    parser.add_argument("--batch", type=int, default=8, metavar="N", help="requests of a decode step: BS_max (8)")
     parser.add_argument("--context", type=int, default=1024, metavar="TOKENS", help="their context (1024)")
-    parser.add_argument("--prefill-chunk", type=int, metavar="TOKENS", help="(1024; on a GPU 8192)")
+    parser.add_argument("--prefill-chunk", type=int, metavar="TOKENS", help="tokens of a chunk (1024; on a GPU 8192)")
     parser.add_argument("--compile", action="store_true", help="compile the model's pieces first")
     parser.add_argument("--out", metavar="FILE.json", help="write the profile, for `plan --profile`")
     parser.add_argument("--json", action="store_true", help="print the profile instead of the table")
@@ -54,10 +56,23 @@ def _measure(args: argparse.Namespace) -> Profile:
     model, tokenizer = load(args.model, getattr(torch, args.dtype), args.device)
     if args.compile:
         compile_and_warm_up(model, tokenizer)
-    points = measure_prefill(model, tokenizer, sorted(set(args.lengths)), args.repeats, args.prefill_chunk)
+    measured = measure_prefill(model, tokenizer, sorted(set(args.lengths)), args.repeats, args.prefill_chunk)
+    points = rising([ProfilePoint(*point) for point in measured])
+    for tokens in sorted(set(args.lengths) - {point.tokens for point in points}):
+        print(f"left out: {tokens} tokens took longer than more of them did; was the machine busy?", file=sys.stderr)
     t_decode_s = measure_decode(model, tokenizer, args.batch, args.context, steps=16)
     name = f"{Path(args.model).name if args.model else EMBEDDED.name} on {args.device}, {args.dtype}"
-    return Profile(name, tuple(ProfilePoint(*point) for point in points), t_decode_s, args.batch)
+    return Profile(name, tuple(points), t_decode_s, args.batch)
+
+
+def rising(points: list[ProfilePoint]) -> list[ProfilePoint]:
+    """The points, by tokens, without those that took as long as a longer prompt: other work on the machine only ever
+    adds time, so of two points that cross the slow one is in doubt."""
+    kept: list[ProfilePoint] = []
+    for point in reversed(points):
+        if not kept or point.prefill_s < kept[0].prefill_s:
+            kept.insert(0, point)
+    return kept
 
 
 def _table(profile: Profile) -> str:

@@ -21,7 +21,11 @@ def run(args: argparse.Namespace) -> None:
     events = read_json(args.timeline).get("traceEvents", []) if args.timeline else []
     if not isinstance(events, list) or not all(isinstance(event, dict) for event in events):
         raise UserError(f"{args.timeline} holds no list of trace events; a run's --timeline writes one")
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(args.out).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made: {error.strerror}") from None
     write_whole(args.out, page(_rows(args.json), events, f"Run {Path(args.json).stem}"))
     print(f"written: {args.out} (open it in a browser; it loads nothing)")
 

@@ -13,7 +13,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = ArgumentParser(
         description="Process 0 is the PrfaaS datacenter, process 1 the local PD datacenter with the front end. Start "
-                    "it with `torchrun --nproc-per-node 2`, or plainly: then it starts its two processes itself.")
+                    "it with `torchrun --nproc-per-node 2`, or plainly: then it starts its two processes itself.",
+        epilog="example: python scripts/two_datacenters.py --prompts out/demo_prompts.jsonl --link-gbps 0.02 --check")
     add_options(p)
     return p
 

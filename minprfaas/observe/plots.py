@@ -25,7 +25,7 @@ def prepare_plots(directory: str | Path) -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
-        raise UserError("--plots needs matplotlib, which is not installed; pip install 'minprfaas[plots]'") from None
+        raise UserError("--plots needs matplotlib, which is not installed; python -m pip install matplotlib") from None
     try:
         Path(directory).mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL

@@ -1,0 +1,78 @@
+"""What a person reads first: each program's `--help` fits 80 columns, explains each option and gives an example.
+
+Chapter 13.
+"""
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minprfaas.__main__ import COMMANDS, main
+from minprfaas.errors import ArgumentParser, UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAMS = {"two_datacenters": "minprfaas.commands.two_datacenters", "cluster": "minprfaas.commands.cluster",
+            "live_case_study": "minprfaas.commands.live_case_study"}
+
+
+@pytest.fixture
+def help_of(capsys, monkeypatch):
+    """`help_of(main, arguments)` returns what `--help` prints on a screen of 80 columns."""
+
+    def run(program, arguments=()):
+        monkeypatch.setenv("COLUMNS", "80")
+        with pytest.raises(SystemExit) as stop:
+            program([*arguments, "--help"])
+        assert stop.value.code == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+def reads_well(text):
+    assert [line for line in text.splitlines() if len(line) > 80] == []
+    assert re.search(r"\bexamples?:", text, re.IGNORECASE)
+    # An option's line, and the next one unless that is another option's: without words in either it is unexplained.
+    for option, rest, below in re.findall(r"^  (-\S+)([^\n]*)\n( {20,}\S)?", text, re.MULTILINE):
+        assert re.search(r" {2,}\S", rest) or below, f"{option} is not explained"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_commands_help(help_of, command):
+    reads_well(help_of(main, [command]))
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_programs_help(help_of, program):
+    reads_well(help_of(importlib.import_module(PROGRAMS[program]).main))
+
+
+def test_the_list_of_commands_and_that_of_benchmarks(help_of):
+    commands = help_of(main)
+    assert all(f"    {command} " in commands for command in COMMANDS)
+    reads_well(commands)
+    bench = [sys.executable, str(ROOT / "scripts" / "bench.py")]
+    benchmarks = subprocess.run([*bench, "--help"], capture_output=True, text=True, timeout=120)
+    assert benchmarks.returncode == 0 and benchmarks.stderr == ""
+    reads_well(benchmarks.stdout)
+    for name in ("cache", "wire"):
+        assert f"  {name} " in benchmarks.stdout
+    assert "gpu_cases" not in benchmarks.stdout  # a part of another one
+    unknown = subprocess.run([*bench, "nothing"], capture_output=True, text=True, timeout=120)
+    assert unknown.returncode == 2 and unknown.stderr.count("\n") == 1 and "'nothing' is not one of: " in unknown.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_example_of_a_command_is_one_that_it_takes(command):
+    """Parsed, not run."""
+    parser = ArgumentParser()
+    importlib.import_module(f"minprfaas.commands.{command}").add_arguments(parser)
+    try:
+        parser.parse_args(shlex.split(COMMANDS[command][1]))
+    except UserError as error:
+        pytest.fail(str(error))
