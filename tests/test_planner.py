@@ -155,6 +155,19 @@ def test_thresholds_are_round_numbers_from_zero_to_beyond_the_longest_length(lon
     assert thresholds[:2] == [0, step] and thresholds[-2] <= longest < thresholds[-1] and len(thresholds) <= 1501
 
 
+def test_relay_decode_takes_prefill_capacity_where_the_kvcache_outlasts_the_prefill_and_none_where_it_does_not():
+    lengths, fleet = paper.paper_lengths(), paper.paper_fleet()
+    for gbps, costs_something in ((100.0, False), (12.5, True)):
+        without = replace(fleet, link_gbps=gbps)
+        relaying = replace(without, relay=True)
+        plans = [plan(each, lengths, n_p=3, threshold=19_400) for each in (without, relaying)]
+        assert (plans[1].bounds["prfaas compute"] < plans[0].bounds["prfaas compute"]) == costs_something
+        assert plans[1].bounds["prfaas egress"] == plans[0].bounds["prfaas egress"]
+        assert first_token_times(relaying, lengths, plans[1]) < first_token_times(without, lengths, plans[0])
+    longest = paper.h200_profile().prefill_s(32_768) + fleet.output_tokens * paper.h200_profile().decode_step_s(1)
+    assert replace(fleet, link_gbps=0.0, relay=True).prfaas_s(32_768) == longest, "no more steps than the answer has"
+
+
 def test_observed_compute_may_be_a_fraction_of_an_instance():
     slow = plan(replace(FLEET, prfaas_instances=2.5), LENGTHS, n_p=3)
     assert plan(replace(FLEET, prfaas_instances=2), LENGTHS, n_p=3).lambda_max < slow.lambda_max

@@ -15,6 +15,7 @@ from test_two_datacenters import GREEDY, prompts_of, reference, tokens
 from minprfaas.cluster.kv_receive import KVReceive
 from minprfaas.cluster.kv_send import KVSend
 from minprfaas.cluster.stream_plans import snapshot_plan, stream_plan
+from minprfaas.commands.answers import wire_share
 from minprfaas.config import CacheConfig, StateKind
 from minprfaas.engine.engine import Engine
 from minprfaas.model.checkpoint import load
@@ -84,6 +85,15 @@ def test_rows_arrive_as_their_encoding_says_and_request_level_state_to_the_last_
     assert len(kinds) == 2  # rows and a state beside them
     assert handed.arriving.received_bytes == handed.plan.total_bytes < kv_bytes(handed.receiver.layout.specs, 77)
     assert not handed.arriving.is_exact
+
+
+@pytest.mark.parametrize("encoding", Encoding)
+def test_a_plan_counts_the_rows_that_a_stream_has(models, encoding):
+    """By it a live run's profile is read (`Profile.encoded`), so that its threshold follows what really crosses."""
+    layout = new_engine(*models["kimi_linear"]).layout
+    one, many = (stream_plan(layout, 1, 0, end, encoding).total_bytes for end in (16, 32))
+    exact = [stream_plan(layout, 1, 0, end).total_bytes for end in (16, 32)]
+    assert (many - one) / (exact[1] - exact[0]) == pytest.approx(wire_share(layout, encoding))
 
 
 def test_a_snapshot_crosses_exactly_for_a_prefill_begins_with_it(models):

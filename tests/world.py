@@ -14,12 +14,14 @@ import time
 import pytest
 
 from minprfaas import generate
+from minprfaas.cluster.decode_role import DecodeRole
 from minprfaas.cluster.front_end import FrontEnd
 from minprfaas.cluster.mail import FRONT, Mail
 from minprfaas.cluster.node import Node
 from minprfaas.cluster.pd_node import PDNode
 from minprfaas.cluster.prefill_role import PrefillRole
 from minprfaas.cluster.processes import control_settings
+from minprfaas.cluster.relay import RelayedDecodeRole, RelayingPrefillRole
 from minprfaas.config import CacheConfig, Role
 from minprfaas.engine.engine import Engine
 from minprfaas.scheduling import control
@@ -97,9 +99,9 @@ class World:
     """`prfaas` PrfaaS nodes, `pd` PD nodes of which the first `split` begin as PD-P, and a front end on its own."""
 
     def __init__(self, model, tokenizer, prfaas=1, pd=2, split=1, threshold=100, pool=120, prefill_chunk=48,
-                 deadline_s=DEADLINE_S, plane=None, clock=time.monotonic):
+                 deadline_s=DEADLINE_S, plane=None, clock=time.monotonic, relay=False):
         self.model, self.tokenizer, self.pool, self.prefill_chunk = model, tokenizer, pool, prefill_chunk
-        self.deadline_s, self.machines, self.dead = deadline_s, {}, []
+        self.deadline_s, self.machines, self.dead, self.relay = deadline_s, {}, [], relay
         self._line_numbers = itertools.count()
         settings = control_settings(threshold, None, self._engine().layout)
         self.front = self._add_front(plane or ControlPlane(settings), clock)
@@ -147,9 +149,10 @@ class World:
         events, engine, role = queue.SimpleQueue(), self._engine(), self.roles[name]
         mail = Mail(events)
         if role is Role.PRFAAS:
-            part = PrefillRole(name, role, engine, mail, self.deadline_s)
+            part = (RelayingPrefillRole if self.relay else PrefillRole)(name, role, engine, mail, self.deadline_s)
         else:
-            part = PDNode(name, role, engine, mail, self.deadline_s, self.deadline_s)
+            part = PDNode(name, role, engine, mail, self.deadline_s, self.deadline_s,
+                          decodes=RelayedDecodeRole if self.relay else DecodeRole)
         machine = Machine(name, events, part, Node(mail, [part]))
         for other in list(self.machines):
             if not self.machines[other].is_stopped:

@@ -15,19 +15,19 @@ class PDNode:
     left to do in the old role. Its cache stays, and is told anew with the new role. Deadlines as in the two roles."""
 
     def __init__(self, name: str, role: Role, engine: Engine, mail: Mail, room_deadline_s: float,
-                 transfer_deadline_s: float, overlap: bool = True):
+                 transfer_deadline_s: float, overlap: bool = True, decodes: type[DecodeRole] = DecodeRole):
         self.name, self.engine, self._overlap = name, engine, overlap
         self.upkeep = Upkeep(name, role, engine, mail, transfer_deadline_s)
         self._mail, self._room_deadline_s, self._transfer_deadline_s = mail, room_deadline_s, transfer_deadline_s
-        self._wanted = role
+        self._wanted, self._decodes = role, decodes
         self.part = self._playing(role)
 
     def _playing(self, role: Role) -> PrefillRole | DecodeRole:
         if role is Role.PDP:
             return PrefillRole(self.name, role, self.engine, self._mail, self._transfer_deadline_s, self._overlap,
                                self.upkeep)
-        return DecodeRole(self.name, self.engine, self._mail, self._room_deadline_s, self._transfer_deadline_s,
-                          self.upkeep)
+        return self._decodes(self.name, self.engine, self._mail, self._room_deadline_s, self._transfer_deadline_s,
+                             self.upkeep)
 
     @property
     def role(self) -> Role:

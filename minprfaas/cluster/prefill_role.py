@@ -16,7 +16,7 @@ from minprfaas.cluster.stream_plans import snapshot_plan, stream_plan
 from minprfaas.cluster.upkeep import Upkeep
 from minprfaas.config import Role
 from minprfaas.engine.engine import Engine
-from minprfaas.engine.request import Request, Status
+from minprfaas.engine.request import Request, Status, TokenUpdate
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import UserError
 from minprfaas.kvcache.request_cache import RequestCache
@@ -59,6 +59,7 @@ class PrefillRole:
         self.name, self.engine, self.overlap = name, engine, overlap
         self.deadline_s = transfer_deadline_s
         self.prefills: dict[str, Prefill] = {}
+        self.drawn: list[TokenUpdate] = []  # in the last step
         self._ended: list[Prefill] = []  # the decode node knows it, but a stream may have to let go of the blocks
         self.upkeep = upkeep or Upkeep(name, role, engine, mail, transfer_deadline_s)
         self.prefixes = self.upkeep.prefixes
@@ -95,9 +96,8 @@ class PrefillRole:
 
     def step(self) -> None:
         """Prefill one chunk, look after the streams."""
-        if self.engine.has_work:
-            self.engine.step(on_kv=self._ship)
-            self._report_progress()
+        self.drawn = self.engine.step(on_kv=self._ship) if self.engine.has_work else []
+        self._report_progress()
         for prefill in list(self.prefills.values()):
             self._tend(prefill)
         for prefill in [*self.prefills.values(), *self._ended]:

@@ -15,6 +15,7 @@ from minprfaas.cluster.mail import Connection, Mail
 from minprfaas.cluster.node import Node
 from minprfaas.cluster.pd_node import PDNode
 from minprfaas.cluster.prefill_role import PrefillRole
+from minprfaas.cluster.relay import RelayedDecodeRole, RelayingPrefillRole
 from minprfaas.cluster.topology import PRFAAS_SITE, Place, Topology
 from minprfaas.config import Role, StateKind
 from minprfaas.engine.engine import Engine
@@ -92,17 +93,19 @@ class Process:
 
 
 def roles_of(place: Place, new_engine: Callable[[], Engine], mail: Mail, transfer_deadline_s: float,
-             room_deadline_s: float = LOCAL_DEADLINE_S, overlap: bool = True) -> list[RolePart]:
+             room_deadline_s: float = LOCAL_DEADLINE_S, overlap: bool = True, relay: bool = False) -> list[RolePart]:
     """The roles of a process, each with a pool of its own. `room_deadline_s` is how long a request may wait for
-    blocks."""
+    blocks. With `relay`, PrfaaS nodes go on decoding while KVCache crosses (see `relay.py`)."""
+    decodes, offloaded = (RelayedDecodeRole, RelayingPrefillRole) if relay else (DecodeRole, PrefillRole)
     roles: list[RolePart] = []
     for name, role in place.roles.items():
         if role is not Role.PRFAAS and len(place.roles) == 1:
-            roles.append(PDNode(name, role, new_engine(), mail, room_deadline_s, transfer_deadline_s, overlap))
+            roles.append(PDNode(name, role, new_engine(), mail, room_deadline_s, transfer_deadline_s, overlap, decodes))
         elif role is Role.PDD:
-            roles.append(DecodeRole(name, new_engine(), mail, room_deadline_s, transfer_deadline_s))
+            roles.append(decodes(name, new_engine(), mail, room_deadline_s, transfer_deadline_s))
         else:
-            roles.append(PrefillRole(name, role, new_engine(), mail, transfer_deadline_s, overlap))
+            prefills = offloaded if role is Role.PRFAAS else PrefillRole
+            roles.append(prefills(name, role, new_engine(), mail, transfer_deadline_s, overlap))
     return roles
 
 
@@ -125,20 +128,22 @@ def process(mail: Mail, front: FrontEnd | None, roles: list[RolePart]) -> Proces
 
 
 def prfaas_process(engine: Engine, link: Connection, events: EventQueue, transfer_deadline_s: float,
-                   overlap: bool = True, name: str = PRFAAS, encoding: Encoding = Encoding.EXACT) -> Process:
+                   overlap: bool = True, name: str = PRFAAS, encoding: Encoding = Encoding.EXACT,
+                   relay: bool = False) -> Process:
     """The PrfaaS node over a link whose events go into `events`. The link need not be connected yet."""
     mail = Mail(events, encoding)
     _, pd = Topology(1, 1).two_places()
     mail.add_link(link, pd.parts)
     place = Place(name, PRFAAS_SITE, {name: Role.PRFAAS})
-    made = process(mail, None, roles_of(place, lambda: engine, mail, transfer_deadline_s, overlap=overlap))
+    made = process(mail, None, roles_of(place, lambda: engine, mail, transfer_deadline_s, overlap=overlap,
+                                          relay=relay))
     made.prefill.upkeep.introduce()
     return made
 
 
 def pd_process(prefill_engine: Engine, decode_engine: Engine, links: dict[str, Connection], events: EventQueue,
                plane: ControlPlane, deadline_s: float, room_deadline_s: float = LOCAL_DEADLINE_S,
-               encoding: Encoding = Encoding.EXACT) -> Process:
+               encoding: Encoding = Encoding.EXACT, relay: bool = False) -> Process:
     """The PD node and the front end over links, by PrfaaS node, whose events go into `events`. The engines share the
     model, not the pool."""
     mail = Mail(events, encoding)
@@ -147,7 +152,7 @@ def pd_process(prefill_engine: Engine, decode_engine: Engine, links: dict[str, C
     front = front_end(plane, mail, decode_engine, deadline_s)
     _, pd = Topology(1, 1).two_places()
     engines = iter((prefill_engine, decode_engine))
-    return process(mail, front, roles_of(pd, lambda: next(engines), mail, deadline_s, room_deadline_s))
+    return process(mail, front, roles_of(pd, lambda: next(engines), mail, deadline_s, room_deadline_s, relay=relay))
 
 
 def control_settings(threshold: float, gbps: float | None, layout: Layout, ship_prefixes: bool = False,

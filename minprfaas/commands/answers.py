@@ -86,16 +86,19 @@ def notes(journeys: Sequence[Journey], layout: Layout) -> list[str]:
     return lines
 
 
+def wire_share(layout: Layout, encoding: Encoding) -> float:
+    """What of their bytes the rows of token state cross in."""
+    specs = [spec for spec in layout.specs if spec.kind is not StateKind.REQUEST]
+    exact, encoded = (sum(row_codec(spec, one).row_bytes for spec in specs) for one in (Encoding.EXACT, encoding))
+    return encoded / exact if specs else 1.0
+
+
 def lossy_wire(layout: Layout, encoding: Encoding) -> str | None:
     """What an encoding does to the rows that cross, in words; None where they arrive to the last bit."""
-    specs = [spec for spec in layout.specs if spec.kind is not StateKind.REQUEST]
-    codecs = [row_codec(spec, encoding) for spec in specs]
-    if all(codec.is_exact for codec in codecs):
+    if all(row_codec(spec, encoding).is_exact for spec in layout.specs if spec.kind is not StateKind.REQUEST):
         return None
-    exact = sum(row_codec(spec, Encoding.EXACT).row_bytes for spec in specs)
-    encoded = sum(codec.row_bytes for codec in codecs)
-    return (f"rows of attention state cross in {encoding.value}, {encoded / exact:.0%} of their bytes, and arrive "
-            "rounded: offloaded answers may differ from exact ones")
+    return (f"rows of attention state cross in {encoding.value}, {wire_share(layout, encoding):.0%} of their bytes, "
+            "and arrive rounded: offloaded answers may differ from exact ones")
 
 
 def check(journeys: Sequence[Journey], prompts: Sequence[Prompt], model: Transformer, tokenizer: Tokenizer,

@@ -51,6 +51,8 @@ def add_options(p: argparse.ArgumentParser, may_serve: bool = False) -> None:
                    "it begins with those that are there, and a node for the front end (120)")
     p.add_argument("--ship-prefixes", action="store_true", help="ship a cached prefix to where a request will be "
                    "prefilled, while bandwidth is abundant and that is sooner than computing it")
+    p.add_argument("--relay", action="store_true", help="PrfaaS nodes draw the first tokens while the KVCache crosses; "
+                   "the decode node takes over when it is there")
     p.add_argument("--no-overlap", action="store_true", help="ship KVCache only after prefill, for comparison")
     p.add_argument("--check", action="store_true", help="recompute every answer in one process; exit 1 if one differs")
     p.add_argument("--json", metavar="OUT.jsonl", help="write one line a request")
@@ -121,7 +123,8 @@ def checked(args: argparse.Namespace, topology: Topology) -> Run:
     if profiles is not None:  # a single PD node counts as an instance of either kind
         otherwise = load.answer_tokens if load is not None else SamplingParams().max_tokens
         answer_tokens = fmean([prompt.params.max_tokens for prompt in prompts] or [otherwise])
-        fleet = Fleet(topology.prfaas, max(topology.pd, 2), line_gbps or UNTHROTTLED_GBPS, *profiles, answer_tokens)
+        fleet = Fleet(topology.prfaas, max(topology.pd, 2), line_gbps or UNTHROTTLED_GBPS, *profiles, answer_tokens,
+                      args.relay)
     line = LineConfig(line_gbps, args.rtt_ms, weather)
     return Run(args, topology, link, line, prompts, load, Encoding(args.wire), fleet, emulation)
 

@@ -11,6 +11,7 @@ from minprfaas.cluster.mail import Mail
 from minprfaas.cluster.neighbours import Neighbours
 from minprfaas.cluster.processes import Process, control_settings, front_end, process, roles_of
 from minprfaas.cluster.topology import Place
+from minprfaas.commands.answers import wire_share
 from minprfaas.commands.live_options import Run
 from minprfaas.commands.live_program import Program
 from minprfaas.commands.serve import FULL_CONTEXTS
@@ -81,11 +82,15 @@ def _play(run: Run, seat: Seat, outputs: dict[str, OutputFile], drive: Drive | N
     mail = Mail(EventQueue(), run.encoding)
     front = None
     if here.has_front:
-        settings = control_settings(args.threshold, run.line.gbps, engine.layout, args.ship_prefixes, run.fleet)
+        fleet = run.fleet
+        if fleet is not None:
+            share = wire_share(engine.layout, run.encoding)
+            fleet = replace(fleet, prfaas_profile=fleet.prfaas_profile.encoded(share))
+        settings = control_settings(args.threshold, run.line.gbps, engine.layout, args.ship_prefixes, fleet)
         plane = ControlPlane(replace(settings, adaptive=settings.adaptive and run.adaptive, selective=run.selective,
                                      convert_roles=run.convert_roles))
         front = front_end(plane, mail, engine, args.deadline_s)
-    roles = roles_of(here, engines.new, mail, args.deadline_s, overlap=not args.no_overlap)
+    roles = roles_of(here, engines.new, mail, args.deadline_s, overlap=not args.no_overlap, relay=args.relay)
     made = process(mail, front, roles)
     other = {place.site for place in seat.places} - {here.site}
     line = emulated_line(run.line, store, here.site, other.pop()) if other else None

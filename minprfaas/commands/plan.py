@@ -52,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fleet.add_argument("--threshold", type=float, metavar="T", help="plan for this threshold (default: search)")
     fleet.add_argument("--n-p", type=int, metavar="N", help="plan for this many PD prefill instances (default: search)")
     parser.add_argument("--by-wire", action="store_true", help="also what each encoding of the wire would make of it")
+    parser.add_argument("--by-relay", action="store_true", help="also what relay decode would take of the PrfaaS "
+                        "cluster, and give to the first tokens, on this link and slower ones")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--plots", metavar="DIR", help="draw figures 2, 5(a), 5(b) into DIR (needs matplotlib)")
 
@@ -78,6 +80,8 @@ def run(args: argparse.Namespace) -> None:
         result["without_prfaas"] = {name: other.lambda_max for name, other in _without_prfaas(fleet, lengths).items()}
     if args.by_wire:
         result["by_wire"] = _by_wire(fleet, lengths)
+    if args.by_relay:
+        result["by_relay"] = _by_relay(fleet, lengths)
     if args.egress:
         result["egress"] = _egress_cases()
     drawn = draw_plan(args.plots, fleet, lengths, best, _curves(args, fleet)) if args.plots else []
@@ -90,6 +94,8 @@ def run(args: argparse.Namespace) -> None:
     _print_margins(best, more)
     if args.by_wire:
         _print_by_wire(result["by_wire"])
+    if args.by_relay:
+        _print_by_relay(result["by_relay"])
     if args.egress:
         print()
         _print_egress()
@@ -234,6 +240,26 @@ def _print_by_wire(rows: list[dict]) -> None:
     print(table(["wire", "of a row", *(ROWS[key][0] for key in keys), "Φ_kv at 32K, Gbps"],
                 [(row["wire"], f"{row['rows_share']:.0%}", *(_cell(key, row[key]) for key in keys),
                   f"{row['gbps_32k']:.2f}") for row in rows]))
+
+
+def _by_relay(fleet: Fleet, lengths: LengthDistribution) -> list[dict]:
+    """The best plan with relay decode and without, on links down to a sixteenth."""
+    rows = []
+    for part in (1, 4, 8, 16):
+        for relay in (False, True):
+            behind = replace(fleet, link_gbps=fleet.link_gbps / part, relay=relay)
+            figures = _figures(behind, plan(behind, lengths), lengths)
+            rows.append({"link_gbps": behind.link_gbps, "relay": relay, **figures})
+    return rows
+
+
+def _print_by_relay(rows: list[dict]) -> None:
+    print("\nWith relay decode and without (modelled; an instance relays one request at a time, and prefills none "
+          "meanwhile):\n")
+    keys = ("lambda_max", "theta_prfaas", "threshold", "offloaded_fraction", "ttft_mean_s", "ttft_p90_s")
+    print(table(["link, Gbps", "relay", *(ROWS[key][0] for key in keys)],
+                [(f"{row['link_gbps']:g}", "yes" if row["relay"] else "no", *(_cell(key, row[key]) for key in keys))
+                 for row in rows]))
 
 
 def _egress_cases() -> list[dict]:

@@ -21,7 +21,8 @@ BINDING_STAGES = ("prfaas compute", "prfaas egress", "pdp", "pdd")
 @dataclass(frozen=True)
 class Fleet:
     """What there is to plan with. `prfaas_instances` may be a fraction (the compute that is observed rather than
-    installed), `link_gbps` 0 (a link that is down). Raises UserError for what is out of range or cannot serve."""
+    installed), `link_gbps` 0 (a link that is down). With `relay`, PrfaaS instances decode while KVCache crosses. Raises
+    UserError for what is out of range or cannot serve."""
 
     prfaas_instances: float
     pd_instances: int
@@ -29,6 +30,7 @@ class Fleet:
     prfaas_profile: Profile
     pd_profile: Profile
     output_tokens: float
+    relay: bool = False
 
     def __post_init__(self) -> None:
         require_number("number of PrfaaS instances", self.prfaas_instances, least=0, most=MAX_INSTANCES)
@@ -41,6 +43,16 @@ class Fleet:
     def profile(self, role: Role) -> Profile:
         """The profile of an instance that plays `role`."""
         return self.prfaas_profile if role is Role.PRFAAS else self.pd_profile
+
+    def prfaas_s(self, tokens: float) -> float:
+        """Seconds that a request takes of a PrfaaS instance: its prefill and, with `relay`, what it decodes then while
+        its KVCache crosses on the instance's share of the link."""
+        profile, share_gbps = self.prfaas_profile, self.link_gbps / max(self.prfaas_instances, 1)
+        prefill_s = profile.prefill_s(tokens)
+        if not self.relay:
+            return prefill_s
+        transfer_s = profile.kv_bytes(tokens) * 8e-9 / share_gbps if share_gbps else inf
+        return prefill_s + model.relay_s(transfer_s, prefill_s, profile.decode_step_s(1), self.output_tokens)
 
 
 @dataclass(frozen=True)
@@ -112,7 +124,7 @@ def plan_least_loaded(fleet: Fleet, lengths: LengthDistribution) -> Plan:
     from merely having both kinds of hardware.
     """
     remote, local = fleet.prfaas_profile, fleet.pd_profile
-    prfaas_s, kv_bytes, pdp_s = (lengths.mean(of) for of in (remote.prefill_s, remote.kv_bytes, local.prefill_s))
+    prfaas_s, kv_bytes, pdp_s = (lengths.mean(of) for of in (fleet.prfaas_s, remote.kv_bytes, local.prefill_s))
     theta_prfaas = model.theta_prfaas(fleet.prfaas_instances, prfaas_s, fleet.link_gbps, kv_bytes)
     plans = []
     for n_p in range(fleet.pd_instances):
@@ -132,12 +144,12 @@ def sensitivity(fleet: Fleet, lengths: LengthDistribution) -> list[tuple[str, Pl
 
 def first_token_times(fleet: Fleet, lengths: LengthDistribution, of: Plan) -> tuple[float, float]:
     """Mean and 90th percentile of TTFT in seconds, for requests that never wait: prefill, one decode step, and for an
-    offloaded one its KVCache's time on the whole link.
+    offloaded one, unless its tokens are relayed, its KVCache's time on the whole link.
 
     Table 6's numbers come out within 6%. The paper does not say how it derived them; that its P90 is 3.51 s both for
     PrfaaS-PD and for naive PD, whose waiting could not be alike, suggests that it leaves waiting out too.
     """
-    byte_s = 8 / 1e9 / fleet.link_gbps if fleet.link_gbps else inf
+    byte_s = 0.0 if fleet.relay else 8 / 1e9 / fleet.link_gbps if fleet.link_gbps else inf
     remote, local, times = fleet.prfaas_profile, fleet.pd_profile, []
     for length in lengths.values:
         share = of.offloaded_fraction if of.threshold is None else float(length > of.threshold)
@@ -163,7 +175,7 @@ class _Search:
 
     def __init__(self, fleet: Fleet, lengths: LengthDistribution):
         self.fleet, self.lengths = fleet, lengths
-        self._prfaas_s = lengths.running_means(fleet.prfaas_profile.prefill_s)
+        self._prfaas_s = lengths.running_means(fleet.prfaas_s)
         self._kv_bytes = lengths.running_means(fleet.prfaas_profile.kv_bytes)
         self._pdp_s = lengths.running_means(fleet.pd_profile.prefill_s)
 

@@ -26,6 +26,17 @@ def theta_prfaas_compute(n_prfaas: float, prefill_s: float) -> float:
     return n_prfaas / prefill_s if prefill_s else inf
 
 
+def relay_s(transfer_s: float, prefill_s: float, step_s: float, output_tokens: float) -> float:
+    """Seconds that relay decode takes of a PrfaaS instance for one request: steps of `step_s` for as long as its
+    KVCache crosses after the prefill, and no more than its answer has. They are added to `prefill_s`: an instance that
+    relays one request at a time prefills none meanwhile, which is the worst case. Not in the paper.
+
+    >>> relay_s(transfer_s=5.0, prefill_s=2.0, step_s=0.025, output_tokens=1024), relay_s(1.0, 2.0, 0.025, 1024)
+    (3.0, 0.0)
+    """
+    return min(max(transfer_s - prefill_s, 0.0), step_s * output_tokens)
+
+
 def theta_prfaas_egress(link_gbps: float, kv_bytes: float) -> float:
     """Requests/s whose KVCache fits through the link: B_out / S_kv, the second half of eq. 3."""
     return link_gbps * 1e9 / 8 / kv_bytes if kv_bytes else inf
