@@ -110,11 +110,11 @@ def row(mbps: float, relay: bool, found: dict) -> list[str]:
 @exit_on_user_error
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python scripts/bench.py relay", description=__doc__.splitlines()[0])
-    parser.add_argument("--mbps", type=float, nargs="+", default=[20.0, 10.0, 5.0], help="lines (emulated), Mbit/s")
+    parser.add_argument("--mbps", type=float, nargs="+", default=[20.0, 10.0, 6.0], help="lines (emulated), Mbit/s")
     parser.add_argument("--rtt-ms", type=float, default=20.0)
     parser.add_argument("--documents", type=int, default=2)
-    parser.add_argument("--length", type=int, default=3000, help="tokens of a document (3000)")
-    parser.add_argument("--answer", type=int, default=192, help="tokens of an answer (192)")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a document (2048)")
+    parser.add_argument("--answer", type=int, default=160, help="tokens of an answer (160)")
     args = parser.parse_args(argv)
     model, tokenizer = load()
     prompts = []
