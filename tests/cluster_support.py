@@ -14,7 +14,7 @@ from minprfaas.config import CacheConfig, LineConfig, LinkConfig
 from minprfaas.engine.engine import Engine
 from minprfaas.scheduling.control import ControlPlane
 from minprfaas.transport import Link
-from minprfaas.transport.encoding import Encoding
+from minprfaas.transport.encoding import Wire
 from minprfaas.transport.wan.line import EmulatedLine
 
 DEADLINE_S = 60
@@ -24,15 +24,15 @@ FAST = LinkConfig(lanes=2, chunk_bytes=4096)
 @contextmanager
 def two_datacenters(model, tokenizer, threshold, link=FAST, line=LineConfig(), pool_a=200, pool_b=200, block_tokens=16,
                     prefill_chunk=48, deadline_s=DEADLINE_S, room_deadline_s=DEADLINE_S, overlap=True,
-                    ship_prefixes=False, encoding=Encoding.EXACT):
+                    ship_prefixes=False, wire=Wire(), relay=False):
     """Yields (process B, process A); both serve the same model. Process A runs in a thread of its own."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=DEADLINE_S))
     engines = [Engine(model, tokenizer, CacheConfig(blocks, block_tokens), prefill_chunk)
                for blocks in (pool_a, pool_b, pool_b)]
     queues = [queue.SimpleQueue(), queue.SimpleQueue()]
-    links = [Link("test", store, rank, link, link_identity(model, engines[0].layout, encoding), events=queues[rank],
+    links = [Link("test", store, rank, link, link_identity(model, engines[0].layout, wire), events=queues[rank],
                   line=EmulatedLine(line) if line != LineConfig() else None) for rank in (0, 1)]
-    remote = prfaas_process(engines[0], links[0], queues[0], DEADLINE_S, overlap, encoding=encoding)
+    remote = prfaas_process(engines[0], links[0], queues[0], DEADLINE_S, overlap, wire=wire, relay=relay)
     failures = []
 
     def serve_remotely():
@@ -48,7 +48,7 @@ def two_datacenters(model, tokenizer, threshold, link=FAST, line=LineConfig(), p
         links[1].connect(DEADLINE_S)
         plane = ControlPlane(control_settings(threshold, line.gbps, engines[1].layout, ship_prefixes))
         local = pd_process(engines[1], engines[2], {"prfaas-0": links[1]}, queues[1], plane, deadline_s, room_deadline_s,
-                           encoding)
+                           wire, relay)
         step_until(local, lambda: "prfaas-0" in local.front.ready)
         yield local, remote
         local.shut_down(DEADLINE_S)

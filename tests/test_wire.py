@@ -21,7 +21,7 @@ from minprfaas.engine.engine import Engine
 from minprfaas.model.checkpoint import load
 from minprfaas.model.spec import kv_bytes
 from minprfaas.transport import Loopback
-from minprfaas.transport.encoding import Encoding, row_codec
+from minprfaas.transport.encoding import Encoding, Wire, row_codec
 from minprfaas.transport.wan.frames import HEADER_BYTES, Codec, Header, Kind, Slot
 
 ROUNDED = [Encoding.BF16, Encoding.FP8, Encoding.INT8, Encoding.INT4]
@@ -29,22 +29,24 @@ DEADLINE_S = 60
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def new_engine(model, tokenizer, block_tokens=16):
-    return Engine(model, tokenizer, CacheConfig(200, block_tokens), prefill_chunk=48)
+def new_engine(model, tokenizer, block_tokens=16, prefix_cache=True):
+    return Engine(model, tokenizer, CacheConfig(200, block_tokens, prefix_cache), prefill_chunk=48)
 
 
 class HandOver:
-    """A prompt prefilled in one engine and decoded in another, its KVCache handed over in an encoding."""
+    """A prompt prefilled in one engine and decoded in another, its KVCache handed over by a wire."""
 
-    def __init__(self, model, tokenizer, prompt, encoding, params=GREEDY, decode_block_tokens=16):
-        sender, self.receiver = new_engine(model, tokenizer), new_engine(model, tokenizer, decode_block_tokens)
+    def __init__(self, model, tokenizer, prompt, wire, params=GREEDY, block_tokens=(16, 16), receiver=None,
+                 prefix_cache=True):
+        sender = new_engine(model, tokenizer, block_tokens[0], prefix_cache)
+        self.receiver = new_engine(*(receiver or (model, tokenizer)), block_tokens[1], prefix_cache)
         self.sent = sender.add(sender.request("sent", prompt, params, prefill_only=True))
         while sender.has_work and self.sent.first_token_at_s is None:
             sender.step()
         self.request = self.receiver.request("request", prompt, params)
         assert self.receiver.reserve_remote(self.request)
         loopback = Loopback()
-        plans = [stream_plan(engine.layout, 7, 0, len(prompt), encoding) for engine in (sender, self.receiver)]
+        plans = [stream_plan(engine.layout, 7, 0, len(prompt), wire) for engine in (sender, self.receiver)]
         self.plan = plans[0]
         assert plans[0].total_bytes == plans[1].total_bytes
         self.arriving = KVReceive(self.receiver.kvcache, loopback, plans[1], self.request.cache.block_tables)
@@ -59,6 +61,15 @@ class HandOver:
         return [engine.kvcache.pool.read_bytes(layer, one.cache.block_tables[engine.layout.group_of_layer[layer].index], 0,
                                                self.plan.end).reshape(-1) for engine, one in self.sides]
 
+    def tensors_of(self, layer):
+        """The same as tensors: of token state the rows, of request-level state each of its own."""
+        sides = []
+        for (engine, _), data in zip(self.sides, self.bytes_of(layer)):
+            spec = engine.layout.specs[layer]
+            parts = data.split([one.nbytes for one in spec.tensors]) if spec.kind is StateKind.REQUEST else [data]
+            sides.append([part.clone().view(one.torch_dtype) for part, one in zip(parts, spec.tensors)])
+        return sides
+
     def answer(self):
         """The tokens, decoded by the receiver."""
         self.request.cache.is_exact = self.arriving.is_exact
@@ -71,7 +82,7 @@ class HandOver:
 @pytest.mark.parametrize("encoding", ROUNDED)
 @pytest.mark.parametrize("family", ["kimi_linear", "mimo_v2_flash"])
 def test_rows_arrive_as_their_encoding_says_and_request_level_state_to_the_last_bit(models, family, encoding):
-    handed = HandOver(*models[family], prompts_of(77)[0], encoding)
+    handed = HandOver(*models[family], prompts_of(77)[0], Wire(encoding))
     kinds = set()
     for layer, spec in enumerate(handed.receiver.layout.specs):
         sent, received = handed.bytes_of(layer)
@@ -91,9 +102,9 @@ def test_rows_arrive_as_their_encoding_says_and_request_level_state_to_the_last_
 def test_a_plan_counts_the_rows_that_a_stream_has(models, encoding):
     """By it a live run's profile is read (`Profile.encoded`), so that its threshold follows what really crosses."""
     layout = new_engine(*models["kimi_linear"]).layout
-    one, many = (stream_plan(layout, 1, 0, end, encoding).total_bytes for end in (16, 32))
+    one, many = (stream_plan(layout, 1, 0, end, Wire(encoding)).total_bytes for end in (16, 32))
     exact = [stream_plan(layout, 1, 0, end).total_bytes for end in (16, 32)]
-    assert (many - one) / (exact[1] - exact[0]) == pytest.approx(wire_share(layout, encoding))
+    assert (many - one) / (exact[1] - exact[0]) == pytest.approx(wire_share(layout, Wire(encoding)))
 
 
 def test_a_snapshot_crosses_exactly_for_a_prefill_begins_with_it(models):
@@ -104,10 +115,10 @@ def test_a_snapshot_crosses_exactly_for_a_prefill_begins_with_it(models):
 def test_bf16_of_a_bf16_cache_is_exact_from_end_to_end_and_stays_prefix_cache(checkpoints):
     model, tokenizer = load(checkpoints["mimo_v2_flash"], torch.bfloat16, "cpu")
     (prompt,) = prompts_of(77)
-    handed = HandOver(model, tokenizer, prompt, Encoding.BF16)
+    handed = HandOver(model, tokenizer, prompt, Wire(Encoding.BF16))
     for layer in range(len(handed.receiver.layout.specs)):
         assert torch.equal(*handed.bytes_of(layer))
-    assert handed.answer() == HandOver(model, tokenizer, prompt, Encoding.EXACT).answer()
+    assert handed.answer() == HandOver(model, tokenizer, prompt, Wire()).answer()
     assert handed.receiver.kvcache.ledger.common(handed.receiver.kvcache.keys(prompt)) == 4
 
 
@@ -115,11 +126,11 @@ def test_bf16_of_a_bf16_cache_is_exact_from_end_to_end_and_stays_prefix_cache(ch
 def test_what_crosses_a_link_in_many_pieces_is_what_one_hand_over_brings(models, encoding):
     model, tokenizer = models["mimo_v2_flash"]
     prompts = prompts_of(200, 20, 130)
-    with two_datacenters(model, tokenizer, threshold=100, encoding=encoding) as (local, _):
+    with two_datacenters(model, tokenizer, threshold=100, wire=Wire(encoding)) as (local, _):
         journeys = serve(local, prompts, GREEDY)
         step_until(local, lambda: nothing_in_use(local))
     assert [journey.route for journey in journeys] == ["prfaas", "pdp", "prfaas"]
-    handed = [HandOver(model, tokenizer, prompt, encoding) for prompt in (prompts[0], prompts[2])]
+    handed = [HandOver(model, tokenizer, prompt, Wire(encoding)) for prompt in (prompts[0], prompts[2])]
     assert [journeys[0].output_ids, journeys[2].output_ids] == [one.answer() for one in handed]
     assert [journeys[0].kv_bytes, journeys[2].kv_bytes] == [one.plan.total_bytes for one in handed]
     assert journeys[1].output_ids == reference(model, tokenizer, prompts[1:2], GREEDY)[0]  # did not cross
@@ -129,7 +140,7 @@ def test_rounded_rows_are_no_ones_prefix_and_exact_ones_stay_everyones(hybrid):
     """Else a prefill inside the PD cluster would begin with them, and its answer would no longer be the reference's."""
     (whole,) = prompts_of(200)
     params = [GREEDY] * 3
-    with two_datacenters(*hybrid, threshold=100, encoding=Encoding.INT4) as (local, _):
+    with two_datacenters(*hybrid, threshold=100, wire=Wire(Encoding.INT4)) as (local, _):
         kvcache = local.decode.engine.kvcache
         first, = serve(local, [whole], GREEDY)
         assert first.route == "prfaas" and kvcache.ledger.common(kvcache.keys(whole)) == 0
@@ -145,7 +156,7 @@ def test_rounded_rows_are_no_ones_prefix_and_exact_ones_stay_everyones(hybrid):
 def test_a_prefix_is_shipped_exactly_over_a_lossy_wire_for_others_will_begin_with_it(models):
     model, tokenizer = models["qwen3"]
     with two_datacenters(model, tokenizer, THRESHOLD[prefix_only_there], ship_prefixes=True,
-                         encoding=Encoding.INT4) as (local, _):
+                         wire=Wire(Encoding.INT4)) as (local, _):
         prefix_only_there(local)
         abundant(local)
         (journey,) = serve(local, [LONGER], GREEDY)

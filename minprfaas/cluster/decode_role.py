@@ -138,8 +138,8 @@ class DecodeRole:
         serving.ordered_at_s = self._clock()
         serving.deadline_at_s = serving.ordered_at_s + serve.deadline_s
         stream_id, snapshot_id = next(self._stream_ids), next(self._stream_ids)
-        encoding = self._mail.encoding_to(serve.prefill_node)
-        plan = stream_plan(layout, stream_id, request.cached_tokens, len(request.token_ids), encoding)
+        wire = self._mail.wire_to(serve.prefill_node)
+        plan = stream_plan(layout, stream_id, request.cached_tokens, len(request.token_ids), wire)
         try:
             transport = self._mail.transport(serve.prefill_node)
             serving.kv = KVReceive(self._kvcache, transport, plan, request.cache.block_tables)

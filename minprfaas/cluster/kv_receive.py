@@ -7,7 +7,7 @@ import torch
 from minprfaas.kvcache.manager import KVCacheManager
 from minprfaas.transport.base import KVTransport, StreamPlan
 from minprfaas.transport.events import ArrivalReport
-from minprfaas.transport.encoding import row_codecs
+from minprfaas.transport.encoding import codecs
 
 
 class KVReceive:
@@ -23,7 +23,7 @@ class KVReceive:
         self.has_arrived = False
         self._pool, self._layout = kvcache.pool, kvcache.layout
         self._transport, self._tables = transport, tables
-        self._codecs = row_codecs(kvcache.layout.specs, plan)
+        self._codecs = codecs(kvcache.layout.specs, plan)
         transport.expect(plan, self._write)
 
     @property

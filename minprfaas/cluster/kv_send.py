@@ -17,7 +17,7 @@ from minprfaas.config import StateKind
 from minprfaas.kvcache.manager import KVCacheManager
 from minprfaas.transport.base import KVTransport, LinkDown, StreamAborted, StreamPlan
 from minprfaas.transport.events import StreamReport
-from minprfaas.transport.encoding import row_codecs
+from minprfaas.transport.encoding import codecs
 
 STREAMS_AT_ONCE = 64  # of one node; further ones wait for their turn, and their KVCache in its blocks
 
@@ -45,7 +45,7 @@ class KVSend:
         self.plan = plan
         self._pool, self._layout, self._tables = kvcache.pool, kvcache.layout, tables
         self._overlap, self._deadline_s = overlap, deadline_s
-        self._codecs = row_codecs(self._layout.specs, plan)
+        self._codecs = codecs(self._layout.specs, plan)
         self._ready_end = {entry.layer: plan.start for entry in plan.entries}
         self._pieces: queue.SimpleQueue[_Piece | None] = queue.SimpleQueue()
         self._stream = transport.open(plan)

@@ -18,12 +18,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from minprfaas.cluster.stream_plans import stream_plan
 from minprfaas.config import LineConfig
 from minprfaas.errors import UserError, exit_on_user_error, one_line
 from minprfaas.kvcache.layout import Layout
 from minprfaas.model.checkpoint import checked_device
 from minprfaas.model.transformer import Transformer
-from minprfaas.transport.encoding import Encoding
+from minprfaas.transport.encoding import Wire
 from minprfaas.transport.wan.handshake import LinkIdentity
 from minprfaas.transport.wan.line import EmulatedLine
 from minprfaas.transport.wan.shared_words import remove_abandoned
@@ -240,13 +241,17 @@ def emulated_line(config: LineConfig, store: dist.Store, here: str, there: str) 
     return EmulatedLine(config, share=directory / f"minprfaas-{run_id}-{here}-{there}.line")
 
 
-def link_identity(model: Transformer, layout: Layout, encoding: Encoding = Encoding.EXACT) -> LinkIdentity:
-    """What both ends of a link must agree on before any KVCache crosses: model, number format, block layout, how rows
-    are encoded, secret."""
-    secret = os.environ.get("MINPRFAAS_SECRET")
-    shape = ";".join(f"{group.index}:{group.layers}:{group.spec.nbytes}:{group.spec.kind.value}"
+def link_identity(model: Transformer, layout: Layout, wire: Wire = Wire()) -> LinkIdentity:
+    """What both ends of a link must agree on before any KVCache crosses: model, number format, layers and what of each
+    crosses, how rows are encoded, secret. Where the formats differ, they agree on the weights and on which two it is."""
+    secret, fingerprint, dtype = os.environ.get("MINPRFAAS_SECRET"), model.fingerprint, str(model.dtype)
+    sizes = {group.index: group.spec.nbytes for group in layout.groups}
+    if wire.recast:
+        fingerprint, dtype = model.weights, wire.recast
+        sizes = {entry.group: entry.row_bytes for entry in stream_plan(layout, 0, 0, 1, wire).entries}
+    shape = ";".join(f"{group.index}:{group.layers}:{sizes[group.index]}:{group.spec.kind.value}"
                      for group in layout.groups)
-    return LinkIdentity(model.fingerprint, str(model.dtype), shape, secret.encode() if secret else None, encoding.value)
+    return LinkIdentity(fingerprint, dtype, shape, secret.encode() if secret else None, wire.rows.value)
 
 
 def _variable(name: str) -> str:

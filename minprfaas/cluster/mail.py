@@ -11,7 +11,7 @@ from minprfaas.cluster.envelope import BadMessage, Envelope, decode, encode
 from minprfaas.cluster.messages import Message
 from minprfaas.transport.base import KVTransport, LinkDown, MessageChannel
 from minprfaas.transport.events import EventQueue, MessageReceived
-from minprfaas.transport.encoding import Encoding
+from minprfaas.transport.encoding import Wire
 from minprfaas.transport.loopback import Loopback
 from minprfaas.transport.wan.monitor import LinkStats
 
@@ -28,11 +28,11 @@ class Connection(KVTransport, MessageChannel, Protocol):
 
 
 class Mail:
-    """One process's switchboard. `events` is the queue into which all its transports put what happens; `encoding` is
-    how the rows of a request's KVCache cross to another datacenter."""
+    """One process's switchboard. `events` is the queue into which all its transports put what happens; `wire` is how a
+    request's KVCache crosses to another datacenter."""
 
-    def __init__(self, events: EventQueue, encoding: Encoding = Encoding.EXACT):
-        self.events, self._encoding = events, encoding
+    def __init__(self, events: EventQueue, wire: Wire = Wire()):
+        self.events, self._wire = events, wire
         self._loopback = Loopback(events=events)
         self._local: deque[Envelope] = deque()
         self._here: set[str] = set()
@@ -76,10 +76,10 @@ class Mail:
             return self._link_to[to]
         raise LinkDown(f"there is no way to {to!r}")
 
-    def encoding_to(self, name: str) -> Encoding:
-        """How rows of attention state cross to the part called `name`, or from it: inside a datacenter exactly."""
+    def wire_to(self, name: str) -> Wire:
+        """How KVCache crosses to the part called `name`, or from it: inside a datacenter exactly."""
         link = self._link_to.get(name)
-        return self._encoding if link is not None and link.name in self._crosses_sites else Encoding.EXACT
+        return self._wire if link is not None and link.name in self._crosses_sites else Wire()
 
     @property
     def links(self) -> dict[str, Connection]:

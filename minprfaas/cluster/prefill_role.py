@@ -117,8 +117,8 @@ class PrefillRole:
             request = Request(order.id, list(order.token_ids), SamplingParams(**order.sampling), prefill_only=True,
                               answered_tokens=order.answered_tokens)
             self.engine.check_fits(request)
-            encoding = self._mail.encoding_to(sender)
-            plan = stream_plan(layout, order.stream_id, order.start, len(order.token_ids), encoding)
+            wire = self._mail.wire_to(sender)
+            plan = stream_plan(layout, order.stream_id, order.start, len(order.token_ids), wire)
             snapshot = snapshot_plan(layout, order.snapshot_stream_id, order.snapshot_at) if order.snapshot_at else None
         except (UserError, TypeError, ValueError) as error:
             return self._mail.send(self.name, sender, messages.PrefillFailed(order.id, str(error), "refused"))

@@ -24,7 +24,7 @@ from minprfaas.scheduling.control import ControlPlane, ControlSettings
 from minprfaas.scheduling.planner import Fleet
 from minprfaas.scheduling.router import TransferCosts
 from minprfaas.transport.events import EventQueue
-from minprfaas.transport.encoding import Encoding
+from minprfaas.transport.encoding import Wire
 
 PRFAAS = "prfaas-0"
 UNTHROTTLED_GBPS = 100.0  # the paper's link; a first guess that the monitor corrects from what it observes
@@ -128,10 +128,10 @@ def process(mail: Mail, front: FrontEnd | None, roles: list[RolePart]) -> Proces
 
 
 def prfaas_process(engine: Engine, link: Connection, events: EventQueue, transfer_deadline_s: float,
-                   overlap: bool = True, name: str = PRFAAS, encoding: Encoding = Encoding.EXACT,
+                   overlap: bool = True, name: str = PRFAAS, wire: Wire = Wire(),
                    relay: bool = False) -> Process:
     """The PrfaaS node over a link whose events go into `events`. The link need not be connected yet."""
-    mail = Mail(events, encoding)
+    mail = Mail(events, wire)
     _, pd = Topology(1, 1).two_places()
     mail.add_link(link, pd.parts)
     place = Place(name, PRFAAS_SITE, {name: Role.PRFAAS})
@@ -143,10 +143,10 @@ def prfaas_process(engine: Engine, link: Connection, events: EventQueue, transfe
 
 def pd_process(prefill_engine: Engine, decode_engine: Engine, links: dict[str, Connection], events: EventQueue,
                plane: ControlPlane, deadline_s: float, room_deadline_s: float = LOCAL_DEADLINE_S,
-               encoding: Encoding = Encoding.EXACT, relay: bool = False) -> Process:
+               wire: Wire = Wire(), relay: bool = False) -> Process:
     """The PD node and the front end over links, by PrfaaS node, whose events go into `events`. The engines share the
     model, not the pool."""
-    mail = Mail(events, encoding)
+    mail = Mail(events, wire)
     for name, link in links.items():
         mail.add_link(link, [name])
     front = front_end(plane, mail, decode_engine, deadline_s)

@@ -38,8 +38,9 @@ class SnapshotArrivals:
 
     def expect(self, stream_id: int, request: Request, source: str, deadline_at_s: float) -> int:
         """Expect the state at the last block boundary before the prompt's last token. Returns that boundary, or 0 when
-        there is no room or no use for it (as where the rows up to it are rounded). Raises LinkDown."""
-        if not request.cache.is_exact:
+        there is no room or no use for it (as where the rows up to it are rounded), or the source's blocks end at other
+        tokens, so that it has none. Raises LinkDown."""
+        if not request.cache.is_exact or not self._mail.wire_to(source).same_blocks:
             return 0
         size = self._kvcache.layout.block_tokens
         at = (len(request.token_ids) - 1) // size * size

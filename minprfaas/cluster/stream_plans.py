@@ -2,28 +2,21 @@
 
 from minprfaas.config import StateKind
 from minprfaas.kvcache.layout import Layout
-from minprfaas.transport.base import LayerPlan, StreamPlan
-from minprfaas.transport.encoding import Encoding, row_codec
+from minprfaas.transport.base import StreamPlan
+from minprfaas.transport.encoding import Wire
 
 
 def stream_plan(layout: Layout, stream_id: int, start: int, end: int,
-                encoding: Encoding = Encoding.EXACT) -> StreamPlan:
+                wire: Wire = Wire()) -> StreamPlan:
     """The plan for tokens [start, end) of a request: its rows in token layers, its state as of `end` in the others (of
     a window the last rows that there are).
 
-    Both ends make it from their own layout and their own view of the request; the sender's bytes must fit it. Rows of
-    attention cross in `encoding`; request-level state crosses exactly: its error would stay in all that follows.
-    Raises ValueError for a range or an id that no stream can have.
+    Both ends make it from their own layout and their own view of the request; the sender's bytes must fit it. It speaks
+    of tokens and layers, never of blocks. Raises ValueError for a range or an id that no stream can have.
     """
-    entries = []
-    for layer, spec in enumerate(layout.specs):
-        nbytes = spec.nbytes if spec.kind is StateKind.TOKEN else spec.bytes_at(end)
-        group = layout.group_of_layer[layer].index
-        if spec.kind is StateKind.REQUEST:
-            entries.append(LayerPlan(layer, group, spec.kind, nbytes))
-        else:
-            entries.append(LayerPlan(layer, group, spec.kind, row_codec(spec, encoding).wire_bytes(nbytes), encoding))
-    return StreamPlan(stream_id, tuple(entries), start, end)
+    entries = tuple(wire.entry(layer, layout.group_of_layer[layer].index, spec, end)
+                    for layer, spec in enumerate(layout.specs))
+    return StreamPlan(stream_id, entries, start, end)
 
 
 def snapshot_plan(layout: Layout, stream_id: int, at: int) -> StreamPlan:

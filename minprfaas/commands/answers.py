@@ -13,7 +13,7 @@ from minprfaas.model.spec import kv_bytes
 from minprfaas.model.tokenizer import Tokenizer
 from minprfaas.model.transformer import Transformer
 from minprfaas.observe.report import human_bytes, table
-from minprfaas.transport.encoding import Encoding, row_codec
+from minprfaas.transport.encoding import Encoding, Wire, row_codec
 
 HEADERS = ("request", "tokens", "cached", "route", "KV crossed", "prefill s", "transfer s*", "hidden*", "TTFT s*",
            "tokens/s")
@@ -86,19 +86,21 @@ def notes(journeys: Sequence[Journey], layout: Layout) -> list[str]:
     return lines
 
 
-def wire_share(layout: Layout, encoding: Encoding) -> float:
+def wire_share(layout: Layout, wire: Wire) -> float:
     """What of their bytes the rows of token state cross in."""
     specs = [spec for spec in layout.specs if spec.kind is not StateKind.REQUEST]
-    exact, encoded = (sum(row_codec(spec, one).row_bytes for spec in specs) for one in (Encoding.EXACT, encoding))
+    exact, encoded = (sum(row_codec(spec, one).row_bytes for spec in specs) for one in (Encoding.EXACT, wire.rows))
     return encoded / exact if specs else 1.0
 
 
-def lossy_wire(layout: Layout, encoding: Encoding) -> str | None:
-    """What an encoding does to the rows that cross, in words; None where they arrive to the last bit."""
-    if all(row_codec(spec, encoding).is_exact for spec in layout.specs if spec.kind is not StateKind.REQUEST):
+def lossy_wire(layout: Layout, wire: Wire) -> str | None:
+    """What a wire does to the rows that cross, in words; None where they arrive to the last bit."""
+    rows = [row_codec(spec, wire.rows) for spec in layout.specs if spec.kind is not StateKind.REQUEST]
+    if not wire.recast and all(row.is_exact for row in rows):
         return None
-    return (f"rows of attention state cross in {encoding.value}, {wire_share(layout, encoding):.0%} of their bytes, "
-            "and arrive rounded: offloaded answers may differ from exact ones")
+    caches = f"caches are {wire.recast}: request-level state crosses in float32, " if wire.recast else ""
+    return (f"{caches}rows of attention state cross in {wire.rows.value}, {wire_share(layout, wire):.0%} of their "
+            "bytes, and arrive rounded: offloaded answers may differ from exact ones")
 
 
 def check(journeys: Sequence[Journey], prompts: Sequence[Prompt], model: Transformer, tokenizer: Tokenizer,

@@ -8,6 +8,7 @@ from minprfaas.cluster.emulation import Emulation
 from minprfaas.cluster.load import LENGTH_SCALE, REQUESTS, Load
 from minprfaas.cluster.processes import UNTHROTTLED_GBPS
 from minprfaas.cluster.topology import PD_SITE, PRFAAS_SITE, Topology
+from minprfaas.commands.machines import add_machine_options, machine_at
 from minprfaas.commands.serve import add_http_arguments, check_http_arguments
 from minprfaas.config import LineConfig, LinkConfig
 from minprfaas.engine.prompts import Prompt, read_prompts
@@ -40,10 +41,8 @@ def add_options(p: argparse.ArgumentParser, may_serve: bool = False) -> None:
     p.add_argument("--wire", default=Encoding.EXACT.value, choices=[encoding.value for encoding in Encoding],
                    help="how rows of attention state cross between the datacenters; all but exact suspend the promise "
                    "that answers are token-identical (exact)")
-    p.add_argument("--device", default="cpu", help="cpu or cuda; on cuda each process takes its own GPU (cpu)")
-    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="(float32)")
+    add_machine_options(p)
     p.add_argument("--prefill-chunk", type=int, metavar="TOKENS", help="tokens a prefill chunk (1024; on a GPU 8192)")
-    p.add_argument("--block-tokens", type=int, default=64, metavar="TOKENS", help="tokens of a KVCache block (64)")
     p.add_argument("--pool-blocks", type=int, metavar="N", help="blocks of each pool (default: room for the prompts)")
     p.add_argument("--deadline-s", type=float, default=300.0, metavar="S", help="seconds an offloaded prefill may take (300)")
     p.add_argument("--link-timeout-s", type=float, default=30.0, metavar="S", help="a link that is away for longer is lost (30)")
@@ -98,18 +97,19 @@ def checked(args: argparse.Namespace, topology: Topology) -> Run:
     require_number("threshold", args.threshold, least=0, whole=True)
     require_number("deadline", args.deadline_s, above=0)
     require_number("--wait-s", args.wait_s, above=0)
-    for option in ("prefill_chunk", "block_tokens", "pool_blocks"):
+    block_tokens = [machine_at(args, site).block_tokens for site in (PRFAAS_SITE, PD_SITE)][1]
+    for option in ("prefill_chunk", "pool_blocks"):
         value = getattr(args, option)
         if value is not None:
             require_number(f"--{option.replace('_', '-')}", value, least=1, whole=True)
     weather = load_weather(args.weather) if args.weather else ()
     # On GPUs each chunk costs a copy and a few launches at either end: fewer, larger ones.
-    sizes = dict(chunk_bytes=16 * 2**20, max_inflight_bytes=256 * 2**20) if args.device.startswith("cuda") else {}
+    sizes = dict(chunk_bytes=16 * 2**20, max_inflight_bytes=256 * 2**20) if "cuda" in args.device else {}
     link = LinkConfig(args.lanes, timeout_s=args.link_timeout_s, **sizes)
     prompts = _checked_prompts(args)
     load = None
     if args.load is not None:
-        load = Load.parse(args.load, args.requests, args.seed, args.length_scale, args.block_tokens)
+        load = Load.parse(args.load, args.requests, args.seed, args.length_scale, block_tokens)
     if args.check_sample is not None:
         require_number("--check-sample", args.check_sample, least=1, whole=True)
         if load is None:

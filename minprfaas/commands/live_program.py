@@ -20,6 +20,7 @@ from minprfaas.cluster.upkeep import peak_memory_bytes
 from minprfaas.commands import answers
 from minprfaas.commands.live_options import Run
 from minprfaas.commands.live_status import Watch
+from minprfaas.commands.machines import machine_at, wire_between
 from minprfaas.commands.serve import serve_until_signal
 from minprfaas.config import Role
 from minprfaas.engine.engine import Engine, token_ids_of
@@ -27,7 +28,9 @@ from minprfaas.engine.generate import longest_prompts
 from minprfaas.engine.prompts import Prompt
 from minprfaas.errors import UserError
 from minprfaas.files import OutputFile
+from minprfaas.kvcache.layout import plan_layout
 from minprfaas.model.checkpoint import EMBEDDED
+from minprfaas.model.spec import model_state_specs
 from minprfaas.observe.board import Board
 from minprfaas.observe.cores import Cores
 from minprfaas.observe.report import human_bytes
@@ -47,7 +50,7 @@ class Program:
         self.emulation = run.emulation
         self.outputs, self.here, self.places, self.neighbours = outputs, here, places, neighbours
         self.process, self.front, self.engine = made, made.front, engine
-        self.lossy = answers.lossy_wire(engine.layout, run.encoding)
+        self.lossy = answers.lossy_wire(engine.layout, wire_between(run.args, run.encoding))
         self.journeys: dict[str, Journey] = {}
         self.ended: set[str] = set()  # ids of those whose end was shown
         self.prompts, self.due = self._asked(run)
@@ -159,14 +162,16 @@ class Program:
         return self.journeys[prompt.id]
 
     def _say_what_is_there(self) -> None:
-        model, layout, say = self.engine.model, self.engine.layout, self.screen.line
+        model, say = self.engine.model, self.screen.line
         config, parameters = model.config, sum(parameter.numel() for parameter in model.parameters())
         say(f"model         {self.args.model or EMBEDDED.name}: {config.family}, {len(config.layers)} layers, "
-            f"{parameters / 1e6:.1f}M parameters, {self.args.dtype}")
+            f"{parameters / 1e6:.1f}M parameters, {model.dtype}".replace("torch.", ""))
         sites = {part: place.site for place in self.places for part in place.roles}
         for name in [name for name in sites if name in self.front.ready]:
             ready = self.front.ready[name]
             where = "datacenter A  PrfaaS" if sites[name] == PRFAAS_SITE else "datacenter B  local PD"
+            machine = machine_at(self.args, sites[name])
+            layout = plan_layout(model_state_specs(config, machine.dtype), machine.block_tokens)
             does = "decode" if ready.role == Role.PDD.value else "prefill"
             say(f"{where}, {does}: {name} on {ready.device}, pool of {ready.num_blocks:,} blocks of "
                 f"{layout.block_tokens} tokens ({human_bytes(layout.block_bytes)})")

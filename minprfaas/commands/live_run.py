@@ -13,6 +13,7 @@ from minprfaas.cluster.processes import Process, control_settings, front_end, pr
 from minprfaas.cluster.topology import Place
 from minprfaas.commands.answers import wire_share
 from minprfaas.commands.live_options import Run
+from minprfaas.commands.machines import machine_at, wire_between
 from minprfaas.commands.live_program import Program
 from minprfaas.commands.serve import FULL_CONTEXTS
 from minprfaas.config import CacheConfig
@@ -79,12 +80,13 @@ def _play(run: Run, seat: Seat, outputs: dict[str, OutputFile], drive: Drive | N
     engines = Engines(run, seat, timeline)
     engine = engines.first
     store = seat.address.open(serves=here.has_front)  # kept: where this process serves it, it lives as long
-    mail = Mail(EventQueue(), run.encoding)
+    wire = wire_between(args, run.encoding)
+    mail = Mail(EventQueue(), wire)
     front = None
     if here.has_front:
         fleet = run.fleet
         if fleet is not None:
-            share = wire_share(engine.layout, run.encoding)
+            share = wire_share(engine.layout, wire)
             fleet = replace(fleet, prfaas_profile=fleet.prfaas_profile.encoded(share))
         settings = control_settings(args.threshold, run.line.gbps, engine.layout, args.ship_prefixes, fleet)
         plane = ControlPlane(replace(settings, adaptive=settings.adaptive and run.adaptive, selective=run.selective,
@@ -95,7 +97,7 @@ def _play(run: Run, seat: Seat, outputs: dict[str, OutputFile], drive: Drive | N
     other = {place.site for place in seat.places} - {here.site}
     line = emulated_line(run.line, store, here.site, other.pop()) if other else None
     identity = link_identity(engine.model, engine.layout)
-    across = link_identity(engine.model, engine.layout, run.encoding)
+    across = link_identity(engine.model, engine.layout, wire)
 
     def make_link(peer: Place) -> Link | Fabric:
         first, second = sorted((here, peer), key=seat.places.index)
@@ -138,16 +140,16 @@ class Engines:
     touches its pool, so that it takes no memory."""
 
     def __init__(self, run: Run, seat: Seat, timeline: Timeline | None):
-        args = run.args
-        device = own_device(args.device, seat.local_rank) if seat.here.roles or args.check else torch.device("cpu")
-        self.model, self.tokenizer = load(args.model, getattr(torch, args.dtype), device)
+        args, machine = run.args, machine_at(run.args, seat.here.site)
+        device = own_device(machine.device, seat.local_rank) if seat.here.roles or args.check else torch.device("cpu")
+        self.model, self.tokenizer = load(args.model, getattr(torch, machine.dtype), device)
         if self.model.device.type == "cuda":
             torch.cuda.set_device(self.model.device)  # for what names no device of its own, such as an event
         lengths = longest_prompts(run.prompts, self.tokenizer, self.model.config.max_context_tokens)
         self._timeline, self._prefill_chunk = timeline, args.prefill_chunk
-        self._cache = CacheConfig(args.pool_blocks, args.block_tokens) if args.pool_blocks else pool_for(
+        self._cache = CacheConfig(args.pool_blocks, machine.block_tokens) if args.pool_blocks else pool_for(
             self.model, [lengths[one.id] + one.params.max_tokens for one in run.prompts]
-            or [self.model.config.max_context_tokens] * FULL_CONTEXTS, args.block_tokens)
+            or [self.model.config.max_context_tokens] * FULL_CONTEXTS, machine.block_tokens)
         self._emulation, self._site = run.emulation, seat.here.site
         self._made = [self._make() for _ in seat.here.roles or [None]]
         self._fresh = iter(self._made)

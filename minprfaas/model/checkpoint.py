@@ -53,7 +53,9 @@ def load_checkpoint(directory: Path, config: ModelConfig, dtype: torch.dtype,
             place.copy_(_read(directory, stored[name]))
             if config.norms_around_zero and AROUND_ZERO.search(name):
                 place.add_(1.0)
-    model.fingerprint = _fingerprint([directory / "config.json", *files], dtype)
+    model.weights = _digest([directory / "config.json", *files])
+    # Two nodes share blocks only where this agrees.
+    model.fingerprint = hashlib.blake2b(model.weights + str(dtype).encode(), digest_size=32).digest()
     return model.eval().requires_grad_(False)
 
 
@@ -189,9 +191,9 @@ def _check_memory(directory: Path, needed_bytes: int, device: torch.device) -> N
                         f"{device} has {memory_bytes / 2**30:,.1f} GiB")
 
 
-def _fingerprint(files: list[Path], dtype: torch.dtype) -> bytes:
-    """Names configuration, weights and number format: two nodes share KVCache only where this agrees."""
-    digest = hashlib.blake2b(str(dtype).encode(), digest_size=32)
+def _digest(files: list[Path]) -> bytes:
+    """Names configuration and weights: between nodes in which this differs no KVCache crosses."""
+    digest = hashlib.blake2b(digest_size=32)
     for file in files:
         with open(file, "rb") as stream:
             while piece := stream.read(1 << 22):

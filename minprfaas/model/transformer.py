@@ -56,12 +56,12 @@ class Stack(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A causal language model. `fingerprint` names its configuration and weights (set by the checkpoint loader)."""
+    """A causal language model. The loader sets `fingerprint`, its configuration, `weights` and format."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.fingerprint = b""
+        self.fingerprint = self.weights = b""
         self.model = Stack(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from minprfaas.config import StateKind
 from minprfaas.model.spec import StateSpec
-from minprfaas.transport.base import StreamPlan
+from minprfaas.transport.base import LayerPlan, StreamPlan
 
 FP8_TOP, INT8_TOP, INT4_TOP = 448.0, 127, 15
 SCALE = torch.bfloat16  # float32's range in two bytes
+RECAST = ", recast"  # in a plan: the caches at the two ends have different number formats
 
 
 class Encoding(str, Enum):
@@ -35,17 +37,68 @@ class Encoding(str, Enum):
 
 
 @dataclass(frozen=True)
+class Wire:
+    """How KVCache crosses between two nodes. `recast` names the number formats of their caches where these differ: rows
+    then cross in bf16, unless another encoding is asked for, and request-level state in float32. Without `same_blocks`,
+    their blocks hold other numbers of tokens: nothing in a stream depends on that, but one has no snapshot where the
+    other wants it."""
+
+    encoding: Encoding = Encoding.EXACT
+    recast: str = ""
+    same_blocks: bool = True
+
+    @property
+    def rows(self) -> Encoding:
+        """How rows of token state cross."""
+        return Encoding.BF16 if self.recast and self.encoding is Encoding.EXACT else self.encoding
+
+    def entry(self, layer: int, group: int, spec: StateSpec, tokens: int) -> LayerPlan:
+        """What a plan says of a layer: for token state a row, else the state as of `tokens`."""
+        nbytes = spec.nbytes if spec.kind is StateKind.TOKEN else spec.bytes_at(tokens)
+        if spec.kind is StateKind.REQUEST and not self.recast:  # exactly: its error would stay in all that follows
+            return LayerPlan(layer, group, spec.kind, nbytes)
+        name = self.rows.value + RECAST * bool(self.recast)
+        return LayerPlan(layer, group, spec.kind, codec_of(spec, name).wire_bytes(nbytes), name)
+
+
+@dataclass(frozen=True)
+class StateCodec:
+    """Request-level state to float32 and back, between caches of different number formats."""
+
+    spec: StateSpec
+    is_exact = False
+
+    def wire_bytes(self, nbytes: int) -> int:
+        """What the state becomes."""
+        return sum(4 * tensor.nbytes // tensor.torch_dtype.itemsize for tensor in self.spec.tensors)
+
+    def encode(self, data: Tensor) -> Tensor:
+        """uint8 of the tensors in the cache's format, in the spec's order -> uint8 of them in float32."""
+        parts = data.split([tensor.nbytes for tensor in self.spec.tensors])
+        return torch.cat([_as_bytes(_typed(part, tensor.torch_dtype).float())
+                          for part, tensor in zip(parts, self.spec.tensors)])
+
+    def decode(self, data: Tensor) -> Tensor:
+        """What `encode` gave, at either end -> uint8 of the tensors in this cache's format."""
+        numbers = _typed(data.reshape(-1), torch.float32)
+        parts = numbers.split([tensor.nbytes // tensor.torch_dtype.itemsize for tensor in self.spec.tensors])
+        return torch.cat([_as_bytes(part.to(tensor.torch_dtype)) for part, tensor in zip(parts, self.spec.tensors)])
+
+
+@dataclass(frozen=True)
 class RowCodec:
     """Rows of `width` elements of the cache's `dtype` to bytes and back."""
 
     encoding: Encoding
     width: int
     dtype: torch.dtype
+    is_recast: bool = False  # the other end's cache has another format
 
     @property
     def is_exact(self) -> bool:
         """Whether what `decode` gives is what `encode` got, to the last bit."""
-        return self.encoding is Encoding.EXACT or (self.encoding is Encoding.BF16 and self.dtype is torch.bfloat16)
+        is_kept = self.encoding is Encoding.EXACT or (self.encoding is Encoding.BF16 and self.dtype is torch.bfloat16)
+        return is_kept and not self.is_recast
 
     @property
     def group(self) -> int:
@@ -100,15 +153,22 @@ class RowCodec:
         return _as_bytes(values.reshape(-1).to(self.dtype)).reshape(-1)
 
 
-def row_codec(spec: StateSpec, encoding: Encoding) -> RowCodec:
+def row_codec(spec: StateSpec, encoding: Encoding, is_recast: bool = False) -> RowCodec:
     """For a layer of token state or with a window: its one tensor's last dimension is a row."""
     (tensor,) = spec.tensors
-    return RowCodec(encoding, tensor.shape[-1], tensor.torch_dtype)
+    return RowCodec(encoding, tensor.shape[-1], tensor.torch_dtype, is_recast)
 
 
-def row_codecs(specs: tuple[StateSpec, ...], plan: StreamPlan) -> dict[int, RowCodec]:
-    """The codecs of the layers whose rows do not cross as they are."""
-    return {entry.layer: row_codec(specs[entry.layer], Encoding(entry.encoding)) for entry in plan.entries
+def codec_of(spec: StateSpec, name: str) -> RowCodec | StateCodec:
+    """By the name that a plan has for it."""
+    if spec.kind is StateKind.REQUEST:
+        return StateCodec(spec)
+    return row_codec(spec, Encoding(name.removesuffix(RECAST)), name.endswith(RECAST))
+
+
+def codecs(specs: tuple[StateSpec, ...], plan: StreamPlan) -> dict[int, RowCodec | StateCodec]:
+    """The codecs of the layers whose state does not cross as it is."""
+    return {entry.layer: codec_of(specs[entry.layer], entry.encoding) for entry in plan.entries
             if entry.encoding != Encoding.EXACT}
 
 

@@ -1,0 +1,55 @@
+"""What the nodes of each datacenter are made of, where the two may be unequal. Chapter 15."""
+
+import argparse
+from dataclasses import dataclass
+
+from minprfaas.cluster.topology import PD_SITE, PRFAAS_SITE
+from minprfaas.errors import UserError, require_number, shown
+from minprfaas.transport.encoding import Encoding, Wire
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_machine_options(p: argparse.ArgumentParser) -> None:
+    """Device, number format and block size: one for all, or one for each datacenter."""
+    p.add_argument("--device", default="cpu", help="cpu or cuda; on cuda each process takes its own GPU (cpu). This "
+                   "and the next two may be unequal: prfaas=cuda,pd=cpu")
+    p.add_argument("--dtype", default="float32", help=f"{', '.join(DTYPES)} (float32); between unequal ones rows cross "
+                   "in bf16, or as --wire says, and request-level state in float32")
+    p.add_argument("--block-tokens", default="64", metavar="TOKENS", help="tokens of a KVCache block (64)")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A node of one datacenter."""
+
+    device: str
+    dtype: str
+    block_tokens: int
+
+
+def machine_at(args: argparse.Namespace, site: str) -> Machine:
+    """What the options say of one datacenter. UserError when they say nothing that can be."""
+    dtype, tokens = _said_of(site, "--dtype", args.dtype), _said_of(site, "--block-tokens", args.block_tokens)
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype is {shown(dtype)}; it must be one of {', '.join(DTYPES)}")
+    block_tokens = int(tokens[:9]) if tokens.isascii() and tokens.isdigit() else tokens
+    require_number("--block-tokens", block_tokens, least=1, whole=True)
+    return Machine(_said_of(site, "--device", args.device), dtype, block_tokens)
+
+
+def wire_between(args: argparse.Namespace, encoding: Encoding) -> Wire:
+    """How KVCache crosses from the PrfaaS datacenter to the PD one."""
+    away, here = machine_at(args, PRFAAS_SITE), machine_at(args, PD_SITE)
+    formats = f"{away.dtype} in datacenter A and {here.dtype} in B" if away.dtype != here.dtype else ""
+    return Wire(encoding, formats, away.block_tokens == here.block_tokens)
+
+
+def _said_of(site: str, option: str, text: str) -> str:
+    """`64` is for all datacenters, `prfaas=64,pd=32` for each."""
+    if "=" not in text:
+        return text
+    values = dict(item.partition("=")[::2] for item in text.split(","))
+    if {*values} != {PRFAAS_SITE, PD_SITE} or text.count(",") != 1:
+        raise UserError(f"{option} is {shown(text)}; for each datacenter it is like {PRFAAS_SITE}=…,{PD_SITE}=…")
+    return values[site]
