@@ -1,18 +1,29 @@
-"""Chapter 06: the hybrid prefix cache pool. What was computed once is not computed again (paper 3.2, figure 4).
+"""Chapter 06: the hybrid prefix cache pool. What was computed once is not computed again.
 
     python tutorials/06_hybrid_prefix_cache.py
-"""
 
+Modules: kvcache/ledger.py, kvcache/manager.py, kvcache/snapshots.py, kvcache/request_cache.py, kvcache/replay.py
+Tests: test_kvcache_ledger.py, test_kvcache_manager.py, test_kvcache_random.py, test_kvcache_replay.py
+Paper: 3.2, figure 4
+"""
+import helper
+
+helper.begin(__doc__)
+
+import hashlib
 import random
 import time
+from array import array
 
 import torch
 
 from minprfaas.config import CacheConfig, LayerConfig, ModelConfig, StateKind
 from minprfaas.kvcache.layout import plan_layout
+from minprfaas.kvcache.ledger import KEY_BYTES, root_key
 from minprfaas.kvcache.manager import KVCacheManager
-from minprfaas.kvcache.request_cache import RequestCache
 from minprfaas.kvcache.replay import replay_trace
+from minprfaas.kvcache.request_cache import RequestCache
+from minprfaas.kvcache.snapshots import ExpectedSnapshot
 from minprfaas.model.kda import KDAConfig
 from minprfaas.model.layers import DenseConfig
 from minprfaas.model.mla import MLAConfig
@@ -25,20 +36,82 @@ torch.set_grad_enabled(False)
 torch.manual_seed(0)
 rng = random.Random(0)
 
+# %% [markdown]
+# The model of this chapter is a small [hybrid](../docs/glossary.md#hybrid-model) with random weights: what is reused
+# matters here, not what is said. Of four layers three are [KDA](../docs/glossary.md#kda) and one
+# [MLA](../docs/glossary.md#mla). A *node* is its [KVCache](../docs/glossary.md#kvcache) pool, in blocks of 64 tokens.
+
+# %%
+BLOCK = 64
 kda = KDAConfig(num_heads=4, head_dim=32)
 mla = MLAConfig(num_heads=4, kv_lora_rank=64, qk_nope_dim=32, qk_shared_dim=16, v_dim=32)
 layers = tuple(LayerConfig(mixer, DenseConfig(256)) for mixer in (kda, kda, kda, mla) * 2)
-config = ModelConfig("kimi_linear", 512, 128, layers, norm_eps=1e-6, tie_embeddings=True,
-                     max_context_tokens=8192)
-model = Transformer(config).eval()  # random weights: what is reused matters here, not what is said
-layout = plan_layout(model_state_specs(config, "float32"), block_tokens=64)
+config = ModelConfig("kimi_linear", 512, 128, layers, norm_eps=1e-6, tie_embeddings=True, max_context_tokens=8192)
+model = Transformer(config).eval()
+layout = plan_layout(model_state_specs(config, "float32"), block_tokens=BLOCK)
+FINGERPRINT = b"chapter 06"
 
 
 def node(num_blocks: int, **options) -> KVCacheManager:
     """The KVCache of one node that runs the model."""
-    return KVCacheManager(layout, CacheConfig(num_blocks, 64, **options), "cpu", root=b"chapter 06")
+    return KVCacheManager(layout, CacheConfig(num_blocks, BLOCK, **options), "cpu", root=FINGERPRINT)
 
 
+def words(count: int) -> list[int]:
+    return [rng.randrange(512) for _ in range(count)]
+
+
+# %% [markdown]
+# ## 1. An address for a block
+#
+# To find again what was computed, a [block](../docs/glossary.md#block) needs a name that says what is in it. The rows
+# of a token depend on *everything* before it, so its own tokens are not enough. A full block's key is therefore a hash
+# of its tokens *and of the key before it*, down to the model's fingerprint: equal keys mean equal prefixes.
+#
+# *Guess first:* two prompts of 512 tokens (8 blocks) differ in token 100 only. How many of their keys are equal?
+
+
+# %%
+def chain(tokens: list[int]) -> list[bytes]:
+    """The keys of the full blocks of a prompt."""
+    keys, previous = [], root_key(FINGERPRINT)
+    for start in range(0, len(tokens) - BLOCK + 1, BLOCK):
+        as_bytes = array("q", tokens[start:start + BLOCK]).tobytes()  # 8 bytes a token
+        previous = hashlib.blake2b(previous + as_bytes, digest_size=KEY_BYTES).digest()
+        keys.append(previous)
+    return keys
+
+
+kvcache = node(400, snapshot_every=4)
+document = words(512)
+prompts = {"document": document, "document, last token changed": [*document[:-1], 7],
+           "document, token 100 changed": [*document[:100], 7, *document[101:]]}
+print("1. An address for a block\n")
+print(table(["prompt of 512 tokens", "keys of its 8 blocks (first 2 bytes)"], [
+    (name, " ".join(key[:2].hex() for key in chain(prompt))) for name, prompt in prompts.items()]))
+same = all(chain(prompt) == kvcache.keys(prompt) for prompt in prompts.values())
+print(f"\n   Eight lines of hashing and the manager's `keys`: {'the same' if same else 'DIFFERENT'}.\n")
+
+# %% [markdown]
+# *Why so long a hash (32 bytes)?* Two prompts with the same key would be handed each other's KVCache, and somebody
+# could look for such a pair on purpose. A short checksum is enough against chance, not against that.
+#
+# *Change this line:* `previous + as_bytes` → `as_bytes`. Now a block's name does not know what came before it: find two
+# prompts whose third key is equal and whose KVCache is not.
+
+# %% [markdown]
+# ## 2. When a prefix can be reused
+#
+# Attention's rows ([token state](../docs/glossary.md#token-state-and-request-state)) of any prefix are there once they
+# are computed. A linear layer has only its latest state, and that belongs to exactly one length. So to begin after n
+# tokens a node needs every full block up to n, *and* a copy of the linear layers' state that was taken at exactly n: a
+# [snapshot](../docs/glossary.md#snapshot). Here one is taken every 4 blocks, and at a prompt's last full block.
+#
+# *Guess first:* a document of 512 tokens was prefilled. How many tokens does a prompt reuse that shares its first 300?
+# And one that shares its first 200?
+
+
+# %%
 def prefill(kvcache: KVCacheManager, tokens: list[int]) -> tuple[RequestCache, torch.Tensor]:
     """Compute what the cache does not hold; returns the request and the logits `[vocab]` after the last token."""
     request = kvcache.open(tokens)
@@ -52,6 +125,55 @@ def prefill(kvcache: KVCacheManager, tokens: list[int]) -> tuple[RequestCache, t
     return request, logits[0, -1]
 
 
+def reusable(kvcache: KVCacheManager, tokens: list[int]) -> int:
+    """What `match` says, by hand: full blocks in common, then back to the last one that has a snapshot."""
+    keys = chain(tokens[:-1])  # the last token is always computed: the answer begins with its logits
+    count = 0
+    while count < len(keys) and keys[count] in kvcache.ledger.blocks:
+        count += 1
+    while count and keys[count - 1] not in kvcache.ledger.snapshots:
+        count -= 1
+    return count * BLOCK
+
+
+request, _ = prefill(kvcache, [*document, *words(40)])
+kvcache.close(request)
+followers = {"the same document, another question": [*document, *words(30)],
+             "the first 300 tokens, then other text": [*document[:300], *words(300)],
+             "the first 200 tokens, then other text": [*document[:200], *words(300)],
+             "another document": words(552)}
+print("2. When a prefix can be reused\n")
+print(table(["prompt", "tokens", "blocks in common", "tokens reused"], [
+    (name, len(prompt), kvcache.ledger.common(kvcache.keys(prompt)), kvcache.match(prompt))
+    for name, prompt in followers.items()]))
+agrees = all(reusable(kvcache, prompt) == kvcache.match(prompt) for prompt in followers.values())
+third = followers["the first 200 tokens, then other text"]
+request, _ = prefill(kvcache, third)
+kvcache.close(request)
+print(f"\n   By hand and by the manager: {'the same' if agrees else 'DIFFERENT'}. After the third one was prefilled, "
+      f"a fourth with those\n   200 tokens reuses {kvcache.match([*document[:200], *words(50)])}.\n")
+
+# %% [markdown]
+# *Why does the fourth get more than the third?* The third had 3 blocks in common with the document and no snapshot to
+# begin from. Its own prefill left one where the two part, because a prefix that two prompts share is likely to come
+# again: a system prompt, a document that many ask about.
+#
+# *Why not a snapshot after every block?* One costs as much as several blocks of tokens, and pushes those out of the
+# pool. Section 7 weighs that.
+#
+# *Change this line:* `node(400, snapshot_every=4)` → `snapshot_every=1`, then `100`.
+
+# %% [markdown]
+# ## 3. A conversation
+#
+# After an answer the node keeps the request's blocks, and a snapshot at the last full block of the *answer*: the next
+# turn begins there.
+#
+# *Guess first:* a first turn of 1,200 tokens; then each turn brings 100 new ones and an answer of 30. What part of the
+# fourth prompt must still be computed? Do the same tokens come out?
+
+
+# %%
 def decode(kvcache: KVCacheManager, request: RequestCache, tokens: list[int], logits: torch.Tensor,
            count: int) -> list[int]:
     """`count` greedy tokens after `tokens`; returns all of them."""
@@ -63,83 +185,49 @@ def decode(kvcache: KVCacheManager, request: RequestCache, tokens: list[int], lo
     return tokens
 
 
-def words(count: int) -> list[int]:
-    return [rng.randrange(512) for _ in range(count)]
-
-
-print("""1. An address for a block
-
-A full block's key is a hash of its tokens and of the key before it, down to the model's fingerprint. So equal keys
-mean equal prefixes, and two prompts share keys exactly as far as their tokens agree (block by block):
-""")
-kvcache = node(400)
-document = words(512)
-prompts = {"document": document, "document, last token changed": [*document[:-1], 7],
-           "document, token 100 changed": [*document[:100], 7, *document[101:]]}
-print(table(["prompt of 512 tokens", "keys of its 8 blocks (first 2 bytes)"], [
-    (name, " ".join(key[:2].hex() for key in kvcache.keys(prompt))) for name, prompt in prompts.items()]))
-
-print("""
-2. When a prefix can be reused
-
-Attention's rows of any prefix are there once they are computed. A linear layer keeps only its latest state, which
-belongs to one length. So a match of n tokens needs every full block up to n, and a snapshot of the state at exactly n.
-Snapshots are taken every 4 blocks here, and at a prompt's last full boundary. The document is prefilled; then come:
-""")
-kvcache = node(400, snapshot_every=4)
-request, _ = prefill(kvcache, [*document, *words(40)])
-kvcache.close(request)
-followers = {"the same document, another question": [*document, *words(30)],
-             "the first 300 tokens, then other text": [*document[:300], *words(300)],
-             "the first 200 tokens, then other text": [*document[:200], *words(300)],
-             "another document": words(552)}
-print(table(["prompt", "tokens", "blocks in common", "tokens reused"], [
-    (name, len(prompt), kvcache.ledger.common(kvcache.keys(prompt)), kvcache.match(prompt))
-    for name, prompt in followers.items()]))
-
-print("""
-  The third has 3 blocks in common and no snapshot to begin from. Its own prefill leaves one where it parts from the
-  document, because a prefix that two prompts share is likely to come again:
-""")
-third = followers["the first 200 tokens, then other text"]
-request, _ = prefill(kvcache, third)
-kvcache.close(request)
-print(f"  a fourth prompt with those 200 tokens reuses {kvcache.match([*document[:200], *words(50)])} tokens")
-
-print("""
-3. A conversation
-
-The decode side keeps a finished request's blocks, and a snapshot at the last full boundary of its answer. Each turn
-brings 100 new tokens and 30 of answer. The same tokens come out as without a cache:
-""")
 kvcache, without = node(600), node(600, prefix_cache=False)
-rows, tokens, same = [], words(1200), True
+rows, tokens, same, errors = [], words(1200), True, []
 for turn in range(1, 5):
-    timings = []
+    timings, answers, ends, reused = [], [], [], 0
     for cache in (kvcache, without):
-        began = time.perf_counter()
+        began_s = time.perf_counter()
         request, logits = prefill(cache, tokens)
-        timings.append((time.perf_counter() - began) * 1e3)
-        answered = decode(cache, request, tokens, logits, 30)
+        timings.append((time.perf_counter() - began_s) * 1e3)
+        ends.append(logits)
+        answers.append(decode(cache, request, tokens, logits, 30))
+        reused = max(reused, request.cached_tokens)
         cache.close(request)
-        same &= cache is kvcache or answered == expected
-        expected = answered
-        if cache is kvcache:
-            reused = request.cached_tokens
+    errors.append(float((ends[0] - ends[1]).abs().max()))
+    same = same and answers[0] == answers[1]
     rows.append((turn, len(tokens), reused, f"{timings[0]:.0f}", f"{timings[1]:.0f}"))
-    tokens = [*expected, *words(100)]
+    tokens = [*answers[0], *words(100)]
+print("3. A conversation\n")
 print(table(["turn", "prompt", "reused", "prefill ms", "without cache ms"], rows))
-print(f"\n  answers with and without the cache are identical: {same}")
-
-print("""
-4. Only the increment crosses
-
-When another datacenter prefills the turn, its KVCache is shipped; but the decode side still has the last turn's. The
-link carries the rows of the missing tokens and each linear layer's final state. To receive, no snapshot is needed: the
-state crosses in any case, so the decode side counts on every full block that it has.
+print(f"""
+   Of the fourth prompt {1 - rows[-1][2] / rows[-1][1]:.0%} was computed. Answers with and without the cache: \
+{'the same tokens' if same else 'DIFFERENT tokens'}; the logits
+   after a prompt differ by {max(errors):.1e} at most (they are of the order of {float(ends[1].abs().max()):.0f}).
 """)
+
+# %% [markdown]
+# *Why is it not only the new tokens?* Reuse ends at a full block, so up to 63 tokens of the turn before are computed
+# again. *And why are the logits not equal to the last bit?* Sums are taken in chunks of other lengths, and floats round
+# differently. What counts as the same is the tokens.
+#
+# *Change this line:* the 30 answer tokens → 300, and the 100 new ones → 10. How does the share change?
+
+# %% [markdown]
+# ## 4. Only the increment crosses
+#
+# When another datacenter prefills the turn, its KVCache is shipped. But the decode side still has the last turn's rows.
+# So the link carries the rows of the missing tokens, and the final state of each linear layer. To *receive* no snapshot
+# is needed: the state crosses in any case, so the decode side counts on every full block that it has.
+#
+# *Guess first:* the whole KVCache of 1,590 tokens is 1.1 MiB. How much of it crosses in the fourth turn?
+
+# %%
 prefiller, decoder = node(600), node(600)
-rows, tokens = [], words(1200)
+rows, tokens, identical = [], words(1200), True
 for turn in range(1, 5):
     sent, logits = prefill(prefiller, tokens)
     received = decoder.open(tokens, to_receive=True)
@@ -151,25 +239,71 @@ for turn in range(1, 5):
         decoder.pool.write_bytes(layer, received.block_tables[group], received.cached_tokens, len(tokens), data)
         crossed += data.numel()
         whole += spec.nbytes * (len(tokens) if spec.kind is StateKind.TOKEN else 1)
+        here, there = (manager.pool.read_bytes(layer, cache.block_tables[group], 0, len(tokens))
+                       for manager, cache in ((prefiller, sent), (decoder, received)))
+        # Rows of an answer were computed one by one there and in a chunk here: equal but for rounding.
+        identical = identical and torch.allclose(here.view(torch.float32), there.view(torch.float32), atol=1e-4)
     decoder.advance(received, tokens)
     prefiller.close(sent)
-    rows.append((turn, len(tokens), sent.cached_tokens, received.cached_tokens,
-                 human_bytes(crossed), human_bytes(whole)))
+    rows.append((turn, len(tokens), sent.cached_tokens, received.cached_tokens, human_bytes(crossed),
+                 human_bytes(whole), f"{crossed / whole:.0%}"))
     tokens = [*decode(decoder, received, tokens, logits, 70), *words(60)]
     decoder.close(received)
-print(table(["turn", "prompt", "in prefill's cache", "in decode's cache", "crossed", "without cache"], rows))
+state_bytes = sum(spec.nbytes for spec in layout.specs if spec.kind is not StateKind.TOKEN)
+print("4. Only the increment crosses\n")
+print(table(["turn", "prompt", "in prefill's cache", "in decode's cache", "crossed", "whole", "share"], rows))
+print(f"\n   Of what crossed {human_bytes(state_bytes)} is the state of the linear layers. After each turn the blocks of both\n"
+      f"   sides hold {'the same KVCache' if identical else 'DIFFERENT KVCaches'}.\n")
 
-print("""
-5. The two lives of a block
+# %% [markdown]
+# *Why can prefill's cache be shorter than decode's?* The prefill node saw the prompt only; the answer was drawn
+# elsewhere. And where may the decode node *begin a prefill* itself, if it has to? Only where it has a snapshot, so one
+# is sent along when there is time (`cluster/snapshot_arrivals.py`): expected first, indexed when it is there.
+#
+# *Guess first:* how many tokens of this conversation can the decode node begin after, before and after that?
 
-Prefix-cache blocks are full, indexed and shared. Transfer-cache blocks, the unaligned tail and the exact-length state,
-belong to one request and are freed when its transfer is acknowledged:
-""")
+# %%
+other = node(600)
+prompt = words(700)
+sent, _ = prefill(prefiller, prompt)
+received = other.open(prompt, to_receive=True)
+other.reserve(received, len(prompt))
+for layer, spec in enumerate(layout.specs):
+    if spec.kind is StateKind.TOKEN:
+        group = layout.group_of_layer[layer].index
+        rows_bytes = prefiller.pool.read_bytes(layer, sent.block_tables[group], 0, len(prompt))
+        other.pool.write_bytes(layer, received.block_tables[group], 0, len(prompt), rows_bytes)
+other.advance(received, prompt, has_state=False)  # as if the stream had ended before the state came
+before = other.match([*prompt, 0])
+
+boundary = 10 * BLOCK
+expected: ExpectedSnapshot | None = other.snapshots.expect(received.keys, boundary)
+tables = prefiller.snapshots.hold(sent, boundary)
+for layer, spec in enumerate(layout.specs):
+    if spec.kind is not StateKind.TOKEN:
+        group = layout.group_of_layer[layer].index
+        state = prefiller.pool.read_bytes(layer, tables[group], 0, boundary)
+        other.pool.write_bytes(layer, expected.tables[group], 0, boundary, state)
+is_indexed = other.snapshots.index_expected(expected)
+print(f"   With all rows of {len(prompt)} tokens and no snapshot a prefill can begin after {before} tokens, with one "
+      f"({'indexed' if is_indexed else 'NOT indexed'}) after {other.match([*prompt, 0])}.\n")
+prefiller.close(sent)
+other.close(received)
+other.check()
+
+# %% [markdown]
+# ## 5. The two lives of a block
+#
+# *Prefix-cache* blocks are full, indexed and shared. *Transfer-cache* blocks (the unaligned tail, and the state at the
+# exact length) belong to one request, serve nobody else, and are freed when its transfer is acknowledged.
+#
+# *Guess first:* a request is closed while its bytes are still on the link. How many of its blocks may be given away?
 
 
+# %%
 def lives(moment: str) -> tuple:
     stats = prefiller.stats()
-    return moment, stats.free, stats.cached, stats.in_use, stats.transfer
+    return moment, stats.free, stats.cached, stats.in_use, stats.transfer, stats.free + stats.cached + stats.in_use
 
 
 rows = [lives("before")]
@@ -181,35 +315,59 @@ rows.append(lives("request closed, bytes on the link"))
 prefiller.end_transfer(sent)
 rows.append(lives("acknowledged"))
 prefiller.check()
-print(table(["blocks", "free", "cached", "in use", "of these only in transfer"], rows))
+print("5. The two lives of a block\n")
+print(table(["blocks", "free", "cached", "in use", "of these only in transfer", "sum"], rows))
+sound = {row[-1] for row in rows} == {prefiller.stats().total}
+print(f"\n   free + cached + in use = {prefiller.stats().total} at each moment: {'true' if sound else 'FALSE'}.\n")
 
-print("""
-6. A pool is never large enough
+# %% [markdown]
+# *Why is nothing given away on the link?* A sending thread reads those blocks; whoever got them would write into them,
+# and wrong bytes would cross with a right digest.
+#
+# *Change this line:* leave out `begin_transfer`, and call `end_transfer` all the same. Who notices?
 
-Least recently used goes first, but never out of the middle of a prefix: a request lets go of its blocks from the
-tail, so a prefix shrinks from its tail. A snapshot leaves with the block that it ends at, and what is left can still be
-begun from the snapshot before. A pool with one prefix of 512 tokens, squeezed by larger and larger requests:
-""")
+# %% [markdown]
+# ## 6. A pool is never large enough
+#
+# When blocks run out, what was used least recently goes, but never out of the middle of a prefix: a request lets go of
+# its blocks from the tail, so a prefix shrinks from its tail. A snapshot leaves with the block at which it ends.
+#
+# *Guess first:* a pool of 120 blocks holds one prefix of 512 tokens, in 38 blocks. Requests ask for 50, 75, 85, …
+# blocks and give them back. At which does the first token of reuse get lost? How many are left after 105?
+
+# %%
 squeezed, rows = node(120, snapshot_every=2), []
 request, _ = prefill(squeezed, document)
 squeezed.close(request)
 for demand in (0, 50, 75, 85, 95, 105, 119):
-    blocks = squeezed.ledger.allocate(demand)  # as a large request would; given back at once
-    squeezed.ledger.release(blocks)
+    squeezed.ledger.release(squeezed.ledger.allocate(demand))  # as a large request would; given back at once
     stats = squeezed.stats()
     rows.append((demand, stats.cached, stats.evicted_entries, squeezed.match([*document, 0])))
 squeezed.check()
-print(table(["blocks demanded", "still cached", "evicted", "tokens that can be reused"], rows))
+print("6. A pool is never large enough\n")
+print(table(["blocks demanded", "still cached", "entries evicted", "tokens that can be reused"], rows))
+is_prefix = len(squeezed.ledger.blocks) == squeezed.ledger.common(squeezed.keys(document))
+print(f"\n   What is left is the beginning of the document, without a gap: {'true' if is_prefix else 'FALSE'}.\n")
 
-print("""
-7. Hit ratio against capacity
+# %% [markdown]
+# *Why does so little fit?* A snapshot of this model is as large as several blocks of rows. Real models are larger, and
+# so are their blocks; the ratio is what matters.
+#
+# *Change this line:* `snapshot_every=2` → `8`. Fewer snapshots: is more or less of the document left at 95?
 
-Conversations, half of them opening with one of 8 system prompts, through the same index and eviction without any
-tensors (the trace is invented here; `python -m minprfaas simulate --cache-only --trace FILE` replays a real one):
-""")
+# %% [markdown]
+# ## 7. Hit ratio against capacity
+#
+# Conversations, half of them opening with one of 8 system prompts, go through the same index and eviction, without any
+# tensors (the trace is invented here; `python -m minprfaas simulate --cache-only --trace FILE` replays a real one).
+#
+# *Guess first:* a hybrid's KVCache is much smaller than a dense model's of the same blocks, but its prefixes can be
+# begun at fewer places, and snapshots take room. Which has the higher hit ratio, in a small pool and in a large one?
+
+# %%
 trace, chats, fresh = [], [], iter(range(10**9))
 openings = [[next(fresh) for _ in range(10)] for _ in range(8)]
-for _ in range(4000):
+for _ in range(2500):
     if chats and rng.random() < 0.6:
         chat = chats[-min(int(rng.expovariate(0.02)) + 1, len(chats))]
     else:
@@ -219,9 +377,24 @@ for _ in range(4000):
 capacities = (300, 1000, 3000, 10_000, None)
 dense = replay_trace(trace, capacities)
 hybrid = replay_trace(trace, capacities, state_blocks=4)
-print(table(["blocks", "dense model", "hybrid model, a snapshot is 4 blocks"], [
-    (a.capacity_blocks or "unlimited", f"{a.hit_ratio:.1%}", f"{b.hit_ratio:.1%}") for a, b in zip(dense, hybrid)]))
+print("7. Hit ratio against capacity\n")
+print(table(["blocks", "dense model", "hybrid model, a snapshot is 4 blocks", "hybrid is behind by"], [
+    (a.capacity_blocks or "unlimited", f"{a.hit_ratio:.1%}", f"{b.hit_ratio:.1%}",
+     f"{(a.hit_ratio - b.hit_ratio) * 100:.1f} points") for a, b in zip(dense, hybrid)]) + "\n")
 
-print("""
-Shown: a prefix computed once is reused where blocks and a snapshot agree, and only the increment crosses the link.
-Next, chapter 07: a link between two processes.""")
+# %% [markdown]
+# *Why does the gap close?* With room, a snapshot stands wherever a conversation can go on, and nothing is lost by the
+# few other places. In a small pool each snapshot pushes four blocks of rows out.
+#
+# *Change this line:* `state_blocks=4` → `16`: the state of a model with few, wide linear layers.
+
+# %%
+print("A prefix computed once is reused where blocks and a snapshot agree, and only the increment crosses a link.\n"
+      "Next: tutorials/07_a_link.py, what that link is.")
+
+# %% [markdown]
+# ### Exercises
+# Write the functions of `tutorials/exercises/ex_06.py`, then `python tutorials/06_hybrid_prefix_cache.py --check 1`.
+# 1. `chain_keys`: the keys of a prompt's full blocks.
+# 2. `reusable_blocks`: how many blocks a prompt can reuse, given what is indexed.
+# 3. `still_cached`: what is left in a pool that is too small for all.

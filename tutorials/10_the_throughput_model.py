@@ -56,7 +56,7 @@ print(table(["tokens", "KVCache, MiB", "H200 prefill, s (curve)", "published", "
 one = theta_pdd(n_d=1, bs_max=slow.bs_max, t_decode_s=slow.t_decode_s, output_tokens=fleet.output_tokens)
 mean_of_curve = lengths.mean(slow.prefill_s)
 curve_of_mean = slow.prefill_s(lengths.mean(float))
-print(f"\n   One decode instance: {one:.3f} requests/s. One of H20 that prefills all that comes: {1 / mean_of_curve:.3f}."
+print(f"\n   One decode instance: {one:.3f} requests/s. One that prefills whatever comes: {1 / mean_of_curve:.3f}."
       f"\n   Of all lengths E[T(L)] = {mean_of_curve:.2f} s, T(E[L]) = {curve_of_mean:.2f} s: "
       f"{mean_of_curve / curve_of_mean - 1:+.1%}.\n")
 
@@ -157,7 +157,8 @@ print(table(["N_p / N_d", "Θ_prfaas+Θ_pdp", "Θ_pdd", "binds", "Λ_max", "requ
     for point in points]))
 beside = [1 - point.lambda_max / peak.lambda_max for point in points if abs(point.n_p - peak.n_p) == 1]
 print(f"\n   One node on the wrong side costs {min(beside):.0%} or {max(beside):.0%}. "
-      f"Equation 8 is nearest to holding at N_p = {nearest.n_p}: {'where the peak is' if nearest is peak else f'the peak is at {peak.n_p}'}.\n")
+      f"Equation 8 is nearest to holding at N_p = {nearest.n_p},\n"
+      f"   the peak is at {peak.n_p}: {'the same' if nearest is peak else 'not the same, because nodes are whole'}.\n")
 
 # %% [markdown]
 # *Why does it not hold exactly?* Nodes are whole. What is left over stands in the other columns: here decode has room.
@@ -256,12 +257,13 @@ print("6. A profile of this machine\n")
 print(table(["model, machine", "tokens", "KVCache", "prefill, s", "KV throughput, Mbps"], [
     (who, tokens, human_bytes(size), f"{seconds:.2f}", f"{kv_throughput_gbps(size, seconds) * 1e3:,.1f}")
     for who, tokens, size, seconds in rows]))
-ours = theta_prfaas(1, measured[1][2], 0.02, measured[1][1])
+remote = theta_prfaas(1, measured[1][2], 0.02, measured[1][1])
+rate_rps = lambda_max(remote, theta_pdp(1, measured[0][2]), theta_pdd(1, 4, step_s, 64), offloaded_fraction=0.5)
 print(f"""
    The last row: {others.source.partition(" (")[0]} (published by others).
    A decode step of 4 requests takes {step_s * 1e3:.1f} ms. With one such node that prefills prompts of 2,048 tokens
    behind a line of 20 Mbps, one that prefills 512 and one that decodes answers of 64, half of the requests
-   being long, equation 6 says {lambda_max(ours, theta_pdp(1, measured[0][2]), theta_pdd(1, 4, step_s, 64), 0.5):.2f} requests/s.
+   being long, equation 6 says {rate_rps:.2f} requests/s.
 """)
 
 # %%

@@ -128,11 +128,13 @@ for load in (0.9, 1.1):
                    [one.decision.route == "prfaas" for one in requests], report.egress_gbps * report.duration_s / 8e-9)
     predicted = max(0.0, (rate_rps - planned.lambda_max) * 60)
     rows.append([f"{load:.0%} of {planned.lambda_max:.2f} req/s", f"{predicted:+.0f}",
-                 f"{seen.growth * rate_rps * 60:+.1f}", f"{seen.ttft_mean_s:.1f}", f"{seen.offloaded_fraction:.2f}", f"{seen.egress_gbps:.1f}"])
+                 f"{seen.growth * rate_rps * 60:+.1f}",
+                 f"{seen.ttft_mean_s:.1f}", f"{seen.offloaded_fraction:.2f}", f"{seen.egress_gbps:.1f}"])
     verdicts.append(seen.is_sustained == (load < 1))
 print(table(["load", "queues a minute, by the model", "simulated", "TTFT mean, s", "p", "egress, Gbps"], rows))
 verdict = "sustains 90% and not 110%, as the model says" if all(verdicts) else "does not agree with the model here"
-print(f"\n   The simulator {verdict}. The model: p = {planned.offloaded_fraction:.2f}, {planned.egress_gbps:.1f} Gbps at 100%.\n")
+print(f"\n   The simulator {verdict}.\n"
+      f"   The model: p = {planned.offloaded_fraction:.2f}, {planned.egress_gbps:.1f} Gbps at 100%.\n")
 
 # %% [markdown]
 # *Why is it worth having both?* They share nothing but the profiles: one is arithmetic over means, the other a queue
@@ -220,7 +222,7 @@ damping = Damping()
 turns = [(before[0], after[0]) for first, before, after in zip(watched.moves, watched.moves[1:], watched.moves[2:])
          if (before[1] > first[1]) != (after[1] > before[1])]
 soonest_s = min((later - earlier for earlier, later in turns), default=float("inf"))
-print(f"   It turned around {len(turns)} times in the whole run, the soonest turn {soonest_s:.0f} s after the move before it: "
+print(f"   It turned around {len(turns)} times in the whole run, at the soonest {soonest_s:.0f} s after the last move: "
       f"{'never within' if soonest_s >= damping.hold_s else 'BROKEN: within'} {damping.hold_s:g} s.\n")
 
 # %% [markdown]
