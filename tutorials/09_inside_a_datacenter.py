@@ -152,7 +152,7 @@ require_error_handling()
 
 # %%
 store = new_store()
-peer = helper.start(NODES_PY, str(store.port))
+peer = helper.start(NODES_PY, "fabric", str(store.port))
 
 
 class Counted(PairGroup):
@@ -233,7 +233,7 @@ known_s = time.monotonic() - killed_s
 arrived, before = failed.arrived_end, second.rows.clone()
 is_sound = torch.equal(second.rows[:arrived], cargo(2)[:arrived])
 
-peer = helper.start(NODES_PY, str(store.port))
+peer = helper.start(NODES_PY, "fabric", str(store.port))
 while not (restored := next_of(LinkRestored)).peer_restarted:
     pass  # on a busy machine a link may also blink
 helper.wait_until(lambda: fabric.epoch > epoch, "the next epoch")

@@ -1,13 +1,18 @@
-"""Nodes for chapters 09, 13 and 14: the other end of a fabric, and a live cluster, each node a process.
+"""Other processes for chapters 07, 08, 09, 13 and 14: the far end of a line, of a fabric, and a live cluster.
 
-As a program this is the other node of a pair, for chapter 09: `python tutorials/nodes.py PORT`.
+As a program this is one of them: `python tutorials/nodes.py line PORT` or `python tutorials/nodes.py fabric PORT`.
 """
 
 import contextlib
+import hashlib
+import json
+import logging
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 from helper import DEADLINE_S, start
@@ -17,20 +22,29 @@ from torch.distributed import TCPStore
 
 from minprfaas import load
 from minprfaas.cluster.front_end import FrontEnd
+from minprfaas.cluster.kv_receive import KVReceive
 from minprfaas.cluster.launch import StoreAddress, emulated_line, link_identity
 from minprfaas.cluster.mail import Mail
 from minprfaas.cluster.neighbours import Neighbours
 from minprfaas.cluster.processes import control_settings, front_end, process
+from minprfaas.cluster.stream_plans import stream_plan
 from minprfaas.cluster.topology import PD_SITE, PRFAAS_SITE, Place, Topology
-from minprfaas.config import CacheConfig, LineConfig, LinkConfig, StateKind
+from minprfaas.config import CacheConfig, LineConfig, LinkConfig, StateKind, WeatherChange
 from minprfaas.engine.engine import Engine
+from minprfaas.kvcache.layout import plan_layout
+from minprfaas.kvcache.manager import KVCacheManager
+from minprfaas.kvcache.request_cache import RequestCache
+from minprfaas.model.kda import KDAConfig
+from minprfaas.model.mla import MLAConfig
+from minprfaas.observe.timeline import Timeline
 from minprfaas.scheduling.control import ControlPlane
-from minprfaas.transport import (EventQueue, Fabric, LayerPlan, Link, LinkDown, LinkIdentity, MessageReceived,
-                                 StreamAborted, StreamPlan)
+from minprfaas.transport import (EmulatedLine, EventQueue, Fabric, LayerPlan, Link, LinkDown, LinkIdentity, LinkLost,
+                                 LinkRefused, MessageReceived, StreamAborted, StreamPlan)
 
 HERE = Path(__file__).resolve().parent
 STREAM_TOKENS, ROW_BYTES = 4096, 2048  # of what the other node of a pair sends: 8 MiB in one layer
-IDENTITY = LinkIdentity(bytes(32), "uint8", "one layer of bytes", b"chapter nine")
+SECRET = b"what both datacenters were given"
+IDENTITY = LinkIdentity(bytes(32), "uint8", "one layer of bytes", SECRET)
 PAIR = LinkConfig(timeout_s=DEADLINE_S)
 
 
@@ -39,18 +53,118 @@ def new_store() -> TCPStore:
     return TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
 
 
-# The other node of a pair
+# What crosses
 
 
-def plan(stream_id: int) -> StreamPlan:
+def plan(stream_id: int, tokens: int = STREAM_TOKENS) -> StreamPlan:
     """One layer of token state."""
-    return StreamPlan(stream_id, (LayerPlan(0, 0, StateKind.TOKEN, ROW_BYTES),), 0, STREAM_TOKENS)
+    return StreamPlan(stream_id, (LayerPlan(0, 0, StateKind.TOKEN, ROW_BYTES),), 0, tokens)
 
 
-def cargo(stream_id: int) -> torch.Tensor:
-    """What stream number `stream_id` carries, uint8 [tokens, ROW_BYTES]: both nodes can draw it."""
+def cargo(stream_id: int, tokens: int = STREAM_TOKENS) -> torch.Tensor:
+    """What stream number `stream_id` carries, uint8 [tokens, ROW_BYTES]: both ends can draw it."""
     generator = torch.Generator().manual_seed(stream_id)
-    return torch.randint(0, 256, (STREAM_TOKENS, ROW_BYTES), dtype=torch.uint8, generator=generator)
+    return torch.randint(0, 256, (tokens, ROW_BYTES), dtype=torch.uint8, generator=generator)
+
+
+def as_bytes(rows: torch.Tensor) -> bytearray:
+    """What a uint8 tensor holds."""
+    memory = bytearray(rows.numel())
+    torch.frombuffer(memory, dtype=torch.uint8).copy_(rows.reshape(-1))
+    return memory
+
+
+def hybrid_cache(tokens: int) -> tuple[KVCacheManager, RequestCache]:
+    """A pool with room for one request of so many tokens, and the request: three linear layers to one of full
+    attention, twice (paper table 1), rows of 1 KiB and states of about 64 KiB."""
+    kda, mla = KDAConfig(num_heads=4, head_dim=60), MLAConfig(4, kv_lora_rank=240, qk_nope_dim=16, qk_shared_dim=16,
+                                                              v_dim=16)
+    layout = plan_layout(tuple(mixer.state_spec("float32") for mixer in (kda, kda, kda, mla) * 2), block_tokens=64)
+    kvcache = KVCacheManager(layout, CacheConfig(layout.blocks_for(tokens)), "cpu", root=b"a chapter")
+    request = kvcache.open([0] * tokens, to_receive=True)
+    kvcache.reserve(request, tokens)
+    return kvcache, request
+
+
+def contents(kvcache: KVCacheManager, request: RequestCache, tokens: int) -> str:
+    """A hash of all that a request's blocks hold, rows and states."""
+    digest = hashlib.blake2b(digest_size=16)
+    for layer, group in enumerate(kvcache.layout.group_of_layer):
+        rows = kvcache.pool.read_bytes(layer, request.block_tables[group.index], 0, tokens)
+        digest.update(as_bytes(rows))
+    return digest.hexdigest()
+
+
+# The far end of a line
+
+
+class FarEnd:
+    """A process in the other datacenter that meets this one on whatever line it is told, and takes what comes."""
+
+    def __init__(self) -> None:
+        self.store = new_store()
+        self._meetings = 0
+        start(str(HERE / "nodes.py"), "line", str(self.store.port))
+
+    def meet(self, line: LineConfig, config: LinkConfig, tokens: int, blocks: bool = False,
+             timeline: Timeline | None = None, guess: bytes | None = None) -> Link:
+        """A link over `line` (emulated, in both directions) to the far end, which expects stream 1 of `tokens` tokens:
+        `plan`, or with `blocks` what `hybrid_cache` holds. With a `guess` the far end has that for the secret. Raises
+        LinkRefused."""
+        order = {"line": asdict(line), "link": asdict(config), "tokens": tokens, "blocks": blocks,
+                 "secret": (SECRET if guess is None else guess).decode()}
+        number, self._meetings = self._meetings, self._meetings + 1
+        self.store.set(f"order {number}", json.dumps(order))
+        link = Link(f"link {number}", self.store, 0, config, IDENTITY, EmulatedLine(line), timeline=timeline)
+        link.connect(DEADLINE_S)
+        link.receive(DEADLINE_S)  # "ready": the far end expects the stream
+        return link
+
+
+def ask(link: Link, question: str) -> tuple[dict, float]:
+    """The far end's answer, and how many seconds it took to come."""
+    began_s = time.monotonic()
+    link.send_message({"question": question})
+    answer = link.receive(DEADLINE_S).message
+    return answer, time.monotonic() - began_s
+
+
+def serve_lines(port: int) -> None:
+    """Meet, expect, answer; again and again."""
+    store, number = TCPStore("127.0.0.1", port, None, False), 0
+    while True:
+        store.wait([f"order {number}"], timedelta(seconds=DEADLINE_S))
+        order = json.loads(store.get(f"order {number}"))
+        with contextlib.suppress(LinkRefused):
+            _serve_line(store, number, order)
+        number += 1
+
+
+def _serve_line(store: TCPStore, number: int, order: dict) -> None:
+    order["line"]["weather"] = tuple(WeatherChange(**change) for change in order["line"]["weather"])
+    identity = LinkIdentity(IDENTITY.fingerprint, IDENTITY.dtype, IDENTITY.block_layout, order["secret"].encode())
+    line, tokens = EmulatedLine(LineConfig(**order["line"])), order["tokens"]
+    link = Link(f"link {number}", store, 1, LinkConfig(**order["link"]), identity, line)
+    link.connect(DEADLINE_S)
+    if order["blocks"]:
+        kvcache, request = hybrid_cache(tokens)
+        KVReceive(kvcache, link, stream_plan(kvcache.layout, 1, 0, tokens), request.block_tables)
+    else:
+        memory = bytearray(tokens * ROW_BYTES)
+        rows = torch.frombuffer(memory, dtype=torch.uint8).view(tokens, ROW_BYTES)
+        link.expect(plan(1, tokens), lambda layer, start, end, data: rows[start:end].copy_(data.view(end - start, -1)))
+    link.send_message({"ready": number})
+    while not isinstance(event := link.receive(DEADLINE_S), LinkLost | None):
+        if isinstance(event, MessageReceived):
+            began_s, answer = time.monotonic(), ""
+            if event.message["question"] == "what have you got?":
+                answer = (contents(kvcache, request, tokens) if order["blocks"]
+                          else hashlib.blake2b(memory, digest_size=16).hexdigest())
+            link.send_message({"answer": answer, "took_s": time.monotonic() - began_s})
+    link.close()
+
+
+# The other node of a pair
 
 
 def pair_end(store: TCPStore, rank: int, **options) -> Fabric:
@@ -157,6 +271,7 @@ class LiveCluster:
 
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)  # what a link would log is told by the chapter
     torch.set_num_threads(1)
     with contextlib.suppress(LinkDown):
-        serve_streams(int(sys.argv[1]))
+        {"line": serve_lines, "fabric": serve_streams}[sys.argv[1]](int(sys.argv[2]))
