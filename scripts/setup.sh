@@ -18,7 +18,7 @@ install() {
 if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
     echo "1. environment: .venv is ready"
 else
-    echo "1. environment: torch and a few small packages are installed into .venv, once. That takes a minute or two with"
+    echo "1. environment: torch and a few small packages are installed into .venv, once. That takes some minutes with"
     echo "   torch for CPUs (0.2 GB to load), and longer where pip's index has only the one with CUDA (some GB)."
     began=$SECONDS
     [ -x "$python" ] || "${PYTHON:-python3}" -m venv "${at}.venv" || exit 1

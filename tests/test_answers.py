@@ -1,4 +1,7 @@
-"""What `--check` calls identical, a tie, cut short and different; and what a request that says it crossed must show."""
+"""What `--check` calls identical, a tie, cut short and different; and what a request that says it crossed must show.
+
+Chapter 13.
+"""
 
 import copy
 

@@ -1,4 +1,7 @@
-"""Every mistake a person can make on the command line: one line that names it, exit status 2, nothing half-written."""
+"""Every mistake a person can make on the command line: one line that names it, exit status 2, nothing half-written.
+
+Chapter 01.
+"""
 
 import json
 import os

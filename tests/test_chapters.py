@@ -1,4 +1,4 @@
-"""The chapters as a reader runs them. All of them together take minutes, and are `heavy`."""
+"""The chapters as a reader runs them. All of them together take minutes, and are `heavy`. Chapters 00 to 15."""
 
 import os
 import re

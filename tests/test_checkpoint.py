@@ -1,4 +1,4 @@
-"""Loading checkpoint directories: whole ones in every form, and every way in which one can be broken."""
+"""Loading checkpoint directories: whole ones in every form, and every way in which one can be broken. Chapter 01."""
 
 import json
 import os

@@ -1,4 +1,7 @@
-"""Many nodes, one request's life: whatever the topology and whoever is lost, the answers are those of one process."""
+"""Many nodes, one request's life: whatever the topology and whoever is lost, the answers are those of one process.
+
+Chapters 13 and 14.
+"""
 
 import random
 import time

@@ -1,4 +1,7 @@
-"""The control plane: what it makes of events, what it books, when its loops act; the simulator only drives it."""
+"""The control plane: what it makes of events, what it books, when its loops act; the simulator only drives it.
+
+Chapters 11 and 12.
+"""
 
 import random
 from dataclasses import replace

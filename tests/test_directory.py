@@ -1,4 +1,4 @@
-"""The directory: matches per node, sequence numbers, inventories, stale entries."""
+"""The directory: matches per node, sequence numbers, inventories, stale entries. Chapter 11."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Documents: facts that are stated once, distractors around them, and lengths that are kept."""
+"""Documents: facts that are stated once, distractors around them, and lengths that are kept. Chapter 01."""
 
 import pytest
 

@@ -1,4 +1,7 @@
-"""The engine: the same tokens however a request is batched, chunked, queued, preempted or reused."""
+"""The engine: the same tokens however a request is batched, chunked, queued, preempted or reused.
+
+Chapters 04 and 05.
+"""
 
 import ast
 import inspect

@@ -1,4 +1,7 @@
-"""The chapters' exercises: each check takes the right answer, notices a wrong one, and says when there is none."""
+"""The chapters' exercises: each check takes the right answer, notices a wrong one, and says when there is none.
+
+Chapters 00 to 15.
+"""
 
 import importlib
 import importlib.util

@@ -1,4 +1,7 @@
-"""No number on the command line of `simulate` or `plan` hangs it or ends in a traceback: it runs, or is one line."""
+"""No number on the command line of `simulate` or `plan` hangs it or ends in a traceback: it runs, or is one line.
+
+Chapters 10 and 12.
+"""
 
 import json
 

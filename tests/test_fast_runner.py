@@ -1,4 +1,7 @@
-"""Decode in steps of fixed shape: what the graphs capture is held against the eager runner, on a CPU uncaptured."""
+"""Decode in steps of fixed shape: what the graphs capture is held against the eager runner, on a CPU uncaptured.
+
+Chapter 05.
+"""
 
 import random
 

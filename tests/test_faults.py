@@ -1,6 +1,6 @@
 """Whole requests while links, nodes and clients fail: every one ends in the reference's tokens, and nothing leaks.
 
-All 200 seeded faults, with their tally: python -m pytest -m heavy -s tests/test_faults.py
+Chapter 14. All 200 seeded faults, with their tally: python -m pytest -m heavy -s tests/test_faults.py
 """
 
 import collections

@@ -1,4 +1,7 @@
-"""`generate`: prompts in, answers out, in one process."""
+"""`generate`: prompts in, answers out, in one process, whatever the pool and the chunks; conversations go on.
+
+Chapter 04.
+"""
 
 import json
 import tracemalloc

@@ -4,6 +4,7 @@ Chapter 13.
 """
 
 import importlib
+import os
 import re
 import shlex
 import subprocess
@@ -16,8 +17,8 @@ from minprfaas.__main__ import COMMANDS, main
 from minprfaas.errors import ArgumentParser, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-PROGRAMS = {"two_datacenters": "minprfaas.commands.two_datacenters", "cluster": "minprfaas.commands.cluster",
-            "live_case_study": "minprfaas.commands.live_case_study"}
+PROGRAMS = ("two_datacenters", "cluster")
+SCRIPTS = ("to_notebook", "draw_request", "bench")
 
 
 @pytest.fixture
@@ -49,7 +50,15 @@ def test_a_commands_help(help_of, command):
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_programs_help(help_of, program):
-    reads_well(help_of(importlib.import_module(PROGRAMS[program]).main))
+    reads_well(help_of(importlib.import_module(f"minprfaas.commands.{program}").main))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_scripts_help(script):
+    done = subprocess.run([sys.executable, str(ROOT / "scripts" / f"{script}.py"), "--help"], capture_output=True,
+                          text=True, timeout=120, env={**os.environ, "COLUMNS": "80", "PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stderr) == (0, "")
+    reads_well(done.stdout)
 
 
 def test_the_list_of_commands_and_that_of_benchmarks(help_of):
@@ -58,8 +67,6 @@ def test_the_list_of_commands_and_that_of_benchmarks(help_of):
     reads_well(commands)
     bench = [sys.executable, str(ROOT / "scripts" / "bench.py")]
     benchmarks = subprocess.run([*bench, "--help"], capture_output=True, text=True, timeout=120)
-    assert benchmarks.returncode == 0 and benchmarks.stderr == ""
-    reads_well(benchmarks.stdout)
     for name in ("cache", "wire"):
         assert f"  {name} " in benchmarks.stdout
     assert "gpu_cases" not in benchmarks.stdout  # a part of another one

@@ -1,4 +1,7 @@
-"""KDA's two forms are one function: the recurrence, token by token, and the chunked form that prefill uses."""
+"""KDA's two forms are one function: the recurrence, token by token, and the chunked form that prefill uses.
+
+Chapter 02.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,7 @@
-"""`python -m minprfaas inspect`."""
+"""`python -m minprfaas inspect`: what a KVCache weighs and how it lies in blocks, against sums done by hand.
+
+Chapter 00.
+"""
 
 import json
 

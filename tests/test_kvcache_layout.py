@@ -1,4 +1,4 @@
-"""Groups, block size and offsets of `minprfaas.kvcache.layout`."""
+"""The layout: layers of the same state form groups, one block size serves all, and nothing overlaps. Chapter 03."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Chain keys, prefix index, reference counts and eviction: `minprfaas.kvcache.ledger`."""
+"""The ledger: chain keys, prefix index, reference counts, and one order in which blocks are evicted. Chapter 06."""
 
 import random
 import tracemalloc

@@ -1,4 +1,4 @@
-"""Requests' blocks, prefix reuse, snapshots and transfers: `minprfaas.kvcache.manager`."""
+"""The manager: a request's blocks, prefixes that are used again, snapshots, and what a transfer holds. Chapter 06."""
 
 import random
 from dataclasses import replace

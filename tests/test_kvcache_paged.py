@@ -1,4 +1,4 @@
-"""State in blocks against state in tensors of its own: `minprfaas.kvcache.paged`."""
+"""What the model sees of blocks is what it would see of tensors of its own. Chapter 03."""
 
 from array import array
 

@@ -1,4 +1,4 @@
-"""Reading and writing blocks: `minprfaas.kvcache.pool`."""
+"""The pool: what is written into a block is read from it, and from no other, by any thread. Chapter 03."""
 
 import threading
 

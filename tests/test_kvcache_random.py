@@ -1,4 +1,4 @@
-"""The books stay right whatever happens in whatever order: 100,000 seeded operations, recounted after each.
+"""The books stay right whatever happens in whatever order: 100,000 seeded operations, recounted after each. Chapter 06.
 
 Every operation is followed by `KVCacheManager.check()`, the full recount (no cheaper variant). Each block is marked
 with the prefix that it was filled for, so one that is handed out, shared or copied wrongly is found when it is read.

@@ -1,4 +1,7 @@
-"""Starting and ending the processes: what the environment may say wrongly, and who ends when somebody else does."""
+"""Starting and ending the processes: what the environment may say wrongly, and who ends when somebody else does.
+
+Chapter 13.
+"""
 
 import os
 import signal

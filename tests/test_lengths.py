@@ -1,4 +1,4 @@
-"""Length distributions: formula and observations alike are equally likely lengths."""
+"""Length distributions: formula and observations alike are equally likely lengths. Chapter 10."""
 
 import random
 from math import erf, exp, log, sqrt

@@ -1,4 +1,7 @@
-"""Mixers whose state has one size (GDN, Lightning, Ling's KDA): two forms, one function; and MLA's options."""
+"""Mixers whose state has one size (GDN, Lightning, Ling's KDA): two forms, one function; and MLA's options.
+
+Chapter 02.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Open-loop load: who asks does not wait, what is asked can be judged, what a trace shares is shared."""
+"""Open-loop load: who asks does not wait, what is asked can be judged, what a trace shares is shared. Chapter 13."""
 
 import json
 import random

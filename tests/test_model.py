@@ -1,4 +1,4 @@
-"""The transformer against itself: whole, in chunks, token by token, in blocks."""
+"""The transformer against itself: whole, in chunks, token by token, in blocks. Chapter 01."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,7 @@
-"""Mixtures of experts: the routing, the experts' sums, and every form in which a checkpoint holds their weights."""
+"""Mixtures of experts: the routing, the experts' sums, and every form in which a checkpoint holds their weights.
+
+Chapter 01.
+"""
 
 import json
 import shutil

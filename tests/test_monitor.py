@@ -1,4 +1,4 @@
-"""The congestion monitor: regimes with hysteresis, and the capacity that a link really has."""
+"""The congestion monitor: regimes with hysteresis, and the capacity that a link really has. Chapter 11."""
 
 import pytest
 

@@ -1,4 +1,7 @@
-"""The page of a run holds what the run wrote, loads nothing, and says one line of files that are none of ours."""
+"""The page of a run holds what the run wrote, loads nothing, and says one line of files that are none of ours.
+
+Chapter 13.
+"""
 
 import json
 
@@ -24,9 +27,9 @@ def data_of(text):
 
 def events():
     timeline = Timeline("A: PrfaaS")
-    timeline.span("prefill", "layer 0", 100.5, 101.0, request="doc-1", tokens="0-1024")
-    timeline.span("prefill", "layer 0", 101.5, 101.8, request="doc-1", tokens="1024-2000")
-    timeline.instant("streams", "stream opened", 100.9, stream=7, request="doc-1")
+    timeline.span("prefill", "layer 0", 100.5, 101.0, request="doc-1#1", tokens="0-1024")
+    timeline.span("prefill", "layer 0", 101.5, 101.8, request="doc-1#1", tokens="1024-2000")
+    timeline.instant("streams", "stream opened", 100.9, stream=7, request="doc-1#1")
     timeline.span("lane 0", "stream 7 layer 0 tokens 0-600", 101.0, 101.2)
     timeline.span("lane 1", "stream 7 layer 0 tokens 600-1024", 101.1, 101.4)
     timeline.span("lane 1", "stream 8 layer 0 tokens 0-600", 101.1, 101.4)  # nobody said whose it is

@@ -1,6 +1,6 @@
 """Every family against the logits that Hugging Face Transformers computes from the same small checkpoints.
 
-`scripts/make_parity_fixtures.py` made the fixtures, with the library; it is not needed here.
+Chapters 01 and 02. `scripts/make_parity_fixtures.py` made the fixtures, with the library; it is not needed here.
 """
 
 from pathlib import Path

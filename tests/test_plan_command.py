@@ -1,4 +1,4 @@
-"""`python -m minprfaas plan`: what it prints, what it refuses, and that it needs no torch."""
+"""`python -m minprfaas plan`: what it prints, what it refuses, and that it needs no torch. Chapter 10."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The planner: what the search finds, held against brute force, the equations and the paper."""
+"""The planner: what the search finds, held against brute force, the equations and the paper. Chapter 10."""
 
 import random
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Profiles: the curves go through measured points, and bad points are named."""
+"""Profiles: the curves go through measured points, and bad points are named. Chapter 10."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The long-term loop: sustained imbalance converts one node at a time, and never flaps."""
+"""The long-term loop: sustained imbalance converts one node at a time, and never flaps. Chapter 12."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The router: the threshold rule, the two bandwidth regimes, node choice, and reasons."""
+"""The router: the threshold rule, the two bandwidth regimes, node choice, and reasons. Chapter 11."""
 
 import pytest
 

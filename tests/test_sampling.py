@@ -1,4 +1,4 @@
-"""From logits to tokens: the right distribution, and the same draw everywhere."""
+"""From logits to tokens: the right distribution, and the same draw everywhere. Chapter 04."""
 
 from collections import Counter
 

@@ -1,4 +1,7 @@
-"""The HTTP door: what a client gets is what one process would have said, and what it does wrong costs nobody else."""
+"""The HTTP door: what a client gets is what one process would have said, and what it does wrong costs nobody else.
+
+Chapter 13.
+"""
 
 import json
 import os

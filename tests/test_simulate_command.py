@@ -1,4 +1,4 @@
-"""`python -m minprfaas simulate`: what it prints and writes, and what it refuses."""
+"""`python -m minprfaas simulate`: what it prints and writes, and what it refuses. Chapter 12."""
 
 import json
 import subprocess

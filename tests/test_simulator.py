@@ -1,4 +1,4 @@
-"""The whole simulated cluster: it agrees with the throughput model, and each policy is worth something.
+"""The whole simulated cluster: it agrees with the throughput model, and each policy is worth something. Chapter 12.
 
 The full tables, over more seeds: `python scripts/bench.py policies`. A million requests and 1,250 instances:
 `python scripts/bench.py scheduling`, or `python -m pytest -m heavy tests/test_simulator.py`.

@@ -1,4 +1,4 @@
-"""The simulator's parts by themselves: clock, fluid link, prefill and decode nodes, arrivals, traces."""
+"""The simulator's parts by themselves: clock, fluid link, prefill and decode nodes, arrivals, traces. Chapter 12."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Streamed text: certain pieces only, whole characters only, and nothing past a stop string."""
+"""Streamed text: certain pieces only, whole characters only, and nothing past a stop string. Chapter 05."""
 
 import random
 

@@ -1,4 +1,7 @@
-"""The short-term loop: it finds the planner's threshold, follows a step without overshoot, and does not oscillate."""
+"""The short-term loop: it finds the planner's threshold, follows a step without overshoot, and does not oscillate.
+
+Chapter 12.
+"""
 
 import random
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Equations 1 to 6, against numbers that the paper prints."""
+"""Equations 1 to 6, against numbers that the paper prints. Chapters 00 and 10."""
 
 from math import inf
 

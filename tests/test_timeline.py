@@ -1,4 +1,7 @@
-"""A timeline is a file that Perfetto opens: Chrome trace events, one track a name, processes merged on one clock."""
+"""A timeline is a file that Perfetto opens: Chrome trace events, one track a name, processes merged on one clock.
+
+Chapter 08.
+"""
 
 import json
 

@@ -1,4 +1,7 @@
-"""The embedded model answers out of its context, and the programs that train and measure it do what they say."""
+"""The embedded model answers out of its context, and the programs that train and measure it do what they say.
+
+Chapter 01.
+"""
 
 import importlib.util
 import sys

@@ -1,4 +1,7 @@
-"""The tokenizer of a checkpoint directory."""
+"""A checkpoint's tokenizer: text to ids and back, whole characters, and one line about a file that is none.
+
+Chapter 01.
+"""
 
 import json
 import os

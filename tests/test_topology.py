@@ -1,4 +1,7 @@
-"""A run's processes: what a topology may be, who lives where, and which mistakes of a command line get one line."""
+"""A run's processes: what a topology may be, who lives where, and which mistakes of a command line get one line.
+
+Chapter 13.
+"""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Where lanes listen, and what a person is told when that cannot be; and errors of C++ as one line."""
+"""Where lanes listen, and what a person is told when that cannot be; and errors of C++ as one line. Chapter 07."""
 
 import os
 import re

@@ -1,4 +1,7 @@
-"""The fabric: KVCache inside a datacenter. On CPUs over Gloo; what is marked `gpu` over NCCL, between two GPUs."""
+"""The fabric: KVCache inside a datacenter. On CPUs over Gloo; what is marked `gpu` over NCCL, between two GPUs.
+
+Chapter 09.
+"""
 
 import contextlib
 

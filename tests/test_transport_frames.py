@@ -1,4 +1,4 @@
-"""Frames: what a peer may send, and that nothing else is believed."""
+"""Frames: what a peer may send, and that nothing else is believed. Chapter 07."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Trust ends at the link: whoever fails the handshake gets no lane, and learns only that it was refused."""
+"""Trust ends at the link: whoever fails the handshake gets no lane, and learns only that it was refused. Chapter 07."""
 
 import dataclasses
 import logging

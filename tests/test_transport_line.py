@@ -1,4 +1,7 @@
-"""The emulated line: the rate, never above it for a second, and the weather as scheduled. Time is an argument."""
+"""The emulated line: the rate, never above it for a second, and the weather as scheduled. Time is an argument.
+
+Chapter 07.
+"""
 
 import json
 import random

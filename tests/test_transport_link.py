@@ -1,4 +1,4 @@
-"""A link carries messages and KV streams, stripes, pushes back, and ends in a named event."""
+"""A link carries messages and KV streams, stripes, pushes back, and ends in a named event. Chapter 07."""
 
 import queue
 import threading

@@ -1,4 +1,4 @@
-"""Messages as long as a prompt or an inventory can be cross beside KV, within the receiver's window."""
+"""Messages as long as a prompt or an inventory can be cross beside KV, within the receiver's window. Chapter 07."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Congestion signals: utilization, queue, acknowledgement delay. Time is an argument."""
+"""Congestion signals: utilization, queue, acknowledgement delay. Time is an argument. Chapter 07."""
 
 import pytest
 from transport_support import DEADLINE_S, Cargo, connected

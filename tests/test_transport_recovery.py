@@ -1,4 +1,7 @@
-"""When things break below the frames: cut, damaged, doubled, reordered, silenced, killed. Nothing is lost unnamed."""
+"""When things break below the frames: cut, damaged, doubled, reordered, silenced, killed. Nothing is lost unnamed.
+
+Chapter 14.
+"""
 
 import collections
 import multiprocessing

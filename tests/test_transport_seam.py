@@ -1,4 +1,7 @@
-"""What every transport does with a KV stream, whatever it is made of: the same tests over loopback, a link, a fabric."""
+"""What every transport does with a KV stream, whatever it is made of: the same tests over loopback, a link, a fabric.
+
+Chapters 07 and 08.
+"""
 
 import contextlib
 import threading

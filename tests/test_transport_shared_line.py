@@ -1,4 +1,7 @@
-"""One emulated line between two datacenters: links, threads and processes share its rate and its weather."""
+"""One emulated line between two datacenters: links, threads and processes share its rate and its weather.
+
+Chapter 07.
+"""
 
 import multiprocessing
 import os

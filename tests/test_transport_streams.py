@@ -1,4 +1,4 @@
-"""Plans and what a receiver accepts: nothing outside the plan, nothing twice, nothing after it gave up."""
+"""Plans and what a receiver accepts: nothing outside the plan, nothing twice, nothing after it gave up. Chapter 08."""
 
 import random
 import threading

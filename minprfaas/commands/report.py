@@ -18,21 +18,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Read, draw, write. Raises UserError."""
-    events = read_json(args.timeline).get("traceEvents", []) if args.timeline else []
-    if not isinstance(events, list) or not all(isinstance(event, dict) for event in events):
-        raise UserError(f"{args.timeline} holds no list of trace events; a run's --timeline writes one")
     folder = Path(args.out).parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder} cannot be made: {error.strerror}") from None
-    write_whole(args.out, page(_rows(args.json), events, f"Run {Path(args.json).stem}"))
+    write_whole(args.out, page(*read_run(args.json, args.timeline), f"Run {Path(args.json).stem}"))
     print(f"written: {args.out} (open it in a browser; it loads nothing)")
 
 
-def _rows(path: str) -> list[dict]:
+def read_run(rows_path: str, timeline_path: str | None) -> tuple[list[dict], list[dict]]:
+    """The rows and the trace events that a run wrote; without a timeline no events. Raises UserError."""
+    events = read_json(timeline_path).get("traceEvents", []) if timeline_path else []
+    if not isinstance(events, list) or not all(isinstance(event, dict) for event in events):
+        raise UserError(f"{timeline_path} holds no list of trace events; a run's --timeline writes one")
     try:
-        lines = read_bytes(path).decode("utf-8").splitlines()
-        return [json.loads(line) for line in lines if line.strip()]
+        lines = read_bytes(rows_path).decode("utf-8").splitlines()
+        return [json.loads(line) for line in lines if line.strip()], events
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON lines: {error}") from None
+        raise UserError(f"{rows_path} cannot be read as JSON lines: {error}") from None

@@ -18,8 +18,16 @@ LINE_POINTS = 400  # of the line's curve: a screen shows no more
 
 
 def page(rows: list[dict], events: list[dict], title: str) -> str:
-    """The page of a run. `rows` are the lines of `--json`, `events` those of `--timeline` (none: without layers and
-    without the line). Raises UserError for rows that are none of ours."""
+    """The page of a run; arguments and errors as of `gathered`."""
+    # In a script element nothing is escaped but the end of the element itself.
+    data = json.dumps({"title": title, **gathered(rows, events)}).replace("</", "<\\/")
+    return TEMPLATE.read_text(encoding="utf-8").replace("__DATA__", data).replace("__TITLE__", html.escape(title))
+
+
+def gathered(rows: list[dict], events: list[dict]) -> dict:
+    """What a picture of a run shows: its requests with their layers, and its lines. `rows` are the lines of `--json`,
+    `events` those of `--timeline` (none: without layers and without the line). Raises UserError for rows that are none
+    of ours."""
     for number, row in enumerate(rows, start=1):
         _check_row(row, f"request {number}")
     if not rows:
@@ -27,10 +35,7 @@ def page(rows: list[dict], events: list[dict], title: str) -> str:
     began_at_s = min(row["arrived_at_s"] for row in rows)
     layers, lines = _layers(events, began_at_s), _lines(events, began_at_s)
     requests = [_request(row, began_at_s, layers.get(row["id"], [])) for row in rows]
-    data = json.dumps({"title": title, "requests": requests, "lines": lines, "link": rows[0].get("link", "")})
-    # In a script element nothing is escaped but the end of the element itself.
-    page_text = TEMPLATE.read_text(encoding="utf-8").replace("__DATA__", data.replace("</", "<\\/"))
-    return page_text.replace("__TITLE__", html.escape(title))
+    return {"requests": requests, "lines": lines, "link": rows[0].get("link", "")}
 
 
 def _check_row(row: object, what: str) -> None:
@@ -55,8 +60,9 @@ def _request(row: dict, began_at_s: float, layers: list[dict]) -> dict:
 
 
 def _layers(events: list[dict], began_at_s: float) -> dict[str, list[dict]]:
-    """By request: each layer's spans [from, to], computed and sent. A stream says once whose it is."""
-    owner = {event["args"]["stream"]: event["args"]["request"] for event in events
+    """By request: each layer's spans [from, to], computed and sent. A stream says once whose it is. Nodes know attempts
+    (`doc-1#2`), of which a request may have several."""
+    owner = {event["args"]["stream"]: _request_of(event) for event in events
              if event.get("ph") == "i" and event.get("name") == "stream opened"}
     found: dict[str, dict[int, dict]] = defaultdict(lambda: defaultdict(lambda: {"computed": [], "sent": []}))
     for event in events:
@@ -66,11 +72,15 @@ def _layers(events: list[dict], began_at_s: float) -> dict[str, list[dict]]:
         start_s = event["ts"] / 1e6 - began_at_s
         span = [round(start_s, 4), round(start_s + event["dur"] / 1e6, 4)]
         if words[0] == "layer" and "request" in event["args"]:
-            found[event["args"]["request"]][int(words[1])]["computed"].append(span)
+            found[_request_of(event)][int(words[1])]["computed"].append(span)
         elif words[0] == "stream" and words[2:3] == ["layer"] and int(words[1]) in owner:
             found[owner[int(words[1])]][int(words[3])]["sent"].append(span)
     return {request: [{"layer": layer, "computed": _merged(spans["computed"]), "sent": _merged(spans["sent"])}
                       for layer, spans in sorted(by_layer.items())] for request, by_layer in found.items()}
+
+
+def _request_of(event: dict) -> str:
+    return event["args"]["request"].rpartition("#")[0]
 
 
 def _merged(spans: list[list[float]]) -> list[list[float]]:
