@@ -1,8 +1,7 @@
 """How the layers' state is laid into equal blocks: KVCache groups and byte offsets. Chapters 03 and 06 (paper 3.2).
 
 Layers that need the same state form groups of equally many layers, so that one block size suits every group: a block
-holds `block_tokens` tokens of all layers of a token group, and a request group's whole state fills a whole number of
-blocks. A 3:1 stack of linear and full attention gives three request groups and one token group.
+holds `block_tokens` tokens of all layers of a token group, and a request group's whole state some whole blocks.
 """
 
 from collections.abc import Iterator
@@ -73,9 +72,12 @@ class Layout:
 
 
 def plan_layout(specs: tuple[StateSpec, ...], block_tokens: int) -> Layout:
-    """Lay the layers' state out in blocks of `block_tokens` tokens. Group size is the smallest number of layers that
-    share one spec; layers are dealt to their spec's groups in turn, so the last groups may be one short. Without token
-    state, a block is one group's whole state."""
+    """Lay state out in blocks of `block_tokens` tokens. Groups have as many layers as the rarest spec; a spec's layers
+    are dealt to its groups in turn, so the last may be one short. Without token state, a block is one group's state.
+    >>> tensors = (TensorSpec("rows", (8,), "bfloat16"),)
+    >>> linear, full = StateSpec(StateKind.REQUEST, tensors), StateSpec(StateKind.TOKEN, tensors)
+    >>> [group.layers for group in plan_layout((linear, linear, linear, full) * 2, block_tokens=64).groups]
+    [(0, 4), (1, 5), (2, 6), (3, 7)]"""
     layers_of: dict[StateSpec, list[int]] = {}
     for layer, spec in enumerate(specs):
         layers_of.setdefault(spec, []).append(layer)
@@ -86,7 +88,6 @@ def plan_layout(specs: tuple[StateSpec, ...], block_tokens: int) -> Layout:
         count = -(-len(layers) // group_size)
         for first in range(count):
             groups.append(_place(len(groups), spec, tuple(layers[first::count]), block_tokens))
-
     token_sizes = [group.used_bytes for group in groups if group.spec.kind is StateKind.TOKEN]
     block_bytes = _round_up(max(token_sizes or [group.used_bytes for group in groups]), BLOCK_ALIGN)
     for index, group in enumerate(groups):
@@ -97,8 +98,7 @@ def plan_layout(specs: tuple[StateSpec, ...], block_tokens: int) -> Layout:
 
 def _place(index: int, spec: StateSpec, layers: tuple[int, ...], block_tokens: int) -> KVGroup:
     """A group whose layers' tensors lie one after another. A layer's rows of a block lie together, so that it is one
-    strided view of the pool; request state runs on across block borders, so that only its last block is partly empty.
-    """
+    strided view of the pool; request state runs on across block borders, so that only its last block has room."""
     offsets, end = [], 0
     for _ in layers:
         of_layer = []

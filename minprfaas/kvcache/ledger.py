@@ -30,7 +30,12 @@ class CacheNews:
 
 def chain_keys(previous: bytes, token_ids: Sequence[int], block_tokens: int) -> list[bytes]:
     """Keys of the full blocks of `token_ids`, chained over `previous` (the last key before them, or the root). A token
-    is 8 little-endian bytes, so no two token lists encode alike. Raises ValueError on a token beyond 64 bits."""
+    is 8 little-endian bytes, so no two token lists encode alike. Raises ValueError on a token beyond 64 bits.
+
+    >>> one, other = (chain_keys(root_key(b"model"), tokens, 2) for tokens in ([1, 2, 3, 4], [1, 2, 3, 5, 6]))
+    >>> one[0] == other[0], one[1] == other[1]      # the same up to where they part; a block that is not full has no key
+    (True, False)
+    """
     full = len(token_ids) // block_tokens * block_tokens
     try:
         encoded = array("q", token_ids[:full])

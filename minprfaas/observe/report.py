@@ -18,7 +18,11 @@ def table(headers: Sequence[str], rows: Sequence[Sequence], indent: str = "  ") 
 
 
 def human_bytes(count: float) -> str:
-    """Bytes in binary units: 1536 -> '1.5 KiB'."""
+    """Bytes in binary units.
+
+    >>> human_bytes(1536)
+    '1.5 KiB'
+    """
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024 or unit == "GiB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

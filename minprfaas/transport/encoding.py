@@ -87,7 +87,12 @@ class StateCodec:
 
 @dataclass(frozen=True)
 class RowCodec:
-    """Rows of `width` elements of the cache's `dtype` to bytes and back."""
+    """Rows of `width` elements of the cache's `dtype` to bytes and back.
+
+    >>> codec = RowCodec(Encoding.INT8, width=128, dtype=torch.bfloat16)
+    >>> codec.group, codec.row_bytes                # 128 codes and two scales, in place of 256 bytes
+    (64, 132)
+    """
 
     encoding: Encoding
     width: int

@@ -30,7 +30,14 @@ class Piece:
 
 
 class Coverage:
-    """Which parts of `[start, end)` are there: sorted, disjoint, merged intervals."""
+    """Which parts of `[start, end)` are there: sorted, disjoint, merged intervals.
+
+    >>> arrived = Coverage(0, 100)
+    >>> arrived.add(64, 100); arrived.add(0, 32); arrived.prefix_end
+    32
+    >>> arrived.add(32, 64); arrived.prefix_end
+    100
+    """
 
     def __init__(self, start: int, end: int):
         self.start, self.end = start, end
