@@ -1,9 +1,15 @@
-"""Chapter 04: prefill and decode are different machines. One is bound by arithmetic, one by memory (paper 2.1).
+"""Chapter 04: prefill and decode are different machines. One is bound by arithmetic, one by memory.
 
-    python tutorials/04_prefill_and_decode.py [DIRECTORY]     (no directory: the embedded model, in part 4)
+    python tutorials/04_prefill_and_decode.py [DIRECTORY]     (no directory: the embedded model, in sections 4 and 5)
+
+Modules: engine/engine.py, engine/runner.py, engine/request.py, engine/generate.py
+Tests: test_engine.py, test_generate.py
+Paper: 2.1
 """
+import helper
 
-import sys
+args = helper.begin(__doc__, {"directory": dict(nargs="?", metavar="DIRECTORY", help="a Hugging Face directory")})
+
 import time
 from collections.abc import Callable
 
@@ -11,9 +17,11 @@ import torch
 
 from minprfaas import SamplingParams, load
 from minprfaas.config import CacheConfig, LayerConfig, ModelConfig, RopeConfig
-from minprfaas.documents import make_document
+from minprfaas.documents import EVALUATION_SEEDS, make_document
 from minprfaas.engine.engine import Engine
-from minprfaas.errors import exit_on_user_error
+from minprfaas.engine.generate import generate
+from minprfaas.engine.request import Request, Status
+from minprfaas.engine.runner import Runner
 from minprfaas.model.gqa import GQAConfig
 from minprfaas.model.layers import DenseConfig
 from minprfaas.model.state import ContiguousState
@@ -23,125 +31,251 @@ from minprfaas.observe.report import human_bytes, table
 torch.set_num_threads(1)
 torch.set_grad_enabled(False)
 torch.manual_seed(0)
-tiny, tokenizer = exit_on_user_error(load)(sys.argv[1] if len(sys.argv) > 1 else None)
-CONTEXT = 128  # tokens before the measured ones
+tiny, tokenizer = load(args.directory)
 
 
-def seconds(work: Callable[[], object], repeats: int = 5) -> float:
+def seconds(work: Callable[[], object], repeats: int = 3) -> float:
     """The quickest of a few runs."""
-    times = []
+    times_s = []
     for _ in range(repeats):
-        began = time.perf_counter()
+        began_s = time.perf_counter()
         work()
-        times.append(time.perf_counter() - began)
-    return min(times)
+        times_s.append(time.perf_counter() - began_s)
+    return min(times_s)
 
 
-print("""1. What this core can do
+# %% [markdown]
+# ## 1. Two limits
+#
+# Two numbers bound whatever a machine computes: how fast it multiplies, and how fast it reads memory. A piece of work
+# with F multiplications and additions (FLOP) and B bytes takes at least
+#
+# > T ≥ max(F / arithmetic, B / bandwidth)
+#
+# so what counts is how many FLOP it makes of a byte. The two limits, measured on one core with float32:
+#
+# *Guess first:* how many FLOP can this core do while it reads one byte: 1, 5, or 50? (For an H100 they are some 300.)
 
-Two numbers bound everything: how fast it multiplies, and how fast it reads memory. One core, float32:
-""")
-matrix, column, memory = torch.randn(1024, 1024), torch.randn(1024, 1024), torch.randn(32 * 2**20)
-peak_flops = 2 * 1024**3 / seconds(lambda: matrix @ column)
-peak_bytes = memory.nbytes / seconds(lambda: memory.sum())
+# %%
+square, memory = torch.randn(2, 1024, 1024), torch.randn(32 * 2**20)
+peak_flops = 2 * 1024**3 / seconds(lambda: square[0] @ square[1], repeats=5)
+peak_bytes = memory.nbytes / seconds(lambda: memory.sum(), repeats=5)
 balance = peak_flops / peak_bytes
+print("1. Two limits\n")
 print(table(["what", "measured"], [
     ("product of two 1024 x 1024 matrices", f"{peak_flops / 1e9:.0f} GFLOP/s"),
     (f"reading {human_bytes(memory.nbytes)}", f"{peak_bytes / 1e9:.1f} GB/s"),
-    ("so one byte read pays for", f"{balance:.0f} FLOP")]))
+    ("so while it reads a byte", f"{balance:.1f} FLOP")]))
 del memory
 
-mixer = GQAConfig(num_heads=12, num_kv_heads=4, head_dim=64, rope=RopeConfig())
-config = ModelConfig("example", vocab_size=4096, hidden_size=768, layers=(LayerConfig(mixer, DenseConfig(2304)),) * 5,
+# %% [markdown]
+# *Why measure, and not look it up?* A busy machine has less of both, and not in proportion. All that is said below is
+# relative to these two.
+#
+# *Change this line:* `1024, 1024` → `64, 64` (and `1024**3`). A small product does not reach the limit. Remember it.
+
+# %% [markdown]
+# ## 2. One request: a token at a time, or many
+#
+# A forward pass reads every weight once, however many tokens are in it. With W weights of 4 bytes and n tokens it does
+# about 2 W n FLOP for 4 W bytes, n / 2 FLOP a byte. All tokens of a prompt can share a pass: that is
+# [prefill](../docs/glossary.md#prefill). An answer's cannot, for each depends on the one before:
+# [decode](../docs/glossary.md#decode) is one token a pass.
+#
+# *Guess first:* by the line above, at which n does a pass change from the one limit to the other on this core?
+
+# %%
+mixer = GQAConfig(num_heads=8, num_kv_heads=4, head_dim=64, rope=RopeConfig())
+config = ModelConfig("example", vocab_size=2048, hidden_size=640, layers=(LayerConfig(mixer, DenseConfig(1920)),) * 4,
                      norm_eps=1e-6, tie_embeddings=True, max_context_tokens=4096)
 model = Transformer(config).eval()
 weights = sum(parameter.numel() for parameter in model.parameters())
-attention_flops = 4 * len(config.layers) * mixer.num_heads * mixer.head_dim  # per new token and token of context
-row_bytes = 2 * mixer.num_kv_heads * mixer.head_dim * 4 * len(config.layers)
+CONTEXT = 128  # tokens before the measured ones
+ATTENTION_FLOPS = 4 * len(config.layers) * mixer.num_heads * mixer.head_dim  # a new token and a token of context
+ROW_BYTES = 2 * mixer.num_kv_heads * mixer.head_dim * 4 * len(config.layers)  # of KVCache, a token
 
 
-def measure(batch: int, new: int) -> tuple:
-    """One forward pass of `new` tokens for each of `batch` requests with `CONTEXT` tokens behind them; a table row."""
-    state = ContiguousState(config, "float32", batch)
-    model(torch.randint(config.vocab_size, (batch, CONTEXT)), state, last_only=True)
-    state.advance(CONTEXT)
-    kept = [layer.tensors for layer in state.layers]
-    token_ids = torch.randint(config.vocab_size, (batch, new))
+class Measured:
+    """A forward pass of `new` tokens for each of `batch` requests, with CONTEXT tokens behind each."""
 
-    def forward() -> None:
-        for layer, tensors in zip(state.layers, kept):
-            layer.tensors = tensors  # as before the pass
-        model(token_ids, state)
+    def __init__(self, batch: int, new: int):
+        state = ContiguousState(config, "float32", batch)
+        state.advance(CONTEXT)
+        context = torch.randn(batch, CONTEXT, 2 * mixer.num_kv_heads * mixer.head_dim)  # what is there does not matter
+        token_ids = torch.randint(config.vocab_size, (batch, new))
 
-    pass_s = seconds(forward)
-    tokens = batch * new
-    flops = tokens * (2 * weights + attention_flops * (CONTEXT + new / 2))
-    read = 4 * weights + batch * row_bytes * (CONTEXT + new)
-    return (tokens, f"{tokens / pass_s:,.0f}", f"{1e3 * pass_s / tokens:.2f}", f"{flops / read:.1f}",
-            f"{flops / pass_s / 1e9:.1f}", f"{flops / pass_s / peak_flops:.0%}",
-            f"{read / pass_s / 1e9:.1f}", f"{read / pass_s / peak_bytes:.0%}")
+        def forward() -> None:
+            for layer in state.layers:
+                layer.tensors = (context,)  # as before the pass
+            model(token_ids, state)
+
+        self.tokens, self.seconds = batch * new, seconds(forward)
+        self.kvcache_bytes = batch * ROW_BYTES * (CONTEXT + new)
+        flops = self.tokens * (2 * weights + ATTENTION_FLOPS * (CONTEXT + new / 2))
+        self.flops_a_byte = flops / (4 * weights + self.kvcache_bytes)
+        self.arithmetic = flops / self.seconds / peak_flops  # shares of the two limits
+        self.reading = (4 * weights + self.kvcache_bytes) / self.seconds / peak_bytes
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def limit(self) -> str:
+        """The limit that it comes nearer to."""
+        return "memory" if self.reading > self.arithmetic else "arithmetic"
 
 
-HEADERS = ["tokens", "tokens/s", "ms/token", "FLOP/byte", "GFLOP/s", "of peak", "GB/s", "of peak"]
+COUNTS = (1, 4, 16, 64, 256)
+prefill = {new: Measured(1, new) for new in COUNTS}
+print(f"\n2. One request, and a model of {weights / 1e6:.0f}M weights ({human_bytes(4 * weights)})\n")
+print(table(["tokens a pass", "tokens/s", "ms a token", "FLOP a byte", "of arithmetic", "of reading", "nearer"], [
+    (new, f"{run.tokens_per_s:,.0f}", f"{1e3 / run.tokens_per_s:.2f}", f"{run.flops_a_byte:.1f}",
+     f"{run.arithmetic:.0%}", f"{run.reading:.0%}", run.limit) for new, run in prefill.items()]))
+one, many = prefill[1], prefill[256]
+by_arithmetic = [new for new, run in prefill.items() if run.limit == "arithmetic"]
+found = f"the nearer one at {', '.join(map(str, by_arithmetic))}" if by_arithmetic else "never the nearer one"
 print(f"""
-2. One request: from one token at a time to many
-
-A dense model of {weights / 1e6:.0f}M random weights ({human_bytes(4 * weights)}, more than the caches hold).
-A forward pass reads every weight once, however many tokens are in it. All tokens of a prompt can share a pass
-(prefill); an answer's cannot, for each depends on the one before (decode: one token a pass):
+   By the two limits, arithmetic should be the nearer one from about {2 * balance:.0f} tokens a pass on;
+   measured, it was {found}.
+   A token costs {one.seconds * 1e3:.1f} ms alone and {1e3 / many.tokens_per_s:.2f} ms among 256.
 """)
-prefill_rows = [measure(1, new) for new in (1, 4, 16, 64, 256)]
-print(table(HEADERS, prefill_rows))
-one, many = prefill_rows[0], prefill_rows[-1]
-print(f"""
-With 1 token the core reads at {one[7]} of its peak and computes at {one[5]} of its peak: it waits for memory.
-With 256 tokens it reads at {many[7]} and computes at {many[5]}: it waits for arithmetic.""")
 
-print("""
-3. Many requests: decode's only way out
+# %% [markdown]
+# *Why is a limit seldom reached?* They are limits for the whole pass only where each of its steps is large. One token
+# is many small steps, each of which has to be begun; and reading a matrix to multiply it with a single vector is not
+# done as well as adding up a long row of numbers. (A share above 100% means that the machine was busier when the limit
+# was measured.) So *nearer* is what can be said, and it is said from this run's numbers.
+#
+# *Change this line:* `hidden_size=640` → `128` and `DenseConfig(1920)` → `DenseConfig(384)`: now the weights fit the
+# core's caches. Which column changes most at one token a pass?
 
-One token of each of many requests shares a pass just as well, as far as the weights go. Each request's own KVCache
-still has to be read for it alone:
-""")
-decode_rows = [measure(batch, 1) for batch in (1, 2, 4, 8, 16, 32)]
-print(table(["requests", *HEADERS[1:]], decode_rows))
-gain = float(decode_rows[-1][1].replace(",", "")) / float(decode_rows[0][1].replace(",", ""))
-print(f"""
-32 requests at once get {gain:.1f} times the tokens a second of one. So a prefill machine wants arithmetic, and a decode
-machine wants memory: bandwidth for the weights, room for many requests' KVCache.""")
+# %% [markdown]
+# ## 3. Many requests: decode's way out
+#
+# If an answer's tokens cannot share a pass, tokens of *many answers* can: one token of each. They share the weights.
+# They do not share the [KVCache](../docs/glossary.md#kvcache): each request's own is read for it alone.
+#
+# *Guess first:* 64 requests at once: as fast as 64 tokens of one prompt, or slower?
 
-print("""
-4. Both on one machine: chunked prefill
+# %%
+decode = {batch: prefill[1] if batch == 1 else Measured(batch, 1) for batch in COUNTS[:-1]}
+print("3. Many requests, a token of each\n")
+print(table(["at once", "tokens/s", "gain", "gain of one prompt", "KVCache of the bytes", "nearer"], [
+    (batch, f"{run.tokens_per_s:,.0f}", f"{run.tokens_per_s / one.tokens_per_s:.1f}x",
+     f"{prefill[batch].tokens_per_s / one.tokens_per_s:.1f}x",
+     f"{run.kvcache_bytes / (4 * weights + run.kvcache_bytes):.0%}", run.limit) for batch, run in decode.items()]))
+most = COUNTS[-2]
+shared = decode[most].tokens_per_s / one.tokens_per_s
+print(f"\n   {most} requests at once draw {shared:.1f} times the tokens a second of one, {most} tokens of one prompt "
+      f"{prefill[most].tokens_per_s / one.tokens_per_s:.1f} times.\n"
+      f"   Each request brings {human_bytes(ROW_BYTES * CONTEXT)} of KVCache with it, to be read, and to have room.\n")
 
-On one machine they share steps. While a long prompt is prefilled, everyone who is being answered waits; cutting the
-prompt into chunks lets a decode step through after each. A request is being answered when a prompt of 1,500 tokens
-arrives (the embedded model, one core):
-""")
-document = make_document(seed=10**9 + 4, tokens=1500, encode=tokenizer.encode)
-prompt, rows, answers = document.prompt(document.questions[0]), [], set()
-for chunk in (2048, 512, 128, 32):
+# %% [markdown]
+# *Why is a batch of requests not a prompt?* Two reasons, both in the table: with each request there is more to read,
+# not only more to compute; and attention is a small product of its own for each. So the two kinds of work want
+# different machines. Prefill wants arithmetic. Decode wants bandwidth, and memory for many requests' KVCache. That is
+# the case for [PD disaggregation](../docs/glossary.md#pd), and it is why the paper puts H200s to prefill and cheaper
+# cards to decode.
+#
+# *Change this line:* `CONTEXT = 128` → `1024`. What becomes of the gain of 64 requests, and of the bytes' column?
+
+# %% [markdown]
+# ## 4. Both on one machine: chunked prefill
+#
+# On one machine they get in each other's way. While a long prompt is read, everybody who is being answered waits. The
+# engine cuts the prompt into *chunks*: a step is one chunk, and one token for each running request. (What runs next is
+# the scheduler's business, chapter 05; the tensors are the `Runner`'s: `prefill` a chunk, `decode` a batch.)
+#
+# *Guess first:* one request is being answered, a prompt of 900 tokens comes. With chunks of 64 instead of 1,024, who
+# gains, who loses?
+
+# %%
+document = make_document(EVALUATION_SEEDS + 4, tokens=900, encode=tokenizer.encode)
+prompt, rows, answers, waits_ms, ttfts_s = document.prompt(document.questions[0]), [], set(), {}, {}
+for chunk in (1024, 256, 64):
     engine = Engine(tiny, tokenizer, CacheConfig(num_blocks=1024), prefill_chunk=chunk)
+    assert isinstance(engine.runner, Runner)  # on a GPU a faster one stands behind the same two methods
     talker = engine.add(engine.request("talker", "The Chronicle of", SamplingParams(max_tokens=400, ignore_eos=True)))
     for _ in range(5):
         engine.step()
     reader = engine.add(engine.request("reader", prompt, SamplingParams(max_tokens=8)))
-    pauses = []
+    pauses_s = []
     while not reader.output_ids:
-        began = time.perf_counter()
+        began_s = time.perf_counter()
         engine.step()
-        pauses.append(time.perf_counter() - began)
+        pauses_s.append(time.perf_counter() - began_s)
     while reader.finish_reason is None:
         engine.step()
     answers.add(tuple(reader.output_ids))
-    ttft_s = reader.first_token_at_s - reader.arrived_at_s
-    rows.append((chunk, len(pauses), f"{ttft_s:.2f}", f"{1e3 * max(pauses):.0f}"))
+    ttfts_s[chunk], waits_ms[chunk] = reader.first_token_at_s - reader.arrived_at_s, max(pauses_s) * 1e3
+    rows.append((chunk, len(pauses_s), f"{ttfts_s[chunk]:.2f}", f"{waits_ms[chunk]:.0f}"))
+print("4. Both on one machine: chunked prefill\n")
 print(table(["chunk, tokens", "steps", "first token after, s", "longest wait of the other, ms"], rows))
-verdict = "The answer is the same every time" if len(answers) == 1 else "THE ANSWERS DIFFER"
-drawn = list(answers.pop())
-end = next((position for position, token in enumerate(drawn) if token in tiny.config.eos_token_ids), len(drawn))
 print(f"""
-{verdict}: {tokenizer.decode(drawn[:end]).strip()!r} (the document: {document.questions[0].answer!r}).
-Small chunks are kind to the one who is talking and cost the one who waits: each step then waits for memory again.
+   From chunks of 1,024 to chunks of 64 the longest wait becomes {waits_ms[64] / waits_ms[1024]:.2f} times as long,
+   the time to the first token {ttfts_s[64] / ttfts_s[1024]:.2f} times.
+   With each of the three the answer is {'the same' if len(answers) == 1 else 'DIFFERENT'}.
+""")
 
-Shown: a token costs {one[2]} ms alone and {many[2]} ms among 256, because prefill is bound by arithmetic and decode by
-memory. They want different machines, which is why serving splits them. Next: tutorials/05_continuous_batching.py.""")
+# %% [markdown]
+# *Why can small chunks cost the reader?* Each step reads all weights again for few tokens (section 2), and stops for a
+# token of the other. It is a trade, and no size is right for both: another reason for two machines.
+#
+# *Change this line:* `(1024, 256, 64)` → add 16. Where does the wait of the talker stop getting shorter?
+
+# %% [markdown]
+# ## 5. Two machines, and the baton
+#
+# Here are two engines, each with a pool of its own. One reads and draws the first token; then each layer's state is
+# taken out of its blocks as bytes, and put into the other's, which goes on. In this chapter they share a process; in
+# chapter 13 there is an ocean between them, and what crosses is the same bytes.
+#
+# *Guess first:* which of the two knows where the bytes must go: the reader, or the writer?
+
+# %%
+params = SamplingParams(max_tokens=8)
+reads, writes = (Engine(tiny, tokenizer, CacheConfig(num_blocks=1024)) for _ in range(2))
+order: Request = reads.add(reads.request("reader", prompt, params, prefill_only=True))
+while order.status is not Status.HELD:
+    reads.step()
+
+going_on = writes.request("writer", prompt, params)
+if not writes.reserve_remote(going_on):
+    raise SystemExit("the pool is full")
+kv_bytes, tokens = 0, order.prompt_tokens
+for layer, group in enumerate(reads.layout.group_of_layer):
+    from_blocks, into_blocks = (request.cache.block_tables[group.index] for request in (order, going_on))
+    data = reads.kvcache.pool.read_bytes(layer, from_blocks, 0, tokens)
+    writes.kvcache.pool.write_bytes(layer, into_blocks, 0, tokens, data)
+    kv_bytes += data.numel()
+reads.release(order)
+writes.admit_remote(going_on, order.output_ids[0])
+while writes.has_work:
+    writes.step()
+(alone,) = generate(tiny, tokenizer, [prompt], params)
+same = going_on.output_ids == alone.token_ids
+print("5. Two machines, and the baton\n")
+print(table(["engine", "prompt tokens computed", "answer tokens drawn"], [
+    ("reads", reads.prefilled_tokens, len(order.output_ids)),
+    ("writes", writes.prefilled_tokens, len(going_on.output_ids) - len(order.output_ids))]))
+print(f"\n   {human_bytes(kv_bytes)} of KVCache for {tokens} tokens were handed over. The answer is "
+      f"{'the same' if same else 'NOT the same'}, token by token, as\n   with one engine: {going_on.text.strip()!r}.\n")
+
+# %% [markdown]
+# *Why does the writer reserve first?* It gives the blocks, so it knows where; and when it has no room, it is better not
+# to have read. That order (reserve, then ask) is kept throughout: it is called *pull*.
+#
+# *Change this line:* leave out one layer (`if layer == 3: continue`). Is there an error?
+
+# %%
+print(f"A token costs {one.seconds * 1e3:.1f} ms alone, {1e3 / many.tokens_per_s:.2f} ms among 256 of a prompt, "
+      f"{1e3 / decode[most].tokens_per_s:.2f} ms among {most} of as many answers.\n"
+      "Next: tutorials/05_continuous_batching.py, many answers at once.")
+
+# %% [markdown]
+# ### Exercises
+# Write the functions of `tutorials/exercises/ex_04.py`, then `python tutorials/04_prefill_and_decode.py --check 1`.
+# 1. `least_seconds`: the least time that a forward pass can take on a machine, by its two limits.
+# 2. `requests_that_fit`: how many requests' KVCache the memory of a decode machine holds beside the weights.
+# 3. `prefill_chunks`: the chunks in which the engine reads a prompt.

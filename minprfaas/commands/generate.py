@@ -1,4 +1,4 @@
-"""`python -m minprfaas generate`: answers in one process, the reference for everything distributed. Chapter 04."""
+"""`python -m minprfaas generate`: answers in one process, the reference for everything distributed. Chapter 05."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""The prompts file: one JSON object a line, checked before anything runs. Chapter 04."""
+"""The prompts file: one JSON object a line, checked before anything runs. Chapter 05."""
 
 import json
 from dataclasses import dataclass, fields

@@ -1,4 +1,4 @@
-"""From logits to a token: greedy, temperature, top-k, top-p, the same draw wherever the request runs. Chapter 04."""
+"""From logits to a token: greedy, temperature, top-k, top-p, the same draw wherever the request runs. Chapter 05."""
 
 import hashlib
 from collections.abc import Sequence

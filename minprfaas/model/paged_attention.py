@@ -1,4 +1,4 @@
-"""Decode attention straight over pages: no copy of the context, no mask, nothing planned anew a step. Chapter 05.
+"""Decode attention straight over pages: no copy of the context, no mask, nothing planned anew a step. Chapter 03.
 
 Split-KV ("flash decoding") in plain PyTorch. The flash kernel for sequences of unequal length is told that every page
 is a sequence of its own, which begins at the page's first row of the pool and has as many rows as are filled. It

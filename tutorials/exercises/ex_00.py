@@ -55,7 +55,8 @@ def check_2() -> str | None:
 
 def check_3() -> str | None:
     """Against the package's equations 1 and 2: so many fit, and one more does not."""
-    for link_gbps, kvcache_bytes, prefill_s in [(100.0, 735_366_349, 1.84), (10.0, 2**30, 1.0), (400.0, 8 * 2**30, 2.5)]:
+    cases = [(100.0, 735_366_349, 1.84), (10.0, 2**30, 1.0), (400.0, 8 * 2**30, 2.5)]
+    for link_gbps, kvcache_bytes, prefill_s in cases:
         count = instances_that_fit(link_gbps, kvcache_bytes, prefill_s)
         each_gbps = kv_throughput_gbps(kvcache_bytes, prefill_s)
         most = 0
