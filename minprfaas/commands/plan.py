@@ -115,7 +115,9 @@ def _check_options(args: argparse.Namespace) -> None:
 def _curves(args: argparse.Namespace, fleet: Fleet) -> dict[str, list[tuple[int, float]]]:
     """Figure 2's: (tokens, Gbps an instance) of each of the paper's models, or of one's own profiles."""
     if args.case:
-        return {name: list(zip(paper.TABLE_3_TOKENS, gbps)) for name, gbps in paper.TABLE_3_GBPS.items()}
+        kinds = {name: "dense" if name in paper.TABLE_3_DENSE else "hybrid" for name in paper.TABLE_3_GBPS}
+        return {f"{name} ({kinds[name]})": list(zip(paper.TABLE_3_TOKENS, gbps))
+                for name, gbps in paper.TABLE_3_GBPS.items()}
     return {p.name: [(point.tokens, kv_throughput_gbps(point.kv_bytes, point.prefill_s)) for point in p.points]
             for p in (fleet.prfaas_profile, fleet.pd_profile)}
 

@@ -57,10 +57,19 @@ def draw_weights(directory: str | Path, name: str, curves: Mapping[str, Sequence
     path; raises UserError."""
     figure, axes = new_figure()
     for label, points in curves.items():
-        axes.plot(*zip(*((tokens, count / 2**20) for tokens, count in points)), label=label)
+        axes.plot(*zip(*((tokens, count / 2**20) for tokens, count in points)), label=label, linestyle=_dashes(label))
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="MiB of KVCache")
-    axes.legend(frameon=False, fontsize="small")
+    _add_legend(figure)
     return save_figure(figure, directory, name)
+
+
+def _dashes(label: str) -> str:
+    return "--" if label.endswith("(dense)") else "-"
+
+
+def _add_legend(figure: "Figure") -> None:
+    """Below the axes, where it covers no curve."""
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
 
 
 def draw_plan(directory: str | Path, fleet: Fleet, lengths: LengthDistribution, plan: Plan,
@@ -83,10 +92,10 @@ def _draw_kv_throughput(kv_gbps: Mapping[str, Sequence[tuple[int, float]]]) -> "
     """Figure 2: what an instance emits while it prefills, over the length of the prompt."""
     figure, axes = new_figure()
     for name, points in kv_gbps.items():
-        axes.plot(*zip(*points), marker="o", label=name)
+        axes.plot(*zip(*points), marker="o", label=name, linestyle=_dashes(name))
     axes.set(xscale="log", yscale="log", xlabel="prompt, tokens", ylabel="KV throughput of an instance, Gbps",
              title="Figure 2: KV throughput (eq. 1) at the published or measured lengths")
-    axes.legend(fontsize="small")
+    _add_legend(figure)
     axes.grid(alpha=0.3)
     return figure
 
@@ -103,6 +112,6 @@ def _draw_bounds(plans: Sequence[Plan], x: Sequence[float], best: float, x_label
     if best != inf:
         axes.axvline(best, color="grey", linestyle=":")
     axes.set(xlabel=x_label, ylabel="requests / s", ylim=(0, 2 * max(system) or 1), title=title)
-    axes.legend(fontsize="small")
+    _add_legend(figure)
     axes.grid(alpha=0.3)
     return figure
