@@ -2,8 +2,12 @@
 
     python tutorials/09_inside_a_datacenter.py
 
-Uses transport/fabric, fabric_sending and pair_group. This runs on CPUs, where Gloo carries the bytes; between two GPUs
-the same code takes NCCL. What is said of NCCL here is marked so: nothing in this run measures it.
+This runs on CPUs, where Gloo carries the bytes; between two GPUs the same code takes NCCL. What is said of NCCL here is
+marked so: nothing in this run measures it.
+
+Modules: transport/fabric.py, transport/fabric_sending.py, transport/pair_group.py
+Tests: test_transport_fabric.py, test_transport_seam.py
+Paper: 3.1
 """
 import helper
 
@@ -262,10 +266,13 @@ fabric.close()
 # *Change this line:* `peer.kill()` → `peer.send_signal(signal.SIGSTOP)` (and `SIGCONT` later). How long now?
 #
 # ### Exercises
-# 1. Give `pair_end` a `Fabric(…, staging_bytes=65_536)` on both sides. What happens to the pieces, and why does the
-#    link refuse a pair that does not agree about it?
-# 2. Section 1 sends in one direction. Send in both at once, first through two groups, then through one, and abort
-#    what does not end.
+# Write the functions of `tutorials/exercises/ex_09.py`, then `python tutorials/09_inside_a_datacenter.py --check 1`.
+# 1. `digest_of`: the digest of section 2.
+# 2. `batches_of`: which pieces share a staging buffer.
+#
+# To go on: give `pair_end` a `Fabric(…, staging_bytes=65_536)` on both sides. What happens to the pieces, and why does
+# the link refuse a pair that does not agree about it? And send in both directions at once in section 1, first through
+# two groups, then through one, and abort what does not end.
 
 # %%
 sound = [first.is_identical, third.is_identical, is_sound, is_untouched, noticed == 3]

@@ -2,8 +2,12 @@
 
     python tutorials/13_prefill_as_a_service.py
 
-Uses cluster/, by the same classes as scripts/cluster.py, which starts the nodes. The line between the datacenters is
-emulated in its rate and its round trip; the processes, the KVCache that crosses, and the times are real.
+The nodes are those of scripts/cluster.py. The line between the datacenters is emulated in its rate and its round trip;
+the processes, the KVCache that crosses, and the times are real.
+
+Modules: cluster/
+Tests: test_cluster_program.py, test_cluster_parts.py, test_cluster_life.py, test_two_datacenters.py
+Paper: 3, 4
 """
 import helper
 
@@ -178,9 +182,13 @@ print(f"   {same} of {len(journeys)} answers are, token by token, those of one p
 
 # %% [markdown]
 # ### Exercises
-# 1. `Topology(prfaas=1, pd=2, split=1)` → `Topology(prfaas=2, pd=3, split=1)`, `wait_for` all five, and submit four
-#    long requests at once. Which nodes are named in the reasons?
-# 2. Print `update.new_text` of `cluster.front.take_updates()` after each step of `serve`. When does the first one come?
+# Write the functions of `tutorials/exercises/ex_13.py`, then `python tutorials/13_prefill_as_a_service.py --check 1`.
+# 1. `bytes_that_cross`: what of a prompt's KVCache is sent, when the decode node holds a part of it.
+# 2. `largest_part`: where most of a time to the first token went.
+#
+# To go on: `Topology(prfaas=1, pd=2, split=1)` → `Topology(prfaas=2, pd=3, split=1)`, `wait_for` all five, and submit
+# four long requests at once. Which nodes are named in the reasons? And print `update.new_text` of
+# `cluster.front.take_updates()` after each step of `serve`: when does the first one come?
 
 # %%
 print("""The same from a command line, with your own prompts, and a page that draws each request's life:

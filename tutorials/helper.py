@@ -32,20 +32,20 @@ def path_of(name: str) -> str:
 # Beginning and ending
 
 
-def begin(doc: str, options: Mapping[str, dict] | None = None) -> argparse.Namespace:
+def begin(doc: str | None, options: Mapping[str, dict] | None = None) -> argparse.Namespace:
     """Answer `--help` and `--check N`; return the values of the chapter's own `options` (name -> what argparse's
     `add_argument` takes). From now on Ctrl-C ends the chapter with one line, a mistake of the user with another, and a
     reader who has left, as `head` does, with none. Whatever the chapter has started ends with it. A notebook has no
     command line: there this does nothing, and every option has its default."""
-    chapter = re.search(r"Chapter (\d\d)", doc)[1]
     parser = ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, how in (options or {}).items():
         parser.add_argument(name, **how)
+    if "ipykernel" in sys.modules:  # where `__doc__` is not the chapter's
+        return parser.parse_args([])
+    chapter = re.search(r"Chapter (\d\d)", doc)[1]
     if exercises_of(chapter).exists():
         parser.add_argument("--check", metavar="N", help=f"check your answer to exercise N, given in "
                                                          f"tutorials/exercises/{exercises_of(chapter).name}")
-    if "ipykernel" in sys.modules:
-        return parser.parse_args([])
     signal.signal(signal.SIGINT, lambda number, frame: _end(130, "interrupted"))
     sys.excepthook = _on_exception
     arguments = parser.parse_args()
