@@ -92,7 +92,7 @@ def test_requests_on_nodes_that_fail_are_routed_again_and_none_is_lost():
     loads = run.control.loads()
     assert set(loads) == {*(f"prfaas{i}" for i in range(4)), *(f"pd{i}" for i in range(8))}
     assert len(loads) == 12
-    assert set(loads.values()) == {0} and run.egress.queued_bytes < 1
+    assert set(loads.values()) == {0} and run.lines[""].egress.queued_bytes < 1
 
 
 def test_with_the_prfaas_cluster_gone_every_request_is_served_locally():

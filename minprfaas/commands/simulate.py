@@ -16,10 +16,10 @@ from minprfaas.observe.report import table
 from minprfaas.observe.simulation_plots import draw_hit_ratios, draw_simulation
 from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.lengths import EmpiricalLengths, LengthDistribution
-from minprfaas.scheduling.planner import Fleet, plan
+from minprfaas.scheduling.planner import MAX_GBPS, MAX_INSTANCES, Fleet, plan
 from minprfaas.scheduling.profiles import Profile
 from minprfaas.simulator.arrivals import bursty, day_lengths, diurnal, drawn, from_trace, poisson
-from minprfaas.simulator.cluster import MAX_SIMULATED_S, Setup, Simulation
+from minprfaas.simulator.cluster import MAX_SIMULATED_S, PrfaaSSite, Setup, Simulation
 from minprfaas.simulator.nodes import SimRequest
 from minprfaas.simulator.report import TTFT_OBJECTIVE_S, Report
 from minprfaas.simulator.trace import TraceRequest, read_trace
@@ -36,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fleet.add_argument("--prfaas-instances", type=int, metavar="N", help="instances of the PrfaaS cluster")
     fleet.add_argument("--pd-instances", type=int, metavar="N", help="instances of the PD cluster")
     fleet.add_argument("--link-gbps", type=float, metavar="GBPS", help="bandwidth between them")
+    fleet.add_argument("--site", action="append", default=[], metavar="NAME=N:GBPS[:FILE.json]", help="instead of "
+                       "--prfaas-instances, --link-gbps and --weather: a PrfaaS datacenter with N instances, its line "
+                       "and weather; once for each")
     fleet.add_argument("--output-tokens", type=float, metavar="N", help="length of an answer (1024, or the trace's)")
     fleet.add_argument("--n-p", type=int, metavar="N", help="PD nodes that begin with prefill (default: the planner's)")
     fleet.add_argument("--threshold", type=float, metavar="T", help="uncached tokens (default: the planner's)")
@@ -119,7 +122,7 @@ def _prepare(args: argparse.Namespace, trace: list[TraceRequest]) -> tuple[Setup
         fleet, planned.n_p, planned.threshold, selective=not args.least_loaded,
         adaptive=not (args.fixed_threshold or args.least_loaded), convert_roles=args.convert_roles,
         cache_aware=not args.cache_blind, cache_blocks=args.cache_blocks,
-        weather=_weather(args, fleet.link_gbps), failures=tuple(map(_failure, args.fail)))
+        weather=_weather(args.weather, fleet.link_gbps), failures=tuple(map(_failure, args.fail)), sites=_sites(args))
     if trace:
         requests, count = from_trace(trace, args.speed), len(trace)
         rate_rps = count / max(trace[-1].timestamp_s / args.speed, 1e-9)
@@ -140,7 +143,33 @@ def _fleet(args: argparse.Namespace, trace: list[TraceRequest]) -> Fleet:
         fleet = replace(fleet, pd_profile=Profile.read(args.pd_profile))
     if trace:
         fleet = replace(fleet, output_tokens=sum(request.output_tokens for request in trace) / len(trace))
-    return replace(fleet, **{name: getattr(args, name) for name in FLEET_OPTIONS if getattr(args, name) is not None})
+    fleet = replace(fleet, **{name: getattr(args, name) for name in FLEET_OPTIONS if getattr(args, name) is not None})
+    sites = _sites(args)
+    if not sites:
+        return fleet
+    if args.prfaas_instances is not None or args.link_gbps is not None or args.weather:
+        raise UserError("--site says instances, line and weather of each PrfaaS datacenter; --prfaas-instances, "
+                        "--link-gbps and --weather are for a single one")
+    return replace(fleet, prfaas_instances=sum(site.instances for site in sites),
+                   link_gbps=sum(site.gbps for site in sites))
+
+
+def _sites(args: argparse.Namespace) -> tuple[PrfaaSSite, ...]:
+    sites = []
+    for text in args.site:
+        name, _, rest = text.partition("=")
+        count, _, rest = rest.partition(":")
+        gbps, _, weather = rest.partition(":")
+        try:
+            sites.append(PrfaaSSite(name, int(count), float(gbps), _weather(weather, float(gbps))))
+        except ValueError:
+            raise UserError(f"--site is {text!r:.80}; it must be like prfaas-a=2:100 or prfaas-a=2:100:WEATHER.json") \
+                from None
+        require_number(f"--site {name}: instances", sites[-1].instances, least=1, most=MAX_INSTANCES)
+        require_number(f"--site {name}: Gbps", sites[-1].gbps, above=0, most=MAX_GBPS)
+        if not name.startswith("prfaas") or [site.name for site in sites].count(name) > 1:
+            raise UserError(f"--site is named {name!r:.80}; each has a name of its own that begins with prfaas")
+    return tuple(sites)
 
 
 def _made_up(args: argparse.Namespace, lengths: LengthDistribution, output_tokens: int,
@@ -169,13 +198,13 @@ def _check_duration(setup: Setup, lengths: LengthDistribution, count: int, rate_
                         f"would take {duration_s:,.3g} simulated seconds; the limit is {MAX_SIMULATED_S:,.0f}")
 
 
-def _weather(args: argparse.Namespace, gbps: float) -> tuple[tuple[float, float], ...]:
+def _weather(path: str | None, gbps: float) -> tuple[tuple[float, float], ...]:
     """A live link's schedule as (seconds, Gbps): a stall is a bandwidth of 0."""
-    if not args.weather:
+    if not path:
         return ()
     from minprfaas.transport import load_weather
     steps = []
-    for change in load_weather(args.weather):
+    for change in load_weather(path):
         gbps = gbps if change.gbps is None else change.gbps
         steps += [(change.at_s, 0.0), (change.at_s + change.stall_s, gbps)] if change.stall_s else [(change.at_s, gbps)]
     return tuple(steps)
@@ -203,6 +232,9 @@ def _print(setup: Setup, report: Report) -> None:
              ("egress, Gbps", f"{report.egress_gbps:.2f}"), ("most requests waiting", report.peak_waiting),
              ("threshold moves", report.threshold_moves), ("role changes", len(report.role_changes)),
              ("routed again after a failure", report.routed_again), ("without any node to go to", report.failed)]
+    for site in setup.sites:
+        there = sum(report.prefilled_at.get(node, 0) for node, name in setup.prfaas_names.items() if name == site.name)
+        rows.append((f"prefilled at {site.name} ({site.instances} at {site.gbps:g} Gbps)", f"{there:,}"))
     print(table([f"{report.requests:,} requests in {report.duration_s:,.0f} s", "simulated"], rows))
     for time_s, node, role, reason in report.role_changes:
         print(f"  at {time_s:,.0f} s {node} → {role}: {reason}")

@@ -77,9 +77,11 @@ class LinkMeasured:
 
 @dataclass(frozen=True, slots=True)
 class LineChanged:
-    """The line between the clusters has stopped, or works again; the nodes go on with what they have."""
+    """The line between the clusters has stopped, or works again; the nodes go on with what they have. Where there are
+    several PrfaaS datacenters, `site` says whose line it is."""
 
     up: bool
+    site: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,8 +272,7 @@ class ControlPlane:
         """Decide, and book the request on the nodes that were chosen, in place of an earlier attempt of the same id.
         Raises RequestError ("no_node") when nothing can prefill or nothing can decode."""
         self._books.close(request.id)  # first: what it is given anew must not be weighed against what it had
-        self._view.regime = self._egress.regime(now_s)
-        decision = self._router.route(request, self.directory.match(request.keys), self._view)
+        decision = self._router.route(request, self.directory.match(request.keys), self._view_of(now_s))
         uncached, expected_s = request.prompt_tokens - decision.cached_tokens, 0.0
         if self.settings.fleet is not None:
             profile = self.settings.fleet.profile(decision.route)
@@ -280,6 +281,11 @@ class ControlPlane:
             self._threshold_loop.record(decision.incremental_tokens)
         self._books.open(request.id, decision, uncached, expected_s)
         return decision
+
+    def _view_of(self, now_s: float) -> ClusterView:
+        """What the router sees."""
+        self._view.regime = self._egress.regime(now_s)
+        return self._view
 
     # What time brings
 

@@ -14,6 +14,7 @@ from minprfaas.scheduling.control import ControlPlane, ControlSettings
 from minprfaas.scheduling.planner import Fleet
 from minprfaas.scheduling.roles import RoleChange
 from minprfaas.scheduling.router import FABRIC_GBPS, CacheTransfer, RouteRequest
+from minprfaas.scheduling.sites import SitesControlPlane
 from minprfaas.simulator.events import Clock
 from minprfaas.simulator.link import FluidLink
 from minprfaas.simulator.nodes import DecodeNode, PrefillNode, PrefixCache, SimRequest
@@ -23,14 +24,32 @@ TICK_S = 1.0  # how often links are sampled and the control plane is asked what 
 RTT_S = 0.02  # modelled, between the clusters
 ROLE_SWITCH_S = 10.0  # modelled: a drained node restarts in its other role
 MAX_SIMULATED_S = 1e6  # 11 days: a second is a row of the report, so more would fill the memory
-LINE = "line"  # one sender stands for all of a direction
+Weather = tuple[tuple[float, float], ...]  # (seconds, link Gbps from then on)
+
+
+@dataclass(frozen=True)
+class PrfaaSSite:
+    """One of several PrfaaS datacenters: its nodes are NAME-0…, its line to the PD cluster has weather of its own."""
+
+    name: str
+    instances: int
+    gbps: float
+    weather: Weather = ()
+
+
+class Line:
+    """Both directions between one PrfaaS datacenter and the PD cluster."""
+
+    def __init__(self, clock: Clock, gbps: float):
+        self.egress, self.ingress = FluidLink(clock, gbps, RTT_S), FluidLink(clock, gbps, RTT_S)
 
 
 @dataclass(frozen=True)
 class Setup:
     """One simulation. Nodes are named prfaas0…, and pd0…, of which the first `n_p` begin as PD-P. `selective` False is
     least-loaded routing without a threshold; `adaptive` and `convert_roles` switch the loops. Where `cache_aware` is
-    False, nodes reuse what they hold, but the router ignores it."""
+    False, nodes reuse what they hold, but the router ignores it. With `sites` the fleet's PrfaaS instances and its link
+    are theirs together."""
 
     fleet: Fleet
     n_p: int
@@ -40,28 +59,43 @@ class Setup:
     convert_roles: bool = False
     cache_aware: bool = True
     cache_blocks: int = 0  # per node
-    weather: tuple[tuple[float, float], ...] = ()  # (seconds, link Gbps from then on)
+    weather: Weather = ()
     failures: tuple[tuple[str, float, float], ...] = ()  # (node, fails at, returns at), in seconds
+    sites: tuple[PrfaaSSite, ...] = ()
+
+    @property
+    def prfaas_names(self) -> dict[str, str]:
+        """The site of each PrfaaS node."""
+        if not self.sites:
+            return {f"prfaas{i}": "" for i in range(int(self.fleet.prfaas_instances))}
+        return {f"{site.name}-{i}": site.name for site in self.sites for i in range(site.instances)}
 
     def __post_init__(self) -> None:
         n_prfaas, n_d = int(self.fleet.prfaas_instances), self.fleet.pd_instances - self.n_p
         if self.n_p < 0 or n_d < 1 or self.n_p + n_prfaas < 1:
             raise UserError(f"{n_prfaas} PrfaaS, {self.n_p} PD-P and {n_d} PD-D nodes cannot serve; prefill and decode "
                             f"need one each")
-        names = {*(f"prfaas{i}" for i in range(n_prfaas)), *(f"pd{i}" for i in range(self.fleet.pd_instances))}
+        names = {*self.prfaas_names, *(f"pd{i}" for i in range(self.fleet.pd_instances))}
         for node, fails_s, returns_s in self.failures:
             if node not in names or not 0 <= fails_s < returns_s:
                 raise UserError(f"failure of {node!r} from {fails_s:g} s to {returns_s:g} s is not possible; nodes are "
                                 f"prfaas0… and pd0…, and a node fails before it returns")
-        if any(time_s < 0 or gbps < 0 for time_s, gbps in self.weather):
-            raise UserError(f"weather {self.weather} has a negative time or bandwidth")
-        if self.weather and max(self.weather)[1] == 0:
-            raise UserError("weather ends with a link at 0 Gbps; what is on its way would never arrive")
+        for weather in (self.weather, *(site.weather for site in self.sites)):
+            if any(time_s < 0 or gbps < 0 for time_s, gbps in weather):
+                raise UserError(f"weather {weather} has a negative time or bandwidth")
+            if weather and max(weather)[1] == 0:
+                raise UserError("weather ends with a link at 0 Gbps; what is on its way would never arrive")
 
     def control_settings(self) -> ControlSettings:
         """What the control plane is told."""
         return ControlSettings(self.threshold, self.fleet.link_gbps, fleet=self.fleet, ship_prefixes=True,
                                selective=self.selective, adaptive=self.adaptive, convert_roles=self.convert_roles)
+
+    def control_plane(self) -> ControlPlane:
+        """Who decides."""
+        if not self.sites:
+            return ControlPlane(self.control_settings())
+        return SitesControlPlane(self.control_settings(), {site.name: site.gbps for site in self.sites})
 
 
 class Simulation:
@@ -73,29 +107,36 @@ class Simulation:
                  on_progress: Callable[[int], object] | None = None, control: ControlPlane | None = None):
         fleet = setup.fleet
         self.setup, self._requests, self._on_decision, self._on_progress = setup, requests, on_decision, on_progress
-        self.control = control if control is not None else ControlPlane(setup.control_settings())
+        self.control = control if control is not None else setup.control_plane()
         self.clock, self.recorder = Clock(), Recorder()
-        self.egress = FluidLink(self.clock, fleet.link_gbps, RTT_S)
-        self.ingress = FluidLink(self.clock, fleet.link_gbps, RTT_S)
+        sites = setup.sites or (PrfaaSSite("", 0, fleet.link_gbps, setup.weather),)
+        self.lines = {site.name: Line(self.clock, site.gbps) for site in sites}
+        self._weather = {site.name: site.weather for site in sites}
+        self._site_of = setup.prfaas_names
         self.prefill: dict[str, PrefillNode] = {}
         self.decode: dict[str, DecodeNode] = {}
         self._caches: dict[str, PrefixCache] = {}
         self._in_system, self._arrivals_over = 0, False
-        for i in range(int(fleet.prfaas_instances)):
-            self._start_node(f"prfaas{i}", Role.PRFAAS)
+        for name in self._site_of:
+            self._start_node(name, Role.PRFAAS)
         for i in range(fleet.pd_instances):
             self._start_node(f"pd{i}", Role.PDP if i < setup.n_p else Role.PDD)
 
     def run(self) -> Report:
         """Until every request has ended. Raises UserError when that takes more than `MAX_SIMULATED_S`."""
-        for time_s, gbps in self.setup.weather:
-            self.clock.at(time_s, self._change_weather, gbps)
+        for site, weather in self._weather.items():
+            for time_s, gbps in weather:
+                self.clock.at(time_s, self._change_weather, site, gbps)
         for node, fails_s, returns_s in self.setup.failures:
             self.clock.at(fails_s, self._fail, node, returns_s)
         self.clock.after(TICK_S, self._tick)
         self._expect_next()
         self.clock.run()
-        return self.recorder.report(self.egress.bytes_sent)
+        return self.recorder.report(sum(line.egress.bytes_sent for line in self.lines.values()))
+
+    def _line_of(self, node: str) -> Line:
+        """The line of a PrfaaS node."""
+        return self.lines[self._site_of[node]]
 
     # A request's way
 
@@ -136,8 +177,8 @@ class Simulation:
             self.clock.after(transfer.bytes * 8e-9 / FABRIC_GBPS, self._submit, node, request)
         else:
             self.recorder.shipped_cache_bytes += transfer.bytes
-            link = self.ingress if is_remote else self.egress
-            link.send(transfer.bytes, self._submit, node, request)
+            line = self._line_of(request.decision.node if is_remote else transfer.source)
+            (line.ingress if is_remote else line.egress).send(transfer.bytes, self._submit, node, request)
 
     def _submit(self, node: PrefillNode, request: SimRequest) -> None:
         """The cached prefix is there."""
@@ -150,15 +191,16 @@ class Simulation:
             kv_bytes = self.setup.fleet.prfaas_profile.kv_bytes  # only the increment, and the state of fixed size
             crossing = kv_bytes(request.input_tokens) - kv_bytes(request.decision.decode_cached_tokens) + kv_bytes(0)
             request.stream_rate = crossing / seconds
-            self.egress.open_stream(request.stream_rate)
+            self._line_of(request.decision.node).egress.open_stream(request.stream_rate)
 
     def _prefill_done(self, request: SimRequest, seconds: float) -> None:
         uncached = request.input_tokens - request.cached_tokens
         self._tell(plane.PrefillEnded(request.id, uncached, seconds))
         self._remember(request.decision.node, request.keys)
         if request.decision.route is Role.PRFAAS:
-            self.egress.close_stream(request.stream_rate)
-            self.egress.send(0, self._admit, request)
+            line = self._line_of(request.decision.node)
+            line.egress.close_stream(request.stream_rate)
+            line.egress.send(0, self._admit, request)
         else:
             self._admit(request)
 
@@ -198,7 +240,7 @@ class Simulation:
             return
         role = node.role if isinstance(node, PrefillNode) else Role.PDD
         if role is Role.PRFAAS and node.running:
-            self.egress.close_stream(node.running.stream_rate)
+            self._line_of(name).egress.close_stream(node.running.stream_rate)
         lost = node.fail()
         self._caches[name].clear()
         self._tell(plane.NodeLeft(name))
@@ -212,10 +254,10 @@ class Simulation:
         if change is not None:
             self._tell(change)
 
-    def _change_weather(self, gbps: float) -> None:
-        self.egress.set_gbps(gbps)
-        self.ingress.set_gbps(gbps)
-        self._tell(plane.LineChanged(gbps > 0))
+    def _change_weather(self, site: str, gbps: float) -> None:
+        self.lines[site].egress.set_gbps(gbps)
+        self.lines[site].ingress.set_gbps(gbps)
+        self._tell(plane.LineChanged(gbps > 0, site))
 
     # The control plane
 
@@ -240,15 +282,17 @@ class Simulation:
         if now_s > MAX_SIMULATED_S:
             raise UserError(f"after {MAX_SIMULATED_S:,.0f} simulated seconds {self._in_system:,} requests have not "
                             "ended; this cluster is too slow for them")
-        sample = self.egress.sample()
-        self._tell(plane.LinkMeasured(LINE, sample))
-        self._tell(plane.LinkMeasured(LINE, self.ingress.sample(), ingress=True))
+        samples = {site: line.egress.sample() for site, line in self.lines.items()}
+        for site, line in self.lines.items():  # one sender stands for all of a direction
+            self._tell(plane.LinkMeasured(f"{site}-line", samples[site]))
+            self._tell(plane.LinkMeasured(f"{site}-line", line.ingress.sample(), ingress=True))
         for action in self.control.tick(now_s):
             self._carry_out(action)
         running = sum(len(node.running) for node in self.decode.values())
         batch = running / (max(len(self.decode), 1) * self.setup.fleet.pd_profile.bs_max)
         self.recorder.series.append(Tick(
-            now_s, sample.gbps, sample.utilization, sample.queued_bytes, self._busy(Role.PRFAAS), self._busy(Role.PDP),
+            now_s, sum(one.gbps for one in samples.values()), max(one.utilization for one in samples.values()),
+            sum(one.queued_bytes for one in samples.values()), self._busy(Role.PRFAAS), self._busy(Role.PDP),
             batch, self._in_system - running, self.control.threshold, len(self.control.nodes(Role.PDP))))
         if not self._arrivals_over or self._in_system:
             self.clock.after(TICK_S, self._tick)

@@ -4,6 +4,7 @@ Everything is *simulated*: service times come from the profiles, not from a mach
 """
 
 from array import array
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import NamedTuple
@@ -52,6 +53,7 @@ class Report:
     final_threshold: float
     threshold_moves: int
     role_changes: list[tuple]
+    prefilled_at: dict[str, int]  # requests, by node
     series: list[Tick] = field(repr=False)
 
     def to_json(self) -> dict:
@@ -66,6 +68,7 @@ class Recorder:
     def __init__(self):
         self.arrived = self.failed = self.routed_again = self.offloaded = self.threshold_moves = 0
         self.shipped_cache_bytes = self.fetched_cache_bytes = 0.0
+        self.prefilled_at: Counter[str] = Counter()  # requests, by node
         self.role_changes: list[tuple[float, str, str, str]] = []
         self.series: list[Tick] = []
         self._good, self._last_arrival_s, self._ended_s = 0, 0.0, 0.0
@@ -85,6 +88,7 @@ class Recorder:
         if request.output_tokens > 1:
             self._inter_token.append((request.finished_s - request.first_token_s) / (request.output_tokens - 1))
         self.offloaded += request.decision.route == "prfaas"
+        self.prefilled_at[request.decision.node] += 1
         self._prompt_tokens += request.input_tokens
         self._cached_tokens += request.cached_tokens
 
@@ -101,7 +105,7 @@ class Recorder:
             _percentiles(self._ttft), _percentiles(self._inter_token), self.offloaded / max(completed, 1),
             self._cached_tokens / max(self._prompt_tokens, 1), bytes_sent * 8e-9 / duration_s, self.shipped_cache_bytes,
             self.fetched_cache_bytes, utilization, max(columns.waiting), columns.threshold[-1], self.threshold_moves,
-            self.role_changes, self.series)
+            self.role_changes, dict(self.prefilled_at), self.series)
 
 
 def _percentiles(values: array) -> dict[str, float]:
