@@ -109,5 +109,6 @@ class Mail:
             envelope = decode(event.message)
         except BadMessage:
             return None  # the handshake vouches for the peer; a message we do not know is one we need not obey
-        is_ours = envelope.to in self._here and envelope.sender in self.names_behind(event.link)
+        link = self._link_to.get(envelope.sender)
+        is_ours = envelope.to in self._here and link is not None and link.name == event.link
         return envelope if is_ours else None

@@ -91,12 +91,11 @@ class Directory:
         """Tokens of the longest cached prefix of a prompt with these block keys, on each node that has any. Scans from
         the end: a prefix is never cut in its middle, so the last key that a node holds says it all."""
         found: dict[str, int] = {}
-        for key in reversed(keys):
-            for name, tokens in self._holders.get(key, {}).items():
-                if name not in found:
-                    found[name] = tokens
-            if len(found) == len(self._nodes):  # every node's longest is known: shorter prefixes say nothing new
-                break
+        for holders in map(self._holders.get, reversed(keys)):
+            if holders is not None and not holders.keys() <= found.keys():
+                found = {**holders, **found}
+                if len(found) == len(self._nodes):  # every node's longest is known: shorter prefixes say nothing new
+                    break
         return found
 
     def _forget_holder(self, key: Key, name: str) -> None:
