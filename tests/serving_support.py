@@ -7,6 +7,9 @@ import threading
 import time
 from contextlib import contextmanager
 
+import pytest
+
+from minprfaas import SamplingParams, generate
 from minprfaas.cluster.processes import control_settings, pd_process
 from minprfaas.config import CacheConfig
 from minprfaas.engine.engine import Engine
@@ -17,6 +20,8 @@ from minprfaas.serving.service import Service, listen
 
 DEADLINE_S = 60
 HOST = "127.0.0.1"
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+GREEDY = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
 
 
 class House:
@@ -100,6 +105,31 @@ def house(*args, **options):
         yield one
     finally:
         one.close()
+
+
+@pytest.fixture(scope="module")
+def open_house(models, checkpoints):
+    """A house that a thread steps, for all tests that only ask it something."""
+    with house(*models["kimi_linear"], checkpoints["kimi_linear"]) as one, one.running():
+        yield one
+
+
+@pytest.fixture
+def still_house(hybrid, checkpoints):
+    """A house that only the test steps."""
+    with house(*hybrid, checkpoints["kimi_linear"], prefill_chunk=16, capacity=4) as one:
+        yield one
+
+
+def reference(hybrid, prompts, **params):
+    return generate(*hybrid, prompts, SamplingParams(**params))
+
+
+def wait_until(condition):
+    until_s = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < until_s, "the condition did not come to hold by its deadline"
+        time.sleep(0.002)
 
 
 def connect(port):

@@ -5,6 +5,7 @@ roles over the one model; KVCache then goes from its prefill role to its decode 
 from the PrfaaS node over the link.
 """
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from minprfaas.transport.encoding import Wire
 
 PRFAAS = "prfaas-0"
 UNTHROTTLED_GBPS = 100.0  # the paper's link; a first guess that the monitor corrects from what it observes
+COLLECT_AFTER = 20_000  # new containers, not 700: each look goes through every token of the prompts under way
 ASSUMED_S_PER_TOKEN = 1e-4  # of prefill, until one was seen
 RolePart = PrefillRole | DecodeRole | PDNode
 
@@ -111,6 +113,7 @@ def roles_of(place: Place, new_engine: Callable[[], Engine], mail: Mail, transfe
 
 def front_end(plane: ControlPlane, mail: Mail, engine: Engine, deadline_s: float) -> FrontEnd:
     """The front end. `deadline_s` is what an offloaded prefill may take; of the engine it wants keys and the clock."""
+    gc.set_threshold(COLLECT_AFTER)
     return FrontEnd(plane, mail, engine.kvcache.keys, engine.layout.block_tokens, deadline_s, engine.clock)
 
 

@@ -86,7 +86,7 @@ class ThresholdLoop:
             self._searched_at, self._seen = now.time_s, _capacity(now)
             self._move(self._search(now, lengths), now.time_s)
             self.reason = (f"{cause}: {now.prfaas_instances:g} PrfaaS and {now.n_p} PD-P nodes, "
-                           f"{now.egress_gbps:.1f} Gbps, {self._rate_rps:.2f} req/s")
+                           f"{now.egress_gbps:.3g} Gbps, {self._rate_rps:.2f} req/s")
         return self.threshold
 
     def _count(self, time_s: float) -> None:

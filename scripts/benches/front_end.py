@@ -7,6 +7,7 @@ client comes, and that is not counted. Chapter 13; paper 3.3.
 """
 
 import argparse
+import gc
 import json
 import random
 import time
@@ -16,6 +17,7 @@ from minprfaas.cluster.envelope import Envelope, decode, encode
 from minprfaas.cluster.front_end import FrontEnd
 from minprfaas.cluster.mail import FRONT, Mail
 from minprfaas.cluster.node import Node
+from minprfaas.cluster.processes import COLLECT_AFTER
 from minprfaas.config import Role
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.kvcache.ledger import chain_keys
@@ -78,6 +80,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 8192], help="of a prompt")
     args = parser.parse_args(arguments)
+    gc.set_threshold(COLLECT_AFTER)  # as in every front end's process
     rows = []
     for tokens in args.tokens:
         cpu_s, stubs_s, decisions_s = run(args.nodes, args.requests, tokens)
