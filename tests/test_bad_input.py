@@ -6,6 +6,7 @@ Chapter 01.
 import json
 import os
 import resource
+import runpy
 import shutil
 import subprocess
 import sys
@@ -200,35 +201,47 @@ def test_no_prompt_and_prompts_twice(refused, tmp_path):
     assert "both" in refused("--prompts", tmp_path / "p.jsonl", "hello")
 
 
-def run_program(*arguments, **options):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=120,
-                          env=environment, **options)
-
-
 def python_m_minprfaas(*arguments):
-    return run_program("-m", "minprfaas", *arguments)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-m", "minprfaas", *map(str, arguments)], capture_output=True, text=True,
+                          timeout=120, env=environment)
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """`script(name, argument, ...)` runs a script in this process; returns its exit status, stdout and stderr."""
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+        return stop.value.code, *capsys.readouterr()
+
+    return run
 
 
 @pytest.mark.parametrize("program", ["demo_prompts.py", "random_checkpoint.py"])
-def test_a_script_that_cannot_write_its_file_says_so_before_its_work(tmp_path, program):
+def test_a_script_that_cannot_write_its_file_says_so_before_its_work(tmp_path, script, program):
     (tmp_path / "file").write_text("")
     places = [tmp_path / "file" / "out", "/proc/nowhere/out"]
     if program == "demo_prompts.py":
         places += [""]  # a directory; `OutputFile` has tests of its own for the others
     for place in places:
-        done = run_program(ROOT / "scripts" / program, place)
-        assert done.returncode == 2 and done.stdout == "", place
-        assert "cannot be written" in done.stderr.splitlines()[-1], (place, done.stderr)
-        assert "Traceback" not in done.stderr
+        status, said, errors = script(program, place)
+        assert (status, said) == (2, ""), place
+        assert "cannot be written" in errors and errors.count("\n") == 1, (place, errors)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_demo_prompts_on_a_full_disk_leaves_nothing_behind(tmp_path):
+def test_demo_prompts_on_a_full_disk_leaves_nothing_behind(tmp_path, script):
     """The limit on a file's size stands for the disk's end."""
-    done = run_program(ROOT / "scripts" / "demo_prompts.py", tmp_path / "out", "--tokens", 4096,
-                       preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024)))
-    assert (done.returncode, done.stderr) == (2, f"error: {tmp_path}/out cannot be written: File too large\n")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+    try:
+        ended = script("demo_prompts.py", tmp_path / "out", "--tokens", 2048, "--next-turn", 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert ended == (2, "", f"error: {tmp_path}/out cannot be written: File too large\n")
     assert list(tmp_path.iterdir()) == []
 
 

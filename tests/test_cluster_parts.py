@@ -3,6 +3,7 @@
 import json
 import queue
 import threading
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -123,11 +124,12 @@ def test_one_lost_peer_ends_its_own_streams_only(hybrid):
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=DEADLINE_S))
     engines = [Engine(model, tokenizer, CacheConfig(200, 16), 48) for _ in range(4)]
     identity, events = link_identity(model, engines[0].layout), queue.SimpleQueue()
+    config = replace(FAST, timeout_s=2.0)  # so long the dead one is waited for
     names, ends, remotes, threads = ("prfaas-0", "prfaas-1"), {}, {}, []
     for name, engine in zip(names, engines):
         own = queue.SimpleQueue()
-        far_end = Link(f"to {name}", store, 0, FAST, identity, events=own)
-        ends[name] = Link(f"to {name}", store, 1, FAST, identity, events=events)
+        far_end = Link(f"to {name}", store, 0, config, identity, events=own)
+        ends[name] = Link(f"to {name}", store, 1, config, identity, events=events)
         remotes[name] = prfaas_process(engine, far_end, own, DEADLINE_S, name=name)
 
         def run(remote=remotes[name], link=far_end):

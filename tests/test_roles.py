@@ -84,3 +84,8 @@ def test_each_role_keeps_its_last_node():
 
 def test_nothing_is_converted_before_there_are_requests():
     assert first_change(RoleLoop(FLEET), None) is None
+
+
+def test_what_the_load_asks_for_is_done_after_as_long_as_was_said():
+    second, _ = first_change(RoleLoop(FLEET, sustain_s=5.0), SHORT)
+    assert 5 <= second < SUSTAIN_S

@@ -10,7 +10,8 @@ from minprfaas.cluster.launch import Launch, StoreAddress, start_processes, watc
 from minprfaas.cluster.topology import PD_SITE, PRFAAS_SITE, Place, Topology
 from minprfaas.commands.live_options import Run, add_options, checked
 from minprfaas.commands.live_run import Seat, check_outputs, play
-from minprfaas.errors import ArgumentParser, UserError
+from minprfaas.errors import ArgumentParser, UserError, require_number
+from minprfaas.scheduling.roles import SUSTAIN_S
 
 EPILOG = """
 the processes are the front end (rank 0), prfaas-0 …, pd-0 …: with
@@ -46,6 +47,8 @@ def parser() -> argparse.ArgumentParser:
                    "plays both roles)")
     p.add_argument("--convert-roles", action="store_true", help="let PD nodes change their role with the load, by what "
                    "--profile says (or --emulate)")
+    p.add_argument("--sustain-s", type=float, default=SUSTAIN_S, metavar="S", help="seconds that the load must have "
+                   f"asked for another split before it is made ({SUSTAIN_S:g})")
     p.add_argument("--restart", action="store_true", help="without torchrun: start a node again that was killed")
     p.add_argument("--store", metavar="HOST:PORT", help="where processes that are started apart meet")
     p.add_argument("--datacenter", choices=(PRFAAS_SITE, PD_SITE), help="only the processes of one datacenter")
@@ -62,7 +65,8 @@ def main(argv: list[str]) -> int:
     if args.convert_roles:
         if run.fleet is None:
             raise UserError("--convert-roles compares what the nodes could do; --profile (or --emulate) says it")
-        run = replace(run, convert_roles=True)
+        require_number("--sustain-s", args.sustain_s, least=0)
+        run = replace(run, convert_roles=True, sustain_s=args.sustain_s)
     apart = args.node is not None or args.datacenter is not None
     if apart != (args.store is not None):
         raise UserError("--store says where processes meet that are started apart, by --node or --datacenter; "

@@ -16,6 +16,7 @@ from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import UserError, require_number
 from minprfaas.scheduling.planner import Fleet
 from minprfaas.scheduling.profiles import Profile
+from minprfaas.scheduling.roles import SUSTAIN_S
 from minprfaas.scheduling.scale import Scale
 from minprfaas.transport.encoding import Encoding
 from minprfaas.transport.wan.line import load_weather
@@ -87,7 +88,8 @@ class Run:
     encoding: Encoding  # of rows of attention state between the datacenters
     fleet: Fleet | None  # with a profile: what the threshold loop plans for
     emulation: Emulation | None = None
-    convert_roles: bool = False  # PD nodes change their role with the load
+    convert_roles: bool = False  # PD nodes change their role with the load, …
+    sustain_s: float = SUSTAIN_S  # … when it has asked for that for so long
     adaptive: bool = True  # the threshold follows the link, where there is a fleet
     selective: bool = True  # or else the least loaded node prefills
 

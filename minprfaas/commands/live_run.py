@@ -90,7 +90,7 @@ def _play(run: Run, seat: Seat, outputs: dict[str, OutputFile], drive: Drive | N
             fleet = replace(fleet, prfaas_profile=fleet.prfaas_profile.encoded(share))
         settings = control_settings(args.threshold, run.line.gbps, engine.layout, args.ship_prefixes, fleet)
         plane = ControlPlane(replace(settings, adaptive=settings.adaptive and run.adaptive, selective=run.selective,
-                                     convert_roles=run.convert_roles))
+                                     convert_roles=run.convert_roles, sustain_s=run.sustain_s))
         front = front_end(plane, mail, engine, args.deadline_s)
     roles = roles_of(here, engines.new, mail, args.deadline_s, overlap=not args.no_overlap, relay=args.relay)
     made = process(mail, front, roles)

@@ -13,7 +13,7 @@ from minprfaas.scheduling.books import LoadBooks, NodeBook
 from minprfaas.scheduling.directory import CacheChanged, Directory
 from minprfaas.scheduling.monitor import CongestionMonitor
 from minprfaas.scheduling.planner import Fleet
-from minprfaas.scheduling.roles import RoleChange, RoleLoop
+from minprfaas.scheduling.roles import SUSTAIN_S, RoleChange, RoleLoop
 from minprfaas.scheduling.router import ClusterView, Decision, LinkView, Router, RouteRequest, TransferCosts
 from minprfaas.scheduling.threshold import Observation, ThresholdLoop
 
@@ -26,7 +26,8 @@ ANSWER_SMOOTH_REQUESTS = 100  # over so many answers their mean length is taken
 @dataclass(frozen=True)
 class ControlSettings:
     """`link_gbps` is what the line between the clusters is said to carry, a first guess that the monitors correct. With
-    `fleet` (profiles) the loops can run: `adaptive` moves the threshold, `convert_roles` the split. `costs` are needed
+    `fleet` (profiles) the loops can run: `adaptive` moves the threshold, `convert_roles` the split, when that has been
+    wanted for `sustain_s`. `costs` are needed
     to fetch prefixes; they come from the fleet where there is one, else prefill seconds are learned as prefills end.
     `ship_prefixes` lets prefixes cross between clusters, and `selective` False routes without a threshold."""
 
@@ -38,6 +39,7 @@ class ControlSettings:
     fleet: Fleet | None = None
     adaptive: bool = False
     convert_roles: bool = False
+    sustain_s: float = SUSTAIN_S
 
 
 # Events
@@ -148,7 +150,8 @@ class ControlPlane:
         fleet, costs = settings.fleet, settings.costs
         if fleet is not None:
             costs = profile_costs(fleet)
-            self._threshold_loop, self._role_loop = ThresholdLoop(fleet, settings.threshold), RoleLoop(fleet)
+            self._threshold_loop = ThresholdLoop(fleet, settings.threshold)
+            self._role_loop = RoleLoop(fleet, settings.sustain_s)
             self._output_tokens = float(fleet.output_tokens)  # of the mean answer, smoothed
         self._router = Router(settings.threshold, costs, settings.ship_prefixes, settings.selective)
         self._egress, self._ingress = CongestionMonitor(settings.link_gbps), CongestionMonitor(settings.link_gbps)

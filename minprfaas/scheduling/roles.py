@@ -12,7 +12,7 @@ from minprfaas.scheduling.threshold import Observation
 
 MIN_GAIN = 0.05  # so much better the plan of another split must be, …
 BUSY = 0.8  # … and so busy the bottleneck, …
-SUSTAIN_S = 60.0  # … for so long on end
+SUSTAIN_S = 60.0  # … for so long on end (unless said otherwise)
 COOLDOWN_S = 120.0  # from the end of one conversion to the next, so that roles cannot flap
 INTERVAL_S = 10.0
 
@@ -27,10 +27,11 @@ class RoleChange:
 
 
 class RoleLoop:
-    """Compares the producers, Theta_prfaas + Theta_pdp, with the consumer, Theta_pdd, as observed (eq. 8)."""
+    """Compares the producers, Theta_prfaas + Theta_pdp, with the consumer, Theta_pdd, as observed (eq. 8). What they
+    ask for is done once they have asked for it for `sustain_s`."""
 
-    def __init__(self, fleet: Fleet):
-        self.fleet = fleet
+    def __init__(self, fleet: Fleet, sustain_s: float = SUSTAIN_S):
+        self.fleet, self.sustain_s = fleet, sustain_s
         self._looked_at = self._settled_at = -math.inf
         self._wanted_since: tuple[Role, float] | None = None
         self._draining = False
@@ -50,7 +51,7 @@ class RoleLoop:
             return None
         if self._wanted_since is None or self._wanted_since[0] != role:
             self._wanted_since = (role, now.time_s)
-        sustained = now.time_s - self._wanted_since[1] >= SUSTAIN_S
+        sustained = now.time_s - self._wanted_since[1] >= self.sustain_s
         if not sustained or now.time_s - self._settled_at < COOLDOWN_S:
             return None
         self._draining, self._wanted_since = True, None
