@@ -1,4 +1,7 @@
-"""The live status: on a terminal one screenful that is drawn over itself and leaves nothing behind; elsewhere lines."""
+"""The live status: on a terminal one screenful that is drawn over itself and leaves nothing behind; elsewhere lines.
+
+Chapter 13.
+"""
 
 import io
 import os

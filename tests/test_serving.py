@@ -1,4 +1,7 @@
-"""The HTTP door: what a client gets is what one process would have said, and one that leaves frees what it held."""
+"""The HTTP door: what a client gets is what one process would have said, and one that leaves frees what it held.
+
+Chapter 13.
+"""
 
 import json
 import os

@@ -1,4 +1,7 @@
-"""Chats: a known template puts one as its Jinja text does, and what is no chat is refused."""
+"""Chats: a known template puts one as its Jinja text does, and what is no chat is refused.
+
+Chapter 13.
+"""
 
 import json
 

@@ -1,4 +1,7 @@
-"""The HTTP door: who does something wrong, as a client or on the command line, gets one line and costs nobody else."""
+"""The HTTP door: who does something wrong, as a client or on the command line, gets one line and costs nobody else.
+
+Chapter 13.
+"""
 
 import random
 import re

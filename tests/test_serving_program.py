@@ -1,4 +1,7 @@
-"""What others see of a house that serves, how it ends, and the same door before a cluster."""
+"""What others see of a house that serves, how it ends, and the same door before a cluster.
+
+Chapter 13.
+"""
 
 import json
 import os
