@@ -20,7 +20,7 @@ from serving_support import (  # noqa: F401
     request_bytes, streamed_text, wait_until)
 
 from minprfaas.__main__ import main
-from minprfaas.cluster import upkeep
+from minprfaas.cluster import node, upkeep
 from minprfaas.commands import cluster
 from minprfaas.errors import UserError
 from minprfaas.serving import api, door
@@ -130,6 +130,27 @@ def test_a_signal_lets_requests_end_or_ends_them_in_a_named_error(hybrid, checkp
         assert json.loads(error.removeprefix("data: "))["error"]["code"] == "shutting_down" and end == ""
     else:
         assert [streamed_text(response.events, index)[1] for index in (0, 1)] == ["length", "length"]
+
+
+def test_a_signal_ends_a_loop_whose_wait_was_interrupted(hybrid, checkpoints):
+    """The handler of another signal outlasts the loop's wait, which in CPython 3.11 has no end then."""
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: time.sleep(5 * node.IDLE_S))
+    with house(*hybrid, checkpoints["kimi_linear"], starts=False) as one, ThreadPoolExecutor(1) as client:
+
+        def interrupt_and_end():
+            wait_until(lambda: one.door.metrics.sampled_at_s is not None)  # the loop goes round
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(10 * node.IDLE_S)
+            os.kill(os.getpid(), signal.SIGTERM)
+            one.service.join(DEADLINE_S)
+            has_ended = not one.service.is_serving
+            one.door.knock()
+            return has_ended
+
+        has_ended = client.submit(interrupt_and_end)
+        serve(one.service, one.front, one.process_step, DEADLINE_S)
+        assert has_ended.result(DEADLINE_S), "the loop did not hear the signal"
+    signal.signal(signal.SIGUSR1, before)
 
 
 def test_when_the_loop_fails_every_stream_ends_in_a_named_error(hybrid, checkpoints):

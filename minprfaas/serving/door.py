@@ -101,13 +101,17 @@ class Door:
         ticket = Ticket(f"{self._run}{next(self._numbers):06x}", len(prompts))
         for index, (token_ids, one) in enumerate(zip(prompts, params)):
             self._asks.put(_Submit(ticket, index, token_ids, one))
-        self._events.put(Knock())
+        self.knock()
         return ticket
 
     def close(self, ticket: Ticket) -> None:
         """Nobody waits for this ticket any more: what has not ended is aborted, on both sides. To be called once."""
         self.in_flight -= len(ticket.request_ids)
         self._asks.put(_Abort(ticket))
+        self.knock()
+
+    def knock(self) -> None:
+        """Wake the loop."""
         self._events.put(Knock())
 
     # The loop's side

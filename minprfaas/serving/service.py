@@ -117,8 +117,12 @@ def serve(service: Service, front: FrontEnd, step: Callable[[], list[Update]], d
     `drain_s`, or at a second signal, ends in a named error. Returns how many did. `step` steps the node once, and
     returns the front end's updates."""
     signals: list[int] = []
-    before = {number: signal.signal(number, lambda received, frame: signals.append(received))
-              for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def take(number: int, frame: object) -> None:
+        signals.append(number)
+        service.door.knock()  # CPython 3.11: a `get` that a signal interrupts at the end of its timeout waits for ever
+
+    before = {number: signal.signal(number, take) for number in (signal.SIGINT, signal.SIGTERM)}
     door, error, cut = service.door, RequestError("server_failed", "the node's loop has ended"), 0
     service.start()
     try:
