@@ -12,6 +12,7 @@ from test_two_datacenters import prompts_of
 from world import World
 
 from minprfaas import SamplingParams, generate
+from minprfaas.cluster.mail import FRONT
 from minprfaas.config import LinkSample, Role
 from minprfaas.engine.request import Status
 from minprfaas.scheduling.control import ControlPlane, ControlSettings, NewThreshold
@@ -108,6 +109,25 @@ def test_a_stopped_node_that_returns_takes_work_again_and_what_it_still_says_of_
     assert any(journey.recoveries for journey in journeys)
     assert {journey.decision.decode_node for journey in again} == {"pd-1", "pd-2"}
     assert "prfaas" in {journey.route for journey in again}
+
+
+def test_a_front_end_that_stood_still_goes_on_with_every_request_where_it_was(hybrid):
+    """Nobody else knows what the clients have: every token that comes later comes once."""
+    with World(*hybrid, prfaas=1, pd=3, split=1) as world:
+        journeys = world.submit(prompts_of(150, 20), SamplingParams(max_tokens=25, ignore_eos=True))
+        world.step_until(lambda: all(len(journey.output_ids) > 5 for journey in journeys))
+        world.stop(FRONT)
+        for _ in range(50):  # the others go on for a while, with nobody to tell
+            world.step()
+        world.resume(FRONT)
+        late = world.submit(prompts_of(130, seed=4), GREEDY)
+        world.step_until(lambda: not world.front.has_work)
+        world.check([*journeys, *late])
+        seen = [update for update in world.front.take_updates() if update.token_id is not None]
+        world.step_until(lambda: world.is_empty)
+    for journey in (*journeys, *late):
+        assert [update.token_id for update in seen if update.journey is journey] == journey.output_ids
+    assert all(journey.recoveries == 1 for journey in journeys)
 
 
 # ---- the loss of a node that prefills, at every stage
