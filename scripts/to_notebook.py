@@ -12,9 +12,11 @@ from pathlib import Path
 from minprfaas.errors import ArgumentParser, UserError, exit_on_user_error
 from minprfaas.files import write_whole
 
-FIND_THE_CHAPTERS = """import sys
+BEGINNING = """import sys
 
-sys.path[:0] = [{tutorials!r}, {root!r}]  # where the chapters' helper lies, and the package"""
+sys.path[:0] = [{tutorials!r}, {root!r}]  # where the chapters' helper lies, and the package
+sys.argv[1:] = []  # a notebook has no command line
+__doc__ = {documented!r}"""
 
 
 @exit_on_user_error
@@ -30,7 +32,8 @@ def main() -> int:
         text = chapter.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"{args.chapter} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    first = FIND_THE_CHAPTERS.format(tutorials=str(chapter.parent), root=str(chapter.parent.parent))
+    first = BEGINNING.format(tutorials=str(chapter.parent), root=str(chapter.parent.parent),
+                             documented=ast.get_docstring(ast.parse(text)))
     write_whole(args.notebook, json.dumps(notebook([("code", first), *cells_of(text)]), indent=1) + "\n")
     print(f"written: {args.notebook}")
     return 0

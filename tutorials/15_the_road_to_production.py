@@ -2,17 +2,19 @@
 
     python tutorials/15_the_road_to_production.py
 
-Sections 2 to 4 are measured or modelled now, on this machine; what other projects call things was read in their files
-in November 2026, and they move fast.
+Sections 2 to 6 are measured, computed or modelled now, on this machine; what other projects call things was read in
+their files in November 2026, and they move fast.
 
-Modules: transport/encoding.py, scheduling/planner.py, cluster/relay.py
-Tests: test_encoding.py, test_wire.py, test_relay.py, test_map.py, test_readme.py
+Modules: transport/encoding.py, scheduling/planner.py, scheduling/throughput.py, serving/
+Tests: test_encoding.py, test_wire.py, test_relay.py, test_unequal_ends.py, test_map.py, test_readme.py,
+       test_doctests.py, test_notebook.py, test_chapters.py, test_exercises.py
 Paper: 5, 6
 """
 import helper
 
 helper.begin(__doc__)
 
+import json
 from dataclasses import replace
 
 import torch
@@ -20,13 +22,16 @@ import torch
 from minprfaas import load
 from minprfaas.config import StateKind
 from minprfaas.documents import EVALUATION_SEEDS, make_document
+from minprfaas.errors import UserError
+from minprfaas.model.checkpoint import EMBEDDED
 from minprfaas.model.spec import kv_bytes, model_state_specs
 from minprfaas.model.state import ContiguousState
 from minprfaas.observe.report import human_bytes, table
 from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.planner import plan
 from minprfaas.scheduling.throughput import relay_s
-from minprfaas.transport.encoding import Encoding, RowCodec, row_codec
+from minprfaas.serving.openai import Served
+from minprfaas.transport.encoding import Encoding, RowCodec, Wire, row_codec
 
 torch.set_num_threads(1)
 
@@ -267,9 +272,9 @@ given_up = max(found[gbps, "exact"].lambda_max - found[gbps, "relay"].lambda_max
 print(f"""
    int4 adds {gains[100]:.2f} over 100 Gbps and {gains[most]:.2f} over {most}: it pays where the line binds.
    Relay is about first tokens; Λ_max gives up {given_up:.2f} for it at most. One request of {tokens:,} tokens, alone
-   on {slow_gbps} Gbps: prefill {prefill_s:.1f} s, its KVCache {transfer_s:.1f} s. Without relay the first token waits {wait_s:.1f} s for the
-   rest of the transfer. With it the token comes when prefill ends, and the PrfaaS instance decodes
-   for {spent_s:.1f} s, in which it prefills nothing.
+   on {slow_gbps} Gbps: prefill {prefill_s:.1f} s, its KVCache {transfer_s:.1f} s. Without relay the first token waits
+   {wait_s:.1f} s for the rest of the transfer. With it the token comes when prefill ends, and the PrfaaS
+   instance decodes for {spent_s:.1f} s, in which it prefills nothing.
 """)
 
 # %% [markdown]
@@ -282,7 +287,61 @@ print(f"""
 # `python scripts/bench.py relay` measure them on this machine, over emulated lines.
 
 # %% [markdown]
-# ## 5. What this project leaves out, and why
+# ## 5. Unequal ends
+#
+# Two datacenters are rarely bought on one day. A stream speaks of tokens and layers, never of the sender's blocks, so
+# blocks of another size cost nothing: each end writes rows where its own table says. Another number format does:
+# rows then cross in bf16, which both can read, and the linear layers' state in float32, since its error would stay in
+# every token that follows. What the ends cannot agree on (other weights, another layout of heads) is refused in one
+# line when they meet.
+#
+# *Guess first:* between a float32 and a bfloat16 node, does the KVCache cross in more bytes or fewer than between two
+# that keep bfloat16?
+
+# %%
+half = model_state_specs(model.config, "bfloat16")
+wires = {"both bfloat16": Wire(), "both bfloat16, int8": Wire(Encoding.INT8),
+         "bfloat16 to float32": Wire(recast="bfloat16 in datacenter A and float32 in B")}
+print("5. Unequal ends: bytes of a request of 1,000 tokens\n")
+crossing = []
+for name, wire in wires.items():
+    entries = [wire.entry(layer, 0, spec, 1000) for layer, spec in enumerate(half)]
+    row_part = sum(1000 * entry.row_bytes for entry in entries if entry.kind is StateKind.TOKEN)
+    state_part = sum(entry.row_bytes for entry in entries if entry.kind is not StateKind.TOKEN)
+    crossing.append([name, wire.rows.value, human_bytes(row_part), human_bytes(state_part)])
+print(table(["caches", "rows cross as", "rows", "state"], crossing))
+print("\n   The live programs take it as --dtype prfaas=bfloat16,pd=float32 and --block-tokens prfaas=128,pd=64.\n")
+
+# %% [markdown]
+# *Why is that no promise of the same tokens?* A prefill in bfloat16 is another prefill: rule 1 holds between equals.
+# `--check` says which answers changed, and by how much.
+#
+# ## 6. The door
+#
+# In front of all this stands a client, who speaks HTTP and JSON. `serving/` answers OpenAI's bodies, and follows one
+# rule that production doors break: an option that would be ignored is refused by name, because an answer to another
+# question is worse than none.
+#
+# *Guess first:* which of these three bodies are answered?
+
+# %%
+served = Served.of(EMBEDDED, model.config, tokenizer, None)
+print("6. The door\n")
+bodies = {"a question": {"prompt": "Who is the baker?", "max_tokens": 8},
+          "two answers wanted": {"prompt": "Who is the baker?", "n": 2},
+          "the likeliest tokens, too": {"prompt": "Who is the baker?", "logprobs": 5}}
+for name, body in bodies.items():
+    try:
+        ask = served.read(json.dumps(body).encode(), is_chat=False)
+        print(f"   {name}: {len(ask.prompts[0])} tokens of prompt, at most {ask.params[0].max_tokens} of answer")
+    except UserError as refused:
+        print(f"   {name}: 400, {refused}")
+print()
+
+# %% [markdown]
+# *Change this line:* `"n": 2` → `"n": 1`. And what of an option that nobody has heard of?
+#
+# ## 7. What this project leaves out, and why
 #
 # - *RDMA, GPUDirect, NIXL.* One card's driver is not the lesson; the seam where it would go is (`KVTransport`). NIXL,
 #   Mooncake.
@@ -296,7 +355,7 @@ print(f"""
 # - *Speculative decoding, LoRA, images.* They change what a token costs, not where it is computed.
 # - *Approximate reuse* (CacheBlend). Rule 1: the same tokens whichever way.
 #
-# ## 6. What the paper leaves open
+# ## 8. What the paper leaves open
 #
 # - *It feeds profiles into a model.* Nobody outside has seen the system at its size; here it runs, at a laptop's.
 # - *Failures.* What a lost line, node or datacenter costs is not discussed: chapter 14 is one answer.
