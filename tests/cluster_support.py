@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
+from kv_oracle import KVOracle
 
 from minprfaas.cluster.launch import link_identity
 from minprfaas.cluster.processes import control_settings, pd_process, prfaas_process
@@ -24,11 +25,15 @@ FAST = LinkConfig(lanes=2, chunk_bytes=4096)
 @contextmanager
 def two_datacenters(model, tokenizer, threshold, link=FAST, line=LineConfig(), pool_a=200, pool_b=200, block_tokens=16,
                     prefill_chunk=48, deadline_s=DEADLINE_S, room_deadline_s=DEADLINE_S, overlap=True,
-                    ship_prefixes=False, wire=Wire(), relay=False):
-    """Yields (process B, process A); both serve the same model. Process A runs in a thread of its own."""
+                    ship_prefixes=False, wire=Wire(), relay=False, damaged=False):
+    """Yields (process B, process A); both serve the same model. Process A runs in a thread of its own. At the end all
+    that was held in blocks must have been right; with `damaged`, something must not."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=DEADLINE_S))
     engines = [Engine(model, tokenizer, CacheConfig(blocks, block_tokens), prefill_chunk)
                for blocks in (pool_a, pool_b, pool_b)]
+    oracle = KVOracle(model)
+    for engine in engines:
+        oracle.watch(engine.kvcache)
     queues = [queue.SimpleQueue(), queue.SimpleQueue()]
     links = [Link("test", store, rank, link, link_identity(model, engines[0].layout, wire), events=queues[rank],
                   line=EmulatedLine(line) if line != LineConfig() else None) for rank in (0, 1)]
@@ -60,6 +65,7 @@ def two_datacenters(model, tokenizer, threshold, link=FAST, line=LineConfig(), p
     assert not failures, failures
     for engine in engines:
         engine.kvcache.check()
+    assert bool(oracle.wrong) == damaged, oracle.wrong[:3] or "what was damaged was not noticed"
 
 
 def serve(local, prompts, params):

@@ -128,6 +128,17 @@ def test_a_prefix_that_was_not_there_is_not_counted_on_again():
     assert control.route(RouteRequest("r", 5000, KEYS), 1.0).cached_tokens == 0
 
 
+def test_a_node_that_was_started_again_holds_nothing_and_has_nothing_to_do():
+    control = control_plane()
+    control.hear(CacheChanged("p0", 1, [("document", 4096)]), 0.0)
+    assert control.route(RouteRequest("r", 5000, KEYS), 0.0).node == "p0"
+    assert control.hear(NodeJoined("p0", Role.PDP), 20.0) == [AskInventory("p0")]
+    assert control.directory.match(KEYS) == {} and control.loads()["p0"] == 0
+    assert control.nodes(Role.PDP) == ["p1", "p0"], "once"
+    assert control.hear(CacheChanged("p0", 2, [("question", 8192)]), 20.0) == [], "asked for already"
+    assert control.directory.match(KEYS) == {}, "nothing is believed before its inventory"
+
+
 def test_the_decode_nodes_cache_counts_for_the_pd_cluster_and_is_fetched():
     control = control_plane()
     control.hear(CacheChanged("d1", 1, [("document", 8192)]), 0.0)
@@ -169,6 +180,18 @@ def test_what_several_senders_put_on_the_line_adds_up():
     assert alone.regime(19.0) == "abundant"
     measure(control, 20, 50, 45.0, 0.45)  # a1 is silent
     assert control.regime(49.0) == "abundant"
+
+
+def test_each_direction_of_the_line_is_known_by_its_own_samples():
+    control = control_plane(ship_prefixes=True)
+    measure(control, 0, 20, 10.0, 0.1)
+    for second in range(20):
+        control.hear(LinkMeasured("p0", LinkSample(0.0, 0.1, 1.0, 1e9), ingress=True), float(second))
+    assert control.regime(19.0) == "abundant" and control.egress.gbps == pytest.approx(100.0)
+    control.hear(CacheChanged("p0", 1, [("document", 4096)]), 19.0)
+    assert control.route(RouteRequest("in", 30_000, KEYS), 19.0).transfer is None
+    control.hear(CacheChanged("a0", 1, [("question", 28_000)]), 19.0)
+    assert control.route(RouteRequest("out", 30_000, KEYS), 19.0).transfer.source == "a0"
 
 
 def test_a_line_that_is_down_keeps_requests_local_until_it_is_up():

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_checkpoint
+from kv_oracle import KVOracle
 
 from minprfaas import SamplingParams, UserError, load
 from minprfaas.config import CacheConfig
@@ -42,7 +43,14 @@ def naive_tokens(model, prompt: tuple[int, ...], params: SamplingParams) -> list
 
 def new_engine(hybrid, blocks=100, prefill_chunk=16, prefix_cache=True, **options) -> Engine:
     cache = CacheConfig(blocks, BLOCK, prefix_cache, snapshot_every=2)
-    return Engine(*hybrid, cache, prefill_chunk, **options)
+    return watched(Engine(*hybrid, cache, prefill_chunk, **options))
+
+
+def watched(engine) -> Engine:
+    """The engine; what its requests hold is compared with a forward pass over their tokens when they let go of it."""
+    engine.oracle = KVOracle(engine.model)
+    engine.oracle.watch(engine.kvcache)
+    return engine
 
 
 def some_requests(engine, lengths=(5, 40, 17, 8, 64, 23), max_tokens=20, **params):
@@ -65,6 +73,7 @@ def run(engine, steps=10_000, on_kv=None):
 
 
 def assert_answers_are_the_naive_ones(engine, requests):
+    assert not engine.oracle.wrong, engine.oracle.wrong[:3]
     for request in requests:
         prompt = tuple(request.token_ids[: request.prompt_tokens])
         assert request.output_ids == naive_tokens(engine.model, prompt, request.params)
@@ -72,6 +81,7 @@ def assert_answers_are_the_naive_ones(engine, requests):
 
 def assert_nothing_is_held(engine):
     assert engine.kvcache.stats().in_use == 0 and not engine.waiting and not engine.prefilling and not engine.running
+    assert engine.oracle.compared and not engine.oracle.wrong, engine.oracle.wrong[:3]
 
 
 SAMPLED = dict(temperature=0.9, top_k=50, top_p=0.95)
@@ -123,6 +133,32 @@ def test_a_full_pool_queues_requests_in_their_order(hybrid):
     assert_answers_are_the_naive_ones(engine, requests)
 
 
+def test_a_preempted_request_waits_ahead_of_those_that_never_ran(hybrid):
+    probe = new_engine(hybrid)
+    engine = new_engine(hybrid, blocks=3 * probe.layout.blocks_for(8) + 1, prefix_cache=False, max_batch=3)
+    requests = some_requests(engine, lengths=(7, 7, 7, 7, 7), max_tokens=30)
+    while not any(request.preemptions for request in requests):
+        engine.step()
+    assert list(engine.waiting) == requests[2:], "the youngest of those that ran, then those that never did"
+    run(engine)
+    assert_answers_are_the_naive_ones(engine, requests)
+
+
+def test_who_is_still_being_prefilled_is_preempted_before_anybody_who_runs(hybrid):
+    probe = new_engine(hybrid)
+    blocks = probe.layout.blocks_for(8) + probe.layout.blocks_for(40)
+    engine = new_engine(hybrid, blocks=blocks, prefix_cache=False, prefill_chunk=7)
+    running, prefilling = some_requests(engine, lengths=(7, 40), max_tokens=12)
+    while not running.preemptions + prefilling.preemptions:
+        assert not prefilling.output_ids
+        engine.step()
+    assert (running.preemptions, prefilling.preemptions) == (0, 1)
+    assert running.output_ids and list(engine.waiting) == [prefilling]
+    run(engine)
+    assert_answers_are_the_naive_ones(engine, [running, prefilling])
+    assert_nothing_is_held(engine)
+
+
 def test_the_youngest_is_preempted_and_the_oldest_never(hybrid):
     probe = new_engine(hybrid)
     engine = new_engine(hybrid, blocks=3 * probe.layout.blocks_for(8) + 1, prefix_cache=False)
@@ -145,7 +181,8 @@ def test_a_pool_for_one_request_serves_many_one_after_another(hybrid):
 def test_the_number_of_forward_passes_of_a_prompt_does_not_depend_on_its_snapshots(hybrid, snapshot_every):
     """400 tokens in chunks of 128, with blocks as long as the delta rule's own chunks: 4 passes, wherever snapshots
     are taken; and a second prompt begins at any of them."""
-    engine, passes = Engine(*hybrid, CacheConfig(200, 64, snapshot_every=snapshot_every), prefill_chunk=128), []
+    engine = watched(Engine(*hybrid, CacheConfig(200, 64, snapshot_every=snapshot_every), prefill_chunk=128))
+    passes = []
     hook = engine.model.register_forward_hook(lambda model, inputs, output: passes.append(inputs[0].shape[1]))
     first = engine.add(engine.request("first", [3 + n % 200 for n in range(400)], SamplingParams(max_tokens=1)))
     run(engine)

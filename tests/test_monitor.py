@@ -82,3 +82,37 @@ def test_a_sample_out_of_order_is_ignored():
 def test_marks_out_of_order_are_refused(marks):
     with pytest.raises(UserError, match="out of order"):
         Marks(**marks)
+
+
+NO_MEMORY = Marks(smooth_s=1e-3)  # each sample counts alone
+
+
+def test_a_regime_lasts_its_time_before_bandwidth_is_abundant_again():
+    monitor = CongestionMonitor(100.0, NO_MEMORY)
+    feed(monitor, 0, 1, 0.95, 95.0)
+    feed(monitor, 1, 9, 0.2, 20.0)
+    assert monitor.regime(9) == "scarce", "it has been so for nine seconds, and holds for ten"
+    feed(monitor, 10, 1, 0.2, 20.0)
+    assert monitor.regime(10) == "abundant"
+    feed(monitor, 11, 1, 0.95, 95.0)
+    assert monitor.regime(11) == "scarce", "the other way it turns at once"
+
+
+def test_bandwidth_is_abundant_again_only_when_the_queue_is_short_too():
+    monitor = CongestionMonitor(8.0, NO_MEMORY)  # 1 GB/s
+    feed(monitor, 0, 1, 0.95, 7.6, queued=0.6e9)
+    feed(monitor, 1, 60, 0.3, 2.4, queued=0.3e9)
+    assert monitor.regime(60) == "scarce"
+    feed(monitor, 61, 1, 0.3, 2.4, queued=0.05e9)
+    assert monitor.regime(61) == "abundant"
+
+
+def test_what_all_senders_put_on_the_line_adds_up_until_one_is_silent():
+    monitor = CongestionMonitor(8.0, NO_MEMORY)
+    for name in ("prfaas-0", "prfaas-1"):
+        monitor.hear(name, LinkSample(5e6, 4.0, 0.5, 0.3e9, link=f"to {name}"), 1.0)  # its clock is its own
+    monitor.hear("prfaas-1", LinkSample(5e6, 4.0, 0.5, 0.3e9, link="to prfaas-1"), 2.0)
+    assert (monitor.queued_bytes, monitor.utilization) == (0.6e9, pytest.approx(1.0))
+    assert monitor.gbps == pytest.approx(8.0) and monitor.regime(2.0) == "scarce"
+    monitor.hear("prfaas-1", LinkSample(5e6, 1.6, 0.2, 0.0, link="to prfaas-1"), 17.0)
+    assert (monitor.queued_bytes, monitor.utilization) == (0.0, pytest.approx(0.2))

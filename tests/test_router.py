@@ -71,6 +71,20 @@ def test_a_cached_prefix_that_would_arrive_later_than_it_can_be_computed_is_not_
     assert route(Router(5120), 40_000, view(regime="abundant"), a0=38_000).transfer is None
 
 
+def test_a_prefix_is_weighed_by_the_direction_in_which_it_would_cross():
+    router, slow = Router(5120, COSTS, ship_prefixes=True), LinkView(0.5)
+    into = route(router, 90_000, view(regime="abundant", ingress=slow), p0=60_000)
+    assert (into.route, into.transfer, into.incremental_tokens) == ("prfaas", None, 30_000)
+    assert route(router, 90_000, view(regime="abundant", egress=slow), p0=60_000).transfer.source == "p0"
+    assert route(router, 40_000, view(regime="abundant", ingress=slow), a0=38_000).transfer.source == "a0"
+
+
+def test_of_nodes_that_hold_nothing_of_a_prompt_the_least_loaded_are_chosen():
+    decision = route(Router(5120), 9000, view(prfaas=(500, 20), pdd=(3, 1)))
+    assert (decision.node, decision.decode_node) == ("a1", "d1")
+    assert route(Router(50_000), 9000, view(pdp=(500, 20))).node == "p1"
+
+
 def test_a_prefix_on_a_decode_node_is_fetched_to_the_prefill_node_that_continues_it():
     decision = route(Router(5120, COSTS), 10_000, view(pdp=(0, 0), regime="scarce"), d1=8000, p1=1000)
     assert (decision.route, decision.incremental_tokens) == ("pdp", 2000)  # the cluster's cache counts, not the node's

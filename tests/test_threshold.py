@@ -53,6 +53,14 @@ def test_a_step_down_in_bandwidth_is_followed_without_overshoot():
     assert all(later / earlier <= 1.5 + 1e-9 for earlier, later in zip(path, path[1:]))
 
 
+def test_the_bandwidth_that_queued_bytes_will_take_is_not_there_for_new_requests():
+    loop, drain_s = loop_with_traffic(best(10.0)), Damping().drain_s
+    for second in range(600):
+        loop.update(seen(second, egress_gbps=10.0, queued_bytes=5e9 / 8 * drain_s, scarce=True))  # half of the line
+    assert loop.threshold == pytest.approx(best(5.0), rel=0.1)
+    assert best(5.0) > 1.2 * best(10.0)
+
+
 def test_a_square_wave_of_bandwidth_moves_the_threshold_only_as_often_as_it_may_turn_around():
     loop = loop_with_traffic(best(100.0))
     weather = [dict(egress_gbps=100.0, scarce=False), dict(egress_gbps=4.0, scarce=True)]

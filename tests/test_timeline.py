@@ -4,9 +4,16 @@ Chapter 08.
 """
 
 import json
+import threading
 
-from minprfaas.files import write_whole
+import pytest
+from transport_support import DEADLINE_S, Cargo, connected, wait_until
+
+from minprfaas.config import LinkConfig
+from minprfaas.files import OutputFile, write_whole
 from minprfaas.observe.timeline import Timeline, timeline_json
+from minprfaas.transport.wan.frames import Kind
+from minprfaas.transport.wan.lanes import Lane
 
 
 def test_spans_instants_and_counters_become_trace_events_with_named_tracks(tmp_path):
@@ -25,11 +32,49 @@ def test_spans_instants_and_counters_become_trace_events_with_named_tracks(tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"], "no temporary file stays behind"
 
 
-def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path):
     path = tmp_path / "out.json"
     path.write_text("old")
-    try:
-        write_whole(path, timeline_json([{"not": {1, 2}}]))
-    except TypeError:
-        pass
+    output = OutputFile(path)  # opened when a run begins
     assert path.read_text() == "old"
+    output.discard()  # the run ended without anything to write
+    assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [("out.json", "old")]
+    with pytest.raises(UnicodeEncodeError):  # a write that breaks off, as on a full disk
+        write_whole(path, "x" * 100_000 + "\ud800")
+    assert path.read_text() == "old"
+    write_whole(path, "new")
+    assert path.read_text() == "new"
+
+
+class Turns(Lane):
+    """Lane 0 sends its chunks only when lane 1 has sent one, so that both have some. Notes which lane sent what."""
+
+    sent: set[tuple[str, str]]
+    lane_1_has_sent: threading.Event
+
+    def post(self, frame):
+        if frame.header.kind == Kind.CHUNK:
+            if self.index == 0:
+                assert self.lane_1_has_sent.wait(DEADLINE_S)
+            else:
+                self.lane_1_has_sent.set()
+            self.sent.add((f"a-b lane {self.index} send", frame.header.label))
+        return super().post(frame)
+
+
+def test_a_chunk_is_drawn_on_the_lane_that_sent_it():
+    Turns.sent, Turns.lane_1_has_sent = set(), threading.Event()
+    timeline, cargo = Timeline("a"), Cargo()
+    with connected(LinkConfig(lanes=2, chunk_bytes=4096), sender_lanes=Turns, timeline=timeline) as (sender, receiver):
+        receiver.expect(cargo.plan, cargo.sink)
+        stream = sender.open(cargo.plan)
+        cargo.put_all(stream)
+        stream.finish(DEADLINE_S)
+
+    def drawn():
+        events = timeline.events()
+        tracks = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+        return {(tracks[event["tid"]], event["name"]) for event in events if event["ph"] == "X"}
+
+    assert drawn() <= Turns.sent
+    wait_until(lambda: {track for track, _ in drawn()} == {"a-b lane 0 send", "a-b lane 1 send"})

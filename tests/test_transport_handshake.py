@@ -8,6 +8,8 @@ from transport_support import DEADLINE_S, IDENTITY, Cargo, Impostor, connected, 
 
 from minprfaas.config import LinkConfig
 from minprfaas.transport import Link, LinkDown, LinkRefused, MessageReceived
+from minprfaas.transport.wan.frames import Codec, FrameError, Kind, control_frame
+from minprfaas.transport.wan.handshake import INCARNATION_BYTES, shake_hands
 from minprfaas.transport.wan.lanes import Lane
 
 
@@ -95,6 +97,32 @@ def test_a_replayed_handshake_is_refused_because_the_nonce_is_fresh():
     impostor = Impostor(store, recorded)
     assert isinstance(victim(store, impostor), LinkRefused)
     assert impostor.heard[1:] and impostor.heard[2:] == [b"", b""], "no identity and no verdict for an impostor"
+
+
+def test_the_same_two_processes_never_prove_themselves_in_the_same_words():
+    """Nothing but the nonces differs from one meeting to the next; a proof of the last one is worth nothing in this."""
+    said = []
+    for _ in range(2):
+        RecordingLane.said, store = [], new_store()
+        lanes = in_parallel(*(lambda rank=rank: (Lane, RecordingLane)[rank](store, 0, rank, 256 * 1024, DEADLINE_S)
+                              for rank in (0, 1)))
+        in_parallel(*(lambda lane=lane: shake_hands(lane, "the same terms", bytes(INCARNATION_BYTES), IDENTITY)
+                      for lane in lanes))
+        said.append(RecordingLane.said)
+    assert [len(words) for words in said] == [4, 4]
+    assert not set(said[0]) & set(said[1])
+
+
+def test_with_a_secret_frames_are_sealed_under_keys_of_this_meeting_and_direction():
+    store = new_store()
+    ends = in_parallel(*(lambda rank=rank: Lane(store, 0, rank, 256 * 1024, DEADLINE_S) for rank in (0, 1)))
+    in_parallel(*(lambda lane=lane: shake_hands(lane, "terms", bytes(INCARNATION_BYTES), IDENTITY) for lane in ends))
+    frame = control_frame(Kind.HEARTBEAT, seq=7)
+    ends[0].codec.seal(frame.header, frame.slot.view)
+    assert ends[1].codec.open(frame.slot.view).seq == 7
+    for stranger in (ends[0].codec, Codec(256 * 1024)):
+        with pytest.raises(FrameError, match="tag is wrong"):
+            stranger.open(frame.slot.view)
 
 
 def test_an_impostor_that_repeats_what_it_hears_is_refused():

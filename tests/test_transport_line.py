@@ -81,6 +81,14 @@ def test_the_weather_changes_rate_and_delay_and_a_stall_passes_nothing():
     assert line.carry(1000, 50.0, 50.0) == pytest.approx(50.05, abs=1e-3)
 
 
+def test_a_frame_that_waited_through_a_stall_begins_when_it_ends():
+    line = begun(gbps=0.008, weather=(WeatherChange(10.0, stall_s=5.0),))  # 1 MB/s
+    line.carry(10_000, 9.0, 9.0)
+    assert line.start_of(10.5, 12.0) == 15.0
+    assert line.carry(10_000, 10.5, 15.0) == pytest.approx(15.010), "what the stall cost is lost, and not caught up"
+    assert line.carry(10_000, 10.5, 15.010) == pytest.approx(15.020)
+
+
 def test_a_chunk_takes_the_line_for_at_most_ten_milliseconds():
     assert begun(gbps=0.01).chunk_limit(0.0) == 12_500
 

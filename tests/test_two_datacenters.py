@@ -57,7 +57,7 @@ def test_damaging_any_layers_transferred_state_changes_the_answer(hybrid):
     prompts = prompts_of(150)
     wanted = reference(model, tokenizer, prompts, GREEDY)
     for damaged in range(len(model.config.layers)):
-        with two_datacenters(model, tokenizer, threshold=100) as (local, _):
+        with two_datacenters(model, tokenizer, threshold=100, damaged=True) as (local, _):
             write = local.decode.engine.kvcache.pool.write_bytes
 
             def write_damaged(layer, table, start, end, data):

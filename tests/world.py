@@ -12,6 +12,7 @@ import threading
 import time
 
 import pytest
+from kv_oracle import KVOracle
 
 from minprfaas import generate
 from minprfaas.cluster.decode_role import DecodeRole
@@ -103,6 +104,7 @@ class World:
         self.model, self.tokenizer, self.pool, self.prefill_chunk = model, tokenizer, pool, prefill_chunk
         self.deadline_s, self.machines, self.dead, self.relay = deadline_s, {}, [], relay
         self._line_numbers = itertools.count()
+        self.oracle = KVOracle(model)
         settings = control_settings(threshold, None, self._engine().layout)
         self.front = self._add_front(plane or ControlPlane(settings), clock)
         self.roles = {**{f"prfaas-{i}": Role.PRFAAS for i in range(prfaas)},
@@ -112,7 +114,9 @@ class World:
         self.step_until(lambda: len(self.front.ready) == len(self.roles))
 
     def _engine(self):
-        return Engine(self.model, self.tokenizer, CacheConfig(self.pool, 16), self.prefill_chunk)
+        engine = Engine(self.model, self.tokenizer, CacheConfig(self.pool, 16), self.prefill_chunk)
+        self.oracle.watch(engine.kvcache)
+        return engine
 
     def _add_front(self, plane, clock):
         events, engine = queue.SimpleQueue(), self._engine()
@@ -128,6 +132,7 @@ class World:
         if failed is None:
             for name in self.machines.keys() - {FRONT}:
                 self.part(name).engine.kvcache.check()
+            assert not self.oracle.wrong, self.oracle.wrong[:3]
         for machine in [*self.machines.values(), *self.dead]:
             self._cut(machine)
         for machine in [*self.machines.values(), *self.dead]:

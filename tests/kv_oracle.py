@@ -1,0 +1,63 @@
+"""What the blocks of a request must hold: the state that one process computes for the same tokens, row by row.
+
+A few greedy tokens of a small model can be right although most rows of its KVCache are missing. So whenever a request
+lets go of its blocks (it ended, was preempted, given up, or lost), these are compared with a forward pass over its
+tokens. Where the rows came from does not matter: prefilled or decoded here, shared, received, or computed again.
+"""
+
+import torch
+
+from minprfaas.config import StateKind
+from minprfaas.model.state import ContiguousState
+
+TOLERANCE = 1e-2
+
+
+class KVOracle:
+    """Watches KVCache managers. `wrong` has a line for each layer that held something else; `compared` counts the
+    requests that were looked at."""
+
+    def __init__(self, model):
+        self.model, self.wrong, self.compared = model, [], 0
+
+    def watch(self, kvcache):
+        """Compare what each request of this manager holds before its blocks are given back."""
+        advance, close, known = kvcache.advance, kvcache.close, {}
+
+        def remember(cache, token_ids, has_state=True):
+            advance(cache, token_ids, has_state)
+            known[cache] = list(token_ids), has_state
+
+        def compare_and_close(cache):
+            token_ids, has_state = known.pop(cache, ((), False))
+            if token_ids and cache.is_exact:  # else its rows were rounded on the wire
+                self.compare(kvcache, cache, token_ids, has_state)
+            close(cache)
+
+        kvcache.advance, kvcache.close = remember, compare_and_close
+
+    @torch.inference_mode()
+    def compare(self, kvcache, cache, token_ids, has_state=True):
+        """Hold a request's blocks against a forward pass over its tokens; `has_state`: its request-level state too."""
+        self.compared += 1
+        expected = ContiguousState(self.model.config, str(self.model.dtype).removeprefix("torch."))
+        self.model.forward(torch.tensor([token_ids]), expected, last_only=True)  # past the hooks that count passes
+        for layer, spec in enumerate(kvcache.layout.specs):
+            table = cache.block_tables[kvcache.layout.group_of_layer[layer].index]
+            if spec.kind is StateKind.TOKEN:
+                held = (kvcache.pool.read_tokens(layer, table, 0, len(token_ids)),)
+            elif has_state:
+                held = kvcache.pool.read_state(layer, torch.tensor([table]))
+            else:
+                continue
+            for ours, theirs in zip(held, expected.layer(layer).load()):
+                self._compare(f"layer {layer} ({spec.kind.value}) of {len(token_ids)} tokens", ours, theirs)
+
+    def _compare(self, where, ours, theirs):
+        """Rows differ that are a hundredth of their length apart: a whole pass rounds otherwise than single steps."""
+        ours, theirs = ours.flatten(0, -2).double(), theirs.flatten(0, -2).double()
+        lengths = theirs.norm(dim=1)
+        apart = (ours - theirs).norm(dim=1) / lengths.clamp(min=1e-2 * lengths.max().item() + 1e-9)
+        rows = (~(apart <= TOLERANCE)).nonzero().flatten().tolist()  # also where something is no number
+        if rows:
+            self.wrong.append(f"{where}: {len(rows)} of {len(ours)} rows differ, the first is row {rows[0]}")

@@ -1,0 +1,51 @@
+"""What is kept of a request's KVCache when its stream breaks off, and that a lost row is noticed. Chapters 08, 14."""
+
+import pytest
+from kv_oracle import KVOracle
+from test_two_datacenters import GREEDY, prompts_of
+from world import World
+
+from minprfaas.config import CacheConfig, StateKind
+from minprfaas.engine.engine import Engine
+
+
+@pytest.fixture(autouse=True)
+def _turns_are_short(monkeypatch):
+    monkeypatch.setattr("minprfaas.cluster.node.IDLE_S", 0.0005)  # many nodes wait by turns here, in one thread
+
+
+@pytest.mark.parametrize("family", ["kimi_linear", "qwen3"])
+def test_rows_that_arrived_before_a_stream_broke_off_need_not_cross_again(models, family):
+    with World(*models[family], prfaas=2, pd=1, split=0) as world:
+        (journey,) = world.submit(prompts_of(400), GREEDY)
+        world.step_until(lambda: 0 < world.part("prfaas-0").engine.prefilled_tokens >= 200)
+        sent = world.part("prfaas-0").prefills["0#1"].stream
+        decode = world.part("pd-0").servings["0#1"]
+        rows = 144 * sum(spec.nbytes for spec in world.part("pd-0").engine.layout.specs if spec.kind is StateKind.TOKEN)
+        world.step_until(lambda: decode.kv.received_bytes >= rows)
+        arrived_bytes = decode.kv.received_bytes
+        assert arrived_bytes < decode.kv.plan.total_bytes and not sent.outcome.done()
+        world.kill("prfaas-0")
+        world.step_until(lambda: not world.front.has_work)
+        world.check([journey])
+    assert (journey.attempts, journey.decision.node) == (2, "prfaas-1")
+    assert journey.held_tokens >= 144 and journey.held_tokens % 16 == 0, "full blocks of what had arrived"
+
+
+@pytest.mark.parametrize("family, kind", [("kimi_linear", StateKind.TOKEN), ("kimi_linear", StateKind.REQUEST),
+                                          ("mimo_v2_flash", StateKind.WINDOW)])
+def test_the_oracle_of_these_tests_notices_one_row_that_differs(models, family, kind):
+    engine = Engine(*models[family], CacheConfig(100, 16), prefill_chunk=48)
+    oracle = KVOracle(engine.model)
+    layer = next(layer for layer, spec in enumerate(engine.layout.specs) if spec.kind is kind)
+    oracle.watch(engine.kvcache)
+    for damaged in (False, True):
+        request = engine.add(engine.request("0", prompts_of(100, seed=int(damaged))[0], GREEDY))
+        engine.step(), engine.step(), engine.step()
+        table = request.cache.block_tables[engine.layout.group_of_layer[layer].index]
+        if damaged:
+            row = engine.kvcache.pool.read_bytes(layer, table, 70, 71)
+            engine.kvcache.pool.write_bytes(layer, table, 70, 71, row * 0)
+        engine.abort(request)
+        assert oracle.compared == 1 + damaged and bool(oracle.wrong) == damaged, oracle.wrong
+    assert f"layer {layer} ({kind.value})" in oracle.wrong[0]

@@ -1,0 +1,71 @@
+"""`scripts/mutate.py` breaks what it says, and what `scripts/mutations.py` names is still there to be broken."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import mutate  # noqa: E402
+from mutants import compiles, mutants_of  # noqa: E402
+from mutations import FIRST, NAMED, NOT_ON_A_CPU, ROOMS  # noqa: E402
+
+SOURCE = '''"""A text: 1 < 2 and not 3."""
+def due(waiting, now_s: float = 2.5) -> list:
+    """Not 1."""
+    if waiting and not now_s >= 3:  # “soon”
+        raise ValueError(f"{now_s - 1} s")
+    if device == "cuda" and now_s > 1:
+        now_s += 1
+    log.info("due", 4)
+    waiting.append(min(now_s, 7))
+    return sorted(waiting, key=len)
+'''
+
+
+def test_each_mutant_changes_one_line_and_texts_for_people_and_gpu_branches_are_left_alone():
+    mutants = mutants_of("due.py", SOURCE)
+    lines = SOURCE.split("\n")
+    for mutant in mutants:
+        pairs = zip(lines, mutant.applied(SOURCE).split("\n"), strict=True)
+        assert [number for number, (was, now) in enumerate(pairs, 1) if was != now] == [mutant.line], mutant
+        assert compiles(mutant.applied(SOURCE)), mutant
+    assert {mutant.line for mutant in mutants} == {2, 4, 9, 10}
+    broken = {mutant.applied(SOURCE).split("\n")[3].strip() for mutant in mutants if mutant.line == 4}
+    assert broken == {
+        "if waiting or not now_s >= 3:  # “soon”", "if waiting and now_s >= 3:  # “soon”",
+        "if waiting and not now_s > 3:  # “soon”", "if waiting and not now_s < 3:  # “soon”",
+        "if waiting and not now_s >= 4:  # “soon”", "if True:  # “soon”", "if False:  # “soon”"}
+    last = {mutant.applied(SOURCE).split("\n")[9].strip() for mutant in mutants if mutant.line == 10}
+    assert last == {"return None", "return sorted(waiting, key=None)"}
+
+
+def test_the_same_seed_draws_the_same_mutants_and_at_most_one_of_a_line():
+    drawn = mutate.drawn(40, 3, ["kvcache"])
+    assert drawn == mutate.drawn(40, 3, ["kvcache"]) != mutate.drawn(40, 4, ["kvcache"])
+    assert len({(mutant.file, mutant.line) for mutant in drawn}) == 40
+
+
+def test_what_is_named_is_still_there_and_so_are_the_tests_that_look_after_it():
+    names = [id for id, _, _ in mutate.named_work()]  # raises when a text is gone
+    assert len(names) == len(set(names)) == len(NAMED)
+    tests = {test for one in NAMED for test in one.tests} | {test for room in ROOMS.values() for test in room}
+    tests |= {test for files in FIRST.values() for test in files}
+    assert [test for test in sorted(tests) if not (ROOT / "tests" / test).is_file()] == []
+    files = [*NOT_ON_A_CPU, *(f"minprfaas/{file}" for file in FIRST)]
+    assert [file for file in files if not (ROOT / file).is_file()] == []
+
+
+def test_the_tests_that_import_a_file_come_before_the_others_of_its_room():
+    tests = mutate.tests_for("minprfaas/scheduling/directory.py")
+    assert set(ROOMS["scheduling"]) <= set(tests)
+    assert tests.index("test_directory.py") < tests.index("test_monitor.py")
+
+
+def test_a_count_out_of_range_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["mutate.py", "--count", "0"])
+    with pytest.raises(SystemExit) as error:
+        mutate.parse_arguments()
+    assert error.value.code == 2 and "--count 0 is out of range" in capsys.readouterr().err

@@ -1,0 +1,141 @@
+"""What arrives is taken once, whatever a bad line does with it: `minprfaas.transport.wan.inbox`. Chapter 07."""
+
+import pytest
+import torch
+from transport_support import Cargo, next_event
+
+from minprfaas.config import LinkConfig
+from minprfaas.transport import MessageReceived, StreamDone, StreamFailed
+from minprfaas.transport.events import EventQueue
+from minprfaas.transport.wan.frames import HEADER_BYTES, Codec, FrameError, Header, Kind, Slot, decode_acks, encode_acks
+from minprfaas.transport.wan.inbox import Inbox
+from minprfaas.transport.wan.outbox import Outbox
+from minprfaas.transport.wan.parts import CONTROL_LIMIT_BYTES, encode_message
+
+CODEC = Codec(256 * 1024)
+
+
+class Side:
+    """A receiving side without lanes: frames go in by hand, answers are taken from its outbox."""
+
+    def __init__(self):
+        self.events = EventQueue()
+        self.outbox = Outbox("a-b", LinkConfig(), None, None)
+        self.outbox.begin_epoch(1)
+        self.inbox = Inbox("a-b", self.outbox, self.events)
+
+    def take(self, header, payload=b"", damaged=False):
+        """One frame as a lane would bring it."""
+        slot = Slot(max(len(payload), 1))
+        slot.view[HEADER_BYTES:HEADER_BYTES + len(payload)] = payload
+        header.nbytes = len(payload)
+        CODEC.seal(header, slot.view)
+        if damaged:
+            slot.view[HEADER_BYTES + len(payload) // 2] ^= 1
+        self.inbox.handle(CODEC.open(slot.view), slot, CODEC)
+
+    def answer(self):
+        """What the side says next: (kind, the sequence numbers that it names)."""
+        frame = self.outbox.next_frame(1)
+        if frame.header.kind == Kind.ACK:
+            return Kind.ACK, decode_acks(frame.slot.view[HEADER_BYTES:])
+        return frame.header.kind, [frame.header.seq]
+
+
+def rows_of(cargo, seq, layer, start, end):
+    """The frame that carries rows `[start, end)` of a layer of the cargo."""
+    first = cargo.plan.start
+    payload = bytes(cargo.sent[layer][start - first:end - first].flatten().tolist())
+    return Header(Kind.CHUNK, seq, cargo.plan.stream_id, layer, 0, start, end), payload
+
+
+def test_a_chunk_is_written_once_and_acknowledged_as_often_as_it_comes():
+    side, cargo = Side(), Cargo()
+    side.inbox.streams.expect(cargo.plan, cargo.sink)
+    for _ in range(3):
+        side.take(*rows_of(cargo, 1, 0, 64, 128))
+        assert side.answer() == (Kind.ACK, [1])
+    assert cargo.calls == [(0, 64, 128)]
+    assert torch.equal(cargo.arrived[0][:64], cargo.sent[0][:64]) and not cargo.arrived[0][64:].any()
+
+
+def test_a_damaged_chunk_is_asked_for_again_and_nothing_of_it_is_written():
+    side, cargo = Side(), Cargo()
+    side.inbox.streams.expect(cargo.plan, cargo.sink)
+    side.take(*rows_of(cargo, 1, 0, 64, 128), damaged=True)
+    assert side.answer() == (Kind.DAMAGED, [1]) and not cargo.calls
+    side.take(*rows_of(cargo, 1, 0, 64, 128))
+    assert side.answer() == (Kind.ACK, [1]) and cargo.calls == [(0, 64, 128)]
+
+
+def test_a_chunk_that_nobody_expects_is_refused():
+    side, cargo = Side(), Cargo()
+    side.take(*rows_of(cargo, 1, 0, 64, 128))
+    assert side.answer() == (Kind.REFUSE, [1])
+
+
+def test_a_stream_is_done_with_its_last_byte_whatever_the_order_of_its_chunks():
+    side, cargo = Side(), Cargo()
+    side.inbox.streams.expect(cargo.plan, cargo.sink)
+    state = bytes(cargo.sent[3].flatten().tolist())
+    pieces = [(Header(Kind.CHUNK, 4, 1, 3, 1, 64, 320, offset=10_000), state[10_000:]),
+              rows_of(cargo, 3, 2, 64, 320), rows_of(cargo, 1, 0, 64, 320),
+              (Header(Kind.CHUNK, 5, 1, 3, 1, 64, 320), state[:10_000]), rows_of(cargo, 2, 1, 64, 320)]
+    for number, (header, payload) in enumerate(pieces):
+        assert next_event(side) is None, f"done after {number} of 5 chunks"
+        side.take(header, payload)
+    done = next_event(side)
+    assert isinstance(done, StreamDone) and done.report.bytes == cargo.plan.total_bytes
+    assert cargo.is_identical
+
+
+def test_an_abort_of_the_sender_ends_its_stream_once():
+    side, cargo = Side(), Cargo()
+    side.inbox.streams.expect(cargo.plan, cargo.sink)
+    for _ in range(2):
+        side.take(Header(Kind.ABORT, 1, stream=cargo.plan.stream_id))
+        assert side.answer() == (Kind.ACK, [1])
+    assert isinstance(next_event(side), StreamFailed) and next_event(side) is None
+
+
+def test_parts_of_messages_come_out_as_whole_messages_in_the_order_in_which_they_were_sent():
+    side = Side()
+    long = encode_message({"long": "x" * (2 * CONTROL_LIMIT_BYTES)})
+    parts = [long[at:at + CONTROL_LIMIT_BYTES] for at in range(0, len(long), CONTROL_LIMIT_BYTES)]
+    short = encode_message({"short": 1})
+    for number in (3, 1, 2, 1, 0, 3):  # the short one overtakes the long one, and two come twice
+        payload, left = (short, 0) if number == 3 else (parts[number], 2 - number)
+        side.take(Header(Kind.MESSAGE, number + 1, stream=number, start=left), payload)
+        assert side.answer() == (Kind.ACK, [number + 1])
+    assert [next_event(side) for _ in range(3)] == [
+        MessageReceived({"long": "x" * (2 * CONTROL_LIMIT_BYTES)}, "a-b"), MessageReceived({"short": 1}, "a-b"), None]
+
+
+def test_what_the_sender_has_settled_is_taken_although_it_never_came():
+    """A dropped stream leaves holes in the numbers; a heartbeat tells up to where nothing is missing."""
+    side, cargo = Side(), Cargo()
+    side.inbox.streams.expect(cargo.plan, cargo.sink)
+    side.take(Header(Kind.HEARTBEAT, 5))
+    side.take(*rows_of(cargo, 4, 0, 64, 128))
+    assert side.answer() == (Kind.ACK, [4]) and not cargo.calls
+    side.take(*rows_of(cargo, 5, 0, 64, 128))
+    assert side.answer() == (Kind.ACK, [5]) and cargo.calls
+    side.take(Header(Kind.HEARTBEAT, 2))  # one that was overtaken takes nothing back
+    side.take(*rows_of(cargo, 3, 0, 128, 192))
+    assert side.answer() == (Kind.ACK, [3]) and len(cargo.calls) == 1
+
+
+def test_a_new_peer_begins_to_count_anew():
+    side = Side()
+    for text in ("of the old one", "of the new one"):
+        side.take(Header(Kind.MESSAGE, 1, stream=0), encode_message({"text": text}))
+        side.take(Header(Kind.MESSAGE, 2, stream=1), encode_message({"text": text}))
+        assert [next_event(side).message for _ in range(2)] == [{"text": text}] * 2
+        side.inbox.forget_peer()
+
+
+@pytest.mark.parametrize("kind", [Kind.MESSAGE, Kind.ACK, Kind.ABORT])
+def test_of_anything_but_a_chunk_a_wrong_digest_ends_the_lane(kind):
+    side = Side()
+    with pytest.raises(FrameError, match="wrong payload digest"):
+        side.take(Header(kind, 1), encode_acks([1]), damaged=True)

@@ -1,0 +1,229 @@
+"""What leaves, in which order, and until when it is kept: `transport.wan.outbox` and `send_queue`. Chapter 07."""
+
+import threading
+
+import pytest
+from transport_support import DEADLINE_S, in_parallel
+
+from minprfaas.config import LineConfig, LinkConfig
+from minprfaas.observe.timeline import Timeline
+from minprfaas.transport import LinkDown, StreamAborted
+from minprfaas.transport.wan.frames import HEADER_BYTES, Frame, Header, Kind, Slot, StreamRecord, control_frame
+from minprfaas.transport.wan.line import EmulatedLine
+from minprfaas.transport.wan.outbox import Outbox
+from minprfaas.transport.wan.parts import encode_message
+from minprfaas.transport.wan.send_queue import SendQueue
+
+CHUNK = 1000  # bytes in all, header included
+
+
+def push(queue, stream, count, now=0.0, nbytes=CHUNK):
+    for _ in range(count):
+        queue.monitor.queued(nbytes, now)
+        queue.push_chunk(chunk(stream, nbytes), now)
+
+
+def chunk(stream, nbytes=CHUNK):
+    return Frame(Header(Kind.CHUNK, stream=stream.stream_id, nbytes=nbytes - HEADER_BYTES), Slot(nbytes), stream)
+
+
+def pop_all(queue, now=1.0):
+    left = []
+    while queue.queued_at() is not None:
+        left.append(queue.pop(now))
+    assert queue.pop(now) is None
+    return left
+
+
+# ---- the order
+
+
+def test_streams_take_turns_chunk_by_chunk_and_everything_else_goes_first():
+    queue, one, other = SendQueue(10**6, 0.0), StreamRecord(1), StreamRecord(2)
+    push(queue, one, 3)
+    push(queue, other, 2)
+    queue.push_message(encode_message({"a": 1}), 0.0)
+    queue.push_control(control_frame(Kind.REFUSE, seq=9), 0.0)
+    assert queue.push_ack(7, 0.0) and not queue.push_ack(8, 0.0), "the second goes with the first"
+    left = pop_all(queue)
+    assert [frame.header.kind.name for frame in left[:3]] == ["ACK", "REFUSE", "MESSAGE"]
+    assert [frame.header.stream for frame in left[3:]] == [1, 2, 1, 2, 1]
+    assert [frame.header.seq for frame in left] == [0, 9, 1, 2, 3, 4, 5, 6], "what must arrive is numbered as it leaves"
+
+
+def test_a_new_epoch_begins_with_what_was_not_acknowledged_in_its_old_order():
+    queue, stream = SendQueue(10**6, 0.0), StreamRecord(1)
+    push(queue, stream, 6)
+    for _ in range(5):
+        queue.pop(1.0)
+    queue.settle(3, True, 2.0)
+    queue.send_again(4, 2.0)  # it came damaged, and waits to leave again when the lanes break
+    queue.push_ack(1, 2.0)
+    queue.push_control(control_frame(Kind.DAMAGED, seq=1), 2.0)
+    queue.push_control(control_frame(Kind.ABORT, stream=9), 2.0)
+    queue.begin_epoch(3.0)
+    left = pop_all(queue, 4.0)
+    assert left[0].header.kind == Kind.ABORT, "answers to the old lanes are worth nothing, an abort still is"
+    assert [frame.header.seq for frame in left[1:]] == [1, 2, 4, 5, 7]
+    assert stream.resent_chunks == 4
+    again = [queue.settle(seq, True, 5.0) for seq in (1, 2, 4, 5, 6, 7)]
+    assert None not in again and queue.settled_below == 8
+    assert stream.outstanding == queue.monitor.inflight_bytes == queue.monitor.queued_bytes == 0
+
+
+def test_a_frame_is_sent_again_once_at_a_time_and_only_while_it_is_not_acknowledged():
+    queue, stream = SendQueue(10**6, 0.0), StreamRecord(1)
+    push(queue, stream, 2)
+    pop_all(queue)
+    for _ in range(3):
+        queue.send_again(2, 2.0)
+    assert [frame.header.seq for frame in pop_all(queue)] == [2]
+    queue.settle(2, True, 3.0)
+    queue.send_again(2, 3.0)
+    assert pop_all(queue) == [] and queue.settled_below == 1
+
+
+def test_an_acknowledgement_that_comes_while_the_frame_waits_to_leave_again_settles_it():
+    queue, stream = SendQueue(10**6, 0.0), StreamRecord(1)
+    push(queue, stream, 1)
+    pop_all(queue)
+    queue.send_again(1, 2.0)
+    assert queue.monitor.queued_bytes == CHUNK
+    queue.settle(1, True, 3.0)
+    assert pop_all(queue) == [] and stream.outstanding == 0
+    assert queue.monitor.queued_bytes == queue.monitor.inflight_bytes == 0
+
+
+# ---- the books
+
+
+def test_there_is_room_for_so_many_bytes_queued_or_in_flight_and_for_one_chunk_always():
+    queue, stream = SendQueue(3 * CHUNK, 0.0), StreamRecord(1)
+    assert queue.has_room(100 * CHUNK), "a chunk above the limit would wait for ever"
+    push(queue, stream, 2)
+    queue.pop(1.0)
+    assert queue.has_room(CHUNK) and not queue.has_room(CHUNK + 1)
+    push(queue, stream, 1)
+    assert not queue.has_room(1)
+    queue.settle(1, True, 2.0)
+    assert queue.has_room(CHUNK)
+
+
+def test_a_stream_that_failed_leaves_no_more_and_its_room_is_free():
+    queue, gone, other = SendQueue(10**6, 0.0), StreamRecord(1), StreamRecord(2)
+    push(queue, gone, 3)
+    push(queue, other, 1)
+    queue.pop(1.0)  # one of them is on its way
+    queue.fail(gone, "the client left")
+    queue.fail(gone, "said later")
+    assert gone.failure == "the client left"
+    assert [frame.header.stream for frame in pop_all(queue)] == [2]
+    assert (queue.monitor.queued_bytes, queue.monitor.inflight_bytes) == (0, 2 * CHUNK)
+    queue.settle(1, False, 2.0)
+    assert queue.monitor.inflight_bytes == CHUNK and queue.settled_below == 2
+
+
+def test_a_refused_chunk_ends_its_stream():
+    queue, stream = SendQueue(10**6, 0.0), StreamRecord(1)
+    push(queue, stream, 3)
+    queue.pop(1.0)
+    queue.settle(1, False, 2.0)
+    assert stream.failure == "refused by the receiver" and pop_all(queue) == []
+
+
+def test_of_a_peer_that_restarted_nothing_is_waited_for():
+    queue, stream = SendQueue(10**6, 0.0), StreamRecord(1)
+    push(queue, stream, 3)
+    queue.push_message(encode_message({"a": 1}), 0.0)
+    queue.pop(1.0), queue.pop(1.0)  # the message and a chunk
+    queue.push_message(encode_message({"b": 1}), 0.0)
+    queue.push_control(control_frame(Kind.REFUSE, seq=9), 1.0)
+    assert queue.owes_messages
+    queue.forget_peer("the peer restarted", 2.0)
+    assert stream.failure == "the peer restarted" and pop_all(queue) == [] and not queue.owes_messages
+    assert queue.settled_below == 3
+    assert queue.monitor.queued_bytes == queue.monitor.inflight_bytes == 0
+
+
+def test_a_message_is_owed_until_it_is_acknowledged():
+    queue = SendQueue(10**6, 0.0)
+    queue.push_message(encode_message({"a": 1}), 0.0)
+    assert queue.owes_messages
+    queue.pop(1.0)
+    assert queue.owes_messages
+    queue.settle(1, True, 2.0)
+    assert not queue.owes_messages
+
+
+# ---- who waits
+
+
+def open_outbox(config=LinkConfig(timeout_s=DEADLINE_S), line=None, timeline=None):
+    outbox = Outbox("a-b", config, line, timeline)
+    outbox.begin_epoch(1)
+    return outbox
+
+
+def send(outbox, stream, nbytes=CHUNK):
+    outbox.wait_for_room(nbytes, stream)
+    outbox.send_chunk(chunk(stream, nbytes))
+
+
+def test_who_waits_for_room_gets_it_when_something_is_acknowledged():
+    config = LinkConfig(chunk_bytes=4096, max_inflight_bytes=4096, timeout_s=DEADLINE_S)
+    outbox, stream = open_outbox(config), StreamRecord(1)
+    for _ in range(4):
+        send(outbox, stream)
+    for _ in range(4):
+        outbox.next_frame(1)
+    in_parallel(lambda: send(outbox, stream), lambda: outbox.settle([1]))
+    assert outbox.next_frame(1).header.seq == 5 and outbox.stats().inflight_bytes == 4 * CHUNK
+
+
+def test_who_waits_for_room_hears_that_its_stream_failed_or_the_link_is_closed():
+    outbox = open_outbox(LinkConfig(chunk_bytes=4096, max_inflight_bytes=4096))
+    stream, other = StreamRecord(1), StreamRecord(2)
+    send(outbox, other, 4096)
+
+    def failing(call, kind):
+        with pytest.raises(kind):
+            call()
+
+    in_parallel(lambda: failing(lambda: outbox.wait_for_room(CHUNK, stream), StreamAborted),
+                lambda: outbox.abort(stream, "the client left"))
+    in_parallel(lambda: failing(lambda: outbox.wait_for_room(CHUNK, other), LinkDown), lambda: outbox.close("closed"))
+    with pytest.raises(LinkDown, match="closed"):
+        outbox.send_message(b"{}")
+
+
+def test_a_stream_is_settled_with_its_last_acknowledgement_and_not_before():
+    outbox, stream = open_outbox(), StreamRecord(1)
+    send(outbox, stream)
+    send(outbox, stream)
+    outbox.next_frame(1), outbox.next_frame(1)
+    outbox.settle([1])
+    with pytest.raises(TimeoutError, match="1 chunks are not acknowledged"):
+        outbox.wait_until_settled(stream, 0.0)
+    in_parallel(lambda: outbox.wait_until_settled(stream, DEADLINE_S), lambda: outbox.settle([2]))
+    assert stream.outstanding == 0
+
+
+def test_a_lane_of_an_epoch_that_is_over_gets_no_frame():
+    outbox, got = open_outbox(), []
+    thread = threading.Thread(target=lambda: got.append(outbox.next_frame(1)), daemon=True)
+    thread.start()
+    outbox.end_epoch()
+    thread.join(DEADLINE_S)
+    assert got == [None] and outbox.next_frame(1) is None
+
+
+def test_what_the_emulated_line_carries_is_drawn_as_long_as_it_occupies_it():
+    timeline, line, stream = Timeline("a"), EmulatedLine(LineConfig(gbps=0.008)), StreamRecord(1)  # 1 MB/s
+    line.begin(0.0)
+    outbox = open_outbox(line=line, timeline=timeline)
+    send(outbox, stream)
+    frame = outbox.next_frame(1)
+    outbox.settle([frame.header.seq])
+    span, instant = (event for event in timeline.events() if event["ph"] in "Xi")
+    assert (span["name"], span["args"].keys()) == ("CHUNK", {"waited_ms"}) and 0 < span["dur"] <= 1001
+    assert instant["name"] == frame.header.label
