@@ -139,15 +139,18 @@ class Bench:
             finally:
                 os._exit(70)
         until, done, status = time.monotonic() + limit_s, 0, 0
-        while not done and time.monotonic() < until:
-            time.sleep(0.05)
-            done, status = os.waitpid(pid, os.WNOHANG)
         try:
-            os.killpg(pid, signal.SIGKILL)  # it, or whatever processes a broken test has left
-        except ProcessLookupError:
-            pass
+            while not done and time.monotonic() < until:
+                time.sleep(0.05)
+                done, status = os.waitpid(pid, os.WNOHANG)
+        finally:
+            try:
+                os.killpg(pid, signal.SIGKILL)  # it, or whatever processes a broken test has left
+            except ProcessLookupError:
+                pass
+            if not done:
+                os.waitpid(pid, 0)
         if not done:
-            os.waitpid(pid, 0)
             return None, ""
         failed = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", output.read_text(errors="replace"), re.MULTILINE)
         return os.waitstatus_to_exitcode(status), failed[1] if failed else ""

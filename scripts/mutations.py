@@ -35,7 +35,7 @@ NAMED = (
            "has_state=False)", "has_state=True)", "test_kv_arrives.py"),
     _named("a snapshot is removed that another request holds", "kvcache/snapshots.py",
            "if previous is not None and self.ledger.refs[previous] == 0:", "if previous is not None:",
-           "test_kvcache_manager.py", "test_kvcache_random.py", "test_engine.py"),
+           "test_kvcache_manager.py"),
     _named("a preempted request is queued last", "engine/scheduler.py",
            "self.waiting.appendleft(request)", "self.waiting.append(request)", "test_engine.py"),
     _named("the running one is preempted before the prefilling one", "engine/scheduler.py",

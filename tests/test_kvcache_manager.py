@@ -533,3 +533,20 @@ def test_two_models_never_agree_on_a_key():
     one, other = manager(DENSE, 10, root=b"one"), manager(DENSE, 10, root=b"other")
     assert one.keys(PROMPT) == manager(DENSE, 10, root=b"one").keys(PROMPT)
     assert not set(one.keys(PROMPT)) & set(other.keys(PROMPT))
+
+
+def test_a_snapshot_that_another_request_is_about_to_begin_from_does_not_give_way_to_the_next():
+    """While an answer grows, its newest snapshot takes the place of the one before, unless somebody holds that."""
+    kvcache = manager(HYBRID, 60, snapshot_every=1000)
+    answer = prefill(kvcache, list(range(8)))
+    tokens = decode(kvcache, answer, list(range(8)), [50, 51, 52, 53])
+    other_tokens = [*tokens, 60]
+    other = kvcache.open(other_tokens)
+    assert other.cached_tokens == 12
+    tokens = decode(kvcache, answer, tokens, [54, 55, 56, 57])
+    assert kvcache.match([*tokens, 1]) == 16 and kvcache.match(other_tokens) == 12
+    assert kvcache.reserve(other, 13)
+    step(kvcache, other, other_tokens, 13)  # fails if the state is not that of the twelve tokens before
+    kvcache.check()
+    decode(kvcache, answer, tokens, [58, 59, 60, 61])
+    assert kvcache.match([*tokens, 1]) == 0, "nobody held that one"
