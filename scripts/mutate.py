@@ -100,23 +100,28 @@ class Bench:
             copy(source, folder / name, **options)
 
     def judge(self, id: str, changes: dict[str, str], tests: list[str]) -> dict:
-        """Run the tests with these files changed; remembered under `id`. Raises UserError when the tests fail as they
-        are."""
-        limit_s = 60.0 + 5 * sum(self._seconds_unbroken(test) for test in tests)  # hung, even on a busy machine
-        originals = {file: (self._folder / file).read_text(encoding="utf-8") for file in changes}
-        self._write(changes)
-        began = time.monotonic()
-        try:
-            status, failed = self._run(tests, limit_s)
-        finally:
-            self._write(originals)
-        verdict = {0: "survived", None: "hung"}.get(status, "caught")
-        return self._note({"id": id, "verdict": verdict, "by": failed, "seconds": round(time.monotonic() - began, 1)})
+        """Run the test files one by one with these files changed, until one notices; remembered under `id`. Raises
+        UserError when one fails as it is."""
+        verdict, failed, seconds = "survived", "", 0.0
+        for test in tests:
+            limit_s = 60.0 + 5 * self._seconds_unbroken(test)  # beyond it hangs, even on a busy machine
+            originals = {file: (self._folder / file).read_text(encoding="utf-8") for file in changes}
+            self._write(changes)
+            began = time.monotonic()
+            try:
+                status, failed = self._run(test, limit_s)
+            finally:
+                self._write(originals)
+            seconds += time.monotonic() - began
+            if status != 0:
+                verdict = "hung" if status is None else "caught"
+                break
+        return self._note({"id": id, "verdict": verdict, "by": failed or test, "seconds": round(seconds, 1)})
 
     def _seconds_unbroken(self, test: str) -> float:
         if f"unbroken {test}" not in self.known:
             began = time.monotonic()
-            status, failed = self._run([test], 600.0)
+            status, failed = self._run(test, 600.0)
             if status != 0:
                 raise UserError(f"tests/{test} fails without any mutation: {failed or 'it ran past 600 s'}")
             self._note({"id": f"unbroken {test}", "seconds": round(time.monotonic() - began, 1)})
@@ -128,14 +133,14 @@ class Bench:
             path.write_text(text, encoding="utf-8")
             Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)  # it tells age by whole seconds
 
-    def _run(self, tests: list[str], limit_s: float) -> tuple[int | None, str]:
+    def _run(self, test: str, limit_s: float) -> tuple[int | None, str]:
         """Exit status (None: it ran past its limit), and the first test that failed."""
         output = self._folder / "output"
         pid = os.fork()  # with torch imported already, which takes longer than most test files
         if pid == 0:
             try:
                 os.setsid()
-                self._become_pytest(tests, output)
+                self._become_pytest(test, output)
             finally:
                 os._exit(70)
         until, done, status = time.monotonic() + limit_s, 0, 0
@@ -155,7 +160,7 @@ class Bench:
         failed = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", output.read_text(errors="replace"), re.MULTILINE)
         return os.waitstatus_to_exitcode(status), failed[1] if failed else ""
 
-    def _become_pytest(self, tests: list[str], output: Path) -> None:
+    def _become_pytest(self, test: str, output: Path) -> None:
         with open(output, "w") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
@@ -164,8 +169,7 @@ class Bench:
         os.chdir(self._folder)
         os.environ["PYTHONPATH"] = str(self._folder)
         sys.path.insert(0, str(self._folder))
-        paths = [f"tests/{test}" for test in tests]
-        status = sys.modules["pytest"].main(["-x", "-q", "-p", "no:cacheprovider", *paths])
+        status = sys.modules["pytest"].main(["-x", "-q", "-p", "no:cacheprovider", f"tests/{test}"])
         sys.stdout.flush()
         os._exit(int(status))
 
@@ -195,7 +199,8 @@ def main() -> int:
             if result is None or (args.again and result["verdict"] == "survived"):
                 result = bench.judge(id, changes, tests)
             survived, hung = survived + (result["verdict"] == "survived"), hung + (result["verdict"] == "hung")
-            bar.write(f"{result['verdict']:8}  {id}{'  by ' + result['by'] if result['by'] else ''}", file=sys.stdout)
+            by = f"  by {result['by']}" if result["verdict"] != "survived" else ""
+            bar.write(f"{result['verdict']:8}  {id}{by}", file=sys.stdout)
     print(f"{len(work) - survived} of {len(work)} caught{f', {hung} of them by the time limit' if hung else ''}; "
           f"{survived} survived")
     return 1 if survived else 0

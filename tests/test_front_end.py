@@ -63,7 +63,8 @@ class Desk:
 def test_a_request_is_ordered_from_a_decode_node_with_all_that_it_needs():
     desk = Desk()
     far, serve = desk.submit("far", LONG)
-    assert (far.route, far.decision.node) == ("prfaas", "prfaas-0")
+    assert (far.route, far.decision.node, far.reason) == ("prfaas", "prfaas-0", far.decision.reason)
+    assert far.reason.startswith("200 uncached > t=100")
     assert serve == messages.Serve("far#1", LONG, 0, vars(PARAMS), "prfaas-0", 60.0, "", 0)
     near, serve = desk.submit("near", SHORT)
     assert (near.route, serve.prefill_node, serve.id) == ("pdp", "pd-0", "near#2") and serve.deadline_s > 60.0
