@@ -23,6 +23,12 @@ def test_equation_2_gives_the_papers_worked_cases(model, tokens, gpus, gbps, wit
     assert egress_needed_gbps(gpus, paper.GPUS_PER_INSTANCE, instance_gbps) == pytest.approx(gbps, rel=within)
 
 
+def test_the_worked_cases_that_plan_prints_are_the_papers():
+    assert [case[:3] for case in paper.EGRESS_CASES] == [
+        ("MiniMax-M2.5", 32_768, 512), ("Qwen3-235B", 32_768, 512), ("Ring-2.5-1T", 32_768, 512),
+        ("Ring-2.5-1T", 131_072, 512), ("Ring-2.5-1T", 131_072, 10_000)]
+
+
 def test_equation_3_takes_the_slower_of_compute_and_egress():
     kv_bytes = 10e9 / 8  # ten gigabits
     assert theta_prfaas(n_prfaas=4, prefill_s=2.0, link_gbps=100, kv_bytes=kv_bytes) == 2.0  # compute: 4 / 2 s

@@ -4,6 +4,7 @@ Chapter 09.
 """
 
 import contextlib
+import threading
 
 import pytest
 import torch
@@ -220,3 +221,12 @@ def test_an_environment_in_which_a_dead_peer_would_end_this_process_is_refused(m
     monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
     with pytest.raises(UserError, match="TORCH_NCCL_ASYNC_ERROR_HANDLING is '1'; it must be 0 or 2"):
         Fabric("pair", new_store(), 0, LinkConfig(), IDENTITY, "cuda")
+
+
+def test_a_closed_fabric_leaves_no_thread_behind():
+    before = {*threading.enumerate()}
+    with connected_fabric() as (sender, receiver):
+        cargo = Cargo(1)
+        receiver.expect(cargo.plan, cargo.sink)
+        put_in_three_batches(cargo, sender.open(cargo.plan))
+    wait_until(lambda: not any("pd-0+pd-1" in thread.name for thread in {*threading.enumerate()} - before))

@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from minprfaas.transport.wan import frames
 from minprfaas.transport.wan.digest import Digest
 from minprfaas.transport.wan.frames import (CONTROL_LIMIT_BYTES, HEADER_BYTES, Codec, FrameError, Header, Kind, Slot,
                                             decode_acks, encode_acks)
@@ -48,6 +49,16 @@ def test_absurd_fields_are_refused_although_their_checksum_is_right(header, comp
     codec = Codec(LIMIT)
     with pytest.raises(FrameError, match=complaint):
         codec.open(sealed(codec, header, b"").view)
+
+
+@pytest.mark.parametrize("name, value", [("MAGIC", b"HTTP"), ("VERSION", 3)])
+def test_a_frame_of_another_protocol_or_version_is_refused_although_its_checksum_is_right(monkeypatch, name, value):
+    codec = Codec(LIMIT)
+    with monkeypatch.context() as patched:
+        patched.setattr(frames, name, value)
+        slot = sealed(codec, Header(Kind.ACK), b"")
+    with pytest.raises(FrameError, match="this side speaks b'PFKV' version 2"):
+        codec.open(slot.view)
 
 
 def test_ten_thousand_mutated_frames_raise_a_frame_error_or_parse_within_the_limits():
