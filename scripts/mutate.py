@@ -28,7 +28,7 @@ from minprfaas.errors import UserError, exit_on_user_error
 
 sys.path.insert(0, str(Path(__file__).parent))
 from mutants import Mutant, compiles, mutants_of
-from mutations import FIRST, NAMED, NOT_ON_A_CPU, ROOMS
+from mutations import GUARDS, NAMED, NOT_ON_A_CPU, ROOMS
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 tqdm.monitor_interval = 0  # its thread must not be there when this process forks
@@ -59,12 +59,13 @@ def drawn(count: int, seed: int, rooms: list[str]) -> list[Mutant]:
 
 
 def tests_for(file: str) -> list[str]:
-    """Test files, most telling first: those that `FIRST` names for this file, those that import it themselves, and
-    then the others of its room."""
-    module = file.removesuffix(".py").replace("/", ".")
-    room = ROOMS[file.split("/")[1]]
+    """Test files, most telling first: those that `GUARDS` names for this file, or else those of its room, of which
+    the ones that import it come first."""
+    if file.removeprefix("minprfaas/") in GUARDS:
+        return list(GUARDS[file.removeprefix("minprfaas/")])
+    module, room = file.removesuffix(".py").replace("/", "."), ROOMS[file.split("/")[1]]
     importing = [test for test in room if module in _imports(ROOT / "tests" / test)]
-    return list(dict.fromkeys([*FIRST.get(file.removeprefix("minprfaas/"), ()), *importing, *room]))
+    return list(dict.fromkeys([*importing, *room]))
 
 
 def _imports(path: Path) -> set[str]:

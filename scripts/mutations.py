@@ -37,10 +37,12 @@ NAMED = (
            "if previous is not None and self.ledger.refs[previous] == 0:", "if previous is not None:",
            "test_kvcache_manager.py"),
     _named("a preempted request is queued last", "engine/scheduler.py",
-           "self.waiting.appendleft(request)", "self.waiting.append(request)", "test_engine.py"),
+           "self.waiting.appendleft(request)", "self.waiting.append(request)",
+           "test_engine.py::test_a_preempted_request_waits_ahead_of_those_that_never_ran"),
     _named("the running one is preempted before the prefilling one", "engine/scheduler.py",
            "self.prefilling.pop() if self.prefilling else self.running.pop()",
-           "self.running.pop() if self.running else self.prefilling.pop()", "test_engine.py"),
+           "self.running.pop() if self.running else self.prefilling.pop()",
+           "test_engine.py::test_who_is_still_being_prefilled_is_preempted_before_anybody_who_runs"),
     # the line and the link
     _named("a stall is caught up", "transport/wan/line.py",
            "free_at = max(words[_FREE_AT], self._stalled_until(now), queued_at, now - MAX_LAG_S)",
@@ -102,59 +104,62 @@ NAMED = (
            "test_timeline.py"),
     # a row is lost: the few tokens that a small model answers with may be right all the same
     _named("one row of a request's KVCache does not arrive", "cluster/kv_receive.py", WRITE,
-           WRITE + LOSE_ROW_150.format("self.plan.end % 16"), "test_two_datacenters.py"),
+           WRITE + LOSE_ROW_150.format("self.plan.end % 16"),
+           "test_two_datacenters.py::test_short_and_long_requests_get_the_answers_of_one_process"),
     _named("one row of a shipped prefix does not arrive", "cluster/kv_receive.py", WRITE,
-           WRITE + LOSE_ROW_150.format("self.plan.end % 16 == 0"), "test_prefix_shipping.py"),
+           WRITE + LOSE_ROW_150.format("self.plan.end % 16 == 0"),
+           "test_prefix_shipping.py::"
+           "test_a_prefix_that_only_the_prefill_node_has_is_fetched_and_only_the_rest_computed_here"),
     _named("a request that is preempted leaves a damaged row in the prefix cache", "engine/scheduler.py",
            "        self.close_cache(request)\n        request.preemptions += 1",
            "        group = self.kvcache.layout.token_groups[0]\n"
            "        self.kvcache.pool.bytes[request.cache.block_tables[group.index][0], :64] = 0\n"
-           "        self.close_cache(request)\n        request.preemptions += 1", "test_engine.py"),
+           "        self.close_cache(request)\n        request.preemptions += 1",
+           "test_engine.py::test_preempted_requests_get_the_same_tokens"),
 )
 
 # Files that nothing but a GPU runs.
 NOT_ON_A_CPU = {"minprfaas/engine/decode_graphs.py"}
 
-# The test files of a room, the most telling and the fastest first. Slow programs are left out.
+# The test files of a room, the fastest first. Whole programs are left out.
 ROOMS = {
-    "kvcache": ("test_kvcache_ledger.py", "test_kvcache_manager.py", "test_kvcache_layout.py", "test_kvcache_pool.py",
-                "test_kvcache_paged.py", "test_kvcache_replay.py", "test_kvcache_random.py", "test_engine.py"),
-    "engine": ("test_engine.py", "test_sampling.py", "test_text.py", "test_prompts.py", "test_generate.py",
-               "test_fast_runner.py", "test_paced.py"),
-    "transport": ("test_transport_frames.py", "test_transport_streams.py", "test_transport_line.py",
-                  "test_transport_monitor.py", "test_transport_inbox.py", "test_transport_outbox.py",
-                  "test_encoding.py", "test_transport_seam.py", "test_transport_link.py", "test_transport_messages.py",
-                  "test_transport_handshake.py", "test_transport_binding.py", "test_transport_fabric.py",
-                  "test_transport_shared_line.py", "test_transport_recovery.py"),
-    "scheduling": ("test_router.py", "test_monitor.py", "test_directory.py", "test_control.py", "test_roles.py",
-                   "test_threshold.py", "test_throughput.py", "test_planner.py", "test_profiles.py", "test_lengths.py",
-                   "test_simulator_parts.py", "test_simulator.py"),
-    "cluster": ("test_topology.py", "test_front_end.py", "test_kv_arrives.py", "test_cluster_parts.py",
-                "test_two_datacenters.py", "test_prefix_shipping.py", "test_cluster_life.py", "test_load.py", "test_launch.py"),
+    "kvcache": ("test_kvcache_ledger.py", "test_kvcache_layout.py", "test_kvcache_pool.py", "test_kvcache_paged.py",
+                "test_kvcache_replay.py", "test_kvcache_manager.py", "test_kvcache_random.py", "test_engine.py"),
+    "engine": ("test_sampling.py", "test_text.py", "test_prompts.py", "test_engine.py", "test_fast_runner.py",
+               "test_generate.py", "test_paced.py"),
+    "transport": ("test_transport_frames.py", "test_transport_inbox.py", "test_transport_outbox.py",
+                  "test_transport_line.py", "test_transport_streams.py", "test_encoding.py",
+                  "test_transport_messages.py", "test_transport_handshake.py", "test_transport_seam.py",
+                  "test_transport_link.py", "test_transport_recovery.py"),
+    "scheduling": ("test_router.py", "test_monitor.py", "test_directory.py", "test_control.py", "test_throughput.py",
+                   "test_lengths.py", "test_profiles.py", "test_roles.py", "test_threshold.py", "test_planner.py",
+                   "test_simulator.py"),
+    "cluster": ("test_front_end.py", "test_topology.py", "test_kv_arrives.py", "test_prefix_shipping.py",
+                "test_cluster_parts.py", "test_two_datacenters.py", "test_cluster_life.py"),
 }
 
-# Test files that tell more of one file than those of its room.
-FIRST: dict[str, tuple[str, ...]] = {
-    "cluster/decode_role.py": ("test_kv_arrives.py", "test_two_datacenters.py"),
-    "cluster/journey.py": ("test_front_end.py",),
-    "cluster/kv_receive.py": ("test_kv_arrives.py", "test_two_datacenters.py", "test_wire.py"),
-    "cluster/kv_send.py": ("test_kv_arrives.py", "test_two_datacenters.py", "test_wire.py"),
+# The test files that look after one file, where those of its room say little of it.
+GUARDS: dict[str, tuple[str, ...]] = {
+    "cluster/emulation.py": ("test_paced.py", "test_topology.py"),
+    "cluster/journey.py": ("test_front_end.py", "test_cluster_parts.py", "test_two_datacenters.py"),
     "cluster/launch.py": ("test_launch.py", "test_two_datacenters_program.py"),
-    "cluster/mail.py": ("test_front_end.py", "test_cluster_parts.py"),
-    "cluster/pd_node.py": ("test_cluster_life.py",),
-    "cluster/prefill_role.py": ("test_kv_arrives.py", "test_two_datacenters.py"),
-    "cluster/prefix_shipping.py": ("test_prefix_shipping.py",),
-    "cluster/recovery.py": ("test_front_end.py",),
-    "cluster/snapshot_arrivals.py": ("test_two_datacenters.py",),
+    "cluster/load.py": ("test_load.py",),
+    "cluster/processes.py": ("test_launch.py", "test_two_datacenters.py", "test_two_datacenters_program.py"),
+    "cluster/probe.py": ("test_two_datacenters_program.py",),
+    "cluster/recovery.py": ("test_front_end.py", "test_cluster_life.py"),
     "engine/measure.py": ("test_profile_command.py",),
-    "transport/base.py": ("test_transport_streams.py", "test_transport_seam.py"),
+    "engine/pieces.py": ("test_fast_runner.py",),
+    "engine/sampling.py": ("test_sampling.py", "test_engine.py"),
+    "engine/text.py": ("test_text.py", "test_engine.py"),
+    "scheduling/paper_case.py": ("test_throughput.py", "test_planner.py", "test_profiles.py", "test_plan_command.py"),
+    "transport/encoding.py": ("test_encoding.py", "test_wire.py"),
     "transport/fabric.py": ("test_transport_fabric.py", "test_transport_seam.py"),
     "transport/fabric_sending.py": ("test_transport_fabric.py", "test_transport_seam.py"),
     "transport/loopback.py": ("test_transport_seam.py",),
     "transport/pair_group.py": ("test_transport_fabric.py", "test_transport_seam.py"),
-    "transport/wan/line.py": ("test_transport_line.py", "test_transport_outbox.py"),
-    "transport/wan/monitor.py": ("test_transport_monitor.py", "test_transport_outbox.py"),
-    "transport/wan/send_queue.py": ("test_transport_outbox.py", "test_transport_messages.py"),
-    "transport/wan/sending.py": ("test_transport_link.py", "test_transport_seam.py"),
+    "transport/streams.py": ("test_transport_streams.py", "test_transport_inbox.py", "test_transport_seam.py"),
+    "transport/wan/binding.py": ("test_transport_binding.py", "test_transport_handshake.py"),
     "transport/wan/shared_words.py": ("test_transport_shared_line.py",),
+    "transport/wan/line.py": ("test_transport_line.py", "test_transport_outbox.py", "test_transport_shared_line.py"),
+    "transport/wan/monitor.py": ("test_transport_monitor.py", "test_transport_outbox.py"),
 }

@@ -10,7 +10,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import mutate  # noqa: E402
 from mutants import compiles, mutants_of  # noqa: E402
-from mutations import FIRST, NAMED, NOT_ON_A_CPU, ROOMS  # noqa: E402
+from mutations import GUARDS, NAMED, NOT_ON_A_CPU, ROOMS  # noqa: E402
 
 SOURCE = '''"""A text: 1 < 2 and not 3."""
 def due(waiting, now_s: float = 2.5) -> list:
@@ -51,10 +51,10 @@ def test_the_same_seed_draws_the_same_mutants_and_at_most_one_of_a_line():
 def test_what_is_named_is_still_there_and_so_are_the_tests_that_look_after_it():
     names = [id for id, _, _ in mutate.named_work()]  # raises when a text is gone
     assert len(names) == len(set(names)) == len(NAMED)
-    tests = {test for one in NAMED for test in one.tests} | {test for room in ROOMS.values() for test in room}
-    tests |= {test for files in FIRST.values() for test in files}
+    tests = {test.split("::")[0] for one in NAMED for test in one.tests} | {test for room in ROOMS.values() for test in room}
+    tests |= {test for files in GUARDS.values() for test in files}
     assert [test for test in sorted(tests) if not (ROOT / "tests" / test).is_file()] == []
-    files = [*NOT_ON_A_CPU, *(f"minprfaas/{file}" for file in FIRST)]
+    files = [*NOT_ON_A_CPU, *(f"minprfaas/{file}" for file in GUARDS)]
     assert [file for file in files if not (ROOT / file).is_file()] == []
 
 
@@ -62,6 +62,7 @@ def test_the_tests_that_import_a_file_come_before_the_others_of_its_room():
     tests = mutate.tests_for("minprfaas/scheduling/directory.py")
     assert set(ROOMS["scheduling"]) <= set(tests)
     assert tests.index("test_directory.py") < tests.index("test_monitor.py")
+    assert mutate.tests_for("minprfaas/cluster/journey.py") == list(GUARDS["cluster/journey.py"])
 
 
 def test_a_count_out_of_range_is_one_line(capsys, monkeypatch):
