@@ -1,6 +1,6 @@
 """Other processes for chapters 07, 08, 09, 13 and 14: the far end of a line, of a fabric, and a live cluster.
 
-As a program this is one of them: `python tutorials/nodes.py line PORT` or `python tutorials/nodes.py fabric PORT`.
+As a program this is one of them: `python tutorials/nodes.py line PORT NUMBER`, or `fabric PORT`.
 """
 
 import contextlib
@@ -40,6 +40,7 @@ from minprfaas.observe.timeline import Timeline
 from minprfaas.scheduling.control import ControlPlane
 from minprfaas.transport import (EmulatedLine, EventQueue, Fabric, LayerPlan, Link, LinkDown, LinkIdentity, LinkLost,
                                  LinkRefused, MessageReceived, StreamAborted, StreamPlan)
+from minprfaas.transport.wan.lanes import Lane
 
 HERE = Path(__file__).resolve().parent
 STREAM_TOKENS, ROW_BYTES = 4096, 2048  # of what the other node of a pair sends: 8 MiB in one layer
@@ -104,10 +105,22 @@ class FarEnd:
     def __init__(self) -> None:
         self.store = new_store()
         self._meetings = 0
-        start(str(HERE / "nodes.py"), "line", str(self.store.port))
+        self._start()
+
+    def _start(self) -> None:
+        self.process = start(str(HERE / "nodes.py"), "line", str(self.store.port), str(max(self._meetings - 1, 0)))
+
+    def kill(self) -> None:
+        """kill -9."""
+        self.process.kill()
+        self.process.wait()
+
+    def start_again(self) -> None:
+        """A new process, which takes the dead one's place at the last link and expects the same stream."""
+        self._start()
 
     def meet(self, line: LineConfig, config: LinkConfig, tokens: int, blocks: bool = False,
-             timeline: Timeline | None = None, guess: bytes | None = None) -> Link:
+             timeline: Timeline | None = None, guess: bytes | None = None, lane_type: type[Lane] = Lane) -> Link:
         """A link over `line` (emulated, in both directions) to the far end, which expects stream 1 of `tokens` tokens:
         `plan`, or with `blocks` what `hybrid_cache` holds. With a `guess` the far end has that for the secret. Raises
         LinkRefused."""
@@ -115,23 +128,31 @@ class FarEnd:
                  "secret": (SECRET if guess is None else guess).decode()}
         number, self._meetings = self._meetings, self._meetings + 1
         self.store.set(f"order {number}", json.dumps(order))
-        link = Link(f"link {number}", self.store, 0, config, IDENTITY, EmulatedLine(line), timeline=timeline)
+        link = Link(f"link {number}", self.store, 0, config, IDENTITY, EmulatedLine(line), timeline=timeline,
+                    lane_type=lane_type)
         link.connect(DEADLINE_S)
-        link.receive(DEADLINE_S)  # "ready": the far end expects the stream
+        next_message(link)  # "ready": the far end expects the stream
         return link
+
+
+def next_message(link: Link) -> dict:
+    """What the far end says next, whatever happens to the link meanwhile. Raises TimeoutError."""
+    while not isinstance(event := link.receive(DEADLINE_S), MessageReceived):
+        if event is None:
+            raise TimeoutError(f"the far end has said nothing for {DEADLINE_S:g} s")
+    return event.message
 
 
 def ask(link: Link, question: str) -> tuple[dict, float]:
     """The far end's answer, and how many seconds it took to come."""
     began_s = time.monotonic()
     link.send_message({"question": question})
-    answer = link.receive(DEADLINE_S).message
-    return answer, time.monotonic() - began_s
+    return next_message(link), time.monotonic() - began_s
 
 
-def serve_lines(port: int) -> None:
-    """Meet, expect, answer; again and again."""
-    store, number = TCPStore("127.0.0.1", port, None, False), 0
+def serve_lines(port: int, number: int) -> None:
+    """Meet, expect, answer; from order `number` on, again and again."""
+    store = TCPStore("127.0.0.1", port, None, False)
     while True:
         store.wait([f"order {number}"], timedelta(seconds=DEADLINE_S))
         order = json.loads(store.get(f"order {number}"))
@@ -274,4 +295,4 @@ if __name__ == "__main__":
     logging.disable(logging.WARNING)  # what a link would log is told by the chapter
     torch.set_num_threads(1)
     with contextlib.suppress(LinkDown):
-        {"line": serve_lines, "fabric": serve_streams}[sys.argv[1]](int(sys.argv[2]))
+        {"line": serve_lines, "fabric": serve_streams}[sys.argv[1]](*map(int, sys.argv[2:]))
