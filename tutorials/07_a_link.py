@@ -12,7 +12,8 @@ Paper: 3.3
 """
 import helper
 
-helper.begin(__doc__)
+if __name__ == "__main__":
+    helper.begin(__doc__)
 
 import hashlib
 import statistics

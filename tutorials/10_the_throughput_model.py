@@ -12,7 +12,8 @@ Paper: 3.4.1, 3.4.2, 4, table 5, table 6, figure 5
 """
 import helper
 
-helper.begin(__doc__)
+if __name__ == "__main__":
+    helper.begin(__doc__)
 
 from dataclasses import replace
 

@@ -11,7 +11,8 @@ Paper: 3.4.3
 """
 import helper
 
-helper.begin(__doc__)
+if __name__ == "__main__":
+    helper.begin(__doc__)
 
 import random
 import statistics

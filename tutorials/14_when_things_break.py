@@ -12,7 +12,8 @@ Paper: –
 """
 import helper
 
-helper.begin(__doc__)
+if __name__ == "__main__":
+    helper.begin(__doc__)
 
 import hashlib
 import time
