@@ -1,15 +1,15 @@
 """Chapter 06: the hybrid prefix cache pool. What was computed once is not computed again.
 
-    python tutorials/06_hybrid_prefix_cache.py
+    python tutorials/06_hybrid_prefix_cache.py [--plots DIRECTORY]
 
-Modules: kvcache/ledger.py, kvcache/manager.py, kvcache/snapshots.py, kvcache/request_cache.py, kvcache/replay.py
+Modules: kvcache/ledger.py, kvcache/manager.py, kvcache/snapshots.py, kvcache/request_cache.py, kvcache/replay.py,
+observe/simulation_plots.py
 Tests: test_kvcache_ledger.py, test_kvcache_manager.py, test_kvcache_random.py, test_kvcache_replay.py
 Paper: 3.2, figure 4
 """
 import helper
 
-if __name__ == "__main__":
-    helper.begin(__doc__)
+args = helper.begin(__doc__, {"--plots": dict(metavar="DIRECTORY", help="draw section 7 there, as a picture")})
 
 import hashlib
 import random
@@ -30,8 +30,12 @@ from minprfaas.model.layers import DenseConfig
 from minprfaas.model.mla import MLAConfig
 from minprfaas.model.spec import model_state_specs
 from minprfaas.model.transformer import Transformer
+from minprfaas.observe.plots import prepare_plots
 from minprfaas.observe.report import human_bytes, table
+from minprfaas.observe.simulation_plots import draw_hit_ratios
 
+if args.plots:
+    prepare_plots(args.plots)  # a mistake is said now, not after the last section
 torch.set_num_threads(1)
 torch.set_grad_enabled(False)
 torch.manual_seed(0)
@@ -253,8 +257,8 @@ for turn in range(1, 5):
 state_bytes = sum(spec.nbytes for spec in layout.specs if spec.kind is not StateKind.TOKEN)
 print("4. Only the increment crosses\n")
 print(table(["turn", "prompt", "in prefill's cache", "in decode's cache", "crossed", "whole", "share"], rows))
-print(f"\n   Of what crossed {human_bytes(state_bytes)} is the state of the linear layers. After each turn the blocks of both\n"
-      f"   sides hold {'the same KVCache' if identical else 'DIFFERENT KVCaches'}.\n")
+print(f"\n   Of what crossed {human_bytes(state_bytes)} is the state of the linear layers.\n"
+      f"   After each turn the blocks of both sides hold {'the same KVCache' if identical else 'DIFFERENT KVCaches'}.\n")
 
 # %% [markdown]
 # *Why can prefill's cache be shorter than decode's?* The prefill node saw the prompt only; the answer was drawn
@@ -382,6 +386,8 @@ print("7. Hit ratio against capacity\n")
 print(table(["blocks", "dense model", "hybrid model, a snapshot is 4 blocks", "hybrid is behind by"], [
     (a.capacity_blocks or "unlimited", f"{a.hit_ratio:.1%}", f"{b.hit_ratio:.1%}",
      f"{(a.hit_ratio - b.hit_ratio) * 100:.1f} points") for a, b in zip(dense, hybrid)]) + "\n")
+if args.plots:
+    print(f"   Drawn: {draw_hit_ratios(args.plots, hybrid)}\n")
 
 # %% [markdown]
 # *Why does the gap close?* With room, a snapshot stands wherever a conversation can go on, and nothing is lost by the

@@ -21,6 +21,8 @@ from nodes import DEADLINE_S, STREAM_TOKENS, cargo, new_store, pair_end, plan
 
 from minprfaas.observe.report import human_bytes, table
 from minprfaas.transport import EventQueue, LinkRestored, StreamDone, StreamFailed
+from minprfaas.transport.fabric import Fabric
+from minprfaas.transport.fabric_sending import POSTED_AHEAD
 from minprfaas.transport.pair_group import ALIGN_BYTES, STAGING_BYTES, PairGroup, digest, require_error_handling
 from minprfaas.transport.wan.binding import LOOPBACK
 
@@ -169,7 +171,7 @@ class Counted(PairGroup):
         return super().receive(nbytes)
 
 
-fabric = pair_end(store, 0, group_type=Counted)
+fabric: Fabric = pair_end(store, 0, group_type=Counted)
 fabric.connect(DEADLINE_S)
 helper.wait_until(lambda: fabric.epoch > 0, "the first epoch")
 
@@ -209,13 +211,13 @@ done = next_of(StreamDone)
 took_s = done.report.last_byte_s - done.report.first_byte_s
 print("4. A stream from another process\n")
 print(f"   epoch {fabric.epoch}: {human_bytes(done.report.bytes)} in {first.calls} pieces, "
-      f"by {Counted.received} operations, in {took_s * 1e3:.0f} ms;\n"
+      f"by {Counted.received} operations, in {took_s * 1e3:.0f} ms, at most {POSTED_AHEAD} of them posted at a time;\n"
       f"   {'every byte is the same' if first.is_identical else 'the bytes are NOT the same'}.\n")
 
 # %% [markdown]
 # *Why did nobody say "go" in between?* A batch is announced, with its size, its digest and what is in it, before it is
-# sent. The receiver posts exactly that receive. NCCL matches operations by their order alone, so both sides must make
-# the same ones in the same order; the announcements are that order.
+# sent, the next one while that is on its way. The receiver posts exactly that receive. NCCL matches operations by their
+# order alone, so both sides must make the same ones in the same order; the announcements are that order.
 #
 # *Change this line:* `ask(1, pause_s=0.005)`, as if a layer were computed in between. Are there more operations now?
 

@@ -1,18 +1,18 @@
 """Chapter 12: two timescales. The threshold follows the link in seconds, the roles follow the traffic in minutes.
 
-    python tutorials/12_two_timescales.py
+    python tutorials/12_two_timescales.py [--plots DIRECTORY]
 
 Everything here is simulated: service times are the paper's profiles', time is a number, and the control plane that
 decides is the object that the live cluster asks, too.
 
-Modules: scheduling/control.py, scheduling/threshold.py, scheduling/roles.py, simulator/
+Modules: scheduling/control.py, scheduling/threshold.py, scheduling/roles.py, simulator/,
+observe/simulation_plots.py
 Tests: test_simulator.py, test_simulator_parts.py, test_threshold.py, test_roles.py, test_control.py
 Paper: 3.4.3
 """
 import helper
 
-if __name__ == "__main__":
-    helper.begin(__doc__)
+args = helper.begin(__doc__, {"--plots": dict(metavar="DIRECTORY", help="draw section 3 there, as a picture")})
 
 import random
 import statistics
@@ -21,7 +21,9 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+from minprfaas.observe.plots import prepare_plots
 from minprfaas.observe.report import table
+from minprfaas.observe.simulation_plots import draw_simulation
 from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.control import ControlPlane, NewThreshold
 from minprfaas.scheduling.lengths import EmpiricalLengths
@@ -34,6 +36,9 @@ from minprfaas.simulator.events import Clock
 from minprfaas.simulator.report import TTFT_OBJECTIVE_S, Report
 from minprfaas.simulator.sustained import reading
 from minprfaas.simulator.trace import read_trace, write_conversations
+
+if args.plots:
+    prepare_plots(args.plots)  # a mistake is said now, not after the last section
 
 # %% [markdown]
 # ## 1. A clock that jumps
@@ -219,6 +224,8 @@ print(f"""
 # *Change this line:* let the line be gone for two minutes: `drop = ((300.0, 0.0), (420.0, 40.0))`.
 
 # %%
+if args.plots:
+    print("   Drawn: " + ", ".join(map(str, draw_simulation(args.plots, adaptive))) + "\n")
 damping = Damping()
 turns = [(before[0], after[0]) for first, before, after in zip(watched.moves, watched.moves[1:], watched.moves[2:])
          if (before[1] > first[1]) != (after[1] > before[1])]
