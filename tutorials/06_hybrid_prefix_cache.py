@@ -258,7 +258,7 @@ state_bytes = sum(spec.nbytes for spec in layout.specs if spec.kind is not State
 print("4. Only the increment crosses\n")
 print(table(["turn", "prompt", "in prefill's cache", "in decode's cache", "crossed", "whole", "share"], rows))
 print(f"\n   Of what crossed {human_bytes(state_bytes)} is the state of the linear layers.\n"
-      f"   After each turn the blocks of both sides hold {'the same KVCache' if identical else 'DIFFERENT KVCaches'}.\n")
+      f"   After each turn both sides' blocks hold {'the same KVCache' if identical else 'DIFFERENT KVCaches'}.\n")
 
 # %% [markdown]
 # *Why can prefill's cache be shorter than decode's?* The prefill node saw the prompt only; the answer was drawn
