@@ -18,7 +18,7 @@ from pathlib import Path
 from helper import DEADLINE_S, start
 
 import torch
-from torch.distributed import TCPStore
+from torch.distributed import DistNetworkError, TCPStore
 
 from minprfaas import load
 from minprfaas.cluster.front_end import FrontEnd
@@ -43,6 +43,7 @@ from minprfaas.transport import (EmulatedLine, EventQueue, Fabric, LayerPlan, Li
 from minprfaas.transport.wan.lanes import Lane
 
 HERE = Path(__file__).resolve().parent
+READER_S = 12 * 3600.0  # how long a process waits for a reader who goes from cell to cell; it ends with the reader's
 STREAM_TOKENS, ROW_BYTES = 4096, 2048  # of what the other node of a pair sends: 8 MiB in one layer
 SECRET = b"what both datacenters were given"
 IDENTITY = LinkIdentity(bytes(32), "uint8", "one layer of bytes", SECRET)
@@ -154,7 +155,7 @@ def serve_lines(port: int, number: int) -> None:
     """Meet, expect, answer; from order `number` on, again and again."""
     store = TCPStore("127.0.0.1", port, None, False)
     while True:
-        store.wait([f"order {number}"], timedelta(seconds=DEADLINE_S))
+        store.wait([f"order {number}"], timedelta(seconds=READER_S))
         order = json.loads(store.get(f"order {number}"))
         with contextlib.suppress(LinkRefused):
             _serve_line(store, number, order)
@@ -175,7 +176,7 @@ def _serve_line(store: TCPStore, number: int, order: dict) -> None:
         rows = torch.frombuffer(memory, dtype=torch.uint8).view(tokens, ROW_BYTES)
         link.expect(plan(1, tokens), lambda layer, start, end, data: rows[start:end].copy_(data.view(end - start, -1)))
     link.send_message({"ready": number})
-    while not isinstance(event := link.receive(DEADLINE_S), LinkLost | None):
+    while not isinstance(event := link.receive(READER_S), LinkLost | None):
         if isinstance(event, MessageReceived):
             began_s, answer = time.monotonic(), ""
             if event.message["question"] == "what have you got?":
@@ -198,7 +199,7 @@ def serve_streams(port: int) -> None:
     fabric = pair_end(TCPStore("127.0.0.1", port, None, False), 1)
     fabric.connect(DEADLINE_S)
     while True:
-        event = fabric.events.get(timeout=DEADLINE_S)
+        event = fabric.events.get(timeout=READER_S)
         if not isinstance(event, MessageReceived):
             continue
         number = event.message["stream"]
@@ -294,5 +295,5 @@ class LiveCluster:
 if __name__ == "__main__":
     logging.disable(logging.WARNING)  # what a link would log is told by the chapter
     torch.set_num_threads(1)
-    with contextlib.suppress(LinkDown):
+    with contextlib.suppress(LinkDown, DistNetworkError):  # the chapter's process is gone, and its store with it
         {"line": serve_lines, "fabric": serve_streams}[sys.argv[1]](*map(int, sys.argv[2:]))
