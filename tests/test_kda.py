@@ -73,6 +73,14 @@ def test_the_memory_carries_a_sequence_over_any_cut():
     torch.testing.assert_close(memory, whole_after, **CLOSE)
 
 
+@pytest.mark.parametrize("tokens", [1, 64, 130])
+def test_without_gradients_the_same_products_land_in_their_places(tokens):
+    *arguments, memory = inputs(tokens, 0.3)
+    with_gradients = delta_rule_chunked(*arguments, memory.clone().requires_grad_())
+    for ours, expected in zip(delta_rule_chunked(*arguments, memory), with_gradients):
+        assert not ours.requires_grad and torch.equal(ours, expected)
+
+
 @pytest.mark.parametrize("decay", [0.01, 30.0, 500.0, from_faint_to_total])
 def test_gradients_are_finite_and_those_of_the_recurrence(decay):
     def gradients(rule):

@@ -93,6 +93,8 @@ def chunk_parts(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, chunk:
 
 def _carry_through(parts: ChunkParts, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The memory before each chunk, the values that each chunk's tokens write, and the memory after the last one."""
+    if not any(tensor.requires_grad for tensor in (*parts, memory)):
+        return _carry_in_place(parts, memory)
     befores, values, after = [], [], memory.flatten(0, 1)
     chunks = (part.flatten(0, 1).unbind(1) for part in (parts.new_values, parts.reads, parts.keys, parts.kept))
     for new_values, reads, keys, kept in zip(*chunks):
@@ -102,6 +104,21 @@ def _carry_through(parts: ChunkParts, memory: Tensor) -> tuple[Tensor, Tensor, T
     heads = memory.shape[:2]
     return (torch.stack(befores, dim=1).unflatten(0, heads), torch.stack(values, dim=1).unflatten(0, heads),
             after.unflatten(0, heads))
+
+
+def _carry_in_place(parts: ChunkParts, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`_carry_through` where no gradient is wanted: every product lands in its place, without a copy before or after."""
+    heads, chunks = memory.shape[:2], parts.keys.shape[2]
+    reads, keys, kept = (part.flatten(0, 1).unbind(1) for part in (parts.reads, parts.keys, parts.kept))
+    values = parts.new_values.flatten(0, 1).transpose(0, 1).contiguous()  # [chunks, heads, chunk, value_dim]
+    memories = memory.new_empty(chunks + 1, *memory.flatten(0, 1).shape)
+    memories[0] = memory.flatten(0, 1)
+    for chunk, (value, before, after) in enumerate(zip(values.unbind(), memories.unbind(), memories[1:].unbind())):
+        value.baddbmm_(reads[chunk], before, alpha=-1)
+        torch.mul(kept[chunk], before, out=after)
+        after.baddbmm_(keys[chunk], value)
+    before, values = (x.transpose(0, 1).unflatten(0, heads) for x in (memories[:-1], values))
+    return before, values, memories[-1].unflatten(0, heads)
 
 
 def chunk_outputs(parts: ChunkParts, before: Tensor, values: Tensor) -> Tensor:
