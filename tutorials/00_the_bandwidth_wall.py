@@ -66,7 +66,7 @@ if args.plots:
 #
 # > S_kv(l) = l · L · h · 2 · d · 2 bytes
 #
-# *Guess first:* Qwen3-235B has 94 layers with 4 KV heads of 128. What does a prompt of 32K tokens (a long article)
+# *Guess first:* Qwen3-235B has 94 layers with 4 KV heads of 128. What does a prompt of 32K tokens (some sixty pages)
 # weigh: 6 MB, 600 MB, or 6 GB?
 
 # %%

@@ -2,8 +2,8 @@
 
     python tutorials/05_continuous_batching.py [DIRECTORY]     (no directory: the embedded model)
 
-Modules: engine/scheduler.py, engine/sampling.py, engine/text.py, engine/prompts.py, engine/fast_runner.py,
-         engine/decode_graphs.py, commands/generate.py
+Modules: engine/engine.py, engine/scheduler.py, engine/sampling.py, engine/text.py, engine/prompts.py,
+         engine/fast_runner.py, engine/decode_graphs.py, commands/generate.py
 Tests: test_engine.py, test_sampling.py, test_text.py, test_prompts.py, test_fast_runner.py
 Paper: 2.1; the scheduler of any serving engine
 """

@@ -1,4 +1,4 @@
-"""Kimi Linear: three layers of Kimi delta attention to one of multi-head latent attention. Chapters 01 and 02."""
+"""Kimi Linear: three layers of Kimi delta attention to one of multi-head latent attention. Chapter 01."""
 
 from minprfaas.config import MLPConfig, ModelConfig
 from minprfaas.errors import UserError

@@ -1,4 +1,4 @@
-"""Ling 3 (delta attention and latent attention) and Ring 2.5 (Lightning and latent attention). Chapters 01 and 02."""
+"""Ling 3 (delta attention and latent attention) and Ring 2.5 (Lightning and latent attention). Chapter 01."""
 
 import math
 from dataclasses import replace

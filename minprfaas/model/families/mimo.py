@@ -1,4 +1,4 @@
-"""MiMo-V2-Flash: five layers that see a short window only to one that sees everything. Chapters 01 and 02."""
+"""MiMo-V2-Flash: five layers that see a short window only to one that sees everything. Chapter 01."""
 
 from minprfaas.config import ModelConfig
 from minprfaas.model.families.shared import (each_layer, first_of, layer_count, model_config, require_plain,

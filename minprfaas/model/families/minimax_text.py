@@ -1,4 +1,4 @@
-"""MiniMax-Text-01: seven layers of Lightning attention to one of grouped-query attention. Chapters 01 and 02."""
+"""MiniMax-Text-01: seven layers of Lightning attention to one of grouped-query attention. Chapter 01."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Qwen3-Next and Qwen3.5: three layers of gated DeltaNet to one of grouped-query attention. Chapters 01 and 02."""
+"""Qwen3-Next and Qwen3.5: three layers of gated DeltaNet to one of grouped-query attention. Chapter 01."""
 
 from dataclasses import replace
 
