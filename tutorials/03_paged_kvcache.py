@@ -8,7 +8,8 @@ Paper: 3.2
 """
 import helper
 
-helper.begin(__doc__)
+if __name__ == "__main__":
+    helper.begin(__doc__)
 
 import random
 import time
