@@ -128,27 +128,50 @@ def chunk_outputs(parts: ChunkParts, before: Tensor, values: Tensor) -> Tensor:
 
 def _solve(q: Tensor, k: Tensor, decay: Tensor, beta: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """`(I + A)^-1` and Q, `[…, chunk, chunk]`. With `x_by_k[i, j] = sum_d x_i[d] k_j[d] exp(decay_i[d] - decay_j[d])`
-    for j <= i, and 0 for j > i, Q is q_by_k and A is beta_i k_by_k below its diagonal.
+    for j <= i, and 0 for j > i, Q is q_by_k and A is beta_i k_by_k below its diagonal."""
+    products = _products_of_heads(q, k, decay) if decay.shape[-1] == 1 else _products_of_channels(q, k, decay, size)
+    k_by_k, q_by_k = products
+    return _inverse((k_by_k * beta).tril(-1), size), q_by_k
 
-    Both grow upward from blocks of `size` tokens, two neighbours becoming one. A block's decays refer to a moment
-    between the tokens that meet in it, so that no exponent is large; and A's powers are taken in the smallest blocks
-    only, because with keys that resemble each other those of a whole chunk would overflow.
-    """
-    k_by_k, q_by_k = (products.tril() for products in _products_inside(q, k, decay, size))
-    power = -(k_by_k * beta.unflatten(-2, (-1, size))).tril(-1)
-    inverse = torch.eye(size, device=q.device) + power
+
+def _inverse(below: Tensor, size: int) -> Tensor:
+    """`(I + below)^-1`, grown upward from blocks of `size` tokens, two neighbours becoming one. Powers are taken in the
+    smallest blocks only, because with keys that resemble each other those of a whole chunk would overflow."""
+    power = -_blocks(below, size)
+    inverse = torch.eye(size, device=below.device) + power
     for _ in range((size - 1).bit_length() - 1):  # (I - A)(I + A^2)(I + A^4) …, and A^size is zero
         power = power @ power
         inverse = inverse + inverse @ power
-    while size < q.shape[-2]:
-        k_across, q_across = _products_across(q, k, decay, size)
-        k_across = k_across * beta.unflatten(-2, (-1, 2, size))[..., 1, :, :]
+    while size < below.shape[-1]:
+        across = _blocks(below, size, row=1)[..., ::2, :, :]
         first, second = inverse.unflatten(-3, (-1, 2)).unbind(-3)
-        inverse = _lower_triangle(first, -(second @ k_across @ first), second)
-        first, second = q_by_k.unflatten(-3, (-1, 2)).unbind(-3)
-        q_by_k = _lower_triangle(first, q_across, second)
+        inverse = _lower_triangle(first, -(second @ across @ first), second)
         size *= 2
-    return inverse.squeeze(-3), q_by_k.squeeze(-3)
+    return inverse.squeeze(-3)
+
+
+def _blocks(matrix: Tensor, size: int, row: int = 0) -> Tensor:
+    """The blocks of `size` on the diagonal, or so many `row`s of blocks below it: `[…, blocks, size, size]`."""
+    return matrix.unflatten(-1, (-1, size)).unflatten(-3, (-1, size)).diagonal(-row, -4, -2).movedim(-1, -3)
+
+
+def _products_of_heads(q: Tensor, k: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
+    """k_by_k and q_by_k where all channels of a head decay alike: the decay is a factor of the whole product."""
+    kept = (decay - decay.transpose(-1, -2)).tril().exp().tril()
+    return (k @ k.transpose(-1, -2)) * kept, (q @ k.transpose(-1, -2)) * kept
+
+
+def _products_of_channels(q: Tensor, k: Tensor, decay: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """k_by_k and q_by_k where each channel has a decay of its own, grown upward from blocks of `size` tokens: a block's
+    decays refer to a moment between the tokens that meet in it, so that no exponent is large."""
+    grown = [products.tril() for products in _products_inside(q, k, decay, size)]
+    while size < q.shape[-2]:
+        pairs = (products.unflatten(-3, (-1, 2)).unbind(-3) for products in grown)
+        across = _products_across(q, k, decay, size)
+        grown = [_lower_triangle(first, between, second) for (first, second), between in zip(pairs, across)]
+        size *= 2
+    k_by_k, q_by_k = grown
+    return k_by_k.squeeze(-3), q_by_k.squeeze(-3)
 
 
 def _products_inside(q: Tensor, k: Tensor, decay: Tensor, size: int) -> tuple[Tensor, Tensor]:

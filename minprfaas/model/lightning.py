@@ -82,7 +82,9 @@ def lightning_chunked(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, memory: T
     """
     tokens = q.shape[1]
     padding = -tokens % chunk
-    q, k, v = (F.pad(x, (0, 0, 0, 0, 0, padding)).unflatten(1, (-1, chunk)).permute(0, 3, 1, 2, 4) for x in (q, k, v))
+    # Copied once into the order in which they are multiplied: each product would copy them anew.
+    q, k, v = (F.pad(x, (0, 0, 0, 0, 0, padding)).unflatten(1, (-1, chunk)).permute(0, 3, 1, 2, 4).contiguous()
+               for x in (q, k, v))
     steps = torch.arange(1, tokens + padding + 1, device=q.device).clamp(max=tokens)  # padding does not decay
     steps = steps.view(-1, chunk) - torch.arange(0, tokens, chunk, device=q.device)[:, None]  # since its chunk began
     decay = -slopes[:, None, None, None] * steps[..., None]  # [heads, chunks, chunk, 1]

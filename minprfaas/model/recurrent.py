@@ -37,7 +37,10 @@ class ShortConvolution(nn.Module):
         inputs = torch.cat([tail.transpose(1, 2).to(projected.dtype), projected], dim=1)
         new, taps = projected.shape[1], self.weight[:, 0].unbind(1)
         # A sum over the kernel's few taps: cuDNN's depthwise convolution wants another layout, and copies twice.
-        return F.silu(sum(inputs[:, place : place + new] * tap for place, tap in enumerate(taps))), inputs
+        convolved = inputs[:, :new] * taps[0]
+        for place, tap in enumerate(taps[1:], 1):
+            convolved = torch.addcmul(convolved, inputs[:, place : place + new], tap)
+        return F.silu(convolved), inputs
 
 
 def store_memory(state: LayerState, new: int, chunk: int, memory: Tensor, before: Tensor | None,
