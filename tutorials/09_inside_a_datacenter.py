@@ -150,9 +150,10 @@ require_error_handling()
 # %% [markdown]
 # ## 4. The fabric: a stream from another process
 #
-# `Fabric` puts it together. Words (announcements, acknowledgements) go over a link as in chapter 07, bytes through the
-# groups. For whoever uses it, it is a `KVTransport` like the link: `expect` here, `open` and `put` there. The other
-# node is now another process; it sends what it is asked for, 64 tokens at a time.
+# `Fabric` (see [fabric](../docs/glossary.md#fabric)) puts it together. Words (announcements, acknowledgements) go over
+# a link as in chapter 07, bytes through the groups. For whoever uses it, it is a `KVTransport` like the link: `expect`
+# here, `open` and `put` there. The other node is now another process; it sends what it is asked for, 64 tokens at a
+# time.
 #
 # *Guess first:* 64 puts of 128 KiB: how many operations would you make of them?
 

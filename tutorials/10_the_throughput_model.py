@@ -207,7 +207,8 @@ TTFT here is service without waiting: chapter 12 simulates the queues.
 # *Why does so small a gain in rate matter?* Because of the tail. Without a threshold the long prompts also land on the
 # slow nodes, and each waits there for a whole long prefill.
 #
-# *Change this line:* `n_p=0, threshold=0` → `n_p=0, threshold=0` with `replace(fleet, link_gbps=5)` for that fleet.
+# *Change this line:* `plan(fleet, lengths, n_p=0, threshold=0)` → `plan(replace(fleet, link_gbps=5), …)`. What becomes
+# of sending everything away when the line is thin?
 
 # %% [markdown]
 # ## 5. What would more buy?

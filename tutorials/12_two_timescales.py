@@ -151,9 +151,10 @@ print(f"\n   The simulator {verdict}.\n"
 # %% [markdown]
 # ## 3. Short term: the line loses nine tenths of its bandwidth
 #
-# The threshold was computed for one line and one traffic. Each few seconds the short-term loop looks whether something
-# has changed (bandwidth, queues, nodes, lengths); if so it searches t again, as chapter 10 did, over the lengths of the
-# last 2,048 requests and with the bandwidth that is observed.
+# The [threshold](../docs/glossary.md#threshold) was computed for one [line](../docs/glossary.md#line) and one traffic.
+# Each few seconds the short-term loop looks whether something has changed (bandwidth, queues, nodes, lengths); if so
+# it searches t again, as chapter 10 did, over the lengths of the last 2,048 requests and with the bandwidth that is
+# observed.
 #
 # *Guess first:* a line of 40 Gbps carries only 4 from 300 s to 600 s. Must t rise or fall? To about how much? And how
 # often will it move while the line stays at 4?

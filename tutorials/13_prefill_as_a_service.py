@@ -27,9 +27,10 @@ from minprfaas.observe.report import human_bytes, table
 # ## 1. Who is there
 #
 # Prefill reads the whole prompt at once and wants arithmetic; decode reads the whole KVCache for every token and wants
-# memory bandwidth (chapter 04). So the paper puts machines that are good at prefill into a datacenter of their own, and
-# lets the PD cluster ask it for *prefill as a service*: `prfaas-0` there; here `pd-0`, which prefills what stays
-# (PD-P), `pd-1`, which decodes (PD-D), and the front end, which runs no model and routes.
+# memory bandwidth (chapter 04: [prefill](../docs/glossary.md#prefill), [decode](../docs/glossary.md#decode)). So the
+# paper puts machines that are good at prefill into a datacenter of their own, and lets the PD cluster ask it for
+# *prefill as a service*: `prfaas-0` there; here `pd-0`, which prefills what stays ([PD-P](../docs/glossary.md#pd-p)),
+# `pd-1`, which decodes ([PD-D](../docs/glossary.md#pd-d)), and the front end, which runs no model and routes.
 
 # %%
 THRESHOLD = 512  # uncached tokens; a request with more of them is offloaded
@@ -132,9 +133,9 @@ print(f"   The KVCache of {turn.prompt_tokens:,} tokens is {human_bytes(whole_by
 # %% [markdown]
 # ## 4. Where the time to the first token went
 #
-# A TTFT is measured at the front end, its parts where they happen: waiting for a place (queue), computing (prefill),
-# what of the transfer prefill could not hide (exposed), being taken into the running batch (admit). What no part
-# claims is called route: deciding, and the messages to and fro.
+# A [TTFT](../docs/glossary.md#ttft) is measured at the front end, its parts where they happen: waiting for a place
+# (queue), computing (prefill), what of the transfer prefill could not hide (exposed), being taken into the running
+# batch (admit). What no part claims is called route: deciding, and the messages to and fro.
 #
 # *Guess first:* what part of the long one's TTFT is the transfer?
 
