@@ -52,6 +52,20 @@ def test_six_processes_and_three_more_beside_them_answer_as_one_process_would(ch
     assert used == {"prfaas-0", "prfaas-1", "pd-0"}, "both PrfaaS nodes and the PD-P node had work"
 
 
+@pytest.mark.heavy
+def test_two_prfaas_datacenters_on_unequal_lines_share_the_work_and_every_answer_is_right(checkpoints, tmp_path):
+    prompts = write_prompts(tmp_path / "prompts.jsonl", (400, 20, 380, 390, 410, 370, 350, 360))
+    running = start(PROGRAM + arguments(checkpoints, prompts, "prfaas-a=1,prfaas-b=1,pd=2", "--site-line", "prfaas-a=0.01",
+                                        "--site-line", "prfaas-b=0.0005", "--json", str(tmp_path / "out.jsonl")))
+    said, errors = running.communicate(timeout=DEADLINE_S)
+    assert running.returncode == 0, errors
+    assert "8 of 8 answers are identical" in said and "link prfaas-b → B 0.5 Mbit/s" in said
+    away = [row for row in rows_of(tmp_path / "out.jsonl").values() if row["route"] == "prfaas"]
+    there = [row["prefill_node"] for row in away]
+    assert len(away) == 7 and there.count("prfaas-a-0") > there.count("prfaas-b-0")
+    assert all("expected: prfaas-a in " in row["reason"] for row in away)
+
+
 def test_killed_prefill_nodes_of_both_datacenters_cost_prefills_and_no_answer(checkpoints, tmp_path):
     turns = [{"id": f"turn{number}", "after": f"turn{number - 1}" if number else "p1", "prompt": "abc " * 10,
               "max_tokens": 8} for number in range(2)]

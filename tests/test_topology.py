@@ -9,9 +9,11 @@ import pytest
 
 from minprfaas.cluster.launch import StoreAddress
 from minprfaas.cluster.topology import Topology
-from minprfaas.commands.cluster import main
-from minprfaas.config import Role
+from minprfaas.commands.cluster import main, parser, with_site_lines
+from minprfaas.commands.live_options import Run
+from minprfaas.config import LineConfig, LinkConfig, Role
 from minprfaas.errors import UserError
+from minprfaas.transport.encoding import Encoding
 
 
 def roles(topology):
@@ -24,6 +26,20 @@ def test_the_front_end_is_rank_0_and_every_node_has_a_process_of_its_own():
     assert [place.site for place in places] == ["pd", "prfaas", "prfaas", "pd", "pd", "pd"]
     assert [place.parts for place in places] == [[place.name] for place in places]
     assert [place.has_front for place in places] == [True] + [False] * 5
+
+
+def test_there_may_be_several_prfaas_datacenters_each_with_its_own_line():
+    topology = Topology.parse("prfaas-a=1,pd=2,prfaas-b=2")
+    assert [(place.name, place.site) for place in topology.places()] == [
+        ("front", "pd"), ("prfaas-a-0", "prfaas-a"), ("prfaas-b-0", "prfaas-b"), ("prfaas-b-1", "prfaas-b"),
+        ("pd-0", "pd"), ("pd-1", "pd")]
+    args = parser().parse_args(["--prompts", "P", "--link-gbps", "0.02", "--rtt-ms", "5"])
+    run = with_site_lines(Run(args, topology, LinkConfig(), LineConfig(0.02, 5.0), [], None, Encoding.EXACT, None),
+                          ["prfaas-b=0.004"])
+    assert run.lines == {"prfaas-a": LineConfig(0.02, 5.0), "prfaas-b": LineConfig(0.004, 5.0)}
+    assert run.line_between("pd", "prfaas-b") == run.line_between("prfaas-b", "pd") == LineConfig(0.004, 5.0)
+    assert run.line_between("prfaas-a", "prfaas-b") == LineConfig(), "nothing but messages crosses there"
+    assert Topology.parse("prfaas=2,pd=3").prfaas_sites == {"prfaas": 2}
 
 
 @pytest.mark.parametrize("split, prefill", [(None, 1), (0, 0), (1, 1), (2, 2)])
@@ -78,6 +94,9 @@ def test_a_store_is_a_host_and_a_port():
     (["--node", "pd-0", "--datacenter", "pd", "--store", "127.0.0.1:5"], "exclude each other"),
     (["--topology", "prfaas=0,pd=2", "--datacenter", "prfaas", "--store", "127.0.0.1:5"], "datacenter prfaas has no"),
     (["--convert-roles"], "--profile (or --emulate) says it"),
+    (["--site-line", "prfaas-c=1"], "it must be about one of prfaas, and once"),
+    (["--site-line", "prfaas=fast"], "it must be like prfaas-a=0.02:WEATHER.json"),
+    (["--topology", "prfaas-1=1,pd=2"], "is not like prfaas=2,pd=3"),
     (["--datacenter", "pd", "--store", "nowhere"], "--store is 'nowhere'"), (["--wait-s", "0"], "--wait-s is 0.0"),
 ])
 def test_a_mistake_on_the_command_line_is_named_before_any_process_is_started(monkeypatch, tmp_path, change, said):

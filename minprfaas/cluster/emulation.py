@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from minprfaas.cluster.messages import Goodbye
-from minprfaas.cluster.topology import PRFAAS_SITE
+from minprfaas.cluster.topology import PD_SITE
 from minprfaas.engine.paced import Pace
 from minprfaas.scheduling.profiles import Profile
 from minprfaas.scheduling.scale import Scale
@@ -22,7 +22,7 @@ class Emulation:
 
     def profile_at(self, site: str) -> Profile:
         """The machine of a node of this datacenter, in the run's units."""
-        return self.scale.profile(self.prfaas if site == PRFAAS_SITE else self.pd)
+        return self.scale.profile(self.pd if site == PD_SITE else self.prfaas)
 
     def pace_at(self, site: str) -> Pace:
         """The pace of a node there that has done nothing yet."""

@@ -243,7 +243,7 @@ def emulated_line(config: LineConfig, store: dist.Store, here: str, there: str) 
 
 def link_identity(model: Transformer, layout: Layout, wire: Wire = Wire()) -> LinkIdentity:
     """What both ends of a link must agree on before any KVCache crosses: model, number format, layers and what of each
-    crosses, how rows are encoded, secret. Where the formats differ, they agree on the weights and on which two it is."""
+    crosses, how rows are encoded, secret. Where the formats differ, they agree on weights and on which two it is."""
     secret, fingerprint, dtype = os.environ.get("MINPRFAAS_SECRET"), model.fingerprint, str(model.dtype)
     sizes = {group.index: group.spec.nbytes for group in layout.groups}
     if wire.recast:

@@ -4,6 +4,7 @@ Names last, roles do not: `pd-0` is the same node whether it prefills or decodes
 other: inside a datacenter a plain one, between the two one that crosses the (emulated) line.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -33,11 +34,17 @@ class Place:
 @dataclass(frozen=True)
 class Topology:
     """So many nodes a datacenter. `split` of the PD nodes begin as PD-P; with None, half of them do, and a single one
-    plays both PD roles."""
+    plays both PD roles. `sites` has the PrfaaS datacenters with their nodes, where there is not just one."""
 
     prfaas: int
     pd: int
     split: int | None = None
+    sites: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def prfaas_sites(self) -> dict[str, int]:
+        """The PrfaaS datacenters with their nodes."""
+        return dict(self.sites) or {PRFAAS_SITE: self.prfaas}
 
     def __post_init__(self) -> None:
         for name, value, least in (("prfaas", self.prfaas, 0), ("pd", self.pd, 1)):
@@ -50,22 +57,24 @@ class Topology:
 
     @staticmethod
     def parse(text: str, split: int | None = None) -> "Topology":
-        """`prfaas=2,pd=3`, in either order. UserError when it is anything else."""
+        """`prfaas=2,pd=3`, in any order, or `prfaas-a=1,prfaas-b=1,pd=3`. UserError when it is anything else."""
         counts = {}
         for item in text.split(","):
             name, _, number = item.strip().partition("=")
-            if name not in ("prfaas", "pd") or name in counts or not (number.isascii() and number.isdigit()):
+            is_site = name == PD_SITE or re.fullmatch(f"{PRFAAS_SITE}(-[a-z]+)?", name)
+            if not is_site or name in counts or not (number.isascii() and number.isdigit()):
                 raise UserError(f"topology {shown(text)} is not like prfaas=2,pd=3")
             counts[name] = int(number[:9])
-        if len(counts) != 2:
+        if len(counts) < 2 or PD_SITE not in counts:
             raise UserError(f"topology {shown(text)} is not like prfaas=2,pd=3")
-        return Topology(counts["prfaas"], counts["pd"], split)
+        pd = counts.pop(PD_SITE)
+        return Topology(sum(counts.values()), pd, split, tuple(counts.items()))
 
     def places(self) -> list[Place]:
         """The processes by rank. The front end has one of its own, so that no node takes it along when it dies, and
         comes first: torchrun's MASTER_ADDR is the machine of rank 0, and the front end's process serves the store."""
-        nodes = [Place(f"prfaas-{number}", PRFAAS_SITE, {f"prfaas-{number}": Role.PRFAAS})
-                 for number in range(self.prfaas)]
+        nodes = [Place(f"{site}-{number}", site, {f"{site}-{number}": Role.PRFAAS})
+                 for site, count in self.prfaas_sites.items() for number in range(count)]
         nodes += [Place(f"pd-{number}", PD_SITE, self._pd_roles(number)) for number in range(self.pd)]
         return [Place(FRONT, PD_SITE, {}, has_front=True), *nodes]
 

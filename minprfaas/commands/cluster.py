@@ -7,11 +7,14 @@ import argparse
 from dataclasses import replace
 
 from minprfaas.cluster.launch import Launch, StoreAddress, start_processes, watch_parent
-from minprfaas.cluster.topology import PD_SITE, PRFAAS_SITE, Place, Topology
+from minprfaas.cluster.processes import UNTHROTTLED_GBPS
+from minprfaas.cluster.topology import Place, Topology
 from minprfaas.commands.live_options import Run, add_options, checked
 from minprfaas.commands.live_run import Seat, check_outputs, play
-from minprfaas.errors import ArgumentParser, UserError, require_number
+from minprfaas.config import LineConfig
+from minprfaas.errors import ArgumentParser, UserError, require_number, shown
 from minprfaas.scheduling.roles import SUSTAIN_S
+from minprfaas.transport.wan.line import load_weather
 
 EPILOG = """
 the processes are the front end (rank 0), prfaas-0 …, pd-0 …: with
@@ -51,8 +54,11 @@ def parser() -> argparse.ArgumentParser:
                    f"asked for another split before it is made ({SUSTAIN_S:g})")
     p.add_argument("--restart", action="store_true", help="without torchrun: start a node again that was killed")
     p.add_argument("--store", metavar="HOST:PORT", help="where processes that are started apart meet")
-    p.add_argument("--datacenter", choices=(PRFAAS_SITE, PD_SITE), help="only the processes of one datacenter")
+    p.add_argument("--datacenter", metavar="NAME", help="only the processes of one datacenter")
     p.add_argument("--node", metavar="NAME", help="only this process, such as pd-1")
+    p.add_argument("--site-line", action="append", default=[], metavar="SITE=GBPS[:FILE.json]", help="bandwidth and "
+                   "weather of one PrfaaS datacenter's line (--link-gbps, --weather), where there are several: "
+                   "--topology prfaas-a=1,prfaas-b=1,pd=2")
     add_options(p, may_serve=True)
     return p
 
@@ -67,6 +73,7 @@ def main(argv: list[str]) -> int:
             raise UserError("--convert-roles compares what the nodes could do; --profile (or --emulate) says it")
         require_number("--sustain-s", args.sustain_s, least=0)
         run = replace(run, convert_roles=True, sustain_s=args.sustain_s)
+    run = with_site_lines(run, args.site_line)
     apart = args.node is not None or args.datacenter is not None
     if apart != (args.store is not None):
         raise UserError("--store says where processes meet that are started apart, by --node or --datacenter; "
@@ -82,6 +89,28 @@ def main(argv: list[str]) -> int:
     local_rank = launch.local_rank if launch is not None else places.index(here)
     gpu_rank = max(0, local_rank - chosen[0].has_front)  # the front end's process needs no GPU of its own
     return play(run, Seat(places, here, store or launch.address, gpu_rank, is_apart=apart))
+
+
+def with_site_lines(run: Run, texts: list[str]) -> Run:
+    """The run with the lines that `--site-line` says. UserError names what is no line of one of its datacenters."""
+    lines = {}
+    for text in texts:
+        site, _, rest = text.partition("=")
+        gbps, _, weather = rest.partition(":")
+        if site not in run.topology.prfaas_sites or site in lines:
+            sites = ", ".join(run.topology.prfaas_sites)
+            raise UserError(f"--site-line is {shown(text)}; it must be about one of {sites}, and once")
+        try:
+            rate = float(gbps)
+        except ValueError:
+            raise UserError(f"--site-line is {shown(text)}; it must be like prfaas-a=0.02:WEATHER.json") from None
+        rate = run.emulation.scale.run_gbps(rate) if run.emulation is not None else rate
+        lines[site] = LineConfig(rate, run.line.rtt_ms, load_weather(weather) if weather else ())
+    run = replace(run, site_lines=lines)
+    if run.fleet is None or len(run.lines) == 1:
+        return run
+    together = sum(line.gbps or UNTHROTTLED_GBPS for line in run.lines.values())
+    return replace(run, fleet=replace(run.fleet, link_gbps=together))
 
 
 def _chosen(args: argparse.Namespace, places: list[Place]) -> list[Place]:

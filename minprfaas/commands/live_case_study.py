@@ -162,7 +162,7 @@ def simulate(study: Study, deployment: Deployment, requests: Sequence[SimRequest
     simulation = Simulation(setup, iter(requests))
     simulation.run()
     return reading(rate_rps, [one.arrival_s for one in requests], [one.first_token_s for one in requests],
-                   [one.decision.route == "prfaas" for one in requests], sum(line.egress.bytes_sent for line in simulation.lines.values()))
+                   [one.decision.route == "prfaas" for one in requests], simulation.bytes_sent)
 
 
 def run_deployment(study: Study, deployment: Deployment, path: str, results: Results) -> None:

@@ -1,7 +1,8 @@
 """The options of every program that runs the live cluster, and what can be checked of them without a model."""
 
 import argparse
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from statistics import fmean
 
 from minprfaas.cluster.emulation import Emulation
@@ -92,6 +93,17 @@ class Run:
     sustain_s: float = SUSTAIN_S  # … when it has asked for that for so long
     adaptive: bool = True  # the threshold follows the link, where there is a fleet
     selective: bool = True  # or else the least loaded node prefills
+    site_lines: Mapping[str, LineConfig] = field(default_factory=dict)  # of PrfaaS datacenters with a line of their own
+
+    def line_between(self, one: str, other: str) -> LineConfig:
+        """Between two datacenters. Nothing but messages crosses between two that prefill only."""
+        away = [site for site in (one, other) if site != PD_SITE]
+        return self.site_lines.get(away[0], self.line) if len(away) == 1 else LineConfig()
+
+    @property
+    def lines(self) -> dict[str, LineConfig]:
+        """To the PD datacenter, by PrfaaS datacenter."""
+        return {site: self.line_between(site, PD_SITE) for site in self.topology.prfaas_sites}
 
 
 def checked(args: argparse.Namespace, topology: Topology) -> Run:

@@ -15,7 +15,7 @@ from minprfaas.cluster.journey import Journey, Update
 from minprfaas.cluster.load import Arrival
 from minprfaas.cluster.neighbours import Neighbours
 from minprfaas.cluster.processes import Process
-from minprfaas.cluster.topology import PRFAAS_SITE, Place
+from minprfaas.cluster.topology import PD_SITE, Place
 from minprfaas.cluster.upkeep import peak_memory_bytes
 from minprfaas.commands import answers
 from minprfaas.commands.live_options import Run
@@ -46,7 +46,7 @@ class Program:
 
     def __init__(self, run: Run, here: Place, places: list[Place], made: Process, neighbours: Neighbours,
                  engine: Engine, outputs: dict[str, OutputFile]):
-        self.args, self.line, self.lanes, self.load = run.args, run.line, run.link.lanes, run.load
+        self.args, self.lines, self.lanes, self.load = run.args, run.lines, run.link.lanes, run.load
         self.emulation = run.emulation
         self.outputs, self.here, self.places, self.neighbours = outputs, here, places, neighbours
         self.process, self.front, self.engine = made, made.front, engine
@@ -169,7 +169,7 @@ class Program:
         sites = {part: place.site for place in self.places for part in place.roles}
         for name in [name for name in sites if name in self.front.ready]:
             ready = self.front.ready[name]
-            where = "datacenter A  PrfaaS" if sites[name] == PRFAAS_SITE else "datacenter B  local PD"
+            where = f"datacenter {self._letter(sites[name])}  {'local PD' if sites[name] == PD_SITE else 'PrfaaS'}"
             machine = machine_at(self.args, sites[name])
             layout = plan_layout(model_state_specs(config, machine.dtype), machine.block_tokens)
             does = "decode" if ready.role == Role.PDD.value else "prefill"
@@ -177,14 +177,20 @@ class Program:
                 f"{layout.block_tokens} tokens ({human_bytes(layout.block_bytes)})")
         for name in [name for name in sites if name not in self.front.ready]:
             say(f"{name} is not there; it may join later")
-        gbps = self.line.gbps
-        bandwidth = "unthrottled" if gbps is None else f"{gbps * 1000:g} Mbit/s (emulated)"
-        say(f"link A → B    {bandwidth}, round trip {self.line.rtt_ms:g} ms (emulated), {self.lanes} lanes")
+        for site, line in self.lines.items():
+            bandwidth = "unthrottled" if line.gbps is None else f"{line.gbps * 1000:g} Mbit/s (emulated)"
+            weather = ", with weather" if line.weather else ""
+            say(f"{f'link {self._letter(site)} → B':13} {bandwidth}, round trip {line.rtt_ms:g} ms (emulated)"
+                f"{weather}, {self.lanes} lanes")
         if self.lossy is not None:
             say(f"wire          {self.lossy}")
         if self.load is not None:
             say(f"load          {self.load}")
         say(f"routing       more than {self.args.threshold:,} uncached tokens → A, else B\n")
+
+    def _letter(self, site: str) -> str:
+        """What a datacenter is called: A and B, where there are two."""
+        return "B" if site == PD_SITE else "A" if len(self.lines) == 1 else site
 
     def _show(self, updates: list[Update]) -> None:
         now_s = self.engine.clock()
@@ -241,7 +247,7 @@ class Program:
 
     def _write(self, journeys: list[Journey]) -> None:
         """The files that were asked for. One that cannot be written any more costs a line, not the answers."""
-        link = "emulated" if self.line.gbps or self.line.rtt_ms else "unthrottled"
+        link = "emulated" if any(line.gbps or line.rtt_ms for line in self.lines.values()) else "unthrottled"
         rows = [answers.json_row(journey, self.engine.layout, link) for journey in journeys]
         texts = {"json": "".join(json.dumps(row) + "\n" for row in rows)}
         if self.engine.timeline is not None:

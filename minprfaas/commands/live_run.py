@@ -9,7 +9,8 @@ from minprfaas.cluster.launch import (StoreAddress, emulated_line, link_identity
                                       wait_for_the_front_end)
 from minprfaas.cluster.mail import Mail
 from minprfaas.cluster.neighbours import Neighbours
-from minprfaas.cluster.processes import Process, control_settings, front_end, process, roles_of
+from minprfaas.cluster.processes import (UNTHROTTLED_GBPS, Process, control_settings, front_end, process,
+                                          roles_of)
 from minprfaas.cluster.topology import Place
 from minprfaas.commands.answers import wire_share
 from minprfaas.commands.live_options import Run
@@ -25,6 +26,7 @@ from minprfaas.files import OutputFile
 from minprfaas.model.checkpoint import load
 from minprfaas.observe.timeline import Timeline
 from minprfaas.scheduling.control import ControlPlane
+from minprfaas.scheduling.sites import SitesControlPlane
 from minprfaas.serving.service import listen
 from minprfaas.transport.events import EventQueue
 from minprfaas.transport.fabric import Fabric
@@ -89,13 +91,15 @@ def _play(run: Run, seat: Seat, outputs: dict[str, OutputFile], drive: Drive | N
             share = wire_share(engine.layout, wire)
             fleet = replace(fleet, prfaas_profile=fleet.prfaas_profile.encoded(share))
         settings = control_settings(args.threshold, run.line.gbps, engine.layout, args.ship_prefixes, fleet)
-        plane = ControlPlane(replace(settings, adaptive=settings.adaptive and run.adaptive, selective=run.selective,
-                                     convert_roles=run.convert_roles, sustain_s=run.sustain_s))
+        settings = replace(settings, adaptive=settings.adaptive and run.adaptive, selective=run.selective,
+                           convert_roles=run.convert_roles, sustain_s=run.sustain_s)
+        gbps = {site: line.gbps or UNTHROTTLED_GBPS for site, line in run.lines.items()}
+        plane = ControlPlane(settings) if len(gbps) == 1 else SitesControlPlane(settings, gbps)
         front = front_end(plane, mail, engine, args.deadline_s)
     roles = roles_of(here, engines.new, mail, args.deadline_s, overlap=not args.no_overlap, relay=args.relay)
     made = process(mail, front, roles)
-    other = {place.site for place in seat.places} - {here.site}
-    line = emulated_line(run.line, store, here.site, other.pop()) if other else None
+    lines = {site: emulated_line(run.line_between(here.site, site), store, here.site, site)
+             for site in {place.site for place in seat.places} - {here.site}}
     identity = link_identity(engine.model, engine.layout)
     across = link_identity(engine.model, engine.layout, wire)
 
@@ -103,7 +107,7 @@ def _play(run: Run, seat: Seat, outputs: dict[str, OutputFile], drive: Drive | N
         first, second = sorted((here, peer), key=seat.places.index)
         name, store, rank = f"{first.name}:{second.name}", seat.address.open(), int(here is second)
         if peer.site != here.site:
-            return Link(name, store, rank, run.link, across, line, mail.events, timeline)
+            return Link(name, store, rank, run.link, across, lines[peer.site], mail.events, timeline)
         config = replace(run.link, lanes=1, timeout_s=FABRIC_TIMEOUT_S)
         if here.roles and peer.roles:
             return Fabric(name, store, rank, config, identity, engine.model.device, mail.events)
@@ -121,7 +125,7 @@ def _play(run: Run, seat: Seat, outputs: dict[str, OutputFile], drive: Drive | N
         return 0
     finally:
         neighbours.close()
-        if line is not None:
+        for line in filter(None, lines.values()):
             line.close()
 
 

@@ -46,10 +46,10 @@ def wire_between(args: argparse.Namespace, encoding: Encoding) -> Wire:
 
 
 def _said_of(site: str, option: str, text: str) -> str:
-    """`64` is for all datacenters, `prfaas=64,pd=32` for each."""
+    """`64` is for all datacenters, `prfaas=64,pd=32` for each (`prfaas` for all that prefill only)."""
     if "=" not in text:
         return text
     values = dict(item.partition("=")[::2] for item in text.split(","))
     if {*values} != {PRFAAS_SITE, PD_SITE} or text.count(",") != 1:
         raise UserError(f"{option} is {shown(text)}; for each datacenter it is like {PRFAAS_SITE}=…,{PD_SITE}=…")
-    return values[site]
+    return values[PD_SITE if site == PD_SITE else PRFAAS_SITE]

@@ -132,7 +132,12 @@ class Simulation:
         self.clock.after(TICK_S, self._tick)
         self._expect_next()
         self.clock.run()
-        return self.recorder.report(sum(line.egress.bytes_sent for line in self.lines.values()))
+        return self.recorder.report(self.bytes_sent)
+
+    @property
+    def bytes_sent(self) -> float:
+        """Out of all PrfaaS datacenters, so far."""
+        return sum(line.egress.bytes_sent for line in self.lines.values())
 
     def _line_of(self, node: str) -> Line:
         """The line of a PrfaaS node."""
