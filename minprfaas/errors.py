@@ -1,4 +1,4 @@
-"""The two kinds of failure a person meets: a mistake of theirs, and a request that could not be finished."""
+"""The two kinds of failure a person meets: a mistake of theirs, and a request that could not be finished. Chapter 15."""
 
 import argparse
 import atexit

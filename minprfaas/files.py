@@ -1,4 +1,4 @@
-"""Files that a person names: read with one line when they are wrong, written whole or not at all."""
+"""Files that a person names: read with one line when they are wrong, written whole or not at all. Chapter 08."""
 
 import json
 import os

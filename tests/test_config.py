@@ -1,4 +1,4 @@
-"""Reading `config.json`: what is understood, and what is refused in one line. Chapter 01."""
+"""Reading `config.json`: what is understood, and what is refused in one line. Chapters 00 and 01."""
 
 import copy
 import json

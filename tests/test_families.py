@@ -1,6 +1,6 @@
 """Every family prefilled there and decoded here, as in one process: cached prefixes, a second turn, preemption.
 
-Chapters 02 and 13.
+Chapters 00, 01 and 13.
 """
 
 from dataclasses import replace

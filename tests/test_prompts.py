@@ -1,4 +1,4 @@
-"""The prompts file: read whole, or refused with its name and the line. Chapter 04."""
+"""The prompts file: read whole, or refused with its name and the line. Chapter 05."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The core path of docs/reading.md: it exists, it stays short, and it is closed. Chapter 13."""
+"""The core path of docs/reading.md: it exists, it stays short, and it is closed. Chapter 15."""
 
 import ast
 import re

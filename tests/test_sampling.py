@@ -1,4 +1,4 @@
-"""From logits to tokens: the right distribution, and the same draw everywhere. Chapter 04."""
+"""From logits to tokens: the right distribution, and the same draw everywhere. Chapter 05."""
 
 from collections import Counter
 

@@ -3,7 +3,7 @@
     python tutorials/00_the_bandwidth_wall.py [--plots DIRECTORY]
 
 Modules: config.py, model/spec.py, model/published.py, scheduling/throughput.py, commands/inspect.py, observe/plots.py
-Tests: test_throughput.py, test_families.py, test_config.py
+Tests: test_throughput.py, test_families.py, test_config.py, test_kvcache_inspect.py
 Paper: 2.1-2.3, equations 1 and 2, tables 1-3
 """
 import helper

@@ -6,7 +6,8 @@
 
 Modules: model/checkpoint.py, model/names.py, model/families/, model/tokenizer.py, model/transformer.py,
          model/layers.py, model/attention.py, model/gqa.py, model/moe.py, model/state.py, documents.py
-Tests: test_checkpoint.py, test_families.py, test_model.py, test_moe.py, test_parity.py, test_tokenizer.py
+Tests: test_checkpoint.py, test_families.py, test_model.py, test_moe.py, test_parity.py, test_tokenizer.py,
+       test_config.py, test_documents.py, test_tiny_asset.py, test_bad_input.py
 Paper: background of 2.1; table 2's GQA
 """
 import helper

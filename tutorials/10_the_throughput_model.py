@@ -7,7 +7,8 @@ Nothing is run; chapter 12 runs the same case in a simulator, and scripts/live_c
 
 Modules: scheduling/throughput.py, scheduling/profiles.py, scheduling/lengths.py, scheduling/planner.py,
 scheduling/paper_case.py, engine/measure.py
-Tests: test_throughput.py, test_profiles.py, test_lengths.py, test_planner.py
+Tests: test_throughput.py, test_profiles.py, test_lengths.py, test_planner.py, test_plan_command.py,
+       test_profile_command.py, test_extreme_options.py
 Paper: 3.4.1, 3.4.2, 4, table 5, table 6, figure 5
 """
 import helper

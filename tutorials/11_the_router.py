@@ -6,7 +6,7 @@ Every decision here is the package's own; the clusters that it sees are made up.
 
 Modules: scheduling/router.py, scheduling/directory.py, scheduling/monitor.py, scheduling/books.py,
 scheduling/control.py
-Tests: test_router.py, test_directory.py, test_monitor.py, test_control.py
+Tests: test_router.py, test_directory.py, test_monitor.py, test_control.py, test_prefix_shipping.py
 Paper: 3.2, 3.3, 3.4.3
 """
 import helper

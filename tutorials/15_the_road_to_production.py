@@ -2,12 +2,13 @@
 
     python tutorials/15_the_road_to_production.py
 
-Sections 2 to 6 are measured, computed or modelled now, on this machine; what other projects call things was read in
+Sections 2 to 7 are measured, computed or modelled now, on this machine; what other projects call things was read in
 their files in November 2026, and they move fast.
 
-Modules: transport/encoding.py, scheduling/planner.py, scheduling/throughput.py, serving/
+Modules: transport/encoding.py, scheduling/planner.py, scheduling/throughput.py, scheduling/scale.py,
+         engine/paced.py, serving/, errors.py
 Tests: test_encoding.py, test_wire.py, test_relay.py, test_unequal_ends.py, test_map.py, test_readme.py,
-       test_doctests.py, test_notebook.py, test_chapters.py, test_exercises.py
+       test_doctests.py, test_notebook.py, test_chapters.py, test_exercises.py, test_reading.py
 Paper: 5, 6
 """
 import helper
@@ -19,9 +20,10 @@ from dataclasses import replace
 
 import torch
 
-from minprfaas import load
-from minprfaas.config import StateKind
+from minprfaas import SamplingParams, load
+from minprfaas.config import CacheConfig, StateKind
 from minprfaas.documents import EVALUATION_SEEDS, make_document
+from minprfaas.engine.paced import Pace, PacedEngine
 from minprfaas.errors import UserError
 from minprfaas.model.checkpoint import EMBEDDED
 from minprfaas.model.spec import kv_bytes, model_state_specs
@@ -29,6 +31,7 @@ from minprfaas.model.state import ContiguousState
 from minprfaas.observe.report import human_bytes, table
 from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.planner import plan
+from minprfaas.scheduling.scale import Scale
 from minprfaas.scheduling.throughput import relay_s
 from minprfaas.serving.openai import Served
 from minprfaas.transport.encoding import Encoding, RowCodec, Wire, row_codec
@@ -341,7 +344,41 @@ print()
 # %% [markdown]
 # *Change this line:* `"n": 2` → `"n": 1`. And what of an option that nobody has heard of?
 #
-# ## 7. What this project leaves out, and why
+# ## 7. Rehearse before you buy
+#
+# A plan is arithmetic. Before machines are bought one would like to see the software at their pace: `--emulate` holds
+# every layer and every decode step back until a profile's time for it has passed. Tokens, KVCache, links and decisions
+# are real; the machine's pace is emulated. A small model stands for a large one by a *scale*: here one token stands for
+# sixteen, and a second takes four, so that two cores can keep up. What is read is divided by the scale again.
+#
+# *Guess first:* the H200 instance of the paper reads 32K tokens in 1.84 s. How long does it take for this prompt?
+
+# %%
+scale = Scale(time=4.0, length=16.0)
+profile = scale.profile(paper.h200_profile())
+pace = Pace(profile.prefill_s, profile.decode_step_s)
+engine = PacedEngine(model, tokenizer, CacheConfig(64), prefill_chunk=256)
+engine.emulate(pace, max_batch=8)
+request = engine.add(engine.request("rehearsal", prompt[0].tolist(), SamplingParams(max_tokens=8)))
+while engine.has_work:
+    engine.step()
+took_s = request.first_token_at_s - request.arrived_at_s
+stands_for = round(scale.tokens(prompt.shape[1]))
+print("7. Rehearse before you buy\n")
+profile_s = paper.h200_profile().prefill_s(stands_for)
+print(f"   {prompt.shape[1]:,} tokens stand for {stands_for:,}. They took {took_s:.2f} s here, which stand for "
+      f"{scale.seconds(took_s):.2f} s;\n   the profile says {profile_s:.2f} s. This machine needed "
+      f"{pace.needed_s / pace.allowed_s:.0%} of the time allowed, and was late by {pace.late_share:.1%}:\n   "
+      f"{'a valid rehearsal' if pace.late_share < 0.05 else 'not valid, it was too busy with other work'}.\n")
+
+# %% [markdown]
+# *Why can a rehearsal be invalid?* Where real work takes longer than the profile allows, nothing can be waited out. So
+# each node reports by how much it was late, and a run in which one was is not counted. `scripts/live_case_study.py`
+# rehearses the paper's table 6 so, with its twelve instances as twelve processes.
+#
+# *Change this line:* `time=4.0` → `time=0.1`.
+#
+# ## 8. What this project leaves out, and why
 #
 # - *RDMA, GPUDirect, NIXL.* One card's driver is not the lesson; the seam where it would go is (`KVTransport`). NIXL,
 #   Mooncake.
@@ -355,7 +392,7 @@ print()
 # - *Speculative decoding, LoRA, images.* They change what a token costs, not where it is computed.
 # - *Approximate reuse* (CacheBlend). Rule 1: the same tokens whichever way.
 #
-# ## 8. What the paper leaves open
+# ## 9. What the paper leaves open
 #
 # - *It feeds profiles into a model.* Nobody outside has seen the system at its size; here it runs, at a laptop's.
 # - *Failures.* What a lost line, node or datacenter costs is not discussed: chapter 14 is one answer.

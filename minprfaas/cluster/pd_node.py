@@ -1,4 +1,4 @@
-"""A PD node: one PD role at a time over one engine and its cache, changed live. Chapter 12; paper 3.4.3."""
+"""A PD node: one PD role at a time over one engine and its cache, changed live. Chapters 12 and 13; paper 3.4.3."""
 
 from minprfaas.cluster import messages
 from minprfaas.cluster.decode_role import DecodeRole

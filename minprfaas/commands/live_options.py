@@ -1,4 +1,7 @@
-"""The options of every program that runs the live cluster, and what can be checked of them without a model."""
+"""The options of every program that runs the live cluster, and what can be checked of them without a model.
+
+Chapter 13.
+"""
 
 import argparse
 from collections.abc import Mapping

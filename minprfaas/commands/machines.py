@@ -1,4 +1,4 @@
-"""What the nodes of each datacenter are made of, where the two may be unequal. Chapter 15."""
+"""What the nodes of each datacenter are made of, where the two may be unequal. Chapters 13 and 15."""
 
 import argparse
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Emulated accelerators: real work inside the time that a profile gives for it. Chapter 13; paper 4.
+"""Emulated accelerators: real work inside the time that a profile gives for it. Chapters 13 and 15; paper 4.
 
 The tokens and the KVCache are real; how long they take is emulated. Each layer of a prefill chunk, and each decode
 step, is held back until the profile's time for it has passed, so KVCache leaves at the pace of the emulated machine.

@@ -1,4 +1,4 @@
-"""Optional compilation: each module names its pieces, which are tensors in and tensors out. Chapter 15.
+"""Optional compilation: each module names its pieces, which are tensors in and tensors out. Chapters 04 and 15.
 
 What lies between the pieces (pages, snapshots, attention kernels) stays as it is written, so that nothing has to be
 traced which depends on a request, and a piece is compiled once for all layers that are alike.

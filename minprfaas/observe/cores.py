@@ -1,4 +1,4 @@
-"""How busy the machine's cores were meanwhile, whoever kept them so (Linux; elsewhere it cannot be said)."""
+"""How busy the machine's cores were meanwhile, whoever kept them so (Linux; elsewhere unknown). Chapter 13."""
 
 from pathlib import Path
 

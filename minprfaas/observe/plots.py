@@ -1,4 +1,4 @@
-"""Pictures of a plan: the paper's figures 2, 5(a) and 5(b), for its fleet or another. Chapters 00 and 10."""
+"""Pictures of a plan: the paper's figures 2, 5(a) and 5(b), for its fleet or another. Chapters 00, 10 and 13."""
 
 import os
 from collections.abc import Mapping, Sequence

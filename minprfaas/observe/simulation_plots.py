@@ -1,4 +1,4 @@
-"""Pictures of a simulation over time, and of a trace's cache hits over capacity. Chapters 06 and 12."""
+"""Pictures of a simulation over time, and of a trace's cache hits over capacity. Chapters 06, 12 and 13."""
 
 from collections.abc import Sequence
 from pathlib import Path

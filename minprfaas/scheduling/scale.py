@@ -1,4 +1,4 @@
-"""Scale factors of an emulated run, and how they are undone. Chapter 13; paper 4.
+"""Scale factors of an emulated run, and how they are undone. Chapters 13 and 15; paper 4.
 
 A small model on a few cores cannot take the paper's lengths at the paper's pace: seconds are stretched, tokens stand
 for many, bytes are fewer. What is planned, simulated and run in such units gives real figures once that is undone.

@@ -1,4 +1,4 @@
-"""The endpoints: what each path answers, and a request's way through the door and back. Chapter 13."""
+"""The endpoints: what each path answers, and a request's way through the door and back. Chapters 13 and 15."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""From a chat's messages to a prompt, for the chat templates that are known by heart. Chapter 13.
+"""From a chat's messages to a prompt, for the chat templates that are known by heart. Chapters 13 and 15.
 
 A checkpoint's template is a program in Jinja, which takes a template engine to run. Here the whole text of a template
 is recognised, or it is refused: one that is merely similar might put a token elsewhere, and the answers would be worse

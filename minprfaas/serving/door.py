@@ -1,4 +1,4 @@
-"""The door: hands requests from the HTTP thread to the node's loop, and what becomes of them back. Chapter 13.
+"""The door: hands requests from the HTTP thread to the node's loop, and what becomes of them back. Chapters 13 and 15.
 
 The model's loop must not wait for a client, nor a client's connection for the model: each side leaves what it has to
 say with the door and goes on. `open` and `close` belong to the HTTP thread, `step` and `end_all` to the loop's.

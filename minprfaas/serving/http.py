@@ -1,4 +1,4 @@
-"""HTTP/1.1 on asyncio streams: connections, limits and deadlines, and server-sent events. Chapter 13.
+"""HTTP/1.1 on asyncio streams: connections, limits and deadlines, and server-sent events. Chapters 13 and 15.
 
 What a client may do wrong ends in a 4xx with one line of JSON, what it fails to do ends at a deadline, and when it
 hangs up, the task that makes its answer is cancelled, also while there is nothing to send.

@@ -1,4 +1,4 @@
-"""What the house has done and is doing, in Prometheus' text format (version 0.0.4). Chapter 13; paper 3.4.3.
+"""What the house has done and is doing, in Prometheus' text format (version 0.0.4). Chapters 13 and 15; paper 3.4.3.
 
 The node's loop counts requests as they end and says once a second how things stand; the HTTP thread counts its
 responses and writes the text. A lock keeps the two apart for the moment that either takes.

@@ -1,4 +1,4 @@
-"""OpenAI's request and answer bodies, to and from prompts and pieces of answers. Chapter 13.
+"""OpenAI's request and answer bodies, to and from prompts and pieces of answers. Chapters 13 and 15.
 
 What a client asks for is either done or refused by name: an option that would be ignored in silence gives an answer to
 another question. Those that change no answer (`user`, `metadata`, …) are read over.
