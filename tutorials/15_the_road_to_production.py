@@ -2,13 +2,13 @@
 
     python tutorials/15_the_road_to_production.py
 
-Sections 2 to 7 are measured, computed or modelled now, on this machine; what other projects call things was read in
+Sections 2 to 8 are measured, computed or modelled now, on this machine; what other projects call things was read in
 their files in November 2026, and they move fast.
 
 Modules: transport/encoding.py, scheduling/planner.py, scheduling/throughput.py, scheduling/scale.py,
-         engine/paced.py, serving/, errors.py
+         scheduling/sites.py, engine/paced.py, serving/, errors.py
 Tests: test_encoding.py, test_wire.py, test_relay.py, test_unequal_ends.py, test_map.py, test_readme.py,
-       test_doctests.py, test_notebook.py, test_chapters.py, test_exercises.py, test_reading.py
+       test_doctests.py, test_notebook.py, test_chapters.py, test_exercises.py, test_reading.py, test_sites.py
 Paper: 5, 6
 """
 import helper
@@ -16,12 +16,13 @@ import helper
 helper.begin(__doc__)
 
 import json
+from collections import Counter
 from dataclasses import replace
 
 import torch
 
 from minprfaas import SamplingParams, load
-from minprfaas.config import CacheConfig, StateKind
+from minprfaas.config import CacheConfig, Role, StateKind
 from minprfaas.documents import EVALUATION_SEEDS, make_document
 from minprfaas.engine.paced import Pace, PacedEngine
 from minprfaas.errors import UserError
@@ -30,8 +31,11 @@ from minprfaas.model.spec import kv_bytes, model_state_specs
 from minprfaas.model.state import ContiguousState
 from minprfaas.observe.report import human_bytes, table
 from minprfaas.scheduling import paper_case as paper
+from minprfaas.scheduling.control import ControlSettings, NodeJoined
 from minprfaas.scheduling.planner import plan
+from minprfaas.scheduling.router import RouteRequest
 from minprfaas.scheduling.scale import Scale
+from minprfaas.scheduling.sites import SitesControlPlane, site_of
 from minprfaas.scheduling.throughput import relay_s
 from minprfaas.serving.openai import Served
 from minprfaas.transport.encoding import Encoding, RowCodec, Wire, row_codec
@@ -319,7 +323,33 @@ print("\n   The live programs take it as --dtype prfaas=bfloat16,pd=float32 and 
 # *Why is that no promise of the same tokens?* A prefill in bfloat16 is another prefill: rule 1 holds between equals.
 # `--check` says which answers changed, and by how much.
 #
-# ## 6. The door
+# ## 6. Several datacenters that prefill
+#
+# The paper has one PrfaaS cluster. With two, each with nodes and a line of its own, the control plane asks of both when
+# the request would be done: its prompt computed behind what waits there, *and* its KVCache across behind what that line
+# still owes. The earlier one gets it.
+#
+# *Guess first:* one site has a line of 100 Gbps, the other of 1, and as many nodes each. Does the second get nothing?
+
+# %%
+sites = SitesControlPlane(ControlSettings(19_400, 0.0, fleet=fleet), {"prfaas-a": 100.0, "prfaas-b": 1.0})
+for node, role in (*((f"prfaas-{site}-{number}", Role.PRFAAS) for site in "ab" for number in range(2)),
+                   ("pd-0", Role.PDP), ("pd-1", Role.PDD)):
+    sites.hear(NodeJoined(node, role), 0.0)
+decisions = [sites.route(RouteRequest(number, 32_768), 0.0) for number in range(12)]
+print("6. Several datacenters that prefill: twelve prompts of 32K tokens at once (modelled)\n")
+print(table(["request", "goes to", "because"], [
+    [str(number), site_of(decisions[number].node), decisions[number].reason.partition("; ")[2]]
+    for number in sorted({0, 1, 4, 11, *(at for at, one in enumerate(decisions) if site_of(one.node) == "prfaas-b")})]))
+count = Counter(site_of(decision.node) for decision in decisions)
+print(f"\n   prfaas-a {count['prfaas-a']}, prfaas-b {count['prfaas-b']}: "
+      f"{'a long queue before nodes is worth a slow line' if count['prfaas-b'] else 'the slow line is worth no queue'}.\n"
+      "   Simulated, with weather on each line: python -m minprfaas simulate --site prfaas-a=2:100 --site prfaas-b=2:1\n")
+
+# %% [markdown]
+# *Change this line:* `"prfaas-b": 1.0` → `10.0`. When do the two share evenly?
+#
+# ## 7. The door
 #
 # In front of all this stands a client, who speaks HTTP and JSON. `serving/` answers OpenAI's bodies, and follows one
 # rule that production doors break: an option that would be ignored is refused by name, because an answer to another
@@ -329,7 +359,7 @@ print("\n   The live programs take it as --dtype prfaas=bfloat16,pd=float32 and 
 
 # %%
 served = Served.of(EMBEDDED, model.config, tokenizer, None)
-print("6. The door\n")
+print("7. The door\n")
 bodies = {"a question": {"prompt": "Who is the baker?", "max_tokens": 8},
           "two answers wanted": {"prompt": "Who is the baker?", "n": 2},
           "the likeliest tokens, too": {"prompt": "Who is the baker?", "logprobs": 5}}
@@ -344,7 +374,7 @@ print()
 # %% [markdown]
 # *Change this line:* `"n": 2` → `"n": 1`. And what of an option that nobody has heard of?
 #
-# ## 7. Rehearse before you buy
+# ## 8. Rehearse before you buy
 #
 # A plan is arithmetic. Before machines are bought one would like to see the software at their pace: `--emulate` holds
 # every layer and every decode step back until a profile's time for it has passed. Tokens, KVCache, links and decisions
@@ -364,7 +394,7 @@ while engine.has_work:
     engine.step()
 took_s = request.first_token_at_s - request.arrived_at_s
 stands_for = round(scale.tokens(prompt.shape[1]))
-print("7. Rehearse before you buy\n")
+print("8. Rehearse before you buy\n")
 profile_s = paper.h200_profile().prefill_s(stands_for)
 print(f"   {prompt.shape[1]:,} tokens stand for {stands_for:,}. They took {took_s:.2f} s here, which stand for "
       f"{scale.seconds(took_s):.2f} s;\n   the profile says {profile_s:.2f} s. This machine needed "
@@ -378,7 +408,7 @@ print(f"   {prompt.shape[1]:,} tokens stand for {stands_for:,}. They took {took_
 #
 # *Change this line:* `time=4.0` → `time=0.1`.
 #
-# ## 8. What this project leaves out, and why
+# ## 9. What this project leaves out, and why
 #
 # - *RDMA, GPUDirect, NIXL.* One card's driver is not the lesson; the seam where it would go is (`KVTransport`). NIXL,
 #   Mooncake.
@@ -392,7 +422,7 @@ print(f"   {prompt.shape[1]:,} tokens stand for {stands_for:,}. They took {took_
 # - *Speculative decoding, LoRA, images.* They change what a token costs, not where it is computed.
 # - *Approximate reuse* (CacheBlend). Rule 1: the same tokens whichever way.
 #
-# ## 9. What the paper leaves open
+# ## 10. What the paper leaves open
 #
 # - *It feeds profiles into a model.* Nobody outside has seen the system at its size; here it runs, at a laptop's.
 # - *Failures.* What a lost line, node or datacenter costs is not discussed: chapter 14 is one answer.
