@@ -343,8 +343,9 @@ print(table(["request", "goes to", "because"], [
     for number in sorted({0, 1, 4, 11, *(at for at, one in enumerate(decisions) if site_of(one.node) == "prfaas-b")})]))
 count = Counter(site_of(decision.node) for decision in decisions)
 print(f"\n   prfaas-a {count['prfaas-a']}, prfaas-b {count['prfaas-b']}: "
-      f"{'a long queue before nodes is worth a slow line' if count['prfaas-b'] else 'the slow line is worth no queue'}.\n"
-      "   Simulated, with weather on each line: python -m minprfaas simulate --site prfaas-a=2:100 --site prfaas-b=2:1\n")
+      f"{'a long queue of nodes is worth a slow line' if count['prfaas-b'] else 'the slow line is worth no queue'}.\n"
+      "   Simulated, with weather on each line: python -m minprfaas simulate --site prfaas-a=2:100 --site prfaas-b=2:1"
+      "\n")
 
 # %% [markdown]
 # *Change this line:* `"prfaas-b": 1.0` → `10.0`. When do the two share evenly?
