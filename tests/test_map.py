@@ -44,7 +44,7 @@ def row(path: Path) -> str:
 
 def table() -> str:
     """All lines, in the order of the chapters; files of the same chapter by name."""
-    ordered = sorted(TESTS, key=lambda path: (*chapters_named(docstring_of(path))[:1], path.name))
+    ordered = sorted(TESTS, key=lambda path: ((chapters_named(docstring_of(path)) or [99])[0], path.name))
     return "\n".join(["| file | what it promises | chapter |", "|---|---|---|", *map(row, ordered)]) + "\n"
 
 

@@ -1,4 +1,7 @@
-"""`scripts/mutate.py` breaks what it says, and what `scripts/mutations.py` names is still there to be broken."""
+"""`scripts/mutate.py` breaks what it says, and what `scripts/mutations.py` names is still there to be broken.
+
+Chapter 15.
+"""
 
 import sys
 from pathlib import Path

@@ -6,8 +6,10 @@ The prefill here is emulated: each layer of each chunk takes a fixed time in whi
 GPU. The blocks, the threads, the link and the far end's blocks are real; the line's rate and round trip are emulated.
 Chapter 13 does the same with a real model.
 
-Modules: cluster/kv_send.py, cluster/kv_receive.py, cluster/stream_plans.py, transport/streams.py, observe/timeline.py
-Tests: test_transport_streams.py, test_transport_link.py, test_two_datacenters.py, test_timeline.py
+Modules: cluster/kv_send.py, cluster/kv_receive.py, cluster/stream_plans.py, transport/streams.py,
+         observe/timeline.py, files.py
+Tests: test_transport_streams.py, test_transport_link.py, test_two_datacenters.py, test_timeline.py,
+       test_kv_arrives.py
 Paper: 3.3
 """
 import helper

@@ -7,7 +7,8 @@ decides is the object that the live cluster asks, too.
 
 Modules: scheduling/control.py, scheduling/threshold.py, scheduling/roles.py, simulator/,
 observe/simulation_plots.py
-Tests: test_simulator.py, test_simulator_parts.py, test_threshold.py, test_roles.py, test_control.py
+Tests: test_simulator.py, test_simulator_parts.py, test_threshold.py, test_roles.py, test_control.py,
+       test_simulate_command.py
 Paper: 3.4.3
 """
 import helper

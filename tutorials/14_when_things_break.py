@@ -7,7 +7,7 @@ the middle of a request. Each answer is compared, token by token, with that of o
 line's rate and round trip are emulated; connections, kills and recovery are real. The paper is silent here.
 
 Modules: transport/wan/, cluster/recovery.py, cluster/journey.py
-Tests: test_transport_recovery.py, test_faults.py, test_cluster_kills.py, test_cluster_life.py
+Tests: test_transport_recovery.py, test_faults.py, test_cluster_kills.py, test_cluster_life.py, test_errors.py
 Paper: –
 """
 import helper

@@ -8,7 +8,8 @@ their files in November 2026, and they move fast.
 Modules: transport/encoding.py, scheduling/planner.py, scheduling/throughput.py, scheduling/scale.py,
          scheduling/sites.py, engine/paced.py, serving/, errors.py
 Tests: test_encoding.py, test_wire.py, test_relay.py, test_unequal_ends.py, test_map.py, test_readme.py,
-       test_doctests.py, test_notebook.py, test_chapters.py, test_exercises.py, test_reading.py, test_sites.py
+       test_doctests.py, test_notebook.py, test_chapters.py, test_exercises.py, test_reading.py, test_sites.py,
+       test_mutate.py
 Paper: 5, 6
 """
 import helper
