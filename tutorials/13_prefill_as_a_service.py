@@ -202,4 +202,11 @@ print("""The same from a command line, with your own prompts, and a page that dr
       --check --json run.jsonl --timeline run.json
   python -m minprfaas report --json run.jsonl --timeline run.json
 
+And under load, with both loops: the threshold follows what is measured, and a node that decodes changes its role
+(docs/commands.md shows such a run):
+
+  python -m minprfaas profile --out P.json
+  python scripts/cluster.py --topology prfaas=1,pd=3 --split 1 --load poisson:4 --length-scale 0.03 \\
+      --requests 200 --profile P.json --convert-roles --sustain-s 20 --check
+
 Next: tutorials/14_when_things_break.py, what is left of it when processes die.""")
