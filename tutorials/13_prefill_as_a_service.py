@@ -206,7 +206,7 @@ And under load, with both loops: the threshold follows what is measured, and a n
 (docs/commands.md shows such a run):
 
   python -m minprfaas profile --out P.json
-  python scripts/cluster.py --topology prfaas=1,pd=3 --split 1 --load poisson:4 --length-scale 0.03 \\
-      --requests 200 --profile P.json --convert-roles --sustain-s 20 --check
+  python scripts/cluster.py --topology prfaas=1,pd=3 --split 1 --load poisson:3 --requests 330 --threshold 600 \\
+      --link-gbps 0.02 --rtt-ms 5 --profile P.json --convert-roles --check
 
 Next: tutorials/14_when_things_break.py, what is left of it when processes die.""")
