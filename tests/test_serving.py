@@ -134,7 +134,8 @@ def test_200_streams_at_once_lose_no_token_and_leave_no_memory_behind(hybrid, ch
         for _ in range(5):
             assert streams_at_once(one, hybrid, 200, (5, 200)) == 200 * 12
         grown = resident_bytes() - before
-    assert grown < 1000 * 4096, f"1,000 streams left {grown:,} bytes behind"
+    print(f"\n1,000 streams, 200 at once: every token came; resident memory grew by {grown:,} bytes")
+    assert grown < 1000 * 4096
 
 
 def resident_bytes():
