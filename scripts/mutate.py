@@ -105,7 +105,7 @@ class Bench:
         UserError when one fails as it is."""
         verdict, failed, seconds = "survived", "", 0.0
         for test in tests:
-            limit_s = 60.0 + 5 * self._seconds_unbroken(test)  # beyond it hangs, even on a busy machine
+            limit_s = 60.0 + 5 * self._seconds_unbroken(test)  # what takes longer hangs, even on a busy machine
             originals = {file: (self._folder / file).read_text(encoding="utf-8") for file in changes}
             self._write(changes)
             began = time.monotonic()
@@ -121,9 +121,12 @@ class Bench:
 
     def _seconds_unbroken(self, test: str) -> float:
         if f"unbroken {test}" not in self.known:
-            began = time.monotonic()
-            status, failed = self._run(test, 600.0)
-            if status != 0:
+            for attempt in (1, 2):  # a busy machine gets a second one
+                began = time.monotonic()
+                status, failed = self._run(test, 600.0)
+                if status == 0:
+                    break
+            else:
                 raise UserError(f"tests/{test} fails without any mutation: {failed or 'it ran past 600 s'}")
             self._note({"id": f"unbroken {test}", "seconds": round(time.monotonic() - began, 1)})
         return self.known[f"unbroken {test}"]["seconds"]

@@ -121,6 +121,14 @@ def test_lost_news_ask_for_an_inventory_once_and_again_when_it_does_not_come():
     assert control.tick(30.0) == [] and control.directory.match(KEYS) == {"a0": 4096}
 
 
+def test_who_ticks_more_often_than_once_a_second_changes_nothing():
+    control = control_plane()
+    assert control.hear(CacheChanged("a0", 3, [("document", 4096)]), 1.0) == [AskInventory("a0")]
+    assert control.tick(0.5 + INVENTORY_S) == []
+    assert control.tick(1.0 + INVENTORY_S) == [], "it is due, but half a second is no second"
+    assert control.tick(1.5 + INVENTORY_S) == [AskInventory("a0")]
+
+
 def test_a_prefix_that_was_not_there_is_not_counted_on_again():
     control = control_plane()
     control.hear(CacheChanged("p0", 1, [("document", 4096)]), 0.0)
@@ -257,7 +265,8 @@ def test_a_node_that_is_to_change_its_role_gets_no_new_work_and_changes_when_it_
         control.hear(RequestEnded(number, 1024), 200.0)
     _, change = convert(control, 200, 203)
     assert (change.node, change.role) == (draining.pop(), Role.PDP)
-    assert change.node not in control.loads()
+    assert change.node not in control.loads() and change.node not in control.directory
+    assert convert(control, 204, 215) is None, "it is told once"
     join(control, change.node, Role.PDP, 215.0)
     assert len(control.nodes(Role.PDP)) == 4
 
