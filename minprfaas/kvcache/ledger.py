@@ -128,11 +128,9 @@ class BlockLedger:
         rests on that. Returns the entry."""
         return self._insert(self.blocks, key, members, tokens)
 
-    def insert_snapshot(self, key: bytes, members: Sequence[int], tokens: int) -> int:
-        """Index a snapshot, unheld and most recently used. Returns the entry."""
-        entry = self._insert(self.snapshots, key, members, tokens)
-        self.drop(entry)
-        return entry
+    def insert_snapshot(self, key: bytes, members: Sequence[int], tokens: int) -> None:
+        """Index a snapshot, unheld and most recently used."""
+        self.drop(self._insert(self.snapshots, key, members, tokens))
 
     def _insert(self, index: dict[bytes, int], key: bytes, members: Sequence[int], tokens: int) -> int:
         entry = members[0]
