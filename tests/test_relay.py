@@ -56,6 +56,20 @@ def test_tokens_come_before_the_kvcache_and_the_answer_is_that_of_one_process(mo
     assert journey.kv_bytes > 0 and journey.attempts == 1
 
 
+def test_tokens_go_on_coming_while_their_rows_are_computed(hybrid):
+    with World(*hybrid, pd=1, split=0, relay=True, prefill_chunk=16) as world:
+        line, here = slow_line(world), world.part("pd-0")
+        (journey,) = world.submit(prompts_of(150), LONG)
+        world.step_until(lambda: len(journey.output_ids) >= 30)
+        line.room.set()
+        world.step_until(lambda: has_arrived(here))
+        at_first = relayed(world)
+        world.step_until(lambda: here.engine.decoded_tokens > 0)
+        assert relayed(world) > at_first + 1
+        world.step_until(lambda: not world.front.has_work)
+        each_once(world, [journey], world.front.take_updates())
+
+
 def test_sampled_and_stopped_answers_go_through_the_handover_unchanged(hybrid):
     sampled = SamplingParams(max_tokens=40, temperature=1.0, top_p=0.9, seed=3, ignore_eos=True)
     prompts = prompts_of(150, 160, 170)

@@ -5,8 +5,9 @@ Who receives one dispatches it with `match`. `envelope` turns them into JSON for
 
 from dataclasses import dataclass
 
-from minprfaas.cluster.upkeep_messages import (CacheNews, ChangeRole, Goodbye, Introduce, NodeFigures, NodeReady,
-                                               PrefixAbort, PrefixOrder, SendInventory, Shutdown, TimelinePart)
+from minprfaas.cluster.upkeep_messages import (
+    CacheNews, ChangeRole, Goodbye, Introduce, NodeFigures, NodeReady, PrefixAbort, PrefixOrder, RelayOver,
+    SendInventory, Shutdown, TimelinePart)
 from minprfaas.config import LinkSample
 
 # A request: front end and decode node
@@ -180,4 +181,4 @@ class PrefillAbort:
 Message = (NodeReady | Introduce | ChangeRole | CacheNews | SendInventory | Shutdown | TimelinePart | NodeFigures
            | Goodbye | Serve | Progress | Prefilled | Started | TokenDrawn | PrefillLost | ServeFailed | Abort
            | PrefillOrder | PrefillProgress | PrefillDone | TransferDone | PrefillFailed | PrefillAbort | PrefixOrder
-           | PrefixAbort | LinkSample)
+           | PrefixAbort | RelayOver | LinkSample)

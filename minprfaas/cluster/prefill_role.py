@@ -80,9 +80,8 @@ class PrefillRole:
         match message:
             case messages.PrefillOrder():
                 self._accept(sender, message)
-            case messages.PrefillAbort(id=id):
-                if id in self.prefills and self.prefills[id].decode_node == sender:
-                    self._drop(self.prefills[id])
+            case messages.PrefillAbort(id=id) if id in self.prefills and self.prefills[id].decode_node == sender:
+                self._drop(self.prefills[id])
             case _:
                 self.upkeep.hear(sender, message)
 

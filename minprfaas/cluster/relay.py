@@ -7,6 +7,8 @@ there twice, and none is missing. Rows of relayed tokens do not cross; they are 
 by passes beside which more tokens may be relayed, so that the client does not wait for them.
 """
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 from minprfaas.cluster import messages
@@ -17,9 +19,13 @@ from minprfaas.engine.request import Request, Status, TokenUpdate
 from minprfaas.engine.scheduler import PrefillChunk
 
 
+SHORT_PASS = 8  # tokens: a pass over no more takes about as long as a step, so that it may be the last
+MOST_PASSES = 4  # then the decode node takes over, though it be slower than the relay
+
+
 class RelayingPrefillRole(PrefillRole):
-    """Goes on decoding what it has prefilled until the last byte is acknowledged. A favour: where the pool has no room
-    for it there is none, and prompts are computed before it."""
+    """Goes on decoding what it has prefilled until the decode node says that it does. A favour: where the pool has no
+    room for it there is none."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -27,8 +33,10 @@ class RelayingPrefillRole(PrefillRole):
 
     def step(self) -> None:
         """See `PrefillRole.step`; then the relayed tokens leave."""
-        for request in list(self._relays):  # first: to make room for one, the engine would preempt a prompt
-            if not self._kvcache.reserve(request.cache, len(request.token_ids) + 1):
+        for request, prefill in list(self._relays.items()):
+            # First: to make room for one, the engine would preempt a prompt.
+            has_room = self._kvcache.reserve(request.cache, len(request.token_ids) + 1)
+            if not has_room or self._clock() > prefill.deadline_at_s:
                 self._end_relay(request)
         super().step()
         for update in self.drawn:
@@ -40,6 +48,18 @@ class RelayingPrefillRole(PrefillRole):
             if request.length_limit != "pool":  # else it is this node that can hold no more; the other one goes on
                 self._tell(prefill, messages.TokenDrawn(prefill.order.id, update.token_id, update.new_text,
                                                         update.finish_reason or "", request.length_limit or ""))
+
+    def hear(self, sender: str, message: messages.Message) -> None:
+        """See `PrefillRole.hear`."""
+        super().hear(sender, message)
+        if isinstance(message, messages.RelayOver | messages.PrefillAbort):
+            self._end_relays(lambda prefill: (prefill.order.id, prefill.decode_node) == (message.id, sender))
+
+    def notice(self, happening: Happening) -> None:
+        """See `PrefillRole.notice`."""
+        super().notice(happening)
+        if isinstance(happening, PeerLost):
+            self._end_relays(lambda prefill: prefill.decode_node == happening.name)
 
     def _ship(self, request: Request, layer: int, start: int, end: int) -> None:
         if request not in self._relays:
@@ -61,9 +81,12 @@ class RelayingPrefillRole(PrefillRole):
         request.status = Status.PREFILL
         self.engine.prefilling.appendleft(request)  # a block at most, before the next chunk of a prompt
 
-    def _end(self, prefill: Prefill) -> None:
-        super()._end(prefill)
-        for request in [request for request, other in self._relays.items() if other is prefill]:
+    def _drop(self, prefill: Prefill) -> None:
+        super()._drop(prefill)
+        self._end_relays(lambda other: other is prefill)
+
+    def _end_relays(self, of: Callable[[Prefill], bool]) -> None:
+        for request in [request for request, prefill in self._relays.items() if of(prefill)]:
             self._end_relay(request)
 
     def _end_relay(self, request: Request) -> None:
@@ -78,6 +101,7 @@ class RelayedDecodeRole(DecodeRole):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self._relayed: dict[Request, Serving] = {}  # of which at least one token was handed on
+        self._passes: Counter[Request] = Counter()  # over relayed tokens
 
     @property
     def is_ready(self) -> bool:
@@ -138,7 +162,8 @@ class RelayedDecodeRole(DecodeRole):
             super()._admit_if_complete(serving)
 
     def _catch_up(self, serving: Serving) -> None:
-        """One pass over relayed tokens that have no rows here; with none left, this node takes over."""
+        """One pass over relayed tokens that have no rows here. With none left, or after a short pass, this node takes
+        over: what was relayed meanwhile it draws itself."""
         request, cache, plan = serving.request, serving.request.cache, serving.kv.plan
         known = len(request.token_ids)
         if cache.num_tokens < plan.end:
@@ -148,13 +173,21 @@ class RelayedDecodeRole(DecodeRole):
         elif not self._kvcache.reserve(cache, known + 1):
             self._lose_prefill(serving, "no room in the KVCache pool for what was relayed", plan.end)
         else:
-            end = min(known, cache.num_tokens + self.engine.scheduler.prefill_chunk)
-            self.engine.runner.prefill(PrefillChunk(request, cache.num_tokens, end), None)
+            start = cache.num_tokens
+            end = min(known, start + self.engine.scheduler.prefill_chunk)
+            self.engine.runner.prefill(PrefillChunk(request, start, end), None)
+            self._passes[request] += 1
+            if end == known and (end - start <= SHORT_PASS or self._passes[request] >= MOST_PASSES):
+                super()._admit_if_complete(serving)
 
     def _tell_token(self, update: TokenUpdate) -> None:
-        if self._relayed.pop(update.request, None) is None:  # else it is the last that was relayed: it is told
-            super()._tell_token(update)
+        serving = self._relayed.pop(update.request, None)
+        if serving is None:
+            return super()._tell_token(update)
+        del self._passes[update.request]  # it takes over with the last token that was relayed, which is told
+        self._mail.send(self.name, serving.serve.prefill_node, messages.RelayOver(update.request.id))
 
     def _forget(self, serving: Serving, arrived_end: int = 0) -> None:
         self._relayed.pop(serving.request, None)
+        del self._passes[serving.request]  # of a Counter: harmless where there is none
         super()._forget(serving, arrived_end)

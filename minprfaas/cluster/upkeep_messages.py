@@ -81,6 +81,13 @@ class Goodbye:
 
 
 @dataclass(frozen=True)
+class RelayOver:
+    """Decode node -> prefill node: I draw this request's tokens myself now (see `relay.py`)."""
+
+    id: str
+
+
+@dataclass(frozen=True)
 class PrefixOrder:
     """Prefill node -> any node: stream me the cached state of tokens [start, len(token_ids) - 1) as `stream_id`."""
 
