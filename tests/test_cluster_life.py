@@ -15,7 +15,7 @@ from minprfaas import SamplingParams, generate
 from minprfaas.cluster.mail import FRONT
 from minprfaas.config import LinkSample, Role
 from minprfaas.engine.request import Status
-from minprfaas.scheduling.control import ControlPlane, ControlSettings, NewThreshold
+from minprfaas.scheduling.control import ControlPlane, ControlSettings, LinkMeasured, NewThreshold
 from minprfaas.scheduling.paper_case import paper_fleet
 from minprfaas.scheduling.roles import RoleChange
 
@@ -320,6 +320,24 @@ def test_the_samples_of_each_link_of_a_process_count(hybrid):
         ends = [world.machines["prfaas-0"].ends[name] for name in ("pd-1", "pd-2")]
         assert measured(world, ends, now_s, 0.45, turns=12) == "scarce"
         assert measured(world, ends, now_s, 0.2, turns=30) == "abundant"
+
+
+def test_a_link_that_carries_nothing_says_so_once_a_second_and_when_that_changes_at_once(hybrid):
+    heard = []
+
+    class Recording(ControlPlane):
+        def hear(self, event, now_s):
+            if isinstance(event, LinkMeasured):
+                heard.append((event.sample.time_s, event.sample.utilization))
+            return super().hear(event, now_s)
+
+    with World(*hybrid, prfaas=1, pd=2, split=1, plane=Recording(ControlSettings(100, 1.0))) as world:
+        end = world.machines["prfaas-0"].ends["pd-1"]
+        for quarter in range(1, 14):
+            end.samples = (*end.samples, LinkSample(quarter / 4, 1.0, 0.5 if quarter in (10, 11) else 0.0, 0.0))
+            world.step()
+            world.step()  # a second time, in which there is nothing new
+    assert heard == [(0.25, 0), (1.25, 0), (2.25, 0), (2.5, 0.5), (2.75, 0.5), (3.0, 0)]
 
 
 def measured(world, ends, now_s, utilization, turns, gbps=1.0):

@@ -13,11 +13,11 @@ from minprfaas.cluster.kv_send import STREAMS_AT_ONCE
 from minprfaas.cluster.mail import FRONT, Mail
 from minprfaas.cluster.node import Happening, PeerLost, PeerReturned
 from minprfaas.cluster.prefix_shipping import PrefixShipping
-from minprfaas.config import Role
+from minprfaas.config import LinkSample, Role
 from minprfaas.engine.engine import Engine
 
 TIMELINE_PART = 4096  # events a message
-FIGURES_S = 1.0  # how often a node says how things stand
+FIGURES_S = 1.0  # how often a node says how things stand; also a link that carries nothing
 
 
 class Upkeep:
@@ -33,7 +33,7 @@ class Upkeep:
         self._name, self._engine, self._mail, self._ledger = name, engine, mail, engine.kvcache.ledger
         self._ledger.take_news()  # from now on there are some
         self._sequence = 0  # of the last cache event told
-        self._sampled_at_s: dict[str, float] = {}  # by link
+        self._told: dict[str, LinkSample] = {}  # the last of each link
         self._began_at_s = engine.clock()
         self._figures_at_s = -math.inf  # when they were told last
 
@@ -107,9 +107,16 @@ class Upkeep:
             return
         for link in self._mail.links_between_sites:
             samples = link.stats().samples
-            if samples and samples[-1].time_s > self._sampled_at_s.get(link.name, 0.0):
-                self._sampled_at_s[link.name] = samples[-1].time_s
+            if samples and self._is_news(samples[-1], self._told.get(link.name)):
+                self._told[link.name] = samples[-1]
                 self._tell(replace(samples[-1], link=link.name))
+
+    def _is_news(self, sample: LinkSample, told: LinkSample | None) -> bool:
+        """In a large cluster most links carry nothing at most times: each sample of each would be most of the mail."""
+        if told is None or sample.time_s <= told.time_s:
+            return told is None
+        carries = any(one.utilization or one.queued_bytes or one.inflight_bytes for one in (sample, told))
+        return carries or sample.time_s - told.time_s >= FIGURES_S
 
     def _tell_figures(self) -> None:
         engine, stats = self._engine, self._engine.kvcache.stats()
