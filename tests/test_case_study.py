@@ -1,23 +1,34 @@
 """What the live case study is judged by: scales, the rule for a sustained rate, its file, its verdict. Chapter 13."""
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from minprfaas.cluster.emulation import Emulation, verdict
+from minprfaas.cluster.emulation import EmulatedPlane, Emulation, verdict
 from minprfaas.cluster.messages import Goodbye
 from minprfaas.cluster.topology import PD_SITE, PRFAAS_SITE
-from minprfaas.commands.case_results import Results
-from minprfaas.commands.live_case_study import Deployment, Study, capacity_rps, in_real_units, simulate
-from minprfaas.config import CacheConfig
+from minprfaas.config import CacheConfig, LinkSample, Role
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.paced import Pace, PacedEngine
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import UserError
 from minprfaas.scheduling import paper_case as paper
+from minprfaas.scheduling.control import ControlSettings, LinkMeasured, NodeJoined
+from minprfaas.scheduling.directory import CacheChanged
 from minprfaas.scheduling.planner import plan
+from minprfaas.scheduling.router import RouteRequest
 from minprfaas.scheduling.scale import Scale
 from minprfaas.simulator.sustained import STRATUM, Reading, best_rate_rps, highest_sustained, reading, stratified
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+from case_study.loops import Outcome, gain_in_words, gains, loops  # noqa: E402
+from case_study.loops import simulate as simulate_loop  # noqa: E402
+from case_study.results import Results  # noqa: E402
+from case_study.soak import Watch, growing  # noqa: E402
+from case_study.study import Deployment, Study, capacity_rps, in_real_units, simulate  # noqa: E402
 
 SCALE = Scale(time=3, length=64, size=0.001)
 
@@ -99,7 +110,7 @@ def test_results_are_taken_up_again_after_half_a_line(tmp_path):
         file.write('{"settings": "these", "deploy')
     again = Results(path, "these")
     assert again.reading("naive", 2.5) == a_reading(2.5) and again.reading("naive", 9.0) is None
-    assert again.verdict("naive")["is_valid"] and again.verdict("prfaas_pd") is None
+    assert again.last("naive", "verdict")["is_valid"] and again.last("prfaas_pd", "verdict") is None
     again.add("prfaas_pd", "reading", a_reading(3.0))
     assert Results(path, "these").readings("prfaas_pd") == [a_reading(3.0)], "the half line took nothing with it"
     with pytest.raises(UserError):
@@ -141,3 +152,63 @@ def test_a_decode_step_passes_without_holding_up_its_node_and_no_more_than_the_b
     for request in requests:
         engine.abort(request)
     assert engine.runner.step_due_at_s is None, "who comes much later begins a step, and ends none"
+
+
+def test_a_loops_verdict_is_that_of_its_figures():
+    assert gain_in_words("it", [0.2, 0.3], [0.1, 0.4]).startswith("as predicted: it shortens the mean TTFT by 25 ± 21%")
+    words = gain_in_words("it", [0.2, 0.3], [0.1, -0.4])
+    assert words.startswith("NOT as predicted") and "same in 1 of 2 seeds" in words
+    assert gains({"off": [Outcome(4.0, 9.0, 0, 0, 0.0)], "on": [Outcome(3.0, 9.0, 2, 0, 0.0)]}, "off", "on") == [0.25]
+
+
+def test_the_simulator_predicts_that_every_loop_helps_in_each_seed_it_is_run_with():
+    for loop in loops(None):
+        outcomes = {policy: [simulate_loop(loop, policy, 0)] for policy in loop.policies}
+        (gain,) = gains(outcomes, *loop.policies)
+        assert gain > 0.2, loop.name
+        cluster = loop.emulated([*loop.policies][1])
+        real, run = loop.requests(0), cluster.requests(loop.requests(0))
+        assert loop.scale.seconds(run[-1].arrival_s) == pytest.approx(real[-1].arrival_s)
+        assert all(one.output_tokens >= 2 and one.keys == of.keys for one, of in zip(run, real))
+
+
+def test_the_control_plane_of_an_emulated_run_lives_in_the_emulated_machines_time():
+    units = Scale(1, SCALE.length, SCALE.size)
+    fleet = replace(paper.paper_fleet(), prfaas_profile=units.profile(paper.h200_profile()),
+                    pd_profile=units.profile(paper.h20_profile()), link_gbps=units.run_gbps(100))
+    plane = EmulatedPlane(ControlSettings(300, 1.0, fleet=fleet, adaptive=True), SCALE.time)
+    for name, role in (("a", Role.PRFAAS), ("b", Role.PDP), ("c", Role.PDD)):
+        plane.hear(NodeJoined(name, role), 0.0)
+    assert plane.egress.gbps == pytest.approx(0.1)
+    for tick in range(100):  # half of the line's bandwidth, in the run's seconds, all of it in use
+        plane.hear(LinkMeasured("a", LinkSample(0.0, SCALE.run_gbps(50), 1.0, 0.0)), tick * SCALE.time)
+    assert units.gbps(plane.egress.gbps) == pytest.approx(50)
+    assert plane.regime(99.0) == "scarce" and plane.regime(99.0 + 14) == "scarce"
+    request = RouteRequest("r", 400, ("key",))
+    plane.hear(CacheChanged("b", 1, [("key", 399)], inventory=True), 300.0)
+    assert plane.route(request, 300.0).cached_tokens == 399
+    blind = EmulatedPlane(plane.settings, SCALE.time, cache_aware=False)
+    for name, role in (("b", Role.PDP), ("c", Role.PDD)):
+        blind.hear(NodeJoined(name, role), 0.0)
+    blind.hear(CacheChanged("b", 1, [("key", 399)], inventory=True), 300.0)
+    assert blind.route(request, 300.0).cached_tokens == 0
+
+
+def test_a_soak_kills_every_second_node_by_turns_and_compares_its_beginning_with_its_end(tmp_path):
+    slept = [subprocess.Popen(["sleep", "60"]) for _ in range(3)]
+    try:
+        for name, process in zip(("front", "pd-0", "pd-1"), slept):
+            (tmp_path / name).write_text(str(process.pid))
+        watch = Watch(tmp_path, ["pd-0"], seconds=59.0)
+        for _ in range(18):
+            watch(5.0)
+        assert watch.kills == 1 and slept[1].wait(10) == -9 and slept[2].poll() is None
+        windows = watch.windows()
+        assert {*windows} == {"front", "pd-1"} and windows["front"][0].threads == 1
+        assert growing(windows) == []
+        first = windows["front"][0]
+        assert growing({"front": (first, replace(first, descriptors=2 * first.descriptors))}) == ["front: descriptors"]
+    finally:
+        for process in slept:
+            process.kill()
+            process.wait()

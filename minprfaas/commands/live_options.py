@@ -4,7 +4,7 @@ Chapter 13.
 """
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -18,6 +18,7 @@ from minprfaas.config import LineConfig, LinkConfig
 from minprfaas.engine.prompts import Prompt, read_prompts
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import UserError, require_number
+from minprfaas.scheduling.control import ControlPlane, ControlSettings
 from minprfaas.scheduling.planner import Fleet
 from minprfaas.scheduling.profiles import Profile
 from minprfaas.scheduling.roles import SUSTAIN_S
@@ -96,6 +97,7 @@ class Run:
     sustain_s: float = SUSTAIN_S  # … when it has asked for that for so long
     adaptive: bool = True  # the threshold follows the link, where there is a fleet
     selective: bool = True  # or else the least loaded node prefills
+    plane: Callable[[ControlSettings], ControlPlane] = ControlPlane  # of one PrfaaS datacenter
     site_lines: Mapping[str, LineConfig] = field(default_factory=dict)  # of PrfaaS datacenters with a line of their own
 
     def line_between(self, one: str, other: str) -> LineConfig:

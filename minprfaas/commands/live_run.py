@@ -25,7 +25,6 @@ from minprfaas.errors import UserError
 from minprfaas.files import OutputFile
 from minprfaas.model.checkpoint import load
 from minprfaas.observe.timeline import Timeline
-from minprfaas.scheduling.control import ControlPlane
 from minprfaas.scheduling.sites import SitesControlPlane
 from minprfaas.serving.service import listen
 from minprfaas.transport.events import EventQueue
@@ -94,7 +93,7 @@ def _play(run: Run, seat: Seat, outputs: dict[str, OutputFile], drive: Drive | N
         settings = replace(settings, adaptive=settings.adaptive and run.adaptive, selective=run.selective,
                            convert_roles=run.convert_roles, sustain_s=run.sustain_s)
         gbps = {site: line.gbps or UNTHROTTLED_GBPS for site, line in run.lines.items()}
-        plane = ControlPlane(settings) if len(gbps) == 1 else SitesControlPlane(settings, gbps)
+        plane = run.plane(settings) if len(gbps) < 2 else SitesControlPlane(settings, gbps)
         front = front_end(plane, mail, engine, args.deadline_s)
     roles = roles_of(here, engines.new, mail, args.deadline_s, overlap=not args.no_overlap, relay=args.relay)
     made = process(mail, front, roles)

@@ -76,16 +76,25 @@ def draw_plan(directory: str | Path, fleet: Fleet, lengths: LengthDistribution, 
               kv_gbps: Mapping[str, Sequence[tuple[int, float]]]) -> list[Path]:
     """Write figure_2.png, figure_5a.png and figure_5b.png into `directory` and return their paths. `kv_gbps`: by name,
     the (tokens, Gbps per instance) of figure 2. Raises UserError."""
+    return [save_figure(_draw_kv_throughput(kv_gbps), directory, "figure_2.png"),
+            *draw_sweeps(directory, fleet, lengths, plan)]
+
+
+def draw_sweeps(directory: str | Path, fleet: Fleet, lengths: LengthDistribution, plan: Plan,
+                measured: Sequence[tuple[Plan, float]] = ()) -> list[Path]:
+    """Write figure_5a.png and figure_5b.png into `directory` and return their paths; onto the modelled lines come what
+    was `measured`: of a plan, requests/s. Raises UserError."""
     last = lengths.quantile(SHOWN_LENGTHS)
     thresholds = [last * i / THRESHOLDS for i in range(THRESHOLDS + 1)]
     splits = range(fleet.pd_instances)
     at = "nothing offloaded" if plan.threshold == inf else f"t = {plan.threshold:,.0f} tokens"
     by_split = _draw_bounds(sweep(fleet, lengths, [plan.threshold], splits), splits, plan.n_p,
-                            "PD prefill instances N_p", f"Figure 5(a), modelled: {at}")
+                            "PD prefill instances N_p", f"Figure 5(a), modelled: {at}",
+                            [(of.n_p, rps) for of, rps in measured if of.threshold == plan.threshold])
     by_threshold = _draw_bounds(sweep(fleet, lengths, thresholds, [plan.n_p]), thresholds, plan.threshold,
-                                "threshold t, tokens", f"Figure 5(b), modelled: N_p = {plan.n_p}, N_d = {plan.n_d}")
-    return [save_figure(_draw_kv_throughput(kv_gbps), directory, "figure_2.png"),
-            save_figure(by_split, directory, "figure_5a.png"), save_figure(by_threshold, directory, "figure_5b.png")]
+                                "threshold t, tokens", f"Figure 5(b), modelled: N_p = {plan.n_p}, N_d = {plan.n_d}",
+                                [(of.threshold, rps) for of, rps in measured if of.n_p == plan.n_p])
+    return [save_figure(by_split, directory, "figure_5a.png"), save_figure(by_threshold, directory, "figure_5b.png")]
 
 
 def _draw_kv_throughput(kv_gbps: Mapping[str, Sequence[tuple[int, float]]]) -> "Figure":
@@ -100,8 +109,9 @@ def _draw_kv_throughput(kv_gbps: Mapping[str, Sequence[tuple[int, float]]]) -> "
     return figure
 
 
-def _draw_bounds(plans: Sequence[Plan], x: Sequence[float], best: float, x_label: str, title: str) -> "Figure":
-    """What each stage allows the system, the system itself, and the planned point."""
+def _draw_bounds(plans: Sequence[Plan], x: Sequence[float], best: float, x_label: str, title: str,
+                 measured: Sequence[tuple[float, float]]) -> "Figure":
+    """What each stage allows the system, the system itself, the planned point, and what was measured of others."""
     figure, axes = new_figure()
     stages = {"PrfaaS: Θ_prfaas / p": ("prfaas compute", "prfaas egress"), "PD-P: Θ_pdp / (1 - p)": ("pdp",),
               "PD-D: Θ_pdd": ("pdd",)}
@@ -111,6 +121,8 @@ def _draw_bounds(plans: Sequence[Plan], x: Sequence[float], best: float, x_label
     axes.plot(x, system, color="black", linewidth=2, label="system: Λ_max")
     if best != inf:
         axes.axvline(best, color="grey", linestyle=":")
+    if measured:
+        axes.plot(*zip(*measured), "o", color="crimson", label="measured (emulated machines)", zorder=3)
     axes.set(xlabel=x_label, ylabel="requests / s", ylim=(0, 2 * max(system) or 1), title=title)
     _add_legend(figure)
     axes.grid(alpha=0.3)

@@ -84,6 +84,10 @@ class EmulatedLine:
             words[_LAST_ARRIVAL] = max(words[_LAST_ARRIVAL], free_at + sky.half_rtt_s)  # bits do not overtake
             return words[_LAST_ARRIVAL]
 
+    def age_s(self, now: float) -> float:
+        """Seconds since its weather began; 0 before that."""
+        return 0.0 if self._begun_at is None else now - self._begun_at
+
     def rate(self, now: float) -> float | None:
         """Bytes per second at `now`; None when the rate is not limited."""
         return self._sky(now).bytes_per_s
@@ -103,8 +107,7 @@ class EmulatedLine:
         self._words.close()
 
     def _sky(self, now: float) -> _Sky:
-        age_s = 0.0 if self._begun_at is None else now - self._begun_at
-        return self._skies[max(0, bisect_right(self._skies, age_s, key=lambda sky: sky.at_s) - 1)]
+        return self._skies[max(0, bisect_right(self._skies, self.age_s(now), key=lambda sky: sky.at_s) - 1)]
 
     def _stalled_until(self, now: float) -> float:
         return (self._begun_at or 0.0) + self._sky(now).stalled_until_s

@@ -5,39 +5,33 @@ decisions are real; the machines' pace and the line between the datacenters are 
 """
 
 import argparse
-import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
 from tqdm import tqdm
 
-from minprfaas.cluster.emulation import Emulation, verdict
-from minprfaas.cluster.launch import Launch, start_processes, watch_parent
-from minprfaas.cluster.probe import ask, read, wrong_answers
+from case_study.loops import SEEDS, loops, run_loops
+from case_study.probe import ask, read, wrong_answers
+from case_study.results import Results
+from case_study.runs import Emulated, judged
+from case_study.soak import LOAD, soak
 from minprfaas.cluster.processes import Process
-from minprfaas.cluster.topology import Topology
-from minprfaas.commands import cluster
-from minprfaas.commands.case_results import Results
-from minprfaas.commands.live_options import Run
-from minprfaas.commands.live_program import GOODBYE_DEADLINE_S
-from minprfaas.commands.live_run import Seat, play
-from minprfaas.config import LineConfig, LinkConfig
 from minprfaas.engine.engine import Engine
 from minprfaas.errors import ArgumentParser, UserError, require_number
 from minprfaas.observe.cores import Cores
+from minprfaas.observe.plots import draw_sweeps, prepare_plots
 from minprfaas.observe.report import table
 from minprfaas.scheduling import paper_case as paper
-from minprfaas.scheduling.planner import Fleet, Plan, first_token_times
+from minprfaas.scheduling.planner import Fleet, Plan, first_token_times, plan
 from minprfaas.scheduling.scale import Scale
-from minprfaas.simulator.cluster import RTT_S, Setup, Simulation
+from minprfaas.simulator.cluster import Setup, Simulation
 from minprfaas.simulator.nodes import SimRequest
 from minprfaas.simulator.sustained import Reading, best_rate_rps, highest_sustained, reading, stratified
-from minprfaas.transport.encoding import Encoding
 
 NAMES = {"prfaas_pd": "PrfaaS-PD", "homogeneous": "homogeneous PD", "naive": "naive heterogeneous PD",
          "least_loaded": "least-loaded"}
+POINTS = {"N_p = 2": (2, 19_400), "N_p = 5": (5, 19_400), "t = 8,000": (3, 8000), "t = 40,000": (3, 40_000)}
 # Predicted from the embedded model's 0.6 ms a token and 27 ms a decode step of 16 on one core (two were busy besides):
 # at 3.24 requests/s of 27K tokens, in tokens that stand for 64 and seconds that take 2, prefill needs 0.4 of a core,
 # decode 0.05, and what surrounds them as much again.
@@ -49,10 +43,6 @@ SEARCHED_LOADS = (1.0, 1.15, 1.075, 1.04)  # what a search is expected to try
 WARM_UP_LOAD = 0.5
 START_S = 20.0  # of 13 processes, about
 SIMULATED_REQUESTS = 4000
-POOL_BLOCKS = 1200
-BLOCK_TOKENS = 64
-LANES = 1  # of a line of 56 Mbit/s in the run; every lane more is 44 connections that beat, on two cores
-TRANSFER_DEADLINE_S = 600.0
 WARM_UP_REQUESTS = 16
 FIRST_TOKENS_S, PATIENCE_S = 4.0, 12.0  # until the last first tokens of a probe: expected and at most, in real units
 SETTLE_S = 6.0  # between probes: what was given up is dropped, and computed to its end where it had begun
@@ -72,19 +62,26 @@ class Deployment:
     plan: Plan
 
     @property
-    def topology(self) -> Topology:
-        """The processes."""
-        return Topology(int(self.fleet.prfaas_instances), self.fleet.pd_instances, self.plan.n_p)
+    def title(self) -> str:
+        """What a person reads."""
+        return NAMES.get(self.name, self.name)
 
     @property
-    def threshold(self) -> float:
-        """In tokens; what routes by load never asks for it."""
-        return 0.0 if self.plan.threshold is None else self.plan.threshold
+    def setup(self) -> Setup:
+        """The cluster as planned; neither loop runs. Least-loaded has no threshold."""
+        threshold = self.plan.threshold
+        return Setup(self.fleet, self.plan.n_p, threshold or 0.0, selective=threshold is not None, adaptive=False)
 
-    @property
-    def selective(self) -> bool:
-        """Whether the threshold decides."""
-        return self.plan.threshold is not None
+    def emulated(self, scale: Scale) -> Emulated:
+        """The cluster to run."""
+        return Emulated(self.title, self.setup, scale)
+
+
+def deployments() -> dict[str, Deployment]:
+    """The four of table 6, then other splits and other thresholds of the first, for figures 5(a) and 5(b)."""
+    fleet, lengths = paper.paper_fleet(), paper.paper_lengths()
+    points = {name: (fleet, plan(fleet, lengths, n_p, threshold)) for name, (n_p, threshold) in POINTS.items()}
+    return {name: Deployment(name, *of) for name, of in {**paper.paper_plans(), **points}.items()}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -98,7 +95,19 @@ def parser() -> argparse.ArgumentParser:
                    f"times BYTES ({SCALE}; quick {QUICK_SCALE}); undone in every figure")
     p.add_argument("--results", default="case_study.jsonl", metavar="FILE.jsonl", help="what was measured; a run that "
                    "was interrupted goes on from it (case_study.jsonl)")
+<<<<<<< HEAD:minprfaas/commands/live_case_study.py
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the requests (0)")
+=======
+    p.add_argument("--plots", metavar="DIR", help="draw figures 5(a) and 5(b) into DIR, with what was measured on the "
+                   "modelled lines; four more points are run for them (needs the `plots` extra)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--loops", nargs="*", metavar="LOOP", help="instead: each scheduling loop with and without, "
+                   "simulated and live: line, lengths, cache (all three)")
+    p.add_argument("--soak", type=float, metavar="MINUTES", help="instead: PrfaaS-PD at 90%% of its measured rate, "
+                   "while the weather changes, nodes are killed and roles change")
+    p.add_argument("--seeds", type=int, default=SEEDS, help=f"of each loop ({SEEDS})")
+    p.add_argument("--trace", metavar="FILE.jsonl", help="conversations for --loops cache (made-up ones)")
+>>>>>>> dad9a22 (The live case study is a program of scripts/: loops with and without, a soak, figures with measured points; the control plane of an emulated run lives in the emulated machines' time):scripts/case_study/study.py
     return p
 
 
@@ -106,21 +115,56 @@ def main(argv: list[str]) -> int:
     """Plan, simulate, run, compare; 1 if an emulation was not valid or an answer wrong."""
     args = parser().parse_args(argv)
     require_number("--seed", args.seed, least=0, whole=True)
+    if args.loops is not None:
+        return _loops(args)
     requests = args.requests if args.requests is not None else QUICK_REQUESTS if args.quick else FULL_REQUESTS
     require_number("--requests", requests, least=16, most=100_000, whole=True)
     text = args.scale or (QUICK_SCALE if args.quick else SCALE)
     study = Study(Scale.parse(text), requests, args.seed, args.quick)
     results = Results(args.results, f"scale {text}, {requests} requests, seed {args.seed}, quick {args.quick}")
-    chosen = [Deployment(name, *of) for name, of in paper.paper_plans().items() if name in (args.deployment or NAMES)]
-    waiting = [deployment for deployment in chosen if results.verdict(deployment.name) is None]
+    if args.plots:
+        prepare_plots(args.plots)
+    if args.soak is not None:
+        return _soak(args, study, results)
+    known = deployments()
+    chosen = [known[name] for name in args.deployment or NAMES] + [known[name] for name in POINTS if args.plots]
+    waiting = [deployment for deployment in chosen if results.last(deployment.name, "verdict") is None]
     print(f"scale: {study.scale}\n{len(waiting)} of {len(chosen)} deployments to run, {requests} requests a rate: "
           f"about {sum(map(study.expected_s, waiting)) / 60:.0f} minutes\n", flush=True)
     for deployment in waiting:
-        run_deployment(study, deployment, args.results, results)
-    results = Results(args.results, results.settings)
+        run_deployment(study, deployment, results)
+    results = results.again()
     _print_table(study, chosen, results)
-    verdicts = [results.verdict(deployment.name) for deployment in chosen]
+    if args.plots:
+        best = known["prfaas_pd"]
+        measured = [(one.plan, capacity_rps(results.readings(one.name))) for one in known.values()
+                    if one.fleet == best.fleet and results.readings(one.name)]
+        for path in draw_sweeps(args.plots, best.fleet, paper.paper_lengths(), best.plan, measured):
+            print(f"  {path}")
+    verdicts = [results.last(deployment.name, "verdict") for deployment in chosen]
     return 0 if all(one is not None and one["is_valid"] and not one["wrong"] for one in verdicts) else 1
+
+
+def _soak(args: argparse.Namespace, study: "Study", results: Results) -> int:
+    require_number("--soak", args.soak, least=1, most=24 * 60)
+    deployment = deployments()["prfaas_pd"]
+    measured = results.readings(deployment.name)
+    rate_rps = LOAD * (capacity_rps(measured) if measured else deployment.plan.lambda_max)
+    requests = study.arrivals(rate_rps, int(args.soak * 60 / study.scale.time * rate_rps))
+    of = "measured" if measured else "planned"
+    print(f"scale: {study.scale}\n{rate_rps:.2f} req/s, {LOAD:.0%} of what was {of}, "
+          f"for {args.soak:g} minutes; then {len(requests)} answers are checked", flush=True)
+    return 0 if soak(deployment.setup, study.scale, requests, results, args.seed) else 1
+
+
+def _loops(args: argparse.Namespace) -> int:
+    require_number("--seeds", args.seeds, least=1, most=100, whole=True)
+    known = loops(args.trace)
+    for name in args.loops:
+        if name not in [loop.name for loop in known]:
+            raise UserError(f"--loops {name!r} is none; there are {', '.join(loop.name for loop in known)}")
+    chosen = [loop for loop in known if loop.name in (args.loops or [one.name for one in known])]
+    return 0 if run_loops(chosen, args.seeds, Results(args.results, f"loops, trace {args.trace}")) else 1
 
 
 @dataclass(frozen=True)
@@ -135,13 +179,6 @@ class Study:
     def arrivals(self, rate_rps: float, count: int | None = None) -> list[SimRequest]:
         """A probe's, in real units."""
         return stratified(rate_rps, count or self.requests, paper.paper_lengths(), paper.OUTPUT_TOKENS, self.seed)
-
-    def run_arrivals(self, rate_rps: float, count: int | None = None) -> list[SimRequest]:
-        """The same in the run's; the first token of an answer comes from its prefill."""
-        scale = self.scale
-        return [SimRequest(one.arrival_s * scale.time, max(2, round(one.input_tokens / scale.length)),
-                           1 + max(1, round(one.output_tokens / scale.length)))
-                for one in self.arrivals(rate_rps, count)]
 
     def search(self, probe: Callable[[float], Reading], planned_rps: float) -> list[Reading]:
         """Probe as this study does."""
@@ -159,86 +196,52 @@ class Study:
 
 def simulate(study: Study, deployment: Deployment, requests: Sequence[SimRequest], rate_rps: float) -> Reading:
     """The simulator's reading of a probe. What it says is simulated."""
-    setup = Setup(deployment.fleet, deployment.plan.n_p, deployment.threshold, deployment.selective, adaptive=False)
-    simulation = Simulation(setup, iter(requests))
+    simulation = Simulation(deployment.setup, iter(requests))
     simulation.run()
     return reading(rate_rps, [one.arrival_s for one in requests], [one.first_token_s for one in requests],
                    [one.decision.route == "prfaas" for one in requests], simulation.bytes_sent)
 
 
-def run_deployment(study: Study, deployment: Deployment, path: str, results: Results) -> None:
+def run_deployment(study: Study, deployment: Deployment, results: Results) -> None:
     """Its processes, until all of its rates are measured. UserError when they end without a verdict."""
-    run, places = _run_of(study, deployment), deployment.topology.places()
-    started_s, before = time.monotonic(), os.times()
-
-    def live(argv: list[str]) -> int:
-        launch = Launch.from_environment(world_size=len(places))
-        watch_parent()
-        here = places[launch.rank]
-        seat = Seat(places, here, launch.address, 0)
-        return play(run, seat, lambda made, engine: drive(study, deployment, results, made, engine))
-
-    status = start_processes([place.name for place in places], places[0].name, live, [])
-    after, elapsed_s = os.times(), time.monotonic() - started_s
-    used_s = after.children_user + after.children_system - before.children_user - before.children_system
-    print(f"{NAMES[deployment.name]}: {len(places)} processes for {elapsed_s:.0f} s took {used_s:.0f} s of CPU, "
-          f"{used_s / elapsed_s / (os.cpu_count() or 1):.0%} of the cores\n", flush=True)
-    if status:
-        raise UserError(f"the run of {NAMES[deployment.name]} ended with status {status}; its readings are in {path}")
+    cluster = deployment.emulated(study.scale)
+    used = cluster.start(lambda made, engine: drive(study, deployment, cluster, results, made, engine))
+    print(f"{deployment.title}: {used}\n", flush=True)
 
 
-def _run_of(study: Study, deployment: Deployment) -> Run:
-    scale, fleet = study.scale, deployment.fleet
-    emulation = Emulation(fleet.prfaas_profile, fleet.pd_profile, scale)
-    args = cluster.parser().parse_args(["--pool-blocks", str(POOL_BLOCKS), "--block-tokens", str(BLOCK_TOKENS),
-                                        "--deadline-s", str(TRANSFER_DEADLINE_S), "--lanes", str(LANES)])
-    longest = paper.paper_lengths().values[-1]
-    args.threshold = round(min(deployment.threshold, longest) / scale.length)
-    run_fleet = replace(fleet, link_gbps=scale.run_gbps(fleet.link_gbps),
-                        output_tokens=fleet.output_tokens / scale.length,
-                        prfaas_profile=scale.profile(fleet.prfaas_profile), pd_profile=scale.profile(fleet.pd_profile))
-    line = LineConfig(run_fleet.link_gbps, 1000 * RTT_S * scale.time)
-    return Run(args, deployment.topology, LinkConfig(args.lanes), line, [], None, Encoding.EXACT, run_fleet, emulation,
-               adaptive=False, selective=deployment.selective)
-
-
-def drive(study: Study, deployment: Deployment, results: Results, made: Process, engine: Engine) -> int:
+def drive(study: Study, deployment: Deployment, cluster: Emulated, results: Results, made: Process,
+          engine: Engine) -> int:
     """What the front end's process does: wait for the nodes, warm the ways up, probe, judge. 0 once all is written."""
-    name, scale, nodes = deployment.name, study.scale, len(deployment.topology.places()) - 1
-    asked, vocab_size = [], engine.model.config.vocab_size
-    if not made.run_until(lambda: len(made.front.ready) == nodes, 120.0):
-        raise UserError(f"{len(made.front.ready)} of {nodes} nodes came within 120 s")
-    warm_up_rps = WARM_UP_LOAD * deployment.plan.lambda_max
-    ask(made, "warm-up", study.run_arrivals(warm_up_rps, WARM_UP_REQUESTS), vocab_size, PATIENCE_S * scale.time,
-        lambda seconds: None)
+    name, scale, asked, vocab_size = deployment.name, study.scale, [], engine.model.config.vocab_size
+    cluster.wait_for_nodes(made)
+    warm_up = cluster.requests(study.arrivals(WARM_UP_LOAD * deployment.plan.lambda_max, WARM_UP_REQUESTS))
+    ask(made, "warm-up", warm_up, vocab_size, PATIENCE_S * scale.time, lambda seconds: None)
     made.run_until(lambda: False, SETTLE_S * scale.time)
     cores = Cores()
-    with tqdm(total=ceil(study.expected_s(deployment) - START_S), unit="s", desc=NAMES[name],
+    with tqdm(total=ceil(study.expected_s(deployment) - START_S), unit="s", desc=deployment.title,
               bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}, about {remaining} to go") as bar:
 
         def probe(rate_rps: float) -> Reading:
             known = results.reading(name, rate_rps)
             if known is not None:
                 return known
-            requests = study.run_arrivals(rate_rps)
+            requests = cluster.requests(study.arrivals(rate_rps))
             began_at_s, journeys = ask(made, f"{name}-{rate_rps:.4g}", requests, vocab_size, PATIENCE_S * scale.time,
                                        bar.update)
             asked.extend(journeys)
             measured = in_real_units(scale, read(rate_rps / scale.time, began_at_s, requests, journeys), rate_rps)
             results.add(name, "reading", measured)
-            bar.write(f"{NAMES[name]}: {describe(measured)}")
+            bar.write(f"{deployment.title}: {describe(measured)}")
             made.run_until(lambda: False, SETTLE_S * scale.time)
             bar.update(SETTLE_S * scale.time)
             return measured
 
         study.search(probe, deployment.plan.lambda_max)
-    busy = str(cores)
-    made.shut_down(GOODBYE_DEADLINE_S)
-    words, is_valid = verdict(made.front.goodbyes)
+    words, is_valid = judged(made, cores)
     wrong, checked = wrong_answers(asked, engine.model, engine.tokenizer, SAMPLE, study.seed)
-    words = f"{words}; {busy}; {checked - wrong} of {checked} sampled answers identical to the single-process reference"
+    words = f"{words}; {checked - wrong} of {checked} sampled answers identical to the single-process reference"
     results.add(name, "verdict", {"words": words, "is_valid": is_valid, "wrong": wrong, "checked": checked})
-    print(f"{NAMES[name]}: {words}", flush=True)
+    print(f"{deployment.title}: {words}", flush=True)
     return 0
 
 
@@ -279,13 +282,13 @@ def _print_table(study: Study, chosen: Sequence[Deployment], results: Results) -
     print(table(["deployment", "figure", "planned", "simulated", "measured", "paper"], rows))
     print(NOTES)
     for deployment in chosen:
-        said = results.verdict(deployment.name)
+        said = results.last(deployment.name, "verdict")
         planned = deployment.plan.lambda_max
         if said is not None and deployment.name in measured_rps:
             off, same = measured_rps[deployment.name] / planned - 1, capacity_rps(
                 [simulate(study, deployment, study.arrivals(one.rate_rps), one.rate_rps)
                  for one in results.readings(deployment.name)]) / planned - 1
-            print(f"  {NAMES[deployment.name]}: measured Lambda is {off:+.1%} from the plan (simulated over the same "
+            print(f"  {deployment.title}: measured Lambda is {off:+.1%} from the plan (simulated over the same "
                   f"{study.requests} requests {same:+.1%}); {said['words']}")
     if {"prfaas_pd", "homogeneous"} <= {*measured_rps}:
         ratio = measured_rps["prfaas_pd"] / measured_rps["homogeneous"]
@@ -303,6 +306,6 @@ def _rows(deployment: Deployment, simulated_rps: float, beside: Reading, calm: R
                (f"offloaded{at}", plan.offloaded_fraction, beside.offloaded_fraction, calm.offloaded_fraction,
                 "offloaded_fraction", ".1%"),
                (f"egress, Gbps{at}", plan.egress_gbps, beside.egress_gbps, calm.egress_gbps, "egress_gbps", ".2f"))
-    return [(NAMES[deployment.name] if number == 0 else "", what, *(format(value, form) for value in values),
+    return [(deployment.title if number == 0 else "", what, *(format(value, form) for value in values),
              format(said[key], form) if key in said else "–")
             for number, (what, *values, key, form) in enumerate(figures)]

@@ -23,6 +23,10 @@ class Results:
             raise UserError(f"{self._path} cannot be used for results: {error}") from None
         self._rows = [row for row in map(_parse, lines) if row is not None and row.get("settings") == settings]
 
+    def again(self) -> "Results":
+        """As the file is now: other processes have added to it."""
+        return Results(self._path, self.settings)
+
     def reading(self, deployment: str, rate_rps: float) -> Reading | None:
         """What was measured at this rate, if it was."""
         for row in self._of(deployment, "reading"):
@@ -34,12 +38,12 @@ class Results:
         """All of a deployment."""
         return [Reading(**row["reading"]) for row in self._of(deployment, "reading")]
 
-    def verdict(self, deployment: str) -> dict | None:
-        """The last verdict on a whole deployment: `words`, `is_valid`, `wrong`, `checked`."""
-        return next((row["verdict"] for row in reversed(self._of(deployment, "verdict"))), None)
+    def last(self, run: str, kind: str) -> dict | None:
+        """The last line of a run: the "verdict" on a whole deployment, what a "loop" gave, how a "soak" went."""
+        return next((row[kind] for row in reversed(self._of(run, kind))), None)
 
     def add(self, deployment: str, kind: str, value: Reading | dict) -> None:
-        """Append a "reading" or a "verdict"."""
+        """Append a "reading", or a line of another kind."""
         row = {"settings": self.settings, "deployment": deployment,
                kind: asdict(value) if isinstance(value, Reading) else value}
         self._rows.append(row)

@@ -15,6 +15,7 @@ from minprfaas.engine.generate import generate
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.model.tokenizer import Tokenizer
 from minprfaas.model.transformer import Transformer
+from minprfaas.scheduling.control import Action
 from minprfaas.simulator.nodes import SimRequest
 from minprfaas.simulator.sustained import Reading, reading
 
@@ -22,9 +23,12 @@ FIRST_TOKEN = 2  # of random prompts: below it are those that end or begin a tex
 
 
 def ask(made: Process, name: str, requests: Sequence[SimRequest], vocab_size: int, patience_s: float,
-        on_progress: Callable[[float], object], until_done: bool = False) -> tuple[float, list[Journey]]:
+        on_progress: Callable[[float], object], until_done: bool = False,
+        block_tokens: int = 1, on_action: Callable[[Action], object] = lambda action: None,
+        ) -> tuple[float, list[Journey]]:
     """Submit each request when it is due; returns the moment at which it began, and their journeys. `patience_s` is
-    given to first tokens (with `until_done`, to last ones) after the last arrival; `on_progress` hears of seconds."""
+    given to first tokens (with `until_done`, to last ones) after the last arrival; `on_progress` hears of seconds, and
+    `on_action` of what the loops do. Prompts whose `keys` begin alike begin alike, `block_tokens` tokens a key."""
     front, rng = made.front, random.Random(name)
     began_at_s = told_at_s = time.monotonic()
     give_up_at_s = began_at_s + requests[-1].arrival_s + patience_s
@@ -37,12 +41,16 @@ def ask(made: Process, name: str, requests: Sequence[SimRequest], vocab_size: in
     while not is_over() and time.monotonic() < give_up_at_s:
         while len(journeys) < len(requests) and began_at_s + requests[len(journeys)].arrival_s <= time.monotonic():
             request = requests[len(journeys)]
-            prompt = [rng.randrange(FIRST_TOKEN, vocab_size) for _ in range(request.input_tokens)]
+            prompt = [token for key in request.keys
+                      for token in random_tokens(random.Random(f"block {key}"), block_tokens, vocab_size)]
+            prompt += random_tokens(rng, max(0, request.input_tokens - len(prompt)), vocab_size)
+            prompt = prompt[:request.input_tokens]
             params = SamplingParams(max_tokens=request.output_tokens, ignore_eos=True)
             journeys.append(front.submit(f"{name}-{len(journeys)}", prompt, params))
         made.node.step()
         front.take_updates()
-        front.take_actions()
+        for action in front.take_actions():
+            on_action(action)
         now_s = time.monotonic()
         if now_s - told_at_s >= 0.5:
             on_progress(now_s - told_at_s)
@@ -50,6 +58,11 @@ def ask(made: Process, name: str, requests: Sequence[SimRequest], vocab_size: in
     for journey in journeys:
         front.abort(journey.id)
     return began_at_s, journeys
+
+
+def random_tokens(rng: random.Random, count: int, vocab_size: int) -> list[int]:
+    """Of any text but its beginning and end."""
+    return [rng.randrange(FIRST_TOKEN, vocab_size) for _ in range(count)]
 
 
 def read(rate_rps: float, began_at_s: float, requests: Sequence[SimRequest], journeys: Sequence[Journey]) -> Reading:
