@@ -132,7 +132,7 @@ def _drive(name: str, cluster: Emulated, watch: Watch, real: Sequence[SimRequest
 
         def on_progress(seconds: float) -> None:
             watch(seconds)
-            bar.update(seconds)
+            bar.update(min(seconds, bar.total - bar.n))  # what is late has no end that is known
 
         _, journeys = ask(made, "soak", requests, engine.model.config.vocab_size, PATIENCE_S, on_progress,
                           until_done=True, on_action=actions.append)
