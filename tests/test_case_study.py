@@ -195,20 +195,24 @@ def test_the_control_plane_of_an_emulated_run_lives_in_the_emulated_machines_tim
 
 
 def test_a_soak_kills_every_second_node_by_turns_and_compares_its_beginning_with_its_end(tmp_path):
-    slept = [subprocess.Popen(["sleep", "60"]) for _ in range(3)]
+    processes = [subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(3)]
     try:
-        for name, process in zip(("front", "pd-0", "pd-1"), slept):
+        for process in processes:  # all of it is loaded once it has answered
+            process.stdin.write(b"here\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == b"here\n"
+        for name, process in zip(("front", "pd-0", "pd-1"), processes):
             (tmp_path / name).write_text(str(process.pid))
         watch = Watch(tmp_path, ["pd-0"], seconds=59.0)
         for _ in range(18):
             watch(5.0)
-        assert watch.kills == 1 and slept[1].wait(10) == -9 and slept[2].poll() is None
+        assert watch.kills == 1 and processes[1].wait(10) == -9 and processes[2].poll() is None
         windows = watch.windows()
         assert {*windows} == {"front", "pd-1"} and windows["front"][0].threads == 1
         assert growing(windows) == []
         first = windows["front"][0]
         assert growing({"front": (first, replace(first, descriptors=2 * first.descriptors))}) == ["front: descriptors"]
     finally:
-        for process in slept:
+        for process in processes:
             process.kill()
-            process.wait()
+            process.communicate()

@@ -17,7 +17,8 @@ from minprfaas.__main__ import COMMANDS, main
 from minprfaas.errors import ArgumentParser, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-PROGRAMS = ("two_datacenters", "cluster")
+sys.path.insert(0, str(ROOT / "scripts"))
+PROGRAMS = ("minprfaas.commands.two_datacenters", "minprfaas.commands.cluster", "case_study.study")
 SCRIPTS = ("to_notebook", "draw_request", "bench")
 
 
@@ -50,7 +51,7 @@ def test_a_commands_help(help_of, command):
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_programs_help(help_of, program):
-    reads_well(help_of(importlib.import_module(f"minprfaas.commands.{program}").main))
+    reads_well(help_of(importlib.import_module(program).main))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -95,19 +95,15 @@ def parser() -> argparse.ArgumentParser:
                    f"times BYTES ({SCALE}; quick {QUICK_SCALE}); undone in every figure")
     p.add_argument("--results", default="case_study.jsonl", metavar="FILE.jsonl", help="what was measured; a run that "
                    "was interrupted goes on from it (case_study.jsonl)")
-<<<<<<< HEAD:minprfaas/commands/live_case_study.py
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the requests (0)")
-=======
     p.add_argument("--plots", metavar="DIR", help="draw figures 5(a) and 5(b) into DIR, with what was measured on the "
                    "modelled lines; four more points are run for them (needs the `plots` extra)")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the requests (0)")
     p.add_argument("--loops", nargs="*", metavar="LOOP", help="instead: each scheduling loop with and without, "
                    "simulated and live: line, lengths, cache (all three)")
     p.add_argument("--soak", type=float, metavar="MINUTES", help="instead: PrfaaS-PD at 90%% of its measured rate, "
                    "while the weather changes, nodes are killed and roles change")
-    p.add_argument("--seeds", type=int, default=SEEDS, help=f"of each loop ({SEEDS})")
+    p.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help=f"of each loop ({SEEDS})")
     p.add_argument("--trace", metavar="FILE.jsonl", help="conversations for --loops cache (made-up ones)")
->>>>>>> dad9a22 (The live case study is a program of scripts/: loops with and without, a soak, figures with measured points; the control plane of an emulated run lives in the emulated machines' time):scripts/case_study/study.py
     return p
 
 
@@ -122,10 +118,10 @@ def main(argv: list[str]) -> int:
     text = args.scale or (QUICK_SCALE if args.quick else SCALE)
     study = Study(Scale.parse(text), requests, args.seed, args.quick)
     results = Results(args.results, f"scale {text}, {requests} requests, seed {args.seed}, quick {args.quick}")
-    if args.plots:
-        prepare_plots(args.plots)
     if args.soak is not None:
         return _soak(args, study, results)
+    if args.plots:
+        prepare_plots(args.plots)
     known = deployments()
     chosen = [known[name] for name in args.deployment or NAMES] + [known[name] for name in POINTS if args.plots]
     waiting = [deployment for deployment in chosen if results.last(deployment.name, "verdict") is None]
