@@ -87,7 +87,8 @@ def deployments() -> dict[str, Deployment]:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = ArgumentParser(description=__doc__.splitlines()[0], epilog="example: python scripts/live_case_study.py --quick")
-    p.add_argument("--deployment", choices=tuple(NAMES), action="append", help="only this one (all four)")
+    p.add_argument("--deployment", choices=(*NAMES, *POINTS), metavar="NAME", action="append", help="only this one: "
+                   f"{', '.join(NAMES)} (all four), or a point of the figures: {', '.join(map(repr, POINTS))}")
     p.add_argument("--quick", action="store_true", help="two rates a deployment near the plan instead of a search: "
                    "under ten minutes")
     p.add_argument("--requests", type=int, metavar="N", help=f"of a rate ({FULL_REQUESTS}; quick {QUICK_REQUESTS})")
@@ -123,7 +124,8 @@ def main(argv: list[str]) -> int:
     if args.plots:
         prepare_plots(args.plots)
     known = deployments()
-    chosen = [known[name] for name in args.deployment or NAMES] + [known[name] for name in POINTS if args.plots]
+    names = [*(args.deployment or NAMES), *(POINTS if args.plots else ())]
+    chosen = [known[name] for name in known if name in names]
     waiting = [deployment for deployment in chosen if results.last(deployment.name, "verdict") is None]
     print(f"scale: {study.scale}\n{len(waiting)} of {len(chosen)} deployments to run, {requests} requests a rate: "
           f"about {sum(map(study.expected_s, waiting)) / 60:.0f} minutes\n", flush=True)
