@@ -89,3 +89,8 @@ def test_nothing_is_converted_before_there_are_requests():
 def test_what_the_load_asks_for_is_done_after_as_long_as_was_said():
     second, _ = first_change(RoleLoop(FLEET, sustain_s=5.0), SHORT)
     assert 5 <= second < SUSTAIN_S
+
+
+def test_while_every_decode_node_is_away_nothing_is_converted():
+    gone = replace(BUSY, n_p=1, n_d=0)
+    assert first_change(RoleLoop(FLEET), LONG, seen=gone, pdp=(9,), pdd=()) is None

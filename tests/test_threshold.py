@@ -120,3 +120,10 @@ def test_a_handful_of_requests_says_nothing():
 def test_damping_out_of_range_is_refused():
     with pytest.raises(UserError, match="max_step 1.0"):
         Damping(max_step=1.0)
+
+
+def test_while_every_decode_node_is_away_the_threshold_stays_and_moves_again_when_one_is_back():
+    loop = loop_with_traffic(4000)
+    for n_p in (1, 0):
+        assert moves(loop, [seen(second, n_p=n_p, n_d=0, scarce=True) for second in range(100)]) == []
+    assert moves(loop, [seen(second) for second in range(100, 200)])

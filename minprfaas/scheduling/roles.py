@@ -43,7 +43,7 @@ class RoleLoop:
         if self._draining or now.time_s - self._looked_at < INTERVAL_S:
             return None
         self._looked_at = now.time_s
-        lengths = recent_lengths()
+        lengths = recent_lengths() if now.n_d else None  # while nobody decodes there is nothing to compare
         role, reason = self._wanted(now, lengths, output_tokens) if lengths else (None, "")
         donors = pdd if role is Role.PDP else pdp
         if role is None or len(donors) < 2:

@@ -98,6 +98,8 @@ class ThresholdLoop:
 
     def _cause(self, now: Observation) -> str | None:
         """Why to search now, or None."""
+        if not now.n_d:
+            return None  # no threshold helps while nobody decodes
         waited_s = now.time_s - self._searched_at
         if waited_s >= self.damping.refresh_s:
             return "lengths drift"
