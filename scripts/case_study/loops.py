@@ -51,8 +51,17 @@ class Loop:
     policies: dict[str, Setup]  # without and with
     requests: Callable[[int], list[SimRequest]]  # of a seed
     scale: Scale
-    block_tokens: int = 64
     pool_blocks: int = 1200
+
+    @property
+    def block_tokens(self) -> int:
+        """Of the run: a block of a trace is one of its blocks."""
+        return max(1, round(BLOCK_TOKENS / self.scale.length)) if self.setup.cache_blocks else 64
+
+    @property
+    def setup(self) -> Setup:
+        """With the loop."""
+        return [*self.policies.values()][1]
 
     def emulated(self, policy: str) -> Emulated:
         """The cluster to run."""
@@ -116,7 +125,7 @@ def loops(trace_path: str | None) -> list[Loop]:
              Scale(0.1, 512, 0.00025)),
         Loop("cache", f"{len(trace)} turns of conversations at 105% of what is planned without a cache",
              {"cache-blind": replace(aware, cache_aware=False), "cache-aware": aware}, conversations,
-             Scale(0.2, BLOCK_TOKENS / 4, 0.0005), block_tokens=4, pool_blocks=8000)]
+             Scale(0.2, BLOCK_TOKENS / 4, 0.0005), pool_blocks=8000)]
 
 
 def simulate(loop: Loop, policy: str, seed: int) -> Outcome:

@@ -93,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
                    "under ten minutes")
     p.add_argument("--requests", type=int, metavar="N", help=f"of a rate ({FULL_REQUESTS}; quick {QUICK_REQUESTS})")
     p.add_argument("--scale", metavar="TIME,LENGTH,BYTES", help=f"seconds times TIME, one token for LENGTH, bytes "
-                   f"times BYTES ({SCALE}; quick {QUICK_SCALE}); undone in every figure")
+                   f"times BYTES ({SCALE}; quick {QUICK_SCALE}; each loop has its own); undone in every figure")
     p.add_argument("--results", default="case_study.jsonl", metavar="FILE.jsonl", help="what was measured; a run that "
                    "was interrupted goes on from it (case_study.jsonl)")
     p.add_argument("--plots", metavar="DIR", help="draw figures 5(a) and 5(b) into DIR, with what was measured on the "
@@ -162,7 +162,10 @@ def _loops(args: argparse.Namespace) -> int:
         if name not in [loop.name for loop in known]:
             raise UserError(f"--loops {name!r} is none; there are {', '.join(loop.name for loop in known)}")
     chosen = [loop for loop in known if loop.name in (args.loops or [one.name for one in known])]
-    return 0 if run_loops(chosen, args.seeds, Results(args.results, f"loops, trace {args.trace}")) else 1
+    if args.scale is not None:
+        chosen = [replace(loop, scale=Scale.parse(args.scale)) for loop in chosen]
+    results = Results(args.results, f"loops, trace {args.trace}, scale {args.scale or 'their own'}")
+    return 0 if run_loops(chosen, args.seeds, results) else 1
 
 
 @dataclass(frozen=True)
