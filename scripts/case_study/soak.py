@@ -33,7 +33,7 @@ WEATHER_EVERY_S, WEATHER = 40.0, (1.0, 0.5, 0.2, 0.1)  # shares of the line, in 
 LOOK_EVERY_S = 5.0  # at memory, threads and descriptors
 MOST_WINDOW_S = 300.0  # at the beginning and at the end; of a short soak a sixth
 MOST_GROWTH = 0.1
-PATIENCE_S = 120.0  # until the last token, of the run
+PATIENCE_S, ANSWER_S = 60.0, 60.0  # of the run until nodes are back; of the machines until the last token
 POOL_BLOCKS = 400  # few: a pool is resident once every block was used, and then stays as it is
 
 
@@ -134,7 +134,8 @@ def _drive(name: str, cluster: Emulated, watch: Watch, real: Sequence[SimRequest
             watch(seconds)
             bar.update(min(seconds, bar.total - bar.n))  # what is late has no end that is known
 
-        _, journeys = ask(made, "soak", requests, engine.model.config.vocab_size, PATIENCE_S, on_progress,
+        _, journeys = ask(made, "soak", requests, engine.model.config.vocab_size,
+                           PATIENCE_S + ANSWER_S * cluster.scale.time, on_progress,
                           until_done=True, on_action=actions.append)
     made.run_until(lambda: len(made.front.ready) == len(cluster.topology.places()) - 1, PATIENCE_S)
     words, is_valid = judged(made, cores)
