@@ -84,6 +84,13 @@ def test_a_rate_is_sustained_when_the_backlog_does_not_grow_with_it():
     assert not lost.is_sustained
 
 
+def test_what_is_served_is_measured_by_the_route_that_cannot_keep_up():
+    arrivals, remote = [index / 4 for index in range(200)], [index % 2 == 0 for index in range(200)]
+    firsts = [at_s + 1 if far else 2 * at_s for at_s, far in zip(arrivals, remote)]  # half of what is local waits
+    assert reading(4.0, arrivals, firsts, remote, 0).served_rps == pytest.approx(2.0, rel=0.05)
+    assert reading(4.0, arrivals, firsts, remote, 0, by_length=False).served_rps == pytest.approx(3.0, rel=0.05)
+
+
 def test_the_search_ends_between_a_rate_that_is_sustained_and_one_that_is_not():
     for start_rps in (0.5, 2.9, 9.0):
         readings = highest_sustained(lambda rate: a_reading(rate, growth=max(0.0, 1 - 3 / rate) + 0.079), start_rps, 40)

@@ -7,6 +7,7 @@ fitted through the number of requests without a first token rises by less than `
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 
 from minprfaas.scheduling.lengths import LengthDistribution
 from minprfaas.simulator.nodes import SimRequest
@@ -25,7 +26,7 @@ class Reading:
 
     rate_rps: float
     growth: float  # of the backlog, in requests for each that arrives
-    served_rps: float  # first tokens a second after the warm-up
+    served_rps: float  # first tokens a second after the warm-up, if each route had kept the pace of the slowest
     ttft_mean_s: float
     ttft_p90_s: float
     offloaded_fraction: float
@@ -53,9 +54,10 @@ def stratified(rate_rps: float, count: int, lengths: LengthDistribution, output_
 
 
 def reading(rate_rps: float, arrivals_s: Sequence[float], first_tokens_s: Sequence[float | None],
-            offloaded: Sequence[bool], egress_bytes: float) -> Reading:
+            offloaded: Sequence[bool], egress_bytes: float, by_length: bool = True) -> Reading:
     """Of a probe whose requests came and had their first tokens (None: not yet) at these moments. TTFT is that of those
-    which came after the warm-up and were answered."""
+    which came after the warm-up and were answered. `by_length`: a request's route is its length's, and no other could
+    have served it."""
     end_s = len(arrivals_s) / rate_rps
     begin_s = WARM_UP * end_s
     moments = [begin_s + (end_s - begin_s) * point / (POINTS - 1) for point in range(POINTS)]
@@ -64,9 +66,15 @@ def reading(rate_rps: float, arrivals_s: Sequence[float], first_tokens_s: Sequen
                for moment in moments]
     ttft_s = sorted(first_s - at_s for at_s, first_s in zip(arrivals_s, first_tokens_s)
                     if first_s is not None and at_s >= begin_s)
-    served = sum(begin_s < first_s <= end_s for first_s in seen)
+    served_rps = inf  # of the route that is furthest behind: the other one goes on at the rate at which it is asked
+    routes = offloaded if by_length else [False] * len(offloaded)
+    for route in {*routes}:
+        asked = sum(one is route for one in routes)
+        served = sum(first_s is not None and begin_s < first_s <= end_s and one is route
+                     for first_s, one in zip(first_tokens_s, routes))
+        served_rps = min(served_rps, served / (end_s - begin_s) * len(routes) / asked)
     last_s = max([end_s, *seen])
-    return Reading(rate_rps, _slope(moments, waiting) / rate_rps, served / (end_s - begin_s),
+    return Reading(rate_rps, _slope(moments, waiting) / rate_rps, served_rps,
                    sum(ttft_s) / max(len(ttft_s), 1), ttft_s[int(0.9 * len(ttft_s))] if ttft_s else 0.0,
                    sum(offloaded) / max(len(offloaded), 1), egress_bytes * 8e-9 / last_s)
 

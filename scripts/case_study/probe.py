@@ -65,11 +65,13 @@ def random_tokens(rng: random.Random, count: int, vocab_size: int) -> list[int]:
     return [rng.randrange(FIRST_TOKEN, vocab_size) for _ in range(count)]
 
 
-def read(rate_rps: float, began_at_s: float, requests: Sequence[SimRequest], journeys: Sequence[Journey]) -> Reading:
+def read(rate_rps: float, began_at_s: float, requests: Sequence[SimRequest], journeys: Sequence[Journey],
+         by_length: bool) -> Reading:
     """What came of the probe. A request that failed counts as one without a first token."""
     firsts = [one.first_token_at_s - began_at_s if one.first_token_at_s else None for one in journeys]
     return reading(rate_rps, [request.arrival_s for request in requests], firsts,
-                   [one.route == Role.PRFAAS.value for one in journeys], sum(one.kv_bytes for one in journeys))
+                   [one.route == Role.PRFAAS.value for one in journeys], sum(one.kv_bytes for one in journeys),
+                   by_length)
 
 
 def wrong_answers(journeys: Sequence[Journey], model: Transformer, tokenizer: Tokenizer, sample: int,

@@ -200,7 +200,8 @@ def simulate(study: Study, deployment: Deployment, requests: Sequence[SimRequest
     simulation = Simulation(deployment.setup, iter(requests))
     simulation.run()
     return reading(rate_rps, [one.arrival_s for one in requests], [one.first_token_s for one in requests],
-                   [one.decision.route == "prfaas" for one in requests], simulation.bytes_sent)
+                   [one.decision.route == "prfaas" for one in requests], simulation.bytes_sent,
+                   deployment.setup.selective)
 
 
 def run_deployment(study: Study, deployment: Deployment, results: Results) -> None:
@@ -230,7 +231,8 @@ def drive(study: Study, deployment: Deployment, cluster: Emulated, results: Resu
             began_at_s, journeys = ask(made, f"{name}-{rate_rps:.4g}", requests, vocab_size, PATIENCE_S * scale.time,
                                        bar.update)
             asked.extend(journeys)
-            measured = in_real_units(scale, read(rate_rps / scale.time, began_at_s, requests, journeys), rate_rps)
+            seen = read(rate_rps / scale.time, began_at_s, requests, journeys, deployment.setup.selective)
+            measured = in_real_units(scale, seen, rate_rps)
             results.add(name, "reading", measured)
             bar.write(f"{deployment.title}: {describe(measured)}")
             made.run_until(lambda: False, SETTLE_S * scale.time)
