@@ -17,6 +17,7 @@ from minprfaas.cluster.front_end import FrontEnd
 from minprfaas.cluster.journey import Journey
 from minprfaas.cluster.mail import Mail
 from minprfaas.cluster.messages import NodeFigures, NodeReady
+from minprfaas.cluster.node import PeerLost
 from minprfaas.commands.live_status import Watch
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.observe.board import PLAIN_EVERY_S, REDRAW_S, Board
@@ -128,6 +129,16 @@ def test_the_status_shows_what_each_node_did_since_it_was_looked_at_last():
     assert rows["pd-1"][:2] == ["pdd", "–"] and rows["threshold"][:2] == ["100", "tokens;"]
     front.hear("pd-0", NodeFigures(1.0, 0.5, 30, 0, 40, 0, 0))  # it was started again
     assert "pd-0 pdp 50%" in watch.plain(13.0)
+
+
+def test_the_last_table_has_the_nodes_that_are_lost_only_when_they_are_dismissed():
+    front = front_with({name: NodeFigures(10.0, 4.0, 1000, 0, 30, 6, 4) for name in ("pd-0", "pd-1")})
+    watch = Watch(front, [], 0.0)
+    front.notice(PeerLost("pd-1", "killed before the end"))
+    watch.end()
+    front.notice(PeerLost("pd-0", "dismissed"))
+    shown = watch.tables(10.0)
+    assert "  pd-0  pdp " in shown and "pd-1" not in shown
 
 
 def test_a_move_of_the_threshold_and_a_request_are_shown():

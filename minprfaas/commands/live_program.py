@@ -84,6 +84,7 @@ class Program:
             self._show(self.front.take_updates())
         elapsed_s = self.engine.clock() - started_s
         journeys = [self.journeys[id] for id in self.prompts if id in self.journeys]  # in the file's order
+        self.watch.end()
         self.process.shut_down(GOODBYE_DEADLINE_S)
         self.screen.close()
         self._print_tables(journeys, elapsed_s)

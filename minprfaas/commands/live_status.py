@@ -25,6 +25,7 @@ class Watch:
         self._front, self._journeys, self._began_at_s = front, journeys, now_s
         self._at_first = dict(front.figures)
         self._looks: dict[str, tuple[NodeFigures, NodeFigures]] = {}  # the last two that differ, by node
+        self._at_last: dict[str, tuple[str, float | None]] = {}  # role and load of each node that was there at the end
 
     def take(self, actions: list[Action], now_s: float) -> list[str]:
         """What the control plane's loops have done; returns what is worth a line."""
@@ -68,12 +69,15 @@ class Watch:
         return before, last
 
     def _node_row(self, name: str, before: NodeFigures, after: NodeFigures) -> list:
-        ready, elapsed_s = self._front.ready[name], max(after.up_s - before.up_s, 1e-9)
-        load = self._front.plane.loads().get(name)
-        return [name, ready.role, _share(before, after), "drains" if load is None else round(load),
+        elapsed_s = max(after.up_s - before.up_s, 1e-9)
+        role, load = self._at_last.get(name) or self._now(name)
+        return [name, role, _share(before, after), "drains" if load is None else round(load),
                 round((after.prefilled_tokens - before.prefilled_tokens) / elapsed_s),
                 round((after.decoded_tokens - before.decoded_tokens) / elapsed_s),
                 after.free_blocks, after.cached_blocks, after.in_use_blocks]
+
+    def _now(self, name: str) -> tuple[str, float | None]:
+        return self._front.ready[name].role, self._front.plane.loads().get(name)
 
     def _line(self, now_s: float) -> str:
         plane = self._front.plane
@@ -94,13 +98,17 @@ class Watch:
 
     # At the end
 
+    def end(self) -> None:
+        """The nodes that are there now are those of the tables: when they are dismissed they are lost one by one."""
+        self._at_last = {name: self._now(name) for name in self._front.ready}
+
     def tables(self, elapsed_s: float) -> str:
         """Where the time of the first tokens went, and what each stage did."""
         answered = [journey for journey in self._journeys if journey.is_finished and journey.error is None]
         before = {name: self._at_first.get(name, NOTHING_YET) for name in self._front.figures}
         rows = []
         for name, figures in sorted(self._front.figures.items()):
-            if name in self._front.ready:
+            if name in self._at_last:
                 began = before[name] if figures.up_s > before[name].up_s else NOTHING_YET  # it is a new process
                 rows.append(self._node_row(name, began, figures))
         tokens = sum(len(journey.output_ids) for journey in answered)
