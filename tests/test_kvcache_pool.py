@@ -1,4 +1,4 @@
-"""Reading and writing blocks: `minprfaas.kvcache.pool`."""
+"""The pool: what is written into a block is read from it, and from no other, by any thread. Chapter 03."""
 
 import threading
 
@@ -9,7 +9,6 @@ from minprfaas.config import StateKind
 from minprfaas.errors import UserError
 from minprfaas.kvcache.layout import plan_layout
 from minprfaas.kvcache.pool import BlockPool
-from minprfaas.kvcache.whole_blocks import read_into, write_from
 from minprfaas.model.spec import StateSpec, TensorSpec
 from kvcache_helpers import DENSE, HYBRID, KV, LATENT, LINEAR, WINDOWED
 
@@ -165,21 +164,3 @@ def test_a_receiving_thread_fills_its_blocks_while_other_blocks_are_written():
     assert not thread.is_alive()
     assert torch.equal(pool.read_tokens(0, theirs, 0, 512), arriving)
     assert torch.equal(pool.read_tokens(0, ours, 0, 512), computed)
-
-
-@pytest.mark.parametrize("specs", [DENSE, HYBRID])
-@pytest.mark.parametrize("start, end", [(0, 8), (4, 12), (0, 12), (1, 8), (4, 11), (5, 6)])
-def test_whole_blocks_cross_as_any_rows_do(specs, start, end):
-    source, target, reference = (pool_of(specs) for _ in range(3))
-    target.bytes.copy_(reference.bytes.fill_(7))
-    layer = max(layer for layer, spec in enumerate(specs) if spec.kind is StateKind.TOKEN)
-    source.bytes.copy_(torch.randint(0, 255, source.bytes.shape, dtype=torch.uint8))
-    data = source.read_bytes(layer, TABLE, start, end).reshape(-1)
-    found = torch.full_like(data, 1)
-    read_into(source, layer, source.index(TABLE), start, end, found)
-    assert torch.equal(found, data)
-    write_from(target, layer, target.index([0, 1, 2]), start, end, found)
-    reference.write_bytes(layer, [0, 1, 2], start, end, data)
-    assert torch.equal(target.bytes, reference.bytes), "and nothing else was touched"
-    with pytest.raises(ValueError, match="they must be"):
-        write_from(target, layer, target.index(TABLE), start, end, data[1:])

@@ -120,25 +120,6 @@ def finish(cargo, stream):
     stream.finish(DEADLINE_S)
 
 
-def test_rows_are_read_where_they_are_staged_as_if_they_had_been_put():
-    with connected_fabric() as (sender, receiver):
-        cargo = Cargo(1, tokens=1_000)  # 96,000 bytes a layer: four staging buffers
-        receiver.expect(cargo.plan, cargo.sink)
-        stream = sender.open(cargo.plan)
-        for layer in range(3):
-            def read(start, end, out, layer=layer):
-                out.copy_(cargo.sent[layer][start - 64:end - 64].reshape(-1))
-
-            stream.put_from(layer, 64, 1_064, read)
-        with pytest.raises(ValueError, match="there already"):
-            stream.put_from(0, 64, 65, read)
-        with pytest.raises(ValueError, match="layer 7 is not in the plan"):
-            stream.put_from(7, 64, 65, read)
-        stream.put(3, 64, 1_064, cargo.sent[3].reshape(-1))
-        stream.finish(DEADLINE_S)
-        assert cargo.is_identical and {layer for layer, _, _ in cargo.calls} == {0, 1, 2, 3}
-
-
 class Damaging(PairGroup):
     """One bit of the third batch is lost on the way."""
 

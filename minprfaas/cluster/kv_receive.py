@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 
 from minprfaas.kvcache.manager import KVCacheManager
-from minprfaas.kvcache.whole_blocks import write_from
 from minprfaas.transport.base import KVTransport, StreamPlan
 from minprfaas.transport.events import ArrivalReport
 from minprfaas.transport.encoding import codecs
@@ -23,9 +22,8 @@ class KVReceive:
         self.received_bytes = 0
         self.has_arrived = False
         self._pool, self._layout = kvcache.pool, kvcache.layout
-        self._transport = transport
+        self._transport, self._tables = transport, tables
         self._codecs = codecs(kvcache.layout.specs, plan)
-        self._tables = [kvcache.pool.index(table) for table in tables]  # on the device, for all that arrives
         transport.expect(plan, self._write)
 
     @property
@@ -37,7 +35,7 @@ class KVReceive:
         """The sink: runs on the transport's thread while the model computes on other blocks."""
         group, codec = self._layout.group_of_layer[layer], self._codecs.get(layer)
         rows = data if codec is None else codec.decode(data.to(self._pool.device))
-        write_from(self._pool, layer, self._tables[group.index], start, end, rows)
+        self._pool.write_bytes(layer, self._tables[group.index], start, end, rows)
         self.received_bytes += data.numel()
 
     def arrived(self, report: ArrivalReport) -> None:

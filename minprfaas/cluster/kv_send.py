@@ -6,35 +6,31 @@ for it, because the blocks keep it: they are held until the stream has ended.
 """
 
 import queue
-import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
 from minprfaas.config import StateKind
 from minprfaas.kvcache.manager import KVCacheManager
-from minprfaas.kvcache.whole_blocks import read_into
 from minprfaas.transport.base import KVTransport, LinkDown, StreamAborted, StreamPlan
 from minprfaas.transport.events import StreamReport
 from minprfaas.transport.encoding import codecs
-from minprfaas.transport.fabric_sending import FabricStream
 
 STREAMS_AT_ONCE = 64  # of one node; further ones wait for their turn, and their KVCache in its blocks
-HAND_OVER_S = 0.001  # on a GPU, layers that the model's thread reaches within it are handed over together
-_beside_prefill = cache(torch.cuda.Stream)  # by device: one for all streams, whose memory is used again
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Tokens [start, end) of a layer are in blocks of `group`."""
+    """Tokens [start, end) of a layer are in `blocks`. On a GPU, `written` says when the model's kernels have run."""
 
     layer: int
-    group: int
     start: int
     end: int
+    blocks: Sequence[int]
+    written: torch.cuda.Event | None
 
 
 class KVSend:
@@ -47,15 +43,11 @@ class KVSend:
     def __init__(self, kvcache: KVCacheManager, transport: KVTransport, plan: StreamPlan, tables: Sequence,
                  threads: ThreadPoolExecutor, deadline_s: float, overlap: bool = True):
         self.plan = plan
-        self._pool, self._layout, self._block_tables = kvcache.pool, kvcache.layout, tables
-        self._on_gpu = kvcache.pool.device.type == "cuda"
+        self._pool, self._layout, self._tables = kvcache.pool, kvcache.layout, tables
         self._overlap, self._deadline_s = overlap, deadline_s
         self._codecs = codecs(self._layout.specs, plan)
         self._ready_end = {entry.layer: plan.start for entry in plan.entries}
-        self._tables: dict[int, torch.Tensor] = {}
-        self._noted: list[_Piece] = []
-        self._hand_over_at_s = 0.0
-        self._handed_over: queue.SimpleQueue[tuple[list[_Piece], torch.cuda.Event | None] | None] = queue.SimpleQueue()
+        self._pieces: queue.SimpleQueue[_Piece | None] = queue.SimpleQueue()
         self._stream = transport.open(plan)
         self.outcome: Future[StreamReport] = threads.submit(self._run)  # or what ended the stream early
 
@@ -68,68 +60,41 @@ class KVSend:
         """Everything is computed: what was not handed over yet is, and the stream ends once it is acknowledged."""
         for entry in self.plan.entries:
             self._hand_over(entry.layer, self.plan.end)
-        self._pass_on()
-        self._handed_over.put(None)
+        self._pieces.put(None)
 
     def abort(self) -> None:
         """Give the stream up; `outcome` comes as soon as its thread has let go of the blocks."""
         self._stream.abort()
-        self._handed_over.put(None)
+        self._pieces.put(None)
 
     def _hand_over(self, layer: int, end: int) -> None:
         start = self._ready_end[layer]
         is_state = self.plan.layers[layer].kind is not StateKind.TOKEN
         if end <= start or (is_state and end < self.plan.end):  # state crosses once, when the last token is in it
             return
-        self._noted.append(_Piece(layer, self._layout.group_of_layer[layer].index, start, end))
-        self._ready_end[layer] = end
-        if not self._on_gpu or time.monotonic() >= self._hand_over_at_s:
-            self._pass_on()
-
-    def _pass_on(self) -> None:
-        """Pass what is noted to the sending thread; on a GPU with an event, which says when the model's kernels have
-        run. It costs the model's thread as much as some launches, so layers that follow at once share one."""
+        group = self._layout.group_of_layer[layer]
         written = None
-        if self._on_gpu:
+        if self._pool.device.type == "cuda":
             written = torch.cuda.Event(blocking=True)
             written.record(torch.cuda.current_stream(self._pool.device))
-            self._hand_over_at_s = time.monotonic() + HAND_OVER_S
-        self._handed_over.put((self._noted, written))
-        self._noted = []
+        self._pieces.put(_Piece(layer, start, end, self._tables[group.index], written))
+        self._ready_end[layer] = end
 
     def _run(self) -> StreamReport:
         """The sending thread."""
         try:
-            with torch.inference_mode(), torch.cuda.stream(_beside_prefill(self._pool.device) if self._on_gpu else None):
-                while (handed_over := self._handed_over.get()) is not None:
-                    pieces, written = handed_over
-                    if written is not None:
+            beside_prefill = torch.cuda.Stream(self._pool.device) if self._pool.device.type == "cuda" else None
+            with torch.inference_mode(), torch.cuda.stream(beside_prefill) if beside_prefill else nullcontext():
+                while (piece := self._pieces.get()) is not None:
+                    if piece.written is not None:
                         # Waiting here, not on the device, keeps this thread from Python while the model's thread
                         # still launches the pass: the two would take turns at the interpreter, launch by launch.
-                        written.synchronize()
-                    for piece in pieces:
-                        self._put(piece)
+                        piece.written.synchronize()
+                    data = self._pool.read_bytes(piece.layer, piece.blocks, piece.start, piece.end).reshape(-1)
+                    if (codec := self._codecs.get(piece.layer)) is not None:
+                        data = codec.encode(data)  # here, beside the forward pass, and on the pool's device
+                    self._stream.put(piece.layer, piece.start, piece.end, data)
             return self._stream.finish(self._deadline_s)
         except (LinkDown, StreamAborted, TimeoutError, ValueError) as error:
             self._stream.abort()
             raise StreamAborted(str(error)) from None
-
-    def _put(self, piece: _Piece) -> None:
-        layer, codec, table = piece.layer, self._codecs.get(piece.layer), self._table(piece.group)
-        are_rows = codec is None and self.plan.layers[layer].kind is StateKind.TOKEN
-        if are_rows and isinstance(self._stream, FabricStream):
-            def read(start: int, end: int, out: torch.Tensor) -> None:
-                read_into(self._pool, layer, table, start, end, out)
-
-            return self._stream.put_from(layer, piece.start, piece.end, read)
-        data = self._pool.read_bytes(layer, table, piece.start, piece.end).reshape(-1)
-        if codec is not None:
-            data = codec.encode(data)  # here, beside the forward pass, and on the pool's device
-        self._stream.put(layer, piece.start, piece.end, data)
-
-    def _table(self, group: int) -> torch.Tensor:
-        """A group's block table on the device, where it is copied once, unless it has grown."""
-        table = self._tables.get(group)
-        if table is None or len(table) < len(self._block_tables[group]):
-            table = self._tables[group] = self._pool.index(self._block_tables[group])
-        return table

@@ -64,7 +64,7 @@ class BlockPool:
         size = self.layout.block_tokens
         if not 0 <= start <= end <= len(block_table) * size:
             raise ValueError(f"tokens {start} to {end} are outside the block table's 0 to {len(block_table) * size}")
-        return self.index(block_table[start // size:-(-end // size)]), start % size
+        return self._index(block_table[start // size:-(-end // size)]), start % size
 
     # Request state
 
@@ -105,7 +105,7 @@ class BlockPool:
         state as of `end` (its tensors in the spec's order, unpadded), of a window its last `end` rows at most."""
         if self.layout.specs[layer].kind is StateKind.TOKEN:
             return self.read_tokens(layer, block_table, start, end).view(torch.uint8)
-        tensors = self.read_state(layer, self.index(block_table)[None])
+        tensors = self.read_state(layer, self._index(block_table)[None])
         data = torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in tensors])
         return data[data.numel() - self.layout.specs[layer].bytes_at(end):]
 
@@ -122,23 +122,20 @@ class BlockPool:
         else:
             data = F.pad(data, (spec.nbytes - size, 0))  # a window that is not full yet begins with rows of zeros
             parts = zip(data.split([tensor.nbytes for tensor in spec.tensors]), spec.tensors)
-            self.write_state(layer, self.index(block_table)[None], *(_typed(part, tensor) for part, tensor in parts))
+            self.write_state(layer, self._index(block_table)[None], *(_typed(part, tensor) for part, tensor in parts))
 
     # Whole blocks
 
     def zero(self, blocks: Sequence[int]) -> None:
         """Fill blocks with zeros: a fresh token block is read beyond its last row, and old bytes may read as NaN."""
         if blocks:
-            self.bytes.index_fill_(0, self.index(blocks), 0)
+            self.bytes.index_fill_(0, self._index(blocks), 0)
 
     def copy(self, source: Sequence[int], target: Sequence[int]) -> None:
         """Copy whole blocks, pairwise."""
-        self.bytes.index_copy_(0, self.index(target), self.bytes.index_select(0, self.index(source)))
+        self.bytes.index_copy_(0, self._index(target), self.bytes.index_select(0, self._index(source)))
 
-    def index(self, blocks: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        """A block table on the device. Every method takes that too, so that it need not cross each time."""
-        if isinstance(blocks, torch.Tensor):
-            return blocks
+    def _index(self, blocks: Sequence[int]) -> torch.Tensor:
         if blocks and not (0 <= min(blocks) and max(blocks) < self.num_blocks):
             raise ValueError(f"block table {list(blocks)} names a block outside 0 to {self.num_blocks - 1}")
         return torch.tensor(blocks, dtype=torch.int64, device=self.device)

@@ -4,7 +4,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 
@@ -38,9 +37,9 @@ class FabricOutbox:
             self._streams.add(stream)
         return stream
 
-    def add(self, stream: "FabricStream", piece: Piece, write: Callable[[torch.Tensor], object]) -> float:
-        """Let `write` put a piece into a batch, once there is room in one; returns the seconds that took. Raises
-        StreamAborted, LinkDown."""
+    def add(self, stream: "FabricStream", piece: Piece, data: torch.Tensor) -> float:
+        """Copy a piece into a batch, once there is room in one; returns the seconds that took. Raises StreamAborted,
+        LinkDown."""
         began_s = time.monotonic()
         with self._changed:
             while True:
@@ -48,7 +47,7 @@ class FabricOutbox:
                 batch = None if self._group is None else self._group.room(piece.nbytes)
                 waited_s = time.monotonic() - began_s
                 if batch is not None:
-                    batch.add(stream, piece, write)
+                    batch.add(stream, piece, data)
                     stream.unwritten += 1
                     self._changed.notify_all()
                     return waited_s
@@ -175,22 +174,8 @@ class FabricStream:
         self._outbox.check(self)
         whole = self._put_log.add(layer, start, end, data)
         for piece, part in self._put_log.cut(whole, data.view(-1), lambda: self._limit_bytes):
-            self._add(piece, lambda out, part=part: out.copy_(part))
-
-    def put_from(self, layer: int, start: int, end: int, read: Callable[[int, int, torch.Tensor], None]) -> None:
-        """`put` of rows that are copied once: `read(start, end, out)` writes them where they are staged."""
-        self._outbox.check(self)
-        whole = self._put_log.note(layer, start, end)
-        row_bytes = self.plan.layers[layer].row_bytes
-        most = self._limit_bytes // row_bytes
-        for first in range(start, end, most):
-            last = min(first + most, end)
-            piece = replace(whole, start=first, end=last, nbytes=(last - first) * row_bytes)
-            self._add(piece, lambda out, first=first, last=last: read(first, last, out))
-
-    def _add(self, piece: Piece, write: Callable[[torch.Tensor], object]) -> None:
-        self._stalled_s += self._outbox.add(self, piece, write)
-        self._chunks += 1
+            self._stalled_s += self._outbox.add(self, piece, part)
+            self._chunks += 1
 
     def finish(self, deadline_s: float) -> StreamReport:
         """See `SendStream.finish`."""

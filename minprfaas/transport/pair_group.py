@@ -8,7 +8,6 @@ in which one thread sends and one receives: neither direction can wait for the o
 import os
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -57,9 +56,9 @@ class Batch:
     pieces: list[tuple[Any, Piece, int]] = field(default_factory=list)
     copied: list[torch.cuda.Event] = field(default_factory=list)
 
-    def add(self, stream: Any, piece: Piece, write: Callable[[torch.Tensor], object]) -> None:
-        """Let `write` put the piece behind what is there, in the order of the caller's CUDA stream."""
-        write(self.buffer[self.end:self.end + piece.nbytes])
+    def add(self, stream: Any, piece: Piece, data: torch.Tensor) -> None:
+        """Copy `data` behind what is there, in the order of the caller's CUDA stream."""
+        self.buffer[self.end:self.end + piece.nbytes].copy_(data)
         self.pieces.append((stream, piece, self.end))
         self.end += -(-piece.nbytes // PIECE_ALIGN_BYTES) * PIECE_ALIGN_BYTES
         if self.buffer.is_cuda:

@@ -116,29 +116,21 @@ class PutLog:
 
     def add(self, layer: int, start: int, end: int, data: torch.Tensor) -> Piece:
         """Note a `put`; returns where it belongs. Raises ValueError when it is not in the plan, or was put before."""
-        entry = self._entry(layer)
+        entry = self.plan.layers.get(layer)
+        if entry is None:
+            raise ValueError(f"stream {self.plan.stream_id}: layer {layer} is not in the plan")
         expected = entry.row_bytes * (end - start if entry.kind is StateKind.TOKEN else 1)
         if data.dtype != torch.uint8 or not data.is_contiguous() or data.numel() != expected:
             raise ValueError(f"layer {layer}: expected {expected} contiguous uint8, got {data.numel()} of {data.dtype}")
-        return self.note(layer, start, end)
-
-    def note(self, layer: int, start: int, end: int) -> Piece:
-        """`add`, without the bytes."""
-        entry, tokens = self._entry(layer), end - start
         if entry.kind is not StateKind.TOKEN:
-            start, tokens = self.plan.start, 1  # whatever the caller says: such state has no first token
-        piece = Piece(layer, entry.group, start, end, tokens * entry.row_bytes)
+            start = self.plan.start  # whatever the caller says: such state has no first token
+        piece = Piece(layer, entry.group, start, end, expected)
         self._coverage.add(piece)
         self.last_put_s = time.monotonic()
         if not self.puts:
             self.first_put_s = self.last_put_s
         self.puts += 1
         return piece
-
-    def _entry(self, layer: int) -> LayerPlan:
-        if layer not in self.plan.layers:
-            raise ValueError(f"stream {self.plan.stream_id}: layer {layer} is not in the plan")
-        return self.plan.layers[layer]
 
     def cut(self, whole: Piece, data: torch.Tensor, limit_bytes: Callable[[], int]) -> Iterator[
             tuple[Piece, torch.Tensor]]:

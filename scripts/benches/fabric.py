@@ -18,7 +18,6 @@ import torch.multiprocessing as multiprocessing
 from benches.figure_1 import KVNode, hear, next_event
 from benches.link import IDENTITY, in_two_processes
 from minprfaas.config import LinkConfig, StateKind
-from minprfaas.engine.fast_runner import chunk_for
 from minprfaas.observe.report import table
 from minprfaas.transport import (Fabric, LayerPlan, LinkRestored, StreamAborted, StreamDone, StreamFailed,
                                  StreamPlan)
@@ -38,7 +37,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--model", metavar="DIR", help="Hugging Face directory (default: the embedded model)")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--tokens", type=int, default=8192, help="of the prompt (8192)")
-    parser.add_argument("--prefill-chunk", type=int, help="tokens of a prefill chunk (what the engine takes here)")
     parser.add_argument("--mib", type=int, nargs="+", default=[16, 256, 1024], help="raw sizes (16 256 1024)")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args(argv)
@@ -93,7 +91,7 @@ def _speed(rank, store, report, args) -> None:
         move = _put_whole if rank == 0 else _take_whole
         readings = [(raw.gb_per_s(plan.total_bytes), move(fabric, plan, memory)) for _ in range(args.repeats + 1)]
         _report(report, rank, "bytes", plan.total_bytes, readings)
-    node = KVNode(args.model, str(fabric.device), args.dtype, args.tokens, args.prefill_chunk)
+    node = KVNode(args.model, str(fabric.device), args.dtype, args.tokens, 1024)
     plan = node.plan(2**20, args.tokens)
     readings = []
     for _ in range(args.repeats + 1):
@@ -172,8 +170,8 @@ class RawPair:
 
 def print_prefill(args) -> None:
     (row,) = in_two_processes(_prefill, args, steps=1)
-    print(f"\nA prefill of {args.tokens:,} tokens whose KVCache leaves meanwhile, {args.device}, {args.dtype}, "
-          f"{chunk_for(torch.device(args.device), args.prefill_chunk)} tokens a chunk, median of {args.repeats}")
+    print(f"\nA prefill of {args.tokens:,} tokens whose KVCache leaves meanwhile, {args.device}, {args.dtype}, median "
+          f"of {args.repeats}")
     print(table(["prefill alone", "prefill while streaming", "slowed by", "left after its end"],
                 [[f"{row['alone_s']:.4f} s", f"{row['streaming_s']:.4f} s", f"{row['ratio'] - 1:.1%}",
                   f"{row['tail_s'] * 1e3:.1f} ms"]]))
@@ -182,7 +180,7 @@ def print_prefill(args) -> None:
 
 def _prefill(rank, store, report, args) -> None:
     fabric = new_fabric(store, rank, args.device, "prefill")
-    node = KVNode(args.model, str(fabric.device), args.dtype, args.tokens, args.prefill_chunk)
+    node = KVNode(args.model, str(fabric.device), args.dtype, args.tokens, 1024)
     pairs = []
     for number in range(args.repeats + 1):
         plan = node.plan(number, args.tokens)
