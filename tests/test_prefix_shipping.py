@@ -208,7 +208,7 @@ def test_absurd_messages_about_prefixes_hold_nothing_and_hurt_nobody(hybrid):
         known, unknown = PREFIX[:CACHED + 1], prompts_of(100, seed=3)[0]
         for message in (messages.PrefixOrder(1, known, CACHED), messages.PrefixOrder(2, known, -1),
                         messages.PrefixOrder(-3, known, 0), messages.PrefixOrder(4, [], 0),
-                        messages.PrefixOrder(5, [2**63] * 99, 0), messages.PrefixOrder(6, unknown, 0),
+                        messages.PrefixOrder(5, [2**63 - 1] * 99, 0), messages.PrefixOrder(6, unknown, 0),
                         messages.PrefixOrder(7, unknown * 99, 0), messages.PrefixOrder(8, known, 0),
                         messages.PrefixOrder(8, known, 0)):
             local.node.mail.send(HERE, THERE, message)
