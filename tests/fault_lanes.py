@@ -153,7 +153,7 @@ def _ordered(**change):
 ABSURD_MESSAGES = {
     PREFILL: [_said(message) for message in (
         messages.PrefillProgress("0", tokens=-5), messages.PrefillProgress("0", tokens=2**63),
-        messages.PrefillFailed("nobody", "", "lost"), messages.PrefixOrder(-1, [], -1), messages.PrefixOrder(1, [2**63], 0),
+        messages.PrefillFailed("nobody", "", "lost"), messages.PrefixOrder(-1, [], -1), messages.PrefixOrder(1, [2**63 - 1], 0),
         messages.PrefixAbort(7), messages.Abort("0"), messages.Serve("1", [1], 0, {}, "x", 1.0, "", 0), messages.Shutdown(),
         messages.PrefillDone("0", first_token=10**6, cached_tokens=0, queue_s=0.0, prefill_s=0.0, prefix_bytes=0))]
     + [_said(message, "front") for message in (
