@@ -5,6 +5,7 @@ from kv_oracle import KVOracle
 from test_two_datacenters import GREEDY, prompts_of
 from world import World
 
+from minprfaas.cluster.messages import PrefillAbort
 from minprfaas.config import CacheConfig, StateKind
 from minprfaas.engine.engine import Engine
 
@@ -49,3 +50,15 @@ def test_the_oracle_of_these_tests_notices_one_row_that_differs(models, family, 
         engine.abort(request)
         assert oracle.compared == 1 + damaged and bool(oracle.wrong) == damaged, oracle.wrong
     assert f"layer {layer} ({kind.value})" in oracle.wrong[0]
+
+
+def test_a_prefill_ends_at_once_when_its_decode_node_gives_it_up_and_at_nobody_elses_word(models):
+    with World(*models["qwen3"], prfaas=1, pd=1, split=0) as world:
+        world.submit(prompts_of(400), GREEDY)
+        prefill = world.part("prfaas-0")
+        world.step_until(lambda: "0#1" in prefill.prefills and prefill.engine.prefilled_tokens)
+        prefill.hear("pd-7", PrefillAbort("0#1"))
+        assert "0#1" in prefill.prefills
+        world.front.abort("0")
+        world.step_until(lambda: "0#1" not in prefill.prefills and not prefill.has_work)
+        assert prefill.engine.prefilled_tokens < 400
