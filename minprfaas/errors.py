@@ -1,4 +1,7 @@
-"""The two kinds of failure a person meets: a mistake of theirs, and a request that could not be finished. Chapter 15."""
+"""The two kinds of failure a person meets: a mistake of theirs, and a request that could not be finished.
+
+Chapter 15.
+"""
 
 import argparse
 import atexit

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cluster_support import step_until, two_datacenters
 from test_two_datacenters import GREEDY, prompts_of
 from test_wire import HandOver
 from transport_support import in_parallel, new_store
@@ -70,6 +71,20 @@ def test_what_a_receiver_holds_of_its_own_is_nearly_what_arrives_from_another_fo
     for layer in range(len(alone.receiver.layout.specs)):
         for arrived, own in zip(handed.tensors_of(layer)[1], alone.tensors_of(layer)[0], strict=True):
             assert (arrived.float() - own.float()).abs().max() <= 0.05 * own.float().abs().max()
+
+
+@pytest.mark.parametrize("same_blocks", [True, False])
+def test_no_snapshot_is_waited_for_where_the_other_ends_blocks_end_at_other_tokens(models, same_blocks):
+    """It has none there: room for one would be kept for nothing."""
+    with two_datacenters(*models["kimi_linear"], threshold=50, wire=Wire(same_blocks=same_blocks)) as (local, _):
+        journey = local.front.submit("0", prompts_of(300)[0], GREEDY)
+        step_until(local, lambda: local.decode.servings)
+        (serving,) = local.decode.servings.values()
+        step_until(local, lambda: serving.kv is not None)
+        tables, pool = serving.request.cache.block_tables, local.decode.engine.kvcache.stats()
+        assert (pool.in_use > sum(map(len, tables))) is same_blocks
+        step_until(local, lambda: not local.front.has_work)
+    assert journey.route == "prfaas" and len(journey.output_ids) == GREEDY.max_tokens
 
 
 @pytest.mark.parametrize("there, named", [

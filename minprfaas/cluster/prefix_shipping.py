@@ -1,9 +1,9 @@
 """Prefix shipping: a cached prefix is sent to the node where a prefill will begin, instead of being computed again.
 
-Chapters 11 and 13; paper 3.4.3. Who will compute pulls: `PrefixOrder` asks a node that holds the prefix, which streams what the
-other lacks. Whatever goes wrong, the prefill goes on without: that costs time, never a wrong token, for a prefix enters
-the index only when its last byte is there. It crosses exactly, whatever the encoding of a link: others will begin with
-it, here and in the datacenter beyond.
+Chapters 11 and 13; paper 3.4.3. Who will compute pulls: `PrefixOrder` asks a node that holds the prefix, which streams
+what the other lacks. Whatever goes wrong, the prefill goes on without: that costs time, never a wrong token, for a
+prefix enters the index only when its last byte is there. It crosses exactly, whatever the encoding of a link: others
+will begin with it, here and in the datacenter beyond.
 """
 
 import itertools

@@ -1,4 +1,6 @@
-"""What becomes of a request when a node that worked for it fails: another attempt, elsewhere. Chapters 13 and 14; paper 3.4.3.
+"""What becomes of a request when a node that worked for it fails: another attempt, elsewhere.
+
+Chapters 13 and 14; paper 3.4.3.
 
 An attempt is one pair of nodes at work, under an id of its own, so that a late word about an old one is known as such.
 When the node that decoded is lost, the tokens that the client has are part of the next attempt's prompt: the draw of a

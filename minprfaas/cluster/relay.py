@@ -1,4 +1,6 @@
-"""Relay decode: the PrfaaS node draws the first tokens while the KVCache still crosses. Chapters 13 and 15; not in the paper.
+"""Relay decode: the PrfaaS node draws the first tokens while the KVCache still crosses.
+
+Chapters 13 and 15; not in the paper.
 
 Both roles, as they are with `--relay`. The prefill node answers the request for itself, as any engine would: its prompt
 is in its own cache, all but the last block. What it draws goes to the decode node, which hands it on to the client.

@@ -1,4 +1,6 @@
-"""Snapshots on their way to a decode node: there the conversation's next prompt can begin. Chapters 08 and 13; paper 3.2.
+"""Snapshots on their way to a decode node: there the conversation's next prompt can begin.
+
+Chapters 08 and 13; paper 3.2.
 
 A favour beside a request's KVCache, for which nobody waits: it may come before its request is admitted or long after,
 and counts once the rows up to it are here too.

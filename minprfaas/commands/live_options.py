@@ -50,10 +50,13 @@ def add_options(p: argparse.ArgumentParser, may_serve: bool = False) -> None:
     add_machine_options(p)
     p.add_argument("--prefill-chunk", type=int, metavar="TOKENS", help="tokens a prefill chunk (1024; on a GPU 8192)")
     p.add_argument("--pool-blocks", type=int, metavar="N", help="blocks of each pool (default: room for the prompts)")
-    p.add_argument("--deadline-s", type=float, default=300.0, metavar="S", help="seconds an offloaded prefill may take (300)")
-    p.add_argument("--link-timeout-s", type=float, default=30.0, metavar="S", help="a link that is away for longer is lost (30)")
-    p.add_argument("--wait-s", type=float, default=120.0, metavar="S", help="seconds that the front end waits for all nodes before "
-                   "it begins with those that are there, and a node for the front end (120)")
+    p.add_argument("--deadline-s", type=float, default=300.0, metavar="S",
+                   help="seconds an offloaded prefill may take (300)")
+    p.add_argument("--link-timeout-s", type=float, default=30.0, metavar="S",
+                   help="a link that is away for longer is lost (30)")
+    p.add_argument("--wait-s", type=float, default=120.0, metavar="S",
+                   help="seconds that the front end waits for all nodes before it begins with those that are there, "
+                   "and a node for the front end (120)")
     p.add_argument("--ship-prefixes", action="store_true", help="ship a cached prefix to where a request will be "
                    "prefilled, while bandwidth is abundant and that is sooner than computing it")
     p.add_argument("--relay", action="store_true", help="PrfaaS nodes draw the first tokens while the KVCache crosses; "
@@ -74,7 +77,8 @@ def _add_load_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--load", metavar="KIND", help="instead of --prompts: poisson:RATE or bursty:RATE requests a "
                    "second, or trace:FILE[:SPEED] (Mooncake format); requests come when they are due, answered or not")
     p.add_argument("--requests", type=int, metavar="N", help=f"of the load ({REQUESTS}; of a trace, all)")
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the load: another one, other times, lengths and texts (0)")
+    p.add_argument("--seed", type=int, default=0, metavar="N",
+                   help="of the load: another one, other times, lengths and texts (0)")
     p.add_argument("--length-scale", type=float, metavar="X", help="the paper's or the trace's lengths are multiplied "
                    f"by X ({LENGTH_SCALE:g}; for a trace so that a block of it is a block here)")
     p.add_argument("--check-sample", type=int, metavar="N", help="--check, of N answers of a load chosen at random")
@@ -116,7 +120,8 @@ def checked(args: argparse.Namespace, topology: Topology) -> Run:
     require_number("threshold", args.threshold, least=0, whole=True)
     require_number("deadline", args.deadline_s, above=0)
     require_number("--wait-s", args.wait_s, above=0)
-    block_tokens = [machine_at(args, site).block_tokens for site in (PRFAAS_SITE, PD_SITE)][1]
+    machine_at(args, PRFAAS_SITE)  # a mistake is said now, not when a model has been loaded
+    block_tokens = machine_at(args, PD_SITE).block_tokens
     for option in ("prefill_chunk", "pool_blocks"):
         value = getattr(args, option)
         if value is not None:

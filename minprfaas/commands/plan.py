@@ -1,4 +1,7 @@
-"""`python -m minprfaas plan`: the paper's table 6, equation 2's cases, or a plan for one's own fleet. Chapters 10 and 13."""
+"""`python -m minprfaas plan`: the paper's table 6, equation 2's cases, or a plan for one's own fleet.
+
+Chapters 10 and 13.
+"""
 
 import argparse
 import json

@@ -1,4 +1,7 @@
-"""`python -m minprfaas profile`: what this machine does with a model, as the planner wants to know it. Chapters 10 and 13."""
+"""`python -m minprfaas profile`: what this machine does with a model, as the planner wants to know it.
+
+Chapters 10 and 13.
+"""
 
 import argparse
 import json

@@ -1,4 +1,7 @@
-"""`python -m minprfaas simulate`: the live control plane on a simulated cluster, or a trace's hits. Chapters 12 and 13."""
+"""`python -m minprfaas simulate`: the live control plane on a simulated cluster, or a trace's hits.
+
+Chapters 12 and 13.
+"""
 
 import argparse
 import json

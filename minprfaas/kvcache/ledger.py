@@ -33,7 +33,7 @@ def chain_keys(previous: bytes, token_ids: Sequence[int], block_tokens: int) -> 
     is 8 little-endian bytes, so no two token lists encode alike. Raises ValueError on a token beyond 64 bits.
 
     >>> one, other = (chain_keys(root_key(b"model"), tokens, 2) for tokens in ([1, 2, 3, 4], [1, 2, 3, 5, 6]))
-    >>> one[0] == other[0], one[1] == other[1]      # the same up to where they part; a block that is not full has no key
+    >>> one[0] == other[0], one[1] == other[1]  # equal up to where they part; a block that is not full has no key
     (True, False)
     """
     full = len(token_ids) // block_tokens * block_tokens

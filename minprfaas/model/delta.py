@@ -107,7 +107,7 @@ def _carry_through(parts: ChunkParts, memory: Tensor) -> tuple[Tensor, Tensor, T
 
 
 def _carry_in_place(parts: ChunkParts, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`_carry_through` where no gradient is wanted: every product lands in its place, without a copy before or after."""
+    """`_carry_through` where no gradient is wanted: every product lands in its place, with no copy before or after."""
     heads, chunks = memory.shape[:2], parts.keys.shape[2]
     reads, keys, kept = (part.flatten(0, 1).unbind(1) for part in (parts.reads, parts.keys, parts.kept))
     values = parts.new_values.flatten(0, 1).transpose(0, 1).contiguous()  # [chunks, heads, chunk, value_dim]

@@ -27,8 +27,8 @@ ANSWER_SMOOTH_REQUESTS = 100  # over so many answers their mean length is taken
 class ControlSettings:
     """`link_gbps` is what the line between the clusters is said to carry, a first guess that the monitors correct. With
     `fleet` (profiles) the loops can run: `adaptive` moves the threshold, `convert_roles` the split, when that has been
-    wanted for `sustain_s`. `costs` are needed
-    to fetch prefixes; they come from the fleet where there is one, else prefill seconds are learned as prefills end.
+    wanted for `sustain_s`. `costs` are needed to fetch prefixes; they come from the fleet where there is one, else
+    prefill seconds are learned as prefills end.
     `ship_prefixes` lets prefixes cross between clusters, and `selective` False routes without a threshold."""
 
     threshold: float

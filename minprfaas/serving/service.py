@@ -1,4 +1,7 @@
-"""One front end's HTTP service: a thread that serves the API, and the loop that steps node and door. Chapters 13 and 15."""
+"""One front end's HTTP service: a thread that serves the API, and the loop that steps node and door.
+
+Chapters 13 and 15.
+"""
 
 import asyncio
 import signal

@@ -1,4 +1,7 @@
-"""The sending end of a stream on a link: layer by layer, while prefill computes the next. Chapters 07 and 08, paper 3.3."""
+"""The sending end of a stream on a link: layer by layer, while prefill computes the next.
+
+Chapters 07 and 08, paper 3.3.
+"""
 
 import time
 
