@@ -57,6 +57,9 @@ def two_datacenters(model, tokenizer, threshold, link=FAST, line=LineConfig(), p
         step_until(local, lambda: "prfaas-0" in local.front.ready)
         yield local, remote
         local.shut_down(DEADLINE_S)
+        last = {name: local.front.figures[name].in_use_blocks for name in local.front.goodbyes}
+        assert {"pd-0/pdp", "pd-0/pdd"} <= {*last} and not any(last.values()), f"blocks in use at the end: {last}"
+        assert not any(said.wrong for said in local.front.goodbyes.values())
         thread.join(DEADLINE_S)
         assert not thread.is_alive(), "the prefill node did not end"
     finally:

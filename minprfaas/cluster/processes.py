@@ -61,9 +61,7 @@ class Process:
         """Take orders until the front end says that no more come, or is gone for `patience_s`; then say goodbye."""
         while any(role.has_work for role in self.roles) or not self._is_dismissed(patience_s):
             self.node.step()
-        self._close()
-        for role in self.roles:
-            role.upkeep.say_goodbye()
+        self._say_goodbye()
 
     def _is_dismissed(self, patience_s: float) -> bool:
         upkeep = self.roles[0].upkeep
@@ -83,15 +81,19 @@ class Process:
         return reached()
 
     def shut_down(self, deadline_s: float) -> None:
-        """Where the front end lives: tell the other processes that no more requests come, and wait for the last word
-        of those that are there."""
+        """Where the front end lives: tell all nodes that no more requests come, and wait for the last word of those that
+        are there; then those of this process have theirs."""
         self.front.shut_down_nodes()
-        self.run_until(lambda: not {*self.links} & {*self.front.ready} - {*self.front.goodbyes}, deadline_s)
-        self._close()
+        self.run_until(lambda: not any(role.has_work for role in self.roles)
+                       and not {*self.links} & {*self.front.ready} - {*self.front.goodbyes}, deadline_s)
+        self._say_goodbye()
+        self.node.step()  # the front end hears them
 
-    def _close(self) -> None:
+    def _say_goodbye(self) -> None:
         for role in self.roles:
             role.upkeep.close()
+        for role in self.roles:
+            role.upkeep.say_goodbye()
 
 
 def roles_of(place: Place, new_engine: Callable[[], Engine], mail: Mail, transfer_deadline_s: float,
