@@ -2,15 +2,18 @@
 
     python scripts/mutate.py --named                  the features of scripts/mutations.py, each taken out by hand
     python scripts/mutate.py --count 60 --seed 7      lines drawn at random: comparisons flipped, statements deleted, …
+    python scripts/mutate.py --count 60 --seed 7 --jobs 14 --results FILE     14 lines at once, on as many cores
     python scripts/mutate.py --count 60 --seed 7 --list     what would be broken, without a run
 
-The tree itself is never touched. With --results FILE a run that was stopped goes on where it was. Texts for people
-(docstrings, errors, logs) are left alone, and so is what only a GPU runs.
+The tree itself is never touched. First the test files run with nothing broken: one that fails then is left out. With
+--results FILE a run that was stopped goes on where it was. Texts for people (docstrings, errors, logs) are left alone,
+and so is what only a GPU runs.
 """
 
 import argparse
 import ast
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -20,6 +23,9 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter, deque
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -33,6 +39,9 @@ from mutations import GUARDS, NAMED, NOT_ON_A_CPU, ROOMS
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 tqdm.monitor_interval = 0  # its thread must not be there when this process forks
 ROOT = Path(__file__).resolve().parent.parent
+# What takes longer to import than most test files take to run. The tests' own modules come after the fork.
+IMPORTED_ONCE = ("pytest", "safetensors.torch", "tokenizers", "torch.distributed", "torch._dynamo")
+UNBROKEN_LIMIT_S = 600.0
 COPIED = ("minprfaas", "scripts", "tests", "pyproject.toml")
 
 
@@ -79,57 +88,44 @@ def _imports(path: Path) -> set[str]:
 # Running them
 
 
-def import_once() -> None:
-    """What takes longer to import than most test files take to run. The tests' own modules come after the fork."""
-    for name in ("pytest", "safetensors.torch", "tokenizers", "torch.distributed", "torch._dynamo"):
-        importlib.import_module(name)
+@dataclass(frozen=True)
+class Task:
+    """Something that is broken (or nothing), and the test files that are run then, one by one until one notices."""
+
+    id: str
+    changes: dict[str, str]  # file -> its text while it is broken
+    tests: list[str]
+    limits_s: list[float]  # of each test file: what takes longer hangs
 
 
-class Bench:
+class Tree:
     """A copy of the tree in which one thing at a time is broken."""
 
-    def __init__(self, folder: Path, results: Path | None):
-        import_once()
-        self._folder, self._results = folder, results
-        self.known: dict[str, dict] = {}
-        if results is not None and results.exists():
-            self.known = {one["id"]: one for one in map(json.loads, results.read_text().splitlines())}
+    def __init__(self, folder: Path):
+        self._folder = folder
         for name in COPIED:
             source = ROOT / name
-            copy = shutil.copytree if source.is_dir() else shutil.copy
-            options = {"ignore": shutil.ignore_patterns("__pycache__")} if source.is_dir() else {}
-            copy(source, folder / name, **options)
-
-    def judge(self, id: str, changes: dict[str, str], tests: list[str]) -> dict:
-        """Run the test files one by one with these files changed, until one notices; remembered under `id`. Raises
-        UserError when one fails as it is."""
-        verdict, failed, seconds = "survived", "", 0.0
-        for test in tests:
-            limit_s = 60.0 + 5 * self._seconds_unbroken(test)  # what takes longer hangs, even on a busy machine
-            originals = {file: (self._folder / file).read_text(encoding="utf-8") for file in changes}
-            self._write(changes)
-            began = time.monotonic()
-            try:
-                status, failed = self._run(test, limit_s)
-            finally:
-                self._write(originals)
-            seconds += time.monotonic() - began
-            if status != 0:
-                verdict = "hung" if status is None else "caught"
-                break
-        return self._note({"id": id, "verdict": verdict, "by": failed or test, "seconds": round(seconds, 1)})
-
-    def _seconds_unbroken(self, test: str) -> float:
-        if f"unbroken {test}" not in self.known:
-            for attempt in (1, 2):  # a busy machine gets a second one
-                began = time.monotonic()
-                status, failed = self._run(test, 600.0)
-                if status == 0:
-                    break
+            if source.is_dir():
+                shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
             else:
-                raise UserError(f"tests/{test} fails without any mutation: {failed or 'it ran past 600 s'}")
-            self._note({"id": f"unbroken {test}", "seconds": round(time.monotonic() - began, 1)})
-        return self.known[f"unbroken {test}"]["seconds"]
+                shutil.copy(source, folder / name)
+
+    def judge(self, task: Task) -> Generator[None, None, dict]:
+        """What the tests say of this task. It yields while a test file runs, so that one loop can look after many
+        trees."""
+        result = {"id": task.id, "verdict": "survived", "by": ""}
+        began = time.monotonic()
+        originals = {file: (self._folder / file).read_text(encoding="utf-8") for file in task.changes}
+        self._write(task.changes)
+        try:
+            for test, limit_s in zip(task.tests, task.limits_s, strict=True):
+                status, failed = yield from self._run(test, limit_s)
+                if status != 0:
+                    result |= {"verdict": "hung" if status is None else "caught", "by": failed or test}
+                    break
+        finally:
+            self._write(originals)
+        return result | {"seconds": round(time.monotonic() - began, 1)}
 
     def _write(self, texts: dict[str, str]) -> None:
         for file, text in texts.items():
@@ -137,7 +133,7 @@ class Bench:
             path.write_text(text, encoding="utf-8")
             Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)  # it tells age by whole seconds
 
-    def _run(self, test: str, limit_s: float) -> tuple[int | None, str]:
+    def _run(self, test: str, limit_s: float) -> Generator[None, None, tuple[int | None, str]]:
         """Exit status (None: it ran past its limit), and the first test that failed."""
         output = self._folder / "output"
         pid = os.fork()  # with torch imported already, which takes longer than most test files
@@ -150,7 +146,7 @@ class Bench:
         until, done, status = time.monotonic() + limit_s, 0, 0
         try:
             while not done and time.monotonic() < until:
-                time.sleep(0.05)
+                yield
                 done, status = os.waitpid(pid, os.WNOHANG)
         finally:
             try:
@@ -165,24 +161,86 @@ class Bench:
         return os.waitstatus_to_exitcode(status), failed[1] if failed else ""
 
     def _become_pytest(self, test: str, output: Path) -> None:
-        with open(output, "w") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
+        sys.stdout = sys.stderr = open(output, "w")
+        os.dup2(sys.stdout.fileno(), 1)
+        os.dup2(sys.stdout.fileno(), 2)
         for name in [name for name in sys.modules if name.split(".")[0] == "minprfaas"]:
             del sys.modules[name]  # what is imported from now on is the copy's
         os.chdir(self._folder)
         os.environ["PYTHONPATH"] = str(self._folder)
         sys.path.insert(0, str(self._folder))
-        status = sys.modules["pytest"].main(["-x", "-q", "-p", "no:cacheprovider", f"tests/{test}"])
+        options = ["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={self._folder / 'basetemp'}"]
+        status = sys.modules["pytest"].main([*options, f"tests/{test}"])
         sys.stdout.flush()
         os._exit(int(status))
 
-    def _note(self, result: dict) -> dict:
-        self.known[result["id"]] = result
-        if self._results is not None:
-            with open(self._results, "a") as file:
-                file.write(json.dumps(result) + "\n")
-        return result
+
+def judge_all(tasks: list[Task], trees: list[Tree]) -> Iterator[dict]:
+    """The result of each task, in the order in which they are done, as many at once as there are trees."""
+    waiting, at_work = deque(tasks), {}
+    try:
+        while waiting or at_work:
+            for tree in trees:
+                if waiting and tree not in at_work:
+                    at_work[tree] = tree.judge(waiting.popleft())
+            for tree, judging in list(at_work.items()):
+                try:
+                    next(judging)
+                except StopIteration as done:
+                    del at_work[tree]
+                    yield done.value
+            time.sleep(0.05)
+    finally:
+        for judging in at_work.values():
+            judging.close()  # ends its tests
+
+
+class Bench:
+    """Trees to judge in, and what is known already. With a file it is noted there, and read again the next time."""
+
+    def __init__(self, folder: Path, jobs: int, results: Path | None = None):
+        for name in IMPORTED_ONCE:
+            importlib.import_module(name)
+        self._results, self.known = results, {}
+        if results is not None and results.exists():
+            self.known = {one["id"]: one for one in map(json.loads, results.read_text().splitlines())}
+        self._trees = [Tree(folder / str(number)) for number in range(jobs)]
+
+    def seconds_unbroken(self, tests: Iterable[str]) -> dict[str, float]:
+        """How long each test file takes in a tree where nothing is broken. A file that fails there could say nothing
+        about mutants, so it is missing."""
+        tests = dict.fromkeys(tests)
+        for _ in range(2):  # a busy machine gets a second try
+            again = [f"unbroken {test}" for test in tests if not self._passes(test)]
+            tasks = [Task(id, {}, [id.removeprefix("unbroken ")], [UNBROKEN_LIMIT_S]) for id in again]
+            for _ in self._judge(tasks, "test file"):
+                pass
+        return {test: self.known[f"unbroken {test}"]["seconds"] for test in tests if self._passes(test)}
+
+    def judge(self, mutations: list[tuple[str, dict[str, str], list[str]]]) -> Iterator[dict]:
+        """The verdict on each (id, changes, test files): survived, caught or hung. Files that fail without any
+        mutation are named and left out."""
+        tests = dict.fromkeys(test for _, _, tests in mutations for test in tests)
+        seconds = self.seconds_unbroken(tests)
+        for test in tests:
+            if test not in seconds:
+                print(f"left out: tests/{test} fails without any mutation: {self.known[f'unbroken {test}']['by']}")
+        tasks = []
+        for id, changes, tests in mutations:
+            able = [test for test in tests if test in seconds]
+            tasks.append(Task(id, changes, able, [60.0 + 5 * seconds[test] for test in able]))
+        yield from self._judge(tasks, "mutant")
+
+    def _passes(self, test: str) -> bool:
+        return self.known.get(f"unbroken {test}", {"verdict": "unknown"})["verdict"] == "survived"
+
+    def _judge(self, tasks: list[Task], unit: str) -> Iterator[dict]:
+        for result in tqdm(judge_all(tasks, self._trees), total=len(tasks), unit=unit, disable=None):
+            self.known[result["id"]] = result
+            if self._results is not None:
+                with open(self._results, "a") as file:
+                    file.write(json.dumps(result) + "\n")
+            yield result
 
 
 @exit_on_user_error
@@ -196,17 +254,19 @@ def main() -> int:
             print(f"{id}    [{' '.join(tests[:2])} …]")
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        bench, survived, hung = Bench(Path(folder), args.results), 0, 0
-        bar = tqdm(work, unit="mutant", disable=None)
-        for id, changes, tests in bar:
-            result = bench.known.get(id)
-            if result is None or (args.again and result["verdict"] == "survived"):
-                result = bench.judge(id, changes, tests)
-            survived, hung = survived + (result["verdict"] == "survived"), hung + (result["verdict"] == "hung")
+        bench = Bench(Path(folder), args.jobs, args.results)
+        known = [bench.known[id] for id, _, _ in work if id in bench.known]
+        if args.again:
+            known = [result for result in known if result["verdict"] != "survived"]
+        kept = {result["id"] for result in known}
+        verdicts = Counter()
+        for result in itertools.chain(known, bench.judge([one for one in work if one[0] not in kept])):
+            verdicts[result["verdict"]] += 1
             by = f"  by {result['by']}" if result["verdict"] != "survived" else ""
-            bar.write(f"{result['verdict']:8}  {id}{by}", file=sys.stdout)
-    print(f"{len(work) - survived} of {len(work)} caught{f', {hung} of them by the time limit' if hung else ''}; "
-          f"{survived} survived")
+            tqdm.write(f"{result['verdict']:8}  {result['id']}{by}", file=sys.stdout)
+    survived, hung = verdicts["survived"], verdicts["hung"]
+    by_time = f", {hung} of them by the time limit" if hung else ""
+    print(f"{len(work) - survived} of {len(work)} caught{by_time}; {survived} survived")
     return 1 if survived else 0
 
 
@@ -231,12 +291,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="which lines (default: %(default)s)")
     parser.add_argument("--rooms", nargs="+", choices=sorted(ROOMS), default=sorted(ROOMS), metavar="ROOM",
                         help=f"folders of minprfaas/ to break lines in (default: {' '.join(sorted(ROOMS))})")
+    parser.add_argument("--jobs", type=int, default=1, help="how many copies of the tree to break at once, each in "
+                        "processes of its own (default: %(default)s)")
     parser.add_argument("--results", type=Path, help="file to note verdicts in, and to go on from")
     parser.add_argument("--again", action="store_true", help="run those of --results that survived once more")
     parser.add_argument("--list", action="store_true", help="print the mutants without running a test")
     args = parser.parse_args()
-    if args.count < 1:
-        parser.error(f"--count {args.count} is out of range; it must be at least 1")
+    for name in ("count", "jobs"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)} is out of range; it must be at least 1")
     return args
 
 

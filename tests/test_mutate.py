@@ -68,8 +68,35 @@ def test_the_tests_that_import_a_file_come_before_the_others_of_its_room():
     assert mutate.tests_for("minprfaas/cluster/journey.py") == list(GUARDS["cluster/journey.py"])
 
 
-def test_a_count_out_of_range_is_one_line(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["mutate.py", "--count", "0"])
+def test_trees_side_by_side_judge_what_is_broken_and_a_second_run_goes_on_from_the_results(
+        tmp_path, monkeypatch, capsys):
+    source = "def double(x):\n    return 2 * x\n\n\ndef triple(x):\n    return 3 * x\n"
+    files = {"minprfaas/__init__.py": "", "minprfaas/maths.py": source, "scripts/none.py": "", "pyproject.toml": "",
+             "tests/test_double.py": "from minprfaas.maths import double\n\ndef test_double():\n"
+                                     "    assert double(2) == 4\n",
+             "tests/test_fails.py": "def test_fails():\n    assert False\n"}
+    for name, text in files.items():
+        path = tmp_path / "tree" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setattr(mutate, "ROOT", tmp_path / "tree")
+    monkeypatch.setattr(mutate, "IMPORTED_ONCE", ("pytest",))
+    tests = ["test_fails.py", "test_double.py"]
+    work = [(name, {"minprfaas/maths.py": source.replace(*change)}, tests)
+            for name, change in (("doubles", ("2 *", "4 *")), ("triples", ("3 *", "4 *")))]
+    results = tmp_path / "results.jsonl"
+    bench = mutate.Bench(tmp_path / "first", jobs=2, results=results)
+    verdicts = {result["id"]: (result["verdict"], result["by"]) for result in bench.judge(work)}
+    assert verdicts == {"doubles": ("caught", "test_double.py::test_double"), "triples": ("survived", "")}
+    assert "left out: tests/test_fails.py fails without any mutation" in capsys.readouterr().out
+    assert (tmp_path / "tree" / "minprfaas" / "maths.py").read_text() == source
+    again = mutate.Bench(tmp_path / "second", jobs=1, results=results)
+    assert again.known == bench.known and {"doubles", "triples", "unbroken test_double.py"} <= set(again.known)
+
+
+@pytest.mark.parametrize("option", ["--count", "--jobs"])
+def test_a_number_out_of_range_is_one_line(capsys, monkeypatch, option):
+    monkeypatch.setattr(sys, "argv", ["mutate.py", option, "0"])
     with pytest.raises(SystemExit) as error:
         mutate.parse_arguments()
-    assert error.value.code == 2 and "--count 0 is out of range" in capsys.readouterr().err
+    assert error.value.code == 2 and f"{option} 0 is out of range" in capsys.readouterr().err
