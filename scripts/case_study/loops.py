@@ -16,6 +16,7 @@ from tqdm import tqdm
 from case_study.probe import ask, wrong_answers
 from case_study.results import Results
 from case_study.runs import Emulated, judged
+from case_study.search import stratified
 from minprfaas.cluster.processes import Process
 from minprfaas.engine.engine import Engine
 from minprfaas.observe.cores import Cores
@@ -29,7 +30,6 @@ from minprfaas.scheduling.scale import Scale
 from minprfaas.simulator.arrivals import from_trace
 from minprfaas.simulator.cluster import Setup, Simulation
 from minprfaas.simulator.nodes import SimRequest
-from minprfaas.simulator.sustained import stratified
 from minprfaas.simulator.trace import BLOCK_TOKENS, read_trace, write_conversations
 
 SEEDS = 3
