@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from minprfaas.simulator.trace import write_conversations
+from minprfaas.simulator.arrivals import write_conversations
 
 PROGRAM = [sys.executable, str(Path(__file__).resolve().parent.parent / "scripts" / "cluster.py")]
 REQUESTS = 32

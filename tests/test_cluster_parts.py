@@ -26,9 +26,8 @@ from minprfaas.engine.request import Status
 from minprfaas.scheduling import control
 from minprfaas.scheduling.control import ControlPlane
 from minprfaas.scheduling.directory import CacheChanged
-from minprfaas.simulator.arrivals import from_trace
+from minprfaas.simulator.arrivals import from_trace, read_trace, write_conversations
 from minprfaas.simulator.cluster import Setup, Simulation
-from minprfaas.simulator.trace import read_trace, write_conversations
 from minprfaas.scheduling.paper_case import paper_fleet
 from minprfaas.transport import Link, MessageReceived
 

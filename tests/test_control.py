@@ -18,9 +18,8 @@ from minprfaas.scheduling.directory import CacheChanged
 from minprfaas.scheduling.paper_case import paper_fleet, paper_lengths
 from minprfaas.scheduling.roles import COOLDOWN_S, RoleChange
 from minprfaas.scheduling.router import RouteRequest, TransferCosts
-from minprfaas.simulator.arrivals import from_trace
+from minprfaas.simulator.arrivals import from_trace, read_trace, write_conversations
 from minprfaas.simulator.cluster import Setup, Simulation
-from minprfaas.simulator.trace import read_trace, write_conversations
 
 COSTS = TransferCosts(token_bytes=17_000, state_bytes=2e8, prfaas_s_per_token=1e-4, pdp_s_per_token=1e-4)
 KEYS = ("system prompt", "document", "question")

@@ -9,7 +9,7 @@ import pytest
 
 from minprfaas.__main__ import main
 from minprfaas.scheduling.paper_case import h20_profile
-from minprfaas.simulator.trace import write_conversations
+from minprfaas.simulator.arrivals import write_conversations
 
 VALUES = ("0", "-1", "1", "5000", "1e-308", "1e-9", "0.5", "1e308", "inf", "-inf", "nan", "1000000", "1000000000",
           "1000000000000000", "1" + "0" * 400, "x", "")

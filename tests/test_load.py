@@ -12,8 +12,8 @@ from minprfaas import generate, load
 from minprfaas.cluster.load import LENGTH_SCALE, Load
 from minprfaas.errors import UserError
 from minprfaas.scheduling.paper_case import OUTPUT_TOKENS, paper_lengths
-from minprfaas.simulator.arrivals import bursty, drawn, poisson
-from minprfaas.simulator.trace import BLOCK_TOKENS, read_trace, write_conversations
+from minprfaas.simulator.arrivals import bursty, drawn, poisson, read_trace, write_conversations
+from minprfaas.simulator.nodes import BLOCK_TOKENS
 
 PROGRAM = [sys.executable, str(Path(__file__).resolve().parent.parent / "scripts" / "cluster.py")]
 CONTEXT = 16_384
@@ -55,13 +55,13 @@ def test_the_embedded_model_knows_the_answers_that_are_expected(embedded):
 def test_prompts_share_the_tokens_of_the_blocks_that_their_trace_shares(embedded, trace):
     arrivals = list(Load.parse(f"trace:{trace}:2", None, 0, None, 32).arrivals(embedded[1], CONTEXT))
     recorded = read_trace(trace)
-    assert [arrival.due_s for arrival in arrivals] == [request.timestamp_s / 2 for request in recorded]
+    assert [arrival.due_s for arrival in arrivals] == [request.arrival_s / 2 for request in recorded]
     compared = 0
     for one, its in zip(arrivals, recorded):
         assert len(one.prompt.text) == pytest.approx(its.input_tokens * 32 / BLOCK_TOKENS, abs=1)
         for other, theirs in zip(arrivals, recorded):
             if its is not theirs:
-                shared = common(its.hash_ids, theirs.hash_ids)
+                shared = common(its.keys, theirs.keys)
                 found = common(one.prompt.text, other.prompt.text)
                 room = min(len(one.prompt.text), len(other.prompt.text)) - 50  # where neither asks its question yet
                 assert found >= min(32 * shared, room)

@@ -9,7 +9,7 @@ import pytest
 from minprfaas.__main__ import main
 from minprfaas.scheduling.paper_case import h20_profile
 from minprfaas.simulator import cluster
-from minprfaas.simulator.trace import write_conversations
+from minprfaas.simulator.arrivals import write_conversations
 
 
 @pytest.fixture

@@ -19,10 +19,10 @@ from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.lengths import EmpiricalLengths
 from minprfaas.scheduling.planner import plan
 from minprfaas.simulator import cluster
-from minprfaas.simulator.arrivals import day_lengths, diurnal, drawn, from_trace, poisson
+from minprfaas.simulator.arrivals import (day_lengths, diurnal, drawn, from_trace, poisson, read_trace,
+                                          write_conversations)
 from minprfaas.simulator.cluster import Setup, Simulation
 from minprfaas.simulator.nodes import SimRequest
-from minprfaas.simulator.trace import read_trace, write_conversations
 
 FLEET, LENGTHS, PLANS = paper.paper_fleet(), paper.paper_lengths(), paper.paper_plans()
 PLAN = PLANS["prfaas_pd"][1]
@@ -152,7 +152,7 @@ def cache_reports(trace, n_p: int) -> list:
     answers = sum(request.output_tokens for request in trace) / len(trace)
     fleet = replace(FLEET, output_tokens=answers)
     planned = plan(fleet, EmpiricalLengths(request.input_tokens for request in trace), n_p=n_p)
-    speed = 1.05 * planned.lambda_max * trace[-1].timestamp_s / len(trace)
+    speed = 1.05 * planned.lambda_max * trace[-1].arrival_s / len(trace)
     setup = Setup(fleet, n_p, planned.threshold, cache_blocks=2000)
     return [Simulation(replace(setup, cache_aware=aware), from_trace(trace, speed)).run() for aware in (False, True)]
 
@@ -221,6 +221,6 @@ def test_ten_thousand_gpus_serve_an_hour_of_a_trace_played_many_times_over(tmp_p
     fleet = replace(paper.paper_fleet(416, 832), link_gbps=10_400.0)
     write_conversations(tmp_path / "made_up.jsonl", 60_000, 100.0, seed=0)
     trace = read_trace(tmp_path / "made_up.jsonl")
-    hour = islice(from_trace(trace, speed=trace[-1].timestamp_s / 3600), 60_000)
+    hour = islice(from_trace(trace, speed=trace[-1].arrival_s / 3600), 60_000)
     report = Simulation(as_planned(fleet=fleet, n_p=312, cache_blocks=500), hour).run()
     assert report.requests == 60_000 and report.duration_s >= 3590

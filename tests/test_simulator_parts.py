@@ -9,11 +9,11 @@ import pytest
 from minprfaas.errors import UserError
 from minprfaas.scheduling.directory import Directory
 from minprfaas.scheduling.paper_case import h200_profile, paper_lengths
-from minprfaas.simulator.arrivals import bursty, day_lengths, diurnal, drawn, from_trace, poisson
+from minprfaas.simulator.arrivals import (bursty, day_lengths, diurnal, drawn, from_trace, poisson, read_trace,
+                                          write_conversations)
 from minprfaas.simulator.events import Clock
 from minprfaas.simulator.link import FluidLink
 from minprfaas.simulator.nodes import DecodeNode, PrefixCache, SimRequest
-from minprfaas.simulator.trace import read_trace, write_conversations
 
 GBPS = 1.25e8  # bytes per second
 
@@ -186,14 +186,14 @@ def test_a_made_up_trace_is_read_back_and_repeats_with_its_seed(tmp_path):
     write_conversations(again, 500, 4.0, seed=3)
     trace = read_trace(path)
     assert path.read_bytes() == again.read_bytes() and len(trace) == 500
-    assert all(-(-request.input_tokens // 512) == len(request.hash_ids) for request in trace)
-    blocks, seen, hits = sum(len(request.hash_ids) for request in trace), set(), 0
+    assert all(-(-request.input_tokens // 512) == len(request.keys) for request in trace)
+    blocks, seen, hits = sum(len(request.keys) for request in trace), set(), 0
     for request in trace:
-        hits += len(seen.intersection(request.hash_ids))
-        seen.update(request.hash_ids)
+        hits += len(seen.intersection(request.keys))
+        seen.update(request.keys)
     assert 0.3 < hits / blocks < 0.9
     fast = list(from_trace(trace, speed=2.0))
-    assert fast[-1].arrival_s == trace[-1].timestamp_s / 2 and fast[-1].keys == trace[-1].hash_ids
+    assert fast[-1].arrival_s == trace[-1].arrival_s / 2 and fast[-1].keys == trace[-1].keys
 
 
 GOOD = {"timestamp": 5, "input_length": 600, "output_length": 7, "hash_ids": [1, 2]}

@@ -31,12 +31,12 @@ from minprfaas.scheduling.lengths import EmpiricalLengths
 from minprfaas.scheduling.planner import plan
 from minprfaas.scheduling.roles import BUSY, MIN_GAIN, SUSTAIN_S
 from minprfaas.scheduling.threshold import Damping
-from minprfaas.simulator.arrivals import day_lengths, diurnal, drawn, from_trace, poisson
+from minprfaas.simulator.arrivals import (day_lengths, diurnal, drawn, from_trace, poisson, read_trace,
+                                          write_conversations)
 from minprfaas.simulator.cluster import Setup, Simulation
 from minprfaas.simulator.events import Clock
 from minprfaas.simulator.report import TTFT_OBJECTIVE_S, Report
 from minprfaas.simulator.sustained import reading
-from minprfaas.simulator.trace import read_trace, write_conversations
 
 if args.plots:
     prepare_plots(args.plots)  # a mistake is said now, not after the last section

@@ -18,9 +18,8 @@ from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import UserError, require_number, shown
 from minprfaas.model.tokenizer import Tokenizer
 from minprfaas.scheduling import paper_case
-from minprfaas.simulator.arrivals import bursty, drawn, from_trace, poisson
-from minprfaas.simulator.nodes import SimRequest
-from minprfaas.simulator.trace import BLOCK_TOKENS, TraceRequest, read_trace
+from minprfaas.simulator.arrivals import bursty, drawn, from_trace, poisson, read_trace
+from minprfaas.simulator.nodes import BLOCK_TOKENS, SimRequest
 
 REQUESTS = 100  # by default, where no trace says how many
 LENGTH_SCALE = 1 / 64  # of the paper's lengths, 27K tokens in the mean, to those of a small model on a CPU
@@ -46,7 +45,7 @@ class Load:
     requests: int
     seed: int
     length_scale: float
-    trace: tuple[TraceRequest, ...] = ()
+    trace: tuple[SimRequest, ...] = ()
 
     @staticmethod
     def parse(text: str, requests: int | None, seed: int, length_scale: float | None, block_tokens: int) -> "Load":

@@ -138,7 +138,7 @@ def _own_lengths(args: argparse.Namespace) -> LengthDistribution:
         raise UserError("--trace and --lognormal are both given; lengths come from one of them")
     if not args.trace:
         return TruncatedLogNormal(*args.lognormal) if args.lognormal else paper.paper_lengths()
-    from minprfaas.simulator.trace import read_trace
+    from minprfaas.simulator.arrivals import read_trace
     return EmpiricalLengths(request.input_tokens for request in read_trace(args.trace))
 
 

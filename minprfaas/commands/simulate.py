@@ -21,11 +21,10 @@ from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.lengths import EmpiricalLengths, LengthDistribution
 from minprfaas.scheduling.planner import MAX_GBPS, MAX_INSTANCES, Fleet, plan
 from minprfaas.scheduling.profiles import Profile
-from minprfaas.simulator.arrivals import bursty, day_lengths, diurnal, drawn, from_trace, poisson
+from minprfaas.simulator.arrivals import bursty, day_lengths, diurnal, drawn, from_trace, poisson, read_trace
 from minprfaas.simulator.cluster import MAX_SIMULATED_S, PrfaaSSite, Setup, Simulation
 from minprfaas.simulator.nodes import SimRequest
 from minprfaas.simulator.report import TTFT_OBJECTIVE_S, Report
-from minprfaas.simulator.trace import TraceRequest, read_trace
 
 FLEET_OPTIONS = ("prfaas_instances", "pd_instances", "link_gbps", "output_tokens")
 LIMITS = (("requests", 1, 10_000_000), ("day-s", 1, 1e6), ("cache-blocks", 0, None), ("speed", 1e-6, 1e9))
@@ -79,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
         prepare_plots(args.plots)
     trace = read_trace(args.trace) if args.trace else []
     if args.cache_only:
-        return _cache_only(args, [request.hash_ids for request in trace])
+        return _cache_only(args, [request.keys for request in trace])
     setup, requests, count = _prepare(args, trace)
     report = _run_logged(args, setup, requests, count) if args.log else _run(setup, requests, count)
     drawn = draw_simulation(args.plots, report) if args.plots else []
@@ -111,7 +110,7 @@ def _run_logged(args: argparse.Namespace, setup: Setup, requests: Iterator[SimRe
         log.discard()
 
 
-def _prepare(args: argparse.Namespace, trace: list[TraceRequest]) -> tuple[Setup, Iterator[SimRequest], int]:
+def _prepare(args: argparse.Namespace, trace: list[SimRequest]) -> tuple[Setup, Iterator[SimRequest], int]:
     """The cluster, its requests and how many they are."""
     for option, least, most in LIMITS:
         require_number(f"--{option}", getattr(args, option.replace("-", "_")), least=least, most=most)
@@ -128,7 +127,7 @@ def _prepare(args: argparse.Namespace, trace: list[TraceRequest]) -> tuple[Setup
         weather=_weather(args.weather, fleet.link_gbps), failures=tuple(map(_failure, args.fail)), sites=_sites(args))
     if trace:
         requests, count = from_trace(trace, args.speed), len(trace)
-        rate_rps = count / max(trace[-1].timestamp_s / args.speed, 1e-9)
+        rate_rps = count / max(trace[-1].arrival_s / args.speed, 1e-9)
     else:
         rate_rps, count = args.rate if args.rate is not None else args.load * planned.lambda_max, args.requests
         requests = _made_up(args, lengths, round(fleet.output_tokens), rate_rps)
@@ -136,7 +135,7 @@ def _prepare(args: argparse.Namespace, trace: list[TraceRequest]) -> tuple[Setup
     return setup, requests, count
 
 
-def _fleet(args: argparse.Namespace, trace: list[TraceRequest]) -> Fleet:
+def _fleet(args: argparse.Namespace, trace: list[SimRequest]) -> Fleet:
     """The paper's, but for what the options say."""
     fleet = paper.paper_fleet()
     if args.profile:

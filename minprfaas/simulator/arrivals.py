@@ -1,14 +1,21 @@
-"""When requests arrive and how long they are: Poisson, bursty, diurnal, or from a trace. All seeded. Chapter 12."""
+"""When requests arrive and how long they are: Poisson, bursty, diurnal, or from a trace. All seeded. Chapter 12.
 
+A line of a Mooncake-format trace is a JSON object: timestamp (ms), input_length, output_length, and hash_ids, one for
+each 512-token block of the prompt, each of which stands for the whole prefix up to there.
+"""
+
+import json
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
-from minprfaas.errors import require_number
+from minprfaas.errors import UserError, require_number
+from minprfaas.files import write_whole
 from minprfaas.scheduling.lengths import LengthDistribution
-from minprfaas.simulator.nodes import SimRequest
-from minprfaas.simulator.trace import TraceRequest
+from minprfaas.simulator.nodes import BLOCK_TOKENS, SimRequest
 
 BURST_FACTOR = 2.0  # how much faster a burst arrives than the mean
 BURST_SHARE = 0.2  # of the time
@@ -64,8 +71,56 @@ def drawn(times: Iterable[float], count: int, lengths: LengthDistribution, outpu
         yield SimRequest(time_s, max(1, round(length * scale(time_s) if scale else length)), output_tokens)
 
 
-def from_trace(trace: Iterable[TraceRequest], speed: float = 1.0) -> Iterator[SimRequest]:
-    """A trace's requests, `speed` times as fast as they were recorded."""
+def from_trace(trace: Iterable[SimRequest], speed: float = 1.0) -> Iterator[SimRequest]:
+    """A trace's requests once more, `speed` times as fast as they were recorded."""
     require_number("trace speed", speed, above=0)
     for request in trace:
-        yield SimRequest(request.timestamp_s / speed, request.input_tokens, request.output_tokens, request.hash_ids)
+        yield replace(request, arrival_s=request.arrival_s / speed)
+
+
+def read_trace(path: str | Path) -> list[SimRequest]:
+    """All requests in order of time. Raises UserError, with file and line number, for anything malformed or empty."""
+    requests = []
+    try:
+        with open(path, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    requests.append(_parse(line, f"{path}, line {number}"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"trace {path} cannot be read: {error}") from None
+    if not requests:
+        raise UserError(f"trace {path} is empty; it needs at least 1 request")
+    return sorted(requests, key=lambda request: request.arrival_s)
+
+
+def _parse(line: str, where: str) -> SimRequest:
+    try:
+        raw = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON: {error}") from None
+    names = ("timestamp", "input_length", "output_length", "hash_ids")
+    if not isinstance(raw, dict) or any(name not in raw for name in names):
+        raise UserError(f"{where}: not an object with {', '.join(names)}")
+    for name, least in (("timestamp", 0), ("input_length", 1), ("output_length", 1)):
+        require_number(f"{where}: {name}", raw[name], least=least, most=10**12, whole=True)
+    hashes = raw["hash_ids"]
+    if not isinstance(hashes, list) or not all(isinstance(one, int) for one in hashes):
+        raise UserError(f"{where}: hash_ids is no list of whole numbers")
+    return SimRequest(raw["timestamp"] / 1000, raw["input_length"], raw["output_length"], tuple(hashes))
+
+
+def write_conversations(path: str | Path, requests: int, rate_rps: float, seed: int) -> None:
+    """Write a made-up trace: `requests` turns of conversations that share a system prompt of one block and grow from
+    turn to turn; a quarter of the turns begin a new one."""
+    rng, now_ms, next_hash, open_chats, lines = random.Random(seed), 0.0, 1, [], []
+    for _ in range(requests):
+        now_ms += rng.expovariate(rate_rps) * 1000
+        chat = [0] if not open_chats or rng.random() < 0.25 else open_chats.pop(rng.randrange(len(open_chats)))
+        grown = rng.randint(1, 24)
+        chat = [*chat, *range(next_hash, next_hash + grown)]
+        next_hash += grown
+        tokens, answer = len(chat) * BLOCK_TOKENS - rng.randrange(BLOCK_TOKENS), rng.randint(20, 600)
+        lines.append(json.dumps(
+            {"timestamp": int(now_ms), "input_length": tokens, "output_length": answer, "hash_ids": chat}))
+        open_chats = [*open_chats[-63:], chat]
+    write_whole(path, "\n".join(lines) + "\n")

@@ -10,7 +10,8 @@ from minprfaas.scheduling.directory import CacheChanged
 from minprfaas.scheduling.profiles import Profile
 from minprfaas.scheduling.router import Decision
 from minprfaas.simulator.events import Clock
-from minprfaas.simulator.trace import BLOCK_TOKENS
+
+BLOCK_TOKENS = 512  # of the prefix cache, as in Mooncake's traces
 
 
 @dataclass(slots=True, eq=False)

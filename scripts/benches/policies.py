@@ -18,10 +18,11 @@ from minprfaas.observe.report import table
 from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.lengths import EmpiricalLengths
 from minprfaas.scheduling.planner import Fleet, Plan, plan
-from minprfaas.simulator.arrivals import day_lengths, diurnal, drawn, from_trace, poisson
+from minprfaas.simulator.arrivals import (day_lengths, diurnal, drawn, from_trace, poisson, read_trace,
+                                          write_conversations)
 from minprfaas.simulator.cluster import Setup, Simulation
+from minprfaas.simulator.nodes import SimRequest
 from minprfaas.simulator.report import Report
-from minprfaas.simulator.trace import TraceRequest, read_trace, write_conversations
 
 LENGTHS = paper.paper_lengths()
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -146,7 +147,7 @@ def cache(args: argparse.Namespace) -> None:
     answers = sum(request.output_tokens for request in trace) / len(trace)
     fleet = replace(paper.paper_fleet(), output_tokens=answers)
     planned = plan(fleet, EmpiricalLengths(request.input_tokens for request in trace), n_p=4)  # so that prefill binds
-    rate = len(trace) / trace[-1].timestamp_s
+    rate = len(trace) / trace[-1].arrival_s
     speed, runs = 1.05 * planned.lambda_max / rate, {}
     for name, aware in (("cache-blind routing", False), ("cache-aware routing", True)):
         runs[name] = [Simulation(planned_setup(fleet, planned, adaptive=True, cache_aware=aware, cache_blocks=2000),
@@ -161,10 +162,10 @@ def cache(args: argparse.Namespace) -> None:
         print(f"  {name}: {_spread(cached, '.1f')}% of prompt tokens cached, {_spread(egress, '.1f')} Gbps of egress")
 
 
-def _jittered(trace: list[TraceRequest], seed: int) -> list[TraceRequest]:
+def _jittered(trace: list[SimRequest], seed: int) -> list[SimRequest]:
     rng = random.Random(seed)
-    shifted = [replace(request, timestamp_s=request.timestamp_s + rng.uniform(0, 5)) for request in trace]
-    return sorted(shifted, key=lambda request: request.timestamp_s)
+    shifted = [replace(request, arrival_s=request.arrival_s + rng.uniform(0, 5)) for request in trace]
+    return sorted(shifted, key=lambda request: request.arrival_s)
 
 
 TABLES = {"stability": stability, "baselines": baselines, "bandwidth": bandwidth, "lengths": lengths, "cache": cache}

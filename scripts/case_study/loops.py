@@ -27,10 +27,9 @@ from minprfaas.scheduling.lengths import EmpiricalLengths
 from minprfaas.scheduling.planner import plan
 from minprfaas.scheduling.roles import RoleChange
 from minprfaas.scheduling.scale import Scale
-from minprfaas.simulator.arrivals import from_trace
+from minprfaas.simulator.arrivals import from_trace, read_trace, write_conversations
 from minprfaas.simulator.cluster import Setup, Simulation
-from minprfaas.simulator.nodes import SimRequest
-from minprfaas.simulator.trace import BLOCK_TOKENS, read_trace, write_conversations
+from minprfaas.simulator.nodes import BLOCK_TOKENS, SimRequest
 
 SEEDS = 3
 SECONDS = 300.0  # of arrivals, of the emulated machines
@@ -109,9 +108,9 @@ def loops(trace_path: str | None) -> list[Loop]:
         return requests
 
     def conversations(seed: int) -> list[SimRequest]:
-        rng, speed = random.Random(seed), 1.05 * turns.lambda_max * trace[-1].timestamp_s / len(trace)
-        moved = [replace(one, timestamp_s=one.timestamp_s + rng.uniform(0, JITTER_S)) for one in trace]
-        return list(from_trace(sorted(moved, key=lambda one: one.timestamp_s), speed))
+        rng, speed = random.Random(seed), 1.05 * turns.lambda_max * trace[-1].arrival_s / len(trace)
+        moved = [replace(one, arrival_s=one.arrival_s + rng.uniform(0, JITTER_S)) for one in trace]
+        return list(from_trace(sorted(moved, key=lambda one: one.arrival_s), speed))
 
     fixed = Setup(narrow, drop.n_p, drop.threshold, adaptive=False, weather=weather)
     split = Setup(fleet, shift.n_p, shift.threshold)
