@@ -1,8 +1,10 @@
 """Prefill and decode of two 30M-parameter models on this machine's cores, beside Transformers. Chapters 04, 05.
 
     python scripts/bench.py cpu                        a dense and a hybrid model, float32
+    python scripts/bench.py cpu --peers DIR            and with Transformers' checkout, where it is not installed
 
-Ours and the peer's runs take turns, and each reading is the median. Without Transformers only ours is printed.
+First the cores' ceilings, as in `bench.py gpu`: floors are what they would need for the same bytes and products. Ours
+and the peer's runs take turns, and each reading is the median.
 """
 
 import argparse
@@ -13,13 +15,15 @@ from dataclasses import replace
 
 import torch
 
+from benches.peers import Peer
+from benches.reading import Machine, Reading, measure_machine, print_readings, write_readings
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.generate import pool_for
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import exit_on_user_error
 from minprfaas.model.families import config_from_hf
+from minprfaas.model.spec import model_state_specs
 from minprfaas.model.transformer import Transformer
-from minprfaas.observe.report import table
 
 COMMON = {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8,
           "num_attention_heads": 8, "tie_word_embeddings": True, "eos_token_id": 1}
@@ -32,7 +36,6 @@ SHAPES = {
                    "num_heads": 8, "head_dim": 64, "short_conv_kernel_size": 4, "full_attn_layers": [4, 8],
                    "kda_layers": [1, 2, 3, 5, 6, 7]}},
 }
-PEERED = ("qwen3",)  # Transformers knows the hybrid's family under other names; it is read without a peer
 STEPS = 12
 
 
@@ -42,31 +45,45 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tokens", type=int, default=2048, help="of the prompt (2048)")
     parser.add_argument("--context", type=int, default=1024, help="of a decoding request (1024)")
     parser.add_argument("--repeats", type=int, default=3, help="turns that each takes (3)")
+    parser.add_argument("--peers", metavar="DIR", help="folder with checkouts of other libraries")
+    parser.add_argument("--json", metavar="FILE", help="write the readings")
     args = parser.parse_args(argv)
-    rows = []
+    machine = measure_machine(f"{torch.get_num_threads()} threads, float32", "cpu")
+    print(machine, flush=True)
+    readings = []
     for name, shape in SHAPES.items():
-        model = Transformer(config_from_hf(shape)).requires_grad_(False)
-        peer = transformers_model(shape) if name in PEERED else None
-        rows.append(row(f"{name} prefill, {args.tokens} tokens", args.repeats, lambda: prefill_ms(model, args.tokens),
-                        peer and (lambda: peer_prefill_ms(peer, args.tokens))))
-        for batch in (1, 8):
-            rows.append(row(f"{name} decode, batch {batch} at {args.context}", args.repeats,
-                            lambda: decode_ms(model, batch, args.context),
-                            peer and (lambda: peer_decode_ms(peer, batch, args.context))))
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, {time.strftime('%Y-%m-%d')}\n")
-    print(table(["case", "ours ms", "Transformers ms", "ours is faster by"], rows))
+        with Peer("Transformers", shape, "cpu", args.peers) as peer:
+            readings += read(name, Transformer(config_from_hf(shape)).requires_grad_(False), machine, peer, args)
+    print_readings(readings)
+    if args.json:
+        write_readings(args.json, machine, readings)
     return 0
 
 
-def row(case: str, repeats: int, ours: Callable[[], float], peer: Callable[[], float] | None) -> list[str]:
-    """Medians of both, run in turns."""
-    readings = [(ours(), peer() if peer else None) for _ in range(repeats)]
-    ours_ms = statistics.median(reading for reading, _ in readings)
-    print(f"  {case}: {ours_ms:.1f} ms", flush=True)
-    if peer is None:
-        return [case, f"{ours_ms:.1f}", "–", "–"]
-    peer_ms = statistics.median(reading for _, reading in readings)
-    return [case, f"{ours_ms:.1f}", f"{peer_ms:.1f}", f"{peer_ms / ours_ms:.2f}x"]
+def read(name: str, model: Transformer, machine: Machine, peer: Peer, args: argparse.Namespace) -> list[Reading]:
+    """A model's cases."""
+    found = [in_turns(f"{name} prefill, {args.tokens} tokens", machine.prefill_floor_ms(model, args.tokens),
+                      lambda: prefill_ms(model, args.tokens), peer, {"phase": "prefill", "tokens": args.tokens},
+                      args.repeats)]
+    for batch in (1, 8):
+        floor_ms = machine.decode_floor_ms(model, model_state_specs(model.config, "float32"), batch, args.context)
+        found.append(in_turns(f"{name} decode, batch {batch} at {args.context}", floor_ms,
+                              lambda: decode_ms(model, batch, args.context), peer,
+                              {"phase": "decode", "batch": batch, "context": args.context}, args.repeats))
+    return found
+
+
+def in_turns(case: str, floor_ms: float, ours: Callable[[], float], peer: Peer, of_peer: dict, repeats: int) -> Reading:
+    """Medians of ours and the peer's, one after the other, `repeats` times."""
+    ours_ms, peer_ms = [], []
+    for _ in range(repeats):
+        ours_ms.append(ours())
+        peer_ms.append(peer.ms(of_peer))
+    reading = Reading(case, statistics.median(ours_ms), floor_ms)
+    if None not in peer_ms:
+        reading.peers_ms[peer.name] = statistics.median(peer_ms)
+    print("  " + "  ".join(reading.rows()[0]), flush=True)
+    return reading
 
 
 def prefill_ms(model: Transformer, tokens: int) -> float:
@@ -101,30 +118,3 @@ def decode_ms(model: Transformer, batch: int, context: int) -> float:
 
 def _prompt(model: Transformer, tokens: int) -> list[int]:
     return torch.randint(0, model.config.vocab_size, (tokens,)).tolist()
-
-
-def transformers_model(shape: dict):
-    """The same shape in Transformers, or None where that is not installed."""
-    try:
-        from transformers import AutoConfig, AutoModelForCausalLM
-    except ImportError:
-        return None
-    options = dict(shape)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(options.pop("model_type"), **options)).eval()
-
-
-@torch.inference_mode()
-def peer_prefill_ms(peer, tokens: int) -> float:
-    began = time.perf_counter()
-    peer(torch.ones(1, tokens, dtype=torch.int64), use_cache=True, logits_to_keep=1)
-    return (time.perf_counter() - began) * 1e3
-
-
-@torch.inference_mode()
-def peer_decode_ms(peer, batch: int, context: int) -> float:
-    out, times = peer(torch.ones(batch, context, dtype=torch.int64), use_cache=True, logits_to_keep=1), []
-    for _ in range(STEPS):
-        began = time.perf_counter()
-        out = peer(out.logits[:, -1:].argmax(dim=-1), past_key_values=out.past_key_values, use_cache=True)
-        times.append((time.perf_counter() - began) * 1e3)
-    return statistics.median(times)

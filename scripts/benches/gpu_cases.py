@@ -1,5 +1,6 @@
-"""The cases of `bench.py gpu`: each a generator of rows (case, our ms, floor ms[, peer, its ms])."""
+"""The cases of `bench.py gpu`: each yields readings, of ours first and then, once the card is free, of the peers."""
 
+import gc
 import statistics
 import time
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from random_checkpoint import SHAPES
 
+from benches.peers import OF_FAMILY, Peer
+from benches.reading import Machine, Reading, median_ms
 from minprfaas.cluster.kv_send import KVSend
 from minprfaas.cluster.stream_plans import stream_plan
 from minprfaas.config import CacheConfig
@@ -20,7 +23,7 @@ from minprfaas.engine.request import Request, Status
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.model.delta import delta_rule, delta_rule_recurrent
 from minprfaas.model.families import config_from_hf
-from minprfaas.model.spec import kv_bytes
+from minprfaas.model.spec import model_state_specs
 from minprfaas.model.transformer import Transformer
 from minprfaas.transport.loopback import Loopback
 
@@ -28,7 +31,7 @@ LLAMA_8B = {"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "i
             "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 5e5,
             "max_position_embeddings": 131072, "eos_token_id": 128001}
 STEPS = 24
-Rows = Iterator[tuple]
+Readings = Iterator[Reading]
 
 
 def random_model(shape: dict, compiled: bool) -> Transformer:
@@ -45,24 +48,42 @@ def random_model(shape: dict, compiled: bool) -> Transformer:
     return model
 
 
-def decode(card: dict, compiled: bool) -> Rows:
+def decode(machine: Machine, compiled: bool, peers: str | None) -> Readings:
     """A decode step as the engine runs it, host and all."""
     for name, shape, places in (("Llama-3-8B", LLAMA_8B, ((1, 1024), (64, 4096))),
                                 ("Qwen3-0.6B", SHAPES["qwen3-0.6b"], ((1, 1024), (64, 1024))),
                                 ("hybrid-1b", SHAPES["hybrid-1b"], ((1, 1024), (64, 1024)))):
-        model = random_model(shape, compiled)
+        model, found = random_model(shape, compiled), []
         for batch, context in places:
-            engine, ms = decoding_engine(model, batch, context), []
-            floor = weight_bytes(model) + batch * kv_bytes(engine.layout.specs, context)
-            for _ in range(STEPS):
-                began = time.perf_counter()
-                engine.step()
-                ms.append((time.perf_counter() - began) * 1e3)
-            del engine
-            peer = transformers_decode(shape, batch, context) if name == "Qwen3-0.6B" else ()
-            yield (f"{name} decode, batch {batch} at {context // 1024}K", statistics.median(ms[4:]),
-                   floor / card["copy_bytes_per_s"] * 1e3, *peer)
+            floor_ms = machine.decode_floor_ms(model, model_state_specs(model.config, "bfloat16"), batch, context)
+            reading = Reading(f"{name} decode, batch {batch} at {context // 1024}K", decode_ms(model, batch, context),
+                              floor_ms)
+            found.append((reading, {"phase": "decode", "batch": batch, "context": context - STEPS}))
         del model
+        yield from beside_peers(found, shape, OF_FAMILY[shape["model_type"]], peers)
+
+
+def beside_peers(found: list[tuple[Reading, dict]], shape: dict, names: tuple[str, ...], peers: str | None) -> Readings:
+    """The readings, with those of the peers: a process each, when ours has given the card's memory back."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    for name in names:
+        with Peer(name, shape, "cuda", peers) as peer:
+            for reading, case in found:
+                if (ms := peer.ms(case)) is not None:
+                    reading.peers_ms[name] = ms
+    for reading, _ in found:
+        yield reading
+
+
+def decode_ms(model: Transformer, batch: int, context: int) -> float:
+    """The median step, after a few that capture graphs."""
+    engine, ms = decoding_engine(model, batch, context), []
+    for _ in range(STEPS):
+        began = time.perf_counter()
+        engine.step()
+        ms.append((time.perf_counter() - began) * 1e3)
+    return statistics.median(ms[4:])
 
 
 def decoding_engine(model: Transformer, batch: int, context: int) -> Engine:
@@ -97,21 +118,16 @@ class _NoText:
         return ""
 
 
-def weight_bytes(model: Transformer) -> int:
-    """What a step reads of the weights: all but the embeddings that it looks one row of up in, unless tied."""
-    total = sum(parameter.nbytes for parameter in model.parameters())
-    return total if model.config.tie_embeddings else total - model.model.embed_tokens.weight.nbytes
-
-
-def prefill(card: dict, compiled: bool) -> Rows:
+def prefill(machine: Machine, compiled: bool, peers: str | None) -> Readings:
     """A prompt as the engine prefills it, in its default chunks."""
     for name in ("qwen3-0.6b", "hybrid-1b"):
-        model = random_model(SHAPES[name], compiled)
+        model, found = random_model(SHAPES[name], compiled), []
         for tokens in (8192, 32768):
-            floor_ms = prefill_flops(model, tokens) / card["flops_per_s"] * 1e3
-            peer = transformers_prefill(SHAPES[name], tokens) if name == "qwen3-0.6b" else ()
-            yield f"{name} prefill, {tokens // 1024}K", prefill_ms(model, tokens), floor_ms, *peer
+            reading = Reading(f"{name} prefill, {tokens // 1024}K", prefill_ms(model, tokens),
+                              machine.prefill_floor_ms(model, tokens))
+            found.append((reading, {"phase": "prefill", "tokens": tokens}))
         del model
+        yield from beside_peers(found, SHAPES[name], OF_FAMILY[SHAPES[name]["model_type"]], peers)
 
 
 def prefill_ms(model: Transformer, tokens: int, stream: bool = False) -> float:
@@ -147,49 +163,33 @@ def prefill_ms(model: Transformer, tokens: int, stream: bool = False) -> float:
     return statistics.median(ms[2:])
 
 
-def prefill_flops(model: Transformer, tokens: int) -> float:
-    """Products with the weights, and causal attention; what a linear mixer's core needs beside them is left out."""
-    weights = sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)
-    attention = 0
-    for layer in model.model.layers:
-        config = layer.self_attn.config
-        if hasattr(config, "num_kv_heads"):
-            attention += 2 * config.num_heads * config.head_dim
-        elif hasattr(config, "kv_lora_rank"):
-            attention += config.num_heads * (config.qk_nope_dim + config.qk_shared_dim + config.v_dim)
-    return 2.0 * weights * tokens + attention * tokens**2
-
-
-def streams(card: dict, compiled: bool) -> Rows:
+def streams(machine: Machine, compiled: bool, peers: str | None) -> Readings:
     """Prefill of 8K while its KVCache leaves for pinned memory, layer by layer; the floor is the prefill alone."""
     for name in ("qwen3-0.6b", "hybrid-1b"):
         model = random_model(SHAPES[name], compiled)
-        alone = prefill_ms(model, 8192)
-        yield f"{name} prefill, 8K, streaming (floor: alone)", prefill_ms(model, 8192, stream=True), alone
+        alone_ms = prefill_ms(model, 8192)
+        yield Reading(f"{name} prefill, 8K, streaming (floor: alone)", prefill_ms(model, 8192, stream=True), alone_ms)
         del model
 
 
-def kda(card: dict, compiled: bool) -> Rows:
+def kda(machine: Machine, compiled: bool, peers: str | None) -> Readings:
     """The delta rule of KDA by itself, 32 heads of 128; the floor is its inputs read and its outputs written once."""
+    found, heads, dim = [], 32, 128
     for tokens in (8192, 32768):
-        shape = (1, tokens, 32, 128)
+        shape = (1, tokens, heads, dim)
         q, k = (F.normalize(torch.randn(shape, device="cuda"), dim=-1) for _ in range(2))
         v, g = torch.randn(shape, device="cuda"), -torch.rand(shape, device="cuda")
         beta = torch.rand(shape[:3], device="cuda")
-        memory = torch.zeros(1, 32, 128, 128, device="cuda")
-        for precision in ("highest", "high"):
+        memory = torch.zeros(1, heads, dim, dim, device="cuda")
+        for precision, name in (("highest", "float32"), ("high", "TF32")):
             torch.set_float32_matmul_precision(precision)
-            ms = []
-            for _ in range(5):
-                torch.cuda.synchronize()
-                began = time.perf_counter()
-                delta_rule(q, k, v, g, beta, memory)
-                torch.cuda.synchronize()
-                ms.append((time.perf_counter() - began) * 1e3)
-            name = {"highest": "float32", "high": "TF32"}[precision]
-            yield (f"KDA core, {tokens // 1024}K, {name}, error {kda_error():.0e}", statistics.median(ms[1:]),
-                   5 * q.nbytes / card["copy_bytes_per_s"] * 1e3)
+            reading = Reading(f"KDA core, {tokens // 1024}K, {name}, error {kda_error():.0e}",
+                              median_ms(lambda: delta_rule(q, k, v, g, beta, memory), "cuda", repeats=4),
+                              5 * q.nbytes / machine.copy_bytes_per_s * 1e3)
+            found.append((reading, {"phase": "kda", "tokens": tokens}))
         torch.set_float32_matmul_precision("highest")
+        del q, k, v, g, beta
+    yield from beside_peers(found, {"num_heads": heads, "head_dim": dim}, ("flash-linear-attention",), peers)
 
 
 def kda_error() -> float:
@@ -202,47 +202,6 @@ def kda_error() -> float:
                  torch.randn(1, 4, 128, 128, device="cuda"))
     exact = delta_rule_recurrent(*(argument.double() for argument in arguments))[0]
     return float((delta_rule(*arguments)[0] - exact).norm() / exact.norm())
-
-
-def transformers_model(shape: dict):
-    """The same shape in Transformers, or None where that is not installed."""
-    try:
-        from transformers import AutoConfig, AutoModelForCausalLM
-    except ImportError:
-        return None
-    options = dict(shape)
-    config = AutoConfig.for_model(options.pop("model_type"), **options)
-    with torch.device("cuda"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-
-
-@torch.inference_mode()
-def transformers_decode(shape: dict, batch: int, context: int) -> tuple:
-    model, ms = transformers_model(shape), []
-    if model is None:
-        return ()
-    out = model(torch.ones(batch, context - STEPS, dtype=torch.int64, device="cuda"), use_cache=True, logits_to_keep=1)
-    for _ in range(10):
-        began = time.perf_counter()
-        token = out.logits[:, -1:].argmax(dim=-1)
-        out = model(token, past_key_values=out.past_key_values, use_cache=True)
-        torch.cuda.synchronize()
-        ms.append((time.perf_counter() - began) * 1e3)
-    return "Transformers", statistics.median(ms[2:])
-
-
-@torch.inference_mode()
-def transformers_prefill(shape: dict, tokens: int) -> tuple:
-    model, ms = transformers_model(shape), []
-    if model is None:
-        return ()
-    for _ in range(4):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        model(torch.ones(1, tokens, dtype=torch.int64, device="cuda"), use_cache=True, logits_to_keep=1)
-        torch.cuda.synchronize()
-        ms.append((time.perf_counter() - began) * 1e3)
-    return "Transformers", statistics.median(ms[1:])
 
 
 CASES = {"decode": decode, "prefill": prefill, "kda": kda, "streams": streams}
