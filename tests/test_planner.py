@@ -9,7 +9,7 @@ import pytest
 from minprfaas.errors import UserError
 from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling import throughput as model
-from minprfaas.scheduling.lengths import EmpiricalLengths, LengthDistribution, TruncatedLogNormal
+from minprfaas.scheduling.lengths import LengthDistribution, TruncatedLogNormal
 from minprfaas.scheduling.planner import (
     BINDING_STAGES, Fleet, Plan, first_token_times, plan, plan_least_loaded, round_thresholds, sensitivity, sweep)
 
@@ -17,12 +17,18 @@ LENGTHS = paper.paper_lengths()
 FLEET = paper.paper_fleet()
 
 
+def mean_above(lengths: LengthDistribution, of, threshold: float) -> float:
+    """E[f(L) | L > t], or 0 where no length is above."""
+    above = [of(length) for length in lengths.values if length > threshold]
+    return sum(above) / max(1, len(above))
+
+
 def rate_by_the_equations(fleet: Fleet, lengths: LengthDistribution, threshold: float, n_p: int) -> float:
     """Lambda_max of one point straight from equations 3 to 6, without running sums."""
     prfaas, pd = fleet.prfaas_profile, fleet.pd_profile
-    theta_prfaas = model.theta_prfaas(fleet.prfaas_instances, lengths.mean_above(prfaas.prefill_s, threshold),
-                                      fleet.link_gbps, lengths.mean_above(prfaas.kv_bytes, threshold))
-    theta_pdp = model.theta_pdp(n_p, lengths.mean_below(pd.prefill_s, threshold))
+    theta_prfaas = model.theta_prfaas(fleet.prfaas_instances, mean_above(lengths, prfaas.prefill_s, threshold),
+                                      fleet.link_gbps, mean_above(lengths, prfaas.kv_bytes, threshold))
+    theta_pdp = model.theta_pdp(n_p, lengths.mean(pd.prefill_s, threshold))
     theta_pdd = model.theta_pdd(fleet.pd_instances - n_p, pd.bs_max, pd.t_decode_s, fleet.output_tokens)
     return model.lambda_max(theta_prfaas, theta_pdp, theta_pdd, lengths.tail(threshold))
 
@@ -58,7 +64,7 @@ def test_no_other_point_of_the_grid_is_better_than_the_plan():
     rng = random.Random(1)
     for _ in range(6):
         fleet = some_fleet(rng)
-        lengths = EmpiricalLengths(LENGTHS.quantile(rng.random()) for _ in range(40))
+        lengths = LengthDistribution(LENGTHS.quantile(rng.random()) for _ in range(40))
         grid = [rng.randint(0, 100_000) for _ in range(12)]
         best = plan(fleet, lengths, grid=grid)
         rates = {(t, n): rate_by_the_equations(fleet, lengths, t, n) for t in grid for n in range(fleet.pd_instances)}
@@ -141,7 +147,7 @@ def test_sensitivity_says_what_more_of_each_kind_would_buy():
 
 
 def test_first_token_times_are_prefill_and_the_wire_and_one_step():
-    lengths = EmpiricalLengths([1024] * 85 + [131_072] * 15)
+    lengths = LengthDistribution([1024] * 85 + [131_072] * 15)
     split = plan(FLEET, lengths, threshold=50_000)
     mean_s, p90_s = first_token_times(FLEET, lengths, split)
     short_s = FLEET.pd_profile.prefill_s(1024) + 0.025
@@ -151,7 +157,7 @@ def test_first_token_times_are_prefill_and_the_wire_and_one_step():
 
 @pytest.mark.parametrize("longest, step", [(500, 1), (2999, 10), (128 * 1024, 100), (10**6, 1000)])
 def test_thresholds_are_round_numbers_from_zero_to_beyond_the_longest_length(longest, step):
-    thresholds = round_thresholds(EmpiricalLengths([1, longest]))
+    thresholds = round_thresholds(LengthDistribution([1, longest]))
     assert thresholds[:2] == [0, step] and thresholds[-2] <= longest < thresholds[-1] and len(thresholds) <= 1501
 
 

@@ -2,15 +2,15 @@
 
 from dataclasses import replace
 
-from minprfaas.scheduling.lengths import EmpiricalLengths
+from minprfaas.scheduling.lengths import LengthDistribution
 from minprfaas.scheduling.paper_case import paper_fleet, paper_lengths
 from minprfaas.scheduling.roles import COOLDOWN_S, SUSTAIN_S, RoleLoop
 from minprfaas.scheduling.router import NodeView
 from minprfaas.scheduling.threshold import Observation
 
 FLEET, LENGTHS = paper_fleet(), paper_lengths()
-SHORT = EmpiricalLengths([length * 0.4 for length in LENGTHS.values])  # decode becomes the bottleneck
-LONG = EmpiricalLengths([length * 2 for length in LENGTHS.values])  # prefill does
+SHORT = LengthDistribution([length * 0.4 for length in LENGTHS.values])  # decode becomes the bottleneck
+LONG = LengthDistribution([length * 2 for length in LENGTHS.values])  # prefill does
 BUSY = Observation(0.0, 4, 3, 5, 100.0, prefill_utilization=0.95, decode_utilization=0.95)
 
 
@@ -79,7 +79,7 @@ def test_after_a_conversion_the_same_traffic_does_not_convert_back():
 
 def test_each_role_keeps_its_last_node():
     seen = replace(BUSY, n_p=1, n_d=7)
-    assert first_change(RoleLoop(FLEET), EmpiricalLengths([200.0, 300.0]), seen=seen, pdp=(9,)) is None
+    assert first_change(RoleLoop(FLEET), LengthDistribution([200.0, 300.0]), seen=seen, pdp=(9,)) is None
 
 
 def test_nothing_is_converted_before_there_are_requests():

@@ -16,7 +16,7 @@ import pytest
 
 from minprfaas.errors import UserError
 from minprfaas.scheduling import paper_case as paper
-from minprfaas.scheduling.lengths import EmpiricalLengths
+from minprfaas.scheduling.lengths import LengthDistribution
 from minprfaas.scheduling.planner import plan
 from minprfaas.simulator import cluster
 from minprfaas.simulator.arrivals import (day_lengths, diurnal, drawn, from_trace, poisson, read_trace,
@@ -151,7 +151,7 @@ def test_when_lengths_shift_with_the_day_role_conversion_beats_a_fixed_split():
 def cache_reports(trace, n_p: int) -> list:
     answers = sum(request.output_tokens for request in trace) / len(trace)
     fleet = replace(FLEET, output_tokens=answers)
-    planned = plan(fleet, EmpiricalLengths(request.input_tokens for request in trace), n_p=n_p)
+    planned = plan(fleet, LengthDistribution(request.input_tokens for request in trace), n_p=n_p)
     speed = 1.05 * planned.lambda_max * trace[-1].arrival_s / len(trace)
     setup = Setup(fleet, n_p, planned.threshold, cache_blocks=2000)
     return [Simulation(replace(setup, cache_aware=aware), from_trace(trace, speed)).run() for aware in (False, True)]

@@ -107,7 +107,7 @@ def test_beyond_any_capacity_the_local_nodes_are_kept_below_saturation():
             loop.record(round(rng.choice(LENGTHS.values)))
         loop.update(seen(second, egress_gbps=4.0, scarce=True))
     local_share = 1 - LENGTHS.tail(loop.threshold)
-    local_s = LENGTHS.mean_below(FLEET.pd_profile.prefill_s, loop.threshold)
+    local_s = LENGTHS.mean(FLEET.pd_profile.prefill_s, loop.threshold)
     assert loop.threshold < best(4.0) / 1.5
     assert 0.75 < 5 * local_share * local_s / 3 < 1.0
 

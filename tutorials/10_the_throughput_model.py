@@ -24,7 +24,7 @@ from minprfaas import load
 from minprfaas.engine.measure import measure_decode, measure_prefill
 from minprfaas.observe.report import human_bytes, table
 from minprfaas.scheduling import paper_case as paper
-from minprfaas.scheduling.lengths import EmpiricalLengths
+from minprfaas.scheduling.lengths import LengthDistribution
 from minprfaas.scheduling.planner import first_token_times, plan, plan_least_loaded, sensitivity, sweep
 from minprfaas.scheduling.profiles import Profile
 from minprfaas.scheduling.throughput import kv_throughput_gbps, lambda_max, theta_pdd, theta_pdp, theta_prfaas
@@ -221,7 +221,7 @@ TTFT here is service without waiting: chapter 12 simulates the queues.
 options = [("as it is", best), *sensitivity(fleet, lengths)]
 thin = {gbps: plan(replace(fleet, link_gbps=gbps), lengths) for gbps in (20, 10, 5, 2)}
 options += [(f"a link of {gbps} Gbps", found) for gbps, found in thin.items()]
-half_cached = EmpiricalLengths(length / 2 for length in lengths.values)
+half_cached = LengthDistribution(length / 2 for length in lengths.values)
 options.append(("half of each prompt cached", plan(fleet, half_cached)))
 print("5. What would more buy?\n")
 print(table(["", "t", "N_p / N_d", "Λ_max", "against as it is", "binds"], [

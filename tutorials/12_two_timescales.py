@@ -27,7 +27,7 @@ from minprfaas.observe.report import table
 from minprfaas.observe.simulation_plots import draw_simulation
 from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.control import ControlPlane, NewThreshold
-from minprfaas.scheduling.lengths import EmpiricalLengths
+from minprfaas.scheduling.lengths import LengthDistribution
 from minprfaas.scheduling.planner import plan
 from minprfaas.scheduling.roles import BUSY, MIN_GAIN, SUSTAIN_S
 from minprfaas.scheduling.threshold import Damping
@@ -283,7 +283,7 @@ with tempfile.TemporaryDirectory() as scratch:
     write_conversations(Path(scratch) / "made_up.jsonl", requests=1500, rate_rps=3.4, seed=0)
     trace = read_trace(Path(scratch) / "made_up.jsonl")
 chat_fleet = replace(fleet, output_tokens=statistics.mean(request.output_tokens for request in trace))
-chat_plan = plan(chat_fleet, EmpiricalLengths(request.input_tokens for request in trace), n_p=4)
+chat_plan = plan(chat_fleet, LengthDistribution(request.input_tokens for request in trace), n_p=4)
 rows, cached = [], []
 for name, aware in (("cache-blind", False), ("cache-aware", True)):
     setup = Setup(chat_fleet, chat_plan.n_p, chat_plan.threshold, cache_aware=aware, cache_blocks=2000)

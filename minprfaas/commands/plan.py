@@ -12,7 +12,7 @@ from minprfaas.errors import UserError
 from minprfaas.observe.plots import draw_plan, prepare_plots
 from minprfaas.observe.report import table
 from minprfaas.scheduling import paper_case as paper
-from minprfaas.scheduling.lengths import EmpiricalLengths, LengthDistribution, TruncatedLogNormal
+from minprfaas.scheduling.lengths import LengthDistribution, TruncatedLogNormal
 from minprfaas.scheduling.planner import MAX_INSTANCES, Fleet, Plan, first_token_times, plan, sensitivity
 from minprfaas.scheduling.profiles import Profile
 from minprfaas.scheduling.throughput import egress_needed_gbps, kv_throughput_gbps
@@ -139,7 +139,7 @@ def _own_lengths(args: argparse.Namespace) -> LengthDistribution:
     if not args.trace:
         return TruncatedLogNormal(*args.lognormal) if args.lognormal else paper.paper_lengths()
     from minprfaas.simulator.arrivals import read_trace
-    return EmpiricalLengths(request.input_tokens for request in read_trace(args.trace))
+    return LengthDistribution(request.input_tokens for request in read_trace(args.trace))
 
 
 def _own_threshold(args: argparse.Namespace, lengths: LengthDistribution) -> float | None:

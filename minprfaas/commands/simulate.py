@@ -18,7 +18,7 @@ from minprfaas.observe.plots import prepare_plots
 from minprfaas.observe.report import table
 from minprfaas.observe.simulation_plots import draw_hit_ratios, draw_simulation
 from minprfaas.scheduling import paper_case as paper
-from minprfaas.scheduling.lengths import EmpiricalLengths, LengthDistribution
+from minprfaas.scheduling.lengths import LengthDistribution
 from minprfaas.scheduling.planner import MAX_GBPS, MAX_INSTANCES, Fleet, plan
 from minprfaas.scheduling.profiles import Profile
 from minprfaas.simulator.arrivals import bursty, day_lengths, diurnal, drawn, from_trace, poisson, read_trace
@@ -115,7 +115,7 @@ def _prepare(args: argparse.Namespace, trace: list[SimRequest]) -> tuple[Setup, 
     for option, least, most in LIMITS:
         require_number(f"--{option}", getattr(args, option.replace("-", "_")), least=least, most=most)
     fleet = _fleet(args, trace)
-    lengths = EmpiricalLengths(request.input_tokens for request in trace) if trace else paper.paper_lengths()
+    lengths = LengthDistribution(request.input_tokens for request in trace) if trace else paper.paper_lengths()
     longest = lengths.values[-1]
     if args.threshold is not None and not 0 <= args.threshold <= longest:
         raise UserError(f"--threshold {args.threshold:g} is outside the lengths; it must be from 0 to {longest:,.0f}")

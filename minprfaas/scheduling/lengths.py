@@ -7,7 +7,7 @@ slices of a formula. So a mean over the longer part is a difference of two runni
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from itertools import accumulate
-from math import exp, log
+from math import exp, inf, log
 from statistics import NormalDist
 
 from minprfaas.errors import UserError, require_number
@@ -17,10 +17,15 @@ SLICES = 4096  # of a formula: an error of about 0.01% in the means of the paper
 
 
 class LengthDistribution:
-    """Equally likely lengths in tokens; `values` must be sorted."""
+    """Equally likely lengths in tokens, observed in recent requests or a trace; `values` are in rising order. Raises
+    UserError when there are none, or one is no length."""
 
-    def __init__(self, values: Iterable[float]):
-        self.values = tuple(values)
+    def __init__(self, lengths: Iterable[float]):
+        self.values = tuple(sorted(lengths))
+        if not self.values:
+            raise UserError("the list of request lengths is empty; a distribution needs at least 1")
+        for length in (self.values[0], self.values[-1]):
+            require_number("a request length", length, least=0, most=MAX_TOKENS)
 
     def count_up_to(self, threshold: float) -> int:
         """How many of `values` are not above `threshold`."""
@@ -30,18 +35,9 @@ class LengthDistribution:
         """P(L > t)."""
         return 1 - self.count_up_to(threshold) / len(self.values)
 
-    def mean(self, of: Callable[[float], float]) -> float:
-        """E[f(L)]."""
-        return self.mean_above(of, -1)
-
-    def mean_above(self, of: Callable[[float], float], threshold: float) -> float:
-        """E[f(L) | L > t], or 0 where no length is above."""
-        values = self.values[self.count_up_to(threshold):]
-        return sum(map(of, values)) / max(1, len(values))
-
-    def mean_below(self, of: Callable[[float], float], threshold: float) -> float:
-        """E[f(L) | L <= t], or 0 where every length is above."""
-        values = self.values[:self.count_up_to(threshold)]
+    def mean(self, of: Callable[[float], float], up_to: float = inf) -> float:
+        """E[f(L) | L <= up_to], or 0 where every length is above."""
+        values = self.values[:self.count_up_to(up_to)]
         return sum(map(of, values)) / max(1, len(values))
 
     def running_means(self, of: Callable[[float], float]) -> list[float]:
@@ -51,18 +47,6 @@ class LengthDistribution:
     def quantile(self, fraction: float) -> float:
         """The length that `fraction` of the requests do not exceed."""
         return self.values[min(int(fraction * len(self.values)), len(self.values) - 1)]
-
-
-class EmpiricalLengths(LengthDistribution):
-    """Observed lengths (recent requests, or a trace). Raises UserError when there are none, or one is no length."""
-
-    def __init__(self, lengths: Iterable[float]):
-        lengths = list(lengths)
-        if not lengths:
-            raise UserError("the list of request lengths is empty; a distribution needs at least 1")
-        for length in lengths:
-            require_number("a request length", length, least=0, most=MAX_TOKENS)
-        super().__init__(sorted(lengths))
 
 
 class TruncatedLogNormal(LengthDistribution):

@@ -64,7 +64,7 @@ def h20_profile() -> Profile:
     """One instance of 8 H20, calibrated: `scale * T + offset` of the H200's times gives both published rates. (Least
     squares commutes with an affine map, so mapping the points maps the whole fitted curve.)"""
     fast, lengths = h200_profile(), paper_lengths()
-    fast_short_s, fast_mean_s = lengths.mean_below(fast.prefill_s, PUBLISHED_THRESHOLD), lengths.mean(fast.prefill_s)
+    fast_short_s, fast_mean_s = lengths.mean(fast.prefill_s, PUBLISHED_THRESHOLD), lengths.mean(fast.prefill_s)
     short_s = TABLE_6["prfaas_pd"]["n_p"] / TABLE_6["prfaas_pd"]["theta_pdp"]
     mean_s = TABLE_6["homogeneous"]["n_p"] / TABLE_6["homogeneous"]["theta_pdp"]
     scale = (mean_s - short_s) / (fast_mean_s - fast_short_s)

@@ -191,7 +191,7 @@ class _Search:
     def plan_at(self, threshold: float, n_p: int) -> Plan:
         """The plan of one point, from the means of each side of the threshold."""
         values, below = self.lengths.values, self.lengths.count_up_to(threshold)
-        p = 1 - below / len(values)
+        p = self.lengths.tail(threshold)
         prfaas_s, kv_bytes, pdp_s = self._loads(below)
         if p > 0:
             prfaas_s, kv_bytes = prfaas_s / p, kv_bytes / p

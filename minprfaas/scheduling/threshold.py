@@ -75,7 +75,7 @@ class ThresholdLoop:
 
     def lengths(self) -> LengthDistribution | None:
         """The recent incremental lengths; None while there are too few to say anything."""
-        return LengthDistribution(sorted(self._recent)) if len(self._recent) >= 64 else None
+        return LengthDistribution(self._recent) if len(self._recent) >= 64 else None
 
     def update(self, now: Observation) -> float:
         """Search if there is reason to; returns the threshold to route by. Call about once a second."""

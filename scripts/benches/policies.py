@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from minprfaas.observe.report import table
 from minprfaas.scheduling import paper_case as paper
-from minprfaas.scheduling.lengths import EmpiricalLengths
+from minprfaas.scheduling.lengths import LengthDistribution
 from minprfaas.scheduling.planner import Fleet, Plan, plan
 from minprfaas.simulator.arrivals import (day_lengths, diurnal, drawn, from_trace, poisson, read_trace,
                                           write_conversations)
@@ -146,7 +146,7 @@ def cache(args: argparse.Namespace) -> None:
         trace = read_trace(path)
     answers = sum(request.output_tokens for request in trace) / len(trace)
     fleet = replace(paper.paper_fleet(), output_tokens=answers)
-    planned = plan(fleet, EmpiricalLengths(request.input_tokens for request in trace), n_p=4)  # so that prefill binds
+    planned = plan(fleet, LengthDistribution(request.input_tokens for request in trace), n_p=4)  # so that prefill binds
     rate = len(trace) / trace[-1].arrival_s
     speed, runs = 1.05 * planned.lambda_max / rate, {}
     for name, aware in (("cache-blind routing", False), ("cache-aware routing", True)):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from minprfaas.observe.report import table
 from minprfaas.scheduling import paper_case as paper
-from minprfaas.scheduling.lengths import EmpiricalLengths
+from minprfaas.scheduling.lengths import LengthDistribution
 from minprfaas.scheduling.planner import plan, sensitivity
 
 RECENT = 4096  # incremental lengths that the short-term loop keeps
@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
     cases = {
         "the paper's case: profiles, lengths, search": lambda: plan(paper.paper_fleet(), paper.paper_lengths()),
         "all four deployments of table 6": paper.paper_plans,
-        f"threshold alone, {RECENT:,} recent lengths": lambda: plan(fleet, EmpiricalLengths(recent), n_p=3),
+        f"threshold alone, {RECENT:,} recent lengths": lambda: plan(fleet, LengthDistribution(recent), n_p=3),
         "sensitivity of the paper's case": lambda: sensitivity(fleet, lengths),
         "1,250 instances (450 + 800), both searched": lambda: plan(large, lengths),
     }

@@ -23,7 +23,7 @@ from minprfaas.observe.cores import Cores
 from minprfaas.observe.report import table
 from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.control import NewThreshold
-from minprfaas.scheduling.lengths import EmpiricalLengths
+from minprfaas.scheduling.lengths import LengthDistribution
 from minprfaas.scheduling.planner import plan
 from minprfaas.scheduling.roles import RoleChange
 from minprfaas.scheduling.scale import Scale
@@ -94,7 +94,7 @@ def loops(trace_path: str | None) -> list[Loop]:
         trace = read_trace(trace_path)[:TURNS]
     talk = replace(fleet, output_tokens=fmean(request.output_tokens for request in trace))
     drop, shift = plan(narrow, lengths), plan(fleet, lengths)
-    turns = plan(talk, EmpiricalLengths(request.input_tokens for request in trace), n_p=2)
+    turns = plan(talk, LengthDistribution(request.input_tokens for request in trace), n_p=2)
     weather = ((DROP_S[0], DROPPED * narrow.link_gbps), (DROP_S[1], narrow.link_gbps))
 
     def steady(rate_rps: float, seed: int) -> list[SimRequest]:
