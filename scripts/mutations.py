@@ -142,7 +142,7 @@ GUARDS: dict[str, tuple[str, ...]] = {
     "cluster/launch.py": ("test_topology.py", "test_launch.py"),
     "cluster/load.py": ("test_load.py",),
     "cluster/processes.py": ("test_launch.py", "test_two_datacenters.py", "test_two_datacenters_program.py"),
-    "cluster/pd_node.py": ("test_kv_arrives.py", "test_cluster_life.py"),
+    "cluster/worker.py": ("test_kv_arrives.py", "test_cluster_life.py"),
     "cluster/prefill_role.py": ("test_kv_arrives.py", "test_two_datacenters.py", "test_cluster_life.py"),
     "cluster/prefix_shipping.py": ("test_prefix_shipping.py",),
     "cluster/recovery.py": ("test_front_end.py", "test_cluster_life.py"),

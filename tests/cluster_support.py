@@ -10,8 +10,12 @@ import torch.distributed as dist
 from kv_oracle import KVOracle
 
 from minprfaas.cluster.launch import link_identity
-from minprfaas.cluster.processes import control_settings, pd_process, prfaas_process
-from minprfaas.config import CacheConfig, LineConfig, LinkConfig
+from minprfaas.cluster.decode_role import DecodeRole
+from minprfaas.cluster.mail import Mail
+from minprfaas.cluster.prefill_role import PrefillRole
+from minprfaas.cluster.processes import Process, control_settings, front_end, process, worker
+from minprfaas.cluster.topology import Topology
+from minprfaas.config import CacheConfig, LineConfig, LinkConfig, Role
 from minprfaas.engine.engine import Engine
 from minprfaas.scheduling.control import ControlPlane
 from minprfaas.transport import Link
@@ -20,6 +24,44 @@ from minprfaas.transport.wan.line import EmulatedLine
 
 DEADLINE_S = 60
 FAST = LinkConfig(lanes=2, chunk_bytes=4096)
+
+
+class SmallProcess(Process):
+    """Of the topology prfaas=1,pd=1, where a process has at most one of each role."""
+
+    @property
+    def prefill(self):
+        return next(worker.playing for worker in self.workers if isinstance(worker.playing, PrefillRole))
+
+    @property
+    def decode(self):
+        return next(worker.playing for worker in self.workers if isinstance(worker.playing, DecodeRole))
+
+
+def prfaas_process(engine, link, events, transfer_deadline_s, overlap=True, name="prfaas-0", wire=Wire(), relay=False):
+    """The PrfaaS node over a link whose events go into `events`. The link need not be connected yet."""
+    mail = Mail(events, wire)
+    _, pd = Topology(1, 1).two_places()
+    mail.add_link(link, pd.parts)
+    one = worker(name, Role.PRFAAS, engine, mail, transfer_deadline_s, overlap=overlap, relay=relay)
+    one.upkeep.introduce()
+    made = process(mail, None, [one])
+    return SmallProcess(made.node, made.front, made.workers)
+
+
+def pd_process(prefill_engine, decode_engine, links, events, plane, deadline_s, room_deadline_s=3600.0, wire=Wire(),
+               relay=False):
+    """The PD node and the front end over links, by PrfaaS node, whose events go into `events`. The engines share the
+    model, not the pool."""
+    mail = Mail(events, wire)
+    for name, link in links.items():
+        mail.add_link(link, [name])
+    front = front_end(plane, mail, decode_engine, deadline_s)
+    _, pd = Topology(1, 1).two_places()
+    workers = [worker(name, role, engine, mail, deadline_s, room_deadline_s, relay=relay)
+               for (name, role), engine in zip(pd.roles.items(), (prefill_engine, decode_engine))]
+    made = process(mail, front, workers)
+    return SmallProcess(made.node, made.front, made.workers)
 
 
 @contextmanager
@@ -51,7 +93,7 @@ def two_datacenters(model, tokenizer, threshold, link=FAST, line=LineConfig(), p
     thread.start()
     try:
         links[1].connect(DEADLINE_S)
-        plane = ControlPlane(control_settings(threshold, line.gbps, engines[1].layout, ship_prefixes))
+        plane = ControlPlane(control_settings(threshold, line.gbps, engines[1].layout, ship_prefixes=ship_prefixes))
         local = pd_process(engines[1], engines[2], {"prfaas-0": links[1]}, queues[1], plane, deadline_s, room_deadline_s,
                            wire, relay)
         step_until(local, lambda: "prfaas-0" in local.front.ready)
@@ -98,4 +140,4 @@ def kill(link):
 
 def nothing_in_use(process):
     """Whether no part of a process holds a block for a request."""
-    return all(role.engine.kvcache.stats().in_use == 0 for role in process.roles)
+    return all(worker.engine.kvcache.stats().in_use == 0 for worker in process.workers)

@@ -153,7 +153,7 @@ def _ordered(**change):
 ABSURD_MESSAGES = {
     PREFILL: [_said(message) for message in (
         messages.PrefillProgress("0", tokens=-5), messages.PrefillProgress("0", tokens=2**63),
-        messages.PrefillFailed("nobody", "", "lost"), messages.PrefixOrder(-1, [], -1), messages.PrefixOrder(1, [2**63 - 1], 0),
+        messages.Failed("nobody", "", "lost"), messages.PrefixOrder(-1, [], -1), messages.PrefixOrder(1, [2**63 - 1], 0),
         messages.PrefixAbort(7), messages.Abort("0"), messages.Serve("1", [1], 0, {}, "x", 1.0, "", 0), messages.Shutdown(),
         messages.PrefillDone("0", first_token=10**6, cached_tokens=0, queue_s=0.0, prefill_s=0.0, prefix_bytes=0))]
     + [_said(message, "front") for message in (
@@ -161,12 +161,12 @@ ABSURD_MESSAGES = {
         messages.TransferDone(["0"], kv_bytes=0, transfer_s=0, exposed_s=0),
         messages.CacheNews(sequence=-7, keys=["no hex"], tokens=[10**9], inventory=True),
         messages.CacheNews(sequence=2**60, keys=["a", "b"], tokens=[1], inventory=False),
-        messages.NodeReady("king", "abacus", num_blocks=-1), messages.PrefillLost("0", "says who", "lost"),
-        messages.TokenDrawn("0", 1, "x", "eos", ""), messages.ServeFailed("0", "x", "y"))]
+        messages.NodeReady("king", "abacus", num_blocks=-1), messages.Failed("0", "says who", "lost"),
+        messages.TokenDrawn("0", 1, "x", "eos", ""), messages.Failed("0", "x", "y"))]
     + [_said(messages.TokenDrawn("0", 1, "x", "eos", ""), "front", "pd-0/pdd"), _said(messages.Shutdown(), "nobody"),
        dict(type="Surprise"), {"to": "front", "from": "prfaas-0", "type": "PrefillOrder", "fields": {"id": "0"}}, {}],
     DECODE: [_ordered(**{"id": f"absurd {number}", "stream_id": 2**40 + 2 * number, **change})
              for number, change in enumerate(ABSURD_ORDERS)]
     + [_said(message, "prfaas-0", "pd-0/pdd") for message in (
-        messages.PrefillAbort("nobody"), messages.Goodbye(-1, ""), messages.PrefixOrder(3, [], 0))]
+        messages.Abort("nobody"), messages.Goodbye(-1, ""), messages.PrefixOrder(3, [], 0))]
     + [dict(type="PrefillDone"), {}]}

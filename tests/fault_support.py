@@ -19,14 +19,14 @@ from dataclasses import replace
 from datetime import timedelta
 
 import torch
-from cluster_support import kill, step_until
+from cluster_support import kill, pd_process, prfaas_process, step_until
 from fault_lanes import DECODE, PREFILL, ImpostorLane, NodeLane
 from test_transport_recovery import Fault
 from torch.distributed import TCPStore
 
 from minprfaas import SamplingParams, generate, load
 from minprfaas.cluster.launch import link_identity
-from minprfaas.cluster.processes import control_settings, pd_process, prfaas_process
+from minprfaas.cluster.processes import control_settings
 from minprfaas.config import CacheConfig, LineConfig, LinkConfig, StateKind
 from minprfaas.engine.engine import Engine
 from minprfaas.scheduling.control import ControlPlane
@@ -295,7 +295,7 @@ def _victim(rank: int, port: int, directory, config, line, secret, prompt) -> No
     process = pd_process(*engines, {"prfaas-0": link}, events, plane, DEADLINE_S)
     step_until(process, lambda: "prfaas-0" in process.front.ready)
     process.front.submit("0", prompt, PARAMS)
-    process.run()
+    step_until(process, lambda: not process.front.has_work)
     threading.Event().wait(DEADLINE_S)
 
 

@@ -8,9 +8,10 @@ import time
 from contextlib import contextmanager
 
 import pytest
+from cluster_support import pd_process
 
 from minprfaas import SamplingParams, generate
-from minprfaas.cluster.processes import control_settings, pd_process
+from minprfaas.cluster.processes import control_settings
 from minprfaas.config import CacheConfig
 from minprfaas.engine.engine import Engine
 from minprfaas.errors import RequestError
@@ -79,9 +80,9 @@ class House:
     @property
     def is_empty(self):
         """Whether no request is in the house, and no block is in use for one, on either side."""
-        roles = (self.process.prefill, self.process.decode)
-        return self.door.is_idle and not self.front.has_work and not any(role.has_work for role in roles) and \
-            all(role.engine.kvcache.stats().in_use == 0 for role in roles)
+        workers = self.process.workers
+        return self.door.is_idle and not self.front.has_work and not any(worker.has_work for worker in workers) and \
+            all(worker.engine.kvcache.stats().in_use == 0 for worker in workers)
 
     def close(self):
         """End the service, if it has not ended yet, and check that nothing is left in the house."""
@@ -92,9 +93,9 @@ class House:
             self.door.end_all(self.front, RequestError("shutting_down", "the test has ended"))
             self.service.join(0.01)
         self.step_until(lambda: self.is_empty)
-        for role in (self.process.prefill, self.process.decode):
-            role.upkeep.close()
-            role.engine.kvcache.check()
+        for worker in self.process.workers:
+            worker.upkeep.close()
+            worker.engine.kvcache.check()
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
-from cluster_support import DEADLINE_S, FAST, kill, nothing_in_use, serve, step_until, two_datacenters
+from cluster_support import (
+    DEADLINE_S, FAST, kill, nothing_in_use, pd_process, prfaas_process, serve, step_until, two_datacenters)
 from control_support import RecordingControlPlane, replay
 from test_two_datacenters import GREEDY, prompts_of, reference, tokens
 
@@ -19,8 +20,8 @@ from minprfaas.cluster.front_end import FrontEnd
 from minprfaas.cluster.launch import link_identity
 from minprfaas.cluster.mail import FRONT, Mail
 from minprfaas.cluster.node import PeerLost
-from minprfaas.cluster.processes import control_settings, pd_process, prfaas_process
-from minprfaas.config import CacheConfig, LineConfig, LinkSample, Role
+from minprfaas.cluster.processes import control_settings
+from minprfaas.config import CacheConfig, LineConfig, LinkSample
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.request import Status
 from minprfaas.scheduling import control
@@ -62,7 +63,7 @@ def test_a_peer_can_speak_for_its_own_parts_only():
     with no_link() as (link, mail):
         mail.add_local(FRONT)
         mail.add_link(link, ["prfaas-0"])
-        said = {sender: encode(Envelope(FRONT, sender, messages.PrefillLost("a", "x", "lost")))
+        said = {sender: encode(Envelope(FRONT, sender, messages.Failed("a", "x", "lost")))
                 for sender in ("prfaas-0", "pd-0/pdd", FRONT)}
         heard = {sender: mail.opened(MessageReceived(raw, link.name)) for sender, raw in said.items()}
         assert heard["prfaas-0"] is not None and heard["pd-0/pdd"] is None and heard[FRONT] is None
@@ -290,7 +291,7 @@ def drive(front, call, ids, keys_of):
             request = call.ask
             if request.id in ids:  # again, after a failure
                 journey = front.journeys[ids[request.id]]
-                front.hear(journey.decision.decode_node, messages.PrefillLost(journey.attempt, "its node failed", "lost"))
+                front.hear(journey.decision.decode_node, messages.Failed(journey.attempt, "its node failed", "lost"))
                 return
             ids[request.id] = f"r{len(ids)}"
             number = len(ids)

@@ -146,7 +146,7 @@ def test_a_word_of_another_node_than_the_one_that_decodes_is_not_believed():
     journey, serve = desk.submit("a", LONG)
     other = ({"pd-1", "pd-2"} - {journey.decision.decode_node}).pop()
     desk.front.hear(other, messages.TokenDrawn(serve.id, 5, "x", "", ""))
-    desk.front.hear(other, messages.ServeFailed(serve.id, "too_long", "x"))
+    desk.front.hear(other, messages.Failed(serve.id, "x", "too_long"))
     assert journey.output_ids == [] and not journey.is_finished
 
 
@@ -176,7 +176,7 @@ def test_a_request_whose_decode_node_is_lost_goes_on_at_another_with_the_tokens_
 def test_after_a_prefill_that_was_lost_its_node_is_avoided_until_it_comes_back():
     desk = Desk()
     journey, first = desk.submit("a", LONG)
-    desk.front.hear(journey.decision.decode_node, messages.PrefillLost(first.id, "the link broke", "lost"))
+    desk.front.hear(journey.decision.decode_node, messages.Failed(first.id, "the link broke", "lost"))
     ((_, serve),) = desk.said()
     assert (serve.prefill_node, journey.route, journey.fallback) == ("pd-0", "pdp", "the link broke")
     assert journey.avoid == {"prfaas-0"} and desk.loads["pd-0"] == 200 and "prfaas-0" not in desk.loads
@@ -188,7 +188,7 @@ def test_what_every_node_refuses_ends_in_the_routers_error():
     desk = Desk()
     journey, serve = desk.submit("a", LONG)
     for _ in range(2):
-        desk.front.hear(journey.decision.decode_node, messages.PrefillLost(journey.attempt, "too long", "refused"))
+        desk.front.hear(journey.decision.decode_node, messages.Failed(journey.attempt, "too long", "refused"))
     assert journey.error.kind == "no_node" and journey.finish_reason == "error" and desk.loads == {}
     assert [update.journey for update in desk.front.take_updates()] == [journey] and not desk.front.has_work
 
@@ -216,7 +216,7 @@ def test_a_request_that_fails_everywhere_ends_after_so_many_attempts():
         if journey.is_finished:
             break
         if journey.attempt:
-            desk.front.hear(journey.decision.decode_node, messages.PrefillLost(journey.attempt, "it broke", "lost"))
+            desk.front.hear(journey.decision.decode_node, messages.Failed(journey.attempt, "it broke", "lost"))
         desk.now_s += RETRY_S
         desk.front.step()
     assert journey.attempts == MOST_ATTEMPTS and f"{MOST_ATTEMPTS} attempts failed" in str(journey.error)

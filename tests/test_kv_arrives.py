@@ -5,7 +5,7 @@ from kv_oracle import KVOracle
 from test_two_datacenters import GREEDY, prompts_of
 from world import World
 
-from minprfaas.cluster.messages import PrefillAbort
+from minprfaas.cluster.messages import Abort
 from minprfaas.config import CacheConfig, StateKind
 from minprfaas.engine.engine import Engine
 
@@ -57,7 +57,7 @@ def test_a_prefill_ends_at_once_when_its_decode_node_gives_it_up_and_at_nobody_e
         world.submit(prompts_of(400), GREEDY)
         prefill = world.part("prfaas-0")
         world.step_until(lambda: "0#1" in prefill.prefills and prefill.engine.prefilled_tokens)
-        prefill.hear("pd-7", PrefillAbort("0#1"))
+        prefill.hear("pd-7", Abort("0#1"))
         assert "0#1" in prefill.prefills
         world.front.abort("0")
         world.step_until(lambda: "0#1" not in prefill.prefills and not prefill.has_work)

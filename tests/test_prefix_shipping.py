@@ -184,11 +184,11 @@ def test_a_prefix_that_takes_too_long_or_is_wanted_no_more_is_given_up_on_both_s
         abundant(local)
         receiver = (remote if direction is prefix_only_here else local).prefill
         for part in (local.prefill, local.decode, remote.prefill):
-            part.prefixes.deadline_s = 10 * DEADLINE_S  # each side must be told
+            part.upkeep.prefixes.deadline_s = 10 * DEADLINE_S  # each side must be told
         if end == "deadline":
-            receiver.prefixes.deadline_s = 0.05
+            receiver.upkeep.prefixes.deadline_s = 0.05
         journey = local.front.submit("last", LONGER, GREEDY)
-        step_until(local, lambda: receiver.prefixes)
+        step_until(local, lambda: receiver.upkeep.prefixes)
         assert journey.decision.transfer is not None
         if end == "client":
             local.front.abort("last")

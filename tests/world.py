@@ -15,14 +15,10 @@ import pytest
 from kv_oracle import KVOracle
 
 from minprfaas import generate
-from minprfaas.cluster.decode_role import DecodeRole
 from minprfaas.cluster.front_end import FrontEnd
 from minprfaas.cluster.mail import FRONT, Mail
 from minprfaas.cluster.node import Node
-from minprfaas.cluster.pd_node import PDNode
-from minprfaas.cluster.prefill_role import PrefillRole
-from minprfaas.cluster.processes import control_settings
-from minprfaas.cluster.relay import RelayedDecodeRole, RelayingPrefillRole
+from minprfaas.cluster.processes import control_settings, worker
 from minprfaas.config import CacheConfig, Role
 from minprfaas.engine.engine import Engine
 from minprfaas.scheduling import control
@@ -153,11 +149,7 @@ class World:
         """A new process of that name, with an empty cache."""
         events, engine, role = queue.SimpleQueue(), self._engine(), self.roles[name]
         mail = Mail(events)
-        if role is Role.PRFAAS:
-            part = (RelayingPrefillRole if self.relay else PrefillRole)(name, role, engine, mail, self.deadline_s)
-        else:
-            part = PDNode(name, role, engine, mail, self.deadline_s, self.deadline_s,
-                          decodes=RelayedDecodeRole if self.relay else DecodeRole)
+        part = worker(name, role, engine, mail, self.deadline_s, self.deadline_s, relay=self.relay)
         machine = Machine(name, events, part, Node(mail, [part]))
         for other in list(self.machines):
             if not self.machines[other].is_stopped:
@@ -217,7 +209,7 @@ class World:
 
     def roles_now(self):
         """What each PD node plays."""
-        return {name: machine.part.role for name, machine in self.machines.items() if isinstance(machine.part, PDNode)}
+        return {name: machine.part.upkeep.role for name, machine in self.machines.items() if name.startswith("pd-")}
 
     # Time goes on
 
@@ -250,8 +242,7 @@ class World:
 
     def part(self, name):
         """What the node plays now: a prefill or a decode role."""
-        part = self.machines[name].part
-        return part.part if isinstance(part, PDNode) else part
+        return self.machines[name].part.playing
 
     @property
     def is_empty(self):

@@ -12,13 +12,11 @@ from dataclasses import dataclass
 
 from minprfaas.cluster import messages
 from minprfaas.cluster.kv_receive import KVReceive
-from minprfaas.cluster.mail import FRONT, Mail
+from minprfaas.cluster.mail import FRONT
 from minprfaas.cluster.node import Happening, PeerLost
 from minprfaas.cluster.snapshot_arrivals import SnapshotArrivals
 from minprfaas.cluster.stream_plans import stream_plan
 from minprfaas.cluster.upkeep import Upkeep
-from minprfaas.config import Role
-from minprfaas.engine.engine import Engine
 from minprfaas.engine.request import Request, TokenUpdate
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import UserError
@@ -44,16 +42,14 @@ class Serving:
 class DecodeRole:
     """Serves `Serve`s. `room_deadline_s` is how long a request may wait for blocks here."""
 
-    def __init__(self, name: str, engine: Engine, mail: Mail, room_deadline_s: float, transfer_deadline_s: float,
-                 upkeep: Upkeep | None = None):
-        self.name, self.engine, self.room_deadline_s = name, engine, room_deadline_s
+    def __init__(self, upkeep: Upkeep, room_deadline_s: float):
+        self.name, self.engine, self.room_deadline_s = upkeep.name, upkeep.engine, room_deadline_s
         self.servings: dict[str, Serving] = {}
-        self.upkeep = upkeep or Upkeep(name, Role.PDD, engine, mail, transfer_deadline_s)
-        self.prefixes = self.upkeep.prefixes
-        self._mail, self._kvcache, self._clock = mail, engine.kvcache, engine.clock
+        self.upkeep, self._mail = upkeep, upkeep.mail
+        self._kvcache, self._clock = self.engine.kvcache, self.engine.clock
         self._for_room: deque[Serving] = deque()
         self._by_stream: dict[int, Serving] = {}  # of the streams that have not ended
-        self._snapshots = SnapshotArrivals(engine.kvcache, mail, engine.clock)
+        self._snapshots = SnapshotArrivals(self._kvcache, self._mail, self._clock)
         self._stream_ids = itertools.count(secrets.randbits(32) << 16)
 
     @property
@@ -64,7 +60,7 @@ class DecodeRole:
     @property
     def has_work(self) -> bool:
         """Whether a request or a stream is under way."""
-        return bool(self.servings or self.prefixes or self._snapshots or self.engine.has_work)
+        return bool(self.servings or self.upkeep.prefixes or self._snapshots or self.engine.has_work)
 
     def hear(self, sender: str, message: messages.Message) -> None:
         """Take a message."""
@@ -73,16 +69,13 @@ class DecodeRole:
                 self._accept(message)
             case messages.Abort(id=id) if sender == FRONT and id in self.servings:
                 self._forget(self.servings[id])
-            case messages.PrefillProgress(id=id) | messages.PrefillDone(id=id) | messages.PrefillFailed(id=id):
+            case messages.PrefillProgress(id=id) | messages.PrefillDone(id=id) | messages.Failed(id=id):
                 serving = self.servings.get(id)
                 if serving is not None and serving.kv is not None and serving.serve.prefill_node == sender:
                     self._hear_prefill_node(serving, message)
-            case _:
-                self.upkeep.hear(sender, message)
 
     def notice(self, happening: Happening) -> None:
         """Take what has happened to a stream or to a peer."""
-        self.upkeep.notice(happening)
         match happening:
             case PeerLost(name=name, reason=reason):
                 for serving in list(self.servings.values()):
@@ -105,7 +98,6 @@ class DecodeRole:
         for serving in list(self.servings.values()):
             if self._clock() > serving.deadline_at_s:
                 self._overdue(serving)
-        self.upkeep.step()
 
     # From the front end's word to the order
 
@@ -118,7 +110,7 @@ class DecodeRole:
                               answered_tokens=serve.answered_tokens)
             self.engine.check_fits(request)
         except UserError as error:
-            return self._tell(messages.ServeFailed(serve.id, "too_long", str(error)))
+            return self._tell(messages.Failed(serve.id, str(error), "too_long"))
         serving = self.servings[serve.id] = Serving(request, serve, now_s, now_s + self.room_deadline_s)
         self._for_room.append(serving)
 
@@ -158,7 +150,7 @@ class DecodeRole:
         match message:
             case messages.PrefillProgress(tokens=tokens):
                 serving.prefilled_tokens = tokens
-            case messages.PrefillFailed(reason=reason, cause=cause):
+            case messages.Failed(reason=reason, cause=cause):
                 self._lose_prefill(serving, reason, cause=cause)
             case messages.PrefillDone():
                 serving.done = message
@@ -198,14 +190,14 @@ class DecodeRole:
         """The prefill will not complete: keep what has arrived, and let the front end begin another attempt."""
         self._forget(serving, arrived_end)
         self.upkeep.tell_news()  # first: who routes the request again should know what has arrived
-        self._tell(messages.PrefillLost(serving.request.id, reason, cause))
+        self._tell(messages.Failed(serving.request.id, reason, cause))
 
     def _overdue(self, serving: Serving) -> None:
         if serving.kv is not None:
             return self._lose_prefill(serving, f"deadline of {serving.serve.deadline_s:g} s passed")
         self._forget(serving)
         reason = f"no room in the KVCache pool within {self.room_deadline_s:g} s"
-        self._tell(messages.ServeFailed(serving.request.id, "no_room", reason))
+        self._tell(messages.Failed(serving.request.id, reason, "no_room"))
 
     def _forget(self, serving: Serving, arrived_end: int = 0) -> None:
         """The attempt ends here, in whatever state: free what it holds on both sides. Full blocks that have arrived
@@ -214,7 +206,7 @@ class DecodeRole:
         if serving in self._for_room:
             self._for_room.remove(serving)
         if kv is not None:
-            self._mail.send(self.name, serving.serve.prefill_node, messages.PrefillAbort(request.id))
+            self._mail.send(self.name, serving.serve.prefill_node, messages.Abort(request.id))
             if self._by_stream.pop(kv.plan.stream_id, None) is not None:
                 arrived_end = kv.give_up() or 0  # no byte is written after this
             elif kv.has_arrived:

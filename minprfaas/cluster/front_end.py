@@ -163,13 +163,13 @@ class FrontEnd:
                 self._tell_plane(control.DecodeStarted(journey.id))
             case messages.TokenDrawn():
                 self._take_token(journey, message)
-            case messages.PrefillLost():
+            case messages.Failed(cause="too_long" | "no_room" as kind, reason=reason):
+                self._fail(journey, RequestError(kind, reason))
+            case messages.Failed():
                 missing = recovery.prefill_failed(journey, message, self._block_tokens)
                 if missing is not None:
                     self._tell_plane(missing)
                 self._begin_again(journey)
-            case messages.ServeFailed(kind=kind, reason=reason):
-                self._fail(journey, RequestError(kind, reason))
 
     # A request's way
 

@@ -78,11 +78,12 @@ class TokenDrawn:
 
 
 @dataclass(frozen=True)
-class PrefillLost:
-    """Decode node -> front end: the prefill will not complete, and this attempt is forgotten; begin another one.
+class Failed:
+    """Prefill node -> decode node -> front end: this attempt comes to nothing, and is forgotten.
 
     `cause`: the prefill was "lost" with its node or on the way; its node has "refused" it and always will; or the node
-    is well, but the cached prefix that was to be shipped to it did not come ("no_prefix")."""
+    is well, but the cached prefix that was to be shipped to it did not come ("no_prefix"). Another attempt follows,
+    unless it is the decode node that can never ("too_long") or not soon enough ("no_room") hold the request."""
 
     id: str
     reason: str
@@ -90,17 +91,8 @@ class PrefillLost:
 
 
 @dataclass(frozen=True)
-class ServeFailed:
-    """Decode node -> front end: this request ends here, without its answer, for this reason."""
-
-    id: str
-    kind: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class Abort:
-    """Front end -> decode node: the client has gone; forget this request."""
+    """Front end -> decode node -> prefill node: nobody waits for this request; forget it."""
 
     id: str
 
@@ -162,23 +154,6 @@ class TransferDone:
     exposed_s: float
 
 
-@dataclass(frozen=True)
-class PrefillFailed:
-    """Prefill node -> decode node: this request cannot be prefilled here, for this reason (see `PrefillLost`)."""
-
-    id: str
-    reason: str
-    cause: str
-
-
-@dataclass(frozen=True)
-class PrefillAbort:
-    """Decode node -> prefill node: forget this request."""
-
-    id: str
-
-
 Message = (NodeReady | Introduce | ChangeRole | CacheNews | SendInventory | Shutdown | TimelinePart | NodeFigures
-           | Goodbye | Serve | Progress | Prefilled | Started | TokenDrawn | PrefillLost | ServeFailed | Abort
-           | PrefillOrder | PrefillProgress | PrefillDone | TransferDone | PrefillFailed | PrefillAbort | PrefixOrder
-           | PrefixAbort | RelayOver | LinkSample)
+           | Goodbye | Serve | Progress | Prefilled | Started | TokenDrawn | Failed | Abort | PrefillOrder
+           | PrefillProgress | PrefillDone | TransferDone | PrefixOrder | PrefixAbort | RelayOver | LinkSample)

@@ -9,13 +9,11 @@ from enum import Enum
 
 from minprfaas.cluster import messages
 from minprfaas.cluster.kv_send import KVSend
-from minprfaas.cluster.mail import FRONT, Mail
+from minprfaas.cluster.mail import FRONT
 from minprfaas.cluster.node import Happening, PeerLost
 from minprfaas.cluster.prefix_shipping import Fetch
 from minprfaas.cluster.stream_plans import snapshot_plan, stream_plan
 from minprfaas.cluster.upkeep import Upkeep
-from minprfaas.config import Role
-from minprfaas.engine.engine import Engine
 from minprfaas.engine.request import Request, Status, TokenUpdate
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import UserError
@@ -54,16 +52,14 @@ class Prefill:
 class PrefillRole:
     """Serves `PrefillOrder`s. `overlap` False ships KVCache only after prefill, for comparison."""
 
-    def __init__(self, name: str, role: Role, engine: Engine, mail: Mail, transfer_deadline_s: float,
-                 overlap: bool = True, upkeep: Upkeep | None = None):
-        self.name, self.engine, self.overlap = name, engine, overlap
-        self.deadline_s = transfer_deadline_s
+    def __init__(self, upkeep: Upkeep, overlap: bool = True):
+        self.name, self.engine, self.overlap = upkeep.name, upkeep.engine, overlap
+        self.deadline_s = upkeep.transfer_deadline_s
         self.prefills: dict[str, Prefill] = {}
         self.drawn: list[TokenUpdate] = []  # in the last step
         self._ended: list[Prefill] = []  # the decode node knows it, but a stream may have to let go of the blocks
-        self.upkeep = upkeep or Upkeep(name, role, engine, mail, transfer_deadline_s)
-        self.prefixes = self.upkeep.prefixes
-        self._mail, self._kvcache, self._clock = mail, engine.kvcache, engine.clock
+        self.upkeep, self._mail = upkeep, upkeep.mail
+        self._kvcache, self._clock = self.engine.kvcache, self.engine.clock
 
     @property
     def is_ready(self) -> bool:
@@ -73,21 +69,18 @@ class PrefillRole:
     @property
     def has_work(self) -> bool:
         """Whether a prefill or a stream is under way."""
-        return bool(self.prefills or self._ended or self.prefixes or self.engine.has_work)
+        return bool(self.prefills or self._ended or self.upkeep.prefixes or self.engine.has_work)
 
     def hear(self, sender: str, message: messages.Message) -> None:
         """Take a message."""
         match message:
             case messages.PrefillOrder():
                 self._accept(sender, message)
-            case messages.PrefillAbort(id=id) if id in self.prefills and self.prefills[id].decode_node == sender:
+            case messages.Abort(id=id) if id in self.prefills and self.prefills[id].decode_node == sender:
                 self._drop(self.prefills[id])
-            case _:
-                self.upkeep.hear(sender, message)
 
     def notice(self, happening: Happening) -> None:
         """Take what has happened to a stream or to a peer."""
-        self.upkeep.notice(happening)
         if isinstance(happening, PeerLost):
             for prefill in list(self.prefills.values()):
                 if prefill.decode_node == happening.name:
@@ -102,7 +95,6 @@ class PrefillRole:
         for prefill in [*self.prefills.values(), *self._ended]:
             self._let_go(prefill)
         self._ended = [prefill for prefill in self._ended if prefill.sending]
-        self.upkeep.step()
 
     # An order's life
 
@@ -120,12 +112,12 @@ class PrefillRole:
             plan = stream_plan(layout, order.stream_id, order.start, len(order.token_ids), wire)
             snapshot = snapshot_plan(layout, order.snapshot_stream_id, order.snapshot_at) if order.snapshot_at else None
         except (UserError, TypeError, ValueError) as error:
-            return self._mail.send(self.name, sender, messages.PrefillFailed(order.id, str(error), "refused"))
+            return self._mail.send(self.name, sender, messages.Failed(order.id, str(error), "refused"))
         now_s = self._clock()
         prefill = Prefill(order, plan, snapshot, sender, request, now_s, now_s + order.deadline_s)
         self.prefills[order.id] = prefill
         if 0 < order.prefix_tokens < len(order.token_ids):
-            prefill.fetch = self.prefixes.fetch(order.token_ids[:order.prefix_tokens + 1], order.prefix_source)
+            prefill.fetch = self.upkeep.prefixes.fetch(order.token_ids[:order.prefix_tokens + 1], order.prefix_source)
         if prefill.fetch is None:
             self.engine.add(request)
         else:
@@ -223,13 +215,13 @@ class PrefillRole:
         self._end(prefill)
 
     def _fail(self, prefill: Prefill, reason: str, cause: str = "lost") -> None:
-        self._tell(prefill, messages.PrefillFailed(prefill.order.id, reason, cause))
+        self._tell(prefill, messages.Failed(prefill.order.id, reason, cause))
         self._drop(prefill)
 
     def _drop(self, prefill: Prefill) -> None:
         """Nobody waits for this prefill any more: compute no further, and let its streams end."""
         if prefill.stage is Stage.FETCHING:
-            self.prefixes.give_up(prefill.fetch)
+            self.upkeep.prefixes.give_up(prefill.fetch)
         for stream in prefill.sending:
             stream.abort()
         self.engine.abort(prefill.request)

@@ -20,7 +20,7 @@ WAIT_FOR_NODE_S = 3600.0  # how long a request may wait for a node that can take
 RETRY_S = 0.5  # between looks at whether there is one
 
 
-def prefill_failed(journey: Journey, lost: messages.PrefillLost, block_tokens: int) -> PrefixMissing | None:
+def prefill_failed(journey: Journey, lost: messages.Failed, block_tokens: int) -> PrefixMissing | None:
     """Note that the newest attempt's prefill will not complete: the next one goes to another node, or (where only the
     cached prefix did not come) is decided anew without that prefix, which the control plane is to hear of."""
     decision = journey.decision

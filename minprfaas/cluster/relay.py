@@ -54,7 +54,7 @@ class RelayingPrefillRole(PrefillRole):
     def hear(self, sender: str, message: messages.Message) -> None:
         """See `PrefillRole.hear`."""
         super().hear(sender, message)
-        if isinstance(message, messages.RelayOver | messages.PrefillAbort):
+        if isinstance(message, messages.RelayOver | messages.Abort):
             self._end_relays(lambda prefill: (prefill.order.id, prefill.decode_node) == (message.id, sender))
 
     def notice(self, happening: Happening) -> None:

@@ -28,9 +28,10 @@ class Upkeep:
         self.is_stopping = False  # the front end sends no more requests
         self.front_gone_at_s: float | None = None  # since when there is nobody to work for
         self.threads = ThreadPoolExecutor(STREAMS_AT_ONCE, thread_name_prefix=f"{name} send")
+        self.name, self.engine, self.mail, self.transfer_deadline_s = name, engine, mail, transfer_deadline_s
         self.prefixes = PrefixShipping(name, engine.kvcache, mail, self.threads, engine.clock, transfer_deadline_s)
         self.role = role
-        self._name, self._engine, self._mail, self._ledger = name, engine, mail, engine.kvcache.ledger
+        self._ledger = engine.kvcache.ledger
         self._ledger.take_news()  # from now on there are some
         self._sequence = 0  # of the last cache event told
         self._told: dict[str, LinkSample] = {}  # the last of each link
@@ -57,7 +58,7 @@ class Upkeep:
             case PeerLost(name=name):
                 self.prefixes.peer_lost(name)
                 if name == FRONT:
-                    self.front_gone_at_s = self._engine.clock()
+                    self.front_gone_at_s = self.engine.clock()
             case PeerReturned(name=name):
                 if name == FRONT:
                     self.is_stopping, self.front_gone_at_s = False, None
@@ -69,7 +70,7 @@ class Upkeep:
         """Look after the prefixes, tell the news and, now and then, how things stand."""
         self.prefixes.step()
         self.tell_news()
-        if self._engine.clock() - self._figures_at_s >= FIGURES_S:
+        if self.engine.clock() - self._figures_at_s >= FIGURES_S:
             self._tell_figures()
 
     def close(self) -> None:
@@ -78,24 +79,24 @@ class Upkeep:
 
     def introduce(self) -> None:
         """Say who is here. The front end then asks for an inventory."""
-        device, blocks = str(self._engine.model.device), self._ledger.num_blocks
+        device, blocks = str(self.engine.model.device), self._ledger.num_blocks
         self._tell(messages.NodeReady(self.role.value, device, blocks))
 
     def mark_stream(self, stream_id: int, request_id: str) -> None:
         """Note on the timeline whose KVCache a stream carries: lanes know only its number."""
-        if self._engine.timeline is not None:
-            self._engine.timeline.instant("streams", "stream opened", self._engine.clock(), stream=stream_id,
+        if self.engine.timeline is not None:
+            self.engine.timeline.instant("streams", "stream opened", self.engine.clock(), stream=stream_id,
                                           request=request_id)
 
     def say_goodbye(self) -> None:
         """The last words: the timeline, what this process did and took, and whether its books are right."""
-        events = self._engine.timeline.events() if self._engine.timeline else []
+        events = self.engine.timeline.events() if self.engine.timeline else []
         for first in range(0, len(events), TIMELINE_PART):
             self._tell(messages.TimelinePart(events[first:first + TIMELINE_PART]))
         self._tell_figures()
-        pace = getattr(self._engine.runner, "pace", None)
+        pace = getattr(self.engine.runner, "pace", None)
         kept = (pace.allowed_s, pace.needed_s, pace.late_s) if pace is not None else ()
-        self._tell(messages.Goodbye(peak_memory_bytes(self._engine.model.device), self._wrong_in_books(), *kept))
+        self._tell(messages.Goodbye(peak_memory_bytes(self.engine.model.device), self._wrong_in_books(), *kept))
 
     def tell_news(self) -> None:
         """Cache events since the last time, and what the links to the other datacenter carry away."""
@@ -103,9 +104,9 @@ class Upkeep:
         if news:
             self._tell_cache(self._sequence + 1, news, inventory=False)
             self._sequence += len(news)
-        if self.role is Role.PDD and self._mail.has_role_besides(self._name):  # which tells of the links
+        if self.role is Role.PDD and self.mail.has_role_besides(self.name):  # which tells of the links
             return
-        for link in self._mail.links_between_sites:
+        for link in self.mail.links_between_sites:
             samples = link.stats().samples
             if samples and self._is_news(samples[-1], self._told.get(link.name)):
                 self._told[link.name] = samples[-1]
@@ -119,7 +120,7 @@ class Upkeep:
         return carries or sample.time_s - told.time_s >= FIGURES_S
 
     def _tell_figures(self) -> None:
-        engine, stats = self._engine, self._engine.kvcache.stats()
+        engine, stats = self.engine, self.engine.kvcache.stats()
         self._figures_at_s = engine.clock()
         self._tell(messages.NodeFigures(
             self._figures_at_s - self._began_at_s, engine.computed_s, engine.prefilled_tokens, engine.decoded_tokens,
@@ -127,10 +128,10 @@ class Upkeep:
 
     def _wrong_in_books(self) -> str:
         try:
-            self._engine.kvcache.check()
+            self.engine.kvcache.check()
         except RuntimeError as error:
             return str(error)
-        in_use = self._engine.kvcache.stats().in_use
+        in_use = self.engine.kvcache.stats().in_use
         return f"{in_use} blocks are held for nobody" if in_use else ""
 
     def _tell_inventory(self) -> None:
@@ -143,7 +144,7 @@ class Upkeep:
         self._tell(messages.CacheNews(sequence, keys, tokens, inventory))
 
     def _tell(self, message: messages.Message) -> None:
-        self._mail.send(self._name, FRONT, message)
+        self.mail.send(self.name, FRONT, message)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -21,7 +21,6 @@ from minprfaas.errors import UserError, require_number
 from minprfaas.scheduling.control import ControlPlane, ControlSettings
 from minprfaas.scheduling.planner import Fleet
 from minprfaas.scheduling.profiles import Profile
-from minprfaas.scheduling.roles import SUSTAIN_S
 from minprfaas.scheduling.scale import Scale
 from minprfaas.transport.encoding import Encoding
 from minprfaas.transport.wan.line import load_weather
@@ -97,10 +96,7 @@ class Run:
     encoding: Encoding  # of rows of attention state between the datacenters
     fleet: Fleet | None  # with a profile: what the threshold loop plans for
     emulation: Emulation | None = None
-    convert_roles: bool = False  # PD nodes change their role with the load, …
-    sustain_s: float = SUSTAIN_S  # … when it has asked for that for so long
-    adaptive: bool = True  # the threshold follows the link, where there is a fleet
-    selective: bool = True  # or else the least loaded node prefills
+    policy: Mapping[str, bool | float] = field(default_factory=dict)  # fields of `ControlSettings`
     plane: Callable[[ControlSettings], ControlPlane] = ControlPlane  # of one PrfaaS datacenter
     site_lines: Mapping[str, LineConfig] = field(default_factory=dict)  # of PrfaaS datacenters with a line of their own
 
@@ -150,7 +146,8 @@ def checked(args: argparse.Namespace, topology: Topology) -> Run:
         fleet = Fleet(topology.prfaas, max(topology.pd, 2), line_gbps or UNTHROTTLED_GBPS, *profiles, answer_tokens,
                       args.relay)
     line = LineConfig(line_gbps, args.rtt_ms, weather)
-    return Run(args, topology, link, line, prompts, load, Encoding(args.wire), fleet, emulation)
+    policy = dict(adaptive=fleet is not None)  # the threshold follows the link
+    return Run(args, topology, link, line, prompts, load, Encoding(args.wire), fleet, emulation, policy)
 
 
 def _checked_emulation(args: argparse.Namespace) -> Emulation | None:

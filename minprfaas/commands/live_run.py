@@ -9,8 +9,7 @@ from minprfaas.cluster.launch import (StoreAddress, emulated_line, link_identity
                                       wait_for_the_front_end)
 from minprfaas.cluster.mail import Mail
 from minprfaas.cluster.neighbours import Neighbours
-from minprfaas.cluster.processes import (UNTHROTTLED_GBPS, Process, control_settings, front_end, process,
-                                          roles_of)
+from minprfaas.cluster.processes import UNTHROTTLED_GBPS, Process, control_settings, front_end, process, worker
 from minprfaas.cluster.topology import Place
 from minprfaas.commands.answers import wire_share
 from minprfaas.commands.live_options import Run
@@ -89,14 +88,14 @@ def _play(run: Run, seat: Seat, outputs: dict[str, OutputFile], drive: Drive | N
         if fleet is not None:
             share = wire_share(engine.layout, wire)
             fleet = replace(fleet, prfaas_profile=fleet.prfaas_profile.encoded(share))
-        settings = control_settings(args.threshold, run.line.gbps, engine.layout, args.ship_prefixes, fleet)
-        settings = replace(settings, adaptive=settings.adaptive and run.adaptive, selective=run.selective,
-                           convert_roles=run.convert_roles, sustain_s=run.sustain_s)
+        settings = control_settings(args.threshold, run.line.gbps, engine.layout, ship_prefixes=args.ship_prefixes,
+                                    fleet=fleet, **run.policy)
         gbps = {site: line.gbps or UNTHROTTLED_GBPS for site, line in run.lines.items()}
         plane = run.plane(settings) if len(gbps) < 2 else SitesControlPlane(settings, gbps)
         front = front_end(plane, mail, engine, args.deadline_s)
-    roles = roles_of(here, engines.new, mail, args.deadline_s, overlap=not args.no_overlap, relay=args.relay)
-    made = process(mail, front, roles)
+    workers = [worker(name, role, engines.new(), mail, args.deadline_s, overlap=not args.no_overlap, relay=args.relay)
+               for name, role in here.roles.items()]
+    made = process(mail, front, workers)
     lines = {site: emulated_line(run.line_between(here.site, site), store, here.site, site)
              for site in {place.site for place in seat.places} - {here.site}}
     identity = link_identity(engine.model, engine.layout)

@@ -11,7 +11,9 @@ from collections.abc import Callable
 import torch
 
 from minprfaas.cluster.journey import Update
-from minprfaas.cluster.processes import Process, control_settings, pd_process
+from minprfaas.cluster.mail import Mail
+from minprfaas.cluster.processes import Process, control_settings, front_end, process, worker
+from minprfaas.cluster.topology import Topology
 from minprfaas.config import CacheConfig
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.generate import pool_for
@@ -65,27 +67,27 @@ def run(args: argparse.Namespace) -> int:
     listener = listen(args.host, args.port)  # before the model is loaded: a port that is taken is said at once
     model, tokenizer = load(args.model, getattr(torch, args.dtype), args.device)
     served = Served.of(args.model or EMBEDDED, model.config, tokenizer, args.chat_template)
-    process = one_process(args, model, tokenizer)
-    print(f"two pools of {human_bytes(process.decode.engine.kvcache.pool.bytes.nbytes)}, for prefill and for decode")
+    made = one_process(args, model, tokenizer)
+    print(f"two pools of {human_bytes(made.workers[0].engine.kvcache.pool.bytes.nbytes)}, for prefill and for decode")
 
     def step() -> list[Update]:
-        process.node.step()
-        process.front.take_actions()  # of nodes that neither come nor go there is nothing to tell
-        return process.front.take_updates()
+        made.node.step()
+        made.front.take_actions()  # of nodes that neither come nor go there is nothing to tell
+        return made.front.take_updates()
 
-    return serve_until_signal(args, listener, served, process, step)
+    return serve_until_signal(args, listener, served, made, step)
 
 
-def serve_until_signal(args: argparse.Namespace, listener: socket.socket, served: Served, process: Process,
+def serve_until_signal(args: argparse.Namespace, listener: socket.socket, served: Served, made: Process,
                        step: Callable[[], list[Update]]) -> int:
     """Answer HTTP clients from the process in which the front end lives, until SIGINT or SIGTERM; then dismiss all
     nodes. `step` steps the node and returns the front end's updates. Returns 1 if a request was cut short, else 0."""
-    service = Service(served, listener, args.max_requests, process.node.mail.events)
+    service = Service(served, listener, args.max_requests, made.node.mail.events)
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"serving {served.name} at http://{host}:{service.port}/v1, {args.max_requests} requests at once; Ctrl-C "
           "ends it", flush=True)
-    cut = serve(service, process.front, step, args.drain_s)
-    process.shut_down(END_S)
+    cut = serve(service, made.front, step, args.drain_s)
+    made.shut_down(END_S)
     were = "request was" if cut == 1 else "requests were"
     print("ended: " + (f"{cut} {were} cut short" if cut else "every request has its answer"), flush=True)
     return 1 if cut else 0
@@ -101,10 +103,11 @@ def check_http_arguments(args: argparse.Namespace, port_option: str, port: int) 
 def one_process(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer) -> Process:
     """Front end, prefill role and decode role in this process, each role with a pool of its own."""
     context = [model.config.max_context_tokens] * FULL_CONTEXTS
-    engines = []
-    for _ in ("prefill", "decode"):
-        cache = CacheConfig(args.pool_blocks, args.block_tokens) if args.pool_blocks else \
-            pool_for(model, context, args.block_tokens, limit_bytes=2**30)
-        engines.append(Engine(model, tokenizer, cache, args.prefill_chunk))
-    plane = ControlPlane(control_settings(0, None, engines[0].layout))
-    return pd_process(*engines, {}, EventQueue(), plane, DEADLINE_S)
+    cache = CacheConfig(args.pool_blocks, args.block_tokens) if args.pool_blocks else \
+        pool_for(model, context, args.block_tokens, limit_bytes=2**30)
+    mail, (_, place) = Mail(EventQueue()), Topology(prfaas=1, pd=1).two_places()
+    workers = [worker(name, role, Engine(model, tokenizer, cache, args.prefill_chunk), mail, DEADLINE_S)
+               for name, role in place.roles.items()]
+    engine = workers[0].engine
+    plane = ControlPlane(control_settings(0, None, engine.layout))
+    return process(mail, front_end(plane, mail, engine, DEADLINE_S), workers)

@@ -106,7 +106,7 @@ class Emulated:
                           pd_profile=units.profile(fleet.pd_profile))
         emulation = Emulation(fleet.prfaas_profile, fleet.pd_profile, scale)
         return Run(args, self.topology, LinkConfig(args.lanes), line, [], None, Encoding.EXACT, planned, emulation,
-                   convert_roles=setup.convert_roles, adaptive=setup.adaptive, selective=setup.selective,
+                   dict(convert_roles=setup.convert_roles, adaptive=setup.adaptive, selective=setup.selective),
                    plane=lambda settings: EmulatedPlane(settings, scale.time, setup.cache_aware))
 
 
