@@ -1,4 +1,4 @@
-"""Benchmarks: `python scripts/bench.py NAME`, NAME one of the modules of `scripts/benches/`. Ratios, taken in one run."""
+"""Benchmarks: `python scripts/bench.py NAME`, a module of `scripts/benches/`. Ratios are taken within one run."""
 
 import ast
 import importlib

@@ -88,7 +88,8 @@ FIXTURES = {
     "qwen3-yarn": Fixture(dict(GQA, head_dim=16, rope_parameters=YARN)),
     "qwen3_moe": Fixture(dict(GQA, **QWEN_MOE)),
     "qwen3_moe-ties_fused": Fixture(
-        {**GQA, **QWEN_MOE, "norm_topk_prob": False, "mlp_only_layers": [1], "num_hidden_layers": 3}, fused=True, ties=True),
+        {**GQA, **QWEN_MOE, "norm_topk_prob": False, "mlp_only_layers": [1], "num_hidden_layers": 3},
+        fused=True, ties=True),
     "qwen3_moe-step_bias_yarn": Fixture(dict(QWEN_MOE, num_key_value_heads=4, decoder_sparse_step=2,
                                              attention_bias=True, tie_word_embeddings=True, rope_parameters=YARN)),
     "minimax_m2": Fixture(dict(GQA, head_dim=16, num_local_experts=8, num_experts_per_tok=3, rope_parameters=HALF),
@@ -132,7 +133,8 @@ FIXTURES = {
                                                     rope_theta=1e4, partial_rotary_factor=0.25)),
     "qwen3_next-heads_dense_fused": Fixture(
         dict(GATED_MOE, linear_num_value_heads=6, linear_key_head_dim=24, linear_conv_kernel_dim=3,
-             norm_topk_prob=False, mlp_only_layers=[1], layer_types=[FULL, LINEAR, LINEAR, FULL], rope_parameters={**HALF, **YARN}),
+             norm_topk_prob=False, mlp_only_layers=[1], layer_types=[FULL, LINEAR, LINEAR, FULL],
+             rope_parameters={**HALF, **YARN}),
         fused=True, ties=True, prompt_tokens=128),
     "qwen3_5_text": Fixture(dict(GATED, linear_value_head_dim=16, tie_word_embeddings=True), prompt_tokens=127),
     "qwen3_5_text-heads": Fixture(dict(GATED, num_key_value_heads=1, linear_num_key_heads=1, linear_num_value_heads=3,

@@ -1,4 +1,4 @@
-"""Makes a notebook of a chapter: `python scripts/to_notebook.py tutorials/03_paged_kvcache.py out/03_paged_kvcache.ipynb`.
+"""Makes a notebook of a chapter: `python scripts/to_notebook.py tutorials/03_paged_kvcache.py out/03.ipynb`.
 
 A cell begins at a line `# %%`, a cell of text at `# %% [markdown]`, whose lines are comments. What stands before the
 first such line is the first cell. The notebook is to be opened beside the chapters, for they import `helper.py`.

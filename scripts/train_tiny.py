@@ -55,8 +55,8 @@ PADDING, TEXT, CUED, ANSWER = range(4)  # kinds of token; CUED is the answer to 
 class Stage:
     """A part of the curriculum: `steps` optimizer steps of about `step_tokens` tokens, in rows of `lengths` by turns.
 
-    `cues` is the share of questions that are put as cues, `forms` limits the forms of sentence (None: all), `spelled` is
-    the share of documents in which half of the names and offices are spelled freely.
+    `cues` is the share of questions that are put as cues, `forms` limits the forms of sentence (None: all), `spelled`
+    is the share of documents in which half of the names and offices are spelled freely.
     """
 
     lengths: tuple[int, ...]
@@ -77,7 +77,8 @@ CURRICULUM = (
     Stage((2048, 1024), 32_768, 200),
     Stage((4096, 2048), 65_536, 200),
     Stage((9216, 4096, 12_288, 1024), 65_536, 800),
-    Stage((256, 1024, 512, 4096, 256, 9216), 32_768, 450, spelled=0.6))  # names that are no pieces: copying, not knowing
+    # Names that are not in the vocabulary as one piece: they must be copied, and cannot be known.
+    Stage((256, 1024, 512, 4096, 256, 9216), 32_768, 450, spelled=0.6))
 
 
 class Examples(Dataset):

@@ -1,4 +1,4 @@
-"""Prefill in one datacenter process, decode in another: `torchrun --nproc-per-node 2 scripts/two_datacenters.py --help`."""
+"""Prefill in one datacenter, decode in another: `torchrun --nproc-per-node 2 scripts/two_datacenters.py --help`."""
 
 import signal
 

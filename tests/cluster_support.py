@@ -1,4 +1,4 @@
-"""Two datacenters inside one test: both processes' parts in two threads, and a real Gloo link over loopback between them."""
+"""Two datacenters inside one test: the parts of both processes in two threads, a real Gloo link between them."""
 
 import queue
 import threading
@@ -94,8 +94,8 @@ def two_datacenters(model, tokenizer, threshold, link=FAST, line=LineConfig(), p
     try:
         links[1].connect(DEADLINE_S)
         plane = ControlPlane(control_settings(threshold, line.gbps, engines[1].layout, ship_prefixes=ship_prefixes))
-        local = pd_process(engines[1], engines[2], {"prfaas-0": links[1]}, queues[1], plane, deadline_s, room_deadline_s,
-                           wire, relay)
+        local = pd_process(engines[1], engines[2], {"prfaas-0": links[1]}, queues[1], plane, deadline_s,
+                           room_deadline_s, wire, relay)
         step_until(local, lambda: "prfaas-0" in local.front.ready)
         yield local, remote
         local.shut_down(DEADLINE_S)

@@ -25,8 +25,8 @@ TINY = {
     "mimo_v2_flash": dict(
         SIZES, model_type="mimo_v2_flash", num_hidden_layers=3, num_key_value_heads=1, head_dim=8, v_head_dim=4,
         sliding_window=20, layer_types=["full_attention", "sliding_attention", "sliding_attention"],
-        mlp_layer_types=["dense", "sparse", "sparse"], n_routed_experts=8, num_experts_per_tok=2, n_group=2, topk_group=1,
-        moe_intermediate_size=16, max_position_embeddings=512),
+        mlp_layer_types=["dense", "sparse", "sparse"], n_routed_experts=8, num_experts_per_tok=2, n_group=2,
+        topk_group=1, moe_intermediate_size=16, max_position_embeddings=512),
 }
 FAMILIES = tuple(TINY)
 END_OF_TEXT = "<|end|>"

@@ -1,4 +1,4 @@
-"""What can happen to a frame, a node or a peer at a seeded frame of a request: the faults of `fault_support`. Chapter 14."""
+"""What can happen to a frame, a node or a peer in the middle of a request: faults of `fault_support`. Chapter 14."""
 
 import os
 import signal
@@ -96,7 +96,8 @@ class NodeLane(FaultyLane):
         return self._impostor(replace(self.site.identity, fingerprint=b"another model"))
 
     def _replayed_handshake(self, frame, _):
-        return self._impostor(self.site.identity, words={index: list(words) for index, words in self.site.words.items()})
+        words = {index: list(words) for index, words in self.site.words.items()}
+        return self._impostor(self.site.identity, words=words)
 
     def _impostor(self, identity, words=None):
         self.site.start_impostor(identity, words)
@@ -135,7 +136,8 @@ class ImpostorLane(Lane):
 ABSURD_ORDERS = [dict(stream_id=-1), dict(stream_id=2**64 - 1), dict(token_ids=[]), dict(token_ids=[10**9]),
                  dict(token_ids=[1] * 5000), dict(start=-1), dict(start=10**9), dict(snapshot_at=-16),
                  dict(snapshot_at=2**40), dict(snapshot_at=17), dict(snapshot_stream_id=-1),
-                 dict(prefix_source="nobody", prefix_tokens=32), dict(prefix_tokens=-4), dict(prefix_tokens=2**40), dict(sampling={"x": 1}), dict(id=""), dict(id="0"),
+                 dict(prefix_source="nobody", prefix_tokens=32), dict(prefix_tokens=-4), dict(prefix_tokens=2**40),
+                 dict(sampling={"x": 1}), dict(id=""), dict(id="0"),
                  dict(sampling={"temperature": "hot"}), dict(sampling={"max_tokens": -1}), dict(stream_id="7")]
 
 
@@ -153,8 +155,9 @@ def _ordered(**change):
 ABSURD_MESSAGES = {
     PREFILL: [_said(message) for message in (
         messages.PrefillProgress("0", tokens=-5), messages.PrefillProgress("0", tokens=2**63),
-        messages.Failed("nobody", "", "lost"), messages.PrefixOrder(-1, [], -1), messages.PrefixOrder(1, [2**63 - 1], 0),
-        messages.PrefixAbort(7), messages.Abort("0"), messages.Serve("1", [1], 0, {}, "x", 1.0, "", 0), messages.Shutdown(),
+        messages.Failed("nobody", "", "lost"), messages.PrefixOrder(-1, [], -1),
+        messages.PrefixOrder(1, [2**63 - 1], 0), messages.PrefixAbort(7), messages.Abort("0"),
+        messages.Serve("1", [1], 0, {}, "x", 1.0, "", 0), messages.Shutdown(),
         messages.PrefillDone("0", first_token=10**6, cached_tokens=0, queue_s=0.0, prefill_s=0.0, prefix_bytes=0))]
     + [_said(message, "front") for message in (
         messages.TransferDone("0", kv_bytes=-1, transfer_s=-1.0, exposed_s=9e99),

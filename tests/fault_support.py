@@ -1,7 +1,7 @@
 """Two datacenters that serve whole requests while their link, peers and clients fail on a seeded plan. Chapter 14.
 
-`run_fault(kind, seed, ...)` builds a local PD node and a prefill node over a real Gloo link, breaks what `kind` names at
-a seeded frame of a request, serves one more request afterwards, and raises AssertionError unless all of this holds:
+`run_fault(kind, seed, ...)` builds a local PD node and a prefill node over a real Gloo link, breaks what `kind` names
+at a seeded frame of a request, serves one more request afterwards, and raises AssertionError unless all of this holds:
 every request ended in the reference's tokens or was aborted by its client; every byte that reached a block is one that
 the prefill node sent for that place; both pools' `check()` pass with nothing in use; nothing ran past its deadline.
 """
@@ -44,7 +44,8 @@ PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
 
 
 class Site:
-    """Both datacenters. The prefill node runs in a thread (or, to be killed, in a process), the local one in the caller."""
+    """Both datacenters. The prefill node runs in a thread (in a process, if it is to be killed), the local one in the
+    caller."""
 
     def __init__(self, model, tokenizer, draw: random.Random, config: LinkConfig, secret: bytes | None,
                  line: LineConfig | None = None):
@@ -158,7 +159,8 @@ class Site:
         data = data.reshape(-1).clone()
         if self.engines[0].layout.specs[layer].kind is not StateKind.TOKEN:
             return {(layer, -1, bytes(data.tolist()))}
-        return {(layer, token, bytes(row.tolist())) for token, row in zip(range(start, end), data.view(end - start, -1))}
+        rows = data.view(end - start, -1)
+        return {(layer, token, bytes(row.tolist())) for token, row in zip(range(start, end), rows)}
 
     def arrived_end(self, layer: int) -> int:
         """Every token before it has reached the layer's blocks (in sites that serve one request)."""

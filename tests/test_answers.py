@@ -45,7 +45,8 @@ def test_the_references_own_tokens_are_identical(right, hybrid):
 def test_another_token_at_a_wide_gap_is_damage_and_at_a_narrow_one_a_tie(right, hybrid):
     model, _ = hybrid
     before, drawn = right.token_ids[:right.prompt_tokens + 2], right.output_ids[2]
-    other = max(range(model.config.vocab_size), key=lambda token: (token != drawn) * logit_gap(model, before, drawn, token))
+    other = max(range(model.config.vocab_size),
+                key=lambda token: (token != drawn) * logit_gap(model, before, drawn, token))
     right.token_ids[right.prompt_tokens + 2] = other
     said, is_well = verdict(right, hybrid)
     assert not is_well and "Different: a: another answer" in said

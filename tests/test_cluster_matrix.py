@@ -37,8 +37,8 @@ def test_a_burst_of_conversations_gets_the_answers_of_one_process(checkpoints, t
     routes = [row["route"] for row in rows]
     warm = sum(row["cached_tokens"] > 0 for row in rows)
     used = {name for row in rows for name in re.findall(r"(?:prfaas|pd)-\d", row["reason"])}
-    print(f"\n{topology}, split {split}: {routes.count('prfaas')} by PrfaaS, {routes.count('pdp')} by PD-P, {warm} with "
-          f"a warm cache, prefill by {', '.join(sorted(used))}; "
+    print(f"\n{topology}, split {split}: {routes.count('prfaas')} by PrfaaS, {routes.count('pdp')} by PD-P, {warm} "
+          f"with a warm cache, prefill by {', '.join(sorted(used))}; "
           f"{re.search('[0-9]+ answers in [0-9.]+ s', done.stdout)[0]}, all identical")
     assert set(routes) == ({"prfaas"} if split == 0 else {"prfaas", "pdp"}) and warm
     assert all(row["kv_bytes"] > 0 for row in rows if row["route"] == "prfaas")

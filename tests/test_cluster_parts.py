@@ -175,7 +175,8 @@ def test_a_request_that_finds_no_room_in_time_ends_in_a_named_error(hybrid):
     many = SamplingParams(max_tokens=200, ignore_eos=True)
     with two_datacenters(*hybrid, threshold=1000, pool_b=36, room_deadline_s=0.0) as (local, _):
         first = local.front.submit("first", long, many)
-        step_until(local, lambda: "first#1" in local.decode.servings and local.decode.servings["first#1"].kv is not None)
+        servings = local.decode.servings
+        step_until(local, lambda: "first#1" in servings and servings["first#1"].kv is not None)
         late = local.front.submit("late", other, many)
         step_until(local, lambda: late.is_finished)
         assert late.error.kind == "no_room" and "KVCache pool" in str(late.error)

@@ -55,8 +55,9 @@ def test_six_processes_and_three_more_beside_them_answer_as_one_process_would(ch
 @pytest.mark.heavy
 def test_two_prfaas_datacenters_on_unequal_lines_share_the_work_and_every_answer_is_right(checkpoints, tmp_path):
     prompts = write_prompts(tmp_path / "prompts.jsonl", (400, 20, 380, 390, 410, 370, 350, 360))
-    running = start(PROGRAM + arguments(checkpoints, prompts, "prfaas-a=1,prfaas-b=1,pd=2", "--site-line", "prfaas-a=0.01",
-                                        "--site-line", "prfaas-b=0.0005", "--json", str(tmp_path / "out.jsonl")))
+    running = start(PROGRAM + arguments(
+        checkpoints, prompts, "prfaas-a=1,prfaas-b=1,pd=2", "--site-line", "prfaas-a=0.01",
+        "--site-line", "prfaas-b=0.0005", "--json", str(tmp_path / "out.jsonl")))
     said, errors = running.communicate(timeout=DEADLINE_S)
     assert running.returncode == 0, errors
     assert "8 of 8 answers are identical" in said and "link prfaas-b → B 0.5 Mbit/s" in said
@@ -85,14 +86,17 @@ def test_killed_prefill_nodes_of_both_datacenters_cost_prefills_and_no_answer(ch
     assert "5 of 5 answers are identical" in said
     assert "prfaas-0 has ended with status -9; --node prfaas-0 --store 127.0.0.1:" in errors
     rows = rows_of(tmp_path / "out.jsonl")
-    assert any("PrfaaS prfaas-1" in rows[id]["reason"] and "avoiding prfaas-0" in rows[id]["reason"] for id in ("p0", "p2"))
-    assert "avoiding pd-0" in str(rows) or "no PD-P node" in str(rows), "a turn was to be prefilled where nobody was left"
+    reasons = [rows[id]["reason"] for id in ("p0", "p2")]
+    assert any("PrfaaS prfaas-1" in reason and "avoiding prfaas-0" in reason for reason in reasons)
+    told = str(rows)
+    assert "avoiding pd-0" in told or "no PD-P node" in told, "a turn was to be prefilled where nobody was left"
     assert rows["p1"]["route"] == "pdp" and rows["turn1"]["route"] == "prfaas"
 
 
 @pytest.mark.heavy
 def test_a_node_that_was_killed_is_used_again_when_it_returns(checkpoints, tmp_path):
-    after = [{"id": f"next{number}", "after": "p0", "prompt": "abcde " * (number + 20), "max_tokens": 8} for number in range(4)]
+    after = [{"id": f"next{number}", "after": "p0", "prompt": "abcde " * (number + 20), "max_tokens": 8}
+             for number in range(4)]
     prompts = write_prompts(tmp_path / "prompts.jsonl", (300, 20, 250), more=after)
     # 20 kbit/s: the long prompts' KVCache is under way while the node returns
     common = arguments(checkpoints, prompts, "prfaas=2,pd=3", "--link-gbps", "0.00002", "--link-timeout-s", "2")

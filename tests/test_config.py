@@ -22,7 +22,8 @@ LINEAR = KIMI["linear_attn_config"]
 
 def test_a_llama_config_becomes_a_stack_of_gqa_layers():
     config = config_from_hf({**LLAMA, "rope_theta": 5e5, "attention_bias": True})
-    assert [layer.mixer for layer in config.layers] == [GQAConfig(4, 2, 8, RopeConfig(5e5), bias=True, out_bias=True)] * 2
+    mixer = GQAConfig(4, 2, 8, RopeConfig(5e5), bias=True, out_bias=True)
+    assert [layer.mixer for layer in config.layers] == [mixer] * 2
     assert (config.max_context_tokens, config.eos_token_ids, config.tie_embeddings) == (512, (0,), False)
 
 

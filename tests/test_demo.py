@@ -89,7 +89,8 @@ def test_ctrl_c_ends_it_with_one_line_and_status_130(project):
 
 @pytest.mark.parametrize("pips_status", [0, 1])
 def test_set_up_says_what_it_does_and_pips_words_only_when_it_fails(project, pips_status):
-    write_python(project, f'#!/bin/sh\n[ "$2" = pip ] || exit 5\necho "WARNING: pip says something"; exit {pips_status}\n')
+    write_python(project, '#!/bin/sh\n[ "$2" = pip ] || exit 5\n'
+                          f'echo "WARNING: pip says something"; exit {pips_status}\n')
     (project / ".venv" / ".installed").unlink()
     status, said, errors = ended(start("scripts/demo.sh", where=project))
     assert "installed into .venv" in said and "minute" in said

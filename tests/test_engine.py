@@ -516,4 +516,5 @@ def test_of_two_tokens_that_one_step_draws_only_the_last_ends_the_request(hybrid
     engine = Engine(model, tokenizer, CacheConfig(32, 16))
     engine.add(engine.request("a", [1, 2, 3], SamplingParams(max_tokens=2, ignore_eos=True)))
     updates = engine.step()
-    assert [update.finish_reason for update in updates] == [None, "length"], "told after the step, both tokens are known"
+    reasons = [update.finish_reason for update in updates]
+    assert reasons == [None, "length"], "told after the step, both tokens are known"

@@ -1,4 +1,7 @@
-"""How a program ends: with its status, its output and its exit functions, whatever threads are left. Chapters 13 and 14."""
+"""How a program ends: with its status, its output and its exit functions, whatever threads are left.
+
+Chapters 13 and 14.
+"""
 
 import subprocess
 import sys

@@ -23,7 +23,8 @@ TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_
 
 
 def run(command, **environment):
-    return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, env={**os.environ, **environment})
+    return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S,
+                          env={**os.environ, **environment})
 
 
 def path_with(directory):

@@ -1,4 +1,4 @@
-"""The map is true: each chapter claims modules, tests and sections of the paper and uses them; nothing is left unclaimed.
+"""The map is true: each chapter claims modules, tests and sections of the paper and uses them; none is left over.
 
 Chapters 00 to 15. `python tests/test_map.py` writes the table of tests/README.md anew, from the tests' first sentences.
 """

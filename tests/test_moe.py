@@ -111,7 +111,8 @@ def without(tensors, name):
 @pytest.mark.parametrize("damage, words", [
     (lambda tensors: without(tensors, EXPERT), [f"{EXPERT} is missing", "[40, 32]"]),
     (lambda tensors: without(tensors, BIAS), [f"{BIAS} is missing"]),
-    (lambda tensors: {**tensors, EXPERT.replace("5.w3", "8.w3"): tensors[EXPERT]}, ["8.w3", "not part of a minimax_m2"]),
+    (lambda tensors: {**tensors, EXPERT.replace("5.w3", "8.w3"): tensors[EXPERT]},
+     ["8.w3", "not part of a minimax_m2"]),
     (lambda tensors: {**tensors, EXPERT: tensors[EXPERT][1:]}, [EXPERT, "[39, 32]", "[40, 32]"]),
     (lambda tensors: {**tensors, EXPERT: tensors[EXPERT].int()}, [EXPERT, "holds I32", "F32, BF16, F16"]),
     (lambda tensors: {**tensors, EXPERT: tensors[EXPERT].to(torch.float8_e4m3fn)}, [EXPERT, "holds F8_E4M3"]),

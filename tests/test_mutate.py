@@ -54,8 +54,8 @@ def test_the_same_seed_draws_the_same_mutants_and_at_most_one_of_a_line():
 def test_what_is_named_is_still_there_and_so_are_the_tests_that_look_after_it():
     names = [id for id, _, _ in mutate.named_work()]  # raises when a text is gone
     assert len(names) == len(set(names)) == len(NAMED)
-    tests = {test.split("::")[0] for one in NAMED for test in one.tests} | {test for room in ROOMS.values() for test in room}
-    tests |= {test for files in GUARDS.values() for test in files}
+    tests = {test.split("::")[0] for one in NAMED for test in one.tests}
+    tests |= {test for files in (*ROOMS.values(), *GUARDS.values()) for test in files}
     assert [test for test in sorted(tests) if not (ROOT / "tests" / test).is_file()] == []
     files = [*NOT_ON_A_CPU, *(f"minprfaas/{file}" for file in GUARDS)]
     assert [file for file in files if not (ROOT / file).is_file()] == []

@@ -14,10 +14,10 @@ from minprfaas.observe.timeline import Timeline, timeline_json
 
 
 def row(id="doc-1", **changes):
-    whole = {"id": id, "route": "prfaas", "reason": "2,000 uncached > t=1,024", "text": "An answer", "prompt_tokens": 2000,
-             "cached_tokens": 0, "kv_bytes": 4096, "arrived_at_s": 100.0, "finished_at_s": 103.5, "route_s": 0.1,
-             "queue_s": 0.2, "prefill_s": 1.5, "transfer_exposed_s": 0.2, "admit_s": 0.0, "ttft_s": 2.0, "hidden": 0.9,
-             "transfer_s": 1.0, "link": "emulated", "error": None}
+    whole = {"id": id, "route": "prfaas", "reason": "2,000 uncached > t=1,024", "text": "An answer",
+             "prompt_tokens": 2000, "cached_tokens": 0, "kv_bytes": 4096, "arrived_at_s": 100.0, "finished_at_s": 103.5,
+             "route_s": 0.1, "queue_s": 0.2, "prefill_s": 1.5, "transfer_exposed_s": 0.2, "admit_s": 0.0, "ttft_s": 2.0,
+             "hidden": 0.9, "transfer_s": 1.0, "link": "emulated", "error": None}
     return {**whole, **changes}
 
 

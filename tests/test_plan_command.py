@@ -185,7 +185,8 @@ def test_fewer_bytes_of_a_row_leave_less_egress_and_state_of_one_size_as_it_was(
     from minprfaas.commands.plan import WIRE_SHARES
     from minprfaas.scheduling import paper_case
     from minprfaas.transport.encoding import Encoding, RowCodec
-    shares = {name: RowCodec(Encoding(name), 576, torch.bfloat16).row_bytes / 1152 for name in ("bf16", "fp8", "int8", "int4")}
+    shares = {name: RowCodec(Encoding(name), 576, torch.bfloat16).row_bytes / 1152
+              for name in ("bf16", "fp8", "int8", "int4")}
     assert {one: share for names, share in WIRE_SHARES.items() for one in names.split(", ") if one != "exact"} == shares
     exact, half = paper_case.h200_profile(), paper_case.h200_profile().encoded(0.5)
     assert exact.encoded(1.0) == exact

@@ -53,5 +53,6 @@ def test_every_door_is_one_that_the_core_path_has():
 
 def test_every_listed_file_has_its_sentence():
     for path in CORE + DOORS:
-        (sentence,) = re.findall(rf"^\| `(?:minprfaas/)?{path.removeprefix('minprfaas/')}` \| (.+) \|$", PAGE, re.MULTILINE)
+        name = path.removeprefix("minprfaas/")
+        (sentence,) = re.findall(rf"^\| `(?:minprfaas/)?{name}` \| (.+) \|$", PAGE, re.MULTILINE)
         assert sentence.endswith(".") and len(sentence) > 20, path

@@ -187,7 +187,8 @@ def test_a_client_that_does_not_read_its_answer_is_given_up(hybrid, checkpoints)
 
 
 @pytest.mark.parametrize("sent, answer", [
-    (b"", b""), (b"GET / HT", b"HTTP/1.1 408 "), (request_bytes(COMPLETIONS, b"{" + b" " * 50)[:-20], b"HTTP/1.1 408 ")])
+    (b"", b""), (b"GET / HT", b"HTTP/1.1 408 "),
+    (request_bytes(COMPLETIONS, b"{" + b" " * 50)[:-20], b"HTTP/1.1 408 ")])
 def test_a_request_that_does_not_come_to_its_end_is_given_up(hybrid, checkpoints, sent, answer):
     limits = Limits(9, idle_s=0.2, head_s=0.2, body_s=0.2, linger_s=0.2)
     with house(*hybrid, checkpoints["kimi_linear"], limits=limits) as one, connect(one.port) as connection:

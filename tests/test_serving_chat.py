@@ -14,10 +14,12 @@ from minprfaas.model.checkpoint import load
 from minprfaas.serving.chat import ChatTemplate, find_template, recognised
 
 
-CHATML = ("{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}"
+CHATML = ("{% for message in messages %}"
+          "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}"
           "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
 TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": " Hi\n"}]},
-         {"role": "assistant", "content": "<think>\nA guest.\n</think>\n\nYes?"}, {"role": "user", "content": "Who are you?"}]
+         {"role": "assistant", "content": "<think>\nA guest.\n</think>\n\nYes?"},
+         {"role": "user", "content": "Who are you?"}]
 
 
 @pytest.fixture
@@ -39,7 +41,8 @@ def test_a_chat_is_answered_as_its_template_puts_it(chat_house):
     token_ids = loaded[1].encode(prompt)
     assert token_ids[0] == 257 and len(token_ids) == len(prompt) - 11 - 9 - 11
     expected = reference(loaded, [token_ids], max_tokens=12, ignore_eos=True)[0]
-    body = {"messages": [{"role": "user", "content": "Hi"}], "max_completion_tokens": 12, "temperature": 0, "ignore_eos": True}
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_completion_tokens": 12, "temperature": 0,
+            "ignore_eos": True}
     answer = call(one.port, CHAT, body).json
     assert answer["choices"][0]["message"] == {"role": "assistant", "content": expected.text}
     assert answer["usage"]["prompt_tokens"] == len(token_ids) and answer["object"] == "chat.completion"
@@ -52,22 +55,29 @@ def test_a_chat_that_is_none_is_refused_by_name(chat_house):
     user = {"role": "user", "content": "Hi"}
     for messages, said in [
             ([], "messages is []"), ("Hi", "messages is 'Hi'"), ([{"content": "Hi"}], "must have a role"),
-            ([{"role": "tool", "content": "Hi"}], "must have a role"), ([{"role": "user"}], "content of message 0 is None"),
+            ([{"role": "tool", "content": "Hi"}], "must have a role"),
+            ([{"role": "user"}], "content of message 0 is None"),
             ([user, {"role": "user", "content": [{"type": "image_url"}]}], "content of message 1"),
-            ([{**user, "tool_calls": [1]}], "'tool_calls'"), ([user, {"role": "assistant", "content": "Yes?"}], "the last message"),
+            ([{**user, "tool_calls": [1]}], "'tool_calls'"),
+            ([user, {"role": "assistant", "content": "Yes?"}], "the last message"),
             ([{"role": "user", "content": "\ud800"}], "message 0 has '\\ud800'")]:
         response = call(chat_house[0].port, CHAT, {"messages": messages})
         assert response.status == 400 and said in response.json["error"]["message"], messages
 
 
 @pytest.mark.parametrize("template, expected", [
-    (ChatTemplate("chatml"), "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n Hi\n<|im_end|>\n<|im_start|>assistant\n"
-     "<think>\nA guest.\n</think>\n\nYes?<|im_end|>\n<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n"),
-    (ChatTemplate("qwen3"), "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n Hi\n<|im_end|>\n<|im_start|>assistant\n"
-     "Yes?<|im_end|>\n<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n"),
-    (ChatTemplate("llama3", bos="<|begin_of_text|>"), "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
-     "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n<think>\nA guest.\n"
-     "</think>\n\nYes?<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nWho are you?<|eot_id|>"
+    (ChatTemplate("chatml"),
+     "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n Hi\n<|im_end|>\n"
+     "<|im_start|>assistant\n<think>\nA guest.\n</think>\n\nYes?<|im_end|>\n"
+     "<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n"),
+    (ChatTemplate("qwen3"),
+     "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n Hi\n<|im_end|>\n"
+     "<|im_start|>assistant\nYes?<|im_end|>\n<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n"),
+    (ChatTemplate("llama3", bos="<|begin_of_text|>"),
+     "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+     "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+     "<|start_header_id|>assistant<|end_header_id|>\n\n<think>\nA guest.\n</think>\n\nYes?<|eot_id|>"
+     "<|start_header_id|>user<|end_header_id|>\n\nWho are you?<|eot_id|>"
      "<|start_header_id|>assistant<|end_header_id|>\n\n"),
 ])
 def test_each_known_template_puts_a_chat_as_its_jinja_text_does(template, expected):

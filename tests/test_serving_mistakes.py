@@ -43,7 +43,8 @@ MISTAKES = [
     (request_bytes(COMPLETIONS, b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}"), 400, "no JSON"),
     (request_bytes(COMPLETIONS, [1]), 400, "must be an object"),
     (request_bytes(COMPLETIONS, {}), 400, "prompt is None"),
-    (post(prompt=""), 400, "has 0 tokens"), (post(prompt=[]), 400, "0 prompts"), (post(prompt=[[]]), 400, "prompt is []"),
+    (post(prompt=""), 400, "has 0 tokens"), (post(prompt=[]), 400, "0 prompts"),
+    (post(prompt=[[]]), 400, "prompt is []"),
     (post(prompt=[1, 257]), 400, "vocabulary of 257"), (post(prompt=[-1]), 400, "vocabulary"),
     (post(prompt=[2**70]), 400, "vocabulary"), (post(prompt=[True]), 400, "prompt is True"),
     (post(prompt=["a", 3]), 400, "prompt is 3"), (post(prompt=["a"] * 200), 400, "200 prompts"),
@@ -75,7 +76,8 @@ def test_every_mistake_gets_its_status_and_one_line(open_house):
 
 
 def test_a_client_that_is_refused_while_it_still_sends_can_read_why(hybrid, checkpoints):
-    with house(*hybrid, checkpoints["kimi_linear"], limits=Limits(9, linger_s=DEADLINE_S)) as one, connect(one.port) as connection:
+    limits = Limits(9, linger_s=DEADLINE_S)
+    with house(*hybrid, checkpoints["kimi_linear"], limits=limits) as one, connect(one.port) as connection:
         connection.sendall(HEAD + b"Content-Length: 9000000\r\n\r\n" + b"x" * 9_000_000)
         assert Response(connection).status == 413
 
@@ -115,9 +117,13 @@ def spoiled(draw, good, how):
 
 
 @pytest.mark.parametrize("options, said", [
-    (["--port", "-1"], "--port is -1"), (["--port", "65536"], "--port is 65536"), (["--max-requests", "0"], "--max-requests is 0"),
-    (["--drain-s", "-1"], "--drain-s is -1"), (["--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid"),
-    (["--pool-blocks", "0"], "--pool-blocks is 0"), (["--port", "0", "--model", "/no/such"], "/no/such"),
+    (["--port", "-1"], "--port is -1"),
+    (["--port", "65536"], "--port is 65536"),
+    (["--max-requests", "0"], "--max-requests is 0"),
+    (["--drain-s", "-1"], "--drain-s is -1"),
+    (["--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid"),
+    (["--pool-blocks", "0"], "--pool-blocks is 0"),
+    (["--port", "0", "--model", "/no/such"], "/no/such"),
     (["--port", "0", "--chat-template", "llama3"], "no token of this model")])
 def test_a_mistake_on_the_command_line_is_named(options, said):
     with pytest.raises(SystemExit) as exit:

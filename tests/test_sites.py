@@ -9,8 +9,8 @@ import pytest
 from minprfaas import UserError
 from minprfaas.config import LinkSample, Role
 from minprfaas.errors import RequestError
-from minprfaas.scheduling.control import (ControlSettings, DecodeStarted, LineChanged, LinkMeasured, NodeJoined, NodeLeft,
-                                          RequestEnded)
+from minprfaas.scheduling.control import (
+    ControlSettings, DecodeStarted, LineChanged, LinkMeasured, NodeJoined, NodeLeft, RequestEnded)
 from minprfaas.scheduling.paper_case import paper_fleet, paper_lengths
 from minprfaas.scheduling.router import RouteRequest
 from minprfaas.scheduling.sites import SitesControlPlane, site_of
@@ -22,8 +22,8 @@ FLEET = paper_fleet()
 
 def plane(a_gbps=100.0, b_gbps=100.0, nodes=2):
     control = SitesControlPlane(ControlSettings(1000.0, 0.0, fleet=FLEET), {"prfaas-a": a_gbps, "prfaas-b": b_gbps})
-    for name, role in (*((f"prfaas-{site}-{i}", Role.PRFAAS) for site in "ab" for i in range(nodes)), ("pd-0", Role.PDD),
-                       ("pd-1", Role.PDP)):
+    prfaas = [(f"prfaas-{site}-{number}", Role.PRFAAS) for site in "ab" for number in range(nodes)]
+    for name, role in (*prfaas, ("pd-0", Role.PDD), ("pd-1", Role.PDP)):
         control.hear(NodeJoined(name, role), 0.0)
     return control
 
@@ -56,11 +56,13 @@ def test_each_lines_samples_count_for_itself_whoever_tells_them():
     control = plane()
     for second in range(20):
         control.hear(LinkMeasured("prfaas-a-1", LinkSample(second, 0.5, 1.0, 1e9)), second)
-        control.hear(LinkMeasured("pd-0", LinkSample(second, 3.0, 1.0, 0.0, link="prfaas-b-0:pd-0"), ingress=True), second)
+        inward = LinkSample(second, 3.0, 1.0, 0.0, link="prfaas-b-0:pd-0")
+        control.hear(LinkMeasured("pd-0", inward, ingress=True), second)
     a, b = control.sites["prfaas-a"], control.sites["prfaas-b"]
     assert a.egress.gbps == pytest.approx(0.5, rel=0.1) and b.egress.gbps == a.ingress.gbps == 100.0
     assert b.ingress.gbps == pytest.approx(3.0, rel=0.1)
-    assert control.egress.gbps == a.egress.gbps + b.egress.gbps and control.regime(19.0) == "scarce"  # b was not heard of
+    assert control.egress.gbps == a.egress.gbps + b.egress.gbps
+    assert control.regime(19.0) == "scarce", "nothing was heard of the way out of b"
     assert routed(control, *range(6), now_s=20.0).count("prfaas-b") == 6
 
 

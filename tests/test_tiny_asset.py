@@ -103,7 +103,8 @@ def small_training(monkeypatch, out: Path, *options: str) -> None:
     train_tiny = script("train_tiny")
     train_tiny.CURRICULUM = (train_tiny.Stage((256,), 512, 2, cues=0.5, forms=1), train_tiny.Stage((512, 256), 512, 2))
     train_tiny.CONFIG = {**train_tiny.CONFIG, "hidden_size": 32, "intermediate_size": 64, "kv_lora_rank": 16}
-    monkeypatch.setattr(sys, "argv", ["train_tiny.py", "--out", str(out), "--device", "cpu", "--workers", "0", *options])
+    fixed = ["--out", str(out), "--device", "cpu", "--workers", "0"]
+    monkeypatch.setattr(sys, "argv", ["train_tiny.py", *fixed, *options])
     assert train_tiny.main() == 0
 
 

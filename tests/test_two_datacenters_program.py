@@ -23,7 +23,8 @@ DEADLINE_S = 120
 @pytest.fixture
 def prompts_file(tmp_path):
     draw = random.Random(0)
-    lines = [{"id": f"p{size}", "prompt": "".join(draw.choices("abcdefgh ", k=size)), "max_tokens": 8} for size in (400, 20, 300)]
+    lines = [{"id": f"p{size}", "prompt": "".join(draw.choices("abcdefgh ", k=size)), "max_tokens": 8}
+             for size in (400, 20, 300)]
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
     return path
@@ -36,14 +37,15 @@ def arguments(checkpoints, prompts_file, *more):
 
 def test_two_processes_answer_and_agree_with_one(checkpoints, prompts_file, tmp_path):
     out, timeline = tmp_path / "out.jsonl", tmp_path / "timeline.json"
-    done = subprocess.run(PROGRAM + arguments(checkpoints, prompts_file, "--check", "--json", str(out), "--timeline", str(timeline),
-                                              "--link-gbps", "0.01", "--rtt-ms", "5"),
+    done = subprocess.run(PROGRAM + arguments(checkpoints, prompts_file, "--check", "--json", str(out), "--timeline",
+                                              str(timeline), "--link-gbps", "0.01", "--rtt-ms", "5"),
                           capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == 0, done.stderr
     assert "3 of 3 answers are identical" in done.stdout and "emulated" in done.stdout
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["route"] for row in rows] == ["prfaas", "pdp", "prfaas"]
-    needed = {"id", "token_ids", "text", "route", "prompt_tokens", "cached_tokens", "kv_bytes", "prefill_s", "transfer_s", "ttft_s"}
+    needed = {"id", "token_ids", "text", "route", "prompt_tokens", "cached_tokens", "kv_bytes", "prefill_s",
+              "transfer_s", "ttft_s"}
     assert all(needed <= set(row) for row in rows)
     names = {event["name"] for event in json.loads(timeline.read_text())["traceEvents"]}
     assert {"layer 0", "layer 3", "step of 1"} <= names
@@ -73,8 +75,10 @@ def test_a_prefill_datacenter_killed_in_the_middle_costs_a_prefill_and_no_answer
     nodes = []
     try:
         for rank in (0, 1):
-            environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            nodes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+            environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                           "MASTER_PORT": str(port)}
+            nodes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                          text=True))
         for line in nodes[1].stdout:
             if line.startswith("[p20]"):
                 nodes[0].send_signal(signal.SIGKILL)
@@ -111,7 +115,8 @@ def test_a_mistake_on_the_command_line_is_named_before_any_process_is_started(ch
     (["--pool-blocks", "2"], "KVCache pool"),
     (["--model", "/no/such/directory"], "/no/such/directory"),
 ])
-def test_a_mistake_that_the_processes_find_gets_one_line_and_status_2(checkpoints, prompts_file, tmp_path, change, said):
+def test_a_mistake_that_the_processes_find_gets_one_line_and_status_2(
+        checkpoints, prompts_file, tmp_path, change, said):
     out = tmp_path / "out.jsonl"
     done = subprocess.run(PROGRAM + arguments(checkpoints, prompts_file, "--json", str(out), *change),
                           capture_output=True, text=True, timeout=DEADLINE_S)

@@ -1,4 +1,7 @@
-"""Nodes with other block sizes or number formats at the two ends: streams speak of tokens and layers only. Chapter 15."""
+"""Nodes with other block sizes or number formats at the two ends: streams speak of tokens and layers only.
+
+Chapter 15.
+"""
 
 import json
 import subprocess
@@ -117,8 +120,10 @@ def test_no_block_is_anothers_whose_blocks_hold_another_number_of_tokens(models)
 
 
 @pytest.mark.parametrize("options, named", [
-    ("--block-tokens prfaas=64", "--block-tokens is 'prfaas=64'"), ("--block-tokens prfaas=0,pd=8", "--block-tokens is 0"),
-    ("--dtype prfaas=int8,pd=float32", "--dtype is 'int8'"), ("--device pd=cpu,elsewhere=cpu", "--device is 'pd=cpu,else")])
+    ("--block-tokens prfaas=64", "--block-tokens is 'prfaas=64'"),
+    ("--block-tokens prfaas=0,pd=8", "--block-tokens is 0"),
+    ("--dtype prfaas=int8,pd=float32", "--dtype is 'int8'"),
+    ("--device pd=cpu,elsewhere=cpu", "--device is 'pd=cpu,else")])
 def test_a_machine_that_cannot_be_is_refused_by_the_name_of_its_option(options, named):
     args = parser().parse_args(["--prompts", "P", *options.split()])
     with pytest.raises(UserError, match=named):

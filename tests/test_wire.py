@@ -1,4 +1,7 @@
-"""Rows that cross between datacenters in fewer bytes: what arrives, what it may be used for, what is said. Chapter 15."""
+"""Rows that cross between datacenters in fewer bytes: what arrives, what it may be used for, what is said.
+
+Chapter 15.
+"""
 
 import json
 import subprocess
@@ -58,8 +61,11 @@ class HandOver:
 
     def bytes_of(self, layer):
         """The layer's state in the sender's and in the receiver's blocks."""
-        return [engine.kvcache.pool.read_bytes(layer, one.cache.block_tables[engine.layout.group_of_layer[layer].index], 0,
-                                               self.plan.end).reshape(-1) for engine, one in self.sides]
+        found = []
+        for engine, one in self.sides:
+            table = one.cache.block_tables[engine.layout.group_of_layer[layer].index]
+            found.append(engine.kvcache.pool.read_bytes(layer, table, 0, self.plan.end).reshape(-1))
+        return found
 
     def tensors_of(self, layer):
         """The same as tensors: of token state the rows, of request-level state each of its own."""

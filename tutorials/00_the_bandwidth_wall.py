@@ -125,8 +125,8 @@ print(f"\n   One GQA layer weighs as much as {kda_layers:.0f} KDA layers.\n")
 # ## 2. What a request weighs: S_kv(l)
 #
 # The six models of the paper's table 1 stack such layers, some one kind only (*dense* attention), some a mixture
-# (*hybrid*). They are not of one size: the count of parameters is made here from the published configurations,
-# without any weights; *active* are those that one token meets (chapter 01, mixture of experts).
+# (*hybrid*). They are not of one size. Parameters are counted here from the published configurations, without any
+# weights; *active* parameters are those that one token passes through (chapter 01, mixture of experts).
 #
 # *Guess first:* MiniMax-M2.5 is 4.7 times as large as Kimi Linear. How many times as heavy is its baton at 128K?
 
@@ -184,7 +184,7 @@ same_size = [kv_bytes(model_state_specs(as_dense, "bfloat16"), tokens) / weight
 print(table(["weights", *AT], [
     ("Kimi Linear, all dense / as it is", *(f"{ratio:.1f}" for ratio in same_size)),
     ("MiniMax-M2.5 / Kimi Linear", *(f"{a / b:.1f}" for a, b in zip(dense, hybrid)))]))
-print(f"\n   So at 128K {same_size[-1]:.0f} times are the layers' doing, and the rest is depth.\n")
+print(f"\n   So at 128K a factor of {same_size[-1]:.0f} comes from the kind of layer; the rest comes from depth.\n")
 
 # %% [markdown]
 # *Why does the ratio grow?* The fixed part weighs the same at 1K and at 128K; the longer the prompt, the less it
@@ -215,8 +215,8 @@ print(table(["model", *(f"{at}, Gbps" for at in AT), "implied T at 32K, s"], [
 # %% [markdown]
 # ![Figure 2: the same, drawn over the length of the prompt](../docs/figure_2.png)
 #
-# Higher: who makes batons faster needs the wider road. So a low Phi_kv can be bought with a slow prefill, and that is
-# no merit; only fewer bytes are. (The models differ in size, too: a smaller one prefills faster, which *raises* Phi.)
+# Higher: who makes batons faster needs the wider road. So a slow prefill also has a low Phi_kv, and that is no merit;
+# only fewer bytes are one. (The models differ in size, too: a smaller one prefills faster, which *raises* Phi.)
 #
 # The same measured here, with two models of equal depth and width and random weights. One has attention in its four
 # layers, the other in one of four.

@@ -57,7 +57,7 @@ torch.set_grad_enabled(False)
 # %%
 directory = Path(args.directory or EMBEDDED)
 if args.config:
-    read_published(args.config)  # a name that there is not gets its line here
+    read_published(args.config)  # an unknown name is refused here, in one line
     temporary = tempfile.TemporaryDirectory()  # gone when the chapter ends
     directory = write_small(args.config, Path(temporary.name))
 model, tokenizer = load(directory)
@@ -178,7 +178,8 @@ print(f"\n   Kept for each token: {2 * 2 * 16} numbers, where 8 heads of their o
 
 # %% [markdown]
 # *Look at the second row.* The last token needs *all* keys and values, but only its own query. So keys and values are
-# worth keeping, and queries are not: that is the [KVCache](../docs/glossary.md#kvcache), and the name's whole story.
+# worth keeping, and queries are not. What is kept is the [KVCache](../docs/glossary.md#kvcache): K for keys, V for
+# values.
 #
 # *But where are the places?* Nothing above depends on the tokens' order. RoPE turns each pair of channels of q and k by
 # an angle that grows with the place; then a score depends on how far apart two tokens are, and on nothing else:
@@ -269,8 +270,8 @@ print(f"   A mixture of experts by hand, and the package's: largest difference {
 # %% [markdown]
 # ## 5. Token by token
 #
-# To go on, append the likeliest token and ask again. One may run the whole text anew for each token. Or keep what each
-# layer remembers, its *state*, and run only the new token.
+# To go on, append the likeliest token and ask again. There are two ways: run the whole text anew for each token, or
+# keep what each layer remembers, its *state*, and run only the new token.
 #
 # *Guess first:* with some 370 tokens behind it, how many times cheaper does the state make a token? 370 times?
 
@@ -296,13 +297,13 @@ print(table(["way", "ms a token", "answer"], [
     ("everything anew", f"{anew_s * 1e3:.1f}", "–"),
     ("with the state", f"{decode_s * 1e3:.1f}", "the same" if recomputed == resumed else "DIFFERENT")]))
 print(f"""
-   The prompt took {prefill_s * 1e3:.0f} ms, once. A token anew costs {anew_s / decode_s:.1f} times one with the state.
-   The state of {len(resumed) - 1} tokens weighs {human_bytes(held)}. It *is* the KVCache, the baton.
+   The prompt took {prefill_s * 1e3:.0f} ms, once. Without the state a token takes {anew_s / decode_s:.1f} times as
+   long. The state of {len(resumed) - 1} tokens weighs {human_bytes(held)}. It *is* the KVCache, the baton.
 """)
 
 # %% [markdown]
-# *Why not 370 times?* Work falls 370 times, time does not: one token has the same number of steps to go through, and
-# each has to read its weights, for one token as for many. Chapter 04 measures that.
+# *Why not 370 times?* The work falls by a factor of 370, the time does not: one token goes through as many steps as
+# many tokens do, and each step reads its weights either way. Chapter 04 measures that.
 #
 # *Change this line:* `tokens=400` in section 2 → `1200`. Which of the two times grows?
 

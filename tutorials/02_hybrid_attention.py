@@ -185,9 +185,9 @@ print("4. Relatives (512 tokens)\n")
 print(table(["memory", "recurrence, ms", "chunked, ms", "largest difference"], rows))
 
 # %% [markdown]
-# Two more things that have one size. A *sliding window* (SWA, MiMo) is attention as ever, over the last few tokens: it
-# forgets by place what the others forget by decay. And a linear mixer looks at its last few inputs through a *short
-# convolution*, whose tail (three inputs) is a part of the state, too.
+# Two more kinds of state have one size. A *sliding window* (SWA, MiMo) is ordinary attention over the last few tokens:
+# the others forget by decay, it forgets by distance. And a linear mixer looks at its last few inputs through a *short
+# convolution*; the last three inputs are therefore a part of its state, too.
 
 # %%
 q, k, v = torch.randn(3, 1, 100, 2, 16).unbind(0)
@@ -279,7 +279,8 @@ if args.plots:
 # keys and values into one head, then ask for each value again by its key. Attention asked with the same key (sharply:
 # its scores times 50) looks through all of them.
 #
-# *Guess first:* the matrix has 64 rows. Of 32 pairs, how many values are the nearest to what is read? Of 512?
+# *Guess first:* the matrix has 64 rows. An answer counts as right when no other value is nearer to what is read. How
+# many of 32 pairs are answered rightly? And of 512?
 
 # %%
 rows = []

@@ -44,8 +44,8 @@ torch.manual_seed(0)
 # [blocks](../docs/glossary.md#block), as an operating system cuts it into pages, and a request takes one when it needs
 # one.
 #
-# *Guess first:* sixteen requests of quite different lengths, limit 8,192 tokens. What share of the tensors' memory is
-# ever used, and what share of blocks of 64 tokens?
+# *Guess first:* sixteen requests of quite different lengths, at most 8,192 tokens each. With one tensor a request, what
+# share of the memory is ever used? And with blocks of 64 tokens?
 
 # %%
 BLOCK_TOKENS, LIMIT = 64, 8192
@@ -172,9 +172,9 @@ print(f"\n   {stats.free} free + {stats.cached} cached + {stats.in_use} in use =
 # %% [markdown]
 # ## 4. Attention without the copy
 #
-# `rows_of` copied everything, only to be read once. It is not needed: softmax over all tokens is a weighted sum of
-# softmaxes over parts. Of each page one keeps its output and the logarithm of its denominator,
-# L = log Σ exp(score), and
+# `rows_of` copied everything, only to read it once. The copy is not needed, because softmax over all tokens is a
+# weighted sum of softmaxes over parts. Keep each page's output and the logarithm of its denominator,
+# L = log Σ exp(score); then
 #
 # > o = Σ_pages softmax(L)_page · o_page
 #

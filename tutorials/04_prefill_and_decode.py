@@ -52,7 +52,7 @@ def seconds(work: Callable[[], object], repeats: int = 3) -> float:
 #
 # > T ≥ max(F / arithmetic, B / bandwidth)
 #
-# so what counts is how many FLOP it makes of a byte. The two limits, measured on one core with float32:
+# so what counts is how many FLOP it does for each byte that it reads. The two limits, measured on one core, float32:
 #
 # *Guess first:* how many FLOP can this core do while it reads one byte: 1, 5, or 50? (For an H100 they are some 300.)
 
@@ -142,10 +142,10 @@ print(f"""
 """)
 
 # %% [markdown]
-# *Why is a limit seldom reached?* They are limits for the whole pass only where each of its steps is large. One token
-# is many small steps, each of which has to be begun; and reading a matrix to multiply it with a single vector is not
-# done as well as adding up a long row of numbers. (A share above 100% means that the machine was busier when the limit
-# was measured.) So *nearer* is what can be said, and it is said from this run's numbers.
+# *Why is a limit seldom reached?* Only large steps come near it. One token is many small steps, and each has to be
+# started; and multiplying a matrix with a single vector reads memory less well than adding up a long row of numbers
+# does. (A share above 100% means that the machine was busier when the limit was measured.) So the table only says which
+# limit is *nearer*, and it says that from this run's numbers.
 #
 # *Change this line:* `hidden_size=640` → `128` and `DenseConfig(1920)` → `DenseConfig(384)`: now the weights fit the
 # core's caches. Which column changes most at one token a pass?

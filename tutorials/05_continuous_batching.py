@@ -83,8 +83,9 @@ print(f"\n   With 32 requests a step takes {steps_ms[32] / steps_ms[1]:.1f} time
       f"{rates[32] / rates[1]:.1f} times the tokens a second.\n")
 
 # %% [markdown]
-# *Why is a step not free of the others?* What is shared (reading weights, the calls of Python) is paid once. Each row's
-# own KVCache, its draw and its text are paid for each. For so small a model on a core the calls are the largest part.
+# *Why does a step take longer with more requests?* What they share (reading the weights, the calls of Python) is paid
+# once. Each request's own KVCache, its draw and its text are paid once a request. For so small a model on one core the
+# calls are the largest part.
 #
 # *Change this line:* `(1, 4, 16, 32)` → `(1, 2, 3, 4)`. Is the gain already there?
 
@@ -258,8 +259,9 @@ print()
 # ## 6. Steps of one shape
 #
 # On a GPU the calls cost more than the arithmetic. There a step is *captured* once, as a graph of kernels, and replayed
-# with one launch. A graph has a fixed shape, so requests and pages are rounded up to a *bucket*, and rows of nobody
-# write into a scratch block. Here is that runner on a CPU, where nothing is captured; it must draw the same tokens.
+# with one launch. A graph has a fixed shape, so requests and pages are rounded up to a *bucket*; rows that stand for no
+# request write into a scratch block. Here is that runner on a CPU, where nothing is captured; it must draw the same
+# tokens.
 #
 # *Guess first:* 5 requests of up to 11 pages. Which bucket?
 

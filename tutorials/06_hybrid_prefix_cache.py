@@ -338,7 +338,8 @@ print(f"\n   free + cached + in use = {prefiller.stats().total} at each moment: 
 # its blocks from the tail, so a prefix shrinks from its tail. A snapshot leaves with the block at which it ends.
 #
 # *Guess first:* a pool of 120 blocks holds one prefix of 512 tokens, in 38 blocks. Requests ask for 50, 75, 85, …
-# blocks and give them back. At which does the first token of reuse get lost? How many are left after 105?
+# blocks and give them back. Which of them is the first to cost the prefix something? How many tokens can be reused
+# after the one that asks for 105?
 
 # %%
 squeezed, rows = node(120, snapshot_every=2), []
@@ -366,8 +367,8 @@ print(f"\n   What is left is the beginning of the document, without a gap: {'tru
 # Conversations, half of them opening with one of 8 system prompts, go through the same index and eviction, without any
 # tensors (the trace is invented here; `python -m minprfaas simulate --cache-only --trace FILE` replays a real one).
 #
-# *Guess first:* a hybrid's KVCache is much smaller than a dense model's of the same blocks, but its prefixes can be
-# begun at fewer places, and snapshots take room. Which has the higher hit ratio, in a small pool and in a large one?
+# *Guess first:* both models have the same number of blocks here. A hybrid can resume a prefix at fewer places, and its
+# snapshots take room. Which has the higher hit ratio, in a small pool and in a large one?
 
 # %%
 trace, chats, fresh = [], [], iter(range(10**9))

@@ -99,8 +99,8 @@ noticed = sum(int(digest(data)) != announced for data in list(cases.values())[1:
 print(f"\n   {noticed} of 3 damages noticed.\n")
 
 # %% [markdown]
-# *Why two rows' places?* Each row's sum is multiplied with an odd number of its own before they are added. A plain sum
-# would not notice; `sum` in place of `digest` above shows that.
+# *Why are swapped rows noticed?* Each row's sum is multiplied by an odd number of its own before the sums are added. A
+# plain sum would not notice; `sum` in place of `digest` above shows that.
 #
 # *Change this line:* swap two words inside one row (`half[0:8]` and `half[8:16]`). This digest cannot see that; a wire
 # does not do that either, and against malice it was never meant.
@@ -216,9 +216,10 @@ print(f"   epoch {fabric.epoch}: {human_bytes(done.report.bytes)} in {first.call
       f"   {'every byte is the same' if first.is_identical else 'the bytes are NOT the same'}.\n")
 
 # %% [markdown]
-# *Why did nobody say "go" in between?* A batch is announced, with its size, its digest and what is in it, before it is
-# sent, the next one while that is on its way. The receiver posts exactly that receive. NCCL matches operations by their
-# order alone, so both sides must make the same ones in the same order; the announcements are that order.
+# *Why did nobody say "go" in between?* Before a batch is sent it is announced: its size, its digest and what is in it;
+# and the next one is announced while this one is on its way. The receiver posts exactly that receive. NCCL matches
+# operations by their order alone, so both sides must make the same ones in the same order; the announcements are that
+# order.
 #
 # *Change this line:* `ask(1, pause_s=0.005)`, as if a layer were computed in between. Are there more operations now?
 

@@ -241,8 +241,8 @@ print(f"\n   Of the thin links, {which} would lose less than a tenth of Λ_max.\
 # %% [markdown]
 # ## 6. A profile of your own machine
 #
-# The curves above belong to others. `python -m minprfaas profile` measures them here; its heart are two functions. And
-# `Profile.read` knows what somebody else measured of a smaller model, and says who.
+# The curves above belong to other machines. `python -m minprfaas profile` measures yours; two functions do the work.
+# `Profile.read` also knows what somebody else measured of a smaller model, and says who.
 #
 # *Guess first:* how many Mbps of KVCache does this machine make of 2,048 tokens with the embedded model
 # (Φ_kv = S_kv / T_prefill, equation 1)?

@@ -232,8 +232,8 @@ directory.forget("p0", "system prompt")  # say p0 was asked for it, and had evic
 print(f"\n   p0 was to send 'system prompt' and had evicted it; once it has said so: {directory.match(prompt_keys)}\n")
 
 # %% [markdown]
-# *Why not?* What number 3 said is unknown, so the rest cannot be put in order. The node is asked to send everything
-# once (an *inventory*), and until then its news are not believed.
+# *Why not?* Nobody knows what number 3 said, so what follows cannot be put in order. The node is asked to send
+# everything that it holds (an *inventory*), and until then its news is not believed.
 #
 # *And if the directory is wrong?* Then a prefill is done twice. Never a wrong token: a node looks into its own index
 # before it uses a block.

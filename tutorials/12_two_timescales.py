@@ -144,8 +144,8 @@ print(f"\n   The simulator {verdict}.\n"
       f"   The model: p = {planned.offloaded_fraction:.2f}, {planned.egress_gbps:.1f} Gbps at 100%.\n")
 
 # %% [markdown]
-# *Why is it worth having both?* They share nothing but the profiles: one is arithmetic over means, the other a queue
-# for each node. Where they agree, neither has forgotten something large.
+# *Why is it worth having both?* They share nothing but the profiles: one is arithmetic over means, the other has a
+# queue for each node. Where the two agree, it is unlikely that either has forgotten something large.
 #
 # *Change this line:* `(0.9, 1.1)` → `(0.97, 1.03)`. How near to 100% can the two still be told apart in 1,500 s?
 

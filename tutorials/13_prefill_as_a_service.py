@@ -94,10 +94,10 @@ print(show(first))
 # `cached` is what the node that prefilled had in its cache and did not compute; `held` what the node that decodes had,
 # so that it did not cross. The second half of each reason is the node.
 #
-# *Why does the decode node ask for it, and is not just sent it?* Only `pd-1` knows what it holds already. So the front
-# end says `Serve` to `pd-1`; that reserves blocks, expects a stream, and orders the prefill, from the first token that
-# it lacks. The KVCache then arrives while prefill still runs, layer by layer (chapter 08). For the short one it came
-# from `pd-0` over the datacenter's fabric (chapter 09), and nothing crossed.
+# *Why does the decode node ask, instead of being sent the KVCache?* Only `pd-1` knows what it holds already. So the
+# front end says `Serve` to `pd-1`; that reserves blocks, expects a stream, and orders the prefill, from the first token
+# that it lacks. The KVCache then arrives while prefill still runs, layer by layer (chapter 08). For the short one it
+# came from `pd-0` over the datacenter's fabric (chapter 09), and nothing crossed.
 #
 # *Change this line:* `THRESHOLD = 512` → `100`. What does the short one cost in bytes, and in TTFT below?
 
@@ -129,8 +129,8 @@ print(f"   The KVCache of {turn.prompt_tokens:,} tokens is {human_bytes(whole_by
 # *Why is it not just the share of the new tokens?* This model is a hybrid. The rows of its full-attention layers are
 # there once for each token, and only the new ones cross; the state of its linear layers has one size whatever the
 # prompt's length, and crosses whole each time (chapter 06). And the short question is judged by its *uncached* tokens,
-# wherever the cached ones are; where that is sooner than computing them, a node that has them ships them (*prefix
-# shipping*), inside the datacenter by the fabric.
+# wherever the cached ones are. Where shipping them is quicker than computing them, the node that has them ships them
+# (*prefix shipping*); inside the datacenter they go over the fabric.
 #
 # *Change this line:* a new text of 700 → 2000 tokens. Does the share grow or shrink?
 

@@ -41,7 +41,7 @@ far = FarEnd()  # it imports torch meanwhile
 # %% [markdown]
 # ## 1. What must be kept, and for how long
 #
-# A connection that breaks takes along what was on it, and nobody can say how much of that had arrived. So each chunk
+# When a connection breaks, what was on it is lost, and nobody can say how much of it had arrived. So each chunk
 # has a number, and stays in memory until the far end has *acknowledged* it: written into a block. After a break the
 # two sides meet again (a new *epoch*), and what has no acknowledgement is sent again, under the number that it had;
 # the far end takes each number once.
@@ -280,10 +280,10 @@ print(f"""
 """)
 
 # %% [markdown]
-# *Why does nobody see a wrong token?* A PD-D takes the KVCache of its requests along. The tokens that the client has
-# are then part of the prompt: whoever has the prefix cached prefills it again, and another PD-D draws the next token.
-# It is the same one, for a draw depends on the token's number in the answer and not on the node (chapter 04). A
-# prefill node takes nothing along but work.
+# *Why does nobody see a wrong token?* When a PD-D dies, the KVCache of its requests is lost. The tokens that the client
+# has become part of the prompt: it is prefilled again, best by a node that has the prefix cached, and another PD-D
+# draws the next token. It is the same token, because a draw depends on the token's number in the answer and not on the
+# node (chapter 05). When a prefill node dies, only work is lost.
 #
 # *Why is not even a part of the broken stream used?* A dense model would go on after the last full block that arrived.
 # This hybrid needs the state of its linear layers as well, and that comes last (chapter 08).

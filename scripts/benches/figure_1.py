@@ -1,7 +1,7 @@
 """Can the KVCache of a real prefill leave its datacenter? A dense and a hybrid model, over lines of 1, 10, 100 Gbps.
 
     python scripts/bench.py figure_1                        the embedded model twice, on two cores
-    python scripts/bench.py figure_1 --device cuda --models DENSE HYBRID      GPU 0 to GPU 1; both on one, if it is alone
+    python scripts/bench.py figure_1 --device cuda --models DENSE HYBRID    GPU 0 to GPU 1; both on one, if it is alone
 
 What the paper's figure 1 draws, run: one process prefills and ships each layer while the next one computes, the other
 one writes what arrives into its blocks. The lines are emulated; the link under them is real. Chapters 00, 08.

@@ -108,7 +108,8 @@ def _digest(kvcache: KVCacheManager, prompt: Request) -> list[int]:
     """A sum of each layer's bytes, each weighted by its place."""
     sums = []
     for layer in range(len(kvcache.layout.specs)):
-        data = kvcache.pool.read_bytes(layer, _table(kvcache.layout, prompt, layer), 0, prompt.prompt_tokens).reshape(-1)
+        table = _table(kvcache.layout, prompt, layer)
+        data = kvcache.pool.read_bytes(layer, table, 0, prompt.prompt_tokens).reshape(-1)
         sums.append(int((data.long() * torch.arange(data.numel()).remainder_(65_521)).sum()))
     return sums
 

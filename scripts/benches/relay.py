@@ -58,11 +58,13 @@ def ask(made, front, id: str, prompt: list[int], params: SamplingParams, wanted:
         raise UserError(f"{id} was not answered by way of the PrfaaS node: {journey.error or journey.reason}")
     gaps_s = [after - earlier for earlier, after in itertools.pairwise(came_s)]
     before = min(before, len(gaps_s))
-    return Told(journey.ttft_s, came_s[-1] - journey.arrived_at_s, before, gaps_s[before - 1] if before else 0.0, gaps_s,
+    last_gap_s = gaps_s[before - 1] if before else 0.0
+    return Told(journey.ttft_s, came_s[-1] - journey.arrived_at_s, before, last_gap_s, gaps_s,
                 journey.output_ids == wanted)
 
 
-def measure(args: argparse.Namespace, mbps: float, relay: bool, prompts: list[list[int]], wanted: list[list[int]]) -> dict:
+def measure(args: argparse.Namespace, mbps: float, relay: bool, prompts: list[list[int]],
+            wanted: list[list[int]]) -> dict:
     """Two processes, every document; what was told of each, and what the prefill node did."""
     topology, params = Topology(prfaas=1, pd=1), SamplingParams(max_tokens=args.answer, ignore_eos=True)
     places, results = topology.two_places(), Path(tempfile.mkdtemp()) / "relay.json"

@@ -1,7 +1,7 @@
 """What fewer bytes on the wire save, and what they cost in answers. Chapter 15; the paper names it in section 6.
 
     python scripts/bench.py wire                       the embedded model's documents, on the CPU
-    python scripts/bench.py wire --model DIR           another checkpoint: changed answers and logits on the same documents
+    python scripts/bench.py wire --model DIR           another checkpoint: changed answers and logits on the same texts
 
 Each document is prefilled once. Then its rows go through each encoding and back into fresh blocks, and the answer is
 decoded from there. Logits are compared along the exact answer, so that every encoding is asked the same.
@@ -27,8 +27,8 @@ from minprfaas.scheduling.throughput import kv_throughput_gbps
 from minprfaas.transport.encoding import Encoding, row_codec
 
 PARAMS = SamplingParams(max_tokens=16)
-HEADERS = ["wire", "bytes a token", "KV, MiB", "Gbps", "encode ms", "decode ms", "right", "changed", "first changed token",
-           "mean |Δ logit|", "largest"]
+HEADERS = ["wire", "bytes a token", "KV, MiB", "Gbps", "encode ms", "decode ms", "right", "changed",
+           "first changed token", "mean |Δ logit|", "largest"]
 
 
 @dataclass
@@ -60,7 +60,8 @@ class Bench:
         return request
 
     @torch.inference_mode()
-    def cross(self, sent: Request, encoding: Encoding, tally: Tally, wanted: list[int]) -> tuple[list[int], torch.Tensor]:
+    def cross(self, sent: Request, encoding: Encoding, tally: Tally,
+              wanted: list[int]) -> tuple[list[int], torch.Tensor]:
         """The answer after the wire, and the logits along `wanted` (without any: along the answer)."""
         prompt, arrived, specs = sent.token_ids[:sent.prompt_tokens], [], self.sender.layout.specs
         tally.nbytes.append(0)
@@ -137,8 +138,8 @@ def main(argv: list[str]) -> int:
     model, tokenizer = load(args.model, getattr(torch, args.dtype), args.device)
     for length in args.lengths:
         print_length(Bench(model, tokenizer, length + 64), length, args)
-    print("Gbps: what one such prefill needs (eq. 1) at the rate measured in this run. first changed token: of the earliest "
-          "change, from 0.")
+    print("Gbps: what one such prefill needs (eq. 1) at the rate measured in this run. first changed token: of the "
+          "earliest change, from 0.")
     return 0
 
 
