@@ -23,6 +23,11 @@ KIMI = {"model_type": "kimi_linear", "vocab_size": 163840, "rms_norm_eps": 1e-5,
 SHAPES = {
     "tiny-dense": {**QWEN3, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
                    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},  # to rehearse with
+    "tiny-hybrid": {**KIMI, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 8,
+                    "num_attention_heads": 4, "first_k_dense_replace": 8, "tie_word_embeddings": True,
+                    "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32,
+                    "linear_attn_config": {"num_heads": 4, "head_dim": 32, "short_conv_kernel_size": 4,
+                                           "full_attn_layers": [4, 8], "kda_layers": [1, 2, 3, 5, 6, 7]}},
     "qwen3-0.6b": {**QWEN3, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
                    "num_attention_heads": 16},
     "qwen3-4b": {**QWEN3, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
