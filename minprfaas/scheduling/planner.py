@@ -44,6 +44,11 @@ class Fleet:
         """The profile of an instance that plays `role`."""
         return self.prfaas_profile if role is Role.PRFAAS else self.pd_profile
 
+    def theta_pdd(self, n_p: int) -> float:
+        """Requests/s that the PD instances sustain which do not prefill (eq. 5)."""
+        pd = self.pd_profile
+        return model.theta_pdd(self.pd_instances - n_p, pd.bs_max, pd.t_decode_s, self.output_tokens)
+
     def prfaas_s(self, tokens: float) -> float:
         """Seconds that a request takes of a PrfaaS instance: its prefill and, with `relay`, what it decodes then while
         its KVCache crosses on the instance's share of the link."""
@@ -130,7 +135,8 @@ def plan_least_loaded(fleet: Fleet, lengths: LengthDistribution) -> Plan:
     for n_p in range(fleet.pd_instances):
         both = theta_prfaas + model.theta_pdp(n_p, pdp_s)
         share = theta_prfaas / both if both else 0.0
-        plans.append(_assemble(fleet, None, n_p, share, lengths.mean(float), prfaas_s, kv_bytes, pdp_s))
+        loads = share * prfaas_s, share * kv_bytes, (1 - share) * pdp_s
+        plans.append(_plan(fleet, None, n_p, share, lengths.mean(float), loads))
     return max(plans, key=lambda at: at.lambda_max)
 
 
@@ -181,7 +187,7 @@ class _Search:
 
     def scores(self, thresholds: Iterable[float], splits: Iterable[int]) -> Iterator[tuple[tuple, float, int]]:
         """(bounds in rising order, threshold, N_p) of every point: a greater score is a better plan."""
-        decode = [(n_p, _theta_pdd(self.fleet, n_p)) for n_p in splits]
+        decode = [(n_p, self.fleet.theta_pdd(n_p)) for n_p in splits]
         for threshold in thresholds:
             prfaas_s, kv_bytes, pdp_s = self._loads(self.lengths.count_up_to(threshold))
             remote = model.theta_prfaas(self.fleet.prfaas_instances, prfaas_s, self.fleet.link_gbps, kv_bytes)
@@ -189,36 +195,27 @@ class _Search:
                 yield tuple(sorted((remote, model.theta_pdp(n_p, pdp_s), theta_pdd))), threshold, n_p
 
     def plan_at(self, threshold: float, n_p: int) -> Plan:
-        """The plan of one point, from the means of each side of the threshold."""
-        values, below = self.lengths.values, self.lengths.count_up_to(threshold)
-        p = self.lengths.tail(threshold)
-        prfaas_s, kv_bytes, pdp_s = self._loads(below)
-        if p > 0:
-            prfaas_s, kv_bytes = prfaas_s / p, kv_bytes / p
-        if p < 1:
-            pdp_s = pdp_s / (1 - p)
-        mean_tokens = sum(values[below:]) / max(1, len(values) - below)
-        return _assemble(self.fleet, threshold, n_p, p, mean_tokens, prfaas_s, kv_bytes, pdp_s)
+        """The plan of one point."""
+        below = self.lengths.count_up_to(threshold)
+        longer = self.lengths.values[below:]
+        mean_tokens = sum(longer) / max(1, len(longer))
+        return _plan(self.fleet, threshold, n_p, self.lengths.tail(threshold), mean_tokens, self._loads(below))
 
     def _loads(self, below: int) -> tuple[float, float, float]:
-        """What a request costs on average where `below` of the lengths stay local: seconds of PrfaaS prefill, bytes of
-        egress, seconds of PD prefill. Shares of E[·], not conditional means: Theta_prfaas / p = N_prfaas / load."""
+        """What `_plan` wants, where `below` of the lengths stay local."""
         return (self._prfaas_s[-1] - self._prfaas_s[below], self._kv_bytes[-1] - self._kv_bytes[below],
                 self._pdp_s[below])
 
 
-def _assemble(fleet: Fleet, threshold: float | None, n_p: int, p: float, mean_tokens: float,
-              prfaas_s: float, kv_bytes: float, pdp_s: float) -> Plan:
-    """A plan from the share `p` of requests that go out and the means over those that reach each stage (eq. 3 to 6)."""
+def _plan(fleet: Fleet, threshold: float | None, n_p: int, p: float, mean_tokens: float,
+          loads: tuple[float, float, float]) -> Plan:
+    """A plan from the share `p` of requests that go out, and from what a request costs on average: seconds of PrfaaS
+    prefill, bytes of egress, seconds of PD prefill. These are shares of E[·], not means over those that reach the
+    stage, so N / load is the rate of the whole system at which the stage saturates: Theta / p (eq. 3 to 6)."""
+    prfaas_s, kv_bytes, pdp_s = loads
     compute = model.theta_prfaas_compute(fleet.prfaas_instances, prfaas_s)
     egress = model.theta_prfaas_egress(fleet.link_gbps, kv_bytes)
-    theta_pdp, theta_pdd = model.theta_pdp(n_p, pdp_s), _theta_pdd(fleet, n_p)
-    rates = (model.share_bound(compute, p), model.share_bound(egress, p), model.share_bound(theta_pdp, 1 - p),
-             theta_pdd)
-    return Plan(threshold, fleet.prfaas_instances, n_p, fleet.pd_instances - n_p, min(compute, egress), theta_pdp,
-                theta_pdd, p, mean_tokens, kv_bytes, dict(zip(BINDING_STAGES, rates)))
-
-
-def _theta_pdd(fleet: Fleet, n_p: int) -> float:
-    profile = fleet.pd_profile
-    return model.theta_pdd(fleet.pd_instances - n_p, profile.bs_max, profile.t_decode_s, fleet.output_tokens)
+    pdp, pdd = model.theta_pdp(n_p, pdp_s), fleet.theta_pdd(n_p)
+    return Plan(threshold, fleet.prfaas_instances, n_p, fleet.pd_instances - n_p,
+                p * min(compute, egress) if p > 0 else inf, (1 - p) * pdp if p < 1 else inf, pdd, p, mean_tokens,
+                kv_bytes / p if p > 0 else 0.0, dict(zip(BINDING_STAGES, (compute, egress, pdp, pdd))))

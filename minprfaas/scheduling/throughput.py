@@ -61,12 +61,7 @@ def theta_pdd(n_d: float, bs_max: int, t_decode_s: float, output_tokens: float) 
     return n_d * bs_max / (t_decode_s * output_tokens)
 
 
-def share_bound(theta: float, share: float) -> float:
-    """The system's rate at which a stage that gets `share` of the requests saturates; no share, no bound."""
-    return theta / share if share > 0 else inf
-
-
 def lambda_max(theta_prfaas: float, theta_pdp: float, theta_pdd: float, offloaded_fraction: float) -> float:
     """Requests/s of the whole system: min(Theta_prfaas / p, Theta_pdp / (1 - p), Theta_pdd) (eq. 6)."""
     p = offloaded_fraction
-    return min(share_bound(theta_prfaas, p), share_bound(theta_pdp, 1 - p), theta_pdd)
+    return min(theta_prfaas / p if p > 0 else inf, theta_pdp / (1 - p) if p < 1 else inf, theta_pdd)
