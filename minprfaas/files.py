@@ -62,10 +62,10 @@ class OutputFile:
             if self._replaces:
                 os.replace(self._partial, self.path)
         except OSError as error:
-            self.discard()
+            self.close()
             raise UserError(f"{self.path} cannot be written: {_reason(error)}") from None
 
-    def discard(self) -> None:
+    def close(self) -> None:
         """Leave nothing behind: the run ended before there was anything to write. Harmless after `write`."""
         try:
             self._file.close()

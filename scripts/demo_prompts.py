@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import closing
 
 from minprfaas.documents import EVALUATION_SEEDS, make_document
 from minprfaas.errors import ArgumentParser, exit_on_user_error
@@ -21,11 +22,8 @@ def main() -> int:
                         help="a second document and question that continue the first conversation; 0 for none")
     parser.add_argument("--seed", type=int, default=0, help="another seed invents other towns and people")
     args = parser.parse_args()
-    out = OutputFile(args.out)
-    try:
+    with closing(OutputFile(args.out)) as out:
         out.write("\n".join(invented_lines(args.tokens, args.next_turn, args.seed)) + "\n")
-    finally:
-        out.discard()
     return 0
 
 

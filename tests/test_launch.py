@@ -177,5 +177,5 @@ def test_an_output_that_cannot_be_written_is_found_before_the_run(tmp_path):
         with pytest.raises(UserError, match="cannot be written"):
             OutputFile(path)
     output = OutputFile(tmp_path / "out.json")
-    output.discard()
+    output.close()
     assert list(tmp_path.iterdir()) == [], "nothing is left behind"

@@ -37,7 +37,7 @@ def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path):
     path.write_text("old")
     output = OutputFile(path)  # opened when a run begins
     assert path.read_text() == "old"
-    output.discard()  # the run ended without anything to write
+    output.close()  # the run ended without anything to write
     assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [("out.json", "old")]
     with pytest.raises(UnicodeEncodeError):  # a write that breaks off, as on a full disk
         write_whole(path, "x" * 100_000 + "\ud800")

@@ -55,7 +55,7 @@ def outputs_of(run: Run) -> dict[str, OutputFile]:
 def check_outputs(run: Run) -> None:
     """A path that cannot be written is said before anything is started."""
     for output in outputs_of(run).values():
-        output.discard()
+        output.close()
 
 
 def play(run: Run, seat: Seat, drive: Drive | None = None) -> int:
@@ -70,7 +70,7 @@ def play(run: Run, seat: Seat, drive: Drive | None = None) -> int:
         raise
     finally:
         for output in outputs.values():
-            output.discard()
+            output.close()
 
 
 def _play(run: Run, seat: Seat, outputs: dict[str, OutputFile], drive: Drive | None) -> int:

@@ -17,8 +17,8 @@ from minprfaas.scheduling.planner import MAX_INSTANCES, Fleet, Plan, first_token
 from minprfaas.scheduling.profiles import Profile
 from minprfaas.scheduling.throughput import egress_needed_gbps, kv_throughput_gbps
 
-FLEET_OPTIONS = ("pd_profile", "prfaas_instances", "pd_instances", "link_gbps", "output_tokens", "lognormal", "trace",
-                 "threshold", "n_p")
+FLEET_NUMBERS = ("prfaas_instances", "pd_instances", "link_gbps", "output_tokens")
+OWN_OPTIONS = ("pd_profile", *FLEET_NUMBERS, "lognormal", "trace", "threshold", "n_p")
 DEPLOYMENTS = {"prfaas_pd": "PrfaaS-PD", "homogeneous": "homogeneous", "naive": "naive", "least_loaded": "least-loaded"}
 ROWS = {  # JSON key: (label, format)
     "threshold": ("threshold t, tokens", ",.0f"), "n_prfaas": ("N_prfaas", "d"),
@@ -28,6 +28,15 @@ ROWS = {  # JSON key: (label, format)
     "ttft_mean_s": ("TTFT mean, s", ".2f"), "ttft_p90_s": ("TTFT P90, s", ".2f"),
     "offloaded_fraction": ("offloaded fraction", ".3f"), "mean_offloaded_tokens": ("their mean, tokens", ",.0f"),
     "egress_gbps": ("egress, Gbps", ".1f")}
+BY_WIRE = {"wire": ("wire", ""), "rows_share": ("of a row", ".0%"),
+           **{key: ROWS[key] for key in ("lambda_max", "threshold", "offloaded_fraction", "egress_gbps")},
+           "gbps_32k": ("Φ_kv at 32K, Gbps", ".2f")}
+BY_RELAY = {"link_gbps": ("link, Gbps", "g"), "relay": ("relay", ""),
+            **{key: ROWS[key] for key in ("lambda_max", "theta_prfaas", "threshold", "offloaded_fraction",
+                                          "ttft_mean_s", "ttft_p90_s")}}
+EGRESS = {"model": ("model", ""), "tokens": ("tokens", ","), "gpus": ("GPUs", ","),
+          "instance_gbps": ("Φ_kv, Gbps (paper)", ".2f"), "egress_gbps": ("B_out, Gbps", ",.0f"),
+          "paper": ("paper says", "")}
 WIRE_SHARES = {"exact, bf16": 1.0, "fp8, int8": 33 / 64, "int4": 5 / 16}  # see transport/encoding.py
 NOTES = """\
 modelled: every figure but the columns `paper`, which are table 6's own; TTFT is without waiting.
@@ -44,11 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       help="plan for this profile of a PrfaaS instance: a JSON file, or the name of a shipped one")
     parser.add_argument("--egress", action="store_true", help="equation 2's cases: the egress of a prefill cluster")
     fleet = parser.add_argument_group("fleet, link and lengths (with --profile)")
-    fleet.add_argument("--pd-profile", metavar="FILE", help="profile of a PD instance (default: the same as --profile)")
-    fleet.add_argument("--prfaas-instances", type=int, metavar="N", help="instances of the PrfaaS cluster (default: 4)")
-    fleet.add_argument("--pd-instances", type=int, metavar="N", help="instances of the PD cluster (default: 8)")
-    fleet.add_argument("--link-gbps", type=float, metavar="GBPS", help="bandwidth between them (default: 100)")
-    fleet.add_argument("--output-tokens", type=float, metavar="N", help="mean length of an answer (default: 1024)")
+    add_fleet_options(fleet)
     fleet.add_argument("--lognormal", type=float, nargs=4, metavar=("MU", "SIGMA", "LOW", "HIGH"),
                        help="log-normal lengths within LOW..HIGH tokens (default: the paper's, 9.9 1 128 131072)")
     fleet.add_argument("--trace", metavar="FILE", help="lengths of a Mooncake-format trace, nothing cached")
@@ -61,19 +66,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plots", metavar="DIR", help="draw figures 2, 5(a), 5(b) into DIR (needs matplotlib)")
 
 
+def add_fleet_options(group: argparse._ArgumentGroup) -> None:
+    """What a fleet is made of, but for `--profile`."""
+    group.add_argument("--pd-profile", metavar="FILE", help="profile of a PD instance (default: the same as --profile)")
+    group.add_argument("--prfaas-instances", type=int, metavar="N", help="instances of the PrfaaS cluster (default: 4)")
+    group.add_argument("--pd-instances", type=int, metavar="N", help="instances of the PD cluster (default: 8)")
+    group.add_argument("--link-gbps", type=float, metavar="GBPS", help="bandwidth between them (default: 100)")
+    group.add_argument("--output-tokens", type=float, metavar="N", help="mean length of an answer (default: 1024)")
+
+
+def fleet_of(args: argparse.Namespace) -> Fleet:
+    """The paper's fleet, but for what the options say."""
+    fleet = paper.paper_fleet()
+    if args.profile:
+        own = Profile.read(args.profile)
+        fleet = replace(fleet, prfaas_profile=own, pd_profile=own)
+    if args.pd_profile:
+        fleet = replace(fleet, pd_profile=Profile.read(args.pd_profile))
+    return replace(fleet, **{name: getattr(args, name) for name in FLEET_NUMBERS if getattr(args, name) is not None})
+
+
 def run(args: argparse.Namespace) -> None:
     """Plan, draw if asked, and print. Raises UserError."""
     _check_options(args)
     if args.plots:
         prepare_plots(args.plots)
     if not (args.case or args.profile):
-        return print(json.dumps(_egress_cases(), indent=2)) if args.json else _print_egress()
+        cases = _egress_cases()
+        return print(json.dumps(cases, indent=2)) if args.json else _print_egress(cases)
     if args.case:
         lengths, plans = paper.paper_lengths(), paper.paper_plans()
         fleet, best = plans["prfaas_pd"]
         result = {name: _figures(*planned, lengths, plans["homogeneous"][1]) for name, planned in plans.items()}
     else:
-        fleet, lengths = _own_fleet(args), _own_lengths(args)
+        fleet, lengths = fleet_of(args), _own_lengths(args)
         best = plan(fleet, lengths, args.n_p, _own_threshold(args, lengths))
         result = {"plan": _figures(fleet, best, lengths), "binding_stage": best.binding_stage,
                   "bounds": {stage: rate if isfinite(rate) else None for stage, rate in best.bounds.items()}}
@@ -96,18 +122,22 @@ def run(args: argparse.Namespace) -> None:
         _print_own(fleet, lengths, best, result)
     _print_margins(best, more)
     if args.by_wire:
-        _print_by_wire(result["by_wire"])
+        print("\nBy the encoding of the wire (modelled): what grows with each token crosses in so much of its bytes, "
+              "state of one size exactly.\n")
+        _print_rows(BY_WIRE, result["by_wire"])
     if args.by_relay:
-        _print_by_relay(result["by_relay"])
+        print("\nWith relay decode and without (modelled; an instance relays one request at a time, and prefills none "
+              "meanwhile):\n")
+        _print_rows(BY_RELAY, result["by_relay"])
     if args.egress:
         print()
-        _print_egress()
+        _print_egress(result["egress"])
     for path in drawn:
         print(f"drawn: {path}")
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    for option in FLEET_OPTIONS:
+    for option in OWN_OPTIONS:
         if getattr(args, option) is not None and not args.profile:
             raise UserError(f"--{option.replace('_', '-')} goes with --profile; the paper's case is as published")
     if not (args.case or args.profile) and (args.plots or not args.egress):
@@ -123,14 +153,6 @@ def _curves(args: argparse.Namespace, fleet: Fleet) -> dict[str, list[tuple[int,
                 for name, gbps in paper.TABLE_3_GBPS.items()}
     return {p.name: [(point.tokens, kv_throughput_gbps(point.kv_bytes, point.prefill_s)) for point in p.points]
             for p in (fleet.prfaas_profile, fleet.pd_profile)}
-
-
-def _own_fleet(args: argparse.Namespace) -> Fleet:
-    prfaas = Profile.read(args.profile)
-    pd = Profile.read(args.pd_profile) if args.pd_profile else prfaas
-    numbers = ("prfaas_instances", "pd_instances", "link_gbps", "output_tokens")
-    given = {name: getattr(args, name) for name in numbers if getattr(args, name) is not None}
-    return replace(paper.paper_fleet(), prfaas_profile=prfaas, pd_profile=pd, **given)
 
 
 def _own_lengths(args: argparse.Namespace) -> LengthDistribution:
@@ -238,15 +260,6 @@ def _by_wire(fleet: Fleet, lengths: LengthDistribution) -> list[dict]:
     return rows
 
 
-def _print_by_wire(rows: list[dict]) -> None:
-    print("\nBy the encoding of the wire (modelled): what grows with each token crosses in so much of its bytes, state "
-          "of one size exactly.\n")
-    keys = ("lambda_max", "threshold", "offloaded_fraction", "egress_gbps")
-    print(table(["wire", "of a row", *(ROWS[key][0] for key in keys), "Φ_kv at 32K, Gbps"],
-                [(row["wire"], f"{row['rows_share']:.0%}", *(_cell(key, row[key]) for key in keys),
-                  f"{row['gbps_32k']:.2f}") for row in rows]))
-
-
 def _by_relay(fleet: Fleet, lengths: LengthDistribution) -> list[dict]:
     """The best plan with relay decode and without, on links down to a sixteenth."""
     rows = []
@@ -256,15 +269,6 @@ def _by_relay(fleet: Fleet, lengths: LengthDistribution) -> list[dict]:
             figures = _figures(behind, plan(behind, lengths), lengths)
             rows.append({"link_gbps": behind.link_gbps, "relay": relay, **figures})
     return rows
-
-
-def _print_by_relay(rows: list[dict]) -> None:
-    print("\nWith relay decode and without (modelled; an instance relays one request at a time, and prefills none "
-          "meanwhile):\n")
-    keys = ("lambda_max", "theta_prfaas", "threshold", "offloaded_fraction", "ttft_mean_s", "ttft_p90_s")
-    print(table(["link, Gbps", "relay", *(ROWS[key][0] for key in keys)],
-                [(f"{row['link_gbps']:g}", "yes" if row["relay"] else "no", *(_cell(key, row[key]) for key in keys))
-                 for row in rows]))
 
 
 def _egress_cases() -> list[dict]:
@@ -277,15 +281,21 @@ def _egress_cases() -> list[dict]:
     return cases
 
 
-def _print_egress() -> None:
+def _print_egress(cases: list[dict]) -> None:
     print("Equation 2: the egress that a prefill cluster needs, B_out = N / P · Φ_kv, from the paper's table 3\n")
-    print(table(["model", "tokens", "GPUs", "Φ_kv, Gbps (paper)", "B_out, Gbps", "paper says"],
-                [(case["model"], case["tokens"], case["gpus"], f"{case['instance_gbps']:.2f}",
-                  f"{case['egress_gbps']:,.0f}", case["paper"]) for case in _egress_cases()]))
+    _print_rows(EGRESS, cases)
 
 
-def _cell(key: str, value: float | None) -> str:
-    return "–" if value is None or value == inf else format(value, ROWS[key][1])
+def _print_rows(columns: dict[str, tuple[str, str]], rows: list[dict]) -> None:
+    """`columns`: JSON key of a row -> (header, format)."""
+    print(table([header for header, _ in columns.values()],
+                [[_cell(key, row[key], columns) for key in columns] for row in rows]))
+
+
+def _cell(key: str, value: object, columns: dict[str, tuple[str, str]] = ROWS) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "–" if value is None or value == inf else format(value, columns[key][1])
 
 
 def _difference(name: str, key: str, value: float | None, published: float | None) -> str:

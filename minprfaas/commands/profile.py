@@ -6,6 +6,7 @@ Chapters 10 and 13.
 import argparse
 import json
 import sys
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import torch
@@ -42,16 +43,13 @@ def run(args: argparse.Namespace) -> None:
             require_number(f"--{name.replace('_', '-')}", getattr(args, name), least=1, whole=True)
     if len(set(args.lengths)) < 2 or min(args.lengths) < 1:
         raise UserError(f"--lengths {args.lengths} is no curve; it needs two different lengths of at least 1 token")
-    out = OutputFile(args.out) if args.out else None  # a path that cannot be written is said before minutes of work
-    try:
+    # A path that cannot be written is said before minutes of work.
+    with closing(OutputFile(args.out)) if args.out else nullcontext() as out:
         profile = _measure(args)
         text = json.dumps(profile.to_json(), indent=2)
         print(text if args.json else _table(profile))
-        if out is not None:
+        if out:
             out.write(text + "\n")
-    finally:
-        if out is not None:
-            out.discard()
 
 
 def _measure(args: argparse.Namespace) -> Profile:

@@ -6,12 +6,14 @@ Chapters 12 and 13.
 import argparse
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from math import inf
 
 from tqdm import tqdm
 
+from minprfaas.commands.plan import add_fleet_options, fleet_of
 from minprfaas.errors import UserError, require_number
 from minprfaas.files import OutputFile
 from minprfaas.observe.plots import prepare_plots
@@ -20,13 +22,11 @@ from minprfaas.observe.simulation_plots import draw_hit_ratios, draw_simulation
 from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.lengths import LengthDistribution
 from minprfaas.scheduling.planner import MAX_GBPS, MAX_INSTANCES, Fleet, plan
-from minprfaas.scheduling.profiles import Profile
 from minprfaas.simulator.arrivals import bursty, day_lengths, diurnal, drawn, from_trace, poisson, read_trace
 from minprfaas.simulator.cluster import MAX_SIMULATED_S, PrfaaSSite, Setup, Simulation
 from minprfaas.simulator.nodes import SimRequest
 from minprfaas.simulator.report import TTFT_OBJECTIVE_S, Report
 
-FLEET_OPTIONS = ("prfaas_instances", "pd_instances", "link_gbps", "output_tokens")
 LIMITS = (("requests", 1, 10_000_000), ("day-s", 1, 1e6), ("cache-blocks", 0, None), ("speed", 1e-6, 1e9))
 
 
@@ -34,14 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The fleet, its traffic, what goes wrong, the policy, the output."""
     fleet = parser.add_argument_group("fleet (default: the paper's case study)")
     fleet.add_argument("--profile", metavar="FILE", help="profile (JSON) of a PrfaaS instance")
-    fleet.add_argument("--pd-profile", metavar="FILE", help="profile of a PD instance (default: the same as --profile)")
-    fleet.add_argument("--prfaas-instances", type=int, metavar="N", help="instances of the PrfaaS cluster")
-    fleet.add_argument("--pd-instances", type=int, metavar="N", help="instances of the PD cluster")
-    fleet.add_argument("--link-gbps", type=float, metavar="GBPS", help="bandwidth between them")
+    add_fleet_options(fleet)
     fleet.add_argument("--site", action="append", default=[], metavar="NAME=N:GBPS[:FILE.json]", help="instead of "
                        "--prfaas-instances, --link-gbps and --weather: a PrfaaS datacenter with N instances, its line "
                        "and weather; once for each")
-    fleet.add_argument("--output-tokens", type=float, metavar="N", help="length of an answer (1024, or the trace's)")
     fleet.add_argument("--n-p", type=int, metavar="N", help="PD nodes that begin with prefill (default: the planner's)")
     fleet.add_argument("--threshold", type=float, metavar="T", help="uncached tokens (default: the planner's)")
     traffic = parser.add_argument_group("traffic")
@@ -80,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
     if args.cache_only:
         return _cache_only(args, [request.keys for request in trace])
     setup, requests, count = _prepare(args, trace)
-    report = _run_logged(args, setup, requests, count) if args.log else _run(setup, requests, count)
+    report = _run(args, setup, requests, count)
     drawn = draw_simulation(args.plots, report) if args.plots else []
     if args.json:
         return print(json.dumps(report.to_json(), indent=2))
@@ -89,25 +85,20 @@ def run(args: argparse.Namespace) -> None:
         print(f"drawn: {path}")
 
 
-def _run(setup: Setup, requests: Iterator[SimRequest], count: int, on_decision: Callable | None = None) -> Report:
-    with tqdm(total=count, unit="request", disable=None, leave=False) as bar:
-        return Simulation(setup, requests, on_decision, bar.update).run()
-
-
-def _run_logged(args: argparse.Namespace, setup: Setup, requests: Iterator[SimRequest], count: int) -> Report:
-    log, lines = OutputFile(args.log), []
+def _run(args: argparse.Namespace, setup: Setup, requests: Iterator[SimRequest], count: int) -> Report:
+    lines: list[str] = []
 
     def note(time_s: float, request: SimRequest) -> None:
         decision = {"time_s": round(time_s, 3), "prompt_tokens": request.input_tokens, "attempt": request.attempts,
                     **request.decision._asdict()}
         lines.append(json.dumps(decision) + "\n")
 
-    try:
-        report = _run(setup, requests, count, note)
-        log.write("".join(lines))
-        return report
-    finally:
-        log.discard()
+    bar = tqdm(total=count, unit="request", disable=None, leave=False)
+    with bar, closing(OutputFile(args.log)) if args.log else nullcontext() as log:
+        report = Simulation(setup, requests, note if log else None, bar.update).run()
+        if log:
+            log.write("".join(lines))
+    return report
 
 
 def _prepare(args: argparse.Namespace, trace: list[SimRequest]) -> tuple[Setup, Iterator[SimRequest], int]:
@@ -136,16 +127,10 @@ def _prepare(args: argparse.Namespace, trace: list[SimRequest]) -> tuple[Setup, 
 
 
 def _fleet(args: argparse.Namespace, trace: list[SimRequest]) -> Fleet:
-    """The paper's, but for what the options say."""
-    fleet = paper.paper_fleet()
-    if args.profile:
-        own = Profile.read(args.profile)
-        fleet = replace(fleet, prfaas_profile=own, pd_profile=own)
-    if args.pd_profile:
-        fleet = replace(fleet, pd_profile=Profile.read(args.pd_profile))
-    if trace:
+    """What the options say; of a trace, the mean answer is known."""
+    fleet = fleet_of(args)
+    if trace and args.output_tokens is None:
         fleet = replace(fleet, output_tokens=sum(request.output_tokens for request in trace) / len(trace))
-    fleet = replace(fleet, **{name: getattr(args, name) for name in FLEET_OPTIONS if getattr(args, name) is not None})
     sites = _sites(args)
     if not sites:
         return fleet

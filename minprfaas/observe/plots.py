@@ -30,7 +30,7 @@ def prepare_plots(directory: str | Path) -> None:
         Path(directory).mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL
         raise UserError(f"cannot write into {directory}: {getattr(error, 'strerror', None) or error}") from None
-    OutputFile(Path(directory) / "plots").discard()
+    OutputFile(Path(directory) / "plots").close()
 
 
 def new_figure(width: float = 6.4, height: float = 4.0) -> tuple["Figure", "Axes"]:
