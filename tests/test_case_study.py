@@ -153,6 +153,7 @@ def test_a_decode_step_passes_without_holding_up_its_node_and_no_more_than_the_b
     now_s[0] += 2.25  # it is looked at late; the next one is not
     assert engine.is_ready and [update.request for update in engine.step()] == requests[:2]
     assert [len(one.output_ids) - before for one, before in zip(requests, drawn)] == [1, 1, 0]
+    assert engine.step() == [], "the next step has begun when the first was due"
     now_s[0] += 1.5
     assert not engine.is_ready
     now_s[0] += 0.25

@@ -216,6 +216,23 @@ def test_the_parts_of_the_time_to_the_first_token_add_up_to_it(hybrid):
         assert sum(parts) == pytest.approx(journey.ttft_s) and min(parts) >= 0, parts
 
 
+def test_a_first_token_is_told_when_its_request_has_a_place_in_the_decode_batch(hybrid):
+    """Told before, it would hide that decode is short; and what waits for a place is lost with no prefill node."""
+    prompts = prompts_of(300, 20)
+    with two_datacenters(*hybrid, threshold=100) as (local, _):
+        local.decode.engine.scheduler.max_batch = 1
+        first = local.front.submit("first", prompts[1], SamplingParams(max_tokens=150, ignore_eos=True))
+        step_until(local, lambda: first.output_ids)
+        second = local.front.submit("second", prompts[0], GREEDY)
+        step_until(local, lambda: any(one.kv and one.ready_at_s for one in local.decode.servings.values()))
+        local.decode.notice(PeerLost("prfaas-0", "link lost: test"))
+        assert second.is_prefilled and not second.output_ids and not first.is_finished
+        step_until(local, lambda: not local.front.has_work)
+    assert second.first_token_at_s >= first.finished_at_s and (second.attempts, second.route) == (1, "prfaas")
+    assert second.admit_s > 0 and second.route_s >= 0
+    assert tokens([second]) == reference(*hybrid, [prompts[0]], GREEDY)
+
+
 def test_an_answer_that_the_pool_cuts_short_says_so(hybrid):
     with two_datacenters(*hybrid, threshold=1000, pool_b=25) as (local, _):
         (journey,) = serve(local, prompts_of(300), SamplingParams(max_tokens=200, ignore_eos=True))

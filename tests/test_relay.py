@@ -96,6 +96,19 @@ def test_an_answer_may_end_before_its_kvcache_is_there_which_nobody_needs_then(h
         each_once(world, [journey], world.front.take_updates())
 
 
+def test_a_relay_goes_on_until_the_decode_batch_has_a_place(hybrid):
+    with World(*hybrid, pd=1, split=0, relay=True) as world:
+        line, here = slow_line(world), world.part("pd-0")
+        here.engine.scheduler.max_batch = 1
+        journeys = world.submit(prompts_of(150, 160), LONG)
+        world.step_until(lambda: all(len(one.output_ids) > 5 for one in journeys))
+        line.room.set()
+        decoding = []
+        world.step_until(lambda: decoding.append(len(here.engine.running)) or not world.front.has_work)
+        assert max(decoding) == 1
+        each_once(world, journeys, world.front.take_updates())
+
+
 @pytest.mark.parametrize("moment", ["while it crosses", "while its rows are computed", "after the handover"])
 @pytest.mark.parametrize("loss", ["cut", "kill"])
 def test_a_loss_at_any_moment_of_the_handover_costs_time_and_no_token(hybrid, loss, moment):

@@ -35,6 +35,7 @@ class Serving:
     ordered_at_s: float = 0.0
     kv: KVReceive | None = None  # while it is being prefilled
     done: messages.PrefillDone | None = None
+    ready_at_s: float = 0.0  # all of its KVCache was here, and its first token
     prefilled_tokens: int = 0
     told: tuple[int, int] = (0, 0)  # progress that the front end knows: tokens, bytes
 
@@ -81,23 +82,25 @@ class DecodeRole:
                 for serving in list(self.servings.values()):
                     if name == FRONT:  # it has these requests no more, or gives them to another node
                         self._forget(serving)
-                    elif serving.kv is not None and serving.serve.prefill_node == name:
+                    elif serving.serve.prefill_node == name and serving.kv is not None and not serving.ready_at_s:
                         self._lose_prefill(serving, reason)
             case StreamDone(stream_id=stream_id) | StreamFailed(stream_id=stream_id) if stream_id in self._by_stream:
                 self._stream_ended(self._by_stream.pop(stream_id), happening)
         self._snapshots.notice(happening)  # last: what has arrived counts with the rows that have
 
     def step(self) -> None:
-        """Order prefills for which there is room, decode one step, give up on what is overdue."""
+        """Order prefills for which there is room, admit what has a place, give up what is overdue; decode one step."""
         self._order_where_there_is_room()
+        for serving in list(self.servings.values()):
+            self._admit_if_complete(serving)
+            if serving.kv is not None:
+                self._tell_progress(serving)
+            if self._clock() > serving.deadline_at_s:
+                self._overdue(serving)
         if self.engine.has_work:
             for update in self.engine.step():
                 self._tell_token(update)
-        self._tell_progress()
         self._snapshots.step()
-        for serving in list(self.servings.values()):
-            if self._clock() > serving.deadline_at_s:
-                self._overdue(serving)
 
     # From the front end's word to the order
 
@@ -167,21 +170,24 @@ class DecodeRole:
             self._lose_prefill(serving, event.reason, event.arrived_end)
 
     def _admit_if_complete(self, serving: Serving) -> None:
-        """Decode begins when the last byte of the KVCache and the first token are both here."""
-        if serving.done is None or not serving.kv.has_arrived:
+        """Decode begins when the last byte of the KVCache and the first token are both here, and the batch has a place.
+        Until then nothing is told: a first token with none to follow would hide that decode is what is short."""
+        if serving.kv is None or serving.done is None or not serving.kv.has_arrived:
             return
-        request, first_token, ready_at_s = serving.request, serving.done.first_token, self._clock()
+        serving.ready_at_s = serving.ready_at_s or self._clock()
+        serving.deadline_at_s = math.inf  # decoding waits for nobody
+        if len(self.engine.running) >= self.engine.scheduler.max_batch:
+            return
+        request, first_token = serving.request, serving.done.first_token
         if not 0 <= first_token < self.engine.model.config.vocab_size:
             return self._lose_prefill(serving, f"first token {first_token} is outside the vocabulary")
         kv_bytes = serving.kv.received_bytes + self._snapshots.received_bytes(request)
         serving.kv = None
-        serving.deadline_at_s = math.inf  # decoding waits for nobody
         update = self.engine.admit_remote(request, first_token)
-        admit_s = self._clock() - ready_at_s
         queue_s = serving.ordered_at_s - serving.served_at_s + serving.done.queue_s
-        exposed_s = ready_at_s - serving.ordered_at_s - serving.done.queue_s - serving.done.prefill_s
+        exposed_s = serving.ready_at_s - serving.ordered_at_s - serving.done.queue_s - serving.done.prefill_s
         self._tell(messages.Started(request.id, request.cached_tokens, kv_bytes, queue_s, serving.done.prefill_s,
-                                    exposed_s, admit_s))
+                                    exposed_s, self._clock() - serving.ready_at_s))
         self._tell_token(update)
 
     # When it goes wrong
@@ -227,14 +233,11 @@ class DecodeRole:
         if reason:
             del self.servings[request.id]
 
-    def _tell_progress(self) -> None:
-        for serving in self.servings.values():
-            if serving.kv is None:
-                continue
-            received, expected = serving.kv.received_bytes, serving.kv.plan.total_bytes
-            if serving.told != (serving.prefilled_tokens, received):
-                serving.told = (serving.prefilled_tokens, received)
-                self._tell(messages.Progress(serving.request.id, serving.prefilled_tokens, received, expected))
+    def _tell_progress(self, serving: Serving) -> None:
+        progress = (serving.prefilled_tokens, serving.kv.received_bytes)
+        if serving.told != progress:
+            serving.told = progress
+            self._tell(messages.Progress(serving.request.id, *progress, serving.kv.plan.total_bytes))
 
     def _tell(self, message: messages.Message) -> None:
         self._mail.send(self.name, FRONT, message)

@@ -122,7 +122,7 @@ class RelayedDecodeRole(DecodeRole):
     def notice(self, happening: Happening) -> None:
         """See `DecodeRole.notice`. Of what is here to its last byte nothing is lost with the node that sent it."""
         for serving in list(self._relayed.values()) if isinstance(happening, PeerLost) else []:
-            while serving.request in self._relayed and serving.kv.has_arrived:
+            while serving.request in self._relayed and serving.kv.has_arrived and not serving.ready_at_s:
                 self._catch_up(serving)
         super().notice(happening)
 

@@ -98,6 +98,7 @@ class PacedEngine(Engine):
         """From now on, take the time of `pace`; at most so many requests are in a decode step."""
         self.runner = PacedRunner(self.runner, pace, len(self.model.config.layers), self.clock)
         self.scheduler.max_batch = max_batch
+        self._step_from_s: float | None = None  # the next one begins
 
     @property
     def is_ready(self) -> bool:
@@ -108,12 +109,13 @@ class PacedEngine(Engine):
 
     def step(self, on_kv: KVListener | None = None) -> list[TokenUpdate]:
         """See `Engine.step`; nothing happens while a decode step takes its time."""
-        if self._only_decodes() and self.clock() < self.runner.begin_step(self._batch_size()):
+        if self._only_decodes() and self.clock() < self.runner.begin_step(self._batch_size(), self._step_from_s):
             return []
         due_at_s = self.runner.step_due_at_s
         updates = super().step(on_kv)
-        if due_at_s is not None and self.running and self.clock() < due_at_s + self.runner.pace.decode_step_s(1):
-            self.runner.begin_step(self._batch_size(), due_at_s)  # not now: looking late must not add up
+        # The next step begins when this one was due, with who has joined by then: looking late must not add up.
+        is_late = due_at_s is None or self.clock() >= due_at_s + self.runner.pace.decode_step_s(1)
+        self._step_from_s = due_at_s if self.running and not is_late else None
         return updates
 
     def abort(self, request: Request) -> None:

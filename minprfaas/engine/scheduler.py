@@ -89,7 +89,7 @@ class Scheduler:
         for request in list(self.running):
             while request in self.running and not self.kvcache.reserve(request.cache, len(request.token_ids)):
                 self._preempt_youngest()
-        return self.running[:self.max_batch]  # the oldest; what another node prefilled was not counted before
+        return self.running[:self.max_batch]  # one that was preempted may find its place taken; it is the last
 
     def _preempt_youngest(self) -> None:
         """Free the blocks of the request that came last; it computes again later what its prefix cache has lost.
