@@ -5,17 +5,17 @@ import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from minprfaas.config import Role
-from minprfaas.errors import RequestError, UserError
+from minprfaas.errors import RequestError
 from minprfaas.serving import metrics
-from minprfaas.serving.door import Door, FullHouse, Piece, Ticket
+from minprfaas.serving.door import Door, Ticket
 from minprfaas.serving.http import HttpError, Reply, Request, Routes
-from minprfaas.serving.openai import AnswerBody, Ask, Served, UnknownModel
+from minprfaas.serving.openai import AnswerBody, Ask, Served
 
 READERS = 2  # threads in which bodies are parsed and prompts become tokens
 STUCK_S = 30.0  # a loop that has not come round for so long is not well
-STATUS_OF = {"too_long": 400, "no_room": 503, "no_node": 503, "node_lost": 503, "shutting_down": 503, "deadline": 504}
 
 
 class Api:
@@ -30,15 +30,10 @@ class Api:
     @property
     def routes(self) -> Routes:
         """Paths, and what each method does there."""
-        return {"/v1/completions": {"POST": self._completion}, "/v1/chat/completions": {"POST": self._chat_completion},
+        return {"/v1/completions": {"POST": partial(self._answer, is_chat=False)},
+                "/v1/chat/completions": {"POST": partial(self._answer, is_chat=True)},
                 "/v1/models": {"GET": self._models}, f"/v1/models/{self._served.name}": {"GET": self._model},
                 "/health": {"GET": self._health}, "/metrics": {"GET": self._metrics}}
-
-    async def _completion(self, request: Request, reply: Reply) -> None:
-        await self._answer(request, reply, is_chat=False)
-
-    async def _chat_completion(self, request: Request, reply: Reply) -> None:
-        await self._answer(request, reply, is_chat=True)
 
     async def _models(self, request: Request, reply: Reply) -> None:
         await reply.send(200, json.dumps({"object": "list", "data": [self._model_card()]}))
@@ -69,20 +64,13 @@ class Api:
     async def _answer(self, request: Request, reply: Reply, is_chat: bool) -> None:
         if self.is_closing:
             reply.closes = True
-            raise HttpError(503, "the server is shutting down", code="shutting_down")
+            raise RequestError("shutting_down", "the server was told to end")
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise HttpError(415, "Content-Type must be application/json")
-        try:
-            self._door.check_room()  # before the work of reading
-            loop = asyncio.get_running_loop()
-            ask = await loop.run_in_executor(self._readers, self._served.read, request.body, is_chat)
-            ticket = self._door.open(ask.prompts, ask.params)
-        except UnknownModel as error:
-            raise HttpError(404, str(error), code="model_not_found") from None
-        except UserError as error:
-            raise HttpError(400, str(error)) from None
-        except FullHouse as error:  # places become free all the time: a second is long
-            raise HttpError(429, str(error), code="full_house", headers={"Retry-After": "1"}) from None
+        self._door.check_room()  # before the work of reading
+        loop = asyncio.get_running_loop()
+        ask = await loop.run_in_executor(self._readers, self._served.read, request.body, is_chat)
+        ticket = self._door.open(ask.prompts, ask.params)
         try:
             body = AnswerBody(ask, ticket.id, self._served.name)
             if ask.stream:
@@ -96,7 +84,7 @@ class Api:
         texts, finish_reasons = [""] * len(ask.prompts), [""] * len(ask.prompts)
         tokens = cached_tokens = 0
         while not all(finish_reasons):
-            piece = _or_error(await ticket.pieces.get())
+            piece = await ticket.next_piece()
             texts[piece.index] += piece.text
             tokens += piece.tokens
             if piece.finish_reason is not None:
@@ -110,7 +98,7 @@ class Api:
         unfinished = len(ask.prompts)
         tokens = cached_tokens = 0
         while unfinished:
-            piece = _or_error(await ticket.pieces.get())
+            piece = await ticket.next_piece()
             if not reply.has_begun:
                 await reply.begin_events({"X-Request-Id": ticket.id})
                 for chunk in body.begun():
@@ -125,12 +113,3 @@ class Api:
             await reply.event(body.usage(tokens, cached_tokens))
         await reply.event("[DONE]")
         await reply.end_events()
-
-
-def _or_error(piece: Piece) -> Piece:
-    """A piece that brings tokens; the HttpError for one that brings an error."""
-    if isinstance(piece.error, RequestError):
-        raise HttpError(STATUS_OF.get(piece.error.kind, 500), str(piece.error), code=piece.error.kind)
-    if piece.error is not None:
-        raise HttpError(400, str(piece.error))
-    return piece

@@ -8,6 +8,7 @@ import asyncio
 import itertools
 import queue
 import secrets
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,10 +20,6 @@ from minprfaas.serving.metrics import Metrics
 from minprfaas.transport.events import EventQueue
 
 SAMPLE_S = 1.0  # how often the loop tells what a scrape then shows
-
-
-class FullHouse(Exception):
-    """As many requests as the house takes are in it."""
 
 
 @dataclass(frozen=True)
@@ -41,37 +38,23 @@ class Piece:
 class Ticket:
     """One client's prompts on their way: `pieces` brings what becomes of them, in the HTTP thread."""
 
-    def __init__(self, id: str, prompts: int):
+    def __init__(self, id: str, prompts: Sequence[list[int]], params: Sequence[SamplingParams]):
         self.id, self.loop = id, asyncio.get_running_loop()
-        self.request_ids = [f"{id}-{index}" for index in range(prompts)]
+        self.asks = {f"{id}-{index}": ask for index, ask in enumerate(zip(prompts, params, strict=True))}
+        self.index_of = {request_id: index for index, request_id in enumerate(self.asks)}
         self.pieces: asyncio.Queue[Piece] = asyncio.Queue()
+
+    async def next_piece(self) -> Piece:
+        """Raises the error that takes the place of an answer."""
+        piece = await self.pieces.get()
+        if piece.error is not None:
+            raise piece.error
+        return piece
 
 
 @dataclass(frozen=True)
 class Knock:
     """An event that concerns nobody in the loop: it only ends the loop's wait for one."""
-
-
-@dataclass(frozen=True)
-class _Submit:
-    ticket: Ticket
-    index: int
-    token_ids: list[int]
-    params: SamplingParams
-
-
-@dataclass(frozen=True)
-class _Abort:
-    ticket: Ticket
-
-
-@dataclass
-class _Open:
-    """A request that the front end has, in the loop's thread."""
-
-    ticket: Ticket
-    index: int
-    journey: Journey
 
 
 class Door:
@@ -81,8 +64,8 @@ class Door:
         self.capacity, self.metrics = capacity, metrics
         self.in_flight = 0  # requests of clients that wait for them: the HTTP thread's count
         self._events, self._clock = events, clock
-        self._asks: queue.SimpleQueue[_Submit | _Abort] = queue.SimpleQueue()
-        self._open: dict[str, _Open] = {}  # by request id
+        self._asks: queue.SimpleQueue[tuple[Ticket, bool]] = queue.SimpleQueue()  # which begin (True), which end
+        self._open: dict[str, tuple[Ticket, Journey]] = {}  # that the front end has, by request
         self._numbers = itertools.count()
         self._run = secrets.token_hex(4)  # ids of another run, in somebody's log, are other ids
         self._sampled_at_s = -SAMPLE_S
@@ -90,24 +73,25 @@ class Door:
     # The HTTP thread's side
 
     def check_room(self, prompts: int = 1) -> None:
-        """Raises FullHouse unless so many more requests may come in now."""
+        """Raises RequestError unless so many more requests may come in now."""
         if self.in_flight + prompts > self.capacity:
-            raise FullHouse(f"{self.in_flight} requests are being answered, and at most {self.capacity} may be")
+            raise RequestError("full_house", f"{self.in_flight} requests are being answered, and at most "
+                                             f"{self.capacity} may be")
 
     def open(self, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> Ticket:
-        """Let prompts in, all or none (FullHouse). Each ends in a piece with a `finish_reason`, unless it is closed."""
+        """Let prompts in, all or none. Each ends in a piece with a `finish_reason`, unless it is closed. Raises as
+        `check_room`."""
         self.check_room(len(prompts))
         self.in_flight += len(prompts)
-        ticket = Ticket(f"{self._run}{next(self._numbers):06x}", len(prompts))
-        for index, (token_ids, one) in enumerate(zip(prompts, params)):
-            self._asks.put(_Submit(ticket, index, token_ids, one))
+        ticket = Ticket(f"{self._run}{next(self._numbers):06x}", prompts, params)
+        self._asks.put((ticket, True))
         self.knock()
         return ticket
 
     def close(self, ticket: Ticket) -> None:
         """Nobody waits for this ticket any more: what has not ended is aborted, on both sides. To be called once."""
-        self.in_flight -= len(ticket.request_ids)
-        self._asks.put(_Abort(ticket))
+        self.in_flight -= len(ticket.asks)
+        self._asks.put((ticket, False))
         self.knock()
 
     def knock(self) -> None:
@@ -124,23 +108,24 @@ class Door:
     def step(self, front: FrontEnd, updates: list[Update]) -> None:
         """Pass on what clients ask, and `updates` (the front end's newest) to whom they concern."""
         said = self._ask(front)
-        for request_id, news in _by_request(updates).items():
-            if request_id in self._open:
-                said.append((self._open[request_id].ticket, self._piece(self._open[request_id], news)))
+        news: dict[str, list[Update]] = defaultdict(list)
+        for update in updates:
+            news[update.journey.id].append(update)
+        said += [self._piece(id, news[id]) for id in news if id in self._open]
         self._say(said)
         now_s = self._clock()
         if now_s - self._sampled_at_s >= SAMPLE_S:
             self._sampled_at_s = now_s
-            self.metrics.sample(front, [each.journey for each in self._open.values()], now_s)
+            self.metrics.sample(front, now_s)
 
     def end_all(self, front: FrontEnd, error: RequestError) -> int:
         """End every request with this error; returns how many."""
         said = self._ask(front)
         count = len(self._open)
-        for request_id, each in list(self._open.items()):
-            front.abort(request_id)
-            said.append((each.ticket, Piece(each.index, finish_reason="error", error=error)))
-            self._forget(request_id, error.kind)
+        for id in list(self._open):
+            front.abort(id)
+            ticket = self._forget(id, error.kind)
+            said.append((ticket, Piece(ticket.index_of[id], finish_reason="error", error=error)))
         self._say(said)
         return count
 
@@ -148,32 +133,32 @@ class Door:
         """Do what the HTTP thread has asked for; returns what was refused."""
         refused = []
         while not self._asks.empty():
-            match self._asks.get_nowait():
-                case _Submit(ticket, index, token_ids, params):
-                    request_id = ticket.request_ids[index]
-                    try:
-                        journey = front.submit(request_id, token_ids, params)
-                        self._open[request_id] = _Open(ticket, index, journey)
-                    except UserError as error:
-                        refused.append((ticket, Piece(index, finish_reason="error", error=error)))
-                case _Abort(ticket):
-                    for request_id in ticket.request_ids:
-                        if request_id in self._open:
-                            front.abort(request_id)
-                            self._forget(request_id, "aborted")
+            ticket, begins = self._asks.get_nowait()
+            for id, (token_ids, params) in ticket.asks.items():
+                if not begins:
+                    if id in self._open:
+                        front.abort(id)
+                        self._forget(id, "aborted")
+                    continue
+                try:
+                    self._open[id] = ticket, front.submit(id, token_ids, params)
+                except UserError as error:
+                    refused.append((ticket, Piece(ticket.index_of[id], finish_reason="error", error=error)))
         return refused
 
-    def _piece(self, each: _Open, news: list[Update]) -> Piece:
+    def _piece(self, id: str, news: list[Update]) -> tuple[Ticket, Piece]:
         """One piece for all that is new of a request: a step may have drawn two tokens for it."""
-        journey = each.journey
+        ticket, journey = self._open[id]
         if journey.finish_reason is not None:
-            self._forget(journey.id, journey.error.kind if journey.error else journey.finish_reason)
+            self._forget(id, journey.error.kind if journey.error else journey.finish_reason)
         tokens = sum(update.token_id is not None for update in news)
-        return Piece(each.index, "".join(update.new_text for update in news), tokens, journey.finish_reason,
-                     journey.error, journey.cached_tokens)
+        return ticket, Piece(ticket.index_of[id], "".join(update.new_text for update in news), tokens,
+                             journey.finish_reason, journey.error, journey.cached_tokens)
 
-    def _forget(self, request_id: str, state: str) -> None:
-        self.metrics.ended(self._open.pop(request_id).journey, state)
+    def _forget(self, id: str, state: str) -> Ticket:
+        ticket, journey = self._open.pop(id)
+        self.metrics.ended(journey, state)
+        return ticket
 
     @staticmethod
     def _say(said: list[tuple[Ticket, Piece]]) -> None:
@@ -181,13 +166,6 @@ class Door:
         said = [(ticket, piece) for ticket, piece in said if piece.tokens or piece.finish_reason is not None]
         if said:
             said[0][0].loop.call_soon_threadsafe(_hand_over, said)
-
-
-def _by_request(updates: list[Update]) -> dict[str, list[Update]]:
-    by_request: dict[str, list[Update]] = {}
-    for update in updates:
-        by_request.setdefault(update.journey.id, []).append(update)
-    return by_request
 
 
 def _hand_over(said: list[tuple[Ticket, Piece]]) -> None:

@@ -11,14 +11,13 @@ import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 
-from minprfaas.errors import one_line
+from minprfaas.errors import RequestError, UserError, one_line
 from minprfaas.serving.metrics import Metrics
 
-REASONS = {200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout",
-           411: "Length Required", 413: "Content Too Large", 415: "Unsupported Media Type", 429: "Too Many Requests",
-           431: "Request Header Fields Too Large", 500: "Internal Server Error", 503: "Service Unavailable",
-           504: "Gateway Timeout", 505: "HTTP Version Not Supported"}
+STATUS_OF = {"full_house": 429, "model_not_found": 404, "too_long": 400, "no_room": 503, "no_node": 503,
+             "shutting_down": 503}  # kinds of RequestError
 READ_BYTES = 64 * 1024
 UNSENT_BYTES = 16 * 1024  # that wait for a client before its answer waits with them
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # a method or a header's name (RFC 9110)
@@ -46,6 +45,8 @@ class HttpError(Exception):
     def __init__(self, status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None):
         super().__init__(message)
         self.status, self.message, self.code, self.headers = status, message, code, headers or {}
+        if status == 429:  # places become free all the time: a second is long
+            self.headers = {"Retry-After": "1"}
 
     def body(self) -> str:
         """One line, in the shape of OpenAI's errors."""
@@ -89,7 +90,8 @@ class Reply:
 
     async def event(self, data: str) -> None:
         """One event. Waits while the client leaves too much unread; TimeoutError when it does so for too long."""
-        await self._chunk(f"data: {data}\n\n".encode())
+        chunk = f"data: {data}\n\n".encode()
+        await self._write(chunk if self._is_old else b"%x\r\n%b\r\n" % (len(chunk), chunk))
 
     async def end_events(self) -> None:
         """The last one was the last."""
@@ -109,11 +111,9 @@ class Reply:
         self.has_begun = True
         self._metrics.responded(self._path, status)
         headers = {**headers, "Connection": "close" if self.closes else "keep-alive"}
-        lines = [f"HTTP/1.1 {status} {REASONS[status]}", *(f"{name}: {value}" for name, value in headers.items())]
+        lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
         self._writer.write("\r\n".join([*lines, "", ""]).encode("latin-1"))
-
-    async def _chunk(self, data: bytes) -> None:
-        await self._write(data if self._is_old else b"%x\r\n%b\r\n" % (len(data), data))
 
     async def _write(self, data: bytes) -> None:
         if self._writer.is_closing():
@@ -127,8 +127,31 @@ Handler = Callable[[Request, Reply], Awaitable[None]]
 Routes = dict[str, dict[str, Handler]]  # by path, then by method
 
 
+class ClientProtocol(asyncio.StreamReaderProtocol):
+    """Knows when the client has hung up, also while nobody reads what it sends."""
+
+    def __init__(self, reader: asyncio.StreamReader, accept: Callable[..., Awaitable[None]]):
+        super().__init__(reader, accept)
+        self.hung_up = asyncio.get_running_loop().create_future()
+
+    def eof_received(self) -> bool | None:
+        """See `asyncio.Protocol`."""
+        self._hang_up()
+        return super().eof_received()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """See `asyncio.BaseProtocol`."""
+        self._hang_up()
+        super().connection_lost(error)
+
+    def _hang_up(self) -> None:
+        if not self.hung_up.done():
+            self.hung_up.set_result(None)
+
+
 class Connection:
-    """One client's connection: request after request, until either side ends it."""
+    """One client's connection: request after request, until either side ends it. The reader's limit is that of a
+    request's head."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, routes: Routes, limits: Limits,
                  metrics: Metrics, bodies: "BodyBudget"):
@@ -136,43 +159,28 @@ class Connection:
         self.is_ending = False  # no request is taken after the one that is being answered
         self._reader, self._writer, self._routes, self._limits = reader, writer, routes, limits
         self._metrics, self._bodies = metrics, bodies
+        self._hung_up = writer.transport.get_protocol().hung_up
         writer.transport.set_write_buffer_limits(high=UNSENT_BYTES)
-        self._unread = bytearray()  # what has arrived and was not looked at yet
 
     async def serve(self, is_welcome: bool = True) -> None:
         """Answer until the client has gone, or has made a mistake after which nothing it sends can be understood."""
         try:
-            if not is_welcome:
-                return await self._refuse(HttpError(429, "too many connections are open", headers={"Retry-After": "1"}))
-            while await self._serve_one():
-                pass
+            if is_welcome:
+                await self._serve()
+            else:
+                await self._refuse(HttpError(429, "too many connections are open"))
         except (OSError, asyncio.TimeoutError):  # reset, or left unread for too long
             self._writer.transport.abort()
         finally:
             self._writer.close()
 
-    async def _serve_one(self) -> bool:
-        """Read a request and answer it; whether another one may follow."""
-        limits, reply = self._limits, None
+    async def _serve(self) -> None:
         try:
-            if not self._unread:
-                self._unread += await asyncio.wait_for(self._reader.read(READ_BYTES), limits.idle_s)
-            if not self._unread:
-                return False
-            self.is_answering = True
-            request = await self._read_request()
-        except asyncio.TimeoutError:
-            if self.is_answering:
-                await self._refuse(HttpError(408, "the request did not arrive in time"))
-            return False
+            while (request := await self._read_request()) is not None:
+                if not await self._answer(request):
+                    return
         except HttpError as error:
             await self._refuse(error)
-            return False
-        path = request.path if request.path in self._routes else "other"
-        reply = Reply(self._writer, path, request.closes, request.is_old, limits, self._metrics)
-        is_well = await self._answer(request, reply)
-        self.is_answering = False
-        return is_well and not reply.closes and not self.is_ending
 
     async def _refuse(self, error: HttpError) -> None:
         """Answer what could not be read. The client may still be sending: closed at once, the connection would be
@@ -189,83 +197,56 @@ class Connection:
         while await self._reader.read(READ_BYTES):
             pass
 
-    # Reading
-
-    async def _read_request(self) -> Request:
-        limits = self._limits
-        head = await asyncio.wait_for(self._read_head(), limits.head_s)
-        method, path, headers, is_old = parse_head(head)
-        length = body_length(method, headers)
-        if length > limits.body_bytes:
-            raise HttpError(413, f"the body has {length:,} bytes; it may have {limits.body_bytes:,}")
-        if "expect" in headers and not is_old:
-            self._writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        with self._bodies.room_for(length):
-            body = await asyncio.wait_for(self._read_body(length), limits.body_s)
+    async def _read_request(self) -> Request | None:
+        """The next request; None where none comes any more. Raises HttpError."""
+        reader, limits = self._reader, self._limits
+        try:
+            first = await asyncio.wait_for(reader.read(1), limits.idle_s)
+        except asyncio.TimeoutError:
+            return None
+        if not first:
+            return None
+        self.is_answering = True
+        try:
+            rest = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), limits.head_s)
+            method, path, headers, is_old = parse_head(first + rest)
+            length = body_length(method, headers)
+            if length > limits.body_bytes:
+                raise HttpError(413, f"the body has {length:,} bytes; it may have {limits.body_bytes:,}")
+            if "expect" in headers and not is_old:
+                self._writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            with self._bodies.room_for(length):
+                body = await asyncio.wait_for(reader.readexactly(length), limits.body_s)
+        except asyncio.TimeoutError:
+            raise HttpError(408, "the request did not arrive in time") from None
+        except asyncio.LimitOverrunError:
+            raise HttpError(431, f"the head of a request may have {limits.head_bytes:,} bytes") from None
+        except asyncio.IncompleteReadError:
+            raise HttpError(400, "the connection ended in the middle of a request") from None
         closes = is_old or "close" in headers.get("connection", "").lower()
         return Request(method, path, headers, body, is_old, closes)
 
-    async def _read_head(self) -> bytes:
-        most = self._limits.head_bytes
-        while True:
-            end = self._unread.find(b"\r\n\r\n", 0, most)
-            if end >= 0:
-                return self._take(end + 4)
-            if len(self._unread) >= most:
-                raise HttpError(431, f"the head of a request may have {most:,} bytes")
-            await self._read_more()
-
-    async def _read_body(self, length: int) -> bytes:
-        while len(self._unread) < length:
-            await self._read_more()
-        return self._take(length)
-
-    async def _read_more(self) -> None:
-        data = await self._reader.read(READ_BYTES)
-        if not data:
-            raise HttpError(400, "the connection ended in the middle of a request")
-        self._unread += data
-
-    def _take(self, count: int) -> bytes:
-        taken = bytes(self._unread[:count])
-        del self._unread[:count]
-        return taken
-
-    # Answering
-
-    async def _answer(self, request: Request, reply: Reply) -> bool:
-        """Run the handler while watching for the client's end; whether the connection is still of use."""
+    async def _answer(self, request: Request) -> bool:
+        """Run the handler until it has answered, the client hangs up, or time is up; whether another request may
+        follow."""
+        path = request.path if request.path in self._routes else "other"
+        reply = Reply(self._writer, path, request.closes, request.is_old, self._limits, self._metrics)
         handling = asyncio.create_task(self._handle(request, reply))
-        watching = asyncio.create_task(self._until_hung_up())
         try:
-            await asyncio.wait({handling, watching}, return_when=asyncio.FIRST_COMPLETED, timeout=self._limits.answer_s)
-            hung_up = watching.done() and not handling.done()
-            if not handling.done():
-                handling.cancel()  # the handler gives back what it holds
-                await asyncio.wait({handling})
+            await asyncio.wait({handling, self._hung_up}, return_when=asyncio.FIRST_COMPLETED,
+                               timeout=self._limits.answer_s)
         finally:  # also where this connection itself is cancelled
-            handling.cancel()
-            watching.cancel()
-            await asyncio.wait({handling, watching})
-        if hung_up:
+            handling.cancel()  # one that has not ended gives back what it holds
+            await asyncio.wait({handling})
+        self.is_answering = False
+        if not handling.cancelled():
+            handling.result()
+            return not reply.closes and not self.is_ending
+        if self._hung_up.done():
             self._writer.transport.abort()
-            return False
-        if handling.cancelled():
+        else:
             await reply.fail(HttpError(504, f"no answer within {self._limits.answer_s:g} s", code="deadline"))
-            return False
-        handling.result()
-        return True
-
-    async def _until_hung_up(self) -> None:
-        """Keeps what a client sends ahead of its time; returns when it hangs up, or sends far more than a head."""
-        while len(self._unread) <= self._limits.head_bytes + READ_BYTES:
-            try:
-                data = await self._reader.read(READ_BYTES)
-            except OSError:
-                return
-            if not data:
-                return
-            self._unread += data
+        return False
 
     async def _handle(self, request: Request, reply: Reply) -> None:
         try:
@@ -279,6 +260,10 @@ class Connection:
             await methods[request.method](request, reply)
         except HttpError as error:
             await reply.fail(error)
+        except UserError as error:
+            await reply.fail(HttpError(400, str(error)))
+        except RequestError as error:
+            await reply.fail(HttpError(STATUS_OF.get(error.kind, 500), str(error), code=error.kind))
         except (OSError, asyncio.TimeoutError):
             raise
         except Exception as error:  # a bug, which must cost one client its answer and no other
@@ -296,7 +281,7 @@ class BodyBudget:
     def room_for(self, count: int) -> Iterator[None]:
         """Room while a body is read; 429 when there is none."""
         if self.reading_bytes + count > self.most_bytes:
-            raise HttpError(429, "too many large requests are arriving at once", headers={"Retry-After": "1"})
+            raise HttpError(429, "too many large requests are arriving at once")
         self.reading_bytes += count
         try:
             yield

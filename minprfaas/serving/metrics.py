@@ -7,7 +7,6 @@ responses and writes the text. A lock keeps the two apart for the moment that ei
 import math
 import threading
 from collections import defaultdict
-from collections.abc import Iterable
 
 from minprfaas.cluster.front_end import FrontEnd
 from minprfaas.cluster.journey import TTFT_PARTS, Journey
@@ -76,9 +75,9 @@ class Metrics:
         with self._lock:
             self._counted["http_responses_total"][("path", path), ("status", str(status))] += 1
 
-    def sample(self, front: FrontEnd, unfinished: Iterable[Journey], now_s: float) -> None:
+    def sample(self, front: FrontEnd, now_s: float) -> None:
         """How things stand: the queue, and what the front end and its control plane know of nodes and line."""
-        is_decoding = [journey.first_token_at_s > 0 for journey in unfinished]
+        is_decoding = [journey.first_token_at_s > 0 for journey in front.journeys.values()]
         plane, ready = front.plane, front.ready
         gauges = {
             "requests_waiting": {(): is_decoding.count(False)}, "requests_decoding": {(): is_decoding.count(True)},

@@ -14,7 +14,7 @@ from pathlib import Path
 from minprfaas.config import ModelConfig
 from minprfaas.engine.engine import token_ids_of
 from minprfaas.engine.sampling import MAX_OUTPUT_TOKENS, SamplingParams
-from minprfaas.errors import UserError, shown
+from minprfaas.errors import RequestError, UserError, shown
 from minprfaas.model.tokenizer import Tokenizer
 from minprfaas.serving.chat import ChatTemplate, find_template
 
@@ -28,10 +28,6 @@ ONLY = {  # options that are understood as far as they ask for nothing; null alw
     "functions": ([],), "response_format": ({"type": "text"},), "modalities": (["text"],)}
 SAMPLING = {"max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "ignore_eos"}
 COMMON = {"model", "stream", "stream_options", *SAMPLING, *ONLY, *WITHOUT_EFFECT}
-
-
-class UnknownModel(UserError):
-    """A request names a model that is not served here."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,7 @@ class Served:
                       find_template(directory, tokenizer, chat_template))
 
     def read(self, body: bytes, is_chat: bool) -> Ask:
-        """What a body asks for. Raises UserError. Takes as long as the tokenizer does for its text."""
+        """What a body asks for. Raises UserError or RequestError. Takes as long as the tokenizer does for its text."""
         raw = parse_json(body)
         keys = COMMON | ({"messages", "max_completion_tokens"} if is_chat else {"prompt"})
         self._check_options(raw, keys)
@@ -93,7 +89,7 @@ class Served:
                                              for one in accepted):
                 raise UserError(f"{key} is {shown(value)}; this server knows only {json.dumps(accepted[0])}")
         if raw.get("model", self.name) != self.name:
-            raise UnknownModel(f"model {shown(raw['model'])} is not served here; {self.name!r} is")
+            raise RequestError("model_not_found", f"model {shown(raw['model'])} is not served here; {self.name!r} is")
 
     def _completion_prompts(self, raw: dict) -> list[list[int]]:
         """A text, a list of texts, a list of token ids, or a list of such lists."""

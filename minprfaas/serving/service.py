@@ -16,7 +16,7 @@ from minprfaas.cluster.journey import Update
 from minprfaas.errors import RequestError, UserError
 from minprfaas.serving.api import Api
 from minprfaas.serving.door import Door
-from minprfaas.serving.http import BodyBudget, Connection, Limits
+from minprfaas.serving.http import BodyBudget, ClientProtocol, Connection, Limits
 from minprfaas.serving.metrics import Metrics
 from minprfaas.serving.openai import Served
 from minprfaas.transport.events import EventQueue
@@ -79,7 +79,7 @@ class Service:
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._loop.set_exception_handler(lambda _, what: print(f"error: http: {what['message']}", file=sys.stderr))
-        server = await asyncio.start_server(self._accept, sock=self._listener)
+        server = await self._loop.create_server(self._protocol, sock=self._listener)
         self._has_begun.set()
         await self._refusing.wait()
         self._api.is_closing = True
@@ -93,6 +93,9 @@ class Service:
             _, late = await asyncio.wait(self._connections, timeout=END_S)
             for task in late:
                 task.cancel()
+
+    def _protocol(self) -> ClientProtocol:
+        return ClientProtocol(asyncio.StreamReader(self._limits.head_bytes), self._accept)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = Connection(reader, writer, self._api.routes, self._limits, self.door.metrics, self._bodies)
