@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
 
-from minprfaas.errors import UserError, require_number
+from minprfaas.errors import require_number
 
 # Far beyond every model there is, and small enough that no tensor's size overflows: a config.json that asks for more is
 # a mistake, which is better said at once than found by running out of memory.
@@ -162,10 +162,9 @@ class LineConfig:
     weather: tuple[WeatherChange, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.gbps is not None and not 1e-6 <= self.gbps <= 1e5:
-            raise UserError(f"link bandwidth {self.gbps} Gbps is out of range; it must be from 0.000001 to 100000")
-        if not 0 <= self.rtt_ms <= 60_000:
-            raise UserError(f"round-trip time {self.rtt_ms} ms is out of range; it must be from 0 to 60000")
+        if self.gbps is not None:
+            require_number("link bandwidth in Gbps", self.gbps, least=1e-6, most=100_000)
+        require_number("round-trip time in ms", self.rtt_ms, least=0, most=60_000)
 
 
 @dataclass(frozen=True)
@@ -179,12 +178,10 @@ class LinkConfig:
     silence_s: float = 5.0  # a lane that brings nothing, not even a heartbeat, for this long is dead
 
     def __post_init__(self) -> None:
-        if not isinstance(self.lanes, int) or not 1 <= self.lanes <= 64:
-            raise UserError(f"lane count {self.lanes} is out of range; it must be from 1 to 64")
+        require_sizes(self, "lanes", most=64)
         require_sizes(self, "chunk_bytes", "max_inflight_bytes")
-        if not self.timeout_s > 0 or not self.silence_s > 0:
-            raise UserError(f"link timeout {self.timeout_s} s or silence {self.silence_s} s is out of range; "
-                            "both must be above 0")
+        require_number("link timeout in seconds", self.timeout_s, above=0)
+        require_number("silence of a lane in seconds", self.silence_s, above=0)
 
 
 @dataclass(frozen=True)

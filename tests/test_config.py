@@ -129,14 +129,14 @@ def test_a_path_that_is_no_directory_is_named(tmp_path):
 @pytest.mark.parametrize("make, words", [
     (lambda: CacheConfig(0), ["num_blocks is 0"]),
     (lambda: CacheConfig(4, block_tokens=0), ["block_tokens is 0"]),
-    (lambda: LineConfig(gbps=0), ["bandwidth 0 Gbps"]),
-    (lambda: LineConfig(gbps=-1), ["bandwidth -1 Gbps"]),
-    (lambda: LineConfig(gbps=1e6), ["100000"]),
-    (lambda: LineConfig(gbps=float("nan")), ["bandwidth nan Gbps"]),
-    (lambda: LineConfig(rtt_ms=-1), ["round-trip time -1 ms"]),
-    (lambda: LinkConfig(lanes=0), ["lane count 0", "1 to 64"]),
-    (lambda: LinkConfig(lanes=65), ["lane count 65", "1 to 64"]),
-    (lambda: LinkConfig(timeout_s=0), ["timeout 0 s"]),
+    (lambda: LineConfig(gbps=0), ["bandwidth in Gbps is 0"]),
+    (lambda: LineConfig(gbps=-1), ["bandwidth in Gbps is -1"]),
+    (lambda: LineConfig(gbps=1e6), ["100,000"]),
+    (lambda: LineConfig(gbps=float("nan")), ["bandwidth in Gbps is nan"]),
+    (lambda: LineConfig(rtt_ms=-1), ["round-trip time in ms is -1"]),
+    (lambda: LinkConfig(lanes=0), ["lanes is 0", "1 and of at most 64"]),
+    (lambda: LinkConfig(lanes=65), ["lanes is 65", "1 and of at most 64"]),
+    (lambda: LinkConfig(timeout_s=0), ["timeout in seconds is 0"]),
 ])
 def test_caches_and_links_out_of_range_say_the_value_and_the_limit(make, words):
     with pytest.raises(UserError) as caught:

@@ -44,7 +44,7 @@ def test_append_returns_each_requests_own_context_however_its_blocks_lie():
         pool.write_tokens(1, table[0], 0, of_request[:length])
     handle = paged(pool, tables, lengths).layer(1).append(
         torch.stack([of_request[length:] for of_request, length in zip(rows, lengths)]))
-    context, pages = handle.rows(), handle.pages()
+    context, pages = handle.rows(), handle.pages
     assert context.shape == (3, 11, 16)
     for of_request, got, length in zip(rows, context, lengths):
         assert torch.equal(got[:length + 2], of_request)
@@ -156,7 +156,7 @@ def test_attention_computed_from_pages_is_that_of_the_rows():
     k, v = context.rows().unflatten(-1, (2, heads, dim)).unbind(2)
     positions = Positions(torch.tensor(lengths), 1)
     expected = attend(q[:, None], k, v, positions, scale=0.5)[:, 0]
-    torch.testing.assert_close(attend_over_pages(q, context.pages(), scale=0.5), expected)
+    torch.testing.assert_close(attend_over_pages(q, context.pages, scale=0.5), expected)
 
 
 @pytest.mark.parametrize("split", [64, 192])

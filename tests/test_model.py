@@ -145,7 +145,7 @@ def test_contiguous_pages_hold_the_rows_of_each_request():
     rows = torch.randn(3, 5, 8)
     state.append(rows[:, :2])
     context = state.append(rows[:, 2:])
-    pages = context.pages()
+    pages = context.pages
     assert torch.equal(context.rows(), rows) and pages.lengths.tolist() == [5, 5, 5]
     for request, (blocks, length) in enumerate(zip(pages.block_table, pages.lengths)):
         assert torch.equal(pages.view[blocks].flatten(0, 1)[:length], rows[request])

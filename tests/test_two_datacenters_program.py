@@ -96,9 +96,9 @@ def test_a_prefill_datacenter_killed_in_the_middle_costs_a_prefill_and_no_answer
 
 @pytest.mark.parametrize("change, said", [
     (["--threshold", "-1"], "threshold is -1"),
-    (["--lanes", "0"], "lane count 0"),
-    (["--link-gbps", "0"], "bandwidth 0.0 Gbps"),
-    (["--rtt-ms", "-5"], "round-trip time -5.0 ms"),
+    (["--lanes", "0"], "lanes is 0"),
+    (["--link-gbps", "0"], "bandwidth in Gbps is 0.0"),
+    (["--rtt-ms", "-5"], "round-trip time in ms is -5.0"),
     (["--deadline-s", "0"], "deadline is 0.0"),
     (["--pool-blocks", "0"], "--pool-blocks is 0"),
     (["--prompts", "/no/such/file"], "/no/such/file"),

@@ -82,20 +82,16 @@ class Pages(NamedTuple):
 class TokenContext:
     """The whole context of one token-state layer, new tokens included: as rows, or as the pages that hold them."""
 
-    where: Pages
+    pages: Pages  # without a copy, for kernels that follow a block table
     longest: int  # of the lengths
     # (q `[batch, 1, heads, dim]`, scale) -> `PageOutputs`, without a copy. None: `rows` is the only way.
     attend: Callable[[torch.Tensor, float], tuple[torch.Tensor, ...]] | None = None
 
-    def pages(self) -> Pages:
-        """Without a copy, for kernels that follow a block table."""
-        return self.where
-
     def rows(self) -> torch.Tensor:
         """A contiguous copy `[batch, longest, width]`: the reference. A shorter request's rows end in padding, which is
         finite, because blocks are zeroed when they are handed out."""
-        gathered = self.where.view.index_select(0, self.where.block_table.flatten())
-        return gathered.view(len(self.where.block_table), -1, self.where.view.shape[2])[:, :self.longest]
+        gathered = self.pages.view.index_select(0, self.pages.block_table.flatten())
+        return gathered.view(len(self.pages.block_table), -1, self.pages.view.shape[2])[:, :self.longest]
 
 
 class LayerState(Protocol):
