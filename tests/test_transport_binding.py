@@ -1,17 +1,24 @@
-"""Where lanes listen, and what a person is told when that cannot be; and errors of C++ as one line. Chapter 07."""
+"""Where lanes listen, who shares a port, and what a person is told when that cannot be; errors of C++ as one line.
 
+Chapter 07.
+"""
+
+import contextlib
 import os
 import re
+import threading
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
-from transport_support import IDENTITY, connected, new_store
+from transport_support import DEADLINE_S, IDENTITY, connected, in_parallel, new_store, wait_until
 
 from minprfaas.config import LinkConfig
 from minprfaas.errors import UserError, one_line
 from minprfaas.transport import Link
-from minprfaas.transport.wan.binding import Binding, choose_binding
+from minprfaas.transport.wan.binding import LOOPBACK, Binding, choose_binding
+from minprfaas.transport.wan.lanes import connect_pair
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +45,85 @@ def test_lanes_listen_on_loopback_unless_told_otherwise():
         lanes = listening() - before
         assert [address for address in lanes if not address.startswith("0100007F:")] == []
         assert len(lanes) >= 3
+
+
+def threads_of_gloo() -> set[str]:
+    """The ids of this process's threads that Gloo, or PyTorch on its behalf, has started."""
+    found = {}
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            found[task.name] = (task / "comm").read_text()
+    return {number for number, name in found.items() if "gloo" in name}
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+def test_links_share_ports_and_threads_lane_by_lane_however_many_they_are():
+    store, before = new_store(), threads_of_gloo()
+    with contextlib.ExitStack() as links:
+        for number in range(5):
+            links.enter_context(connected(LinkConfig(lanes=2), store=store, name=f"link {number}"))
+        assert len(threads_of_gloo() - before) <= 2, "one for each lane of a link"
+    wait_until(lambda: not threads_of_gloo() - before)
+
+
+class ToldWhen(dist.Store):
+    """Tells one side where the other is once `tell` is set; `has_said` and `was_told` are what that side did."""
+
+    def __init__(self, store: dist.Store):
+        super().__init__()
+        self._store = store
+        self.tell, self.has_said, self.was_told = threading.Event(), threading.Event(), threading.Event()
+
+    def set(self, key, value) -> None:
+        self._store.set(key, value)
+        self.has_said.set()
+
+    def check(self, keys) -> bool:
+        return self.tell.is_set() and self._store.check(keys)
+
+    def get(self, key) -> bytes:
+        self.was_told.set()
+        return self._store.get(key)
+
+
+def end_of_a_late_peer(device, patience_s: float) -> dist.ProcessGroup | None:
+    """A peer connects to one that has waited for its connection in vain. None if `patience_s` was over before that."""
+    store = dist.HashStore()
+    awaits, comes = ToldWhen(store), ToldWhen(store)
+
+    def give_up() -> None:
+        with pytest.raises(RuntimeError, match="the peer's end of the connection did not come"):
+            connect_pair(awaits, 0, device, patience_s)
+
+    def come_late() -> dist.ProcessGroup:
+        assert awaits.has_said.wait(DEADLINE_S)  # in this order it is rank 1 that connects to rank 0
+        return connect_pair(comes, 1, device, DEADLINE_S)
+
+    def in_between() -> None:
+        assert comes.has_said.wait(DEADLINE_S)
+        awaits.tell.set()
+        wait_until(lambda: not giving_up.is_alive())
+        comes.tell.set()
+
+    giving_up = threading.Thread(target=give_up, daemon=True)
+    giving_up.start()
+    late, _ = in_parallel(come_late, in_between)
+    return late if awaits.was_told.is_set() else None
+
+
+def test_a_peer_that_comes_when_it_is_no_longer_awaited_finds_nobody_and_others_go_on():
+    """A device hands its connection to who awaited it, so who has given up must still be there to drop it."""
+    device, byte = LOOPBACK.gloo_device(0), torch.zeros(1, dtype=torch.uint8)
+    late = end_of_a_late_peer(device, 0.5) or end_of_a_late_peer(device, 10.0)  # on a busy machine
+    with pytest.raises(RuntimeError, match="Connection (closed|reset) by peer"):
+        late.recv([byte], 0, 0).wait()
+
+    others = dist.HashStore()
+    one, two = in_parallel(*(lambda rank=rank: connect_pair(others, rank, device, DEADLINE_S) for rank in (0, 1)))
+    sent = one.send([byte + 7], 1, 0)
+    two.recv([byte], 0, 0).wait()
+    sent.wait()
+    assert byte.item() == 7
 
 
 def test_a_store_on_loopback_and_a_store_in_memory_mean_loopback():

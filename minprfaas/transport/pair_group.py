@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from minprfaas.errors import UserError
 from minprfaas.transport.streams import Piece
-from minprfaas.transport.wan.binding import Binding
-from minprfaas.transport.wan.lanes import PatientStore
+from minprfaas.transport.wan.binding import Binding, GlooDevice
+from minprfaas.transport.wan.lanes import PatientStore, connect_pair
 
 ALIGN_BYTES = 4096  # of what one operation moves; also the rows that a digest sums
 PIECE_ALIGN_BYTES = 16  # so that a piece can be viewed in its dtype where it landed
@@ -98,7 +98,9 @@ class PairGroup:
         self._received = 0
         self._filling: Batch | None = None
         self._full: deque[Batch] = deque()
-        groups = [_connect(dist.PrefixStore(f"from {sender}", store), rank, self.device, binding) for sender in (0, 1)]
+        self._devices = [binding.gloo_device(sender) for sender in (0, 1)]  # shared with the links of this process
+        groups = [_connect(dist.PrefixStore(f"from {sender}", store), rank, self.device, listening)
+                  for sender, listening in enumerate(self._devices)]
         self._out, self._in = groups[rank], groups[1 - rank]
 
     # Batches: the caller holds the fabric's lock
@@ -178,18 +180,15 @@ def _is_between_gpus(store: dist.Store, rank: int, device: torch.device) -> bool
     """Whether both sides have a GPU, each its own. NCCL joins no two ranks on one."""
     here = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else "cpu"
     store.set(f"place of {rank}", here)
-    PatientStore(store).wait([f"place of {1 - rank}"], timedelta(seconds=CONNECT_S))
+    PatientStore(store, CONNECT_S).wait([f"place of {1 - rank}"])
     there = store.get(f"place of {1 - rank}").decode()
     return "cpu" not in (here, there) and here != there
 
 
-def _connect(store: dist.Store, rank: int, device: torch.device, binding: Binding) -> dist.ProcessGroup:
+def _connect(store: dist.Store, rank: int, device: torch.device, listening: GlooDevice) -> dist.ProcessGroup:
     """A group of two for one direction. Made directly, not split off another: a child would outlive its abort."""
     if device.type != "cuda":
-        options = dist.ProcessGroupGloo._Options()
-        options._timeout = timedelta(seconds=CONNECT_S)
-        options._devices = [binding.gloo_device()]
-        return dist.ProcessGroupGloo(PatientStore(store), rank, 2, options)
+        return connect_pair(store, rank, listening, CONNECT_S)
     options = dist.ProcessGroupNCCL.Options()
     options.is_high_priority_stream = True  # a peer's kernel spins while this side's waits behind the model's
     group = dist.ProcessGroupNCCL(store, rank, 2, options)

@@ -7,11 +7,15 @@ Gloo; else on loopback if the store is on this machine, and on the address from 
 
 import os
 import socket
+import threading
+import weakref
 from dataclasses import dataclass
 
 import torch.distributed as dist
 
 from minprfaas.errors import UserError, one_line
+
+GlooDevice = dist.ProcessGroupGloo.Device
 
 
 @dataclass(frozen=True)
@@ -22,8 +26,18 @@ class Binding:
     interface: str = ""
     source: str = "the store"
 
-    def gloo_device(self) -> dist.ProcessGroupGloo.Device:
-        """A listening port. Raises UserError when this machine has no such address or interface."""
+    def gloo_device(self, number: int) -> GlooDevice:
+        """A listening port with a thread that moves the bytes of all its connections, and wakes a hundred times a
+        second even if there are none. So there is one for each `number`, whoever asks; it is gone with the last of
+        them. Raises UserError when this machine has no such address or interface."""
+        key = os.getpid(), self, number  # the thread of a process's devices does not follow it through a fork
+        with _lock:
+            device = _devices.get(key)
+            if device is None:
+                _devices[key] = device = self._new_device()
+            return device
+
+    def _new_device(self) -> GlooDevice:
         try:
             return dist.ProcessGroupGloo.create_device(hostname=self.hostname, interface=self.interface)
         except RuntimeError as error:
@@ -32,6 +46,8 @@ class Binding:
                             f"this machine (interfaces: {there}): {one_line(error)}") from None
 
 
+_lock = threading.Lock()
+_devices: "weakref.WeakValueDictionary[tuple[int, Binding, int], GlooDevice]" = weakref.WeakValueDictionary()
 LOOPBACK = Binding("127.0.0.1")
 
 
@@ -45,7 +61,7 @@ def choose_binding(store: dist.Store) -> Binding:
         binding = Binding(interface=interface, source="GLOO_SOCKET_IFNAME")
     else:
         binding = _binding_towards(store)
-    binding.gloo_device()
+    binding.gloo_device(0)
     return binding
 
 

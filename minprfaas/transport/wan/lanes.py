@@ -11,6 +11,7 @@
 import threading
 import time
 from collections.abc import Callable
+from concurrent import futures
 from datetime import timedelta
 
 import torch
@@ -18,13 +19,14 @@ import torch.distributed as dist
 
 from minprfaas.errors import one_line
 from minprfaas.transport.base import LinkDown
-from minprfaas.transport.wan.binding import LOOPBACK, Binding
+from minprfaas.transport.wan.binding import LOOPBACK, Binding, GlooDevice
 from minprfaas.transport.wan.frames import HEADER_BYTES, Codec, Frame, Slot
 
 STORE_POLL_S = 0.01  # while the other side is awaited
 _FRAMES_TAG, _HANDSHAKE_TAG, _CUT_TAG = 0, 1, 2
 _HANDSHAKE_BYTES = 2048
 _FOREVER = timedelta(days=1)  # silence is noticed by heartbeats, not by Gloo
+_IN_VAIN = "the peer's end of the connection did not come"
 
 
 def threads_per_lane(lanes: int) -> tuple[int, int]:
@@ -44,11 +46,9 @@ class Lane:
         self.heard_at = time.monotonic()  # when something last arrived, or was dealt with
         self._waiting: set[int] = set()  # receiving threads that could hear something
         self._timeout = timedelta(seconds=timeout_s)
-        options = dist.ProcessGroupGloo._Options()
-        options._timeout = self._timeout
+        self._device = binding.gloo_device(index)  # of all lanes of this process that have this number
         try:
-            options._devices = [binding.gloo_device()]  # not left to Gloo, which listens where the host's name leads
-            self._group = dist.ProcessGroupGloo(PatientStore(dist.PrefixStore(str(index), store)), rank, 2, options)
+            self._group = connect_pair(dist.PrefixStore(str(index), store), rank, self._device, timeout_s)
         except RuntimeError as error:
             raise LinkDown(f"lane {index} does not connect: {one_line(error)}") from None
 
@@ -111,13 +111,37 @@ class Lane:
             pass  # that is the point
 
 
+def connect_pair(store: dist.Store, rank: int, device: GlooDevice, timeout_s: float) -> dist.ProcessGroupGloo:
+    """A group of two over one connection; blocks until the peer does the same. Whoever calls keeps `device`, which it
+    may share. Raises RuntimeError after `timeout_s`.
+
+    Gloo itself may not give up: its device would still hand the connection of a peer that comes late to a pair that is
+    freed. So a thread stays behind until the peer has come or refused, and lets go of what it got."""
+    options = dist.ProcessGroupGloo._Options()
+    options._devices, options._timeout = [device], _FOREVER
+    options._threads = 0  # they are for collective operations only
+    made: futures.Future[dist.ProcessGroupGloo] = futures.Future()
+
+    def connect() -> None:
+        try:
+            made.set_result(dist.ProcessGroupGloo(PatientStore(store, timeout_s), rank, 2, options))
+        except RuntimeError as error:
+            made.set_exception(error)
+
+    threading.Thread(target=connect, name="connecting", daemon=True).start()
+    try:
+        return made.result(timeout_s)
+    except futures.TimeoutError:
+        raise RuntimeError(_IN_VAIN) from None
+
+
 class PatientStore(dist.Store):
     """The store through which Gloo exchanges addresses. A TCPStore that waits in vain prints a C++ stack before it
     raises, once an attempt, for as long as a line is down; this one asks again and again, and raises one line."""
 
-    def __init__(self, store: dist.Store):
+    def __init__(self, store: dist.Store, timeout_s: float):
         super().__init__()
-        self._store = store
+        self._store, self._until = store, time.monotonic() + timeout_s
 
     def set(self, key: str, value: str | bytes) -> None:
         self._store.set(key, value)
@@ -125,9 +149,9 @@ class PatientStore(dist.Store):
     def get(self, key: str) -> bytes:
         return self._store.get(key)  # after `wait` has seen it
 
-    def wait(self, keys: list[str], timeout: timedelta) -> None:
-        until = time.monotonic() + timeout.total_seconds()
+    def wait(self, keys: list[str], timeout: timedelta = _FOREVER) -> None:
+        """Until all of `keys` are there. Raises RuntimeError after the store's own timeout."""
         while not self._store.check(keys):
-            if time.monotonic() >= until:
-                raise RuntimeError("the peer's end of the lane did not come")
+            if time.monotonic() >= self._until:
+                raise RuntimeError(_IN_VAIN)
             time.sleep(STORE_POLL_S)
