@@ -11,7 +11,12 @@ import torch
 from torch.distributed import TCPStore
 from transport_support import DEADLINE_S, Cargo, event, new_fabric
 
+from minprfaas.config import LinkConfig
 from minprfaas.transport import LinkDown, MessageReceived, StreamAborted
+
+# Of both ends: a heartbeat leaves every fifth of `silence_s`, so an end that allows less than the other one sends would
+# take a peer that has nothing to say for dead.
+LINK = LinkConfig(silence_s=2.0)
 
 
 class Peer:
@@ -34,7 +39,7 @@ class Peer:
 
 def main(port: str, device: str) -> None:
     store = TCPStore("127.0.0.1", int(port), None, False, timedelta(seconds=DEADLINE_S))
-    fabric = new_fabric(store, 1, device)
+    fabric = new_fabric(store, 1, device, LINK)
     fabric.connect(DEADLINE_S)
     while True:
         wanted = event(fabric, MessageReceived, 4 * DEADLINE_S).message

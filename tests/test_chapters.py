@@ -51,3 +51,18 @@ def test_ctrl_c_ends_a_chapter_with_one_line_and_a_reader_who_leaves_with_none(c
     running.stdout.readline()
     running.stdout.close()
     assert running.wait(DEADLINE_S) == 1 and running.stderr.read() == ""
+
+
+def test_a_ctrl_c_while_a_process_is_started_ends_the_chapter_and_never_reaches_the_process():
+    """The process says which signals it does not hear; the one that came meanwhile is taken afterwards."""
+    chapter = ("import os, signal, subprocess, sys, helper\n"
+               "helper.begin('Chapter 99')\n"
+               "with helper.out_of_reach_of_the_keyboard():\n"
+               "    child = 'import signal; print(signal.pthread_sigmask(signal.SIG_BLOCK, []))'\n"
+               "    subprocess.run([sys.executable, '-c', child])\n"
+               "    os.kill(os.getpid(), signal.SIGINT)\n"
+               "print('not reached')\n")
+    done = subprocess.run([sys.executable, "-c", chapter], capture_output=True, text=True, timeout=DEADLINE_S,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TUTORIALS.parent), str(TUTORIALS)])})
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+    assert "SIGINT" in done.stdout and "not reached" not in done.stdout

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from fabric_peer import Peer
+from fabric_peer import LINK, Peer
 from transport_support import (DEADLINE_S, IDENTITY, Cargo, connected_fabric, event, in_parallel, new_fabric, new_store,
                                next_event, wait_until)
 
@@ -68,7 +68,7 @@ def test_streams_in_both_directions_at_once_arrive_identical(devices):
 @places
 def test_a_peer_that_stands_still_or_is_killed_ends_its_streams_and_is_met_again_under_the_next_epoch(devices):
     store = new_store()
-    here = new_fabric(store, 0, devices[0], LinkConfig(silence_s=1.0))
+    here = new_fabric(store, 0, devices[0], LINK)
     peer = Peer(store, devices[1])
     try:
         here.connect(2 * DEADLINE_S)

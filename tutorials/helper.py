@@ -91,12 +91,13 @@ def _end_processes() -> None:
 
 @contextlib.contextmanager
 def out_of_reach_of_the_keyboard() -> Iterator[None]:
-    """Processes that are started in here do not hear Ctrl-C: the chapter ends them."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Processes that are started in here do not hear Ctrl-C: the chapter ends them. They inherit a mask that keeps it
+    from them; for the chapter itself one that comes in between only waits."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def start(*arguments: str, errors: IO | None = None) -> subprocess.Popen:
