@@ -163,7 +163,7 @@ class PrefillRole:
             self._transferred(prefill)
 
     def _let_go(self, prefill: Prefill) -> None:
-        """Streams that have ended read the blocks no more; one that is not taken in time is ended."""
+        """Unpin the blocks of streams that have ended. A stream that the receiver does not take in time is ended."""
         for stream in list(prefill.sending):
             if self._clock() > prefill.deadline_at_s:
                 stream.abort()
@@ -181,7 +181,7 @@ class PrefillRole:
         self.engine.add(prefill.request)
 
     def _ship_snapshot(self, prefill: Prefill) -> None:
-        """Ship the state at the boundary that the order names once prefill has passed it. A favour: it may fail."""
+        """Ship the state at the boundary that the order names, once prefill has passed it. Nobody waits for it."""
         plan, cache = prefill.snapshot_plan, prefill.cache
         may_ship = self.overlap or prefill.request.status is Status.HELD
         if plan is None or prefill.snapshot is not None or cache.num_tokens < plan.end or not may_ship:

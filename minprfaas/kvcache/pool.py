@@ -19,8 +19,8 @@ class BlockPool:
     """`num_blocks` blocks of `layout.block_bytes` bytes on `device`; UserError when it cannot hold them.
 
     Two more are never handed out. The null block, number `num_blocks`, is always zero: block tables of a batch are
-    padded with it, so that what a pass reads past a short request's end is finite. Into the scratch block writes who
-    must write somewhere: a row of a batch that stands for no request.
+    padded with it, so that what a pass reads past a short request's end is finite. The scratch block takes the writes
+    of those rows of a batch that stand for no request.
     """
 
     def __init__(self, layout: Layout, num_blocks: int, device: torch.device | str):

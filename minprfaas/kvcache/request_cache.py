@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 class RequestCache:
     """What one request holds; an *entry* is one of the ledger's, a *boundary* a number of full blocks."""
 
-    block_tables: list[array]  # by group: block ids, in token order or of the live state that passes read and write
+    block_tables: list[array]  # by group: block ids; of rows in token order, or of the state that passes read and write
     keys: list[bytes]  # of the full blocks, as far as they are known
     prompt_tokens: int
     branch: int  # leading blocks in common with an earlier prompt
@@ -16,10 +16,10 @@ class RequestCache:
     cached_tokens: int  # of these, found in the cache when it was opened
     num_blocks: int  # reserved, in each token group
     entries: list[int] = field(default_factory=list)  # of the leading full blocks, all held
-    replaced: list[int] = field(default_factory=list)  # blocks whose equals in the index are used instead
+    replaced: list[int] = field(default_factory=list)  # own blocks, no longer used: the index had equal ones already
     transfers: int = 0
     closed: bool = False
-    is_exact: bool = True  # else rows of it were rounded on the wire, and are no other request's prefix
+    is_exact: bool = True  # False: its rows were rounded on the wire, so no other request may use them
     # Request-level state; see `snapshots.py`.
     has_state: bool = False  # whether the live state has its blocks
     origin: int | None = None  # the snapshot (an entry) that the live state will begin as a copy of

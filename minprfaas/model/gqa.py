@@ -1,4 +1,4 @@
-"""Grouped-query attention (GQA): a key and a value a token and KV head. Chapter 01; paper 2.1 and table 2."""
+"""Grouped-query attention (GQA): one key and one value for each token and KV head. Chapter 01; paper 2.1, table 2."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from minprfaas.model.window import attend_window, pass_through_window, window_sp
 @dataclass(frozen=True)
 class GQAConfig:
     """GQA with RoPE, and what families add to it. `qk_norm` normalizes q and k, each "head" by itself (Qwen3) or the
-    whole "projection" (MiniMax-M2). With `window`, a token sees so many tokens only, its own included."""
+    whole "projection" (MiniMax-M2). With `window`, a token sees only the last `window` tokens, itself included."""
 
     num_heads: int
     num_kv_heads: int
@@ -26,10 +26,10 @@ class GQAConfig:
     qk_norm: str | None = None
     bias: bool = False
     out_bias: bool = False
-    v_head_dim: int | None = None  # as `head_dim` where not given
+    v_head_dim: int | None = None  # None: the same as `head_dim`
     v_scale: float = 1.0
     window: int | None = None
-    sinks: bool = False  # a learned score a head for looking nowhere (MiMo; with `window`)
+    sinks: bool = False  # each head learns a score for attending to no token at all (MiMo; with `window`)
     output_gate: bool = False  # a sigmoid gate on each channel of the output (Qwen3-Next)
 
     def __post_init__(self) -> None:

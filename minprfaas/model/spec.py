@@ -84,7 +84,8 @@ class TokenContext:
 
     pages: Pages  # without a copy, for kernels that follow a block table
     longest: int  # of the lengths
-    # (q `[batch, 1, heads, dim]`, scale) -> `PageOutputs`, without a copy. None: `rows` is the only way.
+    # Attention to the pages without a copy: (q `[batch, 1, heads, dim]`, scale) -> what `merge_pages` takes. None: read
+    # `rows` instead.
     attend: Callable[[torch.Tensor, float], tuple[torch.Tensor, ...]] | None = None
 
     def rows(self) -> torch.Tensor:

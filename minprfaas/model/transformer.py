@@ -14,7 +14,7 @@ from minprfaas.model.spec import ModelState, OnLayer
 class Layer(nn.Module):
     """One layer's parts. The stack calls them, because a layer's KVCache is shipped between its mixer and its MLP."""
 
-    PIECES = ("feed", "input_layernorm")
+    PIECES = ("feed", "input_layernorm")  # what `engine/pieces.py` may compile
 
     def __init__(self, layer: LayerConfig, config: ModelConfig):
         super().__init__()
@@ -56,7 +56,8 @@ class Stack(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A causal language model. The loader sets `fingerprint`, its configuration, `weights` and format."""
+    """A causal language model. The loader sets `weights`, a digest of the checkpoint, and `fingerprint`, a digest of
+    that and of the number format, in which every block key is rooted."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

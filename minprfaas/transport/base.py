@@ -29,7 +29,8 @@ class StreamAborted(Exception):
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer's state on the wire, in an `Encoding`: `row_bytes` for each token of token state, else in all."""
+    """One layer's state on the wire. `row_bytes`: of each token, or of the whole state where it is request state;
+    `encoding` is the name of an `Encoding`."""
 
     layer: int
     group: int
