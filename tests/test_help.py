@@ -75,6 +75,15 @@ def test_the_list_of_commands_and_that_of_benchmarks(help_of):
     assert unknown.returncode == 2 and unknown.stderr.count("\n") == 1 and "'nothing' is not one of: " in unknown.stderr
 
 
+def test_what_needs_no_model_does_not_wait_for_torch():
+    """`plan` and `simulate` have the same test where they are tested; `inspect` reads mixers, which are torch's."""
+    code = ("import sys, contextlib\nfrom minprfaas.__main__ import main\n"
+            "for words in (['--help'], ['plan', '--help'], ['simulate', '--help'], ['report', '--help']):\n"
+            "    with contextlib.suppress(SystemExit):\n        main(words)\n"
+            "sys.exit('torch' in sys.modules)")
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, timeout=120).returncode == 0
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_example_of_a_command_is_one_that_it_takes(command):
     """Parsed, not run."""

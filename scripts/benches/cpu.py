@@ -20,7 +20,7 @@ from benches.reading import Machine, Reading, measure_machine, print_readings, w
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.generate import pool_for
 from minprfaas.engine.sampling import SamplingParams
-from minprfaas.errors import exit_on_user_error
+from minprfaas.errors import exit_on_user_error, require_number
 from minprfaas.model.families import config_from_hf
 from minprfaas.model.spec import model_state_specs
 from minprfaas.model.transformer import Transformer
@@ -48,6 +48,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--peers", metavar="DIR", help="folder with checkouts of other libraries")
     parser.add_argument("--json", metavar="FILE", help="write the readings")
     args = parser.parse_args(argv)
+    for name in ("tokens", "context", "repeats"):
+        require_number(f"--{name}", getattr(args, name), least=1, whole=True)
     machine = measure_machine(f"{torch.get_num_threads()} threads, float32", "cpu")
     print(machine, flush=True)
     readings = []

@@ -21,7 +21,7 @@ from minprfaas.engine.engine import Engine
 from minprfaas.engine.generate import pool_for
 from minprfaas.engine.request import Request
 from minprfaas.engine.sampling import SamplingParams
-from minprfaas.errors import UserError, exit_on_user_error
+from minprfaas.errors import UserError, exit_on_user_error, require_number
 from minprfaas.observe.report import table
 from minprfaas.scheduling.throughput import kv_throughput_gbps
 from minprfaas.transport.encoding import Encoding, row_codec
@@ -135,6 +135,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--documents", type=int, default=4, help="of each length (4)")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 8192], help="tokens of a document")
     args = parser.parse_args(argv)
+    require_number("--documents", args.documents, least=1, whole=True)
     model, tokenizer = load(args.model, getattr(torch, args.dtype), args.device)
     for length in args.lengths:
         print_length(Bench(model, tokenizer, length + 64), length, args)
@@ -145,7 +146,7 @@ def main(argv: list[str]) -> int:
 
 def print_length(bench: Bench, length: int, args: argparse.Namespace) -> None:
     """Prefill the documents of one length, send each through every encoding, print the table."""
-    tallies, prefill_s = {encoding: Tally() for encoding in Encoding}, []
+    tallies, prefill_s, leads = {encoding: Tally() for encoding in Encoding}, [], []
     for seed in range(EVALUATION_SEEDS, EVALUATION_SEEDS + args.documents):
         document = make_document(seed, length, bench.tokenizer.encode)
         question = document.questions[0]
@@ -156,6 +157,8 @@ def print_length(bench: Bench, length: int, args: argparse.Namespace) -> None:
             answer, logits = bench.cross(sent, encoding, tally, exact)
             if encoding is Encoding.EXACT:
                 exact, exact_logits = answer, logits
+                best, second = logits.topk(2, dim=-1).values.unbind(dim=-1)
+                leads += (best - second).tolist()
             gap = (logits - exact_logits).abs()
             tally.mean_gap.append(float(gap.mean()))
             tally.largest_gap = max(tally.largest_gap, float(gap.max()))
@@ -164,8 +167,12 @@ def print_length(bench: Bench, length: int, args: argparse.Namespace) -> None:
                 shorter = min(len(answer), len(exact))
                 tally.first_changed.append(next((at for at in range(shorter) if answer[at] != exact[at]), shorter))
         bench.sender.release(sent)
-    print(f"{args.documents} documents of {length:,} tokens, {args.dtype}, prefill {median(prefill_s):.2f} s each\n")
-    print(table(HEADERS, [row(encoding, tally, length, prefill_s) for encoding, tally in tallies.items()]), "\n")
+    print(f"{args.documents} documents of {length:,} tokens, {args.dtype}, prefill {median(prefill_s):.2f} s each; the "
+          f"drawn token leads the next by {median(leads):.2g} logits (median)\n")
+    print(table(HEADERS, [row(encoding, tally, length, prefill_s) for encoding, tally in tallies.items()]))
+    if not tallies[Encoding.EXACT].right:
+        print("  right: none even where nothing is encoded, so that only what changed says anything of this model")
+    print()
 
 
 def row(encoding: Encoding, tally: Tally, length: int, prefill_s: list[float]) -> list[str]:
