@@ -21,15 +21,15 @@ from minprfaas.scheduling.directory import CacheChanged
 from minprfaas.scheduling.planner import plan
 from minprfaas.scheduling.router import RouteRequest
 from minprfaas.scheduling.scale import Scale
-from minprfaas.simulator.sustained import Reading, reading
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 from case_study.loops import Outcome, gain_in_words, gains, loops  # noqa: E402
 from case_study.loops import simulate as simulate_loop  # noqa: E402
 from case_study.results import Results  # noqa: E402
-from case_study.search import STRATUM, best_rate_rps, highest_sustained, stratified  # noqa: E402
 from case_study.soak import Watch, growing  # noqa: E402
 from case_study.study import Deployment, Study, capacity_rps, in_real_units, simulate  # noqa: E402
+from case_study.sustained import (  # noqa: E402
+    STRATUM, Reading, best_rate_rps, highest_sustained, reading, stratified)
 
 SCALE = Scale(time=3, length=64, size=0.001)
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from case_study.probe import ask, wrong_answers
 from case_study.results import Results
 from case_study.runs import Emulated, judged
-from case_study.search import stratified
+from case_study.sustained import stratified
 from minprfaas.cluster.processes import Process
 from minprfaas.engine.engine import Engine
 from minprfaas.observe.cores import Cores

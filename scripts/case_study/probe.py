@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 
+from case_study.sustained import Reading, reading
 from minprfaas.cluster.journey import Journey
 from minprfaas.cluster.processes import Process
 from minprfaas.config import Role
@@ -17,7 +18,6 @@ from minprfaas.model.tokenizer import Tokenizer
 from minprfaas.model.transformer import Transformer
 from minprfaas.scheduling.control import Action
 from minprfaas.simulator.nodes import SimRequest
-from minprfaas.simulator.sustained import Reading, reading
 
 FIRST_TOKEN = 2  # of random prompts: below it are those that end or begin a text
 

@@ -4,8 +4,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from case_study.sustained import Reading
 from minprfaas.errors import UserError
-from minprfaas.simulator.sustained import Reading
 
 
 class Results:

@@ -15,8 +15,8 @@ from case_study.loops import SEEDS, loops, run_loops
 from case_study.probe import ask, read, wrong_answers
 from case_study.results import Results
 from case_study.runs import Emulated, judged
-from case_study.search import best_rate_rps, highest_sustained, stratified
 from case_study.soak import LOAD, soak
+from case_study.sustained import Reading, best_rate_rps, highest_sustained, reading, stratified
 from minprfaas.cluster.processes import Process
 from minprfaas.engine.engine import Engine
 from minprfaas.errors import ArgumentParser, UserError, require_number
@@ -28,7 +28,6 @@ from minprfaas.scheduling.planner import Fleet, Plan, first_token_times, plan
 from minprfaas.scheduling.scale import Scale
 from minprfaas.simulator.cluster import Setup, Simulation
 from minprfaas.simulator.nodes import SimRequest
-from minprfaas.simulator.sustained import Reading, reading
 
 NAMES = {"prfaas_pd": "PrfaaS-PD", "homogeneous": "homogeneous PD", "naive": "naive heterogeneous PD",
          "least_loaded": "least-loaded"}
