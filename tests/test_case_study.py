@@ -12,6 +12,7 @@ from minprfaas.cluster.messages import Goodbye
 from minprfaas.cluster.topology import PD_SITE, PRFAAS_SITE
 from minprfaas.config import CacheConfig, LinkSample, Role
 from minprfaas.engine.engine import Engine
+from minprfaas.engine.generate import generate
 from minprfaas.engine.paced import Pace, PacedEngine
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import UserError
@@ -25,7 +26,9 @@ from minprfaas.scheduling.scale import Scale
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 from case_study.loops import Outcome, gain_in_words, gains, loops  # noqa: E402
 from case_study.loops import simulate as simulate_loop  # noqa: E402
+from case_study.probe import Answer, wrong_answers  # noqa: E402
 from case_study.results import Results  # noqa: E402
+from case_study.side_by_side import Job, expected_s, run_all  # noqa: E402
 from case_study.soak import Watch, growing  # noqa: E402
 from case_study.study import Deployment, Study, capacity_rps, in_real_units, simulate  # noqa: E402
 from case_study.sustained import (  # noqa: E402
@@ -225,3 +228,21 @@ def test_a_soak_kills_every_second_node_by_turns_and_compares_its_beginning_with
         for process in processes:
             process.kill()
             process.communicate()
+
+
+def test_runs_go_side_by_side_and_one_that_fails_is_named_when_all_are_over(tmp_path):
+    def fails():
+        raise UserError("it cannot")
+    jobs = [Job("a", (tmp_path / "a").touch, 1.0), Job("b", fails, 3.0), Job("c", (tmp_path / "c").touch, 1.5)]
+    assert (expected_s(jobs, 1), expected_s(jobs, 2), expected_s([], 2)) == (5.5, 3.0, 0.0)
+    with pytest.raises(UserError, match=r"1 of 3 runs have failed \(b\)"):
+        run_all(jobs, 2)
+    assert (tmp_path / "a").exists() and (tmp_path / "c").exists()
+
+
+def test_an_answer_that_differs_and_one_that_never_came_are_wrong(hybrid):
+    prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
+    right = [one.token_ids for one in generate(*hybrid, prompts, SamplingParams(6, ignore_eos=True))]
+    assert wrong_answers([*map(Answer, prompts, right)], *hybrid) == 0
+    given = [right[0], [*right[1][:-1], right[1][-1] + 1], []]
+    assert wrong_answers([*map(Answer, prompts, given)], *hybrid) == 2

@@ -8,14 +8,14 @@ import random
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 
-from tqdm import tqdm
-
-from case_study.probe import ask, wrong_answers
+from case_study.probe import ask, sampled, wrong_answers
 from case_study.results import Results
 from case_study.runs import Emulated, judged
+from case_study.side_by_side import Job, expected_s, run_all
 from case_study.sustained import stratified
 from minprfaas.cluster.processes import Process
 from minprfaas.engine.engine import Engine
@@ -134,21 +134,26 @@ def simulate(loop: Loop, policy: str, seed: int) -> Outcome:
                    report.cached_fraction)
 
 
-def run_loops(chosen: Sequence[Loop], seeds: int, results: Results) -> bool:
+def run_loops(chosen: Sequence[Loop], seeds: int, results: Results, at_once: int) -> bool:
     """Run what has no result yet, and print with and without; False if a run was not valid or an answer wrong."""
-    waiting = [(loop, policy, seed) for loop in chosen for seed in range(seeds) for policy in loop.policies
-               if results.last(_name(loop, policy, seed), "loop") is None]
-    print(f"{len(waiting)} runs of loops: about {sum(loop.expected_s() for loop, _, _ in waiting) / 60:.0f} minutes")
-    for loop, policy, seed in tqdm(waiting, desc="loops"):
-        cluster = loop.emulated(policy)
-        used = cluster.start(lambda made, engine: drive(loop, cluster, policy, seed, results, made, engine))
-        tqdm.write(f"{_name(loop, policy, seed)}: {used}")
-    results = results.again()
-    for loop in chosen:
-        print_loop(loop, seeds, results)
-    said = [results.last(_name(loop, policy, seed), "loop") for loop in chosen for seed in range(seeds)
-            for policy in loop.policies]
+    runs = [(loop, policy, seed) for loop in chosen for seed in range(seeds) for policy in loop.policies]
+    jobs = [Job(_name(*run), partial(run_loop, *run, results), run[0].expected_s()) for run in runs
+            if results.last(_name(*run), "loop") is None]
+    print(f"{len(jobs)} of {len(runs)} runs of loops, {at_once} at once: about {expected_s(jobs, at_once) / 60:.0f} "
+          "minutes", flush=True)
+    try:
+        run_all(jobs, at_once)
+    finally:
+        print_loops(chosen, seeds, results.again())
+    said = [results.again().last(_name(*run), "loop") for run in runs]
     return all(one["is_valid"] and not one["wrong"] for one in said)
+
+
+def run_loop(loop: Loop, policy: str, seed: int, results: Results) -> None:
+    """One run, in processes of its own. UserError when it ends without a result."""
+    cluster = loop.emulated(policy)
+    used = cluster.start(lambda made, engine: drive(loop, cluster, policy, seed, results, made, engine))
+    print(f"{_name(loop, policy, seed)}: {used}", flush=True)
 
 
 def drive(loop: Loop, cluster: Emulated, policy: str, seed: int, results: Results, made: Process,
@@ -163,7 +168,8 @@ def drive(loop: Loop, cluster: Emulated, policy: str, seed: int, results: Result
                                on_action=actions.append)
     ended_at_s = engine.clock()
     words, is_valid = judged(made, cores)
-    wrong, checked = wrong_answers(journeys, engine.model, engine.tokenizer, SAMPLE, seed)
+    checked = sampled(journeys, SAMPLE, seed)
+    wrong = wrong_answers(checked, engine.model, engine.tokenizer)
     ttft_s = sorted(scale.seconds((one.first_token_at_s or ended_at_s) - began_at_s - request.arrival_s)
                     for request, one in zip(requests, journeys))
     counts = [sum(isinstance(action, kind) for action in actions) for kind in (NewThreshold, RoleChange)]
@@ -171,27 +177,37 @@ def drive(loop: Loop, cluster: Emulated, policy: str, seed: int, results: Result
     outcome = Outcome(fmean(ttft_s), ttft_s[int(0.9 * len(ttft_s))], *counts, cached)
     results.add(_name(loop, policy, seed), "loop", {
         **asdict(outcome), "is_valid": is_valid, "wrong": wrong,
-        "words": f"{words}; {checked - wrong} of {checked} sampled answers right"})
+        "words": f"{words}; {len(checked) - wrong} of {len(checked)} sampled answers right"})
     return 0
 
 
-def print_loop(loop: Loop, seeds: int, results: Results) -> None:
-    """With and without: mean and spread over the seeds, simulated and live; then what follows."""
-    without, with_it = loop.policies
-    live = {policy: [_outcome(results.last(_name(loop, policy, seed), "loop")) for seed in range(seeds)]
-            for policy in loop.policies}
-    simulated = {policy: [simulate(loop, policy, seed) for seed in range(seeds)] for policy in loop.policies}
-    rows = [[policy, how, spread([one.ttft_mean_s for one in outcomes[policy]]),
-             spread([one.ttft_p90_s for one in outcomes[policy]]), spread([one.moves for one in outcomes[policy]], 1),
-             spread([one.conversions for one in outcomes[policy]], 1),
-             f"{fmean(one.cached_fraction for one in outcomes[policy]):.0%}"]
-            for policy in loop.policies for how, outcomes in (("simulated", simulated), ("live", live))]
-    print(f"\n{loop.name}: {loop.happens}. {loop.scale}; {seeds} seeds\n")
-    print(table(["", "", "TTFT mean, s", "P90, s", "moves", "conversions", "cached"], rows))
-    print("  " + gain_in_words(with_it, gains(simulated, without, with_it), gains(live, without, with_it)))
-    for policy in loop.policies:
-        for seed in range(seeds):
-            print(f"  {policy}, seed {seed}: {results.last(_name(loop, policy, seed), 'loop')['words']}")
+def print_loops(chosen: Sequence[Loop], seeds: int, results: Results) -> None:
+    """With and without, of the seeds that have run both: mean and spread, simulated and live; then what follows."""
+    rows, verdicts, runs = [], [], []
+    for loop in chosen:
+        live = {policy: [results.last(_name(loop, policy, seed), "loop") for seed in range(seeds)]
+                for policy in loop.policies}
+        whole = [seed for seed in range(seeds) if all(outcomes[seed] is not None for outcomes in live.values())]
+        runs += [f"  {_name(loop, policy, seed)}: {said[seed]['words']}" for policy, said in live.items()
+                 for seed in whole]
+        if not whole:
+            continue
+        measured = {policy: [_outcome(said[seed]) for seed in whole] for policy, said in live.items()}
+        simulated = {policy: [simulate(loop, policy, seed) for seed in whole] for policy in loop.policies}
+        rows += [[loop.name, policy, how, *_columns(outcomes[policy])] for policy in loop.policies
+                 for how, outcomes in (("simulated", simulated), ("live", measured))]
+        without, with_it = loop.policies
+        invalid = sum(not said[seed]["is_valid"] for said in live.values() for seed in whole)
+        verdicts.append(f"  {loop.name}: {loop.happens}. {loop.scale}\n    " + gain_in_words(
+            with_it, gains(simulated, without, with_it), gains(measured, without, with_it))
+            + (f"; NOT VALID: {invalid} of {2 * len(whole)} runs" if invalid else ""))
+    print(table(["loop", "", "", "TTFT mean, s", "P90, s", "threshold moves", "roles changed", "cached"], rows))
+    print("\n".join(["", *verdicts, "", *runs]))
+
+
+def _columns(outcomes: Sequence[Outcome]) -> list[str]:
+    digits = {"ttft_mean_s": 2, "ttft_p90_s": 1, "moves": 1, "conversions": 1, "cached_fraction": 2}
+    return [spread([getattr(one, name) for one in outcomes], count) for name, count in digits.items()]
 
 
 def gains(outcomes: dict[str, list[Outcome]], without: str, with_it: str) -> list[float]:

@@ -7,6 +7,7 @@ time enough, the rest is given up: what decode still owes says nothing more abou
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from case_study.sustained import Reading, reading
 from minprfaas.cluster.journey import Journey
@@ -74,14 +75,24 @@ def read(rate_rps: float, began_at_s: float, requests: Sequence[SimRequest], jou
                    by_length)
 
 
-def wrong_answers(journeys: Sequence[Journey], model: Transformer, tokenizer: Tokenizer, sample: int,
-                  seed: int) -> tuple[int, int]:
-    """(how many of a random sample differ from the single-process reference, how many were looked at). Answers that
-    were given up are compared as far as they go; requests that failed are wrong."""
+@dataclass(frozen=True)
+class Answer:
+    """What a request was answered, as far as it went; one that failed has no output, and is wrong."""
+
+    prompt: list[int]
+    output: list[int]
+
+
+def sampled(journeys: Sequence[Journey], sample: int, seed: int) -> list[Answer]:
+    """A random sample of those that have begun to be answered or have failed."""
     begun = [one for one in journeys if one.output_ids or one.error is not None]
-    chosen = random.Random(seed).sample(begun, min(sample, len(begun)))
-    answered = [one for one in chosen if one.output_ids]
-    params = [SamplingParams(len(one.output_ids), ignore_eos=True) for one in answered]
-    expected = generate(model, tokenizer, [one.token_ids[:one.prompt_tokens] for one in answered], params)
-    wrong = sum(one.output_ids != right.token_ids for one, right in zip(answered, expected))
-    return wrong + len(chosen) - len(answered), len(chosen)
+    return [Answer(one.token_ids[:one.prompt_tokens], one.output_ids)
+            for one in random.Random(seed).sample(begun, min(sample, len(begun)))]
+
+
+def wrong_answers(answers: Sequence[Answer], model: Transformer, tokenizer: Tokenizer) -> int:
+    """How many differ from the single-process reference."""
+    given = [one for one in answers if one.output]
+    params = [SamplingParams(len(one.output), ignore_eos=True) for one in given]
+    expected = generate(model, tokenizer, [one.prompt for one in given], params)
+    return len(answers) - sum(one.output == right.token_ids for one, right in zip(given, expected))

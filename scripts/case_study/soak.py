@@ -2,6 +2,7 @@
 nothing may be lost, wrong, leaked or growing. Chapter 14; the paper does not discuss it.
 """
 
+import json
 import os
 import random
 import signal
@@ -9,14 +10,17 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
 from tqdm import tqdm
 
-from case_study.probe import ask, wrong_answers
+from case_study.probe import Answer, ask, sampled, wrong_answers
 from case_study.results import Results
 from case_study.runs import Emulated, judged
+from case_study.side_by_side import Job, run_all
+from minprfaas import load
 from minprfaas.cluster.processes import Process
 from minprfaas.engine.engine import Engine
 from minprfaas.observe.cores import Cores
@@ -31,6 +35,8 @@ LOAD = 0.9  # of the measured rate
 KILL_EVERY_S = 60.0
 WEATHER_EVERY_S, WEATHER = 40.0, (1.0, 0.5, 0.2, 0.1)  # shares of the line, in a random order
 LOOK_EVERY_S = 5.0  # at memory, threads and descriptors
+WRITE_EVERY_S = 60.0  # what was seen last, for who cannot wait for the end
+CHECK_S = 0.06  # of one answer, about: a prefill and eight steps
 MOST_WINDOW_S = 300.0  # at the beginning and at the end; of a short soak a sixth
 MOST_GROWTH = 0.1
 PATIENCE_S, ANSWER_S = 60.0, 60.0  # of the run until nodes are back; of the machines until the last token
@@ -97,8 +103,10 @@ def growing(windows: Mapping[str, tuple[Vitals, Vitals]]) -> list[str]:
             if getattr(last, what) > (1 + MOST_GROWTH) * getattr(first, what)]
 
 
-def soak(setup: Setup, scale: Scale, requests: Sequence[SimRequest], results: Results, seed: int) -> bool:
-    """Run it, unless it was, and print; True if all is well. Without the weather, `setup` is the cluster."""
+def soak(setup: Setup, scale: Scale, requests: Sequence[SimRequest], results: Results, seed: int,
+         at_once: int) -> bool:
+    """Run it, unless it was, then check every answer, `at_once` processes at a time, and print; True if all is well.
+    Without the weather, `setup` is the cluster."""
     asked_s = requests[-1].arrival_s * scale.time
     name = f"{asked_s / 60:.0f} minutes"
     if results.last(name, "soak") is None:
@@ -109,11 +117,16 @@ def soak(setup: Setup, scale: Scale, requests: Sequence[SimRequest], results: Re
         cluster = Emulated("the soak", replace(setup, adaptive=True, convert_roles=True, weather=weather), scale,
                            pool_blocks=POOL_BLOCKS)
         with tempfile.TemporaryDirectory() as scratch:
-            watch = Watch(Path(scratch), [place.name for place in cluster.topology.places()[1::2]], asked_s)
-            used = cluster.start(lambda made, engine: _drive(name, cluster, watch, requests, results, seed, made,
-                                                                     engine),
-                                 lambda name: _write_id(watch.scratch / name), restarts=True)
-        print(f"the soak: {used}")
+            ids = Path(scratch) / "ids"
+            ids.mkdir()
+            watch = Watch(ids, [place.name for place in cluster.topology.places()[1::2]], asked_s)
+            used = cluster.start(lambda made, engine: _drive(name, cluster, watch, requests, results, made, engine),
+                                 lambda name: _write_id(ids / name), restarts=True)
+            print(f"the soak: {used}", flush=True)
+            said = json.loads((Path(scratch) / "said.json").read_text())
+            began_s, said["wrong"] = time.monotonic(), _wrong(Path(scratch), said["checked"], at_once)
+        said["words"] += f"; {said['checked']} answers checked in {time.monotonic() - began_s:.0f} s"
+        results.add(name, "soak", said)
     return _print(results.again().last(name, "soak"))
 
 
@@ -123,35 +136,53 @@ def _write_id(path: Path) -> None:
     os.replace(partial, path)
 
 
-def _drive(name: str, cluster: Emulated, watch: Watch, real: Sequence[SimRequest], results: Results, seed: int,
-           made: Process, engine: Engine) -> int:
+def _drive(name: str, cluster: Emulated, watch: Watch, real: Sequence[SimRequest], results: Results, made: Process,
+           engine: Engine) -> int:
     cluster.wait_for_nodes(made)
     cores, actions, requests = Cores(), [], cluster.requests(real)
     with tqdm(total=round(watch.seconds), unit="s", desc="soak", bar_format="{desc}: {percentage:3.0f}%|{bar}| "
               "{elapsed}, about {remaining} to go") as bar:
 
         def on_progress(seconds: float) -> None:
+            minute = watch.passed_s // WRITE_EVERY_S
             watch(seconds)
             bar.update(min(seconds, bar.total - bar.n))  # what is late has no end that is known
+            if watch.passed_s // WRITE_EVERY_S > minute:
+                results.add(name, "minute", {"seconds": watch.passed_s, "waiting": len(made.front.journeys),
+                                             "kills": watch.kills, "nodes": len(made.front.ready),
+                                             "seen": {who: asdict(seen[-1][1]) for who, seen in watch.seen.items()}})
 
         _, journeys = ask(made, "soak", requests, engine.model.config.vocab_size,
-                           PATIENCE_S + ANSWER_S * cluster.scale.time, on_progress,
+                          PATIENCE_S + ANSWER_S * cluster.scale.time, on_progress,
                           until_done=True, on_action=actions.append)
     made.run_until(lambda: len(made.front.ready) == len(cluster.topology.places()) - 1, PATIENCE_S)
     words, is_valid = judged(made, cores)
-    began_s = time.monotonic()
-    wrong, checked = wrong_answers(journeys, engine.model, engine.tokenizer, len(journeys), seed)
+    answers = sampled(journeys, len(journeys), seed=0)
+    scratch = watch.scratch.parent
+    (scratch / "answers.json").write_text(json.dumps([asdict(answer) for answer in answers]))
     lost = [one for one in journeys if one.error is not None or one.finish_reason in (None, "aborted")]
-    results.add(name, "soak", {
-        "minutes": watch.seconds / 60, "requests": len(journeys), "lost": len(lost), "wrong": wrong, "checked": checked,
+    (scratch / "said.json").write_text(json.dumps({
+        "minutes": watch.seconds / 60, "requests": len(journeys), "lost": len(lost), "checked": len(answers),
         "recovered": sum(one.attempts > 1 for one in journeys), "kills": watch.kills,
         "moves": sum(isinstance(action, NewThreshold) for action in actions),
         "conversions": sum(isinstance(action, RoleChange) for action in actions),
         "leaked": {name: said.wrong for name, said in made.front.goodbyes.items() if said.wrong},
-        "goodbyes": len(made.front.goodbyes), "is_valid": is_valid,
-        "words": f"{words}; {checked} answers checked in {time.monotonic() - began_s:.0f} s",
-        "windows": {name: [asdict(first), asdict(last)] for name, (first, last) in watch.windows().items()}})
+        "goodbyes": len(made.front.goodbyes), "is_valid": is_valid, "words": words,
+        "windows": {name: [asdict(first), asdict(last)] for name, (first, last) in watch.windows().items()}}))
     return 0
+
+
+def _wrong(scratch: Path, count: int, at_once: int) -> int:
+    """How many of the answers in `scratch` differ from the reference, which as many processes compute."""
+    jobs = [Job(f"check {number}", partial(_check, scratch, number, at_once), CHECK_S * count / at_once)
+            for number in range(at_once)]
+    run_all(jobs, at_once)
+    return sum(int((scratch / f"wrong.{number}").read_text()) for number in range(at_once))
+
+
+def _check(scratch: Path, number: int, of: int) -> None:
+    answers = [Answer(**answer) for answer in json.loads((scratch / "answers.json").read_text())[number::of]]
+    (scratch / f"wrong.{number}").write_text(str(wrong_answers(answers, *load())))
 
 
 def _print(said: dict) -> bool:

@@ -5,16 +5,16 @@ decisions are real; the machines' pace and the line between the datacenters are 
 """
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import ceil
-
-from tqdm import tqdm
+from functools import partial
 
 from case_study.loops import SEEDS, loops, run_loops
-from case_study.probe import ask, read, wrong_answers
+from case_study.probe import ask, read, sampled, wrong_answers
 from case_study.results import Results
 from case_study.runs import Emulated, judged
+from case_study.side_by_side import Job, expected_s, jobs_here, run_all
 from case_study.soak import LOAD, soak
 from case_study.sustained import Reading, best_rate_rps, highest_sustained, reading, stratified
 from minprfaas.cluster.processes import Process
@@ -34,9 +34,9 @@ NAMES = {"prfaas_pd": "PrfaaS-PD", "homogeneous": "homogeneous PD", "naive": "na
 POINTS = {"N_p = 2": (2, 19_400), "N_p = 5": (5, 19_400), "t = 8,000": (3, 8000), "t = 40,000": (3, 40_000)}
 # Predicted from the embedded model's 0.6 ms a token and 27 ms a decode step of 16 on one core (two were busy besides):
 # at 3.24 requests/s of 27K tokens, in tokens that stand for 64 and seconds that take 2, prefill needs 0.4 of a core,
-# decode 0.05, and what surrounds them as much again.
-SCALE = "2,64,0.001"
-QUICK_SCALE = "1,128,0.00056"  # as much work a second, in half the time: fewer and coarser tokens
+# decode 0.05, and what surrounds them as much again. The first is for as many cores, the second for fewer.
+MANY_CORES, SCALE, SCALE_OF_FEW = 8, "1,64,0.001", "2,64,0.001"
+QUICK_SCALE, QUICK_SCALE_OF_FEW = "1,128,0.00056", "1.3,128,0.00056"  # fewer and coarser tokens
 FULL_REQUESTS, QUICK_REQUESTS = 384, 96
 QUICK_LOADS = (0.8, 1.25)  # of the plan: one rate that must be sustained, one that cannot be
 SEARCHED_LOADS = (1.0, 1.15, 1.075, 1.04)  # what a search is expected to try
@@ -93,7 +93,8 @@ def parser() -> argparse.ArgumentParser:
                    "under ten minutes")
     p.add_argument("--requests", type=int, metavar="N", help=f"of a rate ({FULL_REQUESTS}; quick {QUICK_REQUESTS})")
     p.add_argument("--scale", metavar="TIME,LENGTH,BYTES", help=f"seconds times TIME, one token for LENGTH, bytes "
-                   f"times BYTES ({SCALE}; quick {QUICK_SCALE}; each loop has its own); undone in every figure")
+                   f"times BYTES (here {default_scale(False)}; quick {default_scale(True)}; each loop has its own); "
+                   "undone in every figure")
     p.add_argument("--results", default="case_study.jsonl", metavar="FILE.jsonl", help="what was measured; a run that "
                    "was interrupted goes on from it (case_study.jsonl)")
     p.add_argument("--plots", metavar="DIR", help="draw figures 5(a) and 5(b) into DIR, with what was measured on the "
@@ -104,6 +105,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--soak", type=float, metavar="MINUTES", help="instead: PrfaaS-PD at 90%% of its measured rate, "
                    "while the weather changes, nodes are killed and roles change")
     p.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help=f"of each loop ({SEEDS})")
+    p.add_argument("--jobs", type=int, default=jobs_here(), metavar="N", help="runs at once, each of 7 or 13 processes "
+                   f"(one for four cores: here {jobs_here()})")
     p.add_argument("--trace", metavar="FILE.jsonl", help="conversations for --loops cache (made-up ones)")
     return p
 
@@ -112,11 +115,12 @@ def main(argv: list[str]) -> int:
     """Plan, simulate, run, compare; 1 if an emulation was not valid or an answer wrong."""
     args = parser().parse_args(argv)
     require_number("--seed", args.seed, least=0, whole=True)
+    require_number("--jobs", args.jobs, least=1, most=64, whole=True)
     if args.loops is not None:
         return _loops(args)
     requests = args.requests if args.requests is not None else QUICK_REQUESTS if args.quick else FULL_REQUESTS
     require_number("--requests", requests, least=16, most=100_000, whole=True)
-    text = args.scale or (QUICK_SCALE if args.quick else SCALE)
+    text = args.scale or default_scale(args.quick)
     study = Study(Scale.parse(text), requests, args.seed, args.quick)
     results = Results(args.results, f"scale {text}, {requests} requests, seed {args.seed}, quick {args.quick}")
     if args.soak is not None:
@@ -127,10 +131,10 @@ def main(argv: list[str]) -> int:
     names = [*(args.deployment or NAMES), *(POINTS if args.plots else ())]
     chosen = [known[name] for name in known if name in names]
     waiting = [deployment for deployment in chosen if results.last(deployment.name, "verdict") is None]
-    print(f"scale: {study.scale}\n{len(waiting)} of {len(chosen)} deployments to run, {requests} requests a rate: "
-          f"about {sum(map(study.expected_s, waiting)) / 60:.0f} minutes\n", flush=True)
-    for deployment in waiting:
-        run_deployment(study, deployment, results)
+    jobs = [Job(one.title, partial(run_deployment, study, one, results), study.expected_s(one)) for one in waiting]
+    print(f"scale: {study.scale}\n{len(jobs)} of {len(chosen)} deployments to run, {args.jobs} at once, {requests} "
+          f"requests a rate: about {expected_s(jobs, args.jobs) / 60:.0f} minutes\n", flush=True)
+    run_all(jobs, args.jobs)
     results = results.again()
     _print_table(study, chosen, results)
     if args.plots:
@@ -143,6 +147,13 @@ def main(argv: list[str]) -> int:
     return 0 if all(one is not None and one["is_valid"] and not one["wrong"] for one in verdicts) else 1
 
 
+def default_scale(quick: bool) -> str:
+    """The one that this machine's cores can keep up with."""
+    if (os.cpu_count() or 1) >= MANY_CORES:
+        return QUICK_SCALE if quick else SCALE
+    return QUICK_SCALE_OF_FEW if quick else SCALE_OF_FEW
+
+
 def _soak(args: argparse.Namespace, study: "Study", results: Results) -> int:
     require_number("--soak", args.soak, least=1, most=24 * 60)
     deployment = deployments()["prfaas_pd"]
@@ -152,7 +163,7 @@ def _soak(args: argparse.Namespace, study: "Study", results: Results) -> int:
     of = "measured" if measured else "planned"
     print(f"scale: {study.scale}\n{rate_rps:.2f} req/s, {LOAD:.0%} of what was {of}, "
           f"for {args.soak:g} minutes; then {len(requests)} answers are checked", flush=True)
-    return 0 if soak(deployment.setup, study.scale, requests, results, args.seed) else 1
+    return 0 if soak(deployment.setup, study.scale, requests, results, args.seed, args.jobs) else 1
 
 
 def _loops(args: argparse.Namespace) -> int:
@@ -165,7 +176,7 @@ def _loops(args: argparse.Namespace) -> int:
     if args.scale is not None:
         chosen = [replace(loop, scale=Scale.parse(args.scale)) for loop in chosen]
     results = Results(args.results, f"loops, trace {args.trace}, scale {args.scale or 'their own'}")
-    return 0 if run_loops(chosen, args.seeds, results) else 1
+    return 0 if run_loops(chosen, args.seeds, results, args.jobs) else 1
 
 
 @dataclass(frozen=True)
@@ -220,30 +231,29 @@ def drive(study: Study, deployment: Deployment, cluster: Emulated, results: Resu
     ask(made, "warm-up", warm_up, vocab_size, PATIENCE_S * scale.time, lambda seconds: None)
     made.run_until(lambda: False, SETTLE_S * scale.time)
     cores = Cores()
-    with tqdm(total=ceil(study.expected_s(deployment) - START_S), unit="s", desc=deployment.title,
-              bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}, about {remaining} to go") as bar:
 
-        def probe(rate_rps: float) -> Reading:
-            known = results.reading(name, rate_rps)
-            if known is not None:
-                return known
-            requests = cluster.requests(study.arrivals(rate_rps))
-            began_at_s, journeys = ask(made, f"{name}-{rate_rps:.4g}", requests, vocab_size, PATIENCE_S * scale.time,
-                                       bar.update)
-            asked.extend(journeys)
-            seen = read(rate_rps / scale.time, began_at_s, requests, journeys, deployment.setup.selective)
-            measured = in_real_units(scale, seen, rate_rps)
-            results.add(name, "reading", measured)
-            bar.write(f"{deployment.title}: {describe(measured)}")
-            made.run_until(lambda: False, SETTLE_S * scale.time)
-            bar.update(SETTLE_S * scale.time)
-            return measured
+    def probe(rate_rps: float) -> Reading:
+        known = results.reading(name, rate_rps)
+        if known is not None:
+            return known
+        requests = cluster.requests(study.arrivals(rate_rps))
+        began_at_s, journeys = ask(made, f"{name}-{rate_rps:.4g}", requests, vocab_size, PATIENCE_S * scale.time,
+                                   lambda seconds: None)
+        asked.extend(journeys)
+        seen = read(rate_rps / scale.time, began_at_s, requests, journeys, deployment.setup.selective)
+        measured = in_real_units(scale, seen, rate_rps)
+        results.add(name, "reading", measured)
+        print(f"{deployment.title}: {describe(measured)}", flush=True)
+        made.run_until(lambda: False, SETTLE_S * scale.time)
+        return measured
 
-        study.search(probe, deployment.plan.lambda_max)
+    study.search(probe, deployment.plan.lambda_max)
     words, is_valid = judged(made, cores)
-    wrong, checked = wrong_answers(asked, engine.model, engine.tokenizer, SAMPLE, study.seed)
-    words = f"{words}; {checked - wrong} of {checked} sampled answers identical to the single-process reference"
-    results.add(name, "verdict", {"words": words, "is_valid": is_valid, "wrong": wrong, "checked": checked})
+    checked = sampled(asked, SAMPLE, study.seed)
+    wrong = wrong_answers(checked, engine.model, engine.tokenizer)
+    right = len(checked) - wrong
+    words = f"{words}; {right} of {len(checked)} sampled answers identical to the single-process reference"
+    results.add(name, "verdict", {"words": words, "is_valid": is_valid, "wrong": wrong, "checked": len(checked)})
     print(f"{deployment.title}: {words}", flush=True)
     return 0
 
