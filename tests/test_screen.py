@@ -3,11 +3,16 @@
 import io
 
 import pytest
-from transport_support import wait_until
 
+from minprfaas.cluster.front_end import FrontEnd
+from minprfaas.cluster.journey import Journey
+from minprfaas.cluster.mail import Mail
+from minprfaas.commands.live_status import Watch
+from minprfaas.engine.sampling import SamplingParams
 from minprfaas.observe.board import PLAIN_EVERY_S, REDRAW_S, Board
 from minprfaas.observe.report import human_bytes, table
-from minprfaas.observe.screen import Screen
+from minprfaas.scheduling.control import ControlPlane, ControlSettings
+from minprfaas.transport.events import EventQueue
 
 
 class Terminal(io.StringIO):
@@ -42,25 +47,25 @@ def test_bytes_are_told_in_the_unit_that_suits_them(count, text):
 # ---- bars
 
 
-def test_bars_show_what_was_done_of_what_is_to_do_and_leave_nothing_behind():
-    terminal = Terminal()
-    screen = Screen(200, 40, terminal)
-    assert screen.shown
-    for tell, shown in ((lambda: screen.prefilled(150), "150/200"), (lambda: screen.streamed(512, 2048), "512/2.00k"),
-                        (lambda: screen.decoded(10, "the end of\nthe answer"), "10/40")):
-        wait_until(lambda: tell() or shown in terminal.getvalue())  # a bar is drawn now and then
-    assert "the end of the answer" in terminal.getvalue()
-    screen.close()
-    assert terminal.getvalue().endswith("\r")
+def test_bars_show_what_was_done_of_what_is_to_do():
+    prefilling, writing = (Journey(name, [1] * 100, SamplingParams(), [], 0.0) for name in "ab")
+    prefilling.prefilled_tokens, prefilling.received_bytes, prefilling.expected_bytes = 50, 512, 2048
+    writing.prefilled_tokens, writing.text = 100, "the end of\nthe answer"
+    writing.token_ids += [7] * 10
+    front = FrontEnd(ControlPlane(ControlSettings(100, 1.0)), Mail(EventQueue()), lambda token_ids: [], 16, 60.0,
+                     lambda: 0.0)
+    prefill, stream, decode = Watch(front, [prefilling, writing], 0.0).bars(2.0, 200, 40)
+    assert prefill.startswith("prefill") and "150/200" in prefill and "75.00tok/s" in prefill
+    assert "512/2.00k" in stream and "10/40" in decode and "the end of the answer" in decode
 
 
-def test_where_the_output_is_a_file_there_are_lines_and_no_bars(capsys):
+def test_where_the_output_is_a_file_there_are_lines_and_no_bars():
     file = io.StringIO()
-    screen = Screen(200, 40, file)
-    screen.prefilled(150), screen.streamed(1, 2), screen.decoded(3, "text")
-    screen.line("a line that stays")
-    screen.close()
-    assert not screen.shown and file.getvalue() == "" and capsys.readouterr().out == "a line that stays\n"
+    board = Board(file)
+    board.draw(0.0, lambda: ["a bar"])
+    board.line("a line that stays")
+    board.close()
+    assert not board.shown and file.getvalue() == "a line that stays\n"
 
 
 # ---- the board

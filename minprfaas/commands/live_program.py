@@ -34,7 +34,6 @@ from minprfaas.model.spec import model_state_specs
 from minprfaas.observe.board import Board
 from minprfaas.observe.cores import Cores
 from minprfaas.observe.report import human_bytes
-from minprfaas.observe.screen import Screen
 from minprfaas.observe.timeline import timeline_json
 from minprfaas.serving.openai import Served
 
@@ -54,12 +53,9 @@ class Program:
         self.journeys: dict[str, Journey] = {}
         self.ended: set[str] = set()  # ids of those whose end was shown
         self.prompts, self.due = self._asked(run)
-        if run.load is not None or run.args.serve is not None:
-            self.board = self.screen = Board()
-        else:
-            longest = longest_prompts(run.prompts, engine.tokenizer, engine.model.config.max_context_tokens)
-            self.board = None
-            self.screen = Screen(sum(longest.values()), sum(prompt.params.max_tokens for prompt in run.prompts))
+        self.board = Board()
+        longest = longest_prompts(run.prompts, engine.tokenizer, engine.model.config.max_context_tokens)
+        self.to_do = sum(longest.values()), sum(prompt.params.max_tokens for prompt in run.prompts)  # tokens
 
     def _asked(self, run: Run) -> tuple[dict[str, Prompt], deque[Arrival]]:
         """All prompts by id, and those that come by themselves with their times; the others continue one of them."""
@@ -86,7 +82,7 @@ class Program:
         journeys = [self.journeys[id] for id in self.prompts if id in self.journeys]  # in the file's order
         self.watch.end()
         self.process.shut_down(GOODBYE_DEADLINE_S)
-        self.screen.close()
+        self.board.close()
         self._print_tables(journeys, elapsed_s)
         self._write(journeys)
         is_well = self._emulation_is_valid(journeys, cores) and self._books_are_right()
@@ -163,7 +159,7 @@ class Program:
         return self.journeys[prompt.id]
 
     def _say_what_is_there(self) -> None:
-        model, say = self.engine.model, self.screen.line
+        model, say = self.engine.model, self.board.line
         config, parameters = model.config, sum(parameter.numel() for parameter in model.parameters())
         say(f"model         {self.args.model or EMBEDDED.name}: {config.family}, {len(config.layers)} layers, "
             f"{parameters / 1e6:.1f}M parameters, {model.dtype}".replace("torch.", ""))
@@ -195,31 +191,27 @@ class Program:
 
     def _show(self, updates: list[Update]) -> None:
         now_s = self.engine.clock()
-        if self.board is not None:
+        if self.args.prompts is not None:
+            self.board.draw(now_s, lambda: self.watch.bars(now_s, *self.to_do))
+        else:
             self.board.draw(now_s, lambda: self.watch.screenful(now_s), lambda: self.watch.plain(now_s))
-        elif self.screen.shown:
-            journeys = self.journeys.values()
-            self.screen.prefilled(sum(journey.prefilled_tokens for journey in journeys))
-            self.screen.streamed(sum(j.received_bytes for j in journeys), sum(j.expected_bytes for j in journeys))
-            self.screen.decoded(sum(len(journey.output_ids) for journey in journeys),
-                                updates[-1].journey.text if updates else "")
         for line in self.watch.take(self.front.take_actions(), now_s):
-            self.screen.line(line)
+            self.board.line(line)
         self._show_who_came_and_went()
         for journey in (update.journey for update in updates if update.journey.is_finished):
             if journey.id in self.ended:  # word of its transfer, after its last token
                 continue
             self.ended.add(journey.id)
             if self.load is None or journey.error is not None:
-                self.screen.line(answers.answer_lines(journey, self.prompts[journey.id]))
+                self.board.line(answers.answer_lines(journey, self.prompts[journey.id]))
             self._submit_after(journey)
 
     def _show_who_came_and_went(self) -> None:
         ready = self.front.ready
         for name in sorted(self.there - {*ready}):
-            self.screen.line(f"{name} is gone")
+            self.board.line(f"{name} is gone")
         for name in sorted({*ready} - self.there):
-            self.screen.line(f"{name} has joined as {ready[name].role}")
+            self.board.line(f"{name} has joined as {ready[name].role}")
         self.there = {*ready}
 
     def _print_tables(self, journeys: list[Journey], elapsed_s: float) -> None:

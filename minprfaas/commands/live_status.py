@@ -7,6 +7,7 @@ from minprfaas.cluster.front_end import FrontEnd
 from minprfaas.cluster.journey import TTFT_PARTS, Journey
 from minprfaas.cluster.messages import NodeFigures
 from minprfaas.config import Role
+from minprfaas.observe.board import bar
 from minprfaas.observe.report import human_bytes, table
 from minprfaas.scheduling.control import Action, NewThreshold
 from minprfaas.scheduling.roles import RoleChange
@@ -59,6 +60,19 @@ class Watch:
             utilizations.append(f"{name} {self._front.ready[name].role} {_share(before, newest)}")
         return (f"{now_s - self._began_at_s:.0f} s: {self._requests(now_s)}; {', '.join(utilizations)}; "
                 f"line {self._line(now_s)}; threshold {self._front.plane.threshold:,.0f}")
+
+    def bars(self, now_s: float, prompt_tokens: int, answer_tokens: int) -> list[str]:
+        """Instead of a screenful, where so much is to do: a bar a phase, and the end of the text that is written."""
+        elapsed_s, journeys = now_s - self._began_at_s, [*self._journeys]
+        prefilled = sum(journey.prefilled_tokens for journey in journeys)
+        received_bytes = sum(journey.received_bytes for journey in journeys)
+        expected_bytes = sum(journey.expected_bytes for journey in journeys)
+        drawn = sum(len(journey.output_ids) for journey in journeys)
+        writing = [journey.text for journey in journeys if journey.text and not journey.is_finished]
+        text = writing[-1][-40:].replace("\n", " ") if writing else ""
+        return [bar("prefill   ", prefilled, prompt_tokens, "tok", elapsed_s),
+                bar("KV stream ", received_bytes, expected_bytes, "B", elapsed_s),
+                bar("decode    ", drawn, answer_tokens, "tok", elapsed_s, text)]
 
     def _last_two(self, name: str) -> tuple[NodeFigures, NodeFigures]:
         newest = self._front.figures.get(name, NOTHING_YET)
