@@ -29,7 +29,7 @@ from minprfaas.model.moe import MoEConfig
 from minprfaas.model.published import PUBLISHED, read_published
 from minprfaas.model.spec import StateSpec, kv_bytes, model_state_specs
 from minprfaas.model.transformer import Transformer
-from minprfaas.observe.plots import draw_weights, prepare_plots
+from minprfaas.observe.plots import draw_curves, prepare_plots
 from minprfaas.observe.report import human_bytes, table
 from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.throughput import egress_needed_gbps, kv_throughput_gbps
@@ -168,7 +168,7 @@ if args.plots:
     curves = {f"{name} ({'hybrid' if is_hybrid[name] else 'dense'})": [
         (tokens, kv_bytes(model_state_specs(config, "bfloat16"), tokens)) for tokens in (2**i for i in range(8, 21))]
         for name, config in models.items()}
-    print(f"   Drawn: {draw_weights(args.plots, 'kvcache_of_six_models.png', curves)}\n")
+    print(f"   Drawn: {draw_curves(args.plots, 'kvcache_of_six_models.png', curves, 'bytes of KVCache')}\n")
 
 # %% [markdown]
 # *Is that the hybrid's doing, or is it only the smaller model?* To know, change nothing but the layers: Kimi Linear

@@ -30,7 +30,7 @@ from minprfaas.model.recurrent import ShortConvolution
 from minprfaas.model.spec import kv_bytes
 from minprfaas.model.state import ContiguousLayerState
 from minprfaas.model.window import attend_window
-from minprfaas.observe.plots import draw_weights, prepare_plots
+from minprfaas.observe.plots import draw_curves, prepare_plots
 from minprfaas.observe.report import human_bytes, table
 
 torch.set_num_threads(1)
@@ -272,7 +272,7 @@ print(f"\n   MLA weighs more than KDA from {mla_from:,} tokens on, GQA from {gqa
 if args.plots:
     curves = {name: [(tokens, layer_bytes(mixers, tokens)) for tokens in (2**exponent for exponent in range(4, 21))]
               for name, mixers in layers.items()}
-    print(f"   Drawn: {draw_weights(args.plots, 'state_of_a_layer.png', curves)}\n")
+    print(f"   Drawn: {draw_curves(args.plots, 'state_of_a_layer.png', curves, 'bytes of state')}\n")
 
 # %% [markdown]
 # *Why a mixture, then, and not linear layers alone?* See what a memory of one size cannot do. Write pairs of random

@@ -52,19 +52,17 @@ def save_figure(figure: "Figure", directory: str | Path, name: str) -> Path:
     return path
 
 
-def draw_weights(directory: str | Path, name: str, curves: Mapping[str, Sequence[tuple[int, float]]]) -> Path:
-    """Write `directory/name`: bytes of KVCache over the length of the request, by model or kind of layer. Returns its
+def draw_curves(directory: str | Path, name: str, curves: Mapping[str, Sequence[tuple[float, float]]], y_label: str,
+                title: str = "") -> Path:
+    """Write `directory/name`: curves over tokens, by model or kind of layer, those of dense models dashed. Returns its
     path; raises UserError."""
     figure, axes = new_figure()
     for label, points in curves.items():
-        axes.plot(*zip(*((tokens, count / 2**20) for tokens, count in points)), label=label, linestyle=_dashes(label))
-    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="MiB of KVCache")
+        axes.plot(*zip(*points), marker=".", label=label, linestyle="--" if label.endswith("(dense)") else "-")
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=y_label, title=title)
+    axes.grid(alpha=0.3)
     _add_legend(figure)
     return save_figure(figure, directory, name)
-
-
-def _dashes(label: str) -> str:
-    return "--" if label.endswith("(dense)") else "-"
 
 
 def _add_legend(figure: "Figure") -> None:
@@ -76,8 +74,9 @@ def draw_plan(directory: str | Path, fleet: Fleet, lengths: LengthDistribution, 
               kv_gbps: Mapping[str, Sequence[tuple[int, float]]]) -> list[Path]:
     """Write figure_2.png, figure_5a.png and figure_5b.png into `directory` and return their paths. `kv_gbps`: by name,
     the (tokens, Gbps per instance) of figure 2. Raises UserError."""
-    return [save_figure(_draw_kv_throughput(kv_gbps), directory, "figure_2.png"),
-            *draw_sweeps(directory, fleet, lengths, plan)]
+    figure_2 = draw_curves(directory, "figure_2.png", kv_gbps, "KV throughput of an instance, Gbps",
+                           "Figure 2: KV throughput (eq. 1) at the published or measured lengths")
+    return [figure_2, *draw_sweeps(directory, fleet, lengths, plan)]
 
 
 def draw_sweeps(directory: str | Path, fleet: Fleet, lengths: LengthDistribution, plan: Plan,
@@ -95,18 +94,6 @@ def draw_sweeps(directory: str | Path, fleet: Fleet, lengths: LengthDistribution
                                 "threshold t, tokens", f"Figure 5(b), modelled: N_p = {plan.n_p}, N_d = {plan.n_d}",
                                 [(of.threshold, rps) for of, rps in measured if of.n_p == plan.n_p])
     return [save_figure(by_split, directory, "figure_5a.png"), save_figure(by_threshold, directory, "figure_5b.png")]
-
-
-def _draw_kv_throughput(kv_gbps: Mapping[str, Sequence[tuple[int, float]]]) -> "Figure":
-    """Figure 2: what an instance emits while it prefills, over the length of the prompt."""
-    figure, axes = new_figure()
-    for name, points in kv_gbps.items():
-        axes.plot(*zip(*points), marker="o", label=name, linestyle=_dashes(name))
-    axes.set(xscale="log", yscale="log", xlabel="prompt, tokens", ylabel="KV throughput of an instance, Gbps",
-             title="Figure 2: KV throughput (eq. 1) at the published or measured lengths")
-    _add_legend(figure)
-    axes.grid(alpha=0.3)
-    return figure
 
 
 def _draw_bounds(plans: Sequence[Plan], x: Sequence[float], best: float, x_label: str, title: str,
