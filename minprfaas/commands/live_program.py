@@ -51,7 +51,6 @@ class Program:
         self.process, self.front, self.engine = made, made.front, engine
         self.lossy = answers.lossy_wire(engine.layout, wire_between(run.args, run.encoding))
         self.journeys: dict[str, Journey] = {}
-        self.ended: set[str] = set()  # ids of those whose end was shown
         self.prompts, self.due = self._asked(run)
         self.board = Board()
         longest = longest_prompts(run.prompts, engine.tokenizer, engine.model.config.max_context_tokens)
@@ -198,10 +197,7 @@ class Program:
         for line in self.watch.take(self.front.take_actions(), now_s):
             self.board.line(line)
         self._show_who_came_and_went()
-        for journey in (update.journey for update in updates if update.journey.is_finished):
-            if journey.id in self.ended:  # word of its transfer, after its last token
-                continue
-            self.ended.add(journey.id)
+        for journey in {update.journey: None for update in updates if update.journey.is_finished}:  # each once
             if self.load is None or journey.error is not None:
                 self.board.line(answers.answer_lines(journey, self.prompts[journey.id]))
             self._submit_after(journey)

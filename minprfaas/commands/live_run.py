@@ -77,8 +77,8 @@ def _play(run: Run, seat: Seat, outputs: dict[str, OutputFile], drive: Drive | N
     args, here = run.args, seat.here
     timeline = Timeline(here.name) if args.timeline else None
     listener = listen(args.host, args.serve) if here.has_front and args.serve is not None else None
-    engines = Engines(run, seat, timeline)
-    engine = engines.first
+    engines = engines_of(run, seat, timeline)
+    engine = engines[0]  # to ask for what all of them share
     store = seat.address.open(serves=here.has_front)  # kept: where this process serves it, it lives as long
     wire = wire_between(args, run.encoding)
     mail = Mail(EventQueue(), wire)
@@ -93,8 +93,8 @@ def _play(run: Run, seat: Seat, outputs: dict[str, OutputFile], drive: Drive | N
         gbps = {site: line.gbps or UNTHROTTLED_GBPS for site, line in run.lines.items()}
         plane = run.plane(settings) if len(gbps) < 2 else SitesControlPlane(settings, gbps)
         front = front_end(plane, mail, engine, args.deadline_s)
-    workers = [worker(name, role, engines.new(), mail, args.deadline_s, overlap=not args.no_overlap, relay=args.relay)
-               for name, role in here.roles.items()]
+    workers = [worker(name, role, each, mail, args.deadline_s, overlap=not args.no_overlap, relay=args.relay)
+               for (name, role), each in zip(here.roles.items(), engines)]
     made = process(mail, front, workers)
     lines = {site: emulated_line(run.line_between(here.site, site), store, here.site, site)
              for site in {place.site for place in seat.places} - {here.site}}
@@ -136,41 +136,24 @@ def _wait_for_front(run: Run, seat: Seat, made: Process, neighbours: Neighbours)
         raise UserError(f"no link from {seat.here.name} to the front end: {reason}")
 
 
-class Engines:
-    """The engines of one process over one model and one timeline. In each every prompt fits: UserError names the first
-    that does not, or what is wrong with the model. One for the front end alone only knows lengths and keys: nobody
-    touches its pool, so that it takes no memory."""
-
-    def __init__(self, run: Run, seat: Seat, timeline: Timeline | None):
-        args, machine = run.args, machine_at(run.args, seat.here.site)
-        device = own_device(machine.device, seat.local_rank) if seat.here.roles or args.check else torch.device("cpu")
-        self.model, self.tokenizer = load(args.model, getattr(torch, machine.dtype), device)
-        if self.model.device.type == "cuda":
-            torch.cuda.set_device(self.model.device)  # for what names no device of its own, such as an event
-        lengths = longest_prompts(run.prompts, self.tokenizer, self.model.config.max_context_tokens)
-        self._timeline, self._prefill_chunk = timeline, args.prefill_chunk
-        self._cache = CacheConfig(args.pool_blocks, machine.block_tokens) if args.pool_blocks else pool_for(
-            self.model, [lengths[one.id] + one.params.max_tokens for one in run.prompts]
-            or [self.model.config.max_context_tokens] * FULL_CONTEXTS, machine.block_tokens)
-        self._emulation, self._site = run.emulation, seat.here.site
-        self._made = [self._make() for _ in seat.here.roles or [None]]
-        self._fresh = iter(self._made)
-        for prompt in run.prompts:
-            self.first.check_length(prompt.id, lengths[prompt.id])
-
-    @property
-    def first(self) -> Engine:
-        """To ask for what all of them share."""
-        return self._made[0]
-
-    def new(self) -> Engine:
-        """The next one that no role has yet."""
-        return next(self._fresh)
-
-    def _make(self) -> Engine:
-        made_of = (self.model, self.tokenizer, self._cache, self._prefill_chunk)
-        if self._emulation is None:
-            return Engine(*made_of, timeline=self._timeline)
-        engine = PacedEngine(*made_of, timeline=self._timeline)
-        engine.emulate(self._emulation.pace_at(self._site), self._emulation.profile_at(self._site).bs_max)
-        return engine
+def engines_of(run: Run, seat: Seat, timeline: Timeline | None) -> list[Engine]:
+    """An engine for each role of the process, over one model and one timeline. In each every prompt fits: UserError
+    names the first that does not, or what is wrong with the model. One for the front end alone only knows lengths and
+    keys: nobody touches its pool, so that it takes no memory."""
+    args, machine = run.args, machine_at(run.args, seat.here.site)
+    device = own_device(machine.device, seat.local_rank) if seat.here.roles or args.check else torch.device("cpu")
+    model, tokenizer = load(args.model, getattr(torch, machine.dtype), device)
+    if model.device.type == "cuda":
+        torch.cuda.set_device(model.device)  # for what names no device of its own, such as an event
+    context_tokens = model.config.max_context_tokens
+    lengths = longest_prompts(run.prompts, tokenizer, context_tokens)
+    needed = [lengths[one.id] + one.params.max_tokens for one in run.prompts] or [context_tokens] * FULL_CONTEXTS
+    cache = CacheConfig(args.pool_blocks, machine.block_tokens) if args.pool_blocks else \
+        pool_for(model, needed, machine.block_tokens)
+    kind = Engine if run.emulation is None else PacedEngine
+    engines = [kind(model, tokenizer, cache, args.prefill_chunk, timeline=timeline) for _ in seat.here.roles or [None]]
+    for engine in engines if run.emulation is not None else []:
+        engine.emulate(run.emulation.pace_at(seat.here.site), run.emulation.profile_at(seat.here.site).bs_max)
+    for prompt in run.prompts:
+        engines[0].check_length(prompt.id, lengths[prompt.id])
+    return engines
