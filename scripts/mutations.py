@@ -148,7 +148,7 @@ GUARDS: dict[str, tuple[str, ...]] = {
     "cluster/recovery.py": ("test_front_end.py", "test_cluster_life.py"),
     "cluster/relay.py": ("test_relay.py",),
     "engine/measure.py": ("test_profile_command.py",),
-    "scheduling/scale.py": ("test_case_study.py", "test_paced.py"),
+    "scheduling/profiles.py": ("test_profiles.py", "test_case_study.py", "test_paced.py"),
     "engine/pieces.py": ("test_fast_runner.py",),
     "engine/sampling.py": ("test_sampling.py", "test_engine.py"),
     "engine/text.py": ("test_text.py", "test_engine.py"),

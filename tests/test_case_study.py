@@ -20,8 +20,8 @@ from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.control import ControlSettings, LinkMeasured, NodeJoined
 from minprfaas.scheduling.directory import CacheChanged
 from minprfaas.scheduling.planner import plan
+from minprfaas.scheduling.profiles import Scale
 from minprfaas.scheduling.router import RouteRequest
-from minprfaas.scheduling.scale import Scale
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 from case_study.loops import Outcome, gain_in_words, gains, loops  # noqa: E402

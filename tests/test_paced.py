@@ -7,6 +7,7 @@ from minprfaas.config import CacheConfig
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.paced import Pace, PacedRunner
 from minprfaas.scheduling.paper_case import h200_profile
+from minprfaas.scheduling.profiles import Scale
 
 
 class FakeTime:
@@ -71,7 +72,7 @@ def test_a_machine_too_slow_for_its_profile_says_by_how_much(embedded):
 
 def test_a_scaled_profile_is_the_same_machine_in_other_units():
     full = h200_profile()
-    small = full.scaled(time=8, length=64, size=1 / 1000)
+    small = Scale(time=8, length=64, size=1 / 1000).profile(full)
     for tokens in (1024, 20_000, 128 * 1024):
         assert small.prefill_s(tokens / 64) == pytest.approx(8 * full.prefill_s(tokens), rel=1e-6)
         assert small.kv_bytes(tokens / 64) == pytest.approx(full.kv_bytes(tokens) / 1000, rel=1e-6)

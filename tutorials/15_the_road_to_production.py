@@ -5,7 +5,7 @@
 Sections 2 to 8 are measured, computed or modelled now, on this machine; what other projects call things was read in
 their files in November 2026, and they move fast.
 
-Modules: transport/encoding.py, scheduling/planner.py, scheduling/throughput.py, scheduling/scale.py,
+Modules: transport/encoding.py, scheduling/planner.py, scheduling/throughput.py, scheduling/profiles.py,
          scheduling/sites.py, engine/paced.py, serving/, errors.py
 Tests: test_encoding.py, test_wire.py, test_relay.py, test_unequal_ends.py, test_map.py, test_readme.py,
        test_doctests.py, test_notebook.py, test_chapters.py, test_exercises.py, test_reading.py, test_sites.py,
@@ -34,8 +34,8 @@ from minprfaas.observe.report import human_bytes, table
 from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.control import ControlSettings, NodeJoined
 from minprfaas.scheduling.planner import plan
+from minprfaas.scheduling.profiles import Scale
 from minprfaas.scheduling.router import RouteRequest
-from minprfaas.scheduling.scale import Scale
 from minprfaas.scheduling.sites import SitesControlPlane, site_of
 from minprfaas.scheduling.throughput import relay_s
 from minprfaas.serving.openai import Served

@@ -7,9 +7,8 @@ from minprfaas.cluster.messages import Goodbye
 from minprfaas.cluster.topology import PD_SITE
 from minprfaas.engine.paced import Pace
 from minprfaas.scheduling.control import Action, ControlPlane, ControlSettings, Event, LinkMeasured, RequestEnded
-from minprfaas.scheduling.profiles import Profile
+from minprfaas.scheduling.profiles import Profile, Scale
 from minprfaas.scheduling.router import Decision, RouteRequest
-from minprfaas.scheduling.scale import Scale
 
 MOST_LATE = 0.05  # of the emulated time, of any node: beyond it a run says nothing about the machines
 

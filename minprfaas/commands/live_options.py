@@ -20,8 +20,7 @@ from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import UserError, require_number
 from minprfaas.scheduling.control import ControlPlane, ControlSettings
 from minprfaas.scheduling.planner import Fleet
-from minprfaas.scheduling.profiles import Profile
-from minprfaas.scheduling.scale import Scale
+from minprfaas.scheduling.profiles import Profile, Scale
 from minprfaas.transport.encoding import Encoding
 from minprfaas.transport.wan.line import load_weather
 

@@ -1,6 +1,6 @@
 """What one instance of a kind of hardware does with one model: measured points, and the curves through them.
 
-Chapter 10; paper 2.1 (S_kv, T_prefill), 3.4.1 (T_decode, BS_max) and table 5.
+Chapters 10 and 15; paper 2.1 (S_kv, T_prefill), 3.4.1 (T_decode, BS_max) and table 5.
 """
 
 from bisect import bisect_right
@@ -9,7 +9,7 @@ from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 
-from minprfaas.errors import UserError, require_number
+from minprfaas.errors import UserError, require_number, shown
 from minprfaas.files import read_json
 
 # Modelled: the share of a full batch's decode step that a batch of one would take too (weights are read once a step,
@@ -106,13 +106,6 @@ class Profile:
         s_per_token = (last.prefill_s - first.prefill_s) / (last.tokens - first.tokens)
         return round(self.prefill_s(0) / s_per_token)
 
-    def scaled(self, time: float = 1.0, length: float = 1.0, size: float = 1.0) -> "Profile":
-        """The same machine in other units: seconds `time` times as long, one token for each `length`, bytes times
-        `size`. What is planned, simulated or run in these units gives the real figures when the factors are undone."""
-        points = tuple(ProfilePoint(max(1, round(point.tokens / length)), point.kv_bytes * size,
-                                    point.prefill_s * time) for point in self.points)
-        return replace(self, points=points, t_decode_s=self.t_decode_s * length * time)
-
     def encoded(self, share: float) -> "Profile":
         """The same machine behind a wire on which rows of attention state cross in `share` of their bytes. What grows
         with each token is rows; the intercept is state of one size, which crosses exactly. Where the points are no
@@ -149,6 +142,64 @@ class Profile:
                 if min(fit.values()) >= 0:
                     best = min(best, (error, tuple(fit.get(i, 0.0) / scale ** i for i in range(3))))
         return best[1]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The units of an emulated run: a second takes `time` seconds, one token stands for `length`, and a byte becomes
+    `size` bytes. A small model on a few cores cannot take the paper's lengths at the paper's pace; what is planned,
+    simulated and run in such units gives real figures once they are undone. Raises UserError."""
+
+    time: float = 1.0
+    length: float = 1.0
+    size: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("time", "length", "size"):
+            require_number(f"the scale of {name}", getattr(self, name), above=0, most=1e9)
+
+    @staticmethod
+    def parse(text: str) -> "Scale":
+        """`TIME,LENGTH,BYTES`. UserError when it is anything else."""
+        try:
+            time, length, size = map(float, text.split(","))
+        except ValueError:
+            raise UserError(f"--emulate-scale is {shown(text)}; it must be three numbers: TIME,LENGTH,BYTES") from None
+        return Scale(time, length, size)
+
+    def __str__(self) -> str:
+        return (f"seconds times {self.time:g}, one token for {self.length:g}, bytes times {self.size:.4g}; "
+                "undone in every figure")
+
+    # Into the run
+
+    def profile(self, full: Profile) -> Profile:
+        """The same machine in the run's units."""
+        points = tuple(ProfilePoint(max(1, round(point.tokens / self.length)), point.kv_bytes * self.size,
+                                    point.prefill_s * self.time) for point in full.points)
+        return replace(full, points=points, t_decode_s=full.t_decode_s * self.length * self.time)
+
+    def run_gbps(self, gbps: float) -> float:
+        """The line's bandwidth in the run."""
+        return gbps * self.size / self.time
+
+    # Out of it
+
+    def seconds(self, run_s: float) -> float:
+        """What a time in the run stands for."""
+        return run_s / self.time
+
+    def rate_rps(self, run_rps: float) -> float:
+        """What a rate of requests in the run stands for."""
+        return run_rps * self.time
+
+    def tokens(self, run_tokens: float) -> float:
+        """What a length in the run stands for."""
+        return run_tokens * self.length
+
+    def gbps(self, run_gbps: float) -> float:
+        """What a bandwidth in the run stands for."""
+        return run_gbps / self.size * self.time
 
 
 def _require_keys(what: str, raw: dict, target: type) -> None:

@@ -25,8 +25,8 @@ from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.control import NewThreshold
 from minprfaas.scheduling.lengths import LengthDistribution
 from minprfaas.scheduling.planner import plan
+from minprfaas.scheduling.profiles import Scale
 from minprfaas.scheduling.roles import RoleChange
-from minprfaas.scheduling.scale import Scale
 from minprfaas.simulator.arrivals import from_trace, read_trace, write_conversations
 from minprfaas.simulator.cluster import Setup, Simulation
 from minprfaas.simulator.nodes import BLOCK_TOKENS, SimRequest

@@ -19,7 +19,7 @@ from minprfaas.commands.live_run import Drive, Seat, play
 from minprfaas.config import LineConfig, LinkConfig, WeatherChange
 from minprfaas.errors import UserError
 from minprfaas.observe.cores import Cores
-from minprfaas.scheduling.scale import Scale
+from minprfaas.scheduling.profiles import Scale
 from minprfaas.simulator.cluster import RTT_S, Setup
 from minprfaas.simulator.nodes import SimRequest
 from minprfaas.transport.encoding import Encoding

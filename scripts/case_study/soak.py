@@ -26,8 +26,8 @@ from minprfaas.engine.engine import Engine
 from minprfaas.observe.cores import Cores
 from minprfaas.observe.report import table
 from minprfaas.scheduling.control import NewThreshold
+from minprfaas.scheduling.profiles import Scale
 from minprfaas.scheduling.roles import RoleChange
-from minprfaas.scheduling.scale import Scale
 from minprfaas.simulator.cluster import Setup
 from minprfaas.simulator.nodes import SimRequest
 

@@ -25,7 +25,7 @@ from minprfaas.observe.plots import draw_sweeps, prepare_plots
 from minprfaas.observe.report import table
 from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.planner import Fleet, Plan, first_token_times, plan
-from minprfaas.scheduling.scale import Scale
+from minprfaas.scheduling.profiles import Scale
 from minprfaas.simulator.cluster import Setup, Simulation
 from minprfaas.simulator.nodes import SimRequest
 
