@@ -33,10 +33,9 @@ NAMES = {"prfaas_pd": "PrfaaS-PD", "homogeneous": "homogeneous PD", "naive": "na
          "least_loaded": "least-loaded"}
 POINTS = {"N_p = 2": (2, 19_400), "N_p = 5": (5, 19_400), "t = 8,000": (3, 8000), "t = 40,000": (3, 40_000)}
 # Predicted from the embedded model's 0.6 ms a token and 27 ms a decode step of 16 on one core (two were busy besides):
-# at 3.24 requests/s of 27K tokens, in tokens that stand for 64 and seconds that take 2, prefill needs 0.4 of a core,
-# decode 0.05, and what surrounds them as much again. The first is for as many cores, the second for fewer.
-MANY_CORES, SCALE, SCALE_OF_FEW = 8, "1,64,0.001", "2,64,0.001"
-QUICK_SCALE, QUICK_SCALE_OF_FEW = "1,128,0.00056", "1.3,128,0.00056"  # fewer and coarser tokens
+# at 3.24 requests/s of 27K tokens, in tokens that stand for 128, prefill needs 0.4 of a core, decode 0.05, and what
+# surrounds them as much again. The second scale is for fewer cores than that.
+MANY_CORES, SCALE, SCALE_OF_FEW = 4, "1,128,0.00056", "1.2,128,0.00056"
 FULL_REQUESTS, QUICK_REQUESTS = 384, 96
 QUICK_LOADS = (0.8, 1.25)  # of the plan: one rate that must be sustained, one that cannot be
 SEARCHED_LOADS = (1.0, 1.15, 1.075, 1.04)  # what a search is expected to try
@@ -93,8 +92,7 @@ def parser() -> argparse.ArgumentParser:
                    "under ten minutes")
     p.add_argument("--requests", type=int, metavar="N", help=f"of a rate ({FULL_REQUESTS}; quick {QUICK_REQUESTS})")
     p.add_argument("--scale", metavar="TIME,LENGTH,BYTES", help=f"seconds times TIME, one token for LENGTH, bytes "
-                   f"times BYTES (here {default_scale(False)}; quick {default_scale(True)}; each loop has its own); "
-                   "undone in every figure")
+                   f"times BYTES (here {default_scale()}; each loop has its own); undone in every figure")
     p.add_argument("--results", default="case_study.jsonl", metavar="FILE.jsonl", help="what was measured; a run that "
                    "was interrupted goes on from it (case_study.jsonl)")
     p.add_argument("--plots", metavar="DIR", help="draw figures 5(a) and 5(b) into DIR, with what was measured on the "
@@ -120,7 +118,7 @@ def main(argv: list[str]) -> int:
         return _loops(args)
     requests = args.requests if args.requests is not None else QUICK_REQUESTS if args.quick else FULL_REQUESTS
     require_number("--requests", requests, least=16, most=100_000, whole=True)
-    text = args.scale or default_scale(args.quick)
+    text = args.scale or default_scale()
     study = Study(Scale.parse(text), requests, args.seed, args.quick)
     results = Results(args.results, f"scale {text}, {requests} requests, seed {args.seed}, quick {args.quick}")
     if args.soak is not None:
@@ -147,11 +145,9 @@ def main(argv: list[str]) -> int:
     return 0 if all(one is not None and one["is_valid"] and not one["wrong"] for one in verdicts) else 1
 
 
-def default_scale(quick: bool) -> str:
+def default_scale() -> str:
     """The one that this machine's cores can keep up with."""
-    if (os.cpu_count() or 1) >= MANY_CORES:
-        return QUICK_SCALE if quick else SCALE
-    return QUICK_SCALE_OF_FEW if quick else SCALE_OF_FEW
+    return SCALE if (os.cpu_count() or 1) >= MANY_CORES else SCALE_OF_FEW
 
 
 def _soak(args: argparse.Namespace, study: "Study", results: Results) -> int:

@@ -1,4 +1,4 @@
-"""Whether a cluster, simulated or live, sustains a rate, and the search for the highest that it does. Chapter 13; paper 4.
+"""Whether a cluster, simulated or live, sustains a rate, and the search for the highest one. Chapter 13; paper 4.
 
 A rate is sustained when the backlog does not grow with it: over the last three quarters of the arrivals, the line
 fitted through the number of requests without a first token rises by less than `MOST_GROWTH` of the arrival rate.
