@@ -104,10 +104,12 @@ def _play(run: Run, seat: Seat, outputs: dict[str, OutputFile], drive: Drive | N
     def make_link(peer: Place) -> Link | Fabric:
         first, second = sorted((here, peer), key=seat.places.index)
         name, store, rank = f"{first.name}:{second.name}", seat.address.open(), int(here is second)
+        sends_kv = here.roles and peer.roles  # the front end has no KVCache: one lane carries its messages
         if peer.site != here.site:
-            return Link(name, store, rank, run.link, across, lines[peer.site], mail.events, timeline)
+            config = run.link if sends_kv else replace(run.link, lanes=1)
+            return Link(name, store, rank, config, across, lines[peer.site], mail.events, timeline)
         config = replace(run.link, lanes=1, timeout_s=FABRIC_TIMEOUT_S)
-        if here.roles and peer.roles:
+        if sends_kv:
             return Fabric(name, store, rank, config, identity, engine.model.device, mail.events)
         return Link(name, store, rank, config, identity, events=mail.events, timeline=timeline)
 

@@ -20,11 +20,12 @@ from minprfaas.transport.wan.frames import Frame, Kind, Slot, control_frame
 from minprfaas.transport.wan.inbox import Inbox
 from minprfaas.transport.wan.lanes import Lane, threads_per_lane
 from minprfaas.transport.wan.line import EmulatedLine
+from minprfaas.transport.wan.monitor import SAMPLE_EVERY_S
 from minprfaas.transport.wan.outbox import Outbox
 from minprfaas.transport.wan.rendezvous import LANE_TIMEOUT_S, Meeting, Rendezvous
 
 log = logging.getLogger(__name__)
-TICK_S = 0.1
+BEATS_IN_SILENCE = 5  # so many heartbeats must be lost before a lane is taken for dead
 GOODBYE_S = 1.0  # for the last messages to be acknowledged
 
 
@@ -127,14 +128,14 @@ class Supervisor:
 
     def _watch(self) -> None:
         """Send heartbeats and take samples until the epoch breaks, or a lane is silent for too long."""
-        beat_at = 0.0
+        beat_at, beat_every_s = 0.0, self._config.silence_s / BEATS_IN_SILENCE
         beats: list[tuple[dist.Work, Frame]] = []
-        while not self._broken.wait(TICK_S):
+        while not self._broken.wait(min(SAMPLE_EVERY_S, beat_every_s)):  # no more often: an idle process has many links
             now = time.monotonic()
             self._outbox.tick(now)
             beat_is_due = now >= beat_at
             if beat_is_due:
-                beat_at = now + self._config.silence_s / 5
+                beat_at = now + beat_every_s
                 beats = [(work, frame) for work, frame in beats if not work.is_completed()]
             for lane in self._lanes:
                 if beat_is_due:  # not through the queue: a line that is slow or stalled is not dead
