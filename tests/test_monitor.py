@@ -3,8 +3,8 @@
 import pytest
 
 from minprfaas.config import LinkSample
-from minprfaas.errors import UserError
-from minprfaas.scheduling.monitor import CongestionMonitor, Marks
+from minprfaas.scheduling import monitor as monitor_module
+from minprfaas.scheduling.monitor import HOLD_S, CongestionMonitor
 
 
 def feed(monitor: CongestionMonitor, start_s: int, seconds: int, utilization: float, gbps: float, queued=0.0) -> None:
@@ -46,7 +46,7 @@ def test_bandwidth_that_swings_fast_does_not_swing_the_regime():
         monitor.observe(LinkSample(float(second), 95.0 if high else 20.0, 0.95 if high else 0.2, 0.0))
         changes += monitor.regime(second) != before
         before = monitor.regime(second)
-    assert changes <= 600 / Marks().hold_s / 2
+    assert changes <= 600 / HOLD_S / 2
 
 
 def test_the_capacity_is_what_a_busy_link_delivers():
@@ -78,17 +78,14 @@ def test_a_sample_out_of_order_is_ignored():
     assert (monitor.utilization, monitor.queued_bytes) == (before, 0.0)
 
 
-@pytest.mark.parametrize("marks", [dict(low_utilization=0.9), dict(high_utilization=1.5), dict(low_queue_s=2.0)])
-def test_marks_out_of_order_are_refused(marks):
-    with pytest.raises(UserError, match="out of order"):
-        Marks(**marks)
+@pytest.fixture
+def no_memory(monkeypatch):
+    """Each sample counts alone."""
+    monkeypatch.setattr(monitor_module, "SMOOTH_S", 1e-3)
 
 
-NO_MEMORY = Marks(smooth_s=1e-3)  # each sample counts alone
-
-
-def test_a_regime_lasts_its_time_before_bandwidth_is_abundant_again():
-    monitor = CongestionMonitor(100.0, NO_MEMORY)
+def test_a_regime_lasts_its_time_before_bandwidth_is_abundant_again(no_memory):
+    monitor = CongestionMonitor(100.0)
     feed(monitor, 0, 1, 0.95, 95.0)
     feed(monitor, 1, 9, 0.2, 20.0)
     assert monitor.regime(9) == "scarce", "it has been so for nine seconds, and holds for ten"
@@ -98,8 +95,8 @@ def test_a_regime_lasts_its_time_before_bandwidth_is_abundant_again():
     assert monitor.regime(11) == "scarce", "the other way it turns at once"
 
 
-def test_bandwidth_is_abundant_again_only_when_the_queue_is_short_too():
-    monitor = CongestionMonitor(8.0, NO_MEMORY)  # 1 GB/s
+def test_bandwidth_is_abundant_again_only_when_the_queue_is_short_too(no_memory):
+    monitor = CongestionMonitor(8.0)  # 1 GB/s
     feed(monitor, 0, 1, 0.95, 7.6, queued=0.6e9)
     feed(monitor, 1, 60, 0.3, 2.4, queued=0.3e9)
     assert monitor.regime(60) == "scarce"
@@ -107,8 +104,8 @@ def test_bandwidth_is_abundant_again_only_when_the_queue_is_short_too():
     assert monitor.regime(61) == "abundant"
 
 
-def test_what_all_senders_put_on_the_line_adds_up_until_one_is_silent():
-    monitor = CongestionMonitor(8.0, NO_MEMORY)
+def test_what_all_senders_put_on_the_line_adds_up_until_one_is_silent(no_memory):
+    monitor = CongestionMonitor(8.0)
     for name in ("prfaas-0", "prfaas-1"):
         monitor.hear(name, LinkSample(5e6, 4.0, 0.5, 0.3e9, link=f"to {name}"), 1.0)  # its clock is its own
     monitor.hear("prfaas-1", LinkSample(5e6, 4.0, 0.5, 0.3e9, link="to prfaas-1"), 2.0)

@@ -24,7 +24,7 @@ from minprfaas.observe.report import table
 from minprfaas.scheduling.books import LoadBooks, NodeBook
 from minprfaas.scheduling.control import ControlPlane, ControlSettings, NodeJoined, PrefillEnded
 from minprfaas.scheduling.directory import CacheChanged, Directory
-from minprfaas.scheduling.monitor import CongestionMonitor, Marks
+from minprfaas.scheduling.monitor import HIGH_UTILIZATION, CongestionMonitor
 from minprfaas.scheduling.router import ClusterView, Decision, LinkView, NodeView, Router, RouteRequest, TransferCosts
 
 # %% [markdown]
@@ -121,7 +121,7 @@ print(f"   What d1 decoded counts for its cluster, too:\n      {route(40_000, vi
 # %%
 rng = random.Random(11)
 shares = [rng.uniform(0.65, 1.0) for _ in range(600)]
-one_mark = [share >= 0.85 for share in shares]
+one_mark = [share >= HIGH_UTILIZATION for share in shares]
 monitor, two_marks = CongestionMonitor(nominal_gbps=100.0), []
 for second, share in enumerate(shares):
     monitor.observe(LinkSample(float(second), gbps=100 * share, utilization=share, queued_bytes=0.0))
@@ -137,7 +137,7 @@ print("3. When is bandwidth scarce?\n")
 print(f"   600 samples: {changes(one_mark)} changes with one mark, {changes(two_marks)} with two and smoothing.\n")
 phases = (("calm", 20, 0.3), ("busy", 20, 0.95), ("between the marks", 40, 0.7), ("calm", 20, 0.3))
 rows, now_s = [], 0.0
-monitor = CongestionMonitor(nominal_gbps=100.0, marks=Marks(high_utilization=0.85, low_utilization=0.6))
+monitor = CongestionMonitor(nominal_gbps=100.0)
 for phase, seconds, share in phases:
     for _ in range(seconds):
         now_s += 1.0

@@ -30,7 +30,7 @@ from minprfaas.scheduling.control import ControlPlane, NewThreshold
 from minprfaas.scheduling.lengths import LengthDistribution
 from minprfaas.scheduling.planner import plan
 from minprfaas.scheduling.roles import BUSY, MIN_GAIN, SUSTAIN_S
-from minprfaas.scheduling.threshold import Damping
+from minprfaas.scheduling.threshold import HOLD_S
 from minprfaas.simulator.arrivals import (day_lengths, diurnal, drawn, from_trace, poisson, read_trace,
                                           write_conversations)
 from minprfaas.simulator.cluster import Setup, Simulation
@@ -218,7 +218,7 @@ print(f"""
 # tried again. So with fewer prompts on their way its guess creeps back towards 40 Gbps ("capacity changed"), t falls,
 # the line fills, and it learns better.
 #
-# *Why not follow at once and exactly?* `Damping` holds it: a factor of 1.5 a move, nothing within 5%, and 30 s before
+# *Why not follow at once and exactly?* The loop is damped: a factor of 1.5 a move, nothing within 5%, and 30 s before
 # it turns around, so that a line that swings faster than that cannot make t swing with it.
 #
 # *Change this line:* let the line be gone for two minutes: `drop = ((300.0, 0.0), (420.0, 40.0))`.
@@ -226,12 +226,11 @@ print(f"""
 # %%
 if args.plots:
     print("   Drawn: " + ", ".join(map(str, draw_simulation(args.plots, adaptive))) + "\n")
-damping = Damping()
 turns = [(before[0], after[0]) for first, before, after in zip(watched.moves, watched.moves[1:], watched.moves[2:])
          if (before[1] > first[1]) != (after[1] > before[1])]
 soonest_s = min((later - earlier for earlier, later in turns), default=float("inf"))
 print(f"   It turned around {len(turns)} times in the whole run, at the soonest {soonest_s:.0f} s after the last move: "
-      f"{'never within' if soonest_s >= damping.hold_s else 'BROKEN: within'} {damping.hold_s:g} s.\n")
+      f"{'never within' if soonest_s >= HOLD_S else 'BROKEN: within'} {HOLD_S:g} s.\n")
 
 # %% [markdown]
 # ## 4. Long term: the traffic changes its shape

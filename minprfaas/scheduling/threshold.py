@@ -1,17 +1,29 @@
-"""The short-term loop: search the threshold again from what is observed, damped. Chapter 12 (paper 3.4.3)."""
+"""The short-term loop: search the threshold again from what is observed, damped. Chapter 12 (paper 3.4.3).
+
+A step in bandwidth is followed in a few moves without overshoot, and bandwidth that swings faster than `HOLD_S` cannot
+make the threshold swing with it. When more arrives than any threshold could carry, balance would make every request
+late: then the PD-P nodes are kept at most `LOCAL_LOAD` busy, and the long prompts wait alone.
+"""
 
 import math
 from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass, replace
 
-from minprfaas.errors import UserError
 from minprfaas.scheduling.lengths import LengthDistribution
 from minprfaas.scheduling.planner import Fleet, plan
 
 WINDOW_REQUESTS = 2048
 GRID_THRESHOLDS = 128  # quantiles of the recent lengths that one search tries
 RATE_SMOOTH_S = 60.0  # time constant of the observed arrival rate
+INTERVAL_S = 5.0  # between searches that have a cause
+REFRESH_S = 60.0  # between searches at all, because lengths drift
+MAX_STEP = 1.5  # factor by which one move may change the threshold
+DEADBAND = 0.05  # so near the optimum it stays
+HOLD_S = 30.0  # until it may turn around
+LOCAL_LOAD = 0.9
+SURGE_S = 15.0  # seconds of waiting prefill per node that count as a surge
+DRAIN_S = 300.0  # time that backlogs are given: what they take is not there for new requests
 
 
 @dataclass(frozen=True)
@@ -32,35 +44,11 @@ class Observation:
     decode_utilization: float = 0.0
 
 
-@dataclass(frozen=True)
-class Damping:
-    """When to search, and how far to follow what was found.
-
-    A step in bandwidth is followed in a few moves without overshoot, and bandwidth that swings faster than `hold_s`
-    cannot make the threshold swing with it. When more arrives than any threshold could carry, balance would make every
-    request late: then the PD-P nodes are kept at most `local_load` busy, and the long prompts wait alone.
-    """
-
-    interval_s: float = 5.0  # between searches that have a cause
-    refresh_s: float = 60.0  # between searches at all, because lengths drift
-    max_step: float = 1.5  # factor by which one move may change the threshold
-    deadband: float = 0.05  # so near the optimum it stays
-    hold_s: float = 30.0  # until it may turn around
-    local_load: float = 0.9
-    surge_s: float = 15.0  # seconds of waiting prefill per node that count as a surge
-    drain_s: float = 300.0  # time that backlogs are given: what they take is not there for new requests
-
-    def __post_init__(self) -> None:
-        if not (self.max_step > 1 and 0 <= self.deadband < 1 and self.drain_s > 0):
-            raise UserError(f"damping with max_step {self.max_step}, deadband {self.deadband}, drain_s {self.drain_s} "
-                            f"is out of range; it must be max_step > 1, 0 <= deadband < 1, drain_s > 0")
-
-
 class ThresholdLoop:
     """Keeps the recent incremental lengths and the threshold t (tokens) that suits them."""
 
-    def __init__(self, fleet: Fleet, threshold: float, damping: Damping = Damping()):
-        self.fleet, self.threshold, self.damping = fleet, threshold, damping
+    def __init__(self, fleet: Fleet, threshold: float) -> None:
+        self.fleet, self.threshold = fleet, threshold
         self._recent: deque[int] = deque(maxlen=WINDOW_REQUESTS)
         self._searched_at, self._moved_at, self._direction = -math.inf, -math.inf, 0
         self._seen: tuple | None = None  # capacity at the last search
@@ -101,14 +89,14 @@ class ThresholdLoop:
         if not now.n_d:
             return None  # no threshold helps while nobody decodes
         waited_s = now.time_s - self._searched_at
-        if waited_s >= self.damping.refresh_s:
+        if waited_s >= REFRESH_S:
             return "lengths drift"
-        if waited_s < self.damping.interval_s:
+        if waited_s < INTERVAL_S:
             return None
         if now.scarce:
             return "bandwidth is scarce"
         waits_s = (now.prfaas_queue_s / max(now.prfaas_instances, 1), now.pdp_queue_s / max(now.n_p, 1))
-        if max(waits_s) > self.damping.surge_s:
+        if max(waits_s) > SURGE_S:
             return "a prefill queue surges"
         if _capacity(now) != self._seen:
             return "capacity changed"
@@ -116,10 +104,9 @@ class ThresholdLoop:
 
     def _search(self, now: Observation, lengths: LengthDistribution) -> float:
         """The planner's t for new requests: with N_p given, and with what remains beside draining the backlogs."""
-        drain_s = self.damping.drain_s
-        prfaas = max(now.prfaas_instances - now.prfaas_queue_s / drain_s, 0.1 * now.prfaas_instances)
-        n_p = max(now.n_p - now.pdp_queue_s / drain_s, 0.1 * now.n_p)
-        egress = max(now.egress_gbps - now.queued_bytes * 8e-9 / drain_s, 0.1 * now.egress_gbps)
+        prfaas = max(now.prfaas_instances - now.prfaas_queue_s / DRAIN_S, 0.1 * now.prfaas_instances)
+        n_p = max(now.n_p - now.pdp_queue_s / DRAIN_S, 0.1 * now.n_p)
+        egress = max(now.egress_gbps - now.queued_bytes * 8e-9 / DRAIN_S, 0.1 * now.egress_gbps)
         fleet = replace(self.fleet, prfaas_instances=prfaas, pd_instances=now.n_p + now.n_d, link_gbps=egress)
         values = lengths.values
         grid = [0.0, *values[::max(1, len(values) // GRID_THRESHOLDS)], values[-1]]  # all away … all local
@@ -127,19 +114,18 @@ class ThresholdLoop:
         if best.lambda_max >= self._rate_rps:
             return best.threshold
         local_s = lengths.running_means(fleet.pd_profile.prefill_s)  # PD-P work a request, if the k shortest are local
-        shortest = bisect_right(local_s, self.damping.local_load * n_p / self._rate_rps) - 1
+        shortest = bisect_right(local_s, LOCAL_LOAD * n_p / self._rate_rps) - 1
         return min(best.threshold, values[max(shortest - 1, 0)])
 
     def _move(self, wanted: float, time_s: float) -> None:
-        damping, current = self.damping, max(self.threshold, 1.0)
-        wanted = max(wanted, 1.0)
+        current, wanted = max(self.threshold, 1.0), max(wanted, 1.0)
         self._fell_short = False
-        if abs(wanted / current - 1) <= damping.deadband:
+        if abs(wanted / current - 1) <= DEADBAND:
             return
         direction = 1 if wanted > current else -1
-        if direction == -self._direction and time_s - self._moved_at < damping.hold_s:
+        if direction == -self._direction and time_s - self._moved_at < HOLD_S:
             return
-        self.threshold = min(max(wanted, current / damping.max_step), current * damping.max_step)
+        self.threshold = min(max(wanted, current / MAX_STEP), current * MAX_STEP)
         self._moved_at, self._direction, self._fell_short = time_s, direction, self.threshold != wanted
 
 

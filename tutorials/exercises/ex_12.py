@@ -1,11 +1,13 @@
 """The exercises of chapter 12. Fill in the functions, then: python tutorials/12_two_timescales.py --check 1"""
 
 from collections.abc import Sequence
+from unittest.mock import patch
 
 from exercises.checking import first_wrong
 
 from minprfaas.scheduling import paper_case as paper
-from minprfaas.scheduling.threshold import Damping, Observation, ThresholdLoop
+from minprfaas.scheduling import threshold
+from minprfaas.scheduling.threshold import DEADBAND, MAX_STEP, Observation, ThresholdLoop
 from minprfaas.simulator.events import Clock
 from minprfaas.simulator.link import FluidLink
 
@@ -62,17 +64,18 @@ def check_2() -> str | None:
     """Against the package's short-term loop, which is told of a line and of the paper's lengths."""
     fleet, lengths = paper.paper_fleet(), [round(length) for length in paper.paper_lengths().values[::16]]
 
-    def moved(current: float, gbps: float, damping: Damping) -> float:
-        loop = ThresholdLoop(fleet, current, damping)
+    def moved(current: float, gbps: float, max_step: float, deadband: float) -> float:
+        loop = ThresholdLoop(fleet, current)
         for length in lengths:
             loop.record(length)
-        return loop.update(Observation(0.0, prfaas_instances=4, n_p=3, n_d=5, egress_gbps=gbps))
+        with patch.multiple(threshold, MAX_STEP=max_step, DEADBAND=deadband):
+            return loop.update(Observation(0.0, prfaas_instances=4, n_p=3, n_d=5, egress_gbps=gbps))
 
     cases = []
-    for gbps, damping in ((100.0, Damping()), (4.0, Damping()), (4.0, Damping(max_step=3.0, deadband=0.2))):
-        wanted = moved(20_000.0, gbps, Damping(max_step=1e9, deadband=0.0))
+    for gbps, damping in ((100.0, (MAX_STEP, DEADBAND)), (4.0, (MAX_STEP, DEADBAND)), (4.0, (3.0, 0.2))):
+        wanted = moved(20_000.0, gbps, max_step=1e9, deadband=0.0)
         for current in (1000.0, 0.96 * wanted, 1.1 * wanted, 1.4 * wanted, 200_000.0):
-            cases.append(((current, wanted, damping.max_step, damping.deadband), moved(current, gbps, damping)))
+            cases.append(((current, wanted, *damping), moved(current, gbps, *damping)))
     return first_wrong(next_threshold, cases)
 
 
