@@ -39,7 +39,7 @@ WRITE_EVERY_S = 60.0  # what was seen last, for who cannot wait for the end
 CHECK_S = 0.06  # of one answer, about: a prefill and eight steps
 MOST_WINDOW_S = 300.0  # at the beginning and at the end; of a short soak a sixth
 MOST_GROWTH = 0.1
-PATIENCE_S, ANSWER_S = 60.0, 60.0  # of the run until nodes are back; of the machines until the last token
+PATIENCE_S, ANSWER_S = 60.0, 240.0  # of the run until nodes are back; of the machines until the last token
 POOL_BLOCKS = 400  # few: a pool is resident once every block was used, and then stays as it is
 
 
