@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 
-from minprfaas.errors import UserError
 from minprfaas.scheduling.paper_case import paper_fleet, paper_lengths
 from minprfaas.scheduling.planner import plan
 from minprfaas.scheduling.threshold import DRAIN_S, HOLD_S, Observation, ThresholdLoop

@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
         result = {name: _figures(*planned, lengths, plans["homogeneous"][1]) for name, planned in plans.items()}
     else:
         fleet, lengths = fleet_of(args), _own_lengths(args)
-        best = plan(fleet, lengths, args.n_p, _own_threshold(args, lengths))
+        best = plan(fleet, lengths, args.n_p, threshold_of(args, lengths))
         result = {"plan": _figures(fleet, best, lengths), "binding_stage": best.binding_stage,
                   "bounds": {stage: rate if isfinite(rate) else None for stage, rate in best.bounds.items()}}
     more = sensitivity(fleet, lengths)
@@ -164,11 +164,11 @@ def _own_lengths(args: argparse.Namespace) -> LengthDistribution:
     return LengthDistribution(request.input_tokens for request in read_trace(args.trace))
 
 
-def _own_threshold(args: argparse.Namespace, lengths: LengthDistribution) -> float | None:
-    shortest, longest = lengths.values[0], lengths.values[-1]
-    if args.threshold is not None and not shortest <= args.threshold <= longest:
-        raise UserError(f"threshold {args.threshold:g} is outside the lengths; it must be from {shortest:,.0f} to "
-                        f"{longest:,.0f} tokens")
+def threshold_of(args: argparse.Namespace, lengths: LengthDistribution) -> float | None:
+    """What `--threshold` says. UserError where no length could tell it from another."""
+    longest = lengths.values[-1]
+    if args.threshold is not None and not 0 <= args.threshold <= longest:
+        raise UserError(f"--threshold {args.threshold:g} is outside the lengths; it must be from 0 to {longest:,.0f}")
     return args.threshold
 
 
@@ -252,23 +252,23 @@ def _by_wire(fleet: Fleet, lengths: LengthDistribution) -> list[dict]:
     """The best plan behind each encoding: of a bf16 cache, scales included, at rows of a multiple of 64 channels."""
     rows = []
     for wire, share in WIRE_SHARES.items():
-        behind = replace(fleet, prfaas_profile=fleet.prfaas_profile.encoded(share))
-        best = plan(behind, lengths)
-        rows.append({"wire": wire, "rows_share": share, **_figures(behind, best, lengths),
-                     "gbps_32k": kv_throughput_gbps(behind.prfaas_profile.kv_bytes(32_768),
-                                                    behind.prfaas_profile.prefill_s(32_768))})
+        profile = fleet.prfaas_profile.encoded(share)
+        gbps_32k = kv_throughput_gbps(profile.kv_bytes(32_768), profile.prefill_s(32_768))
+        rows.append({"wire": wire, "rows_share": share, "gbps_32k": gbps_32k,
+                     **_best_figures(replace(fleet, prfaas_profile=profile), lengths)})
     return rows
 
 
 def _by_relay(fleet: Fleet, lengths: LengthDistribution) -> list[dict]:
     """The best plan with relay decode and without, on links down to a sixteenth."""
-    rows = []
-    for part in (1, 4, 8, 16):
-        for relay in (False, True):
-            behind = replace(fleet, link_gbps=fleet.link_gbps / part, relay=relay)
-            figures = _figures(behind, plan(behind, lengths), lengths)
-            rows.append({"link_gbps": behind.link_gbps, "relay": relay, **figures})
-    return rows
+    links = [replace(fleet, link_gbps=fleet.link_gbps / part, relay=relay)
+             for part in (1, 4, 8, 16) for relay in (False, True)]
+    return [{"link_gbps": behind.link_gbps, "relay": behind.relay, **_best_figures(behind, lengths)}
+            for behind in links]
+
+
+def _best_figures(fleet: Fleet, lengths: LengthDistribution) -> dict:
+    return _figures(fleet, plan(fleet, lengths), lengths)
 
 
 def _egress_cases() -> list[dict]:

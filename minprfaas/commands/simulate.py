@@ -13,7 +13,7 @@ from math import inf
 
 from tqdm import tqdm
 
-from minprfaas.commands.plan import add_fleet_options, fleet_of
+from minprfaas.commands.plan import add_fleet_options, fleet_of, threshold_of
 from minprfaas.errors import UserError, require_number
 from minprfaas.files import OutputFile
 from minprfaas.observe.plots import prepare_plots
@@ -107,10 +107,7 @@ def _prepare(args: argparse.Namespace, trace: list[SimRequest]) -> tuple[Setup, 
         require_number(f"--{option}", getattr(args, option.replace("-", "_")), least=least, most=most)
     fleet = _fleet(args, trace)
     lengths = LengthDistribution(request.input_tokens for request in trace) if trace else paper.paper_lengths()
-    longest = lengths.values[-1]
-    if args.threshold is not None and not 0 <= args.threshold <= longest:
-        raise UserError(f"--threshold {args.threshold:g} is outside the lengths; it must be from 0 to {longest:,.0f}")
-    planned = plan(fleet, lengths, args.n_p, args.threshold)
+    planned = plan(fleet, lengths, args.n_p, threshold_of(args, lengths))
     setup = Setup(
         fleet, planned.n_p, planned.threshold, selective=not args.least_loaded,
         adaptive=not (args.fixed_threshold or args.least_loaded), convert_roles=args.convert_roles,
