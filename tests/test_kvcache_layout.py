@@ -44,7 +44,7 @@ def test_no_two_tensors_overlap_and_all_lie_inside_their_blocks(specs, block_tok
     for group in layout.groups:
         end, span = 0, layout.block_bytes * max(group.state_blocks, 1)
         for layer in group.layers:
-            for tensor, offset in group.places(layer):
+            for tensor, offset in group.places[layer]:
                 assert offset >= end and offset % 16 == 0
                 end = offset + tensor.nbytes * (block_tokens if group.spec.kind is StateKind.TOKEN else 1)
         assert end == group.used_bytes <= span

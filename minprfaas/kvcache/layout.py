@@ -4,7 +4,6 @@ Layers that need the same state form groups of equally many layers, so that one 
 holds `block_tokens` tokens of all layers of a token group, and a request group's whole state some whole blocks.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -17,19 +16,15 @@ TENSOR_ALIGN = 16
 
 @dataclass(frozen=True)
 class KVGroup:
-    """Layers of one `spec` that share a block table. `offsets[layer position][tensor position]` are bytes: into the
-    block for token state (where the layer's rows begin), into the `state_blocks` laid end to end for request state."""
+    """Layers of one `spec` that share a block table. `places`: each layer's tensors with their offsets in bytes, into
+    the block for token state (where the layer's rows begin), into the `state_blocks` end to end for request state."""
 
     index: int
     spec: StateSpec
     layers: tuple[int, ...]
-    offsets: tuple[tuple[int, ...], ...]
+    places: dict[int, tuple[tuple[TensorSpec, int], ...]]
     used_bytes: int  # of one block (token state) or of the whole state (request state)
     state_blocks: int = 0  # blocks of one request's state; 0 for token state
-
-    def places(self, layer: int) -> Iterator[tuple[TensorSpec, int]]:
-        """(TensorSpec, byte offset) of each tensor of one of the group's layers."""
-        return zip(self.spec.tensors, self.offsets[self.layers.index(layer)])
 
 
 @dataclass(frozen=True)
@@ -99,14 +94,14 @@ def plan_layout(specs: tuple[StateSpec, ...], block_tokens: int) -> Layout:
 def _place(index: int, spec: StateSpec, layers: tuple[int, ...], block_tokens: int) -> KVGroup:
     """A group whose layers' tensors lie one after another. A layer's rows of a block lie together, so that it is one
     strided view of the pool; request state runs on across block borders, so that only its last block has room."""
-    offsets, end = [], 0
-    for _ in layers:
-        of_layer = []
+    places, end = {}, 0
+    for layer in layers:
+        places[layer] = ()
         for tensor in spec.tensors:
-            of_layer.append(_round_up(end, TENSOR_ALIGN))
-            end = of_layer[-1] + tensor.nbytes * (block_tokens if spec.kind is StateKind.TOKEN else 1)
-        offsets.append(tuple(of_layer))
-    return KVGroup(index, spec, layers, tuple(offsets), used_bytes=end)
+            offset = _round_up(end, TENSOR_ALIGN)
+            places[layer] += ((tensor, offset),)
+            end = offset + tensor.nbytes * (block_tokens if spec.kind is StateKind.TOKEN else 1)
+    return KVGroup(index, spec, layers, places, used_bytes=end)
 
 
 def _round_up(value: int, multiple: int) -> int:

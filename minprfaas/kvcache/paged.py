@@ -26,7 +26,9 @@ class PagedState:
         self.snapshot_offsets = tuple(sorted({offset for planned in snapshots for offset in planned}))
         self.snapshots, self._block_tables = snapshots, block_tables
         self._token_indexes: dict[int, _TokenIndex] = {}  # by group: built once, shared by its layers
-        self._state_tables: dict[int, torch.Tensor] = {}
+        self.state_tables = {  # by group, `[batch, state_blocks]`
+            group.index: self._table(group, [group.state_blocks] * len(self.starts))
+            for group in pool.layout.request_groups}
 
     def layer(self, index: int) -> "PagedLayer":
         """The state of layer `index`."""
@@ -40,12 +42,6 @@ class PagedState:
             positions = self.start.unsqueeze(1) + torch.arange(new, device=self.pool.device)
             self._token_indexes[group.index] = _TokenIndex(table.gather(1, positions // size), positions % size, table)
         return self._token_indexes[group.index]
-
-    def state_table(self, group: KVGroup) -> torch.Tensor:
-        """The blocks of each request's state in `group`, `[batch, state_blocks]`."""
-        if group.index not in self._state_tables:
-            self._state_tables[group.index] = self._table(group, [group.state_blocks] * len(self.starts))
-        return self._state_tables[group.index]
 
     def _table(self, group: KVGroup, lengths: list[int]) -> torch.Tensor:
         """The first `lengths[request]` blocks of each request, padded with the null block to the longest."""
@@ -83,7 +79,7 @@ class PagedLayer:
 
     def load(self) -> tuple[torch.Tensor, ...]:
         """The layer's tensors, each `[batch, *shape]`; a request at its beginning starts from zeros."""
-        tensors = self.state.pool.read_state(self.index, self.state.state_table(self.group))
+        tensors = self.state.pool.read_state(self.index, self.state.state_tables[self.group.index])
         if min(self.state.starts) == 0:  # its blocks hold whatever was there before
             fresh = self.state.start == 0
             tensors = tuple(tensor.masked_fill(fresh.view(-1, *[1] * (tensor.dim() - 1)), 0) for tensor in tensors)
@@ -91,7 +87,7 @@ class PagedLayer:
 
     def store(self, *tensors: torch.Tensor) -> None:
         """Replace what `load` returned."""
-        self.state.pool.write_state(self.index, self.state.state_table(self.group), *tensors)
+        self.state.pool.write_state(self.index, self.state.state_tables[self.group.index], *tensors)
 
     @property
     def snapshot_offsets(self) -> tuple[int, ...]:

@@ -38,7 +38,7 @@ class BlockPool:
 
     def token_view(self, layer: int) -> torch.Tensor:
         """A layer's rows in every block, `[num_blocks + 2, block_tokens, width]`: a strided view, no copy."""
-        ((tensor, offset),) = self.layout.group_of_layer[layer].places(layer)
+        ((tensor, offset),) = self.layout.group_of_layer[layer].places[layer]
         # Blocks have BLOCK_ALIGN bytes and offsets TENSOR_ALIGN, so that both are whole numbers of elements.
         blocks, width = self.bytes.view(tensor.torch_dtype), tensor.shape[0]
         return blocks.as_strided((self.num_blocks + 2, self.layout.block_tokens, width), (blocks.stride(0), width, 1),
@@ -71,7 +71,7 @@ class BlockPool:
     def read_state(self, layer: int, blocks: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """A request-level layer's tensors, each `[batch, *shape]`; `blocks` is `[batch, state_blocks]` int64."""
         tensors = []
-        for tensor, offset in self.layout.group_of_layer[layer].places(layer):
+        for tensor, offset in self.layout.group_of_layer[layer].places[layer]:
             view, first, last, column, length = self._span(tensor, offset)
             if first == last:
                 values = view[:, column:column + length].index_select(0, blocks[:, first])
@@ -83,7 +83,7 @@ class BlockPool:
 
     def write_state(self, layer: int, blocks: torch.Tensor, *tensors: torch.Tensor) -> None:
         """Replace what `read_state` returns; touches only this layer's bytes."""
-        for (tensor, offset), value in zip(self.layout.group_of_layer[layer].places(layer), tensors, strict=True):
+        for (tensor, offset), value in zip(self.layout.group_of_layer[layer].places[layer], tensors, strict=True):
             view, first, last, column, length = self._span(tensor, offset)
             flat, done = value.to(view.dtype).reshape(len(blocks), length), 0
             for piece in range(first, last + 1):
