@@ -175,17 +175,22 @@ def main() -> int:
 def parity_row(name: str) -> list[str]:
     """Write one fixture, and hold our model against it."""
     directory, fixture = PARITY / name, FIXTURES[name]
-    oracle = build(name, fixture.whole_settings, seed=zlib.crc32(name.encode()))
+    oracle = build(name, fixture, fixture.whole_settings, seed=zlib.crc32(name.encode()))
     save(oracle, fixture, directory)
     expected = expectation(oracle, fixture.prompt_tokens)
     save_file(expected, PARITY / f"{name}.expected.safetensors")
     nbytes = sum(file.stat().st_size for file in [*directory.iterdir(), PARITY / f"{name}.expected.safetensors"])
     if nbytes > MOST_BYTES:
         raise UserError(f"fixture {name!r} has {nbytes:,} bytes; it must have {MOST_BYTES:,} at most")
+    return [name, f"{nbytes / 1024:.0f}", *differences(directory, expected)]
+
+
+def differences(directory: Path, expected: dict[str, torch.Tensor]) -> list[str]:
+    """How far our model, loaded from the checkpoint, is off: the prompt's logits, the decoded ones', the tokens."""
     logits, decoded = ours(load_checkpoint(directory, read_config(directory), torch.float32, "cpu"), expected)
     equal = logits[-1].argmax() == expected["tokens"][0]
     equal &= torch.equal(decoded.argmax(dim=-1), expected["tokens"][1:])
-    return [name, f"{nbytes / 1024:.0f}", f"{(logits - expected['logits']).abs().max():.1e}",
+    return [f"{(logits - expected['logits']).abs().max():.1e}",
             f"{(decoded - expected['decode_logits']).abs().max():.1e}", "yes" if equal else "NO"]
 
 
@@ -194,16 +199,22 @@ def family_of(name: str) -> str:
     return name.partition("-")[0]
 
 
-@torch.no_grad()
-def build(name: str, settings: dict, seed: int) -> torch.nn.Module:
-    """The oracle's model with weights that all matter: fresh ones have norms of one, biases of zero, near-uniform
-    attention and routers that hardly choose."""
+def build(name: str, fixture: Fixture, settings: dict, seed: int) -> torch.nn.Module:
+    """The oracle's model, with `settings` of the fixture's kind and weights that all matter."""
     torch.manual_seed(seed)
     config = transformers.AutoConfig.for_model(family_of(name), **copy.deepcopy(settings))  # it changes them
     is_wrapped = "text_config" in settings
     kind = transformers.AutoModelForImageTextToText if is_wrapped else transformers.AutoModelForCausalLM
     model = kind.from_config(config).float().eval()
-    biases = {place: buffer for place, buffer in model.named_buffers() if place.endswith("correction_bias")}
+    draw_weights(model, fixture.ties)
+    return model
+
+
+@torch.no_grad()
+def draw_weights(model: torch.nn.Module, ties: bool = False) -> None:
+    """Fresh weights have norms of one, biases of zero, near-uniform attention and routers that hardly choose."""
+    ends = ("correction_bias", "expert_bias")
+    biases = {place: buffer for place, buffer in model.named_buffers() if place.endswith(ends)}
     for place, tensor in {**dict(model.named_parameters()), **biases}.items():
         if place.endswith("A_log"):
             tensor.uniform_(-1.0, 1.5)
@@ -213,12 +224,11 @@ def build(name: str, settings: dict, seed: int) -> torch.nn.Module:
             tensor.normal_(tensor.mean().round().item(), 0.2)  # fresh norms are 1, or 0 where 1 is added
         else:
             tensor.normal_(0.0, tensor.shape[-1] ** -0.5)
-    if FIXTURES[name].ties:
+    if ties:
         first = next(place for place, _ in model.named_parameters() if place.endswith("mlp.gate.weight"))
         for place, tensor in [*model.named_parameters(), *biases.items()]:
             if place == first or place.startswith(first.removesuffix("gate.weight")) and place in biases:
                 tensor.zero_()
-    return model
 
 
 def save(oracle: torch.nn.Module, fixture: Fixture, directory: Path) -> None:
@@ -268,7 +278,7 @@ def ours(model: Transformer, expected: dict[str, torch.Tensor]) -> tuple[torch.T
 @torch.no_grad()
 def speed_row(name: str) -> list[str]:
     """Prefill of one long prompt by the oracle and by us, one after the other: a wider model of the same family."""
-    oracle = build(name, scaled(FIXTURES[name].whole_settings), seed=0)
+    oracle = build(name, FIXTURES[name], scaled(FIXTURES[name].whole_settings), seed=0)
     with tempfile.TemporaryDirectory() as directory:
         save(oracle, replace(FIXTURES[name], published=None), Path(directory))
         model = load_checkpoint(Path(directory), read_config(directory), torch.float32, "cpu")
