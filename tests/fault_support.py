@@ -92,7 +92,7 @@ class Site:
         self._in_thread(self._serve_prefill, self.prefill_node)
 
     def _serve_prefill(self, process) -> None:
-        process.links["front"].connect(DEADLINE_S)
+        process.node.mail.links["front"].connect(DEADLINE_S)
         process.serve()
 
     def start_local_node(self) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minprfaas.cluster.emulation import EmulatedPlane, Emulation, verdict
+from minprfaas.cluster.emulation import Emulation, verdict
 from minprfaas.cluster.messages import Goodbye
 from minprfaas.cluster.topology import PD_SITE, PRFAAS_SITE
 from minprfaas.config import CacheConfig, LinkSample, Role
@@ -26,6 +26,7 @@ from minprfaas.scheduling.router import RouteRequest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 from case_study.loops import Outcome, gain_in_words, gains, loops  # noqa: E402
 from case_study.loops import simulate as simulate_loop  # noqa: E402
+from case_study.plane import EmulatedPlane  # noqa: E402
 from case_study.probe import Answer, wrong_answers  # noqa: E402
 from case_study.results import Results  # noqa: E402
 from case_study.side_by_side import Job, expected_s, run_all  # noqa: E402

@@ -147,7 +147,7 @@ def test_one_lost_peer_ends_its_own_streams_only(hybrid):
     def die_at_the_first_bytes(layer, table, start, end, data):
         write(layer, table, start, end, data)
         if threading.current_thread().name.startswith("to prfaas-0"):
-            kill(remotes["prfaas-0"].links[FRONT])
+            kill(remotes["prfaas-0"].node.mail.links[FRONT])
 
     engines[3].kvcache.pool.write_bytes = die_at_the_first_bytes
     prompts = prompts_of(300, 310, 320, 330)
@@ -157,7 +157,7 @@ def test_one_lost_peer_ends_its_own_streams_only(hybrid):
     for thread in threads:
         thread.join(DEADLINE_S)
         assert not thread.is_alive()
-    for link in (*ends.values(), *(remote.links[FRONT] for remote in remotes.values())):
+    for link in (*ends.values(), *(remote.node.mail.links[FRONT] for remote in remotes.values())):
         link.close()
     assert tokens(journeys) == reference(model, tokenizer, prompts, GREEDY)
     assert asked == {"prfaas-1"}, "what the dead node had was given to the one that lives"

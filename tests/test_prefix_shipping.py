@@ -163,7 +163,7 @@ def test_a_link_that_dies_while_a_prefix_is_shipped_costs_a_prefill_here(models,
         def die_at_the_first_bytes(layer, table, start, end, data):
             write(layer, table, start, end, data)
             written.append(layer)
-            kill(remote.links["front"])
+            kill(remote.node.mail.links["front"])
 
         receiver.write_bytes = die_at_the_first_bytes
         abundant(local)

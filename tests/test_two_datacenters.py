@@ -135,7 +135,7 @@ def test_when_the_prefill_node_leaves_every_request_is_still_answered(hybrid):
     prompts = prompts_of(300, 250)
     with two_datacenters(model, tokenizer, threshold=100) as (local, remote):
         write = local.decode.engine.kvcache.pool.write_bytes
-        leaving = threading.Thread(target=remote.links["front"].close)
+        leaving = threading.Thread(target=remote.node.mail.links["front"].close)
 
         def leave_after_first_bytes(layer, table, start, end, data):
             write(layer, table, start, end, data)

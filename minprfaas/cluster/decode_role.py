@@ -184,10 +184,7 @@ class DecodeRole:
         kv_bytes = serving.kv.received_bytes + self._snapshots.received_bytes(request)
         serving.kv = None
         update = self.engine.admit_remote(request, first_token)
-        queue_s = serving.ordered_at_s - serving.served_at_s + serving.done.queue_s
-        exposed_s = serving.ready_at_s - serving.ordered_at_s - serving.done.queue_s - serving.done.prefill_s
-        self._tell(messages.Started(request.id, request.cached_tokens, kv_bytes, queue_s, serving.done.prefill_s,
-                                    exposed_s, self._clock() - serving.ready_at_s))
+        self._tell_started(serving, kv_bytes, serving.ready_at_s)
         self._tell_token(update)
 
     # When it goes wrong
@@ -225,6 +222,14 @@ class DecodeRole:
         del self.servings[request.id]
 
     # To the front end
+
+    def _tell_started(self, serving: Serving, kv_bytes: int, ready_at_s: float) -> None:
+        """Of the time since `Serve` came, `admit_s` has passed since KVCache and first token were here."""
+        request, done = serving.request, serving.done
+        queue_s = serving.ordered_at_s - serving.served_at_s + done.queue_s
+        exposed_s = ready_at_s - serving.ordered_at_s - done.queue_s - done.prefill_s
+        self._tell(messages.Started(request.id, request.cached_tokens, kv_bytes, queue_s, done.prefill_s, exposed_s,
+                                    self._clock() - ready_at_s))
 
     def _tell_token(self, update: TokenUpdate) -> None:
         request, reason = update.request, update.finish_reason or ""

@@ -1,14 +1,12 @@
 """Emulated machines of a live run: which node is which, and whether the real work kept up. Chapter 13; paper 4."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from minprfaas.cluster.messages import Goodbye
 from minprfaas.cluster.topology import PD_SITE
 from minprfaas.engine.paced import Pace
-from minprfaas.scheduling.control import Action, ControlPlane, ControlSettings, Event, LinkMeasured, RequestEnded
 from minprfaas.scheduling.profiles import Profile, Scale
-from minprfaas.scheduling.router import Decision, RouteRequest
 
 MOST_LATE = 0.05  # of the emulated time, of any node: beyond it a run says nothing about the machines
 
@@ -46,30 +44,3 @@ def verdict(goodbyes: Mapping[str, Goodbye]) -> tuple[str, bool]:
     real = f"real work took {needed_s / allowed_s:.0%} of the emulated time" if allowed_s else "no node has computed"
     return (f"emulation {'valid' if is_valid else 'NOT VALID'}: {real}; {worst} was late by {late:.1%} of its own "
             f"(limit {MOST_LATE:.0%})"), is_valid
-
-
-class EmulatedPlane(ControlPlane):
-    """A control plane that lives in the emulated machines' seconds, for which its loops' constants are made: the run's
-    clock, of which a second takes `time` seconds, and its rates are converted. Its fleet has the run's tokens and
-    bytes, and no longer seconds. With `cache_aware` False it does not see what nodes hold."""
-
-    def __init__(self, settings: ControlSettings, time: float, cache_aware: bool = True):
-        super().__init__(replace(settings, link_gbps=settings.fleet.link_gbps))
-        self._time, self._cache_aware = time, cache_aware
-
-    def hear(self, event: Event, now_s: float) -> list[Action]:
-        """See `ControlPlane.hear`. The first token of an answer comes from its prefill, and counts for no decode."""
-        match event:
-            case LinkMeasured(sample=sample):
-                event = replace(event, sample=replace(sample, gbps=sample.gbps * self._time))
-            case RequestEnded(output_tokens=tokens):
-                event = replace(event, output_tokens=max(tokens - 1, 0))
-        return super().hear(event, now_s / self._time)
-
-    def route(self, request: RouteRequest, now_s: float) -> Decision:
-        """See `ControlPlane.route`."""
-        return super().route(request if self._cache_aware else request._replace(keys=()), now_s / self._time)
-
-    def tick(self, now_s: float) -> list[Action]:
-        """See `ControlPlane.tick`."""
-        return super().tick(now_s / self._time)

@@ -33,7 +33,6 @@ STORE_DEADLINE_S = 60.0  # until the process that serves the store has started
 AGENT_DEADLINE_S = 10.0  # torchrun serves its store before it starts anybody
 WATCH_EVERY_S = 0.25
 ENDING_S = 5.0  # for the other processes, once the front end's has ended
-FRONT_END_GRACE_S = 60.0  # that the front end's process gets to say a mistake which another process has seen too
 
 
 @dataclass(frozen=True)
@@ -222,12 +221,6 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def wait_for_the_front_end() -> None:
-    """Give the front end's process time to say the mistake that this one has seen as well: whoever ends first has the
-    other one ended by the launcher, and one line is enough. What only this process has seen is said after that."""
-    time.sleep(FRONT_END_GRACE_S)
 
 
 def emulated_line(config: LineConfig, store: dist.Store, here: str, there: str) -> EmulatedLine | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from minprfaas.cluster.decode_role import DecodeRole
 from minprfaas.cluster.front_end import LOCAL_DEADLINE_S, FrontEnd
-from minprfaas.cluster.mail import Connection, Mail
+from minprfaas.cluster.mail import Mail
 from minprfaas.cluster.node import Node
 from minprfaas.cluster.prefill_role import PrefillRole
 from minprfaas.cluster.relay import RelayedDecodeRole, RelayingPrefillRole
@@ -36,11 +36,6 @@ class Process:
     node: Node
     front: FrontEnd | None
     workers: list[Worker]
-
-    @property
-    def links(self) -> dict[str, Connection]:
-        """By the names of the parts that they lead to."""
-        return self.node.mail.links
 
     def serve(self, patience_s: float = 0.0) -> None:
         """Take orders until the front end says that no more come, or is gone for `patience_s`; then say goodbye."""
@@ -66,7 +61,7 @@ class Process:
         that are there; then those of this process have theirs."""
         self.front.shut_down_nodes()
         self.run_until(lambda: not any(worker.has_work for worker in self.workers)
-                       and not {*self.links} & {*self.front.ready} - {*self.front.goodbyes}, deadline_s)
+                       and not {*self.node.mail.links} & {*self.front.ready} - {*self.front.goodbyes}, deadline_s)
         self._say_goodbye()
         self.node.step()  # the front end hears them
 

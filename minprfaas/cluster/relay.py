@@ -140,24 +140,18 @@ class RelayedDecodeRole(DecodeRole):
         if request in self._relayed:
             request.token_ids.append(done.first_token)
         else:
+            # The front end takes the time until the first token from the first of these, and adds up their bytes.
             self._relayed[request] = serving
-            self._tell_started(serving, 0)
+            self._tell_started(serving, 0, self._clock())
         serving.done = replace(done, first_token=drawn.token_id)
         if not drawn.finish_reason and len(request.token_ids) + 1 >= self._kvcache.max_tokens:
             drawn = replace(drawn, finish_reason="length", length_limit="pool")  # this node could not go on
         if drawn.finish_reason:  # before the KVCache came, which nobody needs now
-            self._tell_started(serving, serving.kv.received_bytes + self._snapshots.received_bytes(request))
+            kv_bytes = serving.kv.received_bytes + self._snapshots.received_bytes(request)
+            self._tell_started(serving, kv_bytes, self._clock())
         self._tell(drawn)
         if drawn.finish_reason:
             self._forget(serving)
-
-    def _tell_started(self, serving: Serving, kv_bytes: int) -> None:
-        """The front end takes the time until the first token from the first of these, and adds up their bytes."""
-        request, done = serving.request, serving.done
-        queue_s = serving.ordered_at_s - serving.served_at_s + done.queue_s
-        exposed_s = self._clock() - serving.ordered_at_s - done.queue_s - done.prefill_s
-        self._tell(messages.Started(request.id, request.cached_tokens, kv_bytes, queue_s, done.prefill_s, exposed_s,
-                                    admit_s=0.0))
 
     def _admit_if_complete(self, serving: Serving) -> None:
         if serving.request not in self._relayed:

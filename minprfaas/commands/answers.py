@@ -17,6 +17,8 @@ from minprfaas.transport.encoding import Encoding, Wire, row_codec
 
 HEADERS = ("request", "tokens", "cached", "route", "KV crossed", "prefill s", "transfer s*", "hidden*", "TTFT s*",
            "tokens/s")
+JOURNEY_FIELDS = ("id", "text", "route", "reason", "fallback", "finish_reason", "prompt_tokens", "cached_tokens",
+                  "held_tokens", "kv_bytes", "prefix_bytes", "transfer_s", "hidden", "arrived_at_s", "finished_at_s")
 TIE_GAP = 1e-3  # logits: two tokens this close may change places when sums are made in another order (float32)
 
 
@@ -41,16 +43,11 @@ def is_right(journey: Journey, prompt: Prompt) -> bool:
 
 def json_row(journey: Journey, layout: Layout, link: str) -> dict:
     """One line of `--json`; times in seconds, and the parts of `ttft_s` add up to it. `link` says what is emulated."""
-    row = {
-        "id": journey.id, "token_ids": journey.output_ids, "text": journey.text, "route": journey.route,
-        "reason": journey.reason, "fallback": journey.fallback, "finish_reason": journey.finish_reason,
-        "error": str(journey.error) if journey.error else None, "prompt_tokens": journey.prompt_tokens,
-        "cached_tokens": journey.cached_tokens, "held_tokens": journey.held_tokens, "kv_bytes": journey.kv_bytes,
-        "kv_bytes_without_cache": kv_bytes(layout.specs, journey.prompt_tokens), "prefix_bytes": journey.prefix_bytes,
-        "transfer_s": journey.transfer_s, "hidden": journey.hidden, "link": link,
-        "arrived_at_s": journey.arrived_at_s, "finished_at_s": journey.finished_at_s,
-        "prefill_node": journey.decision.node if journey.decision else None,
-        "decode_node": journey.decision.decode_node if journey.decision else None}
+    row = {name: getattr(journey, name) for name in JOURNEY_FIELDS}
+    row |= {"token_ids": journey.output_ids, "error": str(journey.error) if journey.error else None, "link": link,
+            "kv_bytes_without_cache": kv_bytes(layout.specs, journey.prompt_tokens),
+            "prefill_node": journey.decision.node if journey.decision else None,
+            "decode_node": journey.decision.decode_node if journey.decision else None}
     for part in TTFT_PARTS:
         row[part] = getattr(journey, part) if journey.error is None else None
     row["tokens_per_s"] = _tokens_per_s(journey)

@@ -1,12 +1,12 @@
 """A process's part in a run of the live cluster; the front end's has the screen. Chapter 13; paper 3 and 4."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
-from minprfaas.cluster.launch import (StoreAddress, emulated_line, link_identity, own_device,
-                                      wait_for_the_front_end)
+from minprfaas.cluster.launch import StoreAddress, emulated_line, link_identity, own_device
 from minprfaas.cluster.mail import Mail
 from minprfaas.cluster.neighbours import Neighbours
 from minprfaas.cluster.processes import UNTHROTTLED_GBPS, Process, control_settings, front_end, process, worker
@@ -32,6 +32,7 @@ from minprfaas.transport.wan.link import Link
 
 Drive = Callable[[Process, Engine], int]
 MEET_ALL_S = 5.0  # until all processes of a run are there, for a node that is
+FRONT_END_GRACE_S = 60.0  # then what only this process has seen is said after all
 FABRIC_TIMEOUT_S = 2.0  # inside a datacenter there is no weather: a connection that breaks is a process that died
 
 
@@ -66,7 +67,8 @@ def play(run: Run, seat: Seat, drive: Drive | None = None) -> int:
         return _play(run, seat, outputs, drive)
     except UserError:
         if not seat.here.has_front and not seat.is_apart:
-            wait_for_the_front_end()  # it sees the same mistake and says it; once is enough
+            # The front end's process sees the same mistake and says it, and the launcher ends this one: once is enough.
+            time.sleep(FRONT_END_GRACE_S)
         raise
     finally:
         for output in outputs.values():

@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from minprfaas.cluster.emulation import EmulatedPlane, Emulation, verdict
+from case_study.plane import EmulatedPlane
+from minprfaas.cluster.emulation import Emulation, verdict
 from minprfaas.cluster.launch import Launch, start_processes, watch_parent
 from minprfaas.cluster.processes import Process
 from minprfaas.cluster.topology import Topology
@@ -78,7 +79,7 @@ class Emulated:
         """Until the weather begins, if there will be any. UserError when it has."""
         if not self.setup.weather:
             return
-        line = next(link.line for link in made.links.values() if getattr(link, "line", None) is not None)
+        line = next(link.line for link in made.node.mail.links.values() if getattr(link, "line", None) is not None)
         if line.age_s(time.monotonic()) > LEAD_S:
             raise UserError(f"the nodes took more than {LEAD_S:g} s to come, and the weather has begun; this machine "
                             "is too busy")
