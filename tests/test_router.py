@@ -149,12 +149,14 @@ def test_the_decode_node_holds_the_prefix_unless_it_is_much_busier():
 
 def test_everything_is_local_when_the_link_or_the_prfaas_cluster_is_down():
     for down in (view(egress=LinkView(100.0, up=False)), view(prfaas=())):
-        decision = route(Router(5120, COSTS, ship_prefixes=True), 90_000, down)
+        decision = route(Router(5120, COSTS, ship_prefixes=True), 90_000, down, p1=60_000)
         assert decision.route == "pdp" and "down" in decision.reason
+        assert decision.incremental_tokens == 30_000, "judged by what the cluster that computes has cached"
 
 
 def test_everything_is_offloaded_when_no_local_node_prefills():
-    assert route(Router(5120), 10, view(pdp=())).route == "prfaas"
+    decision = route(Router(5120), 10_000, view(pdp=()), a1=8000)
+    assert decision.route == "prfaas" and decision.incremental_tokens == 2000
 
 
 def test_a_cluster_without_decode_or_without_prefill_is_a_named_error():

@@ -44,11 +44,13 @@ def test_streams_take_turns_chunk_by_chunk_and_everything_else_goes_first():
     push(queue, other, 2)
     queue.push_message(encode_message({"a": 1}), 0.0)
     queue.push_control(control_frame(Kind.REFUSE, seq=9), 0.0)
+    queue.push_control(control_frame(Kind.DAMAGED, seq=8), 0.0)
     assert queue.push_ack(7, 0.0) and not queue.push_ack(8, 0.0), "the second goes with the first"
     left = pop_all(queue)
-    assert [frame.header.kind.name for frame in left[:3]] == ["ACK", "REFUSE", "MESSAGE"]
-    assert [frame.header.stream for frame in left[3:]] == [1, 2, 1, 2, 1]
-    assert [frame.header.seq for frame in left] == [0, 9, 1, 2, 3, 4, 5, 6], "what must arrive is numbered as it leaves"
+    assert [frame.header.kind.name for frame in left[:4]] == ["ACK", "REFUSE", "DAMAGED", "MESSAGE"]
+    assert [frame.header.stream for frame in left[4:]] == [1, 2, 1, 2, 1]
+    numbers = [frame.header.seq for frame in left]
+    assert numbers == [0, 9, 8, 1, 2, 3, 4, 5, 6], "what must arrive is numbered as it leaves"
 
 
 def test_a_new_epoch_begins_with_what_was_not_acknowledged_in_its_old_order():
