@@ -12,6 +12,7 @@ from cluster_support import (
     DEADLINE_S, FAST, kill, nothing_in_use, pd_process, prfaas_process, serve, step_until, two_datacenters)
 from control_support import RecordingControlPlane, replay
 from test_two_datacenters import GREEDY, prompts_of, reference, tokens
+from transport_support import IDENTITY
 
 from minprfaas import SamplingParams, UserError
 from minprfaas.cluster import messages
@@ -19,11 +20,15 @@ from minprfaas.cluster.envelope import BadMessage, Envelope, decode, encode
 from minprfaas.cluster.front_end import FrontEnd
 from minprfaas.cluster.launch import link_identity
 from minprfaas.cluster.mail import FRONT, Mail
-from minprfaas.cluster.node import PeerLost
+from minprfaas.cluster.neighbours import Neighbours
+from minprfaas.cluster.node import PeerLost, PeerReturned
 from minprfaas.cluster.processes import control_settings
-from minprfaas.config import CacheConfig, LineConfig, LinkSample
+from minprfaas.cluster.topology import Topology
+from minprfaas.cluster.upkeep import TIMELINE_PART, Upkeep
+from minprfaas.config import CacheConfig, LineConfig, LinkSample, Role
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.request import Status
+from minprfaas.observe.timeline import Timeline
 from minprfaas.scheduling import control
 from minprfaas.scheduling.control import ControlPlane
 from minprfaas.scheduling.directory import CacheChanged
@@ -214,6 +219,8 @@ def test_the_parts_of_the_time_to_the_first_token_add_up_to_it(hybrid):
     for journey in journeys:
         parts = (journey.route_s, journey.queue_s, journey.prefill_s, journey.transfer_exposed_s, journey.admit_s)
         assert sum(parts) == pytest.approx(journey.ttft_s) and min(parts) >= 0, parts
+    offloaded = journeys[0]
+    assert 0 < offloaded.transfer_s < offloaded.finished_at_s - offloaded.arrived_at_s
 
 
 def test_a_first_token_is_told_when_its_request_has_a_place_in_the_decode_batch(hybrid):
@@ -326,3 +333,53 @@ def test_a_prompt_crosses_packed(token_ids, byte_each):
     raw = encode(Envelope("pd-1", "front", order))
     assert len(raw["fields"]["token_ids"]) <= 1 + byte_each * len(token_ids)
     assert decode(json.loads(json.dumps(raw))).message == order
+
+
+# ---- what a node says of itself, and whom it meets
+
+
+@pytest.fixture
+def upkeep(hybrid):
+    """Of a decode node whose front end lives in the same process, and a way to take what it has said."""
+    engine = Engine(*hybrid, CacheConfig(20, 16), timeline=Timeline("pd-0"))
+    mail = Mail(queue.SimpleQueue())
+    mail.add_local(FRONT)
+    one = Upkeep("pd-0", Role.PDD, engine, mail, DEADLINE_S)
+    yield one, lambda: [envelope.message for envelope in mail.take_local()]
+    one.close()
+
+
+def test_a_front_end_that_asks_or_returns_is_told_who_is_here(upkeep):
+    one, said = upkeep
+    for ask in (lambda: one.hear(FRONT, messages.Introduce()), lambda: one.notice(PeerReturned(FRONT))):
+        ask()
+        assert [message.role for message in said()] == ["pdd"]
+    one.hear("prfaas-0", messages.Introduce())
+    assert said() == [], "it is not for another node to ask"
+
+
+def test_a_long_timeline_leaves_in_parts_and_comes_whole(upkeep):
+    one, said = upkeep
+    for number in range(TIMELINE_PART + 3):
+        one.engine.timeline.instant("streams", f"event {number}", 0.0)
+    one.say_goodbye()
+    parts = [message.events for message in said() if isinstance(message, messages.TimelinePart)]
+    assert len(parts) == 2 and [event for part in parts for event in part] == one.engine.timeline.events()
+
+
+def test_two_processes_meet_and_each_knows_whom_it_has_met():
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=DEADLINE_S))
+    places, events = Topology(1, 1).two_places(), [queue.SimpleQueue(), queue.SimpleQueue()]
+
+    def at(rank):
+        return Neighbours(places[rank], [places[1 - rank]], mail=Mail(events[rank]), make_link=lambda _: Link(
+            "a-b", store, rank, FAST, IDENTITY, events=events[rank]))
+
+    both = [at(0), at(1)]
+    for rank, one in enumerate(both):
+        one.wait_for_all(DEADLINE_S)
+        assert one.met == {places[1 - rank].name} and not one.refused
+        assert {events[rank].get(timeout=DEADLINE_S) for _ in places[1 - rank].parts} == {
+            PeerReturned(part) for part in places[1 - rank].parts}
+    for one in both:
+        one.close()

@@ -11,6 +11,7 @@ from control_support import RecordingControlPlane, replay
 
 from minprfaas.config import LinkSample, Role
 from minprfaas.errors import RequestError
+from minprfaas.scheduling.books import LoadBooks, NodeBook
 from minprfaas.scheduling.control import (INVENTORY_S, AskInventory, ControlPlane, ControlSettings,
                                           DecodeStarted, LinkMeasured, LineChanged, NewThreshold, NodeJoined, NodeLeft,
                                           PrefillEnded, PrefixMissing, RequestEnded)
@@ -64,6 +65,18 @@ def test_load_is_uncached_tokens_on_the_prefill_node_and_a_request_on_the_decode
     control.hear(RequestEnded("r", 30), 2.0)
     control.hear(RequestEnded("r", 30), 2.0)
     assert set(control.loads().values()) == {0}
+
+
+def test_a_decode_node_has_what_decodes_on_its_page_from_its_start_to_its_end():
+    decision = control_plane().route(RouteRequest("r", 5000, KEYS), 0.0)
+    books, page = LoadBooks(), NodeBook(decision.decode_node)
+    books.nodes = {decision.node: NodeBook(decision.node), page.name: page}
+    books.open("r", decision, load_tokens=5000, expected_s=1.0)
+    assert (page.load, page.decoding) == (1, set())
+    books.start_decode("r")
+    assert (page.load, page.decoding) == (1, {"r"})
+    books.close("r")
+    assert (page.load, page.decoding) == (0, set())
 
 
 def test_a_request_that_is_routed_again_is_booked_once_and_not_where_it_failed():

@@ -41,6 +41,12 @@ def test_a_hybrid_model_hits_only_where_a_snapshot_was_taken():
     assert every.hit_blocks == 10 and ends.hit_blocks == 3 + 4
 
 
+def test_without_a_limit_nothing_is_evicted_for_snapshots_either():
+    prompts = [[10 * number + block for block in range(4)] for number in range(8)]
+    (row,) = replay_trace([*prompts, prompts[0]], [None], state_blocks=3, snapshot_every=1)
+    assert (row.hit_blocks, row.evicted_entries) == (4, 0)
+
+
 def test_an_empty_trace_has_no_hits():
     (row,) = replay_trace([], [None])
     assert (row.blocks, row.hit_ratio) == (0, 0.0)

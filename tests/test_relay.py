@@ -109,6 +109,20 @@ def test_a_relay_goes_on_until_the_decode_batch_has_a_place(hybrid):
         each_once(world, journeys, world.front.take_updates())
 
 
+def test_two_that_find_no_room_for_their_relayed_tokens_do_not_wait_for_each_other(hybrid):
+    with World(*hybrid, pd=1, split=0, relay=True) as world:
+        line, here = slow_line(world), world.part("pd-0")
+        journeys = world.submit(prompts_of(150, 160), LONG)
+        world.step_until(lambda: all(len(one.output_ids) > 20 for one in journeys))
+        ledger = here.engine.kvcache.ledger
+        taken = ledger.allocate(ledger.available)  # as others would: what they have now is all that they get
+        line.room.set()
+        world.step_until(lambda: max(one.attempts for one in journeys) > 1)
+        ledger.release(taken)
+        world.step_until(lambda: not world.front.has_work)
+        each_once(world, journeys, world.front.take_updates())
+
+
 @pytest.mark.parametrize("moment", ["while it crosses", "while its rows are computed", "after the handover"])
 @pytest.mark.parametrize("loss", ["cut", "kill"])
 def test_a_loss_at_any_moment_of_the_handover_costs_time_and_no_token(hybrid, loss, moment):

@@ -52,7 +52,7 @@ def test_messages_arrive_once_and_in_order_whatever_their_size():
 
 
 def test_a_message_that_is_too_long_or_no_object_is_refused_by_name():
-    with connected() as (sender, _):
+    with connected() as (sender, receiver):
         with pytest.raises(ValueError, match="above the limit of 268435456"):
             sender.send_message({"text": "x" * 2**28})
         with pytest.raises(ValueError, match="is a dict, not list"):
@@ -200,7 +200,7 @@ def test_a_sink_that_fails_fails_its_stream_and_not_the_link():
 
 def test_what_is_not_in_the_plan_cannot_be_put():
     cargo = Cargo()
-    with connected() as (sender, _):
+    with connected() as (sender, receiver):
         stream = sender.open(cargo.plan)
         data = torch.zeros(64 * 96, dtype=torch.uint8)
         with pytest.raises(ValueError, match="layer 9 is not in the plan"):
@@ -214,8 +214,10 @@ def test_what_is_not_in_the_plan_cannot_be_put():
             stream.put(0, 64, 128, data)
         with pytest.raises(ValueError, match=r"layers \[0, 1, 2, 3\] were not put completely"):
             stream.finish(1.0)
-        with pytest.raises(ValueError, match="does not fit into a chunk"):
-            sender.open(StreamPlan(1, (LayerPlan(0, 0, StateKind.TOKEN, 10**6),), 0, 1))
+        wide = StreamPlan(1, (LayerPlan(0, 0, StateKind.TOKEN, 10**6),), 0, 1)
+        for begin in (lambda: sender.open(wide), lambda: receiver.expect(wide, lambda *_: None)):
+            with pytest.raises(ValueError, match="does not fit into a chunk"):
+                begin()
 
 
 @pytest.mark.gpu

@@ -24,6 +24,16 @@ def test_utilization_is_the_share_of_the_emulated_rate_that_left():
     assert unthrottled.tick(0.4, None).utilization == pytest.approx(0.25), "in flight for a quarter of the time"
 
 
+def test_a_link_has_made_progress_when_it_had_nothing_to_do_and_when_something_was_settled():
+    monitor = Monitor(0.0)
+    for now in (2.0, 3.0):
+        monitor.queued(1000, now)
+        monitor.sent(1000, now)
+    assert monitor.progress_at == 2.0, "what was put meanwhile is no progress"
+    monitor.settled(1000, 1.0, 5.0)
+    assert monitor.progress_at == 5.0
+
+
 def test_the_ring_keeps_the_latest_minute():
     monitor = Monitor(0.0)
     for step in range(1, 1000):

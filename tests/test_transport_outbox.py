@@ -182,6 +182,15 @@ def test_who_waits_for_room_gets_it_when_something_is_acknowledged():
     assert outbox.next_frame(1).header.seq == 5 and outbox.stats().inflight_bytes == 4 * CHUNK
 
 
+def test_whoever_takes_a_frame_wakes_another_lane_for_the_next_one():
+    """One message is told of once, and cut into parts as they leave: two lanes that wait both get one."""
+    outbox = open_outbox()
+    message = encode_message({"text": "x" * 600_000})
+    one, other, _ = in_parallel(lambda: outbox.next_frame(1), lambda: outbox.next_frame(1),
+                                lambda: outbox.send_message(message))
+    assert {one.header.kind, other.header.kind} == {Kind.MESSAGE} and one.header.seq != other.header.seq
+
+
 def test_who_waits_for_room_hears_that_its_stream_failed_or_the_link_is_closed():
     outbox = open_outbox(LinkConfig(chunk_bytes=4096, max_inflight_bytes=4096))
     stream, other = StreamRecord(1), StreamRecord(2)
