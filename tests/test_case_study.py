@@ -93,6 +93,7 @@ def test_what_is_served_is_measured_by_the_route_that_cannot_keep_up():
     arrivals, remote = [index / 4 for index in range(200)], [index % 2 == 0 for index in range(200)]
     firsts = [at_s + 1 if far else 2 * at_s for at_s, far in zip(arrivals, remote)]  # half of what is local waits
     assert reading(4.0, arrivals, firsts, remote, 0).served_rps == pytest.approx(2.0, rel=0.05)
+    assert reading(4.0, arrivals, firsts, remote, 0).growth == pytest.approx(0.5, abs=0.02)
     assert reading(4.0, arrivals, firsts, remote, 0, by_length=False).served_rps == pytest.approx(3.0, rel=0.05)
 
 
@@ -103,6 +104,7 @@ def test_the_search_ends_between_a_rate_that_is_sustained_and_one_that_is_not():
         assert 2.85 <= best < 3.01 and 3.0 < grew <= best * 1.05
     assert best_rate_rps(highest_sustained(lambda rate: a_reading(rate, growth=1.0), 4.0, 5)) == 0
     assert capacity_rps([a_reading(2.0), a_reading(4.0, 0.3, served_rps=2.8)]) == 2.8
+    assert capacity_rps([a_reading(3.0, 0.06), a_reading(4.0, 0.3, served_rps=2.7)]) == pytest.approx(2.82)
 
 
 def test_the_simulated_homogeneous_cluster_sustains_what_is_planned():

@@ -1,7 +1,8 @@
 """Whether a cluster, simulated or live, sustains a rate, and the search for the highest one. Chapter 13; paper 4.
 
-A rate is sustained when the backlog does not grow with it: over the last three quarters of the arrivals, the line
-fitted through the number of requests without a first token rises by less than `MOST_GROWTH` of the arrival rate.
+A rate is sustained when no route's backlog grows with it: over the last three quarters of the arrivals, the line
+fitted through the number of requests without a first token rises by less than `MOST_GROWTH` of their arrival rate. A
+first token counts once its request has a place in a decode batch, so that decode's backlog counts too.
 """
 
 import random
@@ -26,7 +27,7 @@ class Reading:
     """What came of one rate, in the units in which it was taken; times in seconds."""
 
     rate_rps: float
-    growth: float  # of the backlog, in requests for each that arrives
+    growth: float  # of the backlog of the route that is furthest behind, in requests for each of its own that arrives
     served_rps: float  # first tokens a second after the warm-up, if each route had kept the pace of the slowest
     ttft_mean_s: float
     ttft_p90_s: float
@@ -47,22 +48,22 @@ def reading(rate_rps: float, arrivals_s: Sequence[float], first_tokens_s: Sequen
     end_s = len(arrivals_s) / rate_rps
     begin_s = WARM_UP * end_s
     moments = [begin_s + (end_s - begin_s) * point / (POINTS - 1) for point in range(POINTS)]
-    seen = [first_s for first_s in first_tokens_s if first_s is not None]
-    waiting = [sum(at_s <= moment for at_s in arrivals_s) - sum(first_s <= moment for first_s in seen)
-               for moment in moments]
     ttft_s = sorted(first_s - at_s for at_s, first_s in zip(arrivals_s, first_tokens_s)
                     if first_s is not None and at_s >= begin_s)
-    served_rps = inf  # of the route that is furthest behind: the other one goes on at the rate at which it is asked
+    growth, served_rps = -inf, inf  # of the route that is furthest behind: the other one keeps up with what it is asked
     routes = offloaded if by_length else [False] * len(offloaded)
     for route in {*routes}:
-        asked = sum(one is route for one in routes)
-        served = sum(first_s is not None and begin_s < first_s <= end_s and one is route
-                     for first_s, one in zip(first_tokens_s, routes))
-        served_rps = min(served_rps, served / (end_s - begin_s) * len(routes) / asked)
-    last_s = max([end_s, *seen])
-    return Reading(rate_rps, linear_regression(moments, waiting).slope / rate_rps, served_rps,
-                   sum(ttft_s) / max(len(ttft_s), 1), ttft_s[int(0.9 * len(ttft_s))] if ttft_s else 0.0,
-                   sum(offloaded) / max(len(offloaded), 1), egress_bytes * 8e-9 / last_s)
+        asked_s = [at_s for at_s, one in zip(arrivals_s, routes) if one is route]
+        served_s = [first_s for first_s, one in zip(first_tokens_s, routes) if one is route and first_s is not None]
+        waiting = [sum(at_s <= moment for at_s in asked_s) - sum(first_s <= moment for first_s in served_s)
+                   for moment in moments]
+        served = sum(begin_s < first_s <= end_s for first_s in served_s)
+        growth = max(growth, linear_regression(moments, waiting).slope * end_s / len(asked_s))
+        served_rps = min(served_rps, served / (end_s - begin_s) * len(routes) / len(asked_s))
+    last_s = max([end_s, *(first_s for first_s in first_tokens_s if first_s is not None)])
+    return Reading(rate_rps, growth, served_rps, sum(ttft_s) / max(len(ttft_s), 1),
+                   ttft_s[int(0.9 * len(ttft_s))] if ttft_s else 0.0, sum(offloaded) / max(len(offloaded), 1),
+                   egress_bytes * 8e-9 / last_s)
 
 
 def stratified(rate_rps: float, count: int, lengths: LengthDistribution, output_tokens: int,
