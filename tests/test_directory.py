@@ -4,7 +4,6 @@ import random
 
 import pytest
 
-from minprfaas.errors import UserError
 from minprfaas.scheduling.directory import CacheChanged, Directory
 
 PROMPT = [b"one", b"two", b"three", b"four"]
@@ -99,7 +98,7 @@ def test_a_stale_entry_is_dropped_when_it_is_reported():
 
 
 def test_an_unknown_node_is_refused_by_name():
-    with pytest.raises(UserError, match="'ghost'"):
+    with pytest.raises(KeyError, match="'ghost'"):
         Directory().apply(CacheChanged("ghost", 1, [(b"key", 64)]))
 
 

@@ -7,8 +7,6 @@ wrong token, because a node looks into its own index before it uses a block.
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
-from minprfaas.errors import UserError
-
 Key = Hashable  # a block's chained hash: it stands for the whole prefix that ends there
 
 
@@ -28,8 +26,7 @@ class CacheChanged:
 class _Holder:
     """What one node said of itself."""
 
-    sequence: int = 0
-    gap: bool = True  # nothing is believed until the first inventory
+    sequence: int | None = None  # of the last entry; None: nothing is believed until an inventory comes
     tokens: dict[Key, int] = field(default_factory=dict)
 
 
@@ -57,21 +54,18 @@ class Directory:
 
     def apply(self, change: CacheChanged) -> bool:
         """Take a node's news. False means that some were lost on the way: until an inventory comes, its entries are
-        ignored. What was heard before is ignored too. Raises UserError for a node that was not added."""
-        if change.node not in self._nodes:
-            raise UserError(f"node {change.node!r} is not in the directory; it has {len(self._nodes)} nodes")
+        ignored. What was heard before is ignored too. The node must have been added."""
         node = self._nodes[change.node]
         if change.inventory:
             for key in node.tokens:
                 self._forget_holder(key, change.node)
             node.tokens.clear()
-            node.gap, node.sequence, news = False, change.sequence, change.entries
+            node.sequence, news = change.sequence, change.entries
+        elif node.sequence is None or change.sequence > node.sequence + 1:
+            node.sequence = None
+            return False
         else:
-            heard = node.sequence + 1 - change.sequence  # entries of this change that are known already
-            if node.gap or heard < 0:
-                node.gap = True
-                return False
-            news = change.entries[heard:]
+            news = change.entries[node.sequence + 1 - change.sequence:]  # but for what is known already
             node.sequence += len(news)
         for key, tokens in news:
             if tokens:
