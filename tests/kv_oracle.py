@@ -43,11 +43,12 @@ class KVOracle:
         expected = ContiguousState(self.model.config, str(self.model.dtype).removeprefix("torch."))
         self.model.forward(torch.tensor([token_ids]), expected, last_only=True)  # past the hooks that count passes
         for layer, spec in enumerate(kvcache.layout.specs):
-            table = cache.block_tables[kvcache.layout.group_of_layer[layer].index]
+            group = kvcache.layout.group_of_layer[layer]
+            table = cache.block_tables[group.index]
             if spec.kind is StateKind.TOKEN:
                 held = (kvcache.pool.read_tokens(layer, table, 0, len(token_ids)),)
             elif has_state:
-                held = kvcache.pool.read_state(layer, torch.tensor([table]))
+                held = kvcache.pool.read_state(layer, kvcache.pool.state_rows(group, torch.tensor([table])))
             else:
                 continue
             for ours, theirs in zip(held, expected.layer(layer).load()):

@@ -4,6 +4,7 @@ Chapter 05.
 """
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,11 @@ from minprfaas.config import CacheConfig
 from minprfaas.engine.decode_graphs import bucket_of
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.fast_runner import FastRunner, what_must_run_eagerly
+from minprfaas.engine.generate import pool_for
+from minprfaas.engine.request import Request
 from minprfaas.model.attention import attend
+from minprfaas.model.checkpoint import load_checkpoint
+from minprfaas.model.families import read_config
 from minprfaas.model.layers import Positions
 from minprfaas.model.paged_attention import (
     attend_to_copied_pages, attend_to_pages, flash_can_read, merge_pages, page_index)
@@ -21,6 +26,8 @@ from minprfaas.model.spec import Pages
 
 SAMPLED = dict(temperature=1.0, top_k=20, top_p=0.9)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+PARITY = Path(__file__).parent / "fixtures" / "parity"
+FIXTURES = sorted(path.parent.name for path in PARITY.glob("*/config.json"))
 
 
 def answers(model, tokenizer, fast: bool, blocks: int = 60) -> tuple[list[list[int]], Engine]:
@@ -50,6 +57,40 @@ def test_steps_of_fixed_shape_give_the_eager_runners_tokens(models, family, devi
     assert tokens == expected
     assert isinstance(engine.runner, FastRunner) and len(engine.runner._steps) >= 3
     assert not engine.kvcache.pool.bytes[engine.kvcache.pool.null_block].any()
+
+
+def decoding(name: str, fast: bool, dtype: torch.dtype, device: str) -> tuple[Engine, list[Request]]:
+    """A fixture's model after the prefill of three prompts."""
+    directory = PARITY / name
+    model = load_checkpoint(directory, read_config(directory), dtype, device)
+    engine = Engine(model, None, pool_for(model, [64] * 3, block_tokens=16), prefill_chunk=64, fast=fast)
+    rng, requests = random.Random(0), []
+    for number, length in enumerate((5, 40, 17)):
+        prompt = [rng.randrange(1, model.config.vocab_size) for _ in range(length)]
+        requests.append(engine.add(engine.request(str(number), prompt, SamplingParams(1), prefill_only=True)))
+    while engine.has_work:
+        engine.step()
+    for request in requests:
+        engine.kvcache.reserve(request.cache, 64)
+    return engine, requests
+
+
+def step_logits(engine: Engine, requests: list[Request]) -> torch.Tensor:
+    """The logits of a decode step, `[batch, vocab]`; every request gets the same next token."""
+    seen = []
+    engine.runner._finish_step = lambda batch, logits, greedy: seen.append(logits.clone())
+    engine.runner.decode(requests)
+    for request in requests:
+        engine.kvcache.advance(request.cache, request.token_ids)
+        request.token_ids.append(5)
+    return seen[0]
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_a_step_of_fixed_shape_gives_every_familys_logits(name):
+    eager, fast = (decoding(name, fast, torch.float32, "cpu") for fast in (False, True))
+    for _ in range(4):
+        torch.testing.assert_close(step_logits(*fast), step_logits(*eager), atol=1e-4, rtol=0)
 
 
 def test_steps_of_fixed_shape_survive_preemption(models):
@@ -103,7 +144,7 @@ def test_attention_page_by_page_is_attention(heads, kv_heads):
     view = pages.view.nan_to_num(0.0)  # the copy multiplies what is masked by 0
     q = torch.randn(4, 1, heads, dim)
     index = page_index(pages, heads // kv_heads)
-    outputs = attend_to_copied_pages(q, Pages(view, *pages[1:]), index.row_counts, 0.3)
+    outputs = attend_to_copied_pages(q, Pages(view, *pages[1:]), index.row_counts, 0.3, kv_heads)
     expected = attend(q, k, v, Positions(torch.tensor(lengths) - 1, 1), 0.3)
     torch.testing.assert_close(merge_pages(*outputs), expected)
     empty = (index.row_counts == 0)[:, :, None, None, None]
@@ -118,7 +159,7 @@ def test_the_flash_kernel_reads_each_page_and_nothing_beyond_it(heads, kv_heads,
     """Every row of the pool that is no request's is NaN: one that was read would show."""
     lengths = [1, 700, 64, 65, 255]
     pages, k, v = paged(lengths, kv_heads, dim, torch.bfloat16, "cuda", block_tokens)
-    assert flash_can_read(pages.view, dim)
+    assert flash_can_read(pages.view, dim, kv_heads)
     q = torch.randn(len(lengths), 1, heads, dim, device="cuda", dtype=torch.bfloat16)
     out = merge_pages(*attend_to_pages(q, pages.view, page_index(pages, heads // kv_heads), dim**-0.5))
     exact = attend(q.double(), k.double(), v.double(), Positions(pages.lengths - 1, 1), dim**-0.5)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minprfaas.model.delta import delta_rule_chunked, delta_rule_recurrent
+from minprfaas.model.delta import delta_rule_chunked, delta_rule_recurrent, delta_rule_step
 from minprfaas.model.kda import KDA, KDAConfig
 from minprfaas.model.layers import Positions
 from minprfaas.model.state import ContiguousLayerState
@@ -45,6 +45,15 @@ def test_the_chunked_form_equals_the_recurrence_however_strong_the_decay(tokens,
     out, memory_after, _ = delta_rule_chunked(*arguments)
     torch.testing.assert_close(out, expected, **CLOSE)
     torch.testing.assert_close(memory_after, memory, **CLOSE)
+
+
+@pytest.mark.parametrize("of_channels", [True, False])
+@pytest.mark.parametrize("decay", [0.0, 0.3, 30.0, from_faint_to_total, memories_wiped_now_and_then])
+def test_the_decode_form_equals_the_recurrence_of_one_token(decay, of_channels):
+    q, k, v, g, beta, memory = inputs(1, decay)
+    arguments = q, k, v, g if of_channels else g[..., :1], beta, memory
+    for step, recurrence in zip(delta_rule_step(*arguments), delta_rule_recurrent(*arguments)):
+        torch.testing.assert_close(step, recurrence, **CLOSE)
 
 
 def test_a_decay_of_minus_1000_a_token_forgets_everything_but_the_token_itself():

@@ -208,6 +208,6 @@ def test_only_the_requests_of_a_batch_that_want_a_snapshot_get_one():
     values = [torch.stack([torch.full(tensor.shape, 7), torch.full(tensor.shape, 9)]) for tensor in LINEAR.tensors]
     assert state.layer(0).snapshot_offsets == (4,)
     state.layer(0).store_snapshot(4, *values)
-    for tensor in pool.read_state(0, torch.tensor([[5]])):
+    for tensor in pool.read_state(0, pool.state_rows(layout.groups[0], torch.tensor([[5]]))):
         assert tensor.eq(9).all()
     assert pool.bytes[:5].eq(0).all() and pool.bytes[6:].eq(0).all()

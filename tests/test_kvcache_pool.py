@@ -26,6 +26,10 @@ def random_state(spec, batch, seed=0):
     return tuple(torch.randn(batch, *t.shape, generator=generator).to(t.torch_dtype) for t in spec.tensors)
 
 
+def state_rows(pool, layer, blocks):
+    return pool.state_rows(pool.layout.group_of_layer[layer], torch.tensor([blocks]))
+
+
 def test_tokens_come_back_from_any_range_across_block_borders():
     pool, rows = pool_of(HYBRID), torch.randn(12, 6)
     pool.write_tokens(3, TABLE, 0, rows[:5])
@@ -68,11 +72,11 @@ def test_request_state_comes_back_for_a_batch_and_leaves_its_neighbours_alone(sp
         if spec.kind is not StateKind.TOKEN:
             group = pool.layout.group_of_layer[layer]
             first = group.index * 16
-            blocks = order[first:first + 3 * group.state_blocks].view(3, -1)
-            state[layer] = blocks, random_state(spec, 3, layer)
-            pool.write_state(layer, blocks, *state[layer][1])
-    for layer, (blocks, tensors) in state.items():
-        for read, written in zip(pool.read_state(layer, blocks), tensors):
+            rows = pool.state_rows(group, order[first:first + 3 * group.state_blocks].view(3, -1))
+            state[layer] = rows, random_state(spec, 3, layer)
+            pool.write_state(layer, rows, *state[layer][1])
+    for layer, (rows, tensors) in state.items():
+        for read, written in zip(pool.read_state(layer, rows), tensors):
             assert torch.equal(read, written)
 
 
@@ -87,11 +91,11 @@ def test_bytes_cross_from_one_pool_to_another_whatever_the_blocks():
 
     blocks = list(range(source.layout.groups[0].state_blocks))
     state = random_state(LINEAR, 1)
-    source.write_state(0, torch.tensor([blocks]), *state)
+    source.write_state(0, state_rows(source, 0, blocks), *state)
     data = source.read_bytes(0, blocks, 0, 12)
     assert data.shape == (LINEAR.nbytes,)
     target.write_bytes(0, blocks[::-1], 0, 12, data)
-    for read, written in zip(target.read_state(0, torch.tensor([blocks[::-1]])), state):
+    for read, written in zip(target.read_state(0, state_rows(target, 0, blocks[::-1])), state):
         assert torch.equal(read, written)
 
 
@@ -101,11 +105,11 @@ def test_of_a_window_the_last_rows_cross_that_there_are_and_arrive_in_their_plac
     blocks, rows = list(range(source.layout.groups[1].state_blocks)), torch.randn(1, 5, 6)
     rows[:, :max(5 - tokens, 0)] = 0
     target.bytes.fill_(0x7F)
-    source.write_state(1, torch.tensor([blocks]), rows)
+    source.write_state(1, state_rows(source, 1, blocks), rows)
     data = source.read_bytes(1, blocks, 0, tokens)
     assert data.numel() == min(tokens, 5) * 24
     target.write_bytes(1, blocks, 0, tokens, data)
-    assert torch.equal(target.read_state(1, torch.tensor([blocks]))[0], rows)
+    assert torch.equal(target.read_state(1, state_rows(target, 1, blocks))[0], rows)
 
 
 def test_bytes_may_lie_at_any_place_of_a_message():

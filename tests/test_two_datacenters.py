@@ -184,9 +184,10 @@ def test_a_prompt_that_was_prefilled_here_has_its_first_token_before_the_next_pr
     with two_datacenters(*hybrid, threshold=1000) as (local, _):
         prefill, answered = local.prefill.engine.runner.prefill, {}
 
-        def watch(chunk, on_kv):
-            answered.setdefault(chunk.request.id, [len(journey.output_ids) for journey in journeys])
-            return prefill(chunk, on_kv)
+        def watch(chunks, on_kv):
+            for chunk in chunks:
+                answered.setdefault(chunk.request.id, [len(journey.output_ids) for journey in journeys])
+            return prefill(chunks, on_kv)
 
         local.prefill.engine.runner.prefill = watch
         journeys = [local.front.submit(str(i), prompt, GREEDY) for i, prompt in enumerate(prompts_of(100, 90, 80))]

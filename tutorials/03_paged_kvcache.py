@@ -197,7 +197,8 @@ rows = k_and_v[blocks].flatten(0, 1)[:context]
 at_once = (rows[:, :dim] @ q / dim**0.5).softmax(dim=0) @ rows[:, dim:]
 pages = Pages(k_and_v, blocks[None], torch.tensor([context]))
 row_counts = page_index(pages, groups=1).row_counts
-of_package = merge_pages(*attend_to_copied_pages(q.view(1, 1, 1, dim), pages, row_counts, dim**-0.5)).flatten()
+query = q.view(1, 1, 1, dim)
+of_package = merge_pages(*attend_to_copied_pages(query, pages, row_counts, dim**-0.5, kv_heads=1)).flatten()
 print("4. Attention without the copy\n")
 print(table(["over 4,128 tokens in 65 pages", "largest difference to one softmax"], [
     ("page by page, by hand", f"{(by_page - at_once).abs().max():.0e}"),

@@ -171,7 +171,7 @@ class RelayedDecodeRole(DecodeRole):
         else:
             start = cache.num_tokens
             end = min(known, start + self.engine.scheduler.prefill_chunk)
-            self.engine.runner.prefill(PrefillChunk(request, start, end), None)
+            self.engine.runner.prefill([PrefillChunk(request, start, end)], None)
             self._passes[request] += 1
             if end == known and (end - start <= SHORT_PASS or self._passes[request] >= MOST_PASSES):
                 super()._admit_if_complete(serving)

@@ -83,9 +83,13 @@ class StepState:
     """The state of one bucket's requests (implements `ModelState`): what `PagedState` is, without one shape or number
     that depends on the requests."""
 
+    new = None
+
     def __init__(self, pool: BlockPool, tables: StepTables):
         self.pool, self.tables, self.start = pool, tables, tables.start
         self._slots: dict[int, tuple] = {}  # by group, made once a step and shared by its layers
+        self.state_rows = {group.index: pool.state_rows(group, tables.table(group))
+                           for group in pool.layout.request_groups}
         self._indexes: dict[tuple, tuple] = {}
 
     def layer(self, index: int) -> "StepLayer":
@@ -122,21 +126,21 @@ class StepLayer:
         view[blocks, offsets] = rows[:, 0]
         pages = Pages(view, state.tables.table(self.group), state.start + 1)
 
-        def attend(q: torch.Tensor, scale: float) -> PageOutputs:
-            index = state.index(self.group, pages, groups=q.shape[2] // (view.shape[2] // (2 * q.shape[3])))
-            if flash_can_read(view, q.shape[3]):
+        def attend(q: torch.Tensor, scale: float, kv_heads: int) -> PageOutputs:
+            index = state.index(self.group, pages, groups=q.shape[2] // kv_heads)
+            if flash_can_read(view, q.shape[3], kv_heads):
                 return attend_to_pages(q, view, index, scale)
-            return attend_to_copied_pages(q, pages, index.row_counts, scale)
+            return attend_to_copied_pages(q, pages, index.row_counts, scale, kv_heads)
 
         return TokenContext(pages, state.tables.pages * view.shape[1], attend)
 
     def load(self) -> tuple[torch.Tensor, ...]:
         """The layer's tensors, each `[batch, *shape]`; a decoding request has had a token before."""
-        return self.state.pool.read_state(self.index, self.state.tables.table(self.group))
+        return self.state.pool.read_state(self.index, self.state.state_rows[self.group.index])
 
     def store(self, *tensors: torch.Tensor) -> None:
         """Replace what `load` returned."""
-        self.state.pool.write_state(self.index, self.state.tables.table(self.group), *tensors)
+        self.state.pool.write_state(self.index, self.state.state_rows[self.group.index], *tensors)
 
 
 class DecodeStep:

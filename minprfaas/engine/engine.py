@@ -1,15 +1,15 @@
 """Chunked prefill and continuous-batching decode of many requests in one process. Chapters 04 and 05; paper 2.1.
 
 The scheduler says what runs next, the runner runs it, and the engine turns the tokens that come out into answers. A
-step prefills one chunk of the oldest admitted prompt and decodes one token of every running request, so a long prompt
-delays the others' next token by one chunk at most.
+step prefills one chunk of the oldest admitted prompt, or some short ones together, and decodes one token of every
+running request, so a long prompt delays the others' next token by one chunk at most.
 """
 
 import time
 from collections.abc import Callable
 
 from minprfaas.config import CacheConfig
-from minprfaas.engine.fast_runner import chunk_for, runner_for
+from minprfaas.engine.fast_runner import chunk_for, runner_for, shared_tokens_for
 from minprfaas.engine.request import KVListener, Request, Status, TokenUpdate
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.engine.scheduler import PrefillChunk, Scheduler
@@ -43,7 +43,8 @@ class Engine:
         self.model, self.tokenizer, self.clock, self.timeline = model, tokenizer, clock, timeline
         self.layout = model_layout(model, cache.block_tokens)
         self.kvcache = KVCacheManager(self.layout, cache, model.device, root=model.fingerprint)
-        self.scheduler = Scheduler(self.kvcache, chunk_for(model.device, prefill_chunk), max_batch)
+        chunk = chunk_for(model.device, prefill_chunk)
+        self.scheduler = Scheduler(self.kvcache, chunk, max_batch, min(chunk, shared_tokens_for(model.device)))
         # The scheduler's own queues, to look at.
         self.waiting, self.prefilling = self.scheduler.waiting, self.scheduler.prefilling
         self.running = self.scheduler.running
@@ -95,13 +96,13 @@ class Engine:
         return bool(self.prefilling or self.running or (self.waiting and not self.scheduler.has_no_room))
 
     def step(self, on_kv: KVListener | None = None) -> list[TokenUpdate]:
-        """One prefill chunk and one decode step; returns the tokens that they drew. `on_kv` hears between the layers
+        """One prefill pass and one decode step; returns the tokens that they drew. `on_kv` hears between the layers
         of the prefill pass what a layer's state now holds: it can be shipped while the next layer computes."""
         updates, began_s = [], self.clock()
-        chunk = self.scheduler.next_chunk()
-        if chunk is not None:
-            self.prefilled_tokens += chunk.end - chunk.start
-            updates += self._prefill(chunk, on_kv)
+        chunks = self.scheduler.next_chunks()
+        if chunks:
+            self.prefilled_tokens += sum(chunk.end - chunk.start for chunk in chunks)
+            updates += self._prefill(chunks, on_kv)
         batch = self.scheduler.next_batch()
         if batch:
             for request, token in zip(batch, self.runner.decode(batch)):
@@ -138,17 +139,18 @@ class Engine:
 
     # A step
 
-    def _prefill(self, chunk: PrefillChunk, on_kv: KVListener | None) -> list[TokenUpdate]:
-        """Compute a chunk; the request's first token, if that completed its prompt."""
-        request = chunk.request
-        if request.prefill_started_at_s is None:
-            request.prefill_started_at_s = self.clock()
-        token = self.runner.prefill(chunk, on_kv)
-        if token is None:
-            return []
-        self.scheduler.remove(request)
-        request.prefill_ended_at_s = self.clock()
-        return [self._accept_first_token(request, token)]
+    def _prefill(self, chunks: list[PrefillChunk], on_kv: KVListener | None) -> list[TokenUpdate]:
+        """Compute chunks in one pass; the first token of each request whose prompt that completed."""
+        for chunk in chunks:
+            if chunk.request.prefill_started_at_s is None:
+                chunk.request.prefill_started_at_s = self.clock()
+        tokens, updates = self.runner.prefill(chunks, on_kv), []
+        for request, token in zip((chunk.request for chunk in chunks), tokens):
+            if token is not None:
+                self.scheduler.remove(request)
+                request.prefill_ended_at_s = self.clock()
+                updates.append(self._accept_first_token(request, token))
+        return updates
 
     def _accept_first_token(self, request: Request, token: int) -> TokenUpdate:
         if request.first_token_at_s is None:  # not so when a preempted request was prefilled again

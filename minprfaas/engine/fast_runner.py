@@ -35,6 +35,12 @@ def chunk_for(device: torch.device, wanted: int | None) -> int:
     return 8192 if device.type == "cuda" else 1024
 
 
+def shared_tokens_for(device: torch.device) -> int:
+    """Tokens of a prefill pass, padding included, up to which short prompts share one: while weights and calls cost
+    more than arithmetic does. Eight prompts of 32 tokens take 2.2 to 2.5 times as long one by one on a CPU."""
+    return 0 if device.type == "cuda" else 128  # on a GPU it was not read yet
+
+
 def what_must_run_eagerly(model: Transformer) -> set[str]:
     """The kinds of module in the model of which it is not known that a step can be captured (a device's answer that
     the host waits for, a shape that depends on the tokens)."""

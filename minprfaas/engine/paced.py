@@ -49,8 +49,9 @@ class PacedRunner:
             self.step_due_at_s = began_at_s + self.pace.decode_step_s(requests)
         return self.step_due_at_s
 
-    def prefill(self, chunk: PrefillChunk, on_kv: KVListener | None) -> int | None:
-        """See `Runner.prefill`. Every layer takes an equal part of the chunk's time."""
+    def prefill(self, chunks: list[PrefillChunk], on_kv: KVListener | None) -> list[int | None]:
+        """See `Runner.prefill`; of one chunk. Every layer takes an equal part of its time."""
+        (chunk,) = chunks
         cached, began_at_s = chunk.request.cache.cached_tokens, self._clock()
         before_s = self.pace.prefill_s(chunk.start - cached) if chunk.start > cached else 0.0
         allowed_s = self.pace.prefill_s(chunk.end - cached) - before_s
@@ -61,9 +62,9 @@ class PacedRunner:
                 on_kv(request, layer, start, end)
 
         self._waited_s = 0.0
-        token = self._runner.prefill(chunk, on_layer)
+        tokens = self._runner.prefill(chunks, on_layer)
         self._note(began_at_s, allowed_s, self._clock() - began_at_s - allowed_s)
-        return token
+        return tokens
 
     def decode(self, batch: list[Request]) -> list[int]:
         """See `Runner.decode`. It is computed at once, and done when its time has passed."""
@@ -97,7 +98,7 @@ class PacedEngine(Engine):
     def emulate(self, pace: Pace, max_batch: int) -> None:
         """From now on, take the time of `pace`; at most so many requests are in a decode step."""
         self.runner = PacedRunner(self.runner, pace, len(self.model.config.layers), self.clock)
-        self.scheduler.max_batch = max_batch
+        self.scheduler.max_batch, self.scheduler.shared_tokens = max_batch, 0  # a profile's times are of one prompt
         self._step_from_s: float | None = None  # the next one begins
 
     @property

@@ -25,17 +25,18 @@ class Runner:
         self.model, self.kvcache, self.clock, self.timeline = model, kvcache, clock, timeline
 
     @torch.inference_mode()
-    def prefill(self, chunk: PrefillChunk, on_kv: KVListener | None) -> int | None:
-        """Compute a chunk; the token drawn after it if it completes the prompt, else None. `on_kv` is called between
-        the layers of the pass, so what it does delays the pass."""
-        request = chunk.request
-        token_ids = torch.tensor([request.token_ids[chunk.start:chunk.end]], device=self.model.device)
-        state = self.kvcache.state([request.cache])
-        logits = self.model(token_ids, state, on_layer=self._layer_listener(chunk, on_kv), last_only=True)
-        self.kvcache.advance(request.cache, request.token_ids[:chunk.end])
-        if chunk.end < len(request.token_ids):
-            return None
-        return sample(logits[0, -1], request.params, len(request.output_ids))
+    def prefill(self, chunks: list[PrefillChunk], on_kv: KVListener | None) -> list[int | None]:
+        """Compute chunks of as many requests; for each the token drawn after it if it completes the prompt, else None.
+        `on_kv` is called between the layers of the pass, so what it does delays the pass."""
+        rows = [chunk.request.token_ids[chunk.start:chunk.end] for chunk in chunks]
+        new = [len(row) for row in rows]
+        token_ids = torch.tensor([row + [0] * (max(new) - len(row)) for row in rows], device=self.model.device)
+        state = self.kvcache.state([chunk.request.cache for chunk in chunks], new)
+        logits = self.model(token_ids, state, on_layer=self._layer_listener(chunks, on_kv), last_only=True)[:, -1]
+        for chunk in chunks:
+            self.kvcache.advance(chunk.request.cache, chunk.request.token_ids[:chunk.end])
+        return [sample(row, chunk.request.params, len(chunk.request.output_ids))
+                if chunk.end == len(chunk.request.token_ids) else None for chunk, row in zip(chunks, logits)]
 
     @torch.inference_mode()
     def decode(self, batch: list[Request]) -> list[int]:
@@ -54,19 +55,21 @@ class Runner:
             self.kvcache.advance(request.cache, request.token_ids)
         return sample_batch(logits, greedy, [(request.params, len(request.output_ids)) for request in batch])
 
-    def _layer_listener(self, chunk: PrefillChunk, on_kv: KVListener | None) -> OnLayer | None:
-        """What happens when a layer's state holds the chunk: a mark on the timeline, and word to `on_kv`."""
+    def _layer_listener(self, chunks: list[PrefillChunk], on_kv: KVListener | None) -> OnLayer | None:
+        """What happens when a layer's state holds the chunks: marks on the timeline, and word to `on_kv`."""
         if self.timeline is None and on_kv is None:
             return None
         since_s = self.clock()
 
         def on_layer(layer: int) -> None:
             nonlocal since_s
-            if self.timeline is not None:
-                self.timeline.span("prefill", f"layer {layer}", since_s, self.clock(), request=chunk.request.id,
-                                   tokens=f"{chunk.start}-{chunk.end}")
-            if on_kv is not None:
-                on_kv(chunk.request, layer, chunk.start, chunk.end)
+            ended_s = self.clock()
+            for chunk in chunks:
+                if self.timeline is not None:
+                    self.timeline.span("prefill", f"layer {layer}", since_s, ended_s, request=chunk.request.id,
+                                       tokens=f"{chunk.start}-{chunk.end}")
+                if on_kv is not None:
+                    on_kv(chunk.request, layer, chunk.start, chunk.end)
             since_s = self.clock()  # a span is the layer's own time, without the listener's
 
         return on_layer

@@ -1,4 +1,4 @@
-"""What runs next: the queues, admission, preemption and the next prefill chunk. Chapter 05; paper 2.1.
+"""What runs next: the queues, admission, preemption and the next prefill chunks. Chapter 05; paper 2.1.
 
 No tensor is touched here. A request waits until the pool has room for its whole prompt, is prefilled chunk by chunk,
 and then decodes with all the others until its answer ends. When a running request needs a block and there is none, the
@@ -25,10 +25,11 @@ class PrefillChunk:
 class Scheduler:
     """The requests of one engine, in three queues: `waiting`, `prefilling` and `running`, each oldest first."""
 
-    def __init__(self, kvcache: KVCacheManager, prefill_chunk: int, max_batch: int):
+    def __init__(self, kvcache: KVCacheManager, prefill_chunk: int, max_batch: int, shared_tokens: int = 0):
         if prefill_chunk < 1:
             raise UserError(f"prefill chunk of {prefill_chunk} tokens is out of range; it must be at least 1")
         self.kvcache, self.prefill_chunk, self.max_batch = kvcache, prefill_chunk, max_batch
+        self.shared_tokens = shared_tokens  # of a pass that prompts may share, padding included
         self.waiting: deque[Request] = deque()
         self.prefilling: deque[Request] = deque()
         self.running: list[Request] = []
@@ -58,15 +59,19 @@ class Scheduler:
 
     # Prefill
 
-    def next_chunk(self) -> PrefillChunk | None:
-        """Admit what fits, then plan the next chunk of the oldest admitted prompt."""
+    def next_chunks(self) -> list[PrefillChunk]:
+        """Admit what fits, then plan the next pass: a chunk of the oldest admitted prompt, and beside it all the rest
+        of those that follow, while a row for each, as long as the longest, is no more than `shared_tokens`."""
         self._admit()
-        if not self.prefilling:
-            return None
-        request = self.prefilling[0]
-        start = request.cache.num_tokens
-        end = self.kvcache.plan_chunk(request.cache, len(request.token_ids), self.prefill_chunk)
-        return PrefillChunk(request, start, end)
+        chunks, longest = [], 0
+        for request in self.prefilling:
+            start, known = request.cache.num_tokens, len(request.token_ids)
+            longest = max(longest, known - start)
+            if chunks and longest * (len(chunks) + 1) > self.shared_tokens:
+                break
+            end = self.kvcache.plan_chunk(request.cache, known, self.prefill_chunk)
+            chunks.append(PrefillChunk(request, start, end))
+        return chunks
 
     def _admit(self) -> None:
         """Move waiting requests to prefill, oldest first, while the pool has room for their whole prompts."""

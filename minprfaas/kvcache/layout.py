@@ -6,6 +6,7 @@ holds `block_tokens` tokens of all layers of a token group, and a request group'
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import gcd
 
 from minprfaas.config import StateKind
 from minprfaas.model.spec import StateSpec, TensorSpec
@@ -25,6 +26,7 @@ class KVGroup:
     places: dict[int, tuple[tuple[TensorSpec, int], ...]]
     used_bytes: int  # of one block (token state) or of the whole state (request state)
     state_blocks: int = 0  # blocks of one request's state; 0 for token state
+    row_bytes: int = 0  # of request state: each of its tensors, and a block, is a whole number of rows of so many
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,9 @@ def plan_layout(specs: tuple[StateSpec, ...], block_tokens: int) -> Layout:
     block_bytes = _round_up(max(token_sizes or [group.used_bytes for group in groups]), BLOCK_ALIGN)
     for index, group in enumerate(groups):
         if group.spec.kind is not StateKind.TOKEN:
-            groups[index] = replace(group, state_blocks=-(-group.used_bytes // block_bytes))
+            sizes = (size for places in group.places.values() for tensor, at in places for size in (at, tensor.nbytes))
+            row_bytes = gcd(block_bytes, *sizes)
+            groups[index] = replace(group, state_blocks=-(-group.used_bytes // block_bytes), row_bytes=row_bytes)
     return Layout(tuple(specs), tuple(groups), block_tokens, block_bytes)
 
 

@@ -130,11 +130,11 @@ class KVCacheManager:
         needed = self._more_blocks(cache, end) * len(self.layout.token_groups) + self._state_need(cache)
         return self.snapshots.plan(cache, end, self.ledger.available - needed)
 
-    def state(self, caches: Sequence[RequestCache]) -> PagedState:
-        """What the model reads and writes in one forward pass over these requests."""
+    def state(self, caches: Sequence[RequestCache], new: Sequence[int] = ()) -> PagedState:
+        """What the model reads and writes in one forward pass over these requests, over `new` tokens of each."""
         tables = [cache.block_tables for cache in caches]
         planned = [self.snapshots.planned(cache) for cache in caches]
-        return PagedState(self.pool, tables, [cache.num_tokens for cache in caches], planned)
+        return PagedState(self.pool, tables, [cache.num_tokens for cache in caches], planned, new)
 
     def advance(self, cache: RequestCache, token_ids: Sequence[int], has_state: bool = True) -> None:
         """The blocks now hold all of `token_ids`, and every planned snapshot up to there its state: index what

@@ -15,20 +15,23 @@ class PagedState:
     """The state of a batch of requests during one forward pass (implements `ModelState`).
 
     `block_tables[request][group]` are block ids, with room for what the pass appends; `starts[request]` tokens are
-    already there; `snapshots[request]` are the block tables to store the state into at an offset of this pass.
+    already there; `snapshots[request]` are the block tables to store the state into at an offset of this pass. `new`
+    are the tokens of each request, where some have fewer than the pass is wide.
     """
 
     def __init__(self, pool: BlockPool, block_tables: Sequence[Sequence[array]], starts: Sequence[int],
-                 snapshots: Sequence[Mapping[int, Sequence[array]]] = ()):
+                 snapshots: Sequence[Mapping[int, Sequence[array]]] = (), new: Sequence[int] = ()):
         self.pool = pool
-        self.starts = list(starts)
+        self.starts, self.counts = list(starts), list(new)
+        self.new = torch.tensor(self.counts, device=pool.device) if len(set(new)) > 1 else None
         self.start = torch.tensor(self.starts, dtype=torch.int64, device=pool.device)
         self.snapshot_offsets = tuple(sorted({offset for planned in snapshots for offset in planned}))
         self.snapshots, self._block_tables = snapshots, block_tables
         self._token_indexes: dict[int, _TokenIndex] = {}  # by group: built once, shared by its layers
-        self.state_tables = {  # by group, `[batch, state_blocks]`
-            group.index: self._table(group, [group.state_blocks] * len(self.starts))
-            for group in pool.layout.request_groups}
+        self.state_rows = {}  # by group: the rows of the pool that hold each request's state
+        for group in pool.layout.request_groups:
+            blocks = self._table(group, [group.state_blocks] * len(starts), group.state_blocks)
+            self.state_rows[group.index] = pool.state_rows(group, blocks)
 
     def layer(self, index: int) -> "PagedLayer":
         """The state of layer `index`."""
@@ -38,14 +41,20 @@ class PagedState:
         """Where `new` tokens of each request go in `group`, and which blocks hold the context that they complete."""
         if group.index not in self._token_indexes:
             size = self.pool.layout.block_tokens
-            table = self._table(group, [-(-(start + new) // size) for start in self.starts])
-            positions = self.start.unsqueeze(1) + torch.arange(new, device=self.pool.device)
-            self._token_indexes[group.index] = _TokenIndex(table.gather(1, positions // size), positions % size, table)
+            ends = [start + count for start, count in zip(self.starts, self.counts or [new] * len(self.starts))]
+            width = -(-(max(self.starts) + new) // size)
+            table = self._table(group, [-(-end // size) for end in ends], width)
+            offsets = torch.arange(new, device=self.pool.device)
+            positions = self.start.unsqueeze(1) + offsets
+            blocks = table.gather(1, positions // size)
+            if self.new is not None:  # padding is written where nobody reads
+                blocks = blocks.masked_fill(offsets >= self.new[:, None], self.pool.scratch_block)
+            self._token_indexes[group.index] = _TokenIndex(blocks, positions % size, table)
         return self._token_indexes[group.index]
 
-    def _table(self, group: KVGroup, lengths: list[int]) -> torch.Tensor:
-        """The first `lengths[request]` blocks of each request, padded with the null block to the longest."""
-        table = torch.full((len(lengths), max(lengths)), self.pool.null_block, dtype=torch.int64)
+    def _table(self, group: KVGroup, lengths: list[int], width: int) -> torch.Tensor:
+        """The first `lengths[request]` blocks of each request, padded with the null block to `width`."""
+        table = torch.full((len(lengths), width), self.pool.null_block, dtype=torch.int64)
         for row, tables, length in zip(table, self._block_tables, lengths):
             blocks = tables[group.index]
             if length > len(blocks):
@@ -79,7 +88,7 @@ class PagedLayer:
 
     def load(self) -> tuple[torch.Tensor, ...]:
         """The layer's tensors, each `[batch, *shape]`; a request at its beginning starts from zeros."""
-        tensors = self.state.pool.read_state(self.index, self.state.state_tables[self.group.index])
+        tensors = self.state.pool.read_state(self.index, self.state.state_rows[self.group.index])
         if min(self.state.starts) == 0:  # its blocks hold whatever was there before
             fresh = self.state.start == 0
             tensors = tuple(tensor.masked_fill(fresh.view(-1, *[1] * (tensor.dim() - 1)), 0) for tensor in tensors)
@@ -87,7 +96,7 @@ class PagedLayer:
 
     def store(self, *tensors: torch.Tensor) -> None:
         """Replace what `load` returned."""
-        self.state.pool.write_state(self.index, self.state.state_tables[self.group.index], *tensors)
+        self.state.pool.write_state(self.index, self.state.state_rows[self.group.index], *tensors)
 
     @property
     def snapshot_offsets(self) -> tuple[int, ...]:
@@ -100,4 +109,5 @@ class PagedLayer:
         for row, planned in enumerate(self.state.snapshots):
             if offset in planned:  # others of the batch may not want theirs
                 table = torch.tensor([planned[offset][self.group.index]], dtype=torch.int64, device=pool.device)
-                pool.write_state(self.index, table, *(tensor[row:row + 1] for tensor in tensors))
+                own = (tensor[row:row + 1] for tensor in tensors)
+                pool.write_state(self.index, pool.state_rows(self.group, table), *own)

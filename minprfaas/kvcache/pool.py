@@ -4,14 +4,14 @@ The pool keeps no books: which block belongs to whom is the ledger's business. S
 write into reserved blocks while the model runs on others.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 
 from minprfaas.config import StateKind
 from minprfaas.errors import UserError
-from minprfaas.kvcache.layout import Layout
+from minprfaas.kvcache.layout import KVGroup, Layout
 from minprfaas.model.spec import TensorSpec
 
 
@@ -68,35 +68,30 @@ class BlockPool:
 
     # Request state
 
-    def read_state(self, layer: int, blocks: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """A request-level layer's tensors, each `[batch, *shape]`; `blocks` is `[batch, state_blocks]` int64."""
-        tensors = []
-        for tensor, offset in self.layout.group_of_layer[layer].places[layer]:
-            view, first, last, column, length = self._span(tensor, offset)
-            if first == last:
-                values = view[:, column:column + length].index_select(0, blocks[:, first])
-            else:  # gathering whole blocks copies the state once; joining its pieces would copy it twice
-                whole = view.index_select(0, blocks[:, first:last + 1].reshape(-1)).view(len(blocks), -1)
-                values = whole[:, column:column + length]
-            tensors.append(values.view(len(blocks), *tensor.shape))
-        return tuple(tensors)
+    def state_rows(self, group: KVGroup, blocks: torch.Tensor) -> torch.Tensor:
+        """The pool as rows of `group.row_bytes` bytes: the numbers of those that hold each request's state, in order,
+        `[batch, rows]`. `blocks` is `[batch, state_blocks]` int64."""
+        of_block = self.layout.block_bytes // group.row_bytes
+        return (blocks[..., None] * of_block + torch.arange(of_block, device=blocks.device)).flatten(1)
 
-    def write_state(self, layer: int, blocks: torch.Tensor, *tensors: torch.Tensor) -> None:
+    def read_state(self, layer: int, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """A request-level layer's tensors, each `[batch, *shape]`, copied from the `state_rows` of its group."""
+        return tuple(pool_rows.index_select(0, own).view(tensor.torch_dtype).view(len(rows), *tensor.shape)
+                     for tensor, pool_rows, own in self._state_places(layer, rows))
+
+    def write_state(self, layer: int, rows: torch.Tensor, *tensors: torch.Tensor) -> None:
         """Replace what `read_state` returns; touches only this layer's bytes."""
-        for (tensor, offset), value in zip(self.layout.group_of_layer[layer].places[layer], tensors, strict=True):
-            view, first, last, column, length = self._span(tensor, offset)
-            flat, done = value.to(view.dtype).reshape(len(blocks), length), 0
-            for piece in range(first, last + 1):
-                size = min(view.shape[1] - column, length - done)
-                view[:, column:column + size].index_copy_(0, blocks[:, piece], flat[:, done:done + size])
-                done, column = done + size, 0
+        for (tensor, pool_rows, own), value in zip(self._state_places(layer, rows), tensors, strict=True):
+            value = value.to(tensor.torch_dtype).contiguous().view(-1).view(pool_rows.dtype)
+            pool_rows.index_copy_(0, own, value.view(-1, pool_rows.shape[1]))
 
-    def _span(self, tensor: TensorSpec, offset: int) -> tuple[torch.Tensor, int, int, int, int]:
-        """The pool in the tensor's dtype, the first and last of the state's blocks that it lies in, its column in the
-        first, and its length (both in elements)."""
-        view, (first, byte) = self.bytes.view(tensor.torch_dtype), divmod(offset, self.layout.block_bytes)
-        last = (offset + tensor.nbytes - 1) // self.layout.block_bytes
-        return view, first, last, byte // view.element_size(), tensor.nbytes // view.element_size()
+    def _state_places(self, layer: int, rows: torch.Tensor) -> Iterator[tuple[TensorSpec, torch.Tensor, torch.Tensor]]:
+        """Each tensor of the layer, the whole pool as rows, and the numbers of the tensor's own `[batch * rows]`."""
+        group = self.layout.group_of_layer[layer]
+        size = group.row_bytes
+        pool_rows = self.bytes.view(-1, size).view(torch.uint8 if size % 8 else torch.int64)  # long words copy faster
+        for tensor, offset in group.places[layer]:
+            yield tensor, pool_rows, rows[:, offset // size:(offset + tensor.nbytes) // size].flatten()
 
     # The wire
 
@@ -105,8 +100,8 @@ class BlockPool:
         state as of `end` (its tensors in the spec's order, unpadded), of a window its last `end` rows at most."""
         if self.layout.specs[layer].kind is StateKind.TOKEN:
             return self.read_tokens(layer, block_table, start, end).view(torch.uint8)
-        tensors = self.read_state(layer, self._index(block_table)[None])
-        data = torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in tensors])
+        rows = self.state_rows(self.layout.group_of_layer[layer], self._index(block_table)[None])
+        data = torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in self.read_state(layer, rows)])
         return data[data.numel() - self.layout.specs[layer].bytes_at(end):]
 
     def write_bytes(self, layer: int, block_table: Sequence[int], start: int, end: int, data: torch.Tensor) -> None:
@@ -122,7 +117,8 @@ class BlockPool:
         else:
             data = F.pad(data, (spec.nbytes - size, 0))  # a window that is not full yet begins with rows of zeros
             parts = zip(data.split([tensor.nbytes for tensor in spec.tensors]), spec.tensors)
-            self.write_state(layer, self._index(block_table)[None], *(_typed(part, tensor) for part, tensor in parts))
+            rows = self.state_rows(self.layout.group_of_layer[layer], self._index(block_table)[None])
+            self.write_state(layer, rows, *(_typed(part, tensor) for part, tensor in parts))
 
     # Whole blocks
 

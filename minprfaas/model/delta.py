@@ -6,8 +6,8 @@ what S stores under its key k by its value v, as far as its gate beta asks (the 
     S_t = diag(exp(g_t)) S_(t-1);   S_t += beta_t k_t (v_t - k_t^T S_t)^T;   o_t = S_t^T q_t
 
 KDA has a decay g for every key channel, GDN one for the head. `delta_rule_recurrent` is that, token by token: the
-reference, and the decode step. `delta_rule_chunked` computes the same for whole chunks with matrix products: the
-prefill form.
+reference. `delta_rule_step` computes the same for one token with fewer passes over S: the decode form.
+`delta_rule_chunked` computes it for whole chunks with matrix products: the prefill form.
 """
 
 from typing import NamedTuple
@@ -19,12 +19,15 @@ from torch import Tensor
 CHUNK_TOKENS = 64  # the prefill form holds the memory at every multiple of this, and nowhere else
 
 
-def delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor,
-               memory: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The quicker of the two forms below: outputs, memory after, and memory before each chunk (None for one token)."""
+def delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, memory: Tensor,
+               is_token: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The quicker of the forms below: outputs, memory after, and memory before each chunk (None for one token). Where
+    `is_token` `[batch, tokens]` is false stands padding, which neither writes nor decays."""
+    if is_token is not None:
+        g, beta = g * is_token[..., None, None], beta * is_token[..., None]
     with torch.autocast(q.device.type, enabled=False):  # the memory's sums need float32
-        if q.shape[1] == 1:  # decode: the recurrence is the shorter way, and crosses no chunk's boundary
-            return *delta_rule_recurrent(q, k, v, g, beta, memory), None
+        if q.shape[1] == 1:  # decode: one token crosses no chunk's boundary
+            return *delta_rule_step(q, k, v, g, beta, memory), None
         return delta_rule_chunked(q, k, v, g, beta, memory)
 
 
@@ -45,6 +48,15 @@ def delta_rule_recurrent(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tenso
         memory = memory + k[:, t, :, :, None] * delta[:, :, None]
         outputs.append(torch.einsum("bhkv,bhk->bhv", memory, q[:, t]))
     return torch.stack(outputs, dim=1), memory
+
+
+def delta_rule_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+    """The same function as `delta_rule_recurrent` of one token. Both products are with the memory S as it was, because
+    `(diag(exp(g)) S)^T x = S^T (exp(g) x)`: nothing waits for the new memory, which is written once."""
+    q, k, v, kept = q[:, 0], k[:, 0], v[:, 0], g[:, 0].exp()
+    delta = (v - torch.einsum("bhkv,bhk->bhv", memory, kept * k)) * beta[:, 0, :, None]
+    out = torch.einsum("bhkv,bhk->bhv", memory, kept * q) + (q * k).sum(dim=-1, keepdim=True) * delta
+    return out[:, None], torch.addcmul(kept[..., None] * memory, k[..., None], delta[:, :, None])
 
 
 def delta_rule_chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, memory: Tensor,

@@ -83,8 +83,9 @@ class GDN(nn.Module):
         sharing = config.num_v_heads // config.num_k_heads
         q, k = q.repeat_interleave(sharing, dim=2), k.repeat_interleave(sharing, dim=2)
         g = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias.float())
-        out, memory, before = delta_rule(q * config.k_dim**-0.5, k, v, g[..., None], b.float().sigmoid(), memory)
-        store_memory(state, x.shape[1], CHUNK_TOKENS, memory, before, inputs)
+        out, memory, before = delta_rule(q * config.k_dim**-0.5, k, v, g[..., None], b.float().sigmoid(), memory,
+                                         positions.is_token)
+        store_memory(state, positions, CHUNK_TOKENS, memory, before, inputs)
         gate = F.silu(z.unflatten(-1, (-1, config.v_dim)).float())
         return self.o_proj((self.norm(out) * gate).to(x.dtype).flatten(2))
 

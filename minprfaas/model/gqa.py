@@ -86,11 +86,11 @@ class GQA(nn.Module):
         if state is not None and config.window is None:
             context = state.append(rows)
             if context.attend is not None:
-                return self.output(gate, *context.attend(q, scale))
+                return self.output(gate, *context.attend(q, scale, config.num_kv_heads))
             if context.longest > x.shape[1]:
                 rows = context.rows()
         elif state is not None:
-            rows = pass_through_window(rows, state)
+            rows = pass_through_window(rows, positions, state)
         k, v = rows.split([config.num_kv_heads * config.head_dim, config.num_kv_heads * config.v_dim], dim=-1)
         k, v = k.unflatten(-1, (config.num_kv_heads, -1)), v.unflatten(-1, (config.num_kv_heads, -1))
         if config.window is None:

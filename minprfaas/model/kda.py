@@ -81,8 +81,8 @@ class KDA(nn.Module):
         if x.shape[1] == 1:
             out, memory, before = self.step(*arguments, memory)
         else:
-            out, memory, before = delta_rule(*arguments, memory)
-        store_memory(state, x.shape[1], CHUNK_TOKENS, memory, before, inputs)
+            out, memory, before = delta_rule(*arguments, memory, positions.is_token)
+        store_memory(state, positions, CHUNK_TOKENS, memory, before, inputs)
         return self.output(out, x)
 
     def project(self, x: Tensor, tail: Tensor) -> tuple[Tensor, ...]:

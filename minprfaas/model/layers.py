@@ -58,10 +58,13 @@ def join(stream: Tensor, normed: Tensor, given: Tensor, residual: ResidualConfig
 
 
 class Positions:
-    """Where the new tokens of a forward pass stand: `index` `[batch, new]`, `start` `[batch]` tokens came before."""
+    """Where the new tokens of a forward pass stand: `index` `[batch, new]`, `start` `[batch]` tokens came before. Where
+    only the first `new` `[batch]` tokens of each row are, and the others padding, `is_token` `[batch, new]` says so."""
 
-    def __init__(self, start: Tensor, new_tokens: int):
-        self.index = start[:, None] + torch.arange(new_tokens, device=start.device)
+    def __init__(self, start: Tensor, new_tokens: int, new: Tensor | None = None):
+        offsets = torch.arange(new_tokens, device=start.device)
+        self.index, self.new = start[:, None] + offsets, new
+        self.is_token = None if new is None else offsets < new[:, None]
         self._tables: dict = {}
 
     def rotary(self, rope: RopeConfig, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -73,6 +76,14 @@ class Positions:
             cos, sin = angles.cos() * rope.amplitude, angles.sin() * rope.amplitude
             self._tables[rope, head_dim] = (cos.to(dtype), sin.to(dtype))
         return self._tables[rope, head_dim]
+
+
+def rows_from(rows: Tensor, first: int | Tensor, count: int) -> Tensor:
+    """`count` of `rows` `[batch, all, width]` from number `first` on, one for all requests or `[batch]`."""
+    if isinstance(first, int):
+        return rows[:, first:first + count]
+    index = first[:, None] + torch.arange(count, device=rows.device)
+    return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[2]))
 
 
 @cache

@@ -6,6 +6,7 @@ decode step; `lightning_chunked` computes the same for whole chunks with matrix 
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -73,26 +74,31 @@ def lightning_recurrent(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, memory:
     return torch.stack(outputs, dim=1), memory
 
 
-def lightning_chunked(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, memory: Tensor,
+def lightning_chunked(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, memory: Tensor, new: Tensor | None = None,
                       chunk: int = CHUNK_TOKENS) -> tuple[Tensor, Tensor, Tensor]:
-    """The same function as `lightning_recurrent` (same arguments), `chunk` tokens at a time.
+    """The same function as `lightning_recurrent` (same arguments), `chunk` tokens at a time. Where there is `new`
+    `[batch]`, only so many tokens of each row are, and the others padding, which neither writes nor decays.
 
     Returns the outputs, the memory after the last token, and the memory before each chunk
     `[batch, heads, chunks, head_dim, head_dim]`.
     """
     tokens = q.shape[1]
     padding = -tokens % chunk
+    number = torch.arange(1, tokens + padding + 1, device=q.device)  # of tokens, that one included
+    if new is None:
+        new = number.new_full((1,), tokens)
+    k = k * (number[:tokens] <= new[:, None])[..., None, None]
     # Copied once into the order in which they are multiplied: each product would copy them anew.
     q, k, v = (F.pad(x, (0, 0, 0, 0, 0, padding)).unflatten(1, (-1, chunk)).permute(0, 3, 1, 2, 4).contiguous()
                for x in (q, k, v))
-    steps = torch.arange(1, tokens + padding + 1, device=q.device).clamp(max=tokens)  # padding does not decay
-    steps = steps.view(-1, chunk) - torch.arange(0, tokens, chunk, device=q.device)[:, None]  # since its chunk began
-    decay = -slopes[:, None, None, None] * steps[..., None]  # [heads, chunks, chunk, 1]
+    steps = number.minimum(new[:, None]).unflatten(1, (-1, chunk))  # [batch or 1, chunks, chunk]
+    steps = (steps - number.view(-1, chunk)[:, :1] + 1).clamp(min=0)  # since its chunk began
+    decay = -slopes[:, None, None, None] * steps[:, None, ..., None]  # [batch or 1, heads, chunks, chunk, 1]
     total = decay[..., -1:, :]
 
     added = (k * (total - decay).exp()).transpose(-1, -2) @ v
     befores, after = [], memory
-    for keep_n, added_n in zip(total.exp().unbind(1), added.unbind(2)):
+    for keep_n, added_n in zip(total.exp().unbind(2), added.unbind(2)):
         befores.append(after)
         after = keep_n * after + added_n
     before = torch.stack(befores, dim=2)
@@ -122,14 +128,14 @@ class Lightning(nn.Module):
         state = state_or_fresh(state, config.state_spec("float32"), x)
         (memory,) = state.load()
         q, k, v = self._heads(x, positions)
-        slopes = torch.tensor(config.slopes, device=x.device)
+        slopes = _slopes_on(x.device, config.slopes)
         with torch.autocast(x.device.type, enabled=False):  # the memory's sums need float32
             if x.shape[1] == 1:
                 out, memory = lightning_recurrent(q, k, v, slopes, memory)
                 before = None
             else:
-                out, memory, before = lightning_chunked(q, k, v, slopes, memory)
-        store_memory(state, x.shape[1], CHUNK_TOKENS, memory, before)
+                out, memory, before = lightning_chunked(q, k, v, slopes, memory, positions.new)
+        store_memory(state, positions, CHUNK_TOKENS, memory, before)
         out = out.flatten(2).unflatten(-1, (config.norm_groups, -1)).to(x.dtype)
         normed = F.rms_norm(out.float(), out.shape[-1:], eps=self.norm.eps).flatten(2).to(x.dtype) * self.norm.weight
         return self.o_proj(self.g_proj(x).sigmoid() * normed)
@@ -149,3 +155,10 @@ class Lightning(nn.Module):
             cos, sin = positions.rotary(config.rope, config.head_dim, x.dtype)
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         return q.float() * config.scale, k.float(), v.float()
+
+
+@cache
+def _slopes_on(device: torch.device, slopes: tuple[float, ...]) -> Tensor:
+    """Copied to a device once: a copy from the host would make a pass wait, and a captured one fail."""
+    with torch.inference_mode(False):  # what is kept must serve passes with gradients too
+        return torch.tensor(slopes, device=device)

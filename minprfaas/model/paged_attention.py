@@ -25,7 +25,7 @@ class PageIndex(NamedTuple):
 class PageOutputs(NamedTuple):
     """What each page gives; `merge_pages` makes one attention of it."""
 
-    out: Tensor  # [batch, pages, groups, kv_heads, dim]: softmax over the page alone; anything for an empty one
+    out: Tensor  # [batch, pages, groups, kv_heads, v_dim]: softmax over the page alone; anything for an empty one
     log_sum: Tensor  # [kv_heads, batch, pages, groups]: logarithm of its denominator
     row_counts: Tensor
 
@@ -41,11 +41,11 @@ def page_index(pages: Pages, groups: int) -> PageIndex:
     return PageIndex(torch.cat([first_rows, first_rows[-1:]]), row_counts, first_queries)
 
 
-def flash_can_read(view: Tensor, head_dim: int) -> bool:
-    """Whether the flash kernel can follow pages of `view` `[blocks, block_tokens, width]`: on a GPU, in 16 bits, and
-    where a block is a whole number of rows, so that every page begins at a row."""
+def flash_can_read(view: Tensor, head_dim: int, kv_heads: int) -> bool:
+    """Whether the flash kernel can follow pages of `view` `[blocks, block_tokens, width]`: on a GPU, in 16 bits, with
+    values as wide as keys, and where a block is a whole number of rows, so that every page begins at a row."""
     return (view.is_cuda and view.dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
-            and view.stride(0) % view.stride(1) == 0)
+            and view.shape[2] == 2 * kv_heads * head_dim and view.stride(0) % view.stride(1) == 0)
 
 
 def attend_to_pages(q: Tensor, view: Tensor, index: PageIndex, scale: float) -> PageOutputs:
@@ -65,13 +65,13 @@ def attend_to_pages(q: Tensor, view: Tensor, index: PageIndex, scale: float) -> 
                        index.row_counts)
 
 
-def attend_to_copied_pages(q: Tensor, pages: Pages, row_counts: Tensor, scale: float) -> PageOutputs:
+def attend_to_copied_pages(q: Tensor, pages: Pages, row_counts: Tensor, scale: float, kv_heads: int) -> PageOutputs:
     """The same by gathering the pages: the reference, and the way of those that flash cannot read."""
     batch, count = pages.block_table.shape
-    dim = q.shape[3]
     rows = pages.view.index_select(0, pages.block_table.flatten()).unflatten(0, (batch, count))
-    k, v = rows.unflatten(-1, (2, -1, dim)).unbind(3)  # [batch, pages, tokens, kv_heads, dim]
-    queries = q.view(batch, k.shape[3], -1, dim)  # [batch, kv_heads, groups, dim]
+    keys = kv_heads * q.shape[3]
+    k, v = (part.unflatten(-1, (kv_heads, -1)) for part in rows.split([keys, rows.shape[3] - keys], dim=-1))
+    queries = q.view(batch, kv_heads, -1, q.shape[3])  # [batch, kv_heads, groups, dim]
     scores = torch.einsum("bkgd,bptkd->bkgpt", queries, k).float() * scale
     beyond = torch.arange(k.shape[2], device=q.device) >= row_counts[..., None]
     scores = scores.masked_fill(beyond[:, None, None], float("-inf"))
@@ -81,7 +81,7 @@ def attend_to_copied_pages(q: Tensor, pages: Pages, row_counts: Tensor, scale: f
 
 
 def merge_pages(out: Tensor, log_sum: Tensor, row_counts: Tensor) -> Tensor:
-    """One attention over all pages, of `PageOutputs`: `[batch, 1, heads, dim]`."""
+    """One attention over all pages, of `PageOutputs`: `[batch, 1, heads, v_dim]`."""
     empty = (row_counts == 0)[:, :, None, None]
     weights = log_sum.permute(1, 2, 3, 0).masked_fill(empty, float("-inf")).softmax(dim=1)
     # What stands in the output of an empty page is nobody's business, NaN included.

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minprfaas.model.layers import Positions, rows_from
 from minprfaas.model.spec import LayerState, StateSpec
 from minprfaas.model.state import ContiguousLayerState
 
@@ -43,18 +44,20 @@ class ShortConvolution(nn.Module):
         return F.silu(convolved), inputs
 
 
-def store_memory(state: LayerState, new: int, chunk: int, memory: Tensor, before: Tensor | None,
+def store_memory(state: LayerState, positions: Positions, chunk: int, memory: Tensor, before: Tensor | None,
                  inputs: Tensor | None = None) -> None:
-    """The state after a pass of `new` tokens, and at the wanted offsets inside it.
+    """The state after a pass, and at the wanted offsets inside it.
 
     `memory` is the one after the pass, `before` `[batch, heads, chunks, …]` the one before each `chunk` tokens. The
     `inputs` of a short convolution begin with the tail that the pass began with, so the kernel - 1 rows from `offset`
     on are the tail after `offset` tokens.
     """
+    new = positions.index.shape[1]
     for offset in sorted({*state.snapshot_offsets, new}):
         tensors = (memory if offset == new else before[:, :, offset // chunk],)
         if inputs is not None:
-            tensors += (inputs[:, offset : offset + inputs.shape[1] - new].transpose(1, 2),)
+            after = positions.new if offset == new and positions.new is not None else offset
+            tensors += (rows_from(inputs, after, inputs.shape[1] - new).transpose(1, 2),)
         if offset in state.snapshot_offsets:
             state.store_snapshot(offset, *tensors)
     state.store(*tensors)

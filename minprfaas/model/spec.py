@@ -84,9 +84,9 @@ class TokenContext:
 
     pages: Pages  # without a copy, for kernels that follow a block table
     longest: int  # of the lengths
-    # Attention to the pages without a copy: (q `[batch, 1, heads, dim]`, scale) -> what `merge_pages` takes. None: read
-    # `rows` instead.
-    attend: Callable[[torch.Tensor, float], tuple[torch.Tensor, ...]] | None = None
+    # Attention to the pages without a copy: (q `[batch, 1, heads, dim]`, scale, KV heads) -> what `merge_pages` takes.
+    # None: read `rows` instead.
+    attend: Callable[[torch.Tensor, float, int], tuple[torch.Tensor, ...]] | None = None
 
     def rows(self) -> torch.Tensor:
         """A contiguous copy `[batch, longest, width]`: the reference. A shorter request's rows end in padding, which is
@@ -117,6 +117,7 @@ class ModelState(Protocol):
     """The state of a batch of requests, for one forward pass."""
 
     start: torch.Tensor  # [batch] int64: tokens already in the state of each request
+    new: torch.Tensor | None  # [batch] int64: those that the pass adds, where a row may end in padding; None: all
 
     def layer(self, index: int) -> LayerState: ...
 

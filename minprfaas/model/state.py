@@ -42,6 +42,8 @@ class ContiguousLayerState:
 class ContiguousState:
     """The state of `batch` requests of one length (see `ModelState`); call `advance` after each forward pass."""
 
+    new = None
+
     def __init__(self, config: ModelConfig, dtype: str, batch: int = 1, device: str | torch.device = "cpu"):
         self.layers = [ContiguousLayerState(spec, batch, device) for spec in model_state_specs(config, dtype)]
         self.start = torch.zeros(batch, dtype=torch.int64, device=device)

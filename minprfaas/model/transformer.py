@@ -43,7 +43,7 @@ class Stack(nn.Module):
     def forward(self, token_ids: Tensor, state: ModelState | None, on_layer: OnLayer | None) -> Tensor:
         """The last hidden states `[batch, new, hidden]`; see `Transformer.forward`."""
         start = token_ids.new_zeros(token_ids.shape[0]) if state is None else state.start
-        positions = Positions(start, token_ids.shape[1])
+        positions = Positions(start, token_ids.shape[1], None if state is None else state.new)
         x = self.embed_tokens(token_ids)
         for index, layer in enumerate(self.layers):
             layer_state = None if state is None else state.layer(index)
@@ -86,4 +86,6 @@ class Transformer(nn.Module):
         afterwards. `on_layer(i)` is called as soon as layer i's state holds the new tokens.
         """
         hidden = self.model(token_ids, state, on_layer)
+        if last_only and state is not None and state.new is not None:
+            hidden = hidden[torch.arange(len(hidden), device=hidden.device), state.new - 1][:, None]
         return self.lm_head(hidden[:, -1:] if last_only else hidden)

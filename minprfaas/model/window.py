@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minprfaas.config import StateKind
-from minprfaas.model.layers import Positions
+from minprfaas.model.layers import Positions, rows_from
 from minprfaas.model.spec import LayerState, StateSpec, TensorSpec
 
 QUERIES_AT_ONCE = 128  # a piece of so many tokens (or of the window's) sees the rows of two windows at most
@@ -20,13 +20,13 @@ def window_spec(window: int, width: int, dtype: str) -> StateSpec:
     return StateSpec(StateKind.WINDOW, (TensorSpec("kv", (max(window - 1, 1), width), dtype),))
 
 
-def pass_through_window(rows: Tensor, state: LayerState) -> Tensor:
+def pass_through_window(rows: Tensor, positions: Positions, state: LayerState) -> Tensor:
     """Add `rows` `[batch, new, width]` to the window; returns them after what it held: `[batch, held + new, width]`."""
     (held,) = state.load()
     context = torch.cat([held, rows], dim=1)
     for offset in state.snapshot_offsets:
         state.store_snapshot(offset, context[:, offset:offset + held.shape[1]])
-    state.store(context[:, rows.shape[1]:])
+    state.store(rows_from(context, rows.shape[1] if positions.new is None else positions.new, held.shape[1]))
     return context
 
 

@@ -34,10 +34,10 @@ STEPS = 24
 Readings = Iterator[Reading]
 
 
-def random_model(shape: dict, compiled: bool) -> Transformer:
-    """In bfloat16 on the GPU, drawn there."""
+def random_model(shape: dict, compiled: bool, device: str = "cuda") -> Transformer:
+    """In bfloat16 on the device, drawn there."""
     torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
+    with torch.device(device):
         model = Transformer(config_from_hf(shape))
     torch.set_default_dtype(torch.float32)
     for parameter in model.requires_grad_(False).parameters():
@@ -86,12 +86,14 @@ def decode_ms(model: Transformer, batch: int, context: int) -> float:
     return statistics.median(ms[4:])
 
 
-def decoding_engine(model: Transformer, batch: int, context: int) -> Engine:
-    """An engine in the middle of `batch` answers, whose contexts were never computed."""
-    cache = pool_for(model, [context + STEPS] * batch, limit_bytes=2**36)
+def decoding_engine(model: Transformer, batch: int, context: int, steps: int = STEPS,
+                    others: list[int] = ()) -> Engine:
+    """An engine before `steps` steps of `batch` answers, whose contexts were never computed and then reach `context`;
+    its pool has room for `others` of these lengths too."""
+    cache = pool_for(model, [context + STEPS] * batch + list(others), limit_bytes=2**36)
     engine = Engine(model, None, replace(cache, prefix_cache=False), max_batch=batch)
     for number in range(batch):
-        request = Request(str(number), [number + 1] * (context - STEPS), SamplingParams(2 * STEPS, ignore_eos=True))
+        request = Request(str(number), [number + 1] * (context - steps), SamplingParams(2 * steps, ignore_eos=True))
         if not engine.scheduler.open_cache(request):
             raise RuntimeError("the pool is too small")
         engine.kvcache.advance(request.cache, request.token_ids)

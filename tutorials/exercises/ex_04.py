@@ -74,7 +74,7 @@ def check_3() -> str | None:
         request = Request("exercise", prompt, SamplingParams())
         scheduler.waiting.append(request)
         while not chunks or chunks[-1][1] < tokens:
-            planned = scheduler.next_chunk()
+            (planned,) = scheduler.next_chunks()
             chunks.append((planned.start, planned.end))
             kvcache.advance(request.cache, prompt[:planned.end])
         cases.append(((tokens, cached, chunk), chunks))

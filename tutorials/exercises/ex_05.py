@@ -46,7 +46,7 @@ def check_1() -> str | None:
         scheduler = Scheduler(kvcache, prefill_chunk=64, max_batch=places)
         for number, tokens in enumerate(prompts):
             scheduler.waiting.append(Request(str(number), list(range(tokens)), SamplingParams()))
-        scheduler.next_chunk()
+        scheduler.next_chunks()
         cases.append(((prompts, free, 16, places), len(scheduler.prefilling)))
     return first_wrong(admitted, cases)
 
