@@ -117,14 +117,22 @@ def run_program(module: str) -> None:
 
     @exit_on_user_error
     def imported_and_run() -> int:
+        # What is being imported may swallow a KeyboardInterrupt, or make another error of it.
+        signal.signal(signal.SIGINT, _end_at_once)
+        main = importlib.import_module(module).main
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        return importlib.import_module(module).main(sys.argv[1:])
+        return main(sys.argv[1:])
 
     try:
         status = imported_and_run()
     except SystemExit as end:
         status = end.code
     _leave(status or 0)
+
+
+def _end_at_once(*_: object) -> NoReturn:
+    print("interrupted", file=sys.stderr, flush=True)
+    os._exit(130)
 
 
 def _leave(status: int) -> NoReturn:

@@ -22,10 +22,31 @@ def main(argv):
 """
 
 
-@pytest.mark.parametrize("status", [0, 1])
-def test_a_thread_that_nobody_joined_does_not_change_how_a_program_ends(tmp_path: Path, status: int) -> None:
-    (tmp_path / "program.py").write_text(PROGRAM.format(status=status))
-    line = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; " \
+IMPORT = """
+import os, signal
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except BaseException:
+    pass  # as some libraries do, around an import of their own that may fail
+
+def main(argv):
+    print("went on")
+"""
+
+
+def run(folder: Path, program: str) -> tuple[int, str, str]:
+    """Status, stdout and stderr of `run_program` with this program."""
+    (folder / "program.py").write_text(program)
+    line = f"import sys; sys.path[:0] = [{str(folder)!r}, {str(ROOT)!r}]; " \
            "from minprfaas.errors import run_program; run_program('program')"
     done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (status, "done\ntidied\n", "")
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_a_thread_that_nobody_joined_does_not_change_how_a_program_ends(tmp_path: Path, status: int) -> None:
+    assert run(tmp_path, PROGRAM.format(status=status)) == (status, "done\ntidied\n", "")
+
+
+def test_an_interrupt_during_an_import_that_swallows_it_ends_the_program_all_the_same(tmp_path: Path) -> None:
+    assert run(tmp_path, IMPORT) == (130, "", "interrupted\n")
