@@ -94,7 +94,6 @@ class House:
             self.service.join(0.01)
         self.step_until(lambda: self.is_empty)
         for worker in self.process.workers:
-            worker.upkeep.close()
             worker.engine.kvcache.check()
 
 

@@ -1,6 +1,7 @@
 """The joints of the cluster: messages, mail, the node's loop, the roles' deadlines, and who decides. Chapter 13."""
 
 import json
+import os
 import queue
 import threading
 from dataclasses import replace
@@ -12,17 +13,19 @@ from cluster_support import (
     DEADLINE_S, FAST, kill, nothing_in_use, pd_process, prfaas_process, serve, step_until, two_datacenters)
 from control_support import RecordingControlPlane, replay
 from test_two_datacenters import GREEDY, prompts_of, reference, tokens
-from transport_support import IDENTITY
+from transport_support import IDENTITY, connected, wait_until
 
 from minprfaas import SamplingParams, UserError
 from minprfaas.cluster import messages
 from minprfaas.cluster.envelope import BadMessage, Envelope, decode, encode
 from minprfaas.cluster.front_end import FrontEnd
+from minprfaas.cluster.kv_send import STREAMS_AT_ONCE, KVSend, SendingThreads
 from minprfaas.cluster.launch import link_identity
 from minprfaas.cluster.mail import FRONT, Mail
 from minprfaas.cluster.neighbours import Neighbours
 from minprfaas.cluster.node import PeerLost, PeerReturned
 from minprfaas.cluster.processes import control_settings
+from minprfaas.cluster.stream_plans import stream_plan
 from minprfaas.cluster.topology import Topology
 from minprfaas.cluster.upkeep import TIMELINE_PART, Upkeep
 from minprfaas.config import CacheConfig, LineConfig, LinkSample, Role
@@ -238,6 +241,37 @@ def test_a_first_token_is_told_when_its_request_has_a_place_in_the_decode_batch(
     assert second.first_token_at_s >= first.finished_at_s and (second.attempts, second.route) == (1, "prfaas")
     assert second.admit_s > 0 and second.route_s >= 0
     assert tokens([second]) == reference(*hybrid, [prompts[0]], GREEDY)
+
+
+def test_hundreds_of_streams_leave_threads_descriptors_and_blocks_as_they_were(hybrid):
+    """A thread that waited for the next stream would stay: as many as there ever were streams at once."""
+    engine = Engine(*hybrid, CacheConfig(20, 16))
+    prompt = engine.add(engine.request("prompt", prompts_of(50)[0], GREEDY, prefill_only=True))
+    while prompt.status is not Status.HELD:
+        engine.step()
+    cache, sending = prompt.cache, SendingThreads()
+
+    def held():
+        return {*threading.enumerate()}, len(os.listdir("/dev/fd")), engine.kvcache.stats()
+
+    with connected() as (sender, receiver):
+        before = held()
+        for number, at_once in enumerate([*[30] * 8, STREAMS_AT_ONCE + 6]):
+            plans = [stream_plan(engine.layout, 100 * number + one, 0, 50) for one in range(at_once)]
+            sends = []
+            for plan in plans:
+                receiver.expect(plan, lambda *_: None)
+                engine.kvcache.begin_transfer(cache)
+                sends.append(KVSend(engine.kvcache, sender, plan, cache.block_tables, sending, DEADLINE_S))
+            assert len({*threading.enumerate()} - before[0]) == min(at_once, STREAMS_AT_ONCE)
+            for send in sends:
+                send.finish()
+            for send in sends:
+                assert send.outcome.result(DEADLINE_S).bytes == send.plan.total_bytes
+                engine.kvcache.end_transfer(cache)
+        wait_until(lambda: held() == before)
+    engine.release(prompt)
+    engine.kvcache.check()
 
 
 def test_an_answer_that_the_pool_cuts_short_says_so(hybrid):

@@ -6,7 +6,6 @@ Chapter 15.
 import json
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from test_prefix_shipping import LONGER, PREFIX, THRESHOLD, abundant, prefix_onl
 from test_two_datacenters import GREEDY, prompts_of, reference, tokens
 
 from minprfaas.cluster.kv_receive import KVReceive
-from minprfaas.cluster.kv_send import KVSend
+from minprfaas.cluster.kv_send import KVSend, SendingThreads
 from minprfaas.cluster.stream_plans import snapshot_plan, stream_plan
 from minprfaas.commands.answers import wire_share
 from minprfaas.config import CacheConfig, StateKind
@@ -53,10 +52,9 @@ class HandOver:
         self.plan = plans[0]
         assert plans[0].total_bytes == plans[1].total_bytes
         self.arriving = KVReceive(self.receiver.kvcache, loopback, plans[1], self.request.cache.block_tables)
-        with ThreadPoolExecutor(1) as threads:
-            stream = KVSend(sender.kvcache, loopback, self.plan, self.sent.cache.block_tables, threads, DEADLINE_S)
-            stream.finish()
-            stream.outcome.result(DEADLINE_S)
+        stream = KVSend(sender.kvcache, loopback, self.plan, self.sent.cache.block_tables, SendingThreads(), DEADLINE_S)
+        stream.finish()
+        stream.outcome.result(DEADLINE_S)
         self.sides = [(sender, self.sent), (self.receiver, self.request)]
 
     def bytes_of(self, layer):

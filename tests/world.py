@@ -136,12 +136,11 @@ class World:
                 self._wind_up(machine)
 
     def _wind_up(self, machine):
-        """End a node's sending threads, which in a killed process would have ended with it."""
+        """Let a node's streams end, which in a killed process would have ended with it."""
         until_s = time.monotonic() + DEADLINE_S
         machine.node.step()
         while machine.part.has_work and time.monotonic() < until_s:
             machine.node.step()
-        machine.part.upkeep.threads.shutdown(wait=not machine.part.has_work)
 
     # Nodes come and go
 

@@ -17,14 +17,13 @@ import helper
 args = helper.begin(__doc__, {"--timeline": dict(metavar="OUT.json", help="write the pictured run as trace events")})
 
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
 from nodes import FarEnd, ask, contents, hybrid_cache
 
 from minprfaas.cluster.kv_receive import KVReceive
-from minprfaas.cluster.kv_send import KVSend
+from minprfaas.cluster.kv_send import KVSend, SendingThreads
 from minprfaas.cluster.stream_plans import stream_plan
 from minprfaas.config import LineConfig, LinkConfig, StateKind
 from minprfaas.files import write_whole
@@ -160,7 +159,7 @@ print(f"\n   C = {COMPUTE_S:.2f} s, R = {RTT_MS:g} ms, {human_bytes(plan.total_b
 # model's thread, for a piece of 256 KiB?
 
 # %%
-threads = ThreadPoolExecutor(4)
+threads = SendingThreads()
 here = Loopback()
 there_cache, there_request = hybrid_cache(TOKENS)
 KVReceive(there_cache, here, plan, there_request.block_tables)

@@ -6,8 +6,10 @@ for it, because the blocks keep it: they are held until the stream has ended.
 """
 
 import queue
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -20,6 +22,38 @@ from minprfaas.transport.events import StreamReport
 from minprfaas.transport.encoding import codecs
 
 STREAMS_AT_ONCE = 64  # of one node; further ones wait for their turn, and their KVCache in its blocks
+
+
+class SendingThreads:
+    """A node's: one for each stream, as many as `STREAMS_AT_ONCE`, and none where nothing is sent. A thread that waited
+    for work would keep what the allocator has given it: a node would grow with the most streams it ever had at once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running = 0
+        self._waiting: deque[tuple[Callable[[], StreamReport], Future[StreamReport]]] = deque()
+
+    def submit(self, send: Callable[[], StreamReport]) -> Future[StreamReport]:
+        """Call `send` in a thread; its result or exception is the future's."""
+        outcome: Future[StreamReport] = Future()
+        with self._lock:
+            self._waiting.append((send, outcome))
+            if self._running < STREAMS_AT_ONCE:
+                self._running += 1
+                threading.Thread(target=self._work, name="send", daemon=True).start()
+        return outcome
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._running -= 1
+                    return
+                send, outcome = self._waiting.popleft()
+            try:
+                outcome.set_result(send())
+            except BaseException as error:
+                outcome.set_exception(error)
 
 
 @dataclass(frozen=True)
@@ -41,7 +75,7 @@ class KVSend:
     """
 
     def __init__(self, kvcache: KVCacheManager, transport: KVTransport, plan: StreamPlan, tables: Sequence,
-                 threads: ThreadPoolExecutor, deadline_s: float, overlap: bool = True):
+                 threads: SendingThreads, deadline_s: float, overlap: bool = True):
         self.plan = plan
         self._pool, self._layout, self._tables = kvcache.pool, kvcache.layout, tables
         self._overlap, self._deadline_s = overlap, deadline_s

@@ -1,5 +1,6 @@
 """Starting processes: what torchrun says of this one, its device, store and line; who outlives whom. Chapter 13."""
 
+import ctypes
 import os
 import secrets
 import signal
@@ -32,6 +33,7 @@ from minprfaas.transport.wan.shared_words import remove_abandoned
 STORE_DEADLINE_S = 60.0  # until the process that serves the store has started
 AGENT_DEADLINE_S = 10.0  # torchrun serves its store before it starts anybody
 WATCH_EVERY_S = 0.25
+M_ARENA_MAX, ARENAS = -8, 2  # glibc's mallopt
 ENDING_S = 5.0  # for the other processes, once the front end's has ended
 
 
@@ -120,6 +122,14 @@ def watch_parent() -> None:
         os._exit(1)  # from any state: what the other threads hold is nobody's concern now
 
     threading.Thread(target=watch, name="parent watch", daemon=True).start()
+
+
+def share_arenas() -> None:
+    """glibc's allocator gives each thread an arena of its own, up to eight a core, and an arena keeps what was freed in
+    it. A node's many short threads share two: then what its streams took at their peak goes back to the system."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_ARENA_MAX, ARENAS)
 
 
 def own_device(kind: str, local_rank: int) -> torch.device:

@@ -9,11 +9,10 @@ will begin with it, here and in the datacenter beyond.
 import itertools
 import secrets
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from minprfaas.cluster.kv_receive import KVReceive
-from minprfaas.cluster.kv_send import KVSend
+from minprfaas.cluster.kv_send import KVSend, SendingThreads
 from minprfaas.cluster.mail import Mail
 from minprfaas.cluster.messages import PrefixAbort, PrefixOrder
 from minprfaas.cluster.stream_plans import stream_plan
@@ -46,7 +45,7 @@ class Fetch:
 class PrefixShipping:
     """The prefixes that one part sends and receives. Only its own loop calls it."""
 
-    def __init__(self, name: str, kvcache: KVCacheManager, mail: Mail, threads: ThreadPoolExecutor,
+    def __init__(self, name: str, kvcache: KVCacheManager, mail: Mail, threads: SendingThreads,
                  clock: Callable[[], float], deadline_s: float):
         self.deadline_s = deadline_s
         self._name, self._kvcache, self._mail, self._threads, self._clock = name, kvcache, mail, threads, clock

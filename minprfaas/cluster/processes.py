@@ -67,8 +67,6 @@ class Process:
 
     def _say_goodbye(self) -> None:
         for worker in self.workers:
-            worker.upkeep.close()
-        for worker in self.workers:
             worker.upkeep.say_goodbye()
 
 

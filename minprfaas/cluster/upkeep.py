@@ -3,13 +3,12 @@
 import math
 import resource
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
 
 from minprfaas.cluster import messages
-from minprfaas.cluster.kv_send import STREAMS_AT_ONCE
+from minprfaas.cluster.kv_send import SendingThreads
 from minprfaas.cluster.mail import FRONT, Mail
 from minprfaas.cluster.node import Happening, PeerLost, PeerReturned
 from minprfaas.cluster.prefix_shipping import PrefixShipping
@@ -27,7 +26,7 @@ class Upkeep:
     def __init__(self, name: str, role: Role, engine: Engine, mail: Mail, transfer_deadline_s: float):
         self.is_stopping = False  # the front end sends no more requests
         self.front_gone_at_s: float | None = None  # since when there is nobody to work for
-        self.threads = ThreadPoolExecutor(STREAMS_AT_ONCE, thread_name_prefix=f"{name} send")
+        self.threads = SendingThreads()
         self.name, self.engine, self.mail, self.transfer_deadline_s = name, engine, mail, transfer_deadline_s
         self.prefixes = PrefixShipping(name, engine.kvcache, mail, self.threads, engine.clock, transfer_deadline_s)
         self.role = role
@@ -72,10 +71,6 @@ class Upkeep:
         self.tell_news()
         if self.engine.clock() - self._figures_at_s >= FIGURES_S:
             self._tell_figures()
-
-    def close(self) -> None:
-        """End the sending threads; every stream must have ended."""
-        self.threads.shutdown()
 
     def introduce(self) -> None:
         """Say who is here. The front end then asks for an inventory."""

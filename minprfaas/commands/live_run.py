@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from minprfaas.cluster.launch import StoreAddress, emulated_line, link_identity, own_device
+from minprfaas.cluster.launch import StoreAddress, emulated_line, link_identity, own_device, share_arenas
 from minprfaas.cluster.mail import Mail
 from minprfaas.cluster.neighbours import Neighbours
 from minprfaas.cluster.processes import UNTHROTTLED_GBPS, Process, control_settings, front_end, process, worker
@@ -62,6 +62,7 @@ def check_outputs(run: Run) -> None:
 def play(run: Run, seat: Seat, drive: Drive | None = None) -> int:
     """Live this process's life; returns the exit status. `drive` is what the front end's process does once its peers
     can be met, instead of asking the prompts."""
+    share_arenas()
     outputs = outputs_of(run) if seat.here.has_front else {}
     try:
         return _play(run, seat, outputs, drive)
