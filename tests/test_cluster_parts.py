@@ -379,8 +379,7 @@ def upkeep(hybrid):
     mail = Mail(queue.SimpleQueue())
     mail.add_local(FRONT)
     one = Upkeep("pd-0", Role.PDD, engine, mail, DEADLINE_S)
-    yield one, lambda: [envelope.message for envelope in mail.take_local()]
-    one.close()
+    return one, lambda: [envelope.message for envelope in mail.take_local()]
 
 
 def test_a_front_end_that_asks_or_returns_is_told_who_is_here(upkeep):
