@@ -135,7 +135,7 @@ def test_when_bandwidth_falls_to_a_tenth_the_adaptive_threshold_keeps_goodput_an
 
 
 def test_when_lengths_shift_with_the_day_role_conversion_beats_a_fixed_split():
-    day_s, rate = 7200.0, 2.7
+    day_s, rate = 3600.0, 2.7
     def one_day(convert_roles):
         rng = random.Random(1)
         times, count = diurnal(rate, rng, day_s), int(rate * day_s)
