@@ -10,9 +10,9 @@ from minprfaas.scheduling.planner import Fleet, plan
 from minprfaas.scheduling.router import NodeView
 from minprfaas.scheduling.threshold import Observation
 
-MIN_GAIN = 0.05  # so much better the plan of another split must be, …
-BUSY = 0.8  # … and so busy the bottleneck, …
-SUSTAIN_S = 60.0  # … for so long on end (unless said otherwise)
+MIN_GAIN = 0.05  # a node is converted when another split would sustain this share of requests more,
+BUSY = 0.8  # the stage that limits is this busy,
+SUSTAIN_S = 60.0  # and both have been so for this long without a break (unless said otherwise)
 COOLDOWN_S = 120.0  # from the end of one conversion to the next, so that roles cannot flap
 INTERVAL_S = 10.0
 
