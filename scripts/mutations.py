@@ -128,11 +128,12 @@ ROOMS = {
     "engine": ("test_sampling.py", "test_text.py", "test_prompts.py", "test_engine.py", "test_generate.py"),
     "transport": ("test_transport_frames.py", "test_transport_inbox.py", "test_transport_outbox.py",
                   "test_transport_line.py", "test_transport_streams.py", "test_transport_messages.py",
-                  "test_transport_handshake.py", "test_transport_seam.py", "test_transport_link.py"),
+                  "test_transport_handshake.py", "test_transport_seam.py", "test_transport_link.py",
+                  "test_transport_recovery.py"),
     "scheduling": ("test_router.py", "test_monitor.py", "test_directory.py", "test_throughput.py", "test_lengths.py",
                    "test_profiles.py", "test_control.py", "test_roles.py", "test_threshold.py", "test_planner.py"),
     "cluster": ("test_front_end.py", "test_topology.py", "test_kv_arrives.py", "test_two_datacenters.py",
-                "test_prefix_shipping.py"),
+                "test_prefix_shipping.py", "test_cluster_parts.py", "test_cluster_life.py"),
 }
 
 # The test files that look after one file, where those of its room say little of it.
