@@ -7,6 +7,7 @@ from bisect import bisect_right
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cached_property
 from itertools import combinations
+from operator import attrgetter
 from pathlib import Path
 
 from minprfaas.errors import UserError, require_number, shown
@@ -85,8 +86,9 @@ class Profile:
 
     def kv_bytes(self, tokens: float) -> float:
         """KVCache of a request of `tokens` tokens, in bytes: S_kv(l)."""
-        line = bisect_right(self._inner_tokens, tokens)  # the outer two have no outer end
-        left, right = self.points[line], self.points[line + 1]
+        # The outer two lines have no outer end.
+        right_end = bisect_right(self.points, tokens, 1, len(self.points) - 1, key=attrgetter("tokens"))
+        left, right = self.points[right_end - 1], self.points[right_end]
         slope = (right.kv_bytes - left.kv_bytes) / (right.tokens - left.tokens)
         return max(0.0, left.kv_bytes + slope * (tokens - left.tokens))
 
@@ -121,10 +123,6 @@ class Profile:
     def fit_error(self) -> float:
         """How far the prefill curve passes from the worst of its points, as a fraction of that point."""
         return max(abs(self.prefill_s(point.tokens) / point.prefill_s - 1) for point in self.points)
-
-    @cached_property
-    def _inner_tokens(self) -> tuple[int, ...]:
-        return tuple(point.tokens for point in self.points[1:-1])
 
     @cached_property
     def _prefill_coefficients(self) -> tuple[float, float, float]:

@@ -17,18 +17,13 @@ class FluidLink:
     """One direction of a link of `gbps`; what has left arrives `rtt_s / 2` later."""
 
     def __init__(self, clock: Clock, gbps: float, rtt_s: float):
-        self.gbps, self.bytes_sent = gbps, 0.0
+        self.gbps, self.bytes_sent, self.queued_bytes = gbps, 0.0, 0.0
         self._clock, self._half_rtt_s = clock, rtt_s / 2
         self._inflow = 0.0  # bytes per second that prefill puts in
-        self._entered = self._backlog = 0.0  # bytes, ever and now
         self._updated_s = self._sampled_s = 0.0
         self._busy_s = self._sampled_bytes = 0.0
-        self._waiting: deque[tuple[float, Callable, tuple]] = deque()  # (bytes entered before the last of it, …)
+        self._waiting: deque[tuple[float, Callable, tuple]] = deque()  # (bytes sent when the last of it is, …)
         self._plan = 0
-
-    @property
-    def queued_bytes(self) -> float:
-        return self._backlog
 
     def open_stream(self, bytes_per_s: float) -> None:
         """A prefill begins to put its KVCache in at a steady rate."""
@@ -44,12 +39,11 @@ class FluidLink:
         """Put `count_bytes` in at once, and call `arrived(*args)` when they and all before them have crossed: with 0
         bytes, when all that is in has."""
         self._advance()
-        self._entered += count_bytes
-        self._backlog += count_bytes
-        if self._backlog <= _WHOLE_BYTE:
+        self.queued_bytes += count_bytes
+        if self.queued_bytes <= _WHOLE_BYTE:
             self._clock.after(self._half_rtt_s, arrived, *args)
             return
-        self._waiting.append((self._entered, arrived, args))
+        self._waiting.append((self.bytes_sent + self.queued_bytes, arrived, args))
         if len(self._waiting) == 1:
             self._plan_next()
 
@@ -66,40 +60,37 @@ class FluidLink:
         elapsed = max(now - self._sampled_s, 1e-9)  # a first sample at once: nothing was sent
         gbps, utilization = sent * 8e-9 / elapsed, self._busy_s / elapsed
         self._sampled_s, self._sampled_bytes, self._busy_s = now, self.bytes_sent, 0.0
-        return LinkSample(now, gbps, utilization, self._backlog)
+        return LinkSample(now, gbps, utilization, self.queued_bytes)
 
     def _advance(self) -> None:
         elapsed = self._clock.now_s - self._updated_s
         if elapsed <= 0:
             return
         self._updated_s = self._clock.now_s
-        rate, entered = self.gbps * 1.25e8, self._inflow * elapsed
-        available = self._backlog + entered
+        rate, available = self.gbps * 1.25e8, self.queued_bytes + self._inflow * elapsed
         shrink = rate - self._inflow  # bytes per second by which a backlog becomes less
         full_s = 0.0  # of the time that has passed, how long the link was full
-        if self._backlog or shrink <= 0:
-            full_s = elapsed if shrink <= 0 else min(elapsed, self._backlog / shrink)
+        if self.queued_bytes or shrink <= 0:
+            full_s = elapsed if shrink <= 0 else min(elapsed, self.queued_bytes / shrink)
         # After that the backlog is gone, and what flows in leaves at once.
-        left = min(rate * full_s + self._inflow * (elapsed - full_s), available)
+        left = min(rate * elapsed, available) if full_s == elapsed else available
         if available > 0:
             share = self._inflow / rate if rate else 1.0
             self._busy_s += full_s + (elapsed - full_s) * share
-        self._entered += entered
-        self._backlog = available - left if full_s == elapsed else 0.0
+        self.queued_bytes = available - left
         self.bytes_sent += left
 
     def _plan_next(self) -> None:
         self._plan += 1
         if self._waiting and self.gbps > 0:
-            missing = self._waiting[0][0] - (self._entered - self._backlog)
-            self._clock.after(max(missing, 0.0) / (self.gbps * 1.25e8), self._deliver, self._plan)
+            missing = max(self._waiting[0][0] - self.bytes_sent, 0.0)
+            self._clock.after(missing / (self.gbps * 1.25e8), self._deliver, self._plan)
 
     def _deliver(self, plan: int) -> None:
         if plan != self._plan:  # the weather changed meanwhile
             return
         self._advance()
-        left = self._entered - self._backlog + _WHOLE_BYTE
-        while self._waiting and self._waiting[0][0] <= left:
+        while self._waiting and self._waiting[0][0] <= self.bytes_sent + _WHOLE_BYTE:
             _, arrived, args = self._waiting.popleft()
             self._clock.after(self._half_rtt_s, arrived, *args)
         self._plan_next()
