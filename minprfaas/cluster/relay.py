@@ -2,11 +2,11 @@
 
 Chapters 13 and 15; not in the paper.
 
-Both roles, as they are with `--relay`. The prefill node answers the request for itself, as any engine would: its prompt
-is in its own cache, all but the last block. What it draws goes to the decode node, which hands it on to the client.
-Only the decode node decides when it takes over, and every token of the client comes through it, in order: none is
-there twice, and none is missing. Rows of relayed tokens do not cross; they are computed again where they are needed,
-by passes beside which more tokens may be relayed, so that the client does not wait for them.
+Here are both roles as they are with `--relay`. The prefill node answers the request for itself, as any engine would:
+its prompt is in its own cache, all but the last block. What it draws goes to the decode node, which hands it on to the
+client. Only the decode node decides when it takes over, and every token of the client comes through it, in order: none
+is there twice, and none is missing. Rows of relayed tokens do not cross; the decode node computes them again, in a few
+passes. Meanwhile the prefill node goes on relaying, so that the client does not wait for those passes.
 """
 
 from collections import Counter
@@ -22,12 +22,12 @@ from minprfaas.engine.scheduler import PrefillChunk
 
 
 SHORT_PASS = 8  # tokens: a pass over no more takes about as long as a step, so that it may be the last
-MOST_PASSES = 4  # then the decode node takes over, though it be slower than the relay
+MOST_PASSES = 4  # after these the decode node takes over, even if tokens come faster than it computes their rows
 
 
 class RelayingPrefillRole(PrefillRole):
-    """Goes on decoding what it has prefilled until the decode node says that it does. A favour: where the pool has no
-    room for it there is none."""
+    """Goes on decoding what it has prefilled until the decode node takes over. Nobody depends on that: where the pool
+    has no room, it stops."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
