@@ -227,6 +227,10 @@ def test_a_soak_kills_every_second_node_by_turns_and_compares_its_beginning_with
         assert growing(windows) == []
         first = windows["front"][0]
         assert growing({"front": (first, replace(first, descriptors=2 * first.descriptors))}) == ["front: descriptors"]
+        watch.seen["pd-1"] = [(11.0, first), (50.0, replace(first, threads=9)), (55.0, first)]
+        assert growing(watch.windows()) == [], "a load that comes and goes is no growth"
+        watch.seen["pd-1"] = [(11.0, first)]
+        assert growing(watch.windows()) == ["pd-1: not there at the end"]
     finally:
         for process in processes:
             process.kill()
