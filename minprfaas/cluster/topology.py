@@ -1,6 +1,6 @@
 """Which processes a run has, who lives in each, and between which of them lies a line. Chapters 09, 13; paper 3.1.
 
-Names last, roles do not: `pd-0` is the same node whether it prefills or decodes. Every process has a link to every
+A node keeps its name when its role changes: `pd-0` may prefill now and decode later. Every process has a link to every
 other: inside a datacenter a plain one, between the two one that crosses the (emulated) line.
 """
 

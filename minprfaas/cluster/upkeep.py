@@ -20,8 +20,9 @@ FIGURES_S = 1.0  # how often a node says how things stand; also a link that carr
 
 
 class Upkeep:
-    """One part's. The front end's directory follows its cache through numbered news, and asks for an inventory when a
-    number is missing. `threads` are for streams; `transfer_deadline_s` is how long a prefix may be under way."""
+    """The upkeep of one node. The front end's directory follows the node's cache through numbered news, and asks for an
+    inventory when a number is missing. `threads` are for streams; `transfer_deadline_s` is how long a prefix may be
+    under way."""
 
     def __init__(self, name: str, role: Role, engine: Engine, mail: Mail, transfer_deadline_s: float):
         self.is_stopping = False  # the front end sends no more requests

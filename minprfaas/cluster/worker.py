@@ -16,7 +16,7 @@ from minprfaas.config import Role
 
 class Worker:
     """Plays the upkeep's role and, once nothing is left to do in it, the one that the front end wants instead. Its
-    cache stays, and is told anew with the new role. `plays` makes what plays a role."""
+    cache stays, and is told anew with the new role. `plays` makes the object for a role."""
 
     def __init__(self, upkeep: Upkeep, plays: Callable[[Role], PrefillRole | DecodeRole]):
         self.name, self.engine, self.upkeep = upkeep.name, upkeep.engine, upkeep

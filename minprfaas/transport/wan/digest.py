@@ -1,4 +1,4 @@
-"""Sixteen bytes that vouch for others: nobody without the key makes them, nothing changed fits them. Chapter 07.
+"""Digests of sixteen bytes: without the key nobody can make one, and changed data does not fit it. Chapter 07.
 
 They are a keyed BLAKE2b. That does half a GB/s a core and a link should carry twenty times as much, so long data is
 first shrunk by a universal hash, and BLAKE2b vouches for the sums (Carter and Wegman 1979). Two forms, both exact:
