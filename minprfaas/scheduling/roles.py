@@ -32,15 +32,14 @@ class RoleLoop:
 
     def __init__(self, fleet: Fleet, sustain_s: float = SUSTAIN_S):
         self.fleet, self.sustain_s = fleet, sustain_s
-        self._looked_at = self._settled_at = -math.inf
+        self._looked_at = self._settled_at = -math.inf  # settled: infinite while a node drains
         self._wanted_since: tuple[Role, float] | None = None
-        self._draining = False
 
     def update(self, now: Observation, recent_lengths: Callable[[], LengthDistribution | None], output_tokens: float,
                pdp: Sequence[NodeView], pdd: Sequence[NodeView]) -> RoleChange | None:
         """The conversion to begin now, or None: the least-loaded node of the role with too many; each keeps one.
         `recent_lengths` is `ThresholdLoop.lengths`; `output_tokens`: of the mean answer."""
-        if self._draining or now.time_s - self._looked_at < INTERVAL_S:
+        if now.time_s - self._looked_at < INTERVAL_S:
             return None
         self._looked_at = now.time_s
         lengths = recent_lengths() if now.n_d else None  # while nobody decodes there is nothing to compare
@@ -54,12 +53,12 @@ class RoleLoop:
         sustained = now.time_s - self._wanted_since[1] >= self.sustain_s
         if not sustained or now.time_s - self._settled_at < COOLDOWN_S:
             return None
-        self._draining, self._wanted_since = True, None
+        self._settled_at, self._wanted_since = math.inf, None
         return RoleChange(min(donors, key=lambda node: node.load).name, role, reason)
 
     def converted(self, time_s: float) -> None:
         """The node plays its new role (or died on the way): the cool-down begins."""
-        self._draining, self._settled_at = False, time_s
+        self._settled_at = time_s
 
     def _wanted(self, now: Observation, lengths: LengthDistribution, output_tokens: float) -> tuple[Role | None, str]:
         fleet = replace(self.fleet, prfaas_instances=now.prfaas_instances, pd_instances=now.n_p + now.n_d,
