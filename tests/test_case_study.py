@@ -166,7 +166,35 @@ def test_a_decode_step_passes_without_holding_up_its_node_and_no_more_than_the_b
     assert engine.is_ready and len(engine.step()) == 2 and engine.runner.pace.late_s == 0
     for request in requests:
         engine.abort(request)
-    assert engine.runner.step_due_at_s is None, "who comes much later begins a step, and ends none"
+    now_s[0] += 60.0
+    admit(engine, "later", params)
+    assert engine.step() == [] and engine.runner.pace.late_s == 0, "who comes much later begins a step, and ends none"
+
+
+def admit(engine, name, params):
+    request = engine.request(name, [5, 6, 7], params)
+    assert engine.reserve_remote(request)
+    engine.admit_remote(request, 8)
+    return request
+
+
+def test_who_joins_in_the_second_half_of_a_step_that_stands_for_many_takes_part_in_the_next():
+    from minprfaas import load
+    now_s = [0.0]
+    engine = PacedEngine(*load(), CacheConfig(64), clock=lambda: now_s[0])
+    engine.emulate(Pace(lambda tokens: 0.0, lambda batch: 4.0 + batch), max_batch=8)
+    params = SamplingParams(8, ignore_eos=True)
+    first = admit(engine, "first", params)
+    assert engine.step() == []  # until 5 s
+    now_s[0] = 2.0
+    early = admit(engine, "early", params)
+    now_s[0] = 3.0
+    late = admit(engine, "late", params)
+    now_s[0] = 5.0
+    assert [update.request for update in engine.step()] == [first, early]
+    assert engine.step() == [] and engine.runner.step_due_at_s == 12.0, "a step of three, from when the first was due"
+    now_s[0] = 12.0
+    assert [update.request for update in engine.step()] == [first, early, late]
 
 
 def test_a_loops_verdict_is_that_of_its_figures():

@@ -40,13 +40,14 @@ class PacedRunner:
                  wait: Callable[[float], None] = time.sleep):
         self._runner, self.pace, self._layers, self._clock, self._wait = runner, pace, layers, clock, wait
         self.step_due_at_s: float | None = None  # of a decode step that has begun
+        self.middle_at_s = 0.0  # of that step
         self._waited_s = 0.0  # in the pass under way
 
     def begin_step(self, requests: int, at_s: float | None = None) -> float:
         """A decode step of so many requests begins at `at_s` (now), unless one has begun; returns when it is due."""
         if self.step_due_at_s is None:
-            began_at_s = self._clock() if at_s is None else at_s
-            self.step_due_at_s = began_at_s + self.pace.decode_step_s(requests)
+            began_at_s, step_s = self._clock() if at_s is None else at_s, self.pace.decode_step_s(requests)
+            self.middle_at_s, self.step_due_at_s = began_at_s + step_s / 2, began_at_s + step_s
         return self.step_due_at_s
 
     def prefill(self, chunks: list[PrefillChunk], on_kv: KVListener | None) -> list[int | None]:
@@ -93,13 +94,15 @@ class PacedRunner:
 
 class PacedEngine(Engine):
     """An engine of an emulated machine that shares its process with others: a decode step, which stands for many, is
-    computed when its time has passed, and nothing waits for that. Who joins meanwhile takes part in it."""
+    computed when its time has passed, and nothing waits for that. Who joins in its first half takes part in it, as if
+    for the whole; who joins in its second half does not: so that an answer takes its steps in the mean."""
 
     def emulate(self, pace: Pace, max_batch: int) -> None:
         """From now on, take the time of `pace`; at most so many requests are in a decode step."""
         self.runner = PacedRunner(self.runner, pace, len(self.model.config.layers), self.clock)
         self.scheduler.max_batch, self.scheduler.shared_tokens = max_batch, 0  # a profile's times are of one prompt
         self._step_from_s: float | None = None  # the next one begins
+        self._late: list[Request] = []  # joined in the second half of the step
 
     @property
     def is_ready(self) -> bool:
@@ -113,17 +116,27 @@ class PacedEngine(Engine):
         if self._only_decodes() and self.clock() < self.runner.begin_step(self._batch_size(), self._step_from_s):
             return []
         due_at_s = self.runner.step_due_at_s
+        late, self._late = [request for request in self._late if request in self.running], []
+        for request in late:
+            self.running.remove(request)
         updates = super().step(on_kv)
+        self.running += late
         # The next step begins when this one was due, with who has joined by then: looking late must not add up.
         is_late = due_at_s is None or self.clock() >= due_at_s + self.runner.pace.decode_step_s(1)
         self._step_from_s = due_at_s if self.running and not is_late else None
         return updates
 
+    def admit_remote(self, request: Request, first_token: int) -> TokenUpdate:
+        """See `Engine.admit_remote`."""
+        if self.runner.step_due_at_s is not None and self.clock() > self.runner.middle_at_s:
+            self._late.append(request)
+        return super().admit_remote(request, first_token)
+
     def abort(self, request: Request) -> None:
         """See `Engine.abort`. A step in which nobody takes part any more is none."""
         super().abort(request)
-        if not self.running:
-            self.runner.step_due_at_s = None
+        if not any(one not in self._late for one in self.running):
+            self.runner.step_due_at_s = self._step_from_s = None
 
     def _only_decodes(self) -> bool:
         return bool(self.running) and not (self.prefilling or self.waiting)

@@ -124,7 +124,7 @@ def loops(trace_path: str | None) -> list[Loop]:
              Scale(0.1, 512, 0.00025)),
         Loop("cache", f"{len(trace)} turns of conversations at 105% of what is planned without a cache",
              {"cache-blind": replace(aware, cache_aware=False), "cache-aware": aware}, conversations,
-             Scale(0.6, BLOCK_TOKENS / 4, 0.0005), pool_blocks=8000)]
+             Scale(1.0, BLOCK_TOKENS / 4, 0.0005), pool_blocks=8000)]
 
 
 def simulate(loop: Loop, policy: str, seed: int) -> Outcome:
