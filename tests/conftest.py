@@ -69,6 +69,13 @@ def models(checkpoints):
     return {family: load(directory) for family, directory in checkpoints.items()}
 
 
+@pytest.fixture(autouse=True)
+def products_are_exact():
+    """A fast runner in bfloat16 allows TF32 for the whole process: with its test that is over."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.fixture
 def hybrid(models):
     """The hybrid's (model, tokenizer)."""

@@ -40,15 +40,18 @@ class KVOracle:
     def compare(self, kvcache, cache, token_ids, has_state=True):
         """Hold a request's blocks against a forward pass over its tokens; `has_state`: its request-level state too."""
         self.compared += 1
-        expected = ContiguousState(self.model.config, str(self.model.dtype).removeprefix("torch."))
-        self.model.forward(torch.tensor([token_ids]), expected, last_only=True)  # past the hooks that count passes
+        device = self.model.device
+        expected = ContiguousState(self.model.config, str(self.model.dtype).removeprefix("torch."), device=device)
+        tokens = torch.tensor([token_ids], device=device)
+        self.model.forward(tokens, expected, last_only=True)  # past the hooks that count passes
         for layer, spec in enumerate(kvcache.layout.specs):
             group = kvcache.layout.group_of_layer[layer]
             table = cache.block_tables[group.index]
             if spec.kind is StateKind.TOKEN:
                 held = (kvcache.pool.read_tokens(layer, table, 0, len(token_ids)),)
             elif has_state:
-                held = kvcache.pool.read_state(layer, kvcache.pool.state_rows(group, torch.tensor([table])))
+                state_rows = kvcache.pool.state_rows(group, torch.tensor([table], device=device))
+                held = kvcache.pool.read_state(layer, state_rows)
             else:
                 continue
             for ours, theirs in zip(held, expected.layer(layer).load()):
