@@ -43,12 +43,8 @@ class House:
             self.service.start()
 
     def step(self):
-        self.door.step(self.front, self.process_step())
-
-    def process_step(self):
-        """The node's part of a step."""
         self.process.node.step()
-        return self.front.take_updates()
+        self.door.step(self.front, self.front.take_updates())
 
     def step_until(self, condition):
         until_s = time.monotonic() + DEADLINE_S

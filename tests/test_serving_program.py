@@ -124,7 +124,7 @@ def test_a_signal_lets_requests_end_or_ends_them_in_a_named_error(hybrid, checkp
                 return Response(connection)
 
         response = client.submit(stream)
-        assert serve(one.service, one.front, one.process_step, drain_s) == cut
+        assert serve(one.service, one.process, drain_s, lambda: None) == cut
         response = response.result(DEADLINE_S)
     if cut:
         *_, error, end = response.body.decode().split("\n\n")
@@ -149,7 +149,7 @@ def test_a_signal_ends_a_loop_whose_wait_was_interrupted(hybrid, checkpoints):
             return has_ended
 
         has_ended = client.submit(interrupt_and_end)
-        serve(one.service, one.front, one.process_step, DEADLINE_S)
+        serve(one.service, one.process, DEADLINE_S, lambda: None)
         assert has_ended.result(DEADLINE_S), "the loop did not hear the signal"
     signal.signal(signal.SIGUSR1, before)
 
@@ -158,12 +158,11 @@ def test_when_the_loop_fails_every_stream_ends_in_a_named_error(hybrid, checkpoi
     with house(*hybrid, checkpoints["kimi_linear"], starts=False) as one, ThreadPoolExecutor(1) as client:
         response = client.submit(call, one.port, COMPLETIONS, {"prompt": "Once", **GREEDY, "max_tokens": 400})
 
-        def step():
+        def look():
             assert not any(len(journey.output_ids) > 3 for journey in one.front.journeys.values()), "a bug"
-            return one.process_step()
 
         with pytest.raises(AssertionError, match="a bug"):
-            serve(one.service, one.front, step, 60)
+            serve(one.service, one.process, 60, look)
         assert response.result(DEADLINE_S).json["error"]["code"] == "server_failed"
 
 

@@ -6,11 +6,11 @@ Chapter 13; paper 3.1.
 import argparse
 from dataclasses import replace
 
-from minprfaas.cluster.launch import Launch, StoreAddress, start_processes, watch_parent
+from minprfaas.cluster.launch import Launch, StoreAddress, watch_parent
 from minprfaas.cluster.processes import UNTHROTTLED_GBPS
 from minprfaas.cluster.topology import Place, Topology
 from minprfaas.commands.live_options import Run, add_options, checked
-from minprfaas.commands.live_run import Seat, check_outputs, play
+from minprfaas.commands.live_run import Seat, play, start
 from minprfaas.config import LineConfig
 from minprfaas.errors import ArgumentParser, UserError, require_number, shown
 from minprfaas.scheduling.roles import SUSTAIN_S
@@ -82,7 +82,9 @@ def main(argv: list[str]) -> int:
     chosen = _chosen(args, places)
     launch = Launch.from_environment(world_size=len(chosen)) if args.node is None else None
     if launch is None and args.node is None:
-        return _start(run, chosen, argv)
+        restart = f"--node {{name}} --store {args.store or '127.0.0.1:{port}'}"
+        return start(run, chosen, main, argv, restart=restart, front_ends_all=args.serve is not None,
+                     restarts=args.restart)
     if launch is not None:
         watch_parent()
     here = chosen[launch.rank if launch is not None else 0]
@@ -126,12 +128,3 @@ def _chosen(args: argparse.Namespace, places: list[Place]) -> list[Place]:
         raise UserError(f"{what} has no process in topology {args.topology}, which has "
                         f"{', '.join(place.name for place in places)}")
     return chosen
-
-
-def _start(run: Run, chosen: list[Place], argv: list[str]) -> int:
-    check_outputs(run)
-    front = next((place.name for place in chosen if place.has_front), None)
-    store = run.args.store or "127.0.0.1:{port}"
-    return start_processes([place.name for place in chosen], front, main, argv,
-                           restart=f"--node {{name}} --store {store}", front_ends_all=run.args.serve is not None,
-                           restarts=run.args.restart)

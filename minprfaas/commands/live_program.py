@@ -112,13 +112,7 @@ class Program:
         args, model = self.args, self.engine.model
         served = Served.of(args.model or EMBEDDED, model.config, self.engine.tokenizer, args.chat_template)
         self._begin(self.front.journeys.values())
-
-        def step() -> list[Update]:
-            self.process.node.step()
-            self._show([])
-            return self.front.take_updates()
-
-        return serve_until_signal(args, listener, served, self.process, step)
+        return serve_until_signal(args, listener, served, self.process, look=lambda: self._show([]))
 
     def _begin(self, journeys: Collection[Journey]) -> None:
         """Wait for the nodes, and say what there is. `journeys` are those that the status counts."""

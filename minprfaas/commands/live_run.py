@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from minprfaas.cluster.launch import StoreAddress, emulated_line, link_identity, own_device, share_arenas
+from minprfaas.cluster.launch import (StoreAddress, emulated_line, link_identity, own_device, share_arenas,
+                                      start_processes)
 from minprfaas.cluster.mail import Mail
 from minprfaas.cluster.neighbours import Neighbours
 from minprfaas.cluster.processes import UNTHROTTLED_GBPS, Process, control_settings, front_end, process, worker
@@ -53,10 +54,12 @@ def outputs_of(run: Run) -> dict[str, OutputFile]:
     return {name: OutputFile(path) for name, path in paths.items() if path is not None}
 
 
-def check_outputs(run: Run) -> None:
-    """A path that cannot be written is said before anything is started."""
+def start(run: Run, chosen: list[Place], main: Callable[[list[str]], int], argv: list[str], **options) -> int:
+    """Start a process for each of `chosen`; see `start_processes`. A path that cannot be written is said before."""
     for output in outputs_of(run).values():
         output.close()
+    front = next((place.name for place in chosen if place.has_front), None)
+    return start_processes([place.name for place in chosen], front, main, argv, **options)
 
 
 def play(run: Run, seat: Seat, drive: Drive | None = None) -> int:

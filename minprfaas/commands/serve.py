@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import torch
 
-from minprfaas.cluster.journey import Update
 from minprfaas.cluster.mail import Mail
 from minprfaas.cluster.processes import Process, control_settings, front_end, process, worker
 from minprfaas.cluster.topology import Topology
@@ -69,24 +68,19 @@ def run(args: argparse.Namespace) -> int:
     served = Served.of(args.model or EMBEDDED, model.config, tokenizer, args.chat_template)
     made = one_process(args, model, tokenizer)
     print(f"two pools of {human_bytes(made.workers[0].engine.kvcache.pool.bytes.nbytes)}, for prefill and for decode")
-
-    def step() -> list[Update]:
-        made.node.step()
-        made.front.take_actions()  # of nodes that neither come nor go there is nothing to tell
-        return made.front.take_updates()
-
-    return serve_until_signal(args, listener, served, made, step)
+    # Of nodes that neither come nor go there is nothing to tell.
+    return serve_until_signal(args, listener, served, made, look=made.front.take_actions)
 
 
 def serve_until_signal(args: argparse.Namespace, listener: socket.socket, served: Served, made: Process,
-                       step: Callable[[], list[Update]]) -> int:
+                       look: Callable[[], object]) -> int:
     """Answer HTTP clients from the process in which the front end lives, until SIGINT or SIGTERM; then dismiss all
-    nodes. `step` steps the node and returns the front end's updates. Returns 1 if a request was cut short, else 0."""
+    nodes. `look` is called after each step of the node. Returns 1 if a request was cut short, else 0."""
     service = Service(served, listener, args.max_requests, made.node.mail.events)
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"serving {served.name} at http://{host}:{service.port}/v1, {args.max_requests} requests at once; Ctrl-C "
           "ends it", flush=True)
-    cut = serve(service, made.front, step, args.drain_s)
+    cut = serve(service, made, args.drain_s, look)
     made.shut_down(END_S)
     were = "request was" if cut == 1 else "requests were"
     print("ended: " + (f"{cut} {were} cut short" if cut else "every request has its answer"), flush=True)

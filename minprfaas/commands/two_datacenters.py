@@ -2,10 +2,10 @@
 
 import argparse
 
-from minprfaas.cluster.launch import Launch, start_processes, watch_parent
+from minprfaas.cluster.launch import Launch, watch_parent
 from minprfaas.cluster.topology import Topology
 from minprfaas.commands.live_options import add_options, checked
-from minprfaas.commands.live_run import Seat, check_outputs, play
+from minprfaas.commands.live_run import Seat, play, start
 from minprfaas.errors import ArgumentParser
 
 
@@ -25,7 +25,6 @@ def main(argv: list[str]) -> int:
     run, places = checked(parser().parse_args(argv), topology), topology.two_places()
     launch = Launch.from_environment(world_size=2)
     if launch is None:
-        check_outputs(run)
-        return start_processes([place.name for place in places], places[-1].name, main, argv)
+        return start(run, places, main, argv)
     watch_parent()
     return play(run, Seat(places, places[launch.rank], launch.address, launch.local_rank))

@@ -11,8 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from minprfaas.cluster.front_end import FrontEnd
-from minprfaas.cluster.journey import Update
+from minprfaas.cluster.processes import Process
 from minprfaas.errors import RequestError, UserError
 from minprfaas.serving.api import Api
 from minprfaas.serving.door import Door
@@ -118,32 +117,37 @@ def _end_when_peer_is_gone(connection: socket.socket) -> None:
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def serve(service: Service, front: FrontEnd, step: Callable[[], list[Update]], drain_s: float) -> int:
+def serve(service: Service, made: Process, drain_s: float, look: Callable[[], object]) -> int:
     """Step node and door until SIGINT or SIGTERM, then let the requests that are here end; who is not done after
-    `drain_s`, or at a second signal, ends in a named error. Returns how many did. `step` steps the node once, and
-    returns the front end's updates."""
+    `drain_s`, or at a second signal, ends in a named error. Returns how many did. `look` is called after each
+    step of the node."""
     signals: list[int] = []
 
     def take(number: int, frame: object) -> None:
         signals.append(number)
         service.door.knock()  # CPython 3.11: a `get` that a signal interrupts at the end of its timeout waits for ever
 
+    def step() -> None:
+        made.node.step()
+        look()
+        door.step(made.front, made.front.take_updates())
+
     before = {number: signal.signal(number, take) for number in (signal.SIGINT, signal.SIGTERM)}
     door, error, cut = service.door, RequestError("server_failed", "the node's loop has ended"), 0
     service.start()
     try:
         while not signals:
-            door.step(front, step())
+            step()
         service.refuse_new()
         give_up_at_s = time.monotonic() + drain_s
         while not door.is_idle and len(signals) < 2 and time.monotonic() < give_up_at_s:
-            door.step(front, step())
+            step()
         error = RequestError("shutting_down", "the server was told to end")
     finally:
         service.refuse_new()
         service.end()
         while service.is_serving:  # a request may come through the door even now
-            cut += door.end_all(front, error)
+            cut += door.end_all(made.front, error)
             service.join(0.02)
         for number, handler in before.items():
             signal.signal(number, handler)
