@@ -173,7 +173,7 @@ def test_somebody_elses_measurements_say_who_can_cross_a_thin_line(capsys):
 def test_what_inspect_says_of_a_token_is_what_others_have_measured():
     """Their KVCache counts attention rows only, so the state of fixed size is what `S_kv` has beyond it."""
     from minprfaas.config import StateKind
-    from minprfaas.model.published import read_published
+    from minprfaas.model.families import read_published
     from minprfaas.model.spec import kv_bytes, model_state_specs
     specs = model_state_specs(read_published("kimi-linear-48b"), "bfloat16")
     fixed = sum(spec.nbytes for spec in specs if spec.kind is StateKind.REQUEST)

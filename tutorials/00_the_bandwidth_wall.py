@@ -2,7 +2,7 @@
 
     python tutorials/00_the_bandwidth_wall.py [--plots DIRECTORY]
 
-Modules: config.py, model/spec.py, model/published.py, scheduling/throughput.py, commands/inspect.py, observe/plots.py
+Modules: config.py, model/spec.py, model/families/, scheduling/throughput.py, commands/inspect.py, observe/plots.py
 Tests: test_throughput.py, test_families.py, test_config.py, test_kvcache_inspect.py
 Paper: 2.1-2.3, equations 1 and 2, tables 1-3
 """
@@ -19,6 +19,7 @@ import torch
 from minprfaas.commands import inspect
 from minprfaas.config import LayerConfig, ModelConfig, RopeConfig, StateKind
 from minprfaas.kvcache.layout import plan_layout
+from minprfaas.model.families import PUBLISHED, read_published
 from minprfaas.model.gdn import GDNConfig
 from minprfaas.model.gqa import GQAConfig
 from minprfaas.model.kda import KDAConfig
@@ -26,7 +27,6 @@ from minprfaas.model.layers import DenseConfig
 from minprfaas.model.lightning import LightningConfig
 from minprfaas.model.mla import MLAConfig
 from minprfaas.model.moe import MoEConfig
-from minprfaas.model.published import PUBLISHED, read_published
 from minprfaas.model.spec import StateSpec, kv_bytes, model_state_specs
 from minprfaas.model.transformer import Transformer
 from minprfaas.observe.plots import draw_curves, prepare_plots

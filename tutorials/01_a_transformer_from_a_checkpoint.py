@@ -30,12 +30,11 @@ from minprfaas.config import RopeConfig, StateKind
 from minprfaas.documents import EVALUATION_SEEDS, make_document
 from minprfaas.model.attention import attend
 from minprfaas.model.checkpoint import EMBEDDED
-from minprfaas.model.families import FAMILIES
+from minprfaas.model.families import FAMILIES, read_published
 from minprfaas.model.gqa import GQAConfig
 from minprfaas.model.layers import Positions, apply_rotary, join
 from minprfaas.model.moe import MoEConfig
 from minprfaas.model.names import our_name
-from minprfaas.model.published import read_published
 from minprfaas.model.spec import model_state_specs
 from minprfaas.model.state import ContiguousState
 from minprfaas.model.tokenizer import Tokenizer

@@ -7,8 +7,7 @@ import torch
 
 from minprfaas.files import read_json
 from minprfaas.model.checkpoint import EMBEDDED, save_checkpoint
-from minprfaas.model.families import config_from_hf, read_config
-from minprfaas.model.published import SHIPPED
+from minprfaas.model.families import SHIPPED, config_from_hf, read_config
 from minprfaas.model.transformer import Transformer
 
 LAYERS = 8  # one whole group of every kind of layer

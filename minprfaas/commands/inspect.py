@@ -8,8 +8,7 @@ from minprfaas.config import CacheConfig, ModelConfig, StateKind
 from minprfaas.errors import UserError
 from minprfaas.kvcache.layout import Layout, plan_layout
 from minprfaas.model.checkpoint import EMBEDDED
-from minprfaas.model.families import read_config
-from minprfaas.model.published import PUBLISHED, read_published
+from minprfaas.model.families import PUBLISHED, read_config, read_published
 from minprfaas.model.spec import ITEM_BYTES, kv_bytes, model_state_specs
 from minprfaas.observe.report import table
 from minprfaas.scheduling.paper_case import TABLE_3_GBPS, TABLE_3_TOKENS

@@ -2,6 +2,7 @@
 
 A family is one reader, entered in `FAMILIES`, that lays out a mixer and an MLP a layer; `shared.py` reads what all of
 them share. Each reads both forms of its configuration that are about: its authors' own and the Transformers library's.
+The paper's six models are here by name, as their authors publish them: configurations, no weights (table 1).
 """
 
 from pathlib import Path
@@ -22,6 +23,18 @@ FAMILIES = {reader.__name__: reader for reader in (
     llama, qwen3, qwen3_moe, kimi_linear, mimo_v2_flash, minimax_m2, minimax, qwen3_next, qwen3_5, bailing_hybrid,
     bailing_moe_v2_5)}
 FAMILIES |= {"minimax_text_01": minimax, "qwen3_5_text": qwen3_5, "qwen3_5_moe": qwen3_5, "qwen3_5_moe_text": qwen3_5}
+
+SHIPPED = Path(__file__).resolve().parents[2] / "assets" / "models"  # each says where it is from
+PUBLISHED = {  # our name -> the paper's
+    "kimi-linear-48b": "Kimi Linear", "mimo-v2-flash": "MiMo-V2-Flash", "qwen3.5-397b": "Qwen3.5-397B",
+    "ring-2.5-1t": "Ring-2.5-1T", "minimax-m2.5": "MiniMax-M2.5", "qwen3-235b": "Qwen3-235B"}
+
+
+def read_published(name: str) -> ModelConfig:
+    """One of `PUBLISHED`. Raises UserError with the names that there are."""
+    if name not in PUBLISHED:
+        raise UserError(f"no configuration {name[:80]!r} is shipped; there are: {', '.join(PUBLISHED)}")
+    return config_from_hf(read_json(SHIPPED / f"{name}.json"))
 
 
 def read_config(directory: str | Path) -> ModelConfig:
