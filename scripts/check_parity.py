@@ -4,8 +4,8 @@
     python scripts/check_parity.py --seed 7 --ring DIR     Ring 2.5 alone; DIR: a checkout of inclusionAI/Ring-V2.5
 
 A shape begins as one of the fixtures (`make_parity_fixtures.py`); its widths, heads, layers, experts, windows and
-prompt are drawn anew. Ring 2.5 is not in the library: its authors' own code is the oracle, which runs under transformers 4.57
-and takes the recurrence from flash-linear-attention; here that is written out, token by token in float64.
+prompt are drawn anew. Ring 2.5 is not in the library: its authors' own code is the oracle, which runs under
+transformers 4.57 and takes the recurrence from flash-linear-attention; here that is written out, token by token in float64.
 """
 
 import argparse
@@ -30,7 +30,8 @@ from minprfaas.observe.report import table
 
 PROMPTS = (1, 2, 17, 63, 64, 65, 100, 127, 128, 129, 150, 190)  # around the linear mixers' chunks, too
 CHOICES = {  # widths and counts that are drawn by themselves
-    "hidden_size": (24, 32, 40, 48), "intermediate_size": (24, 40, 56), "moe_intermediate_size": (8, 12, 20),
+    "hidden_size": (36, 72),  # the library's Llama wants a multiple of the heads, of which there are 1 to 9
+    "intermediate_size": (24, 40, 56), "moe_intermediate_size": (8, 12, 20),
     "shared_expert_intermediate_size": (8, 12, 20), "kv_lora_rank": (12, 16, 24), "q_lora_rank": (12, 20),
     "qk_nope_head_dim": (6, 8, 12), "qk_rope_head_dim": (2, 4, 6), "v_head_dim": (6, 8, 12),
     "linear_num_heads": (1, 2, 3, 4), "linear_head_dim": (4, 8, 12), "linear_conv_kernel_dim": (2, 3, 4),
@@ -98,7 +99,8 @@ def shaken_settings(settings: dict, rng: random.Random) -> dict:
         if new.get(name) is not None:
             new[name] = rng.choice(choices)
     kv_heads, is_mla = rng.choice((1, 2, 3)), "kv_lora_rank" in new
-    new["num_attention_heads"] = kv_heads * rng.choice((1, 2, 3))
+    # MiMo's layers with a window have twice as many KV heads.
+    new["num_attention_heads"] = kv_heads * rng.choice((2, 4) if "sliding_window" in new else (1, 2, 3))
     new["num_key_value_heads"] = new["num_attention_heads"] if is_mla else kv_heads
     if not is_mla or "head_dim" in new:
         new["head_dim"] = rng.choice((8, 16, 24))

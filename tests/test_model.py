@@ -163,6 +163,11 @@ def test_absorbed_mla_equals_expanded_mla(shared):
     torch.testing.assert_close(absorbed, expanded, **CLOSE)
 
 
+def test_rope_frequencies_are_those_of_the_transformers_library_to_the_last_bit():
+    wanted = [1.0, 0.03760603070259094, 0.001414213445968926, 5.3182957344688475e-05]  # its Llama: 500,000, 8 channels
+    assert rope_frequencies(RopeConfig(500_000.0), 8).tolist() == wanted
+
+
 def test_llama3_scaling_slows_long_wavelengths_only():
     plain = rope_frequencies(RopeConfig(500_000.0), 64)
     scaled = rope_frequencies(RopeConfig(500_000.0, 1.0, "llama3", 8.0, 1.0, 4.0, 8192), 64)

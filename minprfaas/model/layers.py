@@ -94,9 +94,10 @@ def _frequencies_on(device: torch.device, rope: RopeConfig, head_dim: int) -> Te
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
-    """Radians per position for each rotated pair of channels, `[channels / 2]`."""
+    """Radians per position for each rotated pair of channels, `[channels / 2]`. Rounded as published code rounds
+    them: an angle has its frequency's error as often as its position says."""
     dim = int(head_dim * rope.fraction)
-    frequencies = rope.theta ** -(torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
+    frequencies = 1.0 / rope.theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
     if rope.kind == "default":
         return frequencies
     if rope.kind == "linear":

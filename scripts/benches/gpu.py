@@ -23,6 +23,7 @@ from minprfaas.errors import UserError, exit_on_user_error
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python scripts/bench.py gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", default=sorted(gpu_cases.CASES), choices=sorted(gpu_cases.CASES))
+    parser.add_argument("--models", nargs="+", default=list(gpu_cases.MODELS), choices=list(gpu_cases.MODELS))
     parser.add_argument("--no-compile", action="store_true", help="leave the models' pieces as they are")
     parser.add_argument("--peers", metavar="DIR", help="folder with checkouts of other libraries")
     parser.add_argument("--json", metavar="FILE", help="write the readings")
@@ -32,9 +33,9 @@ def main(argv: list[str]) -> int:
     machine = measure_machine(torch.cuda.get_device_name(), "cuda")
     torch.cuda.empty_cache()
     print(machine, flush=True)
-    readings = []
+    readings, chosen = [], gpu_cases.Chosen(args.models, not args.no_compile, args.peers)
     for name in args.cases:
-        for reading in gpu_cases.CASES[name](machine, not args.no_compile, args.peers):
+        for reading in gpu_cases.CASES[name](machine, chosen):
             readings.append(reading)
             for line in reading.rows():
                 print("  " + "  ".join(line), flush=True)

@@ -5,7 +5,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +30,18 @@ from minprfaas.transport.loopback import Loopback
 LLAMA_8B = {"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
             "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 5e5,
             "max_position_embeddings": 131072, "eos_token_id": 128001}
+MODELS = {"llama-3-8b": LLAMA_8B, "qwen3-0.6b": SHAPES["qwen3-0.6b"], "hybrid-1b": SHAPES["hybrid-1b"]}
 STEPS = 24
 Readings = Iterator[Reading]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What of it all is run, and how."""
+
+    models: list[str]
+    compiled: bool
+    peers: str | None  # the folder with their checkouts
 
 
 def random_model(shape: dict, compiled: bool, device: str = "cuda") -> Transformer:
@@ -48,27 +58,27 @@ def random_model(shape: dict, compiled: bool, device: str = "cuda") -> Transform
     return model
 
 
-def decode(machine: Machine, compiled: bool, peers: str | None) -> Readings:
+def decode(machine: Machine, chosen: Chosen) -> Readings:
     """A decode step as the engine runs it, host and all."""
-    for name, shape, places in (("Llama-3-8B", LLAMA_8B, ((1, 1024), (64, 4096))),
-                                ("Qwen3-0.6B", SHAPES["qwen3-0.6b"], ((1, 1024), (64, 1024))),
-                                ("hybrid-1b", SHAPES["hybrid-1b"], ((1, 1024), (64, 1024)))):
-        model, found = random_model(shape, compiled), []
-        for batch, context in places:
+    for name in chosen.models:
+        model, found = random_model(MODELS[name], chosen.compiled), []
+        for batch, context in ((1, 1024), (64, 4096 if name == "llama-3-8b" else 1024)):
             floor_ms = machine.decode_floor_ms(model, model_state_specs(model.config, "bfloat16"), batch, context)
             reading = Reading(f"{name} decode, batch {batch} at {context // 1024}K", decode_ms(model, batch, context),
                               floor_ms)
             found.append((reading, {"phase": "decode", "batch": batch, "context": context - STEPS}))
         del model
-        yield from beside_peers(found, shape, OF_FAMILY[shape["model_type"]], peers)
+        yield from beside_peers(found, MODELS[name], OF_FAMILY[MODELS[name]["model_type"]], chosen)
 
 
-def beside_peers(found: list[tuple[Reading, dict]], shape: dict, names: tuple[str, ...], peers: str | None) -> Readings:
+def beside_peers(found: list[tuple[Reading, dict]], shape: dict, names: tuple[str, ...], chosen: Chosen) -> Readings:
     """The readings, with those of the peers: a process each, when ours has given the card's memory back."""
+    for reading, _ in found:  # at once: a peer may take minutes to compile what it runs
+        print(f"  {reading.case}: {reading.ours_ms:.2f} ms", flush=True)
     gc.collect()
     torch.cuda.empty_cache()
     for name in names:
-        with Peer(name, shape, "cuda", peers) as peer:
+        with Peer(name, shape, "cuda", chosen.peers) as peer:
             for reading, case in found:
                 if (ms := peer.ms(case)) is not None:
                     reading.peers_ms[name] = ms
@@ -120,16 +130,21 @@ class _NoText:
         return ""
 
 
-def prefill(machine: Machine, compiled: bool, peers: str | None) -> Readings:
+def prefill(machine: Machine, chosen: Chosen) -> Readings:
     """A prompt as the engine prefills it, in its default chunks."""
-    for name in ("qwen3-0.6b", "hybrid-1b"):
-        model, found = random_model(SHAPES[name], compiled), []
+    for name in small(chosen):
+        model, found = random_model(MODELS[name], chosen.compiled), []
         for tokens in (8192, 32768):
             reading = Reading(f"{name} prefill, {tokens // 1024}K", prefill_ms(model, tokens),
                               machine.prefill_floor_ms(model, tokens))
             found.append((reading, {"phase": "prefill", "tokens": tokens}))
         del model
-        yield from beside_peers(found, SHAPES[name], OF_FAMILY[SHAPES[name]["model_type"]], peers)
+        yield from beside_peers(found, MODELS[name], OF_FAMILY[MODELS[name]["model_type"]], chosen)
+
+
+def small(chosen: Chosen) -> list[str]:
+    """The models of which long prompts are timed."""
+    return [name for name in chosen.models if name != "llama-3-8b"]
 
 
 def prefill_ms(model: Transformer, tokens: int, stream: bool = False) -> float:
@@ -165,16 +180,16 @@ def prefill_ms(model: Transformer, tokens: int, stream: bool = False) -> float:
     return statistics.median(ms[2:])
 
 
-def streams(machine: Machine, compiled: bool, peers: str | None) -> Readings:
+def streams(machine: Machine, chosen: Chosen) -> Readings:
     """Prefill of 8K while its KVCache leaves for pinned memory, layer by layer; the floor is the prefill alone."""
-    for name in ("qwen3-0.6b", "hybrid-1b"):
-        model = random_model(SHAPES[name], compiled)
+    for name in small(chosen):
+        model = random_model(MODELS[name], chosen.compiled)
         alone_ms = prefill_ms(model, 8192)
         yield Reading(f"{name} prefill, 8K, streaming (floor: alone)", prefill_ms(model, 8192, stream=True), alone_ms)
         del model
 
 
-def kda(machine: Machine, compiled: bool, peers: str | None) -> Readings:
+def kda(machine: Machine, chosen: Chosen) -> Readings:
     """The delta rule of KDA by itself, 32 heads of 128; the floor is its inputs read and its outputs written once."""
     found, heads, dim = [], 32, 128
     for tokens in (8192, 32768):
@@ -191,7 +206,7 @@ def kda(machine: Machine, compiled: bool, peers: str | None) -> Readings:
             found.append((reading, {"phase": "kda", "tokens": tokens}))
         torch.set_float32_matmul_precision("highest")
         del q, k, v, g, beta
-    yield from beside_peers(found, {"num_heads": heads, "head_dim": dim}, ("flash-linear-attention",), peers)
+    yield from beside_peers(found, {"num_heads": heads, "head_dim": dim}, ("flash-linear-attention",), chosen)
 
 
 def kda_error() -> float:
