@@ -278,6 +278,7 @@ def test_runs_go_side_by_side_and_one_that_fails_is_named_when_all_are_over(tmp_
 def test_an_answer_that_differs_and_one_that_never_came_are_wrong(hybrid):
     prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
     right = [one.token_ids for one in generate(*hybrid, prompts, SamplingParams(6, ignore_eos=True))]
-    assert wrong_answers([*map(Answer, prompts, right)], *hybrid) == 0
+    assert wrong_answers([*map(Answer, prompts, right)], *hybrid) == []
     given = [right[0], [*right[1][:-1], right[1][-1] + 1], []]
-    assert wrong_answers([*map(Answer, prompts, given)], *hybrid) == 2
+    none, other = wrong_answers([*map(Answer, prompts, given)], *hybrid)
+    assert (none.expected, none.logit_gap) == ([], None) and other.expected == right[1] and other.logit_gap > 0

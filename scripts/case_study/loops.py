@@ -169,7 +169,7 @@ def drive(loop: Loop, cluster: Emulated, policy: str, seed: int, results: Result
     ended_at_s = engine.clock()
     words, is_valid = judged(made, cores)
     checked = sampled(journeys, SAMPLE, seed)
-    wrong = wrong_answers(checked, engine.model, engine.tokenizer)
+    wrong = len(wrong_answers(checked, engine.model, engine.tokenizer))
     ttft_s = sorted(scale.seconds((one.first_token_at_s or ended_at_s) - began_at_s - request.arrival_s)
                     for request, one in zip(requests, journeys))
     counts = [sum(isinstance(action, kind) for action in actions) for kind in (NewThreshold, RoleChange)]

@@ -13,7 +13,7 @@ from case_study.sustained import Reading, reading
 from minprfaas.cluster.journey import Journey
 from minprfaas.cluster.processes import Process
 from minprfaas.config import Role
-from minprfaas.engine.generate import generate
+from minprfaas.engine.generate import generate, logit_gap
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.model.tokenizer import Tokenizer
 from minprfaas.model.transformer import Transformer
@@ -26,10 +26,11 @@ FIRST_TOKEN = 2  # of random prompts: below it are those that end or begin a tex
 def ask(made: Process, name: str, requests: Sequence[SimRequest], vocab_size: int, patience_s: float,
         on_progress: Callable[[float], object], until_done: bool = False,
         block_tokens: int = 1, on_action: Callable[[Action], object] = lambda action: None,
-        ) -> tuple[float, list[Journey]]:
+        on_end: Callable[[Journey], object] = lambda journey: None) -> tuple[float, list[Journey]]:
     """Submit each request when it is due; returns the moment at which it began, and their journeys. `patience_s` is
-    given to first tokens (with `until_done`, to last ones) after the last arrival; `on_progress` hears of seconds, and
-    `on_action` of what the loops do. Prompts whose `keys` begin alike begin alike, `block_tokens` tokens a key."""
+    given to first tokens (with `until_done`, to last ones) after the last arrival; `on_progress` hears of seconds,
+    `on_action` of what the loops do, and `on_end` of each request that has ended. Prompts whose `keys` begin alike
+    begin alike, `block_tokens` tokens a key."""
     front, rng = made.front, random.Random(name)
     began_at_s = told_at_s = time.monotonic()
     give_up_at_s = began_at_s + requests[-1].arrival_s + patience_s
@@ -49,7 +50,8 @@ def ask(made: Process, name: str, requests: Sequence[SimRequest], vocab_size: in
             params = SamplingParams(max_tokens=request.output_tokens, ignore_eos=True)
             journeys.append(front.submit(f"{name}-{len(journeys)}", prompt, params))
         made.node.step()
-        front.take_updates()
+        for journey in {update.journey for update in front.take_updates() if update.journey.is_finished}:
+            on_end(journey)
         for action in front.take_actions():
             on_action(action)
         now_s = time.monotonic()
@@ -90,9 +92,26 @@ def sampled(journeys: Sequence[Journey], sample: int, seed: int) -> list[Answer]
             for one in random.Random(seed).sample(begun, min(sample, len(begun)))]
 
 
-def wrong_answers(answers: Sequence[Answer], model: Transformer, tokenizer: Tokenizer) -> int:
-    """How many differ from the single-process reference."""
+@dataclass(frozen=True)
+class Wrong:
+    """An answer that differs from the single-process reference. `logit_gap` is how far apart the logits of the two
+    tokens are where they part: near zero it is a tie, which another order of the same sums decides."""
+
+    answer: Answer
+    expected: list[int]
+    logit_gap: float | None  # None where one ends before they part
+
+
+def wrong_answers(answers: Sequence[Answer], model: Transformer, tokenizer: Tokenizer) -> list[Wrong]:
+    """Those that differ from the single-process reference."""
     given = [one for one in answers if one.output]
     params = [SamplingParams(len(one.output), ignore_eos=True) for one in given]
     expected = generate(model, tokenizer, [one.prompt for one in given], params)
-    return len(answers) - sum(one.output == right.token_ids for one, right in zip(given, expected))
+    wrong = [Wrong(one, [], None) for one in answers if not one.output]
+    for one, right in zip(given, expected):
+        if one.output != right.token_ids:
+            parted = [at for at, pair in enumerate(zip(one.output, right.token_ids)) if pair[0] != pair[1]][:1]
+            gaps = [logit_gap(model, one.prompt + one.output[:at], one.output[at], right.token_ids[at])
+                    for at in parted]
+            wrong.append(Wrong(one, right.token_ids, gaps[0] if gaps else None))
+    return wrong

@@ -15,11 +15,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from case_study.probe import Answer, ask, sampled, wrong_answers
+from case_study.probe import Answer, ask, wrong_answers
 from case_study.results import Results
 from case_study.runs import Emulated, judged
-from case_study.side_by_side import Job, run_all
+from case_study.side_by_side import BAR, Job, run_all
 from minprfaas import load
+from minprfaas.cluster.journey import Journey
 from minprfaas.cluster.processes import Process
 from minprfaas.engine.engine import Engine
 from minprfaas.observe.cores import Cores
@@ -35,6 +36,7 @@ KILL_EVERY_S = 60.0
 WEATHER_EVERY_S, WEATHER = 40.0, (1.0, 0.5, 0.2, 0.1)  # shares of the line, in a random order
 LOOK_EVERY_S = 5.0  # at memory, threads and descriptors
 WRITE_EVERY_S = 60.0  # what was seen last, for who cannot wait for the end
+ANSWERS = "answers.jsonl"  # of those that have ended
 CHECK_S = 0.06  # of one answer, about: a prefill and eight steps
 MOST_WINDOW_S = 300.0  # at the beginning and at the end; of a short soak a sixth
 MOST_GROWTH = 0.1
@@ -126,7 +128,9 @@ def soak(setup: Setup, scale: Scale, requests: Sequence[SimRequest], results: Re
                                  lambda name: _write_id(ids / name), restarts=True)
             print(f"the soak: {used}", flush=True)
             said = json.loads((Path(scratch) / "said.json").read_text())
-            began_s, said["wrong"] = time.monotonic(), _wrong(Path(scratch), said["checked"], at_once)
+            began_s, said["checked"] = time.monotonic(), len((Path(scratch) / ANSWERS).read_text().splitlines())
+            said["differ"] = _wrong(Path(scratch), said["checked"], at_once)
+            said["wrong"] = len(said["differ"])
         said["words"] += f"; {said['checked']} answers checked in {time.monotonic() - began_s:.0f} s"
         results.add(name, "soak", said)
     return _print(results.again().last(name, "soak"))
@@ -141,9 +145,8 @@ def _write_id(path: Path) -> None:
 def _drive(name: str, cluster: Emulated, watch: Watch, real: Sequence[SimRequest], results: Results, made: Process,
            engine: Engine) -> int:
     cluster.wait_for_nodes(made)
-    cores, actions, requests = Cores(), [], cluster.requests(real)
-    with tqdm(total=round(watch.seconds), unit="s", desc="soak", bar_format="{desc}: {percentage:3.0f}%|{bar}| "
-              "{elapsed}, about {remaining} to go") as bar:
+    cores, actions, requests, scratch = Cores(), [], cluster.requests(real), watch.scratch.parent
+    with open(scratch / ANSWERS, "w") as answers, tqdm(total=round(watch.seconds), desc="soak", bar_format=BAR) as bar:
 
         def on_progress(seconds: float) -> None:
             minute = watch.passed_s // WRITE_EVERY_S
@@ -154,17 +157,20 @@ def _drive(name: str, cluster: Emulated, watch: Watch, real: Sequence[SimRequest
                                              "kills": watch.kills, "nodes": len(made.front.ready),
                                              "seen": {who: asdict(seen[-1][1]) for who, seen in watch.seen.items()}})
 
+        def on_end(journey: Journey) -> None:
+            """Write it down, and let go of it: what this process remembers must not look as if the cluster grew."""
+            answer = Answer(journey.token_ids[:journey.prompt_tokens], journey.output_ids)
+            answers.write(json.dumps(asdict(answer)) + "\n")
+            journey.token_ids, journey.keys, journey.text = [], [], ""
+
         _, journeys = ask(made, "soak", requests, engine.model.config.vocab_size,
                           PATIENCE_S + ANSWER_S * cluster.scale.time, on_progress,
-                          until_done=True, on_action=actions.append)
+                          until_done=True, on_action=actions.append, on_end=on_end)
     made.run_until(lambda: len(made.front.ready) == len(cluster.topology.places()) - 1, PATIENCE_S)
     words, is_valid = judged(made, cores)
-    answers = sampled(journeys, len(journeys), seed=0)
-    scratch = watch.scratch.parent
-    (scratch / "answers.json").write_text(json.dumps([asdict(answer) for answer in answers]))
     lost = [one for one in journeys if one.error is not None or one.finish_reason in (None, "aborted")]
     (scratch / "said.json").write_text(json.dumps({
-        "minutes": watch.seconds / 60, "requests": len(journeys), "lost": len(lost), "checked": len(answers),
+        "minutes": watch.seconds / 60, "requests": len(journeys), "lost": len(lost),
         "recovered": sum(one.attempts > 1 for one in journeys), "kills": watch.kills,
         "moves": sum(isinstance(action, NewThreshold) for action in actions),
         "conversions": sum(isinstance(action, RoleChange) for action in actions),
@@ -174,17 +180,18 @@ def _drive(name: str, cluster: Emulated, watch: Watch, real: Sequence[SimRequest
     return 0
 
 
-def _wrong(scratch: Path, count: int, at_once: int) -> int:
-    """How many of the answers in `scratch` differ from the reference, which as many processes compute."""
+def _wrong(scratch: Path, count: int, at_once: int) -> list[dict]:
+    """The answers in `scratch` that differ from the reference, which as many processes compute."""
     jobs = [Job(f"check {number}", partial(_check, scratch, number, at_once), CHECK_S * count / at_once)
             for number in range(at_once)]
     run_all(jobs, at_once)
-    return sum(int((scratch / f"wrong.{number}").read_text()) for number in range(at_once))
+    return [one for number in range(at_once) for one in json.loads((scratch / f"wrong.{number}").read_text())]
 
 
 def _check(scratch: Path, number: int, of: int) -> None:
-    answers = [Answer(**answer) for answer in json.loads((scratch / "answers.json").read_text())[number::of]]
-    (scratch / f"wrong.{number}").write_text(str(wrong_answers(answers, *load())))
+    lines = (scratch / ANSWERS).read_text().splitlines()[number::of]
+    wrong = wrong_answers([Answer(**json.loads(line)) for line in lines], *load())
+    (scratch / f"wrong.{number}").write_text(json.dumps([asdict(one) for one in wrong]))
 
 
 def _print(said: dict) -> bool:
@@ -203,6 +210,9 @@ def _print(said: dict) -> bool:
   {said['kills']} nodes killed, {said['recovered']} requests begun again, threshold moved {said['moves']} times, \
 {said['conversions']} roles changed
   {said['words']}""")
+    for one in said["differ"]:
+        print(f"  {one['answer']['output']} instead of {one['expected']} after {len(one['answer']['prompt'])} tokens; "
+              f"the logits of the two are {one['logit_gap']} apart")
     return not (said["lost"] or said["wrong"] or said["leaked"] or grown)
 
 

@@ -247,7 +247,7 @@ def drive(study: Study, deployment: Deployment, cluster: Emulated, results: Resu
     study.search(probe, deployment.plan.lambda_max)
     words, is_valid = judged(made, cores)
     checked = sampled(asked, SAMPLE, study.seed)
-    wrong = wrong_answers(checked, engine.model, engine.tokenizer)
+    wrong = len(wrong_answers(checked, engine.model, engine.tokenizer))
     right = len(checked) - wrong
     words = f"{words}; {right} of {len(checked)} sampled answers identical to the single-process reference"
     results.add(name, "verdict", {"words": words, "is_valid": is_valid, "wrong": wrong, "checked": len(checked)})
