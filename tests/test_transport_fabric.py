@@ -197,6 +197,34 @@ def test_an_operation_that_was_broken_off_without_a_word_is_never_used(sender_gr
         assert next_event(receiver) is None
 
 
+class Aborted(PairGroup):
+    """Says when it was aborted."""
+
+    was_aborted = threading.Event()
+
+    def abort(self):
+        super().abort()
+        self.was_aborted.set()
+
+
+def test_an_epoch_aborts_its_groups_before_its_streams_fail():
+    """What a stream waits for when it fails may itself wait for an operation of a dead peer."""
+    with connected_fabric(sender_group=BreakingOff, receiver_group=Aborted) as (sender, receiver):
+        cargo = Cargo(1)
+
+        def sink(*piece):
+            cargo.sink(*piece)
+            if len(cargo.calls) == 2:
+                assert Aborted.was_aborted.wait(DEADLINE_S)
+
+        receiver.expect(cargo.plan, sink)
+        stream = sender.open(cargo.plan)
+        put_in_three_batches(cargo, stream)
+        assert event(receiver, StreamFailed, DEADLINE_S / 2).arrived_end == 64
+        with pytest.raises(StreamAborted, match="the wire was pulled"):
+            finish(cargo, stream)
+
+
 def test_a_digest_notices_a_changed_word_a_missing_row_and_rows_that_changed_places():
     torch.manual_seed(0)
     data = torch.randint(0, 256, (8 * ALIGN_BYTES,), dtype=torch.uint8)

@@ -224,7 +224,7 @@ class Fabric:
             self._threads = [thread, *(other for other in self._threads if other.is_alive())]
 
     def _end_epoch(self, epoch: int, reason: str) -> None:
-        """Every stream fails, then the groups are aborted. Harmless when it is over."""
+        """The groups are aborted, then every stream fails. Harmless when it is over."""
         with self._changed:
             if epoch != self._epoch or (epoch == 0 and self._lost is None):
                 return
@@ -236,11 +236,10 @@ class Fabric:
             log.warning("fabric %s: epoch %d ended: %s", self.name, epoch, reason)
         if group is not None:
             group.is_over = True
+            self._start("aborts", group.abort)  # first: what follows may wait for what an operation holds up
+        self._say("ended", epoch=epoch, reason=reason)
         self._expected.fail_all(reason)
         self._outbox.end_epoch(reason, is_lost=self._lost is not None)
-        self._say("ended", epoch=epoch, reason=reason)
-        if group is not None:
-            self._start("aborts", group.abort)  # which may take its time
 
     # Receiving
 
