@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 from test_two_datacenters_program import PROGRAM, arguments, prompts_file  # noqa: F401 (a fixture)
 
-from minprfaas.cluster.launch import Launch
+from minprfaas.cluster.launch import Launch, threads_of
+from minprfaas.cluster.topology import Place
+from minprfaas.config import Role
 from minprfaas.errors import UserError
 from minprfaas.files import OutputFile
 
@@ -179,3 +181,12 @@ def test_an_output_that_cannot_be_written_is_found_before_the_run(tmp_path):
     output = OutputFile(tmp_path / "out.json")
     output.close()
     assert list(tmp_path.iterdir()) == [], "nothing is left behind"
+
+
+@pytest.mark.parametrize("cores, threads", [(1, [1, 1, 1, 1]), (2, [1, 1, 1, 1]), (4, [1, 1, 1, 1]), (6, [1, 1, 2, 2]),
+                                            (7, [2, 1, 2, 2]), (16, [4, 4, 4, 4])])
+def test_nodes_of_one_host_share_its_cores_and_those_that_prefill_get_what_remains(cores, threads):
+    names = ("pd-1", "pd-2", "prfaas-0", "pd-0")
+    roles = (Role.PDD, Role.PDD, Role.PRFAAS, Role.PDP)
+    places = [Place("front", "pd", {}, has_front=True), *(Place(n, n[:2], {n: role}) for n, role in zip(names, roles))]
+    assert threads_of(places, cores) == dict(zip(names, threads))

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import wait
@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 
 from minprfaas.cluster.stream_plans import stream_plan
-from minprfaas.config import LineConfig
+from minprfaas.cluster.topology import Place
+from minprfaas.config import LineConfig, Role
 from minprfaas.errors import UserError, exit_on_user_error, one_line
 from minprfaas.kvcache.layout import Layout
 from minprfaas.model.checkpoint import checked_device
@@ -137,6 +138,14 @@ def own_device(kind: str, local_rank: int) -> torch.device:
     if kind == "cuda" and torch.cuda.is_available():
         return torch.device("cuda", local_rank % torch.cuda.device_count())
     return checked_device(kind)
+
+
+def threads_of(places: Sequence[Place], cores: int) -> dict[str, int]:
+    """Threads for the products of each of these nodes of one host: its cores in equal parts, at least one each. What
+    remains goes to nodes that prefill, one each: that is bound by arithmetic, a decode step by memory."""
+    nodes = sorted((place for place in places if place.roles), key=lambda place: Role.PDD in place.roles.values())
+    each, over = divmod(cores, len(nodes))
+    return {place.name: max(each + (number < over), 1) for number, place in enumerate(nodes)}
 
 
 def start_processes(names: list[str], front: str | None, main: Callable[[list[str]], int], argv: list[str],

@@ -1,5 +1,7 @@
 """A process's part in a run of the live cluster; the front end's has the screen. Chapter 13; paper 3 and 4."""
 
+import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -7,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from minprfaas.cluster.launch import (StoreAddress, emulated_line, link_identity, own_device, share_arenas,
-                                      start_processes)
+                                      start_processes, threads_of)
 from minprfaas.cluster.mail import Mail
 from minprfaas.cluster.neighbours import Neighbours
 from minprfaas.cluster.processes import UNTHROTTLED_GBPS, Process, control_settings, front_end, process, worker
@@ -164,4 +166,17 @@ def engines_of(run: Run, seat: Seat, timeline: Timeline | None) -> list[Engine]:
         engine.emulate(run.emulation.pace_at(seat.here.site), run.emulation.profile_at(seat.here.site).bs_max)
     for prompt in run.prompts:
         engines[0].check_length(prompt.id, lengths[prompt.id])
+    if seat.here.roles:
+        _set_threads(run, seat, device)
     return engines
+
+
+def _set_threads(run: Run, seat: Seat, device: torch.device) -> None:
+    """Share the host's cores out to the nodes that compute on them; says so if this one gets more than one."""
+    is_told = "OMP_NUM_THREADS" in os.environ or seat.is_apart  # a person or torchrun did it; or nobody knows
+    if device.type != "cpu" or is_told or run.emulation is not None:
+        return
+    threads = threads_of(seat.places, os.cpu_count() or 1)[seat.here.name]
+    torch.set_num_threads(threads)
+    if threads > 1:
+        print(f"{seat.here.name} computes with {threads} threads of {os.cpu_count()} cores", file=sys.stderr)
