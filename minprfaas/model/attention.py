@@ -1,13 +1,17 @@
 """Causal attention over a context, as every full-attention mixer uses it. Chapter 01."""
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from minprfaas.model.layers import Positions
 
 PLANNED_TOKENS = 1024
+NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, positions: Positions, scale: float) -> Tensor:
@@ -25,16 +29,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor, positions: Positions, scale: float) 
     # A mask that is given as a tensor rules the fused kernels out too, so one is built only where requests of unequal
     # lengths leave no other way to say which rows are padding.
     mask, is_causal = None, False
+    # Where there is one token, the heads that share keys and values are rows of one product: otherwise the kernels would
+    # read the context once a head, or a copy of it for each.
+    queries = q.transpose(1, 2) if new > 1 else q.reshape(batch, k.shape[2], -1, q.shape[3])
     if new == context:
-        is_causal = True
+        is_causal = new > 1
     elif batch == 1:
         mask = None if new == 1 else causal_lower_right(new, context)
     else:
         mask = (torch.arange(context, device=q.device) <= positions.index[..., None])[:, None]
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=is_causal, scale=scale,
-        enable_gqa=heads != k.shape[2])
-    return out.transpose(1, 2)[..., :v_dim]
+    out = fused(queries, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=is_causal, scale=scale,
+                enable_gqa=queries.shape[1] != k.shape[2])
+    return out.reshape(batch, heads, new, -1).transpose(1, 2)[..., :v_dim]
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+    """PyTorch's `scaled_dot_product_attention`; on a GPU not by cuDNN, which plans every shape anew, for 50 ms and more,
+    and fails on some masks."""
+    with sdpa_kernel(NOT_CUDNN) if q.is_cuda else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, **options)
 
 
 def _kernels_can_take(q: Tensor) -> bool:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minprfaas.config import StateKind
+from minprfaas.model.attention import fused
 from minprfaas.model.layers import Positions, rows_from
 from minprfaas.model.spec import LayerState, StateSpec, TensorSpec
 
@@ -56,7 +57,7 @@ def attend_window(q: Tensor, k: Tensor, v: Tensor, positions: Positions, scale: 
             keys, values = F.pad(keys, (0, 0, 0, 0, 0, 1)), F.pad(values, (0, 0, 0, 0, 0, 1))
             column = sinks.to(q.dtype).view(1, -1, 1, 1).expand(len(q), -1, queries.shape[1], 1)
             mask = torch.cat([mask.expand(-1, heads, -1, -1), column], dim=-1)
-        outputs.append(F.scaled_dot_product_attention(
+        outputs.append(fused(
             queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask, scale=scale,
             enable_gqa=heads != k.shape[2]).transpose(1, 2)[..., :v_dim])
     return torch.cat(outputs, dim=1)
