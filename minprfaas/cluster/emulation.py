@@ -29,16 +29,11 @@ class Emulation:
         return Pace(profile.prefill_s, profile.decode_step_s)
 
 
-def lateness(goodbyes: Mapping[str, Goodbye]) -> tuple[str, float]:
-    """The node whose real work exceeded its emulated time most, and the share by which it did."""
-    shares = {name: said.late_s / said.allowed_s for name, said in goodbyes.items() if said.allowed_s}
-    worst = max(shares, key=shares.get, default="no node")
-    return worst, shares.get(worst, 0.0)
-
-
 def verdict(goodbyes: Mapping[str, Goodbye]) -> tuple[str, bool]:
     """Whether the emulation is valid, in words and as a truth."""
-    worst, late = lateness(goodbyes)
+    shares = {name: said.late_s / said.allowed_s for name, said in goodbyes.items() if said.allowed_s}
+    worst = max(shares, key=shares.get, default="no node")  # the node whose work exceeded its emulated time most
+    late = shares.get(worst, 0.0)
     allowed_s, needed_s = (sum(getattr(said, name) for said in goodbyes.values()) for name in ("allowed_s", "needed_s"))
     is_valid = bool(allowed_s) and late <= MOST_LATE
     real = f"real work took {needed_s / allowed_s:.0%} of the emulated time" if allowed_s else "no node has computed"
