@@ -5,7 +5,8 @@
 
 A shape begins as one of the fixtures (`make_parity_fixtures.py`); its widths, heads, layers, experts, windows and
 prompt are drawn anew. Ring 2.5 is not in the library: its authors' own code is the oracle, which runs under
-transformers 4.57 and takes the recurrence from flash-linear-attention; here that is written out, token by token in float64.
+transformers 4.57 and takes the recurrence from flash-linear-attention; here that is written out, token by token in
+float64.
 """
 
 import argparse
