@@ -198,6 +198,14 @@ def test_a_sink_that_fails_fails_its_stream_and_not_the_link():
         event(receiver, MessageReceived)
 
 
+def test_a_link_counts_its_meetings_and_has_had_none_before_the_first():
+    link = Link("a-b", new_store(), 0, LinkConfig(), IDENTITY)
+    assert link.epoch == 0 and not link.is_up
+    link.close()
+    with connected() as ends:
+        assert [(end.epoch, end.is_up) for end in ends] == [(1, True), (1, True)]
+
+
 def test_what_is_not_in_the_plan_cannot_be_put():
     cargo = Cargo()
     with connected() as (sender, receiver):
