@@ -1,7 +1,11 @@
 """A link carries messages and KV streams, stripes, pushes back, and ends in a named event. Chapter 07."""
 
+import os
 import queue
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +17,8 @@ from minprfaas.transport import (LayerPlan, Link, LinkDown, LinkLost, MessageRec
                                  StreamFailed, StreamPlan)
 from minprfaas.transport.wan.frames import HEADER_BYTES
 from minprfaas.transport.wan.lanes import Lane
+
+HERE = Path(__file__).resolve().parent
 
 
 def test_a_stream_arrives_identical_and_both_sides_report_it():
@@ -295,3 +301,36 @@ def test_the_timeline_shows_each_chunk_on_its_lane():
     spans = [entry for entry in timeline.events() if entry["ph"] == "X" and "layer" in entry["name"]]
     assert len(spans) == report.chunks
     assert all(report.first_put_s <= span["ts"] / 1e6 <= report.acked_s for span in spans)
+
+
+BUSY = """
+import itertools, threading
+from transport_support import *
+store = new_store()
+is_busy = threading.Event()
+links = [Link("a-b", store, rank, LinkConfig(lanes=4), IDENTITY) for rank in (0, 1)]
+in_parallel(*(lambda link=link: link.connect(DEADLINE_S) for link in links))
+
+def talk(link):
+    try:
+        for number in itertools.count():
+            link.send_message({"number": number})
+            link.receive(DEADLINE_S)
+            if number == 10:
+                is_busy.set()
+    except LinkDown:
+        pass  # as the process ends
+
+for link in links * 4:
+    threading.Thread(target=talk, args=(link,), daemon=True).start()
+assert is_busy.wait(DEADLINE_S)
+"""
+
+
+def test_a_process_that_ends_while_its_links_are_busy_and_open_ends_well():
+    """The interpreter goes while threads come back from C++ all the time, which ends a process by SIGABRT."""
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore",
+                   "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
+    ended = subprocess.run([sys.executable, "-c", BUSY], env=environment, capture_output=True, text=True,
+                           timeout=2 * DEADLINE_S)
+    assert (ended.returncode, ended.stderr) == (0, "")

@@ -4,9 +4,11 @@ In an *epoch*, the time between two breaks, all lanes live and die together: wha
 the next one, from the last acknowledged chunk. Threads: those of the lanes, and the supervisor's own.
 """
 
+import atexit
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable
 
 import torch.distributed as dist
@@ -44,6 +46,7 @@ class Supervisor:
         self._broken = threading.Event()  # this epoch is over
         self._closing = threading.Event()  # and there will be no other
         self._reason = ""
+        _of_this_process.add(self)
 
     def connect(self, deadline_s: float, met: Callable[[], None]) -> None:
         """Begin the first epoch. Raises LinkRefused, LinkDown."""
@@ -182,3 +185,19 @@ class Supervisor:
         self._inbox.handle(header, slot, lane.codec)
         if self._timeline is not None and header.kind == Kind.CHUNK:
             self._timeline.span(f"{self._name} lane {lane.index} receive", header.label, began, time.monotonic())
+
+
+_of_this_process: "weakref.WeakSet[Supervisor]" = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    """End links that nobody has closed. Python ends each thread that comes back from C++ while it takes itself down,
+    and C++ takes that for an error that nobody caught: the process would end by SIGABRT."""
+    ending = list(_of_this_process)
+    for supervisor in ending:
+        supervisor._closing.set()
+        supervisor._break("this process ends")
+    for supervisor in ending:
+        if supervisor._thread is not None:
+            supervisor._thread.join(LANE_TIMEOUT_S)
