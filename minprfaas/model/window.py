@@ -14,6 +14,7 @@ from minprfaas.model.layers import Positions, rows_from
 from minprfaas.model.spec import LayerState, StateSpec, TensorSpec
 
 QUERIES_AT_ONCE = 128  # a piece of so many tokens (or of the window's) sees the rows of two windows at most
+MASK_COLUMNS = 8  # a GPU's kernels read a mask so many at a time: other widths end in a misaligned address (torch 2.11)
 
 
 def window_spec(window: int, width: int, dtype: str) -> StateSpec:
@@ -51,12 +52,13 @@ def attend_window(q: Tensor, k: Tensor, v: Tensor, positions: Positions, scale: 
         row = torch.arange(start, end, device=q.device)
         query_row = torch.arange(past + begin, end, device=q.device)[:, None]
         seen = (row <= query_row) & (row > query_row - window) & (row >= first[:, None, None])
-        mask = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, float("-inf"))[:, None]
-        keys, values = k[:, start:end], v[:, start:end]
-        if sinks is not None:  # a key and a value of zeros, whose score is all in the mask
-            keys, values = F.pad(keys, (0, 0, 0, 0, 0, 1)), F.pad(values, (0, 0, 0, 0, 0, 1))
-            column = sinks.to(q.dtype).view(1, -1, 1, 1).expand(len(q), -1, queries.shape[1], 1)
-            mask = torch.cat([mask.expand(-1, heads, -1, -1), column], dim=-1)
+        count = end - start
+        width = -(-(count + (sinks is not None)) // MASK_COLUMNS) * MASK_COLUMNS
+        keys, values = (F.pad(rows[:, start:end], (0, 0, 0, 0, 0, width - count)) for rows in (k, v))
+        mask = torch.full((len(q), heads, queries.shape[1], width), float("-inf"), dtype=q.dtype, device=q.device)
+        mask[..., :count].masked_fill_(seen[:, None], 0.0)
+        if sinks is not None:  # the first key beyond the window's is of zeros like its value; its score is all in the mask
+            mask[..., count] = sinks.to(q.dtype)[:, None]
         outputs.append(fused(
             queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask, scale=scale,
             enable_gqa=heads != k.shape[2]).transpose(1, 2)[..., :v_dim])
