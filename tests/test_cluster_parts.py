@@ -249,7 +249,7 @@ def test_hundreds_of_streams_leave_threads_descriptors_and_blocks_as_they_were(h
     prompt = engine.add(engine.request("prompt", prompts_of(50)[0], GREEDY, prefill_only=True))
     while prompt.status is not Status.HELD:
         engine.step()
-    cache, sending = prompt.cache, SendingThreads()
+    cache, sending = prompt.cache, SendingThreads("test")
 
     def held():
         return {*threading.enumerate()}, len(os.listdir("/dev/fd")), engine.kvcache.stats()

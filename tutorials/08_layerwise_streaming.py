@@ -159,7 +159,7 @@ print(f"\n   C = {COMPUTE_S:.2f} s, R = {RTT_MS:g} ms, {human_bytes(plan.total_b
 # model's thread, for a piece of 256 KiB?
 
 # %%
-threads = SendingThreads()
+threads = SendingThreads("A")
 here = Loopback()
 there_cache, there_request = hybrid_cache(TOKENS)
 KVReceive(there_cache, here, plan, there_request.block_tables)

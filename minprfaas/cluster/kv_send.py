@@ -28,8 +28,8 @@ class SendingThreads:
     """A node's: one for each stream, as many as `STREAMS_AT_ONCE`, and none where nothing is sent. A thread that waited
     for work would keep what the allocator has given it: a node would grow with the most streams it ever had at once."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
+    def __init__(self, name: str) -> None:
+        self._name, self._lock = name, threading.Lock()
         self._running = 0
         self._waiting: deque[tuple[Callable[[], StreamReport], Future[StreamReport]]] = deque()
 
@@ -40,7 +40,7 @@ class SendingThreads:
             self._waiting.append((send, outcome))
             if self._running < STREAMS_AT_ONCE:
                 self._running += 1
-                threading.Thread(target=self._work, name="send", daemon=True).start()
+                threading.Thread(target=self._work, name=f"{self._name} send", daemon=True).start()
         return outcome
 
     def _work(self) -> None:

@@ -27,7 +27,7 @@ class Upkeep:
     def __init__(self, name: str, role: Role, engine: Engine, mail: Mail, transfer_deadline_s: float):
         self.is_stopping = False  # the front end sends no more requests
         self.front_gone_at_s: float | None = None  # since when there is nobody to work for
-        self.threads = SendingThreads()
+        self.threads = SendingThreads(name)
         self.name, self.engine, self.mail, self.transfer_deadline_s = name, engine, mail, transfer_deadline_s
         self.prefixes = PrefixShipping(name, engine.kvcache, mail, self.threads, engine.clock, transfer_deadline_s)
         self.role = role
