@@ -251,11 +251,11 @@ def test_hundreds_of_streams_leave_threads_descriptors_and_blocks_as_they_were(h
         engine.step()
     cache, sending = prompt.cache, SendingThreads("test")
 
-    def held():
-        return {*threading.enumerate()}, len(os.listdir("/dev/fd")), engine.kvcache.stats()
+    def sending_threads():
+        return [thread for thread in threading.enumerate() if thread.name == "test send"]
 
     with connected() as (sender, receiver):
-        before = held()
+        descriptors, stats = len(os.listdir("/dev/fd")), engine.kvcache.stats()
         for number, at_once in enumerate([*[30] * 8, STREAMS_AT_ONCE + 6]):
             plans = [stream_plan(engine.layout, 100 * number + one, 0, 50) for one in range(at_once)]
             sends = []
@@ -263,13 +263,14 @@ def test_hundreds_of_streams_leave_threads_descriptors_and_blocks_as_they_were(h
                 receiver.expect(plan, lambda *_: None)
                 engine.kvcache.begin_transfer(cache)
                 sends.append(KVSend(engine.kvcache, sender, plan, cache.block_tables, sending, DEADLINE_S))
-            assert len({*threading.enumerate()} - before[0]) == min(at_once, STREAMS_AT_ONCE)
+            assert len(sending_threads()) == min(at_once, STREAMS_AT_ONCE)
             for send in sends:
                 send.finish()
             for send in sends:
                 assert send.outcome.result(DEADLINE_S).bytes == send.plan.total_bytes
                 engine.kvcache.end_transfer(cache)
-        wait_until(lambda: held() == before)
+        wait_until(lambda: not sending_threads())
+        assert engine.kvcache.stats() == stats and len(os.listdir("/dev/fd")) <= descriptors
     engine.release(prompt)
     engine.kvcache.check()
 

@@ -7,8 +7,10 @@ import pytest
 from cluster_support import serve, step_until, two_datacenters
 
 from minprfaas import SamplingParams, generate
-from minprfaas.config import LineConfig, StateKind
+from minprfaas.config import CacheConfig, LineConfig, StateKind
+from minprfaas.engine.engine import Engine
 from minprfaas.engine.request import Status
+from minprfaas.errors import UserError
 
 GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
 
@@ -220,3 +222,24 @@ def test_a_snapshot_that_comes_after_its_request_was_admitted_is_kept_once_it_is
         while local.decode.engine.has_work:
             local.decode.engine.step()
     assert again.cached_tokens == 192 and again.output_ids == reference(model, tokenizer, [longer], GREEDY)[0]
+
+
+def test_a_snapshot_that_the_prefill_node_does_not_have_is_waited_for_no_longer_than_its_prefill(hybrid):
+    """A prompt as long as its pool, so that there is no block for a snapshot there; the transfer's deadline is an hour."""
+    model, tokenizer = hybrid
+    (prompt,) = prompts_of(200)
+    blocks = next(count for count in range(13, 100) if fits(model, tokenizer, count, prompt))
+    with two_datacenters(model, tokenizer, threshold=100, pool_a=blocks, deadline_s=3600) as (local, remote):
+        (journey,) = serve(local, [prompt], GREEDY)
+        assert journey.route == "prfaas" and journey.error is None
+        step_until(local, lambda: not local.decode.has_work, deadline_s=10)
+
+
+def fits(model, tokenizer, blocks, prompt):
+    """Whether a node with so many blocks prefills the prompt, answer aside."""
+    engine = Engine(model, tokenizer, CacheConfig(blocks, 16), 48)
+    try:
+        engine.check_fits(engine.request("0", prompt, GREEDY, prefill_only=True))
+    except UserError:
+        return False
+    return True

@@ -157,6 +157,8 @@ class DecodeRole:
                 self._lose_prefill(serving, reason, cause=cause)
             case messages.PrefillDone():
                 serving.done = message
+                if not message.sends_snapshot:  # the node had none, or no room for one: its blocks are free again
+                    self._snapshots.give_up(serving.request)
                 serving.prefilled_tokens = len(serving.request.token_ids)
                 uncached = serving.prefilled_tokens - message.cached_tokens
                 self._tell(messages.Prefilled(serving.request.id, uncached, message.prefill_s, message.prefix_bytes))

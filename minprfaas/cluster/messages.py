@@ -133,7 +133,8 @@ class PrefillProgress:
 @dataclass(frozen=True)
 class PrefillDone:
     """Prefill node -> decode node: the prompt is prefilled; this is its first token. Its last KVCache may still be on
-    the way. The order waited for `queue_s` before its prefill began."""
+    the way, and so may the snapshot that was asked for, if `sends_snapshot`. The order waited for `queue_s` before its
+    prefill began."""
 
     id: str
     first_token: int
@@ -141,6 +142,7 @@ class PrefillDone:
     queue_s: float
     prefill_s: float
     prefix_bytes: int
+    sends_snapshot: bool
 
 
 @dataclass(frozen=True)

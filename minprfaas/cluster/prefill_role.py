@@ -201,7 +201,8 @@ class PrefillRole:
             wait([prefill.stream.outcome], timeout=self.deadline_s)  # before this node goes into the next prompt
         self._tell(prefill, messages.PrefillDone(
             request.id, request.token_ids[-1], request.cached_tokens, queue_s,
-            request.prefill_ended_at_s - request.prefill_started_at_s, prefill.fetch.nbytes if prefill.fetch else 0))
+            request.prefill_ended_at_s - request.prefill_started_at_s, prefill.fetch.nbytes if prefill.fetch else 0,
+            prefill.snapshot is not None))
 
     def _transferred(self, prefill: Prefill) -> None:
         error = prefill.stream.outcome.exception()

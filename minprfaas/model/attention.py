@@ -24,8 +24,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, positions: Positions, scale: float) 
     context, v_dim = k.shape[1], v.shape[-1]
     if batch == 1 and new > 1 and _kernels_can_take(q):
         return _attend_by_kernels(q, k, v, scale)
-    # The fused kernels want one width; the others build the whole score matrix.
-    v = F.pad(v, (0, max(q.shape[-1] - v_dim, 0)))
+    if v_dim < q.shape[-1]:  # the fused kernels want one width; the others build the whole score matrix
+        v = F.pad(v, (0, q.shape[-1] - v_dim))
     # A mask that is given as a tensor rules the fused kernels out too, so one is built only where requests of unequal
     # lengths leave no other way to say which rows are padding.
     mask, is_causal = None, False

@@ -44,7 +44,7 @@ def attend_window(q: Tensor, k: Tensor, v: Tensor, positions: Positions, scale: 
     past = k.shape[1] - new
     first = past - positions.index[:, 0]  # row of each request's first token; negative when that is long gone
     v_dim, step = v.shape[-1], max(window, QUERIES_AT_ONCE)
-    v = F.pad(v, (0, max(q.shape[-1] - v_dim, 0)))  # the fused kernels want one width
+    narrower = max(q.shape[-1] - v_dim, 0)  # the fused kernels want one width
     outputs = []
     for begin in range(0, new, step):
         queries = q[:, begin:begin + step]
@@ -54,7 +54,8 @@ def attend_window(q: Tensor, k: Tensor, v: Tensor, positions: Positions, scale: 
         seen = (row <= query_row) & (row > query_row - window) & (row >= first[:, None, None])
         count = end - start
         width = -(-(count + (sinks is not None)) // MASK_COLUMNS) * MASK_COLUMNS
-        keys, values = (F.pad(rows[:, start:end], (0, 0, 0, 0, 0, width - count)) for rows in (k, v))
+        keys = F.pad(k[:, start:end], (0, 0, 0, 0, 0, width - count))
+        values = F.pad(v[:, start:end], (0, narrower, 0, 0, 0, width - count))
         mask = torch.full((len(q), heads, queries.shape[1], width), float("-inf"), dtype=q.dtype, device=q.device)
         mask[..., :count].masked_fill_(seen[:, None], 0.0)
         if sinks is not None:  # the first key beyond the window's is of zeros like its value; its score is all in the mask
