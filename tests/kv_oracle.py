@@ -58,11 +58,12 @@ class KVOracle:
                 self._compare(f"layer {layer} ({spec.kind.value}) of {len(token_ids)} tokens", ours, theirs)
 
     def _compare(self, where, ours, theirs):
-        """Rows differ that are a hundredth of their length apart (in bfloat16 a tenth): a whole pass rounds otherwise than
-        single steps."""
+        """Rows differ that are a hundredth of their length apart (in bfloat16 a tenth): a whole pass rounds otherwise
+        than single steps."""
         ours, theirs = ours.flatten(0, -2).double(), theirs.flatten(0, -2).double()
         lengths = theirs.norm(dim=1)
         apart = (ours - theirs).norm(dim=1) / lengths.clamp(min=1e-2 * lengths.max().item() + 1e-9)
-        rows = (~(apart <= TOLERANCE[self.model.dtype])).nonzero().flatten().tolist()  # also where something is no number
+        is_close = apart <= TOLERANCE[self.model.dtype]  # False also where something is no number
+        rows = (~is_close).nonzero().flatten().tolist()
         if rows:
             self.wrong.append(f"{where}: {len(rows)} of {len(ours)} rows differ, the first is row {rows[0]}")

@@ -1,4 +1,4 @@
-"""A library beside which we are timed: absent, broken or dying, it costs one line, and the benchmark goes on. Chapter 04."""
+"""A library beside ours in a benchmark: absent, broken or dying, it costs one line and no more. Chapter 04."""
 
 import sys
 from pathlib import Path
@@ -43,5 +43,6 @@ def test_a_peer_whose_process_dies_is_one_line(ask):
 
 def test_a_peer_that_does_not_answer_is_given_up(ask, monkeypatch):
     monkeypatch.setattr(peers, "DEADLINE_S", 0.5)
-    assert ask("import threading\nthreading.Event().wait()") == ([None, None], "  gpt-fast failed: no answer in 0.5 s\n")
+    silent = "import threading\nthreading.Event().wait()"
+    assert ask(silent) == ([None, None], "  gpt-fast failed: no answer in 0.5 s\n")
 

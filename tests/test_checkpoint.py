@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 from minprfaas import load
 from minprfaas.errors import UserError
-from minprfaas.files import read_json
 from minprfaas.model.checkpoint import checked_device, load_checkpoint, save_checkpoint, save_tensors
 from minprfaas.model.families import config_from_hf, read_config
 from minprfaas.model.transformer import Transformer

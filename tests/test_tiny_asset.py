@@ -17,7 +17,6 @@ from minprfaas.model.checkpoint import EMBEDDED
 from minprfaas.model.families import read_config
 from minprfaas.model.kda import KDAConfig
 from minprfaas.model.mla import MLAConfig
-from minprfaas.model.tokenizer import Tokenizer
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 

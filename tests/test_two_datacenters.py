@@ -225,7 +225,7 @@ def test_a_snapshot_that_comes_after_its_request_was_admitted_is_kept_once_it_is
 
 
 def test_a_snapshot_that_the_prefill_node_does_not_have_is_waited_for_no_longer_than_its_prefill(hybrid):
-    """A prompt as long as its pool, so that there is no block for a snapshot there; the transfer's deadline is an hour."""
+    """The prompt fills its pool, so that there is no block for a snapshot; the transfer's deadline is an hour."""
     model, tokenizer = hybrid
     (prompt,) = prompts_of(200)
     blocks = next(count for count in range(13, 100) if fits(model, tokenizer, count, prompt))

@@ -52,7 +52,8 @@ class HandOver:
         self.plan = plans[0]
         assert plans[0].total_bytes == plans[1].total_bytes
         self.arriving = KVReceive(self.receiver.kvcache, loopback, plans[1], self.request.cache.block_tables)
-        stream = KVSend(sender.kvcache, loopback, self.plan, self.sent.cache.block_tables, SendingThreads("test"), DEADLINE_S)
+        stream = KVSend(sender.kvcache, loopback, self.plan, self.sent.cache.block_tables, SendingThreads("test"),
+                        DEADLINE_S)
         stream.finish()
         stream.outcome.result(DEADLINE_S)
         self.sides = [(sender, self.sent), (self.receiver, self.request)]

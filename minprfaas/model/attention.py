@@ -29,8 +29,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, positions: Positions, scale: float) 
     # A mask that is given as a tensor rules the fused kernels out too, so one is built only where requests of unequal
     # lengths leave no other way to say which rows are padding.
     mask, is_causal = None, False
-    # Where there is one token, the heads that share keys and values are rows of one product: otherwise the kernels would
-    # read the context once a head, or a copy of it for each.
+    # Where there is one token, the heads that share keys and values are rows of one product: otherwise the kernels
+    # would read the context once a head, or a copy of it for each.
     queries = q.transpose(1, 2) if new > 1 else q.reshape(batch, k.shape[2], -1, q.shape[3])
     if new == context:
         is_causal = new > 1
@@ -44,8 +44,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, positions: Positions, scale: float) 
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
-    """PyTorch's `scaled_dot_product_attention`; on a GPU not by cuDNN, which plans every shape anew, for 50 ms and more,
-    and fails on some masks."""
+    """PyTorch's `scaled_dot_product_attention`; on a GPU not by cuDNN, which plans every shape anew, for 50 ms and
+    more, and fails on some masks."""
     with sdpa_kernel(NOT_CUDNN) if q.is_cuda else nullcontext():
         return F.scaled_dot_product_attention(q, k, v, **options)
 

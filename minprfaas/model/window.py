@@ -58,7 +58,7 @@ def attend_window(q: Tensor, k: Tensor, v: Tensor, positions: Positions, scale: 
         values = F.pad(v[:, start:end], (0, narrower, 0, 0, 0, width - count))
         mask = torch.full((len(q), heads, queries.shape[1], width), float("-inf"), dtype=q.dtype, device=q.device)
         mask[..., :count].masked_fill_(seen[:, None], 0.0)
-        if sinks is not None:  # the first key beyond the window's is of zeros like its value; its score is all in the mask
+        if sinks is not None:  # the first key beyond is of zeros, as its value is: its score is all in the mask
             mask[..., count] = sinks.to(q.dtype)[:, None]
         outputs.append(fused(
             queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask, scale=scale,

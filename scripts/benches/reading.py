@@ -109,6 +109,7 @@ def write_readings(path: str, machine: Machine, readings: list[Reading]) -> None
     """The same for a program. Raises UserError."""
     try:
         with open(path, "w", encoding="utf-8") as out:
-            json.dump({"machine": asdict(machine), "readings": [asdict(reading) for reading in readings]}, out, indent=2)
+            found = [asdict(reading) for reading in readings]
+            json.dump({"machine": asdict(machine), "readings": found}, out, indent=2)
     except OSError as error:
         raise UserError(f"--json {path} cannot be written: {error.strerror}") from None
