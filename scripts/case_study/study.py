@@ -89,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--deployment", choices=(*NAMES, *POINTS), metavar="NAME", action="append", help="only this one: "
                    f"{', '.join(NAMES)} (all four), or a point of the figures: {', '.join(map(repr, POINTS))}")
     p.add_argument("--quick", action="store_true", help="two rates a deployment near the plan instead of a search: "
-                   "under ten minutes")
+                   "the fewest that say something")
     p.add_argument("--requests", type=int, metavar="N", help=f"of a rate ({FULL_REQUESTS}; quick {QUICK_REQUESTS})")
     p.add_argument("--scale", metavar="TIME,LENGTH,BYTES", help=f"seconds times TIME, one token for LENGTH, bytes "
                    f"times BYTES (here {default_scale()}; each loop has its own); undone in every figure")
