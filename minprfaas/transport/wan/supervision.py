@@ -56,8 +56,9 @@ class Supervisor:
         meeting = self._rendezvous.meet(until, self._closing, bear_refusals=False)
         met()
         self._begin_epoch(meeting)
-        self._thread = threading.Thread(target=self._run, name=f"{self._name} supervisor", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, name=f"{self._name} supervisor", daemon=True)
+        thread.start()
+        self._thread = thread  # only now: `close` may come at any moment, and joins what it finds
 
     @property
     def is_up(self) -> bool:
