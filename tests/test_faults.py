@@ -97,7 +97,7 @@ def test_a_hybrid_goes_on_from_the_snapshot_if_that_arrived(models):
 
 
 def test_a_hybrid_without_its_snapshot_starts_over_because_rows_alone_are_no_state(models):
-    site = broken_site(models, "kimi_linear", "cut for good", at=6)
+    site = broken_site(models, "kimi_linear", "cut for good", at=9)  # of some twenty: rows by then, and no state
     for part in (site.local.prefill, site.local.decode):  # the half-arrived state would be taken, if any
         snapshots = part.engine.kvcache.snapshots
         snapshots.config = replace(snapshots.config, snapshot_every=1)
