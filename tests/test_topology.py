@@ -13,7 +13,6 @@ from minprfaas.commands.cluster import main, parser, with_site_lines
 from minprfaas.commands.live_options import Run
 from minprfaas.config import LineConfig, LinkConfig, Role
 from minprfaas.errors import UserError
-from minprfaas.transport.encoding import Encoding
 
 
 def roles(topology):
@@ -34,7 +33,7 @@ def test_there_may_be_several_prfaas_datacenters_each_with_its_own_line():
         ("front", "pd"), ("prfaas-a-0", "prfaas-a"), ("prfaas-b-0", "prfaas-b"), ("prfaas-b-1", "prfaas-b"),
         ("pd-0", "pd"), ("pd-1", "pd")]
     args = parser().parse_args(["--prompts", "P", "--link-gbps", "0.02", "--rtt-ms", "5"])
-    run = with_site_lines(Run(args, topology, LinkConfig(), LineConfig(0.02, 5.0), [], None, Encoding.EXACT, None),
+    run = with_site_lines(Run(args, topology, LinkConfig(), LineConfig(0.02, 5.0), [], None, None),
                           ["prfaas-b=0.004"])
     assert run.lines == {"prfaas-a": LineConfig(0.02, 5.0), "prfaas-b": LineConfig(0.004, 5.0)}
     assert run.line_between("pd", "prfaas-b") == run.line_between("prfaas-b", "pd") == LineConfig(0.004, 5.0)

@@ -34,7 +34,7 @@ def connect_both(mine, theirs, config=LinkConfig(), other_config=LinkConfig()) -
     (dict(secret=None), "the peer does not hold the same secret"),
     (dict(fingerprint=b"\1" * 32), "model fingerprint is 000000"),
     (dict(dtype="bfloat16"), "dtype is float32 here and bfloat16 there"),
-    (dict(encoding="int8"), "encoding of rows is exact here and int8 there"),
+    (dict(wire="int8"), "wire is exact here and int8 there"),
     (dict(block_layout="16 tokens"), "block layout is 64 tokens here and 16 tokens there")])
 def test_a_peer_with_another_secret_or_model_is_refused_and_the_log_says_why(caplog, change, reason):
     caplog.set_level(logging.WARNING, "minprfaas.transport")

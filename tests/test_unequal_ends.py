@@ -133,7 +133,7 @@ def test_a_machine_that_cannot_be_is_refused_by_the_name_of_its_option(options, 
 def test_one_value_is_for_all_and_the_wire_between_equals_is_exact():
     args = parser().parse_args(["--prompts", "P", "--block-tokens", "32"])
     assert machine_at(args, "prfaas") == machine_at(args, "pd") and machine_at(args, "pd").block_tokens == 32
-    assert wire_between(args, Encoding.EXACT) == Wire()
+    assert wire_between(args) == Wire()
 
 
 @pytest.mark.heavy

@@ -17,6 +17,7 @@ from test_two_datacenters import GREEDY, prompts_of, reference, tokens
 from minprfaas.cluster.kv_receive import KVReceive
 from minprfaas.cluster.kv_send import KVSend, SendingThreads
 from minprfaas.cluster.stream_plans import snapshot_plan, stream_plan
+from minprfaas.cluster.launch import link_identity
 from minprfaas.commands.answers import wire_share
 from minprfaas.config import CacheConfig, StateKind
 from minprfaas.engine.engine import Engine
@@ -101,6 +102,19 @@ def test_rows_arrive_as_their_encoding_says_and_request_level_state_to_the_last_
     assert len(kinds) == 2  # rows and a state beside them
     assert handed.arriving.received_bytes == handed.plan.total_bytes < kv_bytes(handed.receiver.layout.specs, 77)
     assert not handed.arriving.is_exact
+
+
+def test_request_level_state_crosses_in_bf16_where_that_is_asked_for(models):
+    handed = HandOver(*models["kimi_linear"], prompts_of(77)[0], Wire(state=Encoding.BF16))
+    layout = handed.receiver.layout
+    for layer, spec in enumerate(layout.specs):
+        for sent, received in zip(*handed.tensors_of(layer)):
+            is_state = spec.kind is StateKind.REQUEST
+            assert torch.equal(received, sent.bfloat16().to(sent.dtype) if is_state else sent)
+            assert torch.equal(received, sent) != is_state
+    assert not handed.arriving.is_exact and handed.plan.total_bytes < kv_bytes(layout.specs, 77)
+    here, there = (link_identity(models["kimi_linear"][0], layout, wire) for wire in (Wire(state=Encoding.BF16), Wire()))
+    assert here.difference(there.as_json()) == "wire is exact, state in bf16 here and exact there"
 
 
 @pytest.mark.parametrize("encoding", Encoding)

@@ -81,10 +81,10 @@ print(f"   Qwen3-235B, 32K tokens: {human_bytes(by_hand)} by hand; from its publ
 
 
 # %% [markdown]
-# Not every layer is like that. Here is one layer of each kind, in the shapes of published models. A *window* keeps the
-# last few tokens only. [MLA](../docs/glossary.md#mla) keeps one short *latent* a token, out of which all heads make
-# their keys and values. [KDA](../docs/glossary.md#kda), GDN and Lightning keep no tokens at all, but a matrix a head,
-# as large after a word as after a book (chapter 02).
+# Not every layer is like that. Here is one layer of each kind, in the shapes of published models. A *window*
+# (sliding-window attention, SWA) keeps the last few tokens only. [MLA](../docs/glossary.md#mla) keeps one short
+# *latent* a token, out of which all heads make their keys and values. [KDA](../docs/glossary.md#kda), GDN and Lightning
+# keep no tokens at all, but a matrix a head, as large after a word as after a book (chapter 02).
 #
 # *Guess first:* at 32K tokens, how many KDA layers weigh as much as one GQA layer?
 
@@ -146,7 +146,7 @@ def parameters_of(config: ModelConfig) -> tuple[float, float]:
 def layers_of(config: ModelConfig) -> str:
     """How many of which kind."""
     return ", ".join(f"{count} {kind}" for kind, count in Counter(
-        type(layer.mixer).__name__.removesuffix("Config") + " window" * bool(getattr(layer.mixer, "window", None))
+        "SWA" if getattr(layer.mixer, "window", None) else type(layer.mixer).__name__.removesuffix("Config")
         for layer in config.layers).items())
 
 

@@ -82,7 +82,7 @@ class Upkeep:
         """Note on the timeline whose KVCache a stream carries: lanes know only its number."""
         if self.engine.timeline is not None:
             self.engine.timeline.instant("streams", "stream opened", self.engine.clock(), stream=stream_id,
-                                          request=request_id)
+                                         request=request_id)
 
     def say_goodbye(self) -> None:
         """The last words: the timeline, what this process did and took, and whether its books are right."""

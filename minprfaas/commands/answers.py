@@ -91,13 +91,19 @@ def wire_share(layout: Layout, wire: Wire) -> float:
 
 
 def lossy_wire(layout: Layout, wire: Wire) -> str | None:
-    """What a wire does to the rows that cross, in words; None where they arrive to the last bit."""
+    """What a wire does to what crosses, in words; None where all of it arrives to the last bit."""
     rows = [row_codec(spec, wire.rows) for spec in layout.specs if spec.kind is not StateKind.REQUEST]
-    if not wire.recast and all(row.is_exact for row in rows):
+    is_state_kept = wire.state is Encoding.EXACT
+    if not wire.recast and is_state_kept and all(row.is_exact for row in rows):
         return None
-    caches = f"caches are {wire.recast}: request-level state crosses in float32, " if wire.recast else ""
-    return (f"{caches}rows of attention state cross in {wire.rows.value}, {wire_share(layout, wire):.0%} of their "
-            "bytes, and arrive rounded: offloaded answers may differ from exact ones")
+    crossing = []
+    if wire.recast or not is_state_kept:
+        crossing.append(f"request-level state crosses in {'float32' if is_state_kept else wire.state.value}")
+    if wire.rows is not Encoding.EXACT:
+        share = wire_share(layout, wire)
+        crossing.append(f"rows of attention state cross in {wire.rows.value}, {share:.0%} of their bytes")
+    caches = f"caches are {wire.recast}: " if wire.recast else ""
+    return f"{caches}{', '.join(crossing)}; numbers arrive rounded: offloaded answers may differ from exact ones"
 
 
 def check(journeys: Sequence[Journey], prompts: Sequence[Prompt], model: Transformer, tokenizer: Tokenizer,

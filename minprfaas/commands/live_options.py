@@ -45,6 +45,8 @@ def add_options(p: argparse.ArgumentParser, may_serve: bool = False) -> None:
     p.add_argument("--wire", default=Encoding.EXACT.value, choices=[encoding.value for encoding in Encoding],
                    help="how rows of attention state cross between the datacenters; all but exact suspend the promise "
                    "that answers are token-identical (exact)")
+    p.add_argument("--wire-state", default=Encoding.EXACT.value, choices=[Encoding.EXACT.value, Encoding.BF16.value],
+                   help="and request-level state, whose error stays in all that follows (exact)")
     add_machine_options(p)
     p.add_argument("--prefill-chunk", type=int, metavar="TOKENS", help="tokens a prefill chunk (1024; on a GPU 8192)")
     p.add_argument("--pool-blocks", type=int, metavar="N", help="blocks of each pool (default: room for the prompts)")
@@ -92,7 +94,6 @@ class Run:
     line: LineConfig
     prompts: list[Prompt]
     load: Load | None  # instead of the prompts
-    encoding: Encoding  # of rows of attention state between the datacenters
     fleet: Fleet | None  # with a profile: what the threshold loop plans for
     emulation: Emulation | None = None
     policy: Mapping[str, bool | float] = field(default_factory=dict)  # fields of `ControlSettings`
@@ -146,7 +147,7 @@ def checked(args: argparse.Namespace, topology: Topology) -> Run:
                       args.relay)
     line = LineConfig(line_gbps, args.rtt_ms, weather)
     policy = dict(adaptive=fleet is not None)  # the threshold follows the link
-    return Run(args, topology, link, line, prompts, load, Encoding(args.wire), fleet, emulation, policy)
+    return Run(args, topology, link, line, prompts, load, fleet, emulation, policy)
 
 
 def _checked_emulation(args: argparse.Namespace) -> Emulation | None:

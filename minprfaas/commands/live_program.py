@@ -49,7 +49,7 @@ class Program:
         self.emulation = run.emulation
         self.outputs, self.here, self.places, self.neighbours = outputs, here, places, neighbours
         self.process, self.front, self.engine = made, made.front, engine
-        self.lossy = answers.lossy_wire(engine.layout, wire_between(run.args, run.encoding))
+        self.lossy = answers.lossy_wire(engine.layout, wire_between(run.args))
         self.journeys: dict[str, Journey] = {}
         self.prompts, self.due = self._asked(run)
         self.board = Board()

@@ -88,7 +88,7 @@ def _play(run: Run, seat: Seat, outputs: dict[str, OutputFile], drive: Drive | N
     engines = engines_of(run, seat, timeline)
     engine = engines[0]  # to ask for what all of them share
     store = seat.address.open(serves=here.has_front)  # kept: where this process serves it, it lives as long
-    wire = wire_between(args, run.encoding)
+    wire = wire_between(args)
     mail = Mail(EventQueue(), wire)
     front = None
     if here.has_front:

@@ -38,11 +38,11 @@ def machine_at(args: argparse.Namespace, site: str) -> Machine:
     return Machine(_said_of(site, "--device", args.device), dtype, block_tokens)
 
 
-def wire_between(args: argparse.Namespace, encoding: Encoding) -> Wire:
+def wire_between(args: argparse.Namespace) -> Wire:
     """How KVCache crosses from the PrfaaS datacenter to the PD one."""
     away, here = machine_at(args, PRFAAS_SITE), machine_at(args, PD_SITE)
     formats = f"{away.dtype} in datacenter A and {here.dtype} in B" if away.dtype != here.dtype else ""
-    return Wire(encoding, formats, away.block_tokens == here.block_tokens)
+    return Wire(Encoding(args.wire), formats, away.block_tokens == here.block_tokens, Encoding(args.wire_state))
 
 
 def _said_of(site: str, option: str, text: str) -> str:

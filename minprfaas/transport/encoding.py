@@ -41,11 +41,12 @@ class Wire:
     """How KVCache crosses between two nodes. `recast` names the number formats of their caches where these differ: rows
     then cross in bf16, unless another encoding is asked for, and request-level state in float32. Without `same_blocks`,
     their blocks hold other numbers of tokens: nothing in a stream depends on that, but one has no snapshot where the
-    other wants it."""
+    other wants it. `state` is for request-level state: it crosses exactly, or in bf16 where that is asked for."""
 
     encoding: Encoding = Encoding.EXACT
     recast: str = ""
     same_blocks: bool = True
+    state: Encoding = Encoding.EXACT
 
     @property
     def rows(self) -> Encoding:
@@ -55,32 +56,40 @@ class Wire:
     def entry(self, layer: int, group: int, spec: StateSpec, tokens: int) -> LayerPlan:
         """What a plan says of a layer: for token state a row, else the state as of `tokens`."""
         nbytes = spec.nbytes if spec.kind is StateKind.TOKEN else spec.bytes_at(tokens)
-        if spec.kind is StateKind.REQUEST and not self.recast:  # exactly: its error would stay in all that follows
+        is_state = spec.kind is StateKind.REQUEST  # exact unless asked: its error would stay in all that follows
+        name = (self.state if is_state else self.rows).value + RECAST * bool(self.recast)
+        if is_state and name == Encoding.EXACT.value:
             return LayerPlan(layer, group, spec.kind, nbytes)
-        name = self.rows.value + RECAST * bool(self.recast)
         return LayerPlan(layer, group, spec.kind, codec_of(spec, name).wire_bytes(nbytes), name)
+
+    @property
+    def name(self) -> str:
+        """What both ends of a link must mean."""
+        return self.rows.value + (f", state in {self.state.value}" if self.state is not Encoding.EXACT else "")
 
 
 @dataclass(frozen=True)
 class StateCodec:
-    """Request-level state to float32 and back, between caches of different number formats."""
+    """Request-level state to `dtype` and back: to float32 between caches of different number formats, or to fewer
+    bytes."""
 
     spec: StateSpec
+    dtype: torch.dtype = torch.float32
     is_exact = False
 
     def wire_bytes(self, nbytes: int) -> int:
         """What the state becomes."""
-        return sum(4 * tensor.nbytes // tensor.torch_dtype.itemsize for tensor in self.spec.tensors)
+        return sum(self.dtype.itemsize * tensor.nbytes // tensor.torch_dtype.itemsize for tensor in self.spec.tensors)
 
     def encode(self, data: Tensor) -> Tensor:
-        """uint8 of the tensors in the cache's format, in the spec's order -> uint8 of them in float32."""
+        """uint8 of the tensors in the cache's format, in the spec's order -> uint8 of them in `dtype`."""
         parts = data.split([tensor.nbytes for tensor in self.spec.tensors])
-        return torch.cat([_as_bytes(_typed(part, tensor.torch_dtype).float())
+        return torch.cat([_as_bytes(_typed(part, tensor.torch_dtype).to(self.dtype))
                           for part, tensor in zip(parts, self.spec.tensors)])
 
     def decode(self, data: Tensor) -> Tensor:
         """What `encode` gave, at either end -> uint8 of the tensors in this cache's format."""
-        numbers = _typed(data.reshape(-1), torch.float32)
+        numbers = _typed(data.reshape(-1), self.dtype)
         parts = numbers.split([tensor.nbytes // tensor.torch_dtype.itemsize for tensor in self.spec.tensors])
         return torch.cat([_as_bytes(part.to(tensor.torch_dtype)) for part, tensor in zip(parts, self.spec.tensors)])
 
@@ -166,9 +175,10 @@ def row_codec(spec: StateSpec, encoding: Encoding, is_recast: bool = False) -> R
 
 def codec_of(spec: StateSpec, name: str) -> RowCodec | StateCodec:
     """By the name that a plan has for it."""
+    encoding = Encoding(name.removesuffix(RECAST))
     if spec.kind is StateKind.REQUEST:
-        return StateCodec(spec)
-    return row_codec(spec, Encoding(name.removesuffix(RECAST)), name.endswith(RECAST))
+        return StateCodec(spec, torch.bfloat16 if encoding is Encoding.BF16 else torch.float32)
+    return row_codec(spec, encoding, name.endswith(RECAST))
 
 
 def codecs(specs: tuple[StateSpec, ...], plan: StreamPlan) -> dict[int, RowCodec | StateCodec]:

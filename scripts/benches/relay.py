@@ -28,7 +28,6 @@ from minprfaas.engine.generate import generate
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import UserError, exit_on_user_error
 from minprfaas.observe.report import table
-from minprfaas.transport.encoding import Encoding
 
 HEADERS = ["line, Mbit/s*", "relay", "TTFT s*", "last token s*", "before handover", "gap there ms*", "median gap ms*",
            "largest gap ms*", "steps at PrfaaS", "its computing s", "identical"]
@@ -73,7 +72,7 @@ def measure(args: argparse.Namespace, mbps: float, relay: bool, prompts: list[li
                "--pool-blocks", str(len(prompts) * longest // 32 + 64)]
     arguments = two_datacenters.parser().parse_args(options)
     line = LineConfig(mbps / 1000, args.rtt_ms)
-    run = Run(arguments, topology, LinkConfig(arguments.lanes), line, [], None, Encoding.EXACT, None)
+    run = Run(arguments, topology, LinkConfig(arguments.lanes), line, [], None, None)
 
     def drive(made, engine) -> int:
         front = made.front

@@ -15,7 +15,6 @@ from statistics import fmean, median
 import torch
 
 from minprfaas import load
-from minprfaas.config import StateKind
 from minprfaas.documents import EVALUATION_SEEDS, make_document
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.generate import pool_for
@@ -24,11 +23,12 @@ from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import UserError, exit_on_user_error, require_number
 from minprfaas.observe.report import table
 from minprfaas.scheduling.throughput import kv_throughput_gbps
-from minprfaas.transport.encoding import Encoding, row_codec
+from minprfaas.transport.encoding import Encoding, Wire, codec_of
 
 PARAMS = SamplingParams(max_tokens=16)
 HEADERS = ["wire", "bytes a token", "KV, MiB", "Gbps", "encode ms", "decode ms", "right", "changed",
            "first changed token", "mean |Δ logit|", "largest"]
+WIRES = [*(Wire(encoding) for encoding in Encoding), Wire(Encoding.BF16, state=Encoding.BF16)]
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Bench:
         return request
 
     @torch.inference_mode()
-    def cross(self, sent: Request, encoding: Encoding, tally: Tally,
+    def cross(self, sent: Request, wire: Wire, tally: Tally,
               wanted: list[int]) -> tuple[list[int], torch.Tensor]:
         """The answer after the wire, and the logits along `wanted` (without any: along the answer)."""
         prompt, arrived, specs = sent.token_ids[:sent.prompt_tokens], [], self.sender.layout.specs
@@ -69,13 +69,14 @@ class Bench:
         tally.decode_s.append(0.0)
         for layer, spec in enumerate(specs):
             data = self._read(sent, layer, len(prompt))
-            if spec.kind is not StateKind.REQUEST:
-                codec = row_codec(spec, encoding)
-                wire, seconds = timed(lambda: codec.encode(data), self.model.device)
+            entry = wire.entry(layer, 0, spec, len(prompt))
+            if entry.encoding != Encoding.EXACT:
+                codec = codec_of(spec, entry.encoding)
+                encoded, seconds = timed(lambda: codec.encode(data), self.model.device)
                 tally.encode_s[-1] += seconds
-                data, seconds = timed(lambda: codec.decode(wire), self.model.device)
+                data, seconds = timed(lambda: codec.decode(encoded), self.model.device)
                 tally.decode_s[-1] += seconds
-                tally.nbytes[-1] += wire.numel()
+                tally.nbytes[-1] += encoded.numel()
             else:
                 tally.nbytes[-1] += data.numel()
             arrived.append(data)
@@ -146,16 +147,16 @@ def main(argv: list[str]) -> int:
 
 def print_length(bench: Bench, length: int, args: argparse.Namespace) -> None:
     """Prefill the documents of one length, send each through every encoding, print the table."""
-    tallies, prefill_s, leads = {encoding: Tally() for encoding in Encoding}, [], []
+    tallies, prefill_s, leads = {wire: Tally() for wire in WIRES}, [], []
     for seed in range(EVALUATION_SEEDS, EVALUATION_SEEDS + args.documents):
         document = make_document(seed, length, bench.tokenizer.encode)
         question = document.questions[0]
         sent = bench.prefill(document.prompt(question))
         prefill_s.append(sent.prefill_ended_at_s - sent.prefill_started_at_s)
         exact, exact_logits = [], None
-        for encoding, tally in tallies.items():
-            answer, logits = bench.cross(sent, encoding, tally, exact)
-            if encoding is Encoding.EXACT:
+        for wire, tally in tallies.items():
+            answer, logits = bench.cross(sent, wire, tally, exact)
+            if wire == Wire():
                 exact, exact_logits = answer, logits
                 best, second = logits.topk(2, dim=-1).values.unbind(dim=-1)
                 leads += (best - second).tolist()
@@ -169,17 +170,17 @@ def print_length(bench: Bench, length: int, args: argparse.Namespace) -> None:
         bench.sender.release(sent)
     print(f"{args.documents} documents of {length:,} tokens, {args.dtype}, prefill {median(prefill_s):.2f} s each; the "
           f"drawn token leads the next by {median(leads):.2g} logits (median)\n")
-    print(table(HEADERS, [row(encoding, tally, length, prefill_s) for encoding, tally in tallies.items()]))
-    if not tallies[Encoding.EXACT].right:
+    print(table(HEADERS, [row(wire, tally, length, prefill_s) for wire, tally in tallies.items()]))
+    if not tallies[Wire()].right:
         print("  right: none even where nothing is encoded, so that only what changed says anything of this model")
     print()
 
 
-def row(encoding: Encoding, tally: Tally, length: int, prefill_s: list[float]) -> list[str]:
+def row(wire: Wire, tally: Tally, length: int, prefill_s: list[float]) -> list[str]:
     """One line of the table."""
     nbytes, documents = fmean(tally.nbytes), len(tally.nbytes)
-    is_coded = encoding is not Encoding.EXACT
-    return [encoding.value, f"{nbytes / length:,.0f}", f"{nbytes / 2**20:.2f}",
+    is_coded = wire != Wire()
+    return [wire.name, f"{nbytes / length:,.0f}", f"{nbytes / 2**20:.2f}",
             f"{kv_throughput_gbps(nbytes, median(prefill_s)):.4f}",
             f"{median(tally.encode_s) * 1e3:.1f}" if is_coded else "–",
             f"{median(tally.decode_s) * 1e3:.1f}" if is_coded else "–", f"{tally.right} of {documents}",

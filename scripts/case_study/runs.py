@@ -23,7 +23,6 @@ from minprfaas.observe.cores import Cores
 from minprfaas.scheduling.profiles import Scale
 from minprfaas.simulator.cluster import RTT_S, Setup
 from minprfaas.simulator.nodes import SimRequest
-from minprfaas.transport.encoding import Encoding
 
 LANES = 1  # of a line of 56 Mbit/s in the run; every lane more is 36 connections that beat, on two cores
 TRANSFER_DEADLINE_S = 600.0
@@ -106,7 +105,7 @@ class Emulated:
                           prfaas_profile=units.profile(fleet.prfaas_profile),
                           pd_profile=units.profile(fleet.pd_profile))
         emulation = Emulation(fleet.prfaas_profile, fleet.pd_profile, scale)
-        return Run(args, self.topology, LinkConfig(args.lanes), line, [], None, Encoding.EXACT, planned, emulation,
+        return Run(args, self.topology, LinkConfig(args.lanes), line, [], None, planned, emulation,
                    dict(convert_roles=setup.convert_roles, adaptive=setup.adaptive, selective=setup.selective),
                    plane=lambda settings: EmulatedPlane(settings, scale.time, setup.cache_aware))
 

@@ -24,7 +24,7 @@ import secrets
 from dataclasses import dataclass
 
 from minprfaas.transport.base import LinkRefused
-from minprfaas.transport.encoding import Encoding
+from minprfaas.transport.encoding import Wire
 from minprfaas.transport.wan.digest import multiplies_bytes
 from minprfaas.transport.wan.frames import VERSION, Codec, FrameError
 from minprfaas.transport.wan.lanes import Lane
@@ -46,12 +46,12 @@ class LinkIdentity:
     dtype: str
     block_layout: str
     secret: bytes | None = None
-    encoding: str = Encoding.EXACT.value  # of rows of attention state
+    wire: str = Wire().name
 
     def as_json(self) -> bytes:
         """What the peer is told: everything but the secret."""
         return json.dumps({"model fingerprint": self.fingerprint.hex(), "dtype": self.dtype,
-                           "block layout": self.block_layout, "encoding of rows": self.encoding}).encode()
+                           "block layout": self.block_layout, "wire": self.wire}).encode()
 
     def difference(self, theirs: bytes) -> str | None:
         """What differs, in words; None when both sides mean the same bytes."""
