@@ -18,6 +18,7 @@ from minprfaas.errors import ArgumentParser, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
+bench = importlib.import_module("bench")
 PROGRAMS = ("minprfaas.commands.two_datacenters", "minprfaas.commands.cluster", "case_study.study")
 SCRIPTS = ("to_notebook", "draw_request", "bench")
 
@@ -62,16 +63,22 @@ def test_a_scripts_help(script):
     reads_well(done.stdout)
 
 
+@pytest.mark.parametrize("name", [name for name, _ in bench.benchmarks()])
+def test_a_benchmarks_help(help_of, name):
+    """All that it imports is there: nothing else in the suite runs most of them."""
+    assert "usage: " in help_of(importlib.import_module(f"benches.{name}").main)
+
+
 def test_the_list_of_commands_and_that_of_benchmarks(help_of):
     commands = help_of(main)
     assert all(f"    {command} " in commands for command in COMMANDS)
     reads_well(commands)
-    bench = [sys.executable, str(ROOT / "scripts" / "bench.py")]
-    benchmarks = subprocess.run([*bench, "--help"], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, str(ROOT / "scripts" / "bench.py")]
+    benchmarks = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=120)
     for name in ("cache", "wire"):
         assert f"  {name} " in benchmarks.stdout
     assert "gpu_cases" not in benchmarks.stdout  # a part of another one
-    unknown = subprocess.run([*bench, "nothing"], capture_output=True, text=True, timeout=120)
+    unknown = subprocess.run([*command, "nothing"], capture_output=True, text=True, timeout=120)
     assert unknown.returncode == 2 and unknown.stderr.count("\n") == 1 and "'nothing' is not one of: " in unknown.stderr
 
 

@@ -17,7 +17,6 @@ from statistics import fmean, median
 
 from minprfaas import load
 from minprfaas.cluster.launch import Launch, start_processes, watch_parent
-from minprfaas.cluster.processes import PRFAAS
 from minprfaas.cluster.topology import Topology
 from minprfaas.commands import two_datacenters
 from minprfaas.commands.live_options import Run
@@ -76,13 +75,13 @@ def measure(args: argparse.Namespace, mbps: float, relay: bool, prompts: list[li
 
     def drive(made, engine) -> int:
         front = made.front
-        if not made.run_until(lambda: PRFAAS in front.ready, 60.0):
+        if not made.run_until(lambda: places[0].name in front.ready, 60.0):
             raise UserError("the PrfaaS node did not come within 60 s")
         ask(made, front, "warm-up", prompts[0][700:0:-1], SamplingParams(max_tokens=4, ignore_eos=True), [])
         told = [ask(made, front, f"doc-{number}", prompt, params, right)
                 for number, (prompt, right) in enumerate(zip(prompts, wanted))]
         made.shut_down(30.0)
-        figures = front.figures[PRFAAS]
+        figures = front.figures[places[0].name]
         results.write_text(json.dumps({"told": [asdict(one) for one in told], "steps": figures.decoded_tokens,
                                        "computed_s": figures.computed_s}))
         return 0

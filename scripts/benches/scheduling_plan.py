@@ -3,6 +3,7 @@
 `python scripts/bench.py scheduling_plan`. Chapter 10. The last column is a ratio to the paper's case in the same run.
 """
 
+import argparse
 import random
 import time
 from collections.abc import Callable
@@ -16,8 +17,10 @@ RECENT = 4096  # incremental lengths that the short-term loop keeps
 GOAL_S = 0.2
 
 
-def main(arguments: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Time each kind of planning and print a table; exits 1 when the paper's case misses its goal."""
+    about = __doc__.splitlines()[0]
+    argparse.ArgumentParser(prog="python scripts/bench.py scheduling_plan", description=about).parse_args(argv)
     lengths, fleet, rng = paper.paper_lengths(), paper.paper_fleet(), random.Random(0)
     recent = [lengths.quantile(rng.random()) for _ in range(RECENT)]
     large = paper.paper_fleet(450, 800)
