@@ -24,7 +24,7 @@ _HOMES = {
 __all__ = list(_HOMES)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'minprfaas' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 
@@ -41,7 +42,7 @@ def one_line(error: BaseException) -> str:
     return _GLOO_PLACE.sub("", first)[:200] or type(error).__name__
 
 
-def require_number(what: str, value, above: float | None = None, least: float | None = None,
+def require_number(what: str, value: object, above: float | None = None, least: float | None = None,
                    most: float | None = None, whole: bool = False) -> None:
     """Raise UserError unless `value` is a finite number (a whole one, if asked for) within the given limits."""
     is_right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)  # which Python counts
@@ -78,16 +79,17 @@ def shown(value: object) -> str:
 class ArgumentParser(argparse.ArgumentParser):
     """argparse, but a wrong command line is a `UserError` like any other mistake: one line instead of the usage."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
+        """See `argparse.ArgumentParser.error`."""
         shortened = message if len(message) <= 300 else message[:297] + "..."  # it may quote a number of 5,000 digits
         raise UserError(f"{shortened} (see {self.prog} --help)")
 
 
-def exit_on_user_error(main):
+def exit_on_user_error(main: Callable[..., int]) -> Callable[..., int]:
     """Wrap a program's `main`: a `UserError` becomes one line on stderr and exit status 2, never a traceback."""
 
     @functools.wraps(main)
-    def wrapped(*args, **kwargs):
+    def wrapped(*args: object, **kwargs: object) -> int:
         for name in ("stdout", "stderr"):
             if getattr(sys, name) is None:  # its descriptor was closed before we began
                 setattr(sys, name, open(os.devnull, "w"))

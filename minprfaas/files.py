@@ -17,7 +17,7 @@ def read_json(path: str | Path, hint: str = "") -> dict:
     return value
 
 
-def read_json_value(path: str | Path, hint: str = ""):
+def read_json_value(path: str | Path, hint: str = "") -> object:
     """Any JSON value from a file; UserError when it is missing or unreadable."""
     try:
         return json.loads(read_bytes(path).decode("utf-8"))

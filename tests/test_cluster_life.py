@@ -273,7 +273,7 @@ def test_a_hot_prefix_is_copied_to_an_idle_node_of_its_cluster_and_computed_by_n
         matches = world.front.plane.directory.match(turns[0].keys)
     assert {"prfaas-0", "prfaas-1"} <= matches.keys()
     copied = [journey for journey in turns if journey.decision.node != holder]
-    assert copied and copied[0].decision.transfer.source == holder and copied[0].prefix_bytes > 0
+    assert copied and copied[0].decision.shipment.source == holder and copied[0].prefix_bytes > 0
     assert all(journey.cached_tokens >= 304 for journey in turns)
 
 

@@ -35,9 +35,9 @@ from minprfaas.observe.timeline import Timeline
 from minprfaas.scheduling import control
 from minprfaas.scheduling.control import ControlPlane
 from minprfaas.scheduling.directory import CacheChanged
-from minprfaas.simulator.arrivals import from_trace, read_trace, write_conversations
-from minprfaas.simulator.cluster import Setup, Simulation
 from minprfaas.scheduling.paper_case import paper_fleet
+from minprfaas.simulator.arrivals import from_trace, read_trace, write_conversations
+from minprfaas.simulator.simulation import Setup, Simulation
 from minprfaas.transport import Link, MessageReceived
 
 ORDER = messages.PrefillOrder("a", 7, [1, 2, 3], 0, 8, 0, "", 0, 0, {"max_tokens": 3}, 60.0)
@@ -261,14 +261,14 @@ def test_hundreds_of_streams_leave_threads_descriptors_and_blocks_as_they_were(h
             sends = []
             for plan in plans:
                 receiver.expect(plan, lambda *_: None)
-                engine.kvcache.begin_transfer(cache)
+                engine.kvcache.hold(cache)
                 sends.append(KVSend(engine.kvcache, sender, plan, cache.block_tables, sending, DEADLINE_S))
             assert len(sending_threads()) == min(at_once, STREAMS_AT_ONCE)
             for send in sends:
                 send.finish()
             for send in sends:
                 assert send.outcome.result(DEADLINE_S).bytes == send.plan.total_bytes
-                engine.kvcache.end_transfer(cache)
+                engine.kvcache.release(cache)
         wait_until(lambda: not sending_threads())
         assert engine.kvcache.stats() == stats and len(os.listdir("/dev/fd")) <= descriptors
     engine.release(prompt)

@@ -18,11 +18,11 @@ from minprfaas.scheduling.control import (INVENTORY_S, AskInventory, ControlPlan
 from minprfaas.scheduling.directory import CacheChanged
 from minprfaas.scheduling.paper_case import paper_fleet, paper_lengths
 from minprfaas.scheduling.roles import COOLDOWN_S, RoleChange
-from minprfaas.scheduling.router import RouteRequest, TransferCosts
+from minprfaas.scheduling.router import RouteRequest, ShippingCosts
 from minprfaas.simulator.arrivals import from_trace, read_trace, write_conversations
-from minprfaas.simulator.cluster import Setup, Simulation
+from minprfaas.simulator.simulation import Setup, Simulation
 
-COSTS = TransferCosts(token_bytes=17_000, state_bytes=2e8, prfaas_s_per_token=1e-4, pdp_s_per_token=1e-4)
+COSTS = ShippingCosts(token_bytes=17_000, state_bytes=2e8, prfaas_s_per_token=1e-4, pdp_s_per_token=1e-4)
 KEYS = ("system prompt", "document", "question")
 
 
@@ -163,7 +163,7 @@ def test_the_decode_nodes_cache_counts_for_the_pd_cluster_and_is_fetched():
     control = control_plane()
     control.hear(CacheChanged("d1", 1, [("document", 8192)]), 0.0)
     decision = control.route(RouteRequest("r", 9000, KEYS), 0.0)
-    assert (decision.route, decision.incremental_tokens, decision.transfer.source) == (Role.PDP, 808, "d1")
+    assert (decision.route, decision.uncached_tokens, decision.shipment.source) == (Role.PDP, 808, "d1")
     assert control.loads()[decision.node] == 808
 
 
@@ -174,10 +174,10 @@ def test_what_a_token_costs_is_learned_from_prefills_so_that_shipping_follows_it
     control = control_plane(ship_prefixes=True)
     measure(control, 0, 20, 10.0, 0.1)
     control.hear(CacheChanged("p0", 1, [("document", 4096)]), 0.0)
-    assert control.route(RouteRequest("slow?", 30_000, KEYS), 20.0).transfer.source == "p0"
+    assert control.route(RouteRequest("slow?", 30_000, KEYS), 20.0).shipment.source == "p0"
     control.route(RouteRequest("r", 6000), 20.0)
     control.hear(PrefillEnded("r", 6000, 0.006), 20.0)  # 1 µs a token: 4,096 of them are sooner than 270 MB
-    assert control.route(RouteRequest("fast", 30_000, KEYS), 20.0).transfer is None
+    assert control.route(RouteRequest("fast", 30_000, KEYS), 20.0).shipment is None
 
 
 def test_without_leave_to_ship_nothing_crosses_between_the_clusters():
@@ -185,7 +185,7 @@ def test_without_leave_to_ship_nothing_crosses_between_the_clusters():
     measure(control, 0, 20, 10.0, 0.1)
     control.hear(CacheChanged("p0", 1, [("document", 4096)]), 0.0)
     assert control.regime(20.0) == "abundant"
-    assert control.route(RouteRequest("r", 30_000, KEYS), 20.0).transfer is None
+    assert control.route(RouteRequest("r", 30_000, KEYS), 20.0).shipment is None
 
 
 # The line
@@ -209,9 +209,9 @@ def test_each_direction_of_the_line_is_known_by_its_own_samples():
         control.hear(LinkMeasured("p0", LinkSample(0.0, 0.1, 1.0, 1e9), ingress=True), float(second))
     assert control.regime(19.0) == "abundant" and control.egress.gbps == pytest.approx(100.0)
     control.hear(CacheChanged("p0", 1, [("document", 4096)]), 19.0)
-    assert control.route(RouteRequest("in", 30_000, KEYS), 19.0).transfer is None
+    assert control.route(RouteRequest("in", 30_000, KEYS), 19.0).shipment is None
     control.hear(CacheChanged("a0", 1, [("question", 28_000)]), 19.0)
-    assert control.route(RouteRequest("out", 30_000, KEYS), 19.0).transfer.source == "a0"
+    assert control.route(RouteRequest("out", 30_000, KEYS), 19.0).shipment.source == "a0"
 
 
 def test_a_line_that_is_down_keeps_requests_local_until_it_is_up():
@@ -309,7 +309,7 @@ def test_a_run_of_the_simulator_replayed_into_a_new_control_plane_gives_the_same
     assert again == control.calls
     routes = [call.answer.route for call in again if call.method == "route"]
     assert len(routes) > 20 and set(routes) == {Role.PRFAAS, Role.PDP}
-    assert any(call.answer.transfer for call in again if call.method == "route")
+    assert any(call.answer.shipment for call in again if call.method == "route")
 
 
 def test_a_long_run_with_both_loops_replays_to_the_last_action(tmp_path):

@@ -24,7 +24,7 @@ def use(ledger, keys, hold=False):
     if hold:
         return held
     for entry in reversed(held):
-        ledger.drop(entry)
+        ledger.release(entry)
 
 
 def names(text):
@@ -137,7 +137,7 @@ def test_an_entry_costs_less_than_300_bytes():
     tracemalloc.start()
     ledger = BlockLedger(50_000, has_tokens=True, has_state=False)
     for number in range(50_000):
-        ledger.drop(ledger.insert_block(root_key(number.to_bytes(4, "big")), ledger.allocate(1), number))
+        ledger.release(ledger.insert_block(root_key(number.to_bytes(4, "big")), ledger.allocate(1), number))
     used = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert len(ledger.blocks) == 50_000 and used < 300 * 50_000
@@ -149,7 +149,7 @@ def test_an_entry_costs_less_than_300_bytes():
     (lambda ledger: ledger.refs.__setitem__(ledger.blocks[b"ab"], 1), "holders"),
     (lambda ledger: ledger._unlink(ledger.blocks[b"ab"]), "eviction order"),
     (lambda ledger: setattr(ledger, "cached", 7), "counted as cached"),
-    (lambda ledger: ledger.release(ledger.forget(ledger.blocks[b"abc"])), "eviction order"),
+    (lambda ledger: ledger.give_back(ledger.forget(ledger.blocks[b"abc"])), "eviction order"),
 ])
 def test_the_check_names_what_is_wrong(damage, complaint):
     ledger = BlockLedger(8, has_tokens=True, has_state=True)

@@ -1,4 +1,4 @@
-"""The manager: a request's blocks, prefixes that are used again, snapshots, and what a transfer holds. Chapter 06."""
+"""The manager: a request's blocks, prefixes that are used again, snapshots, and what a stream holds. Chapter 06."""
 
 import random
 from dataclasses import replace
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minprfaas.config import StateKind
-from minprfaas.kvcache.ledger import CacheNews
+from minprfaas.kvcache.ledger import PrefixNews
 from minprfaas.model.spec import model_state_specs
 from kvcache_helpers import ALL_LINEAR, DENSE, HYBRID, KV, LATENT, LINEAR, WINDOWED, decode, manager, prefill, step
 from test_kvcache_paged import MODELS, model_of
@@ -177,7 +177,7 @@ def test_blocks_that_a_sender_may_be_reading_are_not_handed_out_when_they_turn_o
     kvcache = manager(DENSE, 40)
     first, second = [kvcache.open(PROMPT) for _ in range(2)]
     assert kvcache.reserve(first, 42) and kvcache.reserve(second, 42)
-    kvcache.begin_transfer(second)
+    kvcache.hold(second)
     looked_up = list(second.block_tables[0])
     kvcache.advance(first, PROMPT)
     kvcache.advance(second, PROMPT)
@@ -187,7 +187,7 @@ def test_blocks_that_a_sender_may_be_reading_are_not_handed_out_when_they_turn_o
     kvcache.close(second)
     kvcache.check()
     assert not set(looked_up) & set(kvcache.ledger.free)
-    kvcache.end_transfer(second)
+    kvcache.release(second)
     kvcache.check()
     assert set(looked_up) <= set(kvcache.ledger.free)
 
@@ -246,26 +246,26 @@ def test_advancing_beyond_what_is_reserved_is_refused():
         kvcache.advance(cache, PROMPT[:9])
 
 
-def test_blocks_in_transfer_outlive_their_request_until_the_acknowledgement():
+def test_blocks_that_a_stream_reads_outlive_their_request_until_the_acknowledgement():
     kvcache = manager(HYBRID, 400)
     cache = prefill(kvcache, PROMPT)
-    kvcache.begin_transfer(cache)
-    kvcache.begin_transfer(cache)  # to a second receiver
+    kvcache.hold(cache)
+    kvcache.hold(cache)  # to a second receiver
     shipped = kvcache.pool.read_bytes(3, cache.block_tables[3], 0, 42)
     kvcache.close(cache)
     kvcache.check()
     assert kvcache.stats().transfer == 1 + kvcache.layout.state_blocks  # the unaligned tail and the state
     squeeze = prefill(kvcache, [9] * 600, max_chunk=600)
     assert torch.equal(kvcache.pool.read_bytes(3, cache.block_tables[3], 0, 42), shipped)
-    kvcache.end_transfer(cache)
+    kvcache.release(cache)
     assert kvcache.stats().transfer > 0
-    kvcache.end_transfer(cache)
+    kvcache.release(cache)
     kvcache.check()
     assert kvcache.stats().transfer == 0
-    with pytest.raises(ValueError, match="no transfer"):
-        kvcache.end_transfer(cache)
+    with pytest.raises(ValueError, match="nothing holds"):
+        kvcache.release(cache)
     with pytest.raises(ValueError, match="closed"):
-        kvcache.begin_transfer(cache)
+        kvcache.hold(cache)
     kvcache.close(squeeze)
 
 
@@ -408,14 +408,14 @@ def test_a_held_snapshot_outlives_its_request_until_the_transfer_is_acknowledged
     tables = kvcache.snapshots.hold(cache, 40)
     group = kvcache.layout.request_groups[0].index
     before = kvcache.pool.read_bytes(0, tables[group], 0, 40)
-    kvcache.begin_transfer(cache)
+    kvcache.hold(cache)
     kvcache.close(cache)
     kvcache.check()
     taken = kvcache.ledger.allocate(kvcache.ledger.available)  # all that can be had, and written over
     kvcache.pool.zero(taken)
     assert torch.equal(kvcache.pool.read_bytes(0, tables[group], 0, 40), before)
-    kvcache.ledger.release(taken)
-    kvcache.end_transfer(cache)
+    kvcache.ledger.give_back(taken)
+    kvcache.release(cache)
     kvcache.check()
     assert kvcache.stats().in_use == 0
 
@@ -514,7 +514,7 @@ def test_where_the_next_turn_begins_is_as_recent_as_its_request():
     kvcache.close(prefill(kvcache, [7] * 42))
     kvcache.close(cache)
     ledger = kvcache.ledger
-    ledger.release(ledger.allocate(len(ledger.free) + 1))  # the pool needs one block more than is free
+    ledger.give_back(ledger.allocate(len(ledger.free) + 1))  # the pool needs one block more than is free
     assert kvcache.match(PROMPT) == 40 and kvcache.match([7] * 42) == 0
 
 
@@ -524,10 +524,10 @@ def test_news_are_kept_for_who_watches_until_they_are_taken():
     assert kvcache.ledger.news is None and len(kvcache.ledger.inventory()) == 2
     assert kvcache.ledger.take_news() == []
     kvcache.close(prefill(kvcache, PROMPT[:13]))
-    assert kvcache.ledger.take_news() == [CacheNews(kvcache.keys(PROMPT)[2], 12)]
+    assert kvcache.ledger.take_news() == [PrefixNews(kvcache.keys(PROMPT)[2], 12)]
     assert kvcache.ledger.take_news() == []
-    kvcache.ledger.release(kvcache.ledger.allocate(98))  # evicts a block of the three
-    assert kvcache.ledger.take_news() == [CacheNews(kvcache.keys(PROMPT)[2], 0)]
+    kvcache.ledger.give_back(kvcache.ledger.allocate(98))  # evicts a block of the three
+    assert kvcache.ledger.take_news() == [PrefixNews(kvcache.keys(PROMPT)[2], 0)]
 
 
 def test_two_models_never_agree_on_a_key():

@@ -72,7 +72,7 @@ class Storm:
         for request in (*self.running, *self.in_transfer):
             self.kvcache.close(request.cache)
         for request in self.in_transfer:
-            self.kvcache.end_transfer(request.cache)
+            self.kvcache.release(request.cache)
         for expected in self.expected:
             self.kvcache.snapshots.forget(expected)
         self.kvcache.check()
@@ -149,7 +149,7 @@ class Storm:
     def evict(self):
         """A demand for every block that can be had, given back at once."""
         ledger = self.kvcache.ledger
-        ledger.release(ledger.allocate(len(ledger.free) + ledger.cached))
+        ledger.give_back(ledger.allocate(len(ledger.free) + ledger.cached))
         return True
 
     def transfer(self):
@@ -158,7 +158,7 @@ class Storm:
         if not candidates or len(self.in_transfer) > 2:
             return False
         request = self.rng.choice(candidates)
-        self.kvcache.begin_transfer(request.cache)
+        self.kvcache.hold(request.cache)
         self.close(request)
         self.in_transfer.append(request)
         return True
@@ -168,7 +168,7 @@ class Storm:
             return False
         request = self.in_transfer.pop(self.rng.randrange(len(self.in_transfer)))
         self.check_marks(request.cache, request.tokens)  # nobody has written into them meanwhile
-        self.kvcache.end_transfer(request.cache)
+        self.kvcache.release(request.cache)
         return True
 
     def expect(self):

@@ -3,8 +3,8 @@
 import pytest
 
 from minprfaas.config import LinkSample
-from minprfaas.scheduling import monitor as monitor_module
-from minprfaas.scheduling.monitor import HOLD_S, CongestionMonitor
+from minprfaas.scheduling import congestion
+from minprfaas.scheduling.congestion import HOLD_S, CongestionMonitor
 
 
 def feed(monitor: CongestionMonitor, start_s: int, seconds: int, utilization: float, gbps: float, queued=0.0) -> None:
@@ -81,7 +81,7 @@ def test_a_sample_out_of_order_is_ignored():
 @pytest.fixture
 def no_memory(monkeypatch):
     """Each sample counts alone."""
-    monkeypatch.setattr(monitor_module, "SMOOTH_S", 1e-3)
+    monkeypatch.setattr(congestion, "SMOOTH_S", 1e-3)
 
 
 def test_a_regime_lasts_its_time_before_bandwidth_is_abundant_again(no_memory):

@@ -114,7 +114,7 @@ def test_inside_the_pd_cluster_a_prefix_goes_to_where_it_is_continued_without_be
         turn = first.token_ids + prompts_of(40, seed=9)[0]
         (journey,) = serve(local, [turn], GREEDY)
     assert (first.route, journey.route) == ("prfaas", "pdp"), "PD-D holds the first turn, so only 44 tokens are new"
-    assert journey.decision.transfer.source == "pd-0/pdd" and journey.cached_tokens == 208
+    assert journey.decision.shipment.source == "pd-0/pdd" and journey.cached_tokens == 208
     assert tokens([first, journey]) == reference(model, tokenizer, [PREFIX, turn], GREEDY)
 
 
@@ -128,7 +128,7 @@ def test_without_the_option_or_with_scarce_bandwidth_no_prefix_is_shipped(hybrid
             else:
                 abundant(local)
             (journey,) = serve(local, [LONGER], GREEDY)
-        assert journey.decision.transfer is None and journey.route == "prfaas"
+        assert journey.decision.shipment is None and journey.route == "prfaas"
 
 
 def test_a_directory_entry_that_turns_out_stale_costs_a_prefill_and_is_forgotten(hybrid):
@@ -140,7 +140,7 @@ def test_a_directory_entry_that_turns_out_stale_costs_a_prefill_and_is_forgotten
         abundant(local)
         journey = local.front.submit("stale", LONGER, GREEDY)
         local.front.step()
-        assert journey.decision.transfer.source == THERE and journey.route == "pdp"
+        assert journey.decision.shipment.source == THERE and journey.route == "pdp"
         step_until(local, lambda: not local.front.has_work)
         assert THERE not in held_by(local, PREFIX), "the next one is not sent for it again"
         step_until(local, lambda: nothing_in_use(local))
@@ -189,7 +189,7 @@ def test_a_prefix_that_takes_too_long_or_is_wanted_no_more_is_given_up_on_both_s
             receiver.upkeep.prefixes.deadline_s = 0.05
         journey = local.front.submit("last", LONGER, GREEDY)
         step_until(local, lambda: receiver.upkeep.prefixes)
-        assert journey.decision.transfer is not None
+        assert journey.decision.shipment is not None
         if end == "client":
             local.front.abort("last")
         step_until(local, lambda: not local.front.has_work)

@@ -8,7 +8,7 @@ import pytest
 
 from minprfaas.__main__ import main
 from minprfaas.scheduling.paper_case import h20_profile
-from minprfaas.simulator import cluster
+from minprfaas.simulator import simulation
 from minprfaas.simulator.arrivals import write_conversations
 
 
@@ -89,7 +89,7 @@ def test_the_decision_log_and_the_pictures_are_written_whole(capsys, tmp_path):
 
 
 def test_a_log_that_cannot_be_written_is_found_first_and_a_failed_run_leaves_none(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(cluster, "MAX_SIMULATED_S", 10.0)
+    monkeypatch.setattr(simulation, "MAX_SIMULATED_S", 10.0)
     assert "/nowhere/log.jsonl cannot be written" in refused(capsys, "--log", "/nowhere/log.jsonl")
     assert "it is a directory" in refused(capsys, "--log", str(tmp_path))
     assert "after 10 simulated seconds" in refused(capsys, "--log", str(tmp_path / "log.jsonl"))

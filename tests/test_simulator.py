@@ -18,11 +18,11 @@ from minprfaas.errors import UserError
 from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.lengths import LengthDistribution
 from minprfaas.scheduling.planner import plan
-from minprfaas.simulator import cluster
+from minprfaas.simulator import simulation
 from minprfaas.simulator.arrivals import (day_lengths, diurnal, drawn, from_trace, poisson, read_trace,
                                           write_conversations)
-from minprfaas.simulator.cluster import Setup, Simulation
 from minprfaas.simulator.nodes import SimRequest
+from minprfaas.simulator.simulation import Setup, Simulation
 
 FLEET, LENGTHS, PLANS = paper.paper_fleet(), paper.paper_lengths(), paper.paper_plans()
 PLAN = PLANS["prfaas_pd"][1]
@@ -178,14 +178,14 @@ def test_a_prefix_that_a_decode_node_holds_is_fetched_inside_the_cluster():
         report = Simulation(setup, iter(turns)).run()
         return report.fetched_cache_bytes, turns[1].decision, turns[1].first_token_s - turns[1].arrival_s
     fetched_bytes, decision, ttft_s = second_turn(True)
-    assert (decision.transfer.source, decision.transfer.end) == ("pd3", 16_384)
-    assert decision.incremental_tokens == 116 and fetched_bytes == decision.transfer.bytes > 0
+    assert (decision.shipment.source, decision.shipment.end) == ("pd3", 16_384)
+    assert decision.uncached_tokens == 116 and fetched_bytes == decision.shipment.bytes > 0
     blind_bytes, _, blind_ttft_s = second_turn(False)
     assert ttft_s < 0.5 * blind_ttft_s and blind_bytes == 0
 
 
 def test_a_simulation_that_does_not_end_is_given_up_in_one_line(monkeypatch):
-    monkeypatch.setattr(cluster, "MAX_SIMULATED_S", 500.0)
+    monkeypatch.setattr(simulation, "MAX_SIMULATED_S", 500.0)
     with pytest.raises(UserError, match="after 500 simulated seconds 1 requests have not ended"):
         Simulation(as_planned(), iter([SimRequest(0.0, 1000, 10**6)])).run()
 

@@ -11,8 +11,8 @@ from minprfaas.scheduling.directory import Directory
 from minprfaas.scheduling.paper_case import h200_profile, paper_lengths
 from minprfaas.simulator.arrivals import (bursty, day_lengths, diurnal, drawn, from_trace, poisson, read_trace,
                                           write_conversations)
-from minprfaas.simulator.events import Clock
-from minprfaas.simulator.link import FluidLink
+from minprfaas.simulator.clock import Clock
+from minprfaas.simulator.fluid_link import FluidLink
 from minprfaas.simulator.nodes import DecodeNode, PrefixCache, SimRequest
 
 GBPS = 1.25e8  # bytes per second

@@ -15,7 +15,7 @@ from minprfaas.scheduling.paper_case import paper_fleet, paper_lengths
 from minprfaas.scheduling.router import RouteRequest
 from minprfaas.scheduling.sites import SitesControlPlane, site_of
 from minprfaas.simulator.arrivals import drawn, poisson
-from minprfaas.simulator.cluster import PrfaaSSite, Setup, Simulation
+from minprfaas.simulator.simulation import PrfaaSSite, Setup, Simulation
 
 FLEET = paper_fleet()
 

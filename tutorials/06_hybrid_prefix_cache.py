@@ -314,10 +314,10 @@ def lives(moment: str) -> tuple:
 rows = [lives("before")]
 sent, _ = prefill(prefiller, tokens)
 rows.append(lives("prefilled"))
-prefiller.begin_transfer(sent)
+prefiller.hold(sent)
 prefiller.close(sent)
 rows.append(lives("request closed, bytes on the link"))
-prefiller.end_transfer(sent)
+prefiller.release(sent)
 rows.append(lives("acknowledged"))
 prefiller.check()
 print("5. The two lives of a block\n")
@@ -329,7 +329,7 @@ print(f"\n   free + cached + in use = {prefiller.stats().total} at each moment: 
 # *Why is nothing given away on the link?* A sending thread reads those blocks; whoever got them would write into them,
 # and wrong bytes would cross with a right digest.
 #
-# *Change this line:* leave out `begin_transfer`, and call `end_transfer` all the same. Who notices?
+# *Change this line:* leave out `hold`, and call `release` all the same. Who notices?
 
 # %% [markdown]
 # ## 6. A pool is never large enough
@@ -346,7 +346,7 @@ squeezed, rows = node(120, snapshot_every=2), []
 request, _ = prefill(squeezed, document)
 squeezed.close(request)
 for demand in (0, 50, 75, 85, 95, 105, 119):
-    squeezed.ledger.release(squeezed.ledger.allocate(demand))  # as a large request would; given back at once
+    squeezed.ledger.give_back(squeezed.ledger.allocate(demand))  # as a large request would; given back at once
     stats = squeezed.stats()
     rows.append((demand, stats.cached, stats.evicted_entries, squeezed.match([*document, 0])))
 squeezed.check()

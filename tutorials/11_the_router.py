@@ -4,7 +4,7 @@
 
 Every decision here is the package's own; the clusters that it sees are made up.
 
-Modules: scheduling/router.py, scheduling/directory.py, scheduling/monitor.py, scheduling/books.py,
+Modules: scheduling/router.py, scheduling/directory.py, scheduling/congestion.py, scheduling/books.py,
 scheduling/control.py
 Tests: test_router.py, test_directory.py, test_monitor.py, test_control.py, test_prefix_shipping.py
 Paper: 3.2, 3.3, 3.4.3
@@ -22,10 +22,10 @@ from dataclasses import replace
 from minprfaas.config import LinkSample, Role
 from minprfaas.observe.report import table
 from minprfaas.scheduling.books import LoadBooks, NodeBook
+from minprfaas.scheduling.congestion import HIGH_UTILIZATION, CongestionMonitor
 from minprfaas.scheduling.control import ControlPlane, ControlSettings, NodeJoined, PrefillEnded
 from minprfaas.scheduling.directory import CacheChanged, Directory
-from minprfaas.scheduling.monitor import HIGH_UTILIZATION, CongestionMonitor
-from minprfaas.scheduling.router import ClusterView, Decision, LinkView, NodeView, Router, RouteRequest, TransferCosts
+from minprfaas.scheduling.router import ClusterView, Decision, LinkView, NodeView, Router, RouteRequest, ShippingCosts
 
 # %% [markdown]
 # ## 1. The threshold rule
@@ -39,7 +39,7 @@ from minprfaas.scheduling.router import ClusterView, Decision, LinkView, NodeVie
 
 # %%
 # A token of KVCache is 17 KB here, and takes 50 µs to compute on the fast cluster and 160 µs on the slow one.
-costs = TransferCosts(token_bytes=17_000, state_bytes=2e8, prfaas_s_per_token=5e-5, pdp_s_per_token=1.6e-4)
+costs = ShippingCosts(token_bytes=17_000, state_bytes=2e8, prfaas_s_per_token=5e-5, pdp_s_per_token=1.6e-4)
 router = Router(threshold=5120, costs=costs, ship_prefixes=True)
 view = ClusterView(
     regime="scarce",
@@ -95,8 +95,8 @@ queued = replace(abundant, egress=LinkView(gbps=100.0, utilization=0.5, queued_b
 print("2. Which cache counts?\n")
 for title, seen in (("scarce", view), ("abundant", abundant), ("abundant, but 90 GB wait to leave", queued)):
     decision = route(40_000, seen, a0=38_000, p1=8000)
-    transfer = decision.transfer
-    print(f"   {title}: {transfer.bytes / 1e6:,.0f} MB from {transfer.source} to {decision.node}\n"
+    shipment = decision.shipment
+    print(f"   {title}: {shipment.bytes / 1e6:,.0f} MB from {shipment.source} to {decision.node}\n"
           f"      {decision.reason}")
 print(f"   What d1 decoded counts for its cluster, too:\n      {route(40_000, view, d1=38_000).reason}\n")
 

@@ -33,9 +33,9 @@ from minprfaas.scheduling.roles import BUSY, MIN_GAIN, SUSTAIN_S
 from minprfaas.scheduling.threshold import HOLD_S
 from minprfaas.simulator.arrivals import (day_lengths, diurnal, drawn, from_trace, poisson, read_trace,
                                           write_conversations)
-from minprfaas.simulator.cluster import Setup, Simulation
-from minprfaas.simulator.events import Clock
-from minprfaas.simulator.report import TTFT_OBJECTIVE_S, Report
+from minprfaas.simulator.clock import Clock
+from minprfaas.simulator.recorder import TTFT_OBJECTIVE_S, Report
+from minprfaas.simulator.simulation import Setup, Simulation
 
 if args.plots:
     prepare_plots(args.plots)  # a mistake is said now, not after the last section

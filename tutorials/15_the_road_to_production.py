@@ -9,7 +9,7 @@ Modules: transport/encoding.py, scheduling/planner.py, scheduling/throughput.py,
          scheduling/sites.py, engine/paced.py, serving/, errors.py
 Tests: test_encoding.py, test_wire.py, test_relay.py, test_unequal_ends.py, test_map.py, test_readme.py,
        test_doctests.py, test_notebook.py, test_chapters.py, test_exercises.py, test_reading.py, test_sites.py,
-       test_mutate.py
+       test_mutate.py, test_house.py
 Paper: 5, 6
 """
 import helper
@@ -93,7 +93,7 @@ ELSEWHERE = {  # our room -> (project, what it is called there, where to read it
         ("LMCache", "LMCacheEngine: store and retrieve", "lmcache/v1/cache_engine.py"),
         ("Mooncake", "Mooncake Store's MasterService", "mooncake-store/include/master_service.h")],
 }
-NOWHERE_FOUND = ("transport/wan's line and weather", "scheduling/monitor", "simulator under the live control plane")
+NOWHERE_FOUND = ("transport/wan's line and weather", "scheduling/congestion", "simulator under the live control plane")
 print("1. The same rooms in other houses\n")
 for room, theirs in ELSEWHERE.items():
     print(f"   {room}")

@@ -189,7 +189,7 @@ class FrontEnd:
         journey.attempts += 1
         self._attempts[journey.attempt] = journey
         deadline_s = self.deadline_s if decision.route is Role.PRFAAS else LOCAL_DEADLINE_S
-        prefix = decision.transfer
+        prefix = decision.shipment
         self._mail.send(FRONT, decision.decode_node, messages.Serve(
             journey.attempt, list(journey.token_ids), len(journey.output_ids), asdict(journey.params), decision.node,
             deadline_s, prefix.source if prefix else "", prefix.end if prefix else 0))

@@ -53,7 +53,7 @@ class Journey:
     received_bytes: int = 0
     expected_bytes: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.prompt_tokens = len(self.token_ids)
 
     def note(self, message: messages.Message) -> None:

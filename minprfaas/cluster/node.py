@@ -10,7 +10,7 @@ from typing import Protocol
 
 from minprfaas.cluster.mail import Mail
 from minprfaas.cluster.messages import Message
-from minprfaas.transport.events import LinkLost, LinkRestored, MessageReceived, StreamDone, StreamFailed
+from minprfaas.transport.events import Event, LinkLost, LinkRestored, MessageReceived, StreamDone, StreamFailed
 
 IDLE_S = 0.02  # how long a node with nothing to compute waits for news before it looks at its deadlines
 
@@ -87,7 +87,7 @@ class Node:
             for envelope in envelopes:
                 self.parts[envelope.to].hear(envelope.sender, envelope.message)
 
-    def _dispatch(self, event) -> None:
+    def _dispatch(self, event: Event) -> None:
         match event:
             case MessageReceived():
                 envelope = self.mail.opened(event)

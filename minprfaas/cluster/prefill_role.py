@@ -139,7 +139,7 @@ class PrefillRole:
             stream = KVSend(self._kvcache, transport, plan, tables, self.upkeep.threads, self.deadline_s, overlap)
         except (LinkDown, ValueError):  # ValueError: a plan that this transport cannot carry
             return None
-        self._kvcache.begin_transfer(prefill.cache)
+        self._kvcache.hold(prefill.cache)
         self.upkeep.mark_stream(plan.stream_id, prefill.order.id)
         prefill.sending.append(stream)
         return stream
@@ -169,7 +169,7 @@ class PrefillRole:
                 stream.abort()
             if stream.outcome.done():
                 prefill.sending.remove(stream)
-                self._kvcache.end_transfer(prefill.cache)
+                self._kvcache.release(prefill.cache)
 
     def _begin_once_prefix_is_here(self, prefill: Prefill) -> None:
         """Without its prefix this may be the wrong node for the request: that is not for this node to decide."""

@@ -22,7 +22,7 @@ from minprfaas.config import Role, StateKind
 from minprfaas.engine.engine import Engine
 from minprfaas.kvcache.layout import Layout
 from minprfaas.scheduling.control import ControlPlane, ControlSettings
-from minprfaas.scheduling.router import TransferCosts
+from minprfaas.scheduling.router import ShippingCosts
 
 UNTHROTTLED_GBPS = 100.0  # the paper's link; a first guess that the monitor corrects from what it observes
 COLLECT_AFTER = 20_000  # new containers, not 700: each look goes through every token of the prompts under way
@@ -104,5 +104,5 @@ def control_settings(threshold: float, gbps: float | None, layout: Layout, **oth
     """The control plane's settings for a model whose state has this layout, over a line of `gbps` (None: unlimited)."""
     token_bytes = sum(spec.nbytes for spec in layout.specs if spec.kind is StateKind.TOKEN)
     state_bytes = sum(spec.nbytes for spec in layout.specs if spec.kind is not StateKind.TOKEN)
-    costs = TransferCosts(token_bytes, state_bytes, ASSUMED_S_PER_TOKEN, ASSUMED_S_PER_TOKEN)
+    costs = ShippingCosts(token_bytes, state_bytes, ASSUMED_S_PER_TOKEN, ASSUMED_S_PER_TOKEN)
     return ControlSettings(threshold, gbps or UNTHROTTLED_GBPS, costs, **others)

@@ -25,8 +25,8 @@ def prefill_failed(journey: Journey, lost: messages.Failed, block_tokens: int) -
     cached prefix did not come) is decided anew without that prefix, which the control plane is to hear of."""
     decision = journey.decision
     journey.prefilled_tokens = journey.received_bytes = journey.expected_bytes = 0
-    if lost.cause == "no_prefix" and decision.transfer is not None:
-        source, end = decision.transfer.source, decision.transfer.end
+    if lost.cause == "no_prefix" and decision.shipment is not None:
+        source, end = decision.shipment.source, decision.shipment.end
         return PrefixMissing(source, journey.keys[end // block_tokens - 1])
     journey.avoid |= {decision.node}
     if lost.cause == "refused":

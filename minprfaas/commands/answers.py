@@ -78,7 +78,7 @@ def notes(journeys: Sequence[Journey], layout: Layout) -> list[str]:
             lines.append(f"{journey.id}: B held {journey.held_tokens:,} of its tokens, so "
                          f"{human_bytes(journey.kv_bytes)} crossed instead of {human_bytes(whole)}")
         if journey.prefix_bytes:
-            lines.append(f"{journey.id} began with a cached prefix from {journey.decision.transfer.source} "
+            lines.append(f"{journey.id} began with a cached prefix from {journey.decision.shipment.source} "
                          f"({human_bytes(journey.prefix_bytes)})")
     return lines
 
@@ -122,24 +122,25 @@ def check(journeys: Sequence[Journey], prompts: Sequence[Prompt], model: Transfo
         if verdict is None:
             continue
         history = verdicts.get(prompt.after)
-        was_rounded = journey.route == Role.PRFAAS.value or (history is not None and history.kind is Kind.CHANGED)
-        if is_lossy and verdict.kind in (Kind.DIFFERENT, Kind.TIE) and was_rounded:
-            verdict = replace(verdict, kind=Kind.CHANGED)
+        was_rounded = journey.route == Role.PRFAAS.value or (history is not None and history.kind is Departure.CHANGED)
+        if is_lossy and verdict.kind in (Departure.DIFFERENT, Departure.TIE) and was_rounded:
+            verdict = replace(verdict, kind=Departure.CHANGED)
         verdicts[journey.id] = verdict
     same = len(reference) - len(verdicts)
     lines = [f"{same} of {len(reference)} answers are identical, token by token, to the single-process reference."]
-    for kind in Kind:
+    for kind in Departure:
         found = [verdict for verdict in verdicts.values() if verdict.kind is kind]
         if found:
             lines.append(f"{kind.value}: " + "; ".join(verdict.words for verdict in found))
-    gaps = [verdict.gap for verdict in verdicts.values() if verdict.kind is Kind.CHANGED and verdict.gap is not None]
+    changed = [verdict for verdict in verdicts.values() if verdict.kind is Departure.CHANGED]
+    gaps = [verdict.gap for verdict in changed if verdict.gap is not None]
     if gaps:
         lines.append(f"The largest gap where one changed: {max(gaps):.2g} between the reference's logits of the two "
                      "tokens.")
-    return lines, all(verdict.kind in (Kind.TIE, Kind.CHANGED) for verdict in verdicts.values())
+    return lines, all(verdict.kind in (Departure.TIE, Departure.CHANGED) for verdict in verdicts.values())
 
 
-class Kind(Enum):
+class Departure(Enum):
     """Of departures from the reference, as they are titled; only the last two are damage."""
 
     TIE = "Ties of two tokens, which another order of the same sums decides"
@@ -153,26 +154,26 @@ class Verdict:
     """Why an answer is not the reference's, in words."""
 
     words: str
-    kind: Kind
+    kind: Departure
     gap: float | None = None  # of the reference's logits where the answers part
 
 
 def _verdict(journey: Journey, wanted: list[int], model: Transformer) -> Verdict | None:
     """None for an answer that is the reference's, and came the way that it says."""
     if journey.error is not None:
-        return Verdict(f"{journey.id}: {journey.error}", Kind.FAILED)
+        return Verdict(f"{journey.id}: {journey.error}", Departure.FAILED)
     if journey.route == Role.PRFAAS.value and journey.kv_bytes == 0:
-        return Verdict(f"{journey.id}: its route was prfaas, and no KVCache crossed", Kind.FAILED)
+        return Verdict(f"{journey.id}: its route was prfaas, and no KVCache crossed", Departure.FAILED)
     if journey.output_ids == wanted:
         return None
     if journey.length_limit == "pool" and wanted[:len(journey.output_ids)] == journey.output_ids:
         return Verdict(f"{journey.id}: right as far as it goes, and cut short by a pool too small for the whole answer",
-                       Kind.FAILED)
+                       Departure.FAILED)
     gap = _gap_where_they_part(model, journey, wanted)
     if gap is not None and gap < TIE_GAP:
-        return Verdict(f"{journey.id}: logits {gap:.1e} apart", Kind.TIE, gap)
+        return Verdict(f"{journey.id}: logits {gap:.1e} apart", Departure.TIE, gap)
     words = f"{journey.id}: another answer" + (f", logits {gap:.2g} apart" if gap is not None else "")
-    return Verdict(words, Kind.DIFFERENT, gap)
+    return Verdict(words, Departure.DIFFERENT, gap)
 
 
 def _gap_where_they_part(model: Transformer, journey: Journey, wanted: list[int]) -> float | None:

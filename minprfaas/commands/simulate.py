@@ -23,9 +23,9 @@ from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.lengths import LengthDistribution
 from minprfaas.scheduling.planner import MAX_GBPS, MAX_INSTANCES, Fleet, plan
 from minprfaas.simulator.arrivals import bursty, day_lengths, diurnal, drawn, from_trace, poisson, read_trace
-from minprfaas.simulator.cluster import MAX_SIMULATED_S, PrfaaSSite, Setup, Simulation
 from minprfaas.simulator.nodes import SimRequest
-from minprfaas.simulator.report import TTFT_OBJECTIVE_S, Report
+from minprfaas.simulator.recorder import TTFT_OBJECTIVE_S, Report
+from minprfaas.simulator.simulation import MAX_SIMULATED_S, PrfaaSSite, Setup, Simulation
 
 LIMITS = (("requests", 1, 10_000_000), ("day-s", 1, 1e6), ("cache-blocks", 0, None), ("speed", 1e-6, 1e9))
 

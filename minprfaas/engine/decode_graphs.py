@@ -16,7 +16,7 @@ from minprfaas.engine.request import Request
 from minprfaas.kvcache.layout import KVGroup
 from minprfaas.kvcache.pool import BlockPool
 from minprfaas.model.paged_attention import (
-    PageOutputs, attend_to_copied_pages, attend_to_pages, flash_can_read, page_index)
+    PageIndex, PageOutputs, attend_to_copied_pages, attend_to_pages, flash_can_read, page_index)
 from minprfaas.model.spec import Pages, TokenContext
 from minprfaas.model.transformer import Transformer
 
@@ -104,7 +104,7 @@ class StepState:
             self._slots[group.index] = (blocks, self.start % size)
         return self._slots[group.index]
 
-    def index(self, group: KVGroup, pages: Pages, groups: int):
+    def index(self, group: KVGroup, pages: Pages, groups: int) -> PageIndex:
         """Where the pages lie, for mixers with `groups` query heads for each KV head."""
         if (group.index, groups) not in self._indexes:
             self._indexes[group.index, groups] = page_index(pages, groups)
@@ -146,7 +146,8 @@ class StepLayer:
 class DecodeStep:
     """The step of one bucket. `run` replays it; where there is no CUDA it computes it."""
 
-    def __init__(self, model: Transformer, pool: BlockPool, batch: int, pages: int, memory):
+    def __init__(self, model: Transformer, pool: BlockPool, batch: int, pages: int,
+                 memory: tuple[int, int] | None):
         self.model, self.pool = model, pool
         self.tables = StepTables(pool, batch, pages)
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -157,7 +158,7 @@ class DecodeStep:
         self.logits = self.model(self.tables.tokens, StepState(self.pool, self.tables), last_only=True)[:, 0]
         self.greedy = self.logits.argmax(dim=-1)
 
-    def _capture(self, memory) -> None:
+    def _capture(self, memory: tuple[int, int] | None) -> None:
         """Warm up beside the current stream (libraries set themselves up, pieces are compiled), then record."""
         beside = torch.cuda.Stream(self.pool.device)
         beside.wait_stream(torch.cuda.current_stream(self.pool.device))

@@ -6,6 +6,7 @@ traced which depends on a request, and a piece is compiled once for all layers t
 
 import sys
 import time
+from collections.abc import Callable
 from functools import cache, partial
 
 import torch
@@ -22,7 +23,7 @@ OPTIONS = {"coordinate_descent_tuning": True}
 
 
 @cache
-def compiled(function, tune: bool):
+def compiled(function: Callable, tune: bool) -> Callable:
     """`function` compiled; shapes that vary become symbolic as soon as a second one is seen."""
     return torch.compile(function, options=OPTIONS if tune else None)
 

@@ -21,7 +21,7 @@ KEY_BYTES = 32  # a collision must not be able to hand one prompt another's stat
 
 
 @dataclass(frozen=True)
-class CacheNews:
+class PrefixNews:
     """A request can begin after the `tokens` tokens that end at the block of this chain key; 0: it no longer can."""
 
     key: bytes
@@ -73,7 +73,7 @@ class BlockLedger:
         self._members: dict[int, tuple[int, ...]] = {}  # only of entries of more than one block
         self._unheld: OrderedDict[int, None] = OrderedDict()  # entries that nobody holds, oldest to newest
         self._hit_points = self.snapshots if has_state else self.blocks  # where a match can end
-        self.news: list[CacheNews] | None = None  # None until somebody watches: what nobody takes would only grow
+        self.news: list[PrefixNews] | None = None  # None until somebody watches: what nobody takes would only grow
 
     @property
     def available(self) -> int:
@@ -92,7 +92,7 @@ class BlockLedger:
         del self.free[cut:]
         return taken
 
-    def release(self, blocks: Iterable[int]) -> None:
+    def give_back(self, blocks: Iterable[int]) -> None:
         """Give back blocks that are in no entry."""
         self.free.extend(blocks)
 
@@ -108,18 +108,18 @@ class BlockLedger:
         """How many leading blocks of `keys` are there, whether or not a snapshot lets a request begin at their end."""
         return next((count for count, key in enumerate(keys) if key not in self.blocks), len(keys))
 
-    def inventory(self) -> list[CacheNews]:
+    def inventory(self) -> list[PrefixNews]:
         """Every prefix at which a request can begin now: what the news so far add up to."""
-        return [CacheNews(key, self._tokens[entry]) for key, entry in self._hit_points.items()]
+        return [PrefixNews(key, self._tokens[entry]) for key, entry in self._hit_points.items()]
 
-    def take_news(self) -> list[CacheNews]:
+    def take_news(self) -> list[PrefixNews]:
         """What `inventory` gained and lost since the last call, oldest first; the first call only begins to watch."""
         news, self.news = self.news, []
         return news or []
 
     def _note(self, index: dict[bytes, int], key: bytes, tokens: int) -> None:
         if self.news is not None and index is self._hit_points:
-            self.news.append(CacheNews(key, tokens))
+            self.news.append(PrefixNews(key, tokens))
 
     # Entries
 
@@ -130,7 +130,7 @@ class BlockLedger:
 
     def insert_snapshot(self, key: bytes, members: Sequence[int], tokens: int) -> None:
         """Index a snapshot, unheld and most recently used."""
-        self.drop(self._insert(self.snapshots, key, members, tokens))
+        self.release(self._insert(self.snapshots, key, members, tokens))
 
     def _insert(self, index: dict[bytes, int], key: bytes, members: Sequence[int], tokens: int) -> int:
         entry = members[0]
@@ -151,7 +151,7 @@ class BlockLedger:
             self._unlink(entry)
         self.refs[entry] += 1
 
-    def drop(self, entry: int) -> None:
+    def release(self, entry: int) -> None:
         """One holder less; the last one leaves the entry, and a snapshot at its end, as the most recently used."""
         self.refs[entry] -= 1
         if self.refs[entry]:
@@ -164,7 +164,7 @@ class BlockLedger:
     def remove(self, entry: int) -> None:
         """Take an unheld entry out of the index and free its blocks."""
         self._unlink(entry)
-        self.release(self.forget(entry))
+        self.give_back(self.forget(entry))
 
     def forget(self, entry: int) -> tuple[int, ...]:
         """Take an entry out of the index, and the snapshot at its end too; its own blocks are now the caller's."""

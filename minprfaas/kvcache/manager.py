@@ -1,8 +1,8 @@
-"""The KVCache manager of one node: block tables, prefix reuse, a request's life, transfers. Chapter 06 (paper 3.2).
+"""The KVCache manager of one node: block tables, prefix reuse, a request's life, holds. Chapter 06 (paper 3.2).
 
 A block leads one of two lives. A *prefix-cache* block is full, indexed under its chain key, shared by reference count,
 and kept after its request until evicted. A *transfer-cache* block (the unaligned tail, the exact-length state) belongs
-to one request, is never indexed, and is freed when the request is closed and its last transfer acknowledged.
+to one request, is never indexed, and is freed when the request is closed and no stream reads it any more.
 This file is about rows of tokens; what is different for request-level state stands in `snapshots.py`.
 """
 
@@ -168,22 +168,22 @@ class KVCacheManager:
             self.ledger.hold(entry)
             for table, block in zip(tables, self.ledger.members(entry)):
                 table[position] = block
-            if cache.transfers:  # a sending thread may be reading them by the table that it was given
+            if cache.holds:  # a sending thread may be reading them by the table that it was given
                 cache.replaced += own
             else:
-                self.ledger.release(own)
+                self.ledger.give_back(own)
         cache.entries.append(entry)
 
     def close(self, cache: RequestCache) -> None:
-        """End a request: indexed blocks stay as prefix cache, others are freed after its last transfer. Idempotent."""
+        """End a request: indexed blocks stay as prefix cache, others once no stream reads them. Idempotent."""
         cache.closed = True
-        if cache.transfers or cache not in self._requests:
+        if cache.holds or cache not in self._requests:
             return
         self._requests.remove(cache)
         self.snapshots.close(cache)
         for entry in reversed(cache.entries):  # from the tail: see the ledger's eviction policy
-            self.ledger.drop(entry)
-        self.ledger.release(self._tail(cache))
+            self.ledger.release(entry)
+        self.ledger.give_back(self._tail(cache))
 
     def _tail(self, cache: RequestCache) -> list[int]:
         """Blocks of rows that are a request's alone: not full, not indexed, or replaced under a transfer."""
@@ -192,19 +192,19 @@ class KVCacheManager:
             tail += cache.block_tables[group.index][len(cache.entries):]
         return tail
 
-    # Transfers
+    # Streams that read a request's blocks
 
-    def begin_transfer(self, cache: RequestCache) -> None:
-        """Keep the request's blocks, beyond `close` too, until the matching `end_transfer`."""
+    def hold(self, cache: RequestCache) -> None:
+        """Keep the request's blocks, beyond `close` too, until the matching `release`."""
         if cache not in self._requests:
             raise ValueError("the request is closed; its blocks may be another's already")
-        cache.transfers += 1
+        cache.holds += 1
 
-    def end_transfer(self, cache: RequestCache) -> None:
-        """The transfer is acknowledged, or given up."""
-        if not cache.transfers:
-            raise ValueError("the request has no transfer under way")
-        cache.transfers -= 1
+    def release(self, cache: RequestCache) -> None:
+        """The stream is acknowledged, or given up."""
+        if not cache.holds:
+            raise ValueError("nothing holds the request's blocks")
+        cache.holds -= 1
         if cache.closed:
             self.close(cache)
 

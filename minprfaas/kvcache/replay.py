@@ -69,5 +69,5 @@ def _replay_request(ledger: BlockLedger, keys: Sequence[int], state_blocks: int,
             if state is not None:
                 ledger.insert_snapshot(key, state, count)
     for entry in reversed(held):
-        ledger.drop(entry)
+        ledger.release(entry)
     return matched

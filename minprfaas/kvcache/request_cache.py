@@ -17,7 +17,7 @@ class RequestCache:
     num_blocks: int  # reserved, in each token group
     entries: list[int] = field(default_factory=list)  # of the leading full blocks, all held
     replaced: list[int] = field(default_factory=list)  # own blocks, no longer used: the index had equal ones already
-    transfers: int = 0
+    holds: int = 0  # by streams that read its blocks
     closed: bool = False
     is_exact: bool = True  # False: its rows were rounded on the wire, so no other request may use them
     # Request-level state; see `snapshots.py`.

@@ -64,7 +64,7 @@ class Snapshots:
     def forget(self, expected: ExpectedSnapshot) -> None:
         """It will not arrive, or nobody could begin there: give its blocks back. No byte may be written after this."""
         self._expected.remove(expected)
-        self.ledger.release(expected.blocks)
+        self.ledger.give_back(expected.blocks)
 
     @property
     def expected_blocks(self) -> list[int]:
@@ -112,7 +112,7 @@ class Snapshots:
             blocks = self.ledger.forget(origin)
         elif origin is not None:
             self.pool.copy(self.ledger.members(origin), blocks)
-            self.ledger.drop(origin)
+            self.ledger.release(origin)
         self._deal(blocks, cache.block_tables)
         cache.has_state = True
 
@@ -129,8 +129,8 @@ class Snapshots:
     def close(self, cache: RequestCache) -> None:
         """Let go of everything. The blocks before the snapshots must be held still (see the ledger's policy)."""
         for entry in cache.snapshots:
-            self.ledger.drop(entry)
-        self.ledger.release(self.owned(cache))
+            self.ledger.release(entry)
+        self.ledger.give_back(self.owned(cache))
 
     # Which boundaries
 
@@ -152,7 +152,7 @@ class Snapshots:
         do not hold their state anyway. Makes blocks for the snapshots before that, of `spare_blocks` at most; the
         latest come first, because of one prompt the longest prefix saves most. Replaces the plan before."""
         for blocks in cache.planned.values():
-            self.ledger.release(blocks)
+            self.ledger.give_back(blocks)
         cache.planned.clear()
         start, size, inside = cache.num_tokens, self.layout.block_tokens, []
         for full in range(start // size + 1, -(-end // size)):
@@ -201,6 +201,6 @@ class Snapshots:
 
     def _index(self, key: bytes, blocks: Sequence[int], full: int) -> None:
         if key in self.ledger.snapshots:  # another request was quicker
-            self.ledger.release(blocks)
+            self.ledger.give_back(blocks)
         else:
             self.ledger.insert_snapshot(key, blocks, full * self.layout.block_tokens)

@@ -14,7 +14,7 @@ from minprfaas.config import ModelConfig
 from minprfaas.errors import UserError
 from minprfaas.files import read_json, write_whole
 from minprfaas.model.families import read_config
-from minprfaas.model.moe import Router
+from minprfaas.model.moe import ExpertRouter
 from minprfaas.model.names import AROUND_ZERO, our_name, places, spelled
 from minprfaas.model.tokenizer import Tokenizer
 from minprfaas.model.transformer import Transformer
@@ -46,7 +46,7 @@ def load_checkpoint(directory: Path, config: ModelConfig, dtype: torch.dtype,
     if config.tie_embeddings:  # `to_empty` gave each of the two a memory of its own
         model.lm_head.weight = model.model.embed_tokens.weight
     for module in model.modules():
-        if isinstance(module, Router):
+        if isinstance(module, ExpertRouter):
             module.float()
     with torch.no_grad():
         for name, place in places(model, stored):

@@ -60,7 +60,7 @@ class MoE(nn.Module):
 
     def __init__(self, config: MoEConfig, hidden_size: int):
         super().__init__()
-        self.gate = Router(config, hidden_size)
+        self.gate = ExpertRouter(config, hidden_size)
         self.experts = Experts(config.num_experts, hidden_size, config.intermediate_size)
         self.shared_experts = MLP(hidden_size, config.shared_size) if config.shared_size else None
         self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False) if config.shared_gate else None
@@ -75,7 +75,7 @@ class MoE(nn.Module):
         return out + (shared if self.shared_expert_gate is None else self.shared_expert_gate(x).sigmoid() * shared)
 
 
-class Router(nn.Module):
+class ExpertRouter(nn.Module):
     """Which experts each token goes to, and how much each counts. In float32 whatever the model's number format: a
     rounded correction bias would choose other experts."""
 

@@ -3,6 +3,7 @@
 import shutil
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -13,7 +14,7 @@ PLAIN_EVERY_S = 5.0
 class Board:
     """Between the lines that stay (`line`) and the end of the terminal. Moments are the caller's clock's."""
 
-    def __init__(self, stream=None):
+    def __init__(self, stream: TextIO | None = None):
         self._stream = stream or sys.stdout
         self.shown = self._stream.isatty()
         self._drawn_lines = 0

@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import fmean
 
 from minprfaas.observe.plots import new_figure, save_figure
-from minprfaas.simulator.report import Report, Tick
+from minprfaas.simulator.recorder import Report, Tick
 
 POINTS = 200  # a curve is drawn through so many means
 

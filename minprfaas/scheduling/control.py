@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 
 from minprfaas.config import LinkSample, Role
 from minprfaas.scheduling.books import LoadBooks, NodeBook
+from minprfaas.scheduling.congestion import CongestionMonitor
 from minprfaas.scheduling.directory import CacheChanged, Directory
-from minprfaas.scheduling.monitor import CongestionMonitor
 from minprfaas.scheduling.planner import Fleet
 from minprfaas.scheduling.roles import SUSTAIN_S, RoleChange, RoleLoop
-from minprfaas.scheduling.router import ClusterView, Decision, LinkView, Router, RouteRequest, TransferCosts
+from minprfaas.scheduling.router import ClusterView, Decision, LinkView, Router, RouteRequest, ShippingCosts
 from minprfaas.scheduling.threshold import Observation, ThresholdLoop
 
 TICK_S = 1.0  # how often the loops look; `tick` may be called more often
@@ -33,7 +33,7 @@ class ControlSettings:
 
     threshold: float
     link_gbps: float
-    costs: TransferCosts | None = None
+    costs: ShippingCosts | None = None
     ship_prefixes: bool = False
     selective: bool = True
     fleet: Fleet | None = None
@@ -281,7 +281,7 @@ class ControlPlane:
             profile = self.settings.fleet.profile(decision.route)
             expected_s = profile.prefill_s(uncached)
             uncached += profile.overhead_tokens
-            self._threshold_loop.record(decision.incremental_tokens)
+            self._threshold_loop.record(decision.uncached_tokens)
         self._books.open(request.id, decision, uncached, expected_s)
         return decision
 
@@ -350,11 +350,11 @@ class ControlPlane:
         return [change]
 
 
-def profile_costs(fleet: Fleet) -> TransferCosts:
+def profile_costs(fleet: Fleet) -> ShippingCosts:
     """What a token costs to ship and to compute by the profiles, between 8K and 32K tokens."""
     remote, local = fleet.prfaas_profile, fleet.pd_profile
 
     def slope(curve: Callable[[float], float]) -> float:
         return (curve(32 * 1024) - curve(8 * 1024)) / (24 * 1024)
 
-    return TransferCosts(slope(remote.kv_bytes), remote.kv_bytes(0), slope(remote.prefill_s), slope(local.prefill_s))
+    return ShippingCosts(slope(remote.kv_bytes), remote.kv_bytes(0), slope(remote.prefill_s), slope(local.prefill_s))

@@ -23,7 +23,7 @@ class CacheChanged:
 
 
 @dataclass(slots=True)
-class _Holder:
+class _NodeEntries:
     """What one node said of itself."""
 
     sequence: int | None = None  # of the last entry; None: nothing is believed until an inventory comes
@@ -34,13 +34,13 @@ class Directory:
     """Answers, for a prompt's block keys, how much of it each node holds."""
 
     def __init__(self) -> None:
-        self._nodes: dict[str, _Holder] = {}
+        self._nodes: dict[str, _NodeEntries] = {}
         self._holders: dict[Key, dict[str, int]] = {}  # key -> node -> tokens
 
     def add_node(self, name: str) -> None:
         """A node (re)connects. What it held before is forgotten, and nothing is believed before its inventory."""
         self.drop_node(name)
-        self._nodes[name] = _Holder()
+        self._nodes[name] = _NodeEntries()
 
     def __contains__(self, name: str) -> bool:
         return name in self._nodes

@@ -65,7 +65,7 @@ class RouteRequest(NamedTuple):
     avoid: frozenset[str] = frozenset()
 
 
-class CacheTransfer(NamedTuple):
+class PrefixShipment(NamedTuple):
     """Ship cached tokens `[start, end)` from node `source`, of either cluster, before the prefill begins."""
 
     source: str
@@ -75,22 +75,22 @@ class CacheTransfer(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """`incremental_tokens` were judged against `threshold`; `node`, of the cluster `route`, will find `cached_tokens`
-    (after `transfer`); only what comes after `decode_cached_tokens` crosses to `decode_node`."""
+    """`uncached_tokens` were judged against `threshold`; `node`, of the cluster `route`, will find `cached_tokens`
+    (after `shipment`); only what comes after `decode_cached_tokens` crosses to `decode_node`."""
 
     route: Role
     node: str
     decode_node: str
     threshold: float
-    incremental_tokens: int
+    uncached_tokens: int
     cached_tokens: int
     decode_cached_tokens: int
-    transfer: CacheTransfer | None
+    shipment: PrefixShipment | None
     reason: str
 
 
 @dataclass(frozen=True)
-class TransferCosts:
+class ShippingCosts:
     """What a cached prefix costs to ship (bytes a token, and of the fixed-size state) and to compute again."""
 
     token_bytes: float
@@ -118,7 +118,7 @@ class _Choice(NamedTuple):
     """A cluster, the incremental length it was judged by, the longest prefix to be had and over which link."""
 
     cluster: Role
-    incremental_tokens: int
+    uncached_tokens: int
     source: _Holder
     link: LinkView
     why: str
@@ -132,7 +132,7 @@ class Router:
     `selective` False is the baseline without a threshold: the least-loaded node, whatever the length.
     """
 
-    def __init__(self, threshold: float, costs: TransferCosts | None = None, ship_prefixes: bool = False,
+    def __init__(self, threshold: float, costs: ShippingCosts | None = None, ship_prefixes: bool = False,
                  selective: bool = True):
         if not threshold >= 0:
             raise UserError(f"threshold {threshold} is out of range; it must be at least 0 tokens")
@@ -152,16 +152,16 @@ class Router:
         choice = self._choose_cluster(request, view, _longest(prfaas), _longest(pdp + pdd if self.costs else pdp))
         away = choice.cluster is Role.PRFAAS
         name, nodes, holders = ("PrfaaS", view.prfaas, prfaas) if away else ("PD-P", view.pdp, pdp)
-        prefiller, transfer = self._choose_node(choice, nodes, holders)
+        prefiller, shipment = self._choose_node(choice, nodes, holders)
         decoder = _choose_decoder(view.pdd, pdd)
-        cached = transfer.end if transfer else prefiller.tokens
+        cached = shipment.end if shipment else prefiller.tokens
         reason = f"{choice.why}: {name} {prefiller.node.name}, cached {cached:,}"
-        if transfer:
-            reason += f", of them {transfer.end - transfer.start:,} shipped from {transfer.source}"
+        if shipment:
+            reason += f", of them {shipment.end - shipment.start:,} shipped from {shipment.source}"
         if request.avoid:
             reason += f"; avoiding {', '.join(sorted(request.avoid))}"
         return Decision(choice.cluster, prefiller.node.name, decoder.node.name, self.threshold,
-                        choice.incremental_tokens, cached, decoder.tokens, transfer, reason)
+                        choice.uncached_tokens, cached, decoder.tokens, shipment, reason)
 
     def _choose_cluster(self, request: RouteRequest, view: ClusterView, prfaas: _Holder, pd: _Holder) -> _Choice:
         """`prfaas` and `pd` hold the longest prefix in each cluster: l_prfaas and l_pd (paper 3.4.3)."""
@@ -177,13 +177,13 @@ class Router:
             across = self.ship_prefixes and self.costs is not None and view.regime == "abundant"
             return self._judge(request.prompt_tokens, view, prfaas, pd, across)
         source = prfaas if cluster is Role.PRFAAS else pd
-        incremental = request.prompt_tokens - source.tokens
-        return _Choice(cluster, incremental, source, view.fabric, f"{incremental:,} uncached, {why}")
+        uncached = request.prompt_tokens - source.tokens
+        return _Choice(cluster, uncached, source, view.fabric, f"{uncached:,} uncached, {why}")
 
     def _judge(self, prompt_tokens: int, view: ClusterView, prfaas: _Holder, pd: _Holder, across: bool) -> _Choice:
         """The threshold rule, by the longest prefix of both clusters (`across`) or by each cluster's own cache."""
-        incremental = prompt_tokens - (max(prfaas.tokens, pd.tokens) if across else pd.tokens)
-        away = incremental > self.threshold
+        uncached = prompt_tokens - (max(prfaas.tokens, pd.tokens) if across else pd.tokens)
+        away = uncached > self.threshold
         cluster = Role.PRFAAS if away else Role.PDP
         source, link = prfaas if away else pd, view.fabric
         other, other_link = (pd, view.ingress) if away else (prfaas, view.egress)
@@ -193,12 +193,12 @@ class Router:
             if other_link.seconds_for(self.costs.bytes_of(missing)) >= compute_s:  # not worth shipping
                 return self._judge(prompt_tokens, view, prfaas, pd, across=False)
             source, link = other, other_link
-        why = (f"{incremental:,} uncached {'>' if away else '≤'} t={self.threshold:,.0f}, "
+        why = (f"{uncached:,} uncached {'>' if away else '≤'} t={self.threshold:,.0f}, "
                f"egress {view.egress.utilization:.0%} of limit, {view.regime}")
-        return _Choice(cluster, incremental, source, link, why)
+        return _Choice(cluster, uncached, source, link, why)
 
     def _choose_node(self, choice: _Choice, nodes: Sequence[NodeView],
-                     holders: list[_Holder]) -> tuple[_Holder, CacheTransfer | None]:
+                     holders: list[_Holder]) -> tuple[_Holder, PrefixShipment | None]:
         """The node with the fewest tokens to compute until this request is done, and what it is to fetch: affinity,
         queue and fetch are weighed in one unit."""
         end = choice.source.tokens
@@ -218,7 +218,7 @@ class Router:
         if saved_by_fetch(best.tokens) <= best.tokens:
             return best, None
         nbytes = self.costs.bytes_of(end - best.tokens)
-        return best, CacheTransfer(choice.source.node.name, best.tokens, end, nbytes)
+        return best, PrefixShipment(choice.source.node.name, best.tokens, end, nbytes)
 
 
 def _without(avoid: frozenset[str], view: ClusterView) -> ClusterView:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from minprfaas.config import Role
 from minprfaas.scheduling.control import (Action, ControlPlane, ControlSettings, DecodeStarted, Event, LineChanged,
                                           LinkMeasured, RequestEnded)
-from minprfaas.scheduling.monitor import CongestionMonitor
+from minprfaas.scheduling.congestion import CongestionMonitor
 from minprfaas.scheduling.router import ClusterView, Decision, LinkView, NodeView, RouteRequest
 
 

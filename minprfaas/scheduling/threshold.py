@@ -56,9 +56,9 @@ class ThresholdLoop:
         self.reason = ""  # of the last search
         self._rate_rps, self._arrived, self._counted_at = 0.0, 0, None
 
-    def record(self, incremental_tokens: int) -> None:
+    def record(self, uncached_tokens: int) -> None:
         """One more request, by the length that the router judged."""
-        self._recent.append(incremental_tokens)
+        self._recent.append(uncached_tokens)
         self._arrived += 1
 
     def lengths(self) -> LengthDistribution | None:

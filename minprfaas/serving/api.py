@@ -11,7 +11,7 @@ from minprfaas.config import Role
 from minprfaas.errors import RequestError
 from minprfaas.serving import metrics
 from minprfaas.serving.door import Door, Ticket
-from minprfaas.serving.http import HttpError, Reply, Request, Routes
+from minprfaas.serving.http import HttpError, HttpRequest, Reply, Routes
 from minprfaas.serving.openai import AnswerBody, Ask, Served
 
 READERS = 2  # threads in which bodies are parsed and prompts become tokens
@@ -35,17 +35,17 @@ class Api:
                 "/v1/models": {"GET": self._models}, f"/v1/models/{self._served.name}": {"GET": self._model},
                 "/health": {"GET": self._health}, "/metrics": {"GET": self._metrics}}
 
-    async def _models(self, request: Request, reply: Reply) -> None:
+    async def _models(self, request: HttpRequest, reply: Reply) -> None:
         await reply.send(200, json.dumps({"object": "list", "data": [self._model_card()]}))
 
-    async def _model(self, request: Request, reply: Reply) -> None:
+    async def _model(self, request: HttpRequest, reply: Reply) -> None:
         await reply.send(200, json.dumps(self._model_card()))
 
     def _model_card(self) -> dict:
         return {"id": self._served.name, "object": "model", "created": self._created, "owned_by": "minprfaas",
                 "max_model_len": self._served.context_tokens}
 
-    async def _health(self, request: Request, reply: Reply) -> None:
+    async def _health(self, request: HttpRequest, reply: Reply) -> None:
         known = self._door.metrics
         status, said = 200, "ok"
         if known.sampled_at_s is None or self._clock() - known.sampled_at_s > STUCK_S:
@@ -56,12 +56,12 @@ class Api:
             status, said = 503, "shutting down"
         await reply.send(status, json.dumps({"status": said, "in_flight": self._door.in_flight}))
 
-    async def _metrics(self, request: Request, reply: Reply) -> None:
+    async def _metrics(self, request: HttpRequest, reply: Reply) -> None:
         await reply.send(200, self._door.metrics.text(), metrics.CONTENT_TYPE)
 
     # A completion
 
-    async def _answer(self, request: Request, reply: Reply, is_chat: bool) -> None:
+    async def _answer(self, request: HttpRequest, reply: Reply, is_chat: bool) -> None:
         if self.is_closing:
             reply.closes = True
             raise RequestError("shutting_down", "the server was told to end")

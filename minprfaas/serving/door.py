@@ -23,7 +23,7 @@ SAMPLE_S = 1.0  # how often the loop tells what a scrape then shows
 
 
 @dataclass(frozen=True)
-class Piece:
+class AnswerPiece:
     """What became of prompt number `index` of a ticket since its last piece. `finish_reason` is None but in its last
     one: `eos`, `stop`, `length`, or `error` for an answer that `error` took the place of."""
 
@@ -42,9 +42,9 @@ class Ticket:
         self.id, self.loop = id, asyncio.get_running_loop()
         self.asks = {f"{id}-{index}": ask for index, ask in enumerate(zip(prompts, params, strict=True))}
         self.index_of = {request_id: index for index, request_id in enumerate(self.asks)}
-        self.pieces: asyncio.Queue[Piece] = asyncio.Queue()
+        self.pieces: asyncio.Queue[AnswerPiece] = asyncio.Queue()
 
-    async def next_piece(self) -> Piece:
+    async def next_piece(self) -> AnswerPiece:
         """Raises the error that takes the place of an answer."""
         piece = await self.pieces.get()
         if piece.error is not None:
@@ -125,11 +125,11 @@ class Door:
         for id in list(self._open):
             front.abort(id)
             ticket = self._forget(id, error.kind)
-            said.append((ticket, Piece(ticket.index_of[id], finish_reason="error", error=error)))
+            said.append((ticket, AnswerPiece(ticket.index_of[id], finish_reason="error", error=error)))
         self._say(said)
         return count
 
-    def _ask(self, front: FrontEnd) -> list[tuple[Ticket, Piece]]:
+    def _ask(self, front: FrontEnd) -> list[tuple[Ticket, AnswerPiece]]:
         """Do what the HTTP thread has asked for; returns what was refused."""
         refused = []
         while not self._asks.empty():
@@ -143,16 +143,16 @@ class Door:
                 try:
                     self._open[id] = ticket, front.submit(id, token_ids, params)
                 except UserError as error:
-                    refused.append((ticket, Piece(ticket.index_of[id], finish_reason="error", error=error)))
+                    refused.append((ticket, AnswerPiece(ticket.index_of[id], finish_reason="error", error=error)))
         return refused
 
-    def _piece(self, id: str, news: list[Update]) -> tuple[Ticket, Piece]:
+    def _piece(self, id: str, news: list[Update]) -> tuple[Ticket, AnswerPiece]:
         """One piece for all that is new of a request: a step may have drawn two tokens for it."""
         ticket, journey = self._open[id]
         if journey.finish_reason is not None:
             self._forget(id, journey.error.kind if journey.error else journey.finish_reason)
         tokens = sum(update.token_id is not None for update in news)
-        return ticket, Piece(ticket.index_of[id], "".join(update.new_text for update in news), tokens,
+        return ticket, AnswerPiece(ticket.index_of[id], "".join(update.new_text for update in news), tokens,
                              journey.finish_reason, journey.error, journey.cached_tokens)
 
     def _forget(self, id: str, state: str) -> Ticket:
@@ -161,13 +161,13 @@ class Door:
         return ticket
 
     @staticmethod
-    def _say(said: list[tuple[Ticket, Piece]]) -> None:
+    def _say(said: list[tuple[Ticket, AnswerPiece]]) -> None:
         """One call wakes the HTTP thread for a whole step's pieces."""
         said = [(ticket, piece) for ticket, piece in said if piece.tokens or piece.finish_reason is not None]
         if said:
             said[0][0].loop.call_soon_threadsafe(_hand_over, said)
 
 
-def _hand_over(said: list[tuple[Ticket, Piece]]) -> None:
+def _hand_over(said: list[tuple[Ticket, AnswerPiece]]) -> None:
     for ticket, piece in said:
         ticket.pieces.put_nowait(piece)

@@ -56,7 +56,7 @@ class HttpError(Exception):
 
 
 @dataclass(frozen=True)
-class Request:
+class HttpRequest:
     """A whole request. Header names are in lower case."""
 
     method: str
@@ -76,7 +76,8 @@ class Reply:
         self._writer, self._path, self._is_old, self._limits = writer, path, is_old, limits
         self._metrics = metrics
 
-    async def send(self, status: int, body: str, content_type: str = "application/json", headers: dict | None = None):
+    async def send(self, status: int, body: str, content_type: str = "application/json",
+                   headers: dict[str, str] | None = None) -> None:
         """A whole answer."""
         data = body.encode() + (b"\n" if content_type == "application/json" else b"")
         self._begin(status, {"Content-Type": content_type, "Content-Length": str(len(data)), **(headers or {})})
@@ -123,7 +124,7 @@ class Reply:
             await asyncio.wait_for(self._writer.drain(), self._limits.stall_s)
 
 
-Handler = Callable[[Request, Reply], Awaitable[None]]
+Handler = Callable[[HttpRequest, Reply], Awaitable[None]]
 Routes = dict[str, dict[str, Handler]]  # by path, then by method
 
 
@@ -149,7 +150,7 @@ class ClientProtocol(asyncio.StreamReaderProtocol):
             self.hung_up.set_result(None)
 
 
-class Connection:
+class ClientConnection:
     """One client's connection: request after request, until either side ends it. The reader's limit is that of a
     request's head."""
 
@@ -197,7 +198,7 @@ class Connection:
         while await self._reader.read(READ_BYTES):
             pass
 
-    async def _read_request(self) -> Request | None:
+    async def _read_request(self) -> HttpRequest | None:
         """The next request; None where none comes any more. Raises HttpError."""
         reader, limits = self._reader, self._limits
         try:
@@ -224,9 +225,9 @@ class Connection:
         except asyncio.IncompleteReadError:
             raise HttpError(400, "the connection ended in the middle of a request") from None
         closes = is_old or "close" in headers.get("connection", "").lower()
-        return Request(method, path, headers, body, is_old, closes)
+        return HttpRequest(method, path, headers, body, is_old, closes)
 
-    async def _answer(self, request: Request) -> bool:
+    async def _answer(self, request: HttpRequest) -> bool:
         """Run the handler until it has answered, the client hangs up, or time is up; whether another request may
         follow."""
         path = request.path if request.path in self._routes else "other"
@@ -248,7 +249,7 @@ class Connection:
             await reply.fail(HttpError(504, f"no answer within {self._limits.answer_s:g} s", code="deadline"))
         return False
 
-    async def _handle(self, request: Request, reply: Reply) -> None:
+    async def _handle(self, request: HttpRequest, reply: Reply) -> None:
         try:
             methods = self._routes.get(request.path)
             if methods is None:

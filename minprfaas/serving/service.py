@@ -15,7 +15,7 @@ from minprfaas.cluster.processes import Process
 from minprfaas.errors import RequestError, UserError
 from minprfaas.serving.api import Api
 from minprfaas.serving.door import Door
-from minprfaas.serving.http import BodyBudget, ClientProtocol, Connection, Limits
+from minprfaas.serving.http import BodyBudget, ClientConnection, ClientProtocol, Limits
 from minprfaas.serving.metrics import Metrics
 from minprfaas.serving.openai import Served
 from minprfaas.transport.events import EventQueue
@@ -45,7 +45,7 @@ class Service:
         self._api = Api(served, self.door, clock)
         self._listener = listener
         self._limits = limits or Limits(connections=2 * capacity + SPARE_CONNECTIONS)
-        self._connections: dict[asyncio.Task, Connection] = {}
+        self._connections: dict[asyncio.Task, ClientConnection] = {}
         self._bodies = BodyBudget(self._limits.bodies_bytes)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="http", daemon=True)
@@ -97,7 +97,7 @@ class Service:
         return ClientProtocol(asyncio.StreamReader(self._limits.head_bytes), self._accept)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        connection = Connection(reader, writer, self._api.routes, self._limits, self.door.metrics, self._bodies)
+        connection = ClientConnection(reader, writer, self._api.routes, self._limits, self.door.metrics, self._bodies)
         _end_when_peer_is_gone(writer.get_extra_info("socket"))
         task = asyncio.current_task()
         self._connections[task] = connection

@@ -9,7 +9,7 @@ from minprfaas.config import Role
 from minprfaas.scheduling.directory import CacheChanged
 from minprfaas.scheduling.profiles import Profile
 from minprfaas.scheduling.router import Decision
-from minprfaas.simulator.events import Clock
+from minprfaas.simulator.clock import Clock
 
 BLOCK_TOKENS = 512  # of the prefix cache, as in Mooncake's traces
 
@@ -87,8 +87,8 @@ class PrefillNode:
     def _start_next(self) -> None:
         request = self.running = self.waiting.popleft()
         cached = self._cache.match(request.keys)
-        if request.decision.transfer is not None:
-            cached = max(cached, request.decision.transfer.end)
+        if request.decision.shipment is not None:
+            cached = max(cached, request.decision.shipment.end)
         request.cached_tokens = min(cached, request.input_tokens - 1)
         seconds = self._profile.prefill_s(request.input_tokens - request.cached_tokens)
         self._started(request, seconds)

@@ -64,4 +64,4 @@ def measure(size: int, token_ids: list[int], repeats: int) -> dict[str, float]:
 
 
 def insert(ledger: BlockLedger, key: bytes, blocks: int) -> None:
-    ledger.drop(ledger.insert_block(key, ledger.allocate(1), blocks * BLOCK_TOKENS))
+    ledger.release(ledger.insert_block(key, ledger.allocate(1), blocks * BLOCK_TOKENS))

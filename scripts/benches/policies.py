@@ -20,9 +20,9 @@ from minprfaas.scheduling.lengths import LengthDistribution
 from minprfaas.scheduling.planner import Fleet, Plan, plan
 from minprfaas.simulator.arrivals import (day_lengths, diurnal, drawn, from_trace, poisson, read_trace,
                                           write_conversations)
-from minprfaas.simulator.cluster import Setup, Simulation
 from minprfaas.simulator.nodes import SimRequest
-from minprfaas.simulator.report import Report
+from minprfaas.simulator.recorder import Report
+from minprfaas.simulator.simulation import Setup, Simulation
 
 LENGTHS = paper.paper_lengths()
 REPOSITORY = Path(__file__).resolve().parents[2]

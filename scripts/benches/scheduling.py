@@ -18,10 +18,10 @@ from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.control import ControlPlane, ControlSettings, LinkMeasured, NodeJoined
 from minprfaas.scheduling.directory import CacheChanged
 from minprfaas.scheduling.planner import plan
-from minprfaas.scheduling.router import RouteRequest, TransferCosts
+from minprfaas.scheduling.router import RouteRequest, ShippingCosts
 from minprfaas.simulator.arrivals import bursty, drawn, poisson
-from minprfaas.simulator.cluster import Setup, Simulation
-from minprfaas.simulator.report import Report
+from minprfaas.simulator.recorder import Report
+from minprfaas.simulator.simulation import Setup, Simulation
 
 DECISION_GOAL_US = 50
 MILLION_GOAL_S = 120
@@ -80,7 +80,7 @@ def _print_decisions() -> float:
 def _control_plane(nodes: int, utilization: float) -> ControlPlane:
     """A third of the nodes in the PrfaaS cluster, and a directory with 500 conversations on two nodes each."""
     rng, third = random.Random(1), nodes // 3
-    costs = TransferCosts(17_000, 2e8, 5e-5, 1.6e-4)
+    costs = ShippingCosts(17_000, 2e8, 5e-5, 1.6e-4)
     control = ControlPlane(ControlSettings(19_400, 100.0, costs=costs, ship_prefixes=True))
     held = {}
     for role in Role:

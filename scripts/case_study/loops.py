@@ -28,8 +28,8 @@ from minprfaas.scheduling.planner import plan
 from minprfaas.scheduling.profiles import Scale
 from minprfaas.scheduling.roles import RoleChange
 from minprfaas.simulator.arrivals import from_trace, read_trace, write_conversations
-from minprfaas.simulator.cluster import Setup, Simulation
 from minprfaas.simulator.nodes import BLOCK_TOKENS, SimRequest
+from minprfaas.simulator.simulation import Setup, Simulation
 
 SEEDS = 3
 SECONDS = 300.0  # of arrivals, of the emulated machines

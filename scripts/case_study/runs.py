@@ -21,8 +21,8 @@ from minprfaas.config import LineConfig, LinkConfig, WeatherChange
 from minprfaas.errors import UserError
 from minprfaas.observe.cores import Cores
 from minprfaas.scheduling.profiles import Scale
-from minprfaas.simulator.cluster import RTT_S, Setup
 from minprfaas.simulator.nodes import SimRequest
+from minprfaas.simulator.simulation import RTT_S, Setup
 
 LANES = 1  # of a line of 56 Mbit/s in the run; every lane more is 36 connections that beat, on two cores
 TRANSFER_DEADLINE_S = 600.0

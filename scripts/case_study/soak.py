@@ -28,8 +28,8 @@ from minprfaas.observe.report import table
 from minprfaas.scheduling.control import NewThreshold
 from minprfaas.scheduling.profiles import Scale
 from minprfaas.scheduling.roles import RoleChange
-from minprfaas.simulator.cluster import Setup
 from minprfaas.simulator.nodes import SimRequest
+from minprfaas.simulator.simulation import Setup
 
 LOAD = 0.9  # of the measured rate
 KILL_EVERY_S = 60.0

@@ -26,8 +26,8 @@ from minprfaas.observe.report import table
 from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.planner import Fleet, Plan, first_token_times, plan
 from minprfaas.scheduling.profiles import Scale
-from minprfaas.simulator.cluster import Setup, Simulation
 from minprfaas.simulator.nodes import SimRequest
+from minprfaas.simulator.simulation import Setup, Simulation
 
 NAMES = {"prfaas_pd": "PrfaaS-PD", "homogeneous": "homogeneous PD", "naive": "naive heterogeneous PD",
          "least_loaded": "least-loaded"}

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from minprfaas.config import RopeConfig
 from minprfaas.model.layers import Positions, apply_rotary
-from minprfaas.model.moe import MoEConfig, Router
+from minprfaas.model.moe import ExpertRouter, MoEConfig
 from minprfaas.model.window import attend_window
 
 
@@ -58,7 +58,7 @@ def check_3() -> str | None:
     cases = []
     for seed, (experts, top_k) in enumerate([(4, 1), (8, 2), (6, 6)]):
         scores = 2 * _random(experts, seed=seed)
-        router = Router(MoEConfig(experts, top_k, 16, scoring="softmax"), hidden_size=1)
+        router = ExpertRouter(MoEConfig(experts, top_k, 16, scoring="softmax"), hidden_size=1)
         with torch.no_grad():
             router.weight.copy_(scores[:, None])
             chosen, shares = router(torch.ones(1, 1))

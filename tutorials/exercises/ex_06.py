@@ -67,7 +67,7 @@ def check_3() -> str | None:
                     ledger.hold(entry)
                 held.append(entry)
             for entry in reversed(held):
-                ledger.drop(entry)
+                ledger.release(entry)
         return {*ledger.blocks}
 
     cases = [(["abcd", "xy"], 5), (["abcd", "xy", "abz"], 5), (["abc", "abd", "abe"], 4),

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from exercises.checking import first_wrong
 
 from minprfaas.scheduling.directory import CacheChanged, Directory
-from minprfaas.scheduling.router import ClusterView, LinkView, NodeView, Router, RouteRequest, TransferCosts
+from minprfaas.scheduling.router import ClusterView, LinkView, NodeView, Router, RouteRequest, ShippingCosts
 
 
 def route_by_cache(tokens: int, in_prfaas: int, in_pd: int, threshold: int, regime: str) -> str:
@@ -28,7 +28,7 @@ def longest_match(prompt_keys: Sequence[str], holdings: Mapping[str, set[str]], 
 
 def check_1() -> str | None:
     """Against the package's router, on a link of no delay."""
-    costs = TransferCosts(token_bytes=1.0, state_bytes=0.0, prfaas_s_per_token=1.0, pdp_s_per_token=1.0)
+    costs = ShippingCosts(token_bytes=1.0, state_bytes=0.0, prfaas_s_per_token=1.0, pdp_s_per_token=1.0)
     cases = []
     for regime in ("scarce", "abundant"):
         view = ClusterView([NodeView("a")], [NodeView("p")], [NodeView("d")], LinkView(1e5), LinkView(1e5), regime)

@@ -8,8 +8,8 @@ from exercises.checking import first_wrong
 from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling import threshold
 from minprfaas.scheduling.threshold import DEADBAND, MAX_STEP, Observation, ThresholdLoop
-from minprfaas.simulator.events import Clock
-from minprfaas.simulator.link import FluidLink
+from minprfaas.simulator.clock import Clock
+from minprfaas.simulator.fluid_link import FluidLink
 
 
 def waits(arrivals_s: Sequence[float], services_s: Sequence[float]) -> list[float]:

@@ -13,12 +13,12 @@ from minprfaas.scheduling import control as plane
 from minprfaas.scheduling.control import ControlPlane, ControlSettings
 from minprfaas.scheduling.planner import Fleet
 from minprfaas.scheduling.roles import RoleChange
-from minprfaas.scheduling.router import FABRIC_GBPS, CacheTransfer, RouteRequest
+from minprfaas.scheduling.router import FABRIC_GBPS, PrefixShipment, RouteRequest
 from minprfaas.scheduling.sites import SitesControlPlane
-from minprfaas.simulator.events import Clock
-from minprfaas.simulator.link import FluidLink
+from minprfaas.simulator.clock import Clock
+from minprfaas.simulator.fluid_link import FluidLink
 from minprfaas.simulator.nodes import DecodeNode, PrefillNode, PrefixCache, SimRequest
-from minprfaas.simulator.report import Recorder, Report, Tick
+from minprfaas.simulator.recorder import Recorder, Report, Tick
 
 TICK_S = 1.0  # how often links are sampled and the control plane is asked what to do
 RTT_S = 0.02  # modelled, between the clusters
@@ -169,21 +169,21 @@ class Simulation:
         if self._on_decision:
             self._on_decision(self.clock.now_s, request)
         node, request.decoder = self.prefill[decision.node], self.decode[decision.decode_node]
-        if decision.transfer is None:
+        if decision.shipment is None:
             node.submit(request)
         else:
-            self._bring_prefix(decision.transfer, node, request)
+            self._bring_prefix(decision.shipment, node, request)
 
-    def _bring_prefix(self, transfer: CacheTransfer, node: PrefillNode, request: SimRequest) -> None:
+    def _bring_prefix(self, shipment: PrefixShipment, node: PrefillNode, request: SimRequest) -> None:
         """Over the link from the other cluster, or over the fabric, modelled as never busy."""
         is_remote = node.role is Role.PRFAAS
-        if transfer.source.startswith("prfaas") == is_remote:
-            self.recorder.fetched_cache_bytes += transfer.bytes
-            self.clock.after(transfer.bytes * 8e-9 / FABRIC_GBPS, self._submit, node, request)
+        if shipment.source.startswith("prfaas") == is_remote:
+            self.recorder.fetched_cache_bytes += shipment.bytes
+            self.clock.after(shipment.bytes * 8e-9 / FABRIC_GBPS, self._submit, node, request)
         else:
-            self.recorder.shipped_cache_bytes += transfer.bytes
-            line = self._line_of(request.decision.node if is_remote else transfer.source)
-            (line.ingress if is_remote else line.egress).send(transfer.bytes, self._submit, node, request)
+            self.recorder.shipped_cache_bytes += shipment.bytes
+            line = self._line_of(request.decision.node if is_remote else shipment.source)
+            (line.ingress if is_remote else line.egress).send(shipment.bytes, self._submit, node, request)
 
     def _submit(self, node: PrefillNode, request: SimRequest) -> None:
         """The cached prefix is there."""

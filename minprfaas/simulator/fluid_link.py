@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 
 from minprfaas.config import LinkSample
-from minprfaas.simulator.events import Clock
+from minprfaas.simulator.clock import Clock
 
 _WHOLE_BYTE = 0.5  # rounding of sums of bytes must not hold a request back
 
