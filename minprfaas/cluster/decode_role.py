@@ -51,6 +51,7 @@ class DecodeRole:
         self._for_room: deque[Serving] = deque()
         self._by_stream: dict[int, Serving] = {}  # of the streams that have not ended
         self._snapshots = SnapshotArrivals(self._kvcache, self._mail, self._clock)
+        # At random: what an earlier process of this name expected may still arrive, and must meet no stream of ours.
         self._stream_ids = itertools.count(secrets.randbits(32) << 16)
 
     @property

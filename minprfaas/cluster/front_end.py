@@ -131,11 +131,11 @@ class FrontEnd:
                 self.ready[sender] = message
                 self._tell_plane(control.NodeJoined(sender, Role(role)))
                 recovery.node_returned(self.journeys.values(), sender)
-                self._retry_at_s = 0.0
+                self._retry_at_s = 0.0  # who found no node before may find this one
             case messages.CacheNews(sequence=sequence, keys=keys, tokens=tokens, inventory=inventory):
                 if sender in self.ready:
                     self._tell_plane(CacheChanged(sender, sequence, list(zip(keys, tokens)), inventory))
-            case LinkSample():
+            case LinkSample():  # of what its sender puts on the line: a PD node sends towards the PrfaaS cluster
                 is_ingress = sender in self.ready and self.ready[sender].role != Role.PRFAAS.value
                 self._tell_plane(control.LinkMeasured(sender, message, is_ingress))
             case messages.TimelinePart(events=events):

@@ -111,7 +111,7 @@ class PrefillRole:
             wire = self._mail.wire_to(sender)
             plan = stream_plan(layout, order.stream_id, order.start, len(order.token_ids), wire)
             snapshot = snapshot_plan(layout, order.snapshot_stream_id, order.snapshot_at) if order.snapshot_at else None
-        except (UserError, TypeError, ValueError) as error:
+        except (UserError, TypeError, ValueError) as error:  # of another process, whose fields may hold anything
             return self._mail.send(self.name, sender, messages.Failed(order.id, str(error), "refused"))
         now_s = self._clock()
         prefill = Prefill(order, plan, snapshot, sender, request, now_s, now_s + order.deadline_s)
@@ -225,7 +225,7 @@ class PrefillRole:
             self.upkeep.prefixes.give_up(prefill.fetch)
         for stream in prefill.sending:
             stream.abort()
-        self.engine.abort(prefill.request)
+        self.engine.abort(prefill.request)  # its blocks stay as long as a stream holds them
         self._end(prefill)
 
     def _end(self, prefill: Prefill) -> None:

@@ -103,7 +103,7 @@ class Engine:
         if chunks:
             self.prefilled_tokens += sum(chunk.end - chunk.start for chunk in chunks)
             updates += self._prefill(chunks, on_kv)
-        batch = self.scheduler.next_batch()
+        batch = self.scheduler.next_batch()  # who was prefilled just now is in it: it draws its second token
         if batch:
             for request, token in zip(batch, self.runner.decode(batch)):
                 updates.append(self._accept_token(request, token))
@@ -165,7 +165,7 @@ class Engine:
 
     def _accept_token(self, request: Request, token: int) -> TokenUpdate:
         """Append a token to the answer, and end it if that was its last."""
-        if request not in self._texts:
+        if request not in self._texts:  # here the first one; others may have been drawn before, on a node that was lost
             self._texts[request] = StreamedText(self.tokenizer, request.params.stop, request.output_ids)
         text = self._texts[request]
         request.token_ids.append(token)

@@ -54,7 +54,7 @@ class KVCacheManager:
         rest, groups = self.config.num_blocks - self.layout.state_blocks, len(self.layout.token_groups)
         if rest < 0:
             return 0
-        return rest // groups * self.layout.block_tokens if groups else 2**62
+        return rest // groups * self.layout.block_tokens if groups else 2**62  # without rows, length costs nothing
 
     def keys(self, token_ids: Sequence[int], known: Sequence[bytes] = ()) -> list[bytes]:
         """The chain keys of the full blocks of a prompt: what the directory is asked with. `known` are the first ones,
@@ -98,6 +98,7 @@ class KVCacheManager:
 
     def reserve(self, cache: RequestCache, num_tokens: int) -> bool:
         """Make room for `num_tokens` tokens in every group, evicting by policy. False changes nothing."""
+        # All or nothing: half of what a request needs would only be missing elsewhere.
         more = self._more_blocks(cache, num_tokens)
         token_need = more * len(self.layout.token_groups)
         blocks = self.ledger.allocate(token_need + self._state_need(cache))

@@ -84,10 +84,10 @@ class GQA(nn.Module):
         config, scale = self.config, self.config.head_dim**-0.5
         q, rows, gate = self.project(x, *positions.rotary(config.rope, config.head_dim, x.dtype))
         if state is not None and config.window is None:
-            context = state.append(rows)
+            context = state.append(rows)  # from now on the pool has them, so that a later pass can see them
             if context.attend is not None:
                 return self.output(gate, *context.attend(q, scale, config.num_kv_heads))
-            if context.longest > x.shape[1]:
+            if context.longest > x.shape[1]:  # else the new rows are the whole context, and need no copy
                 rows = context.rows()
         elif state is not None:
             rows = pass_through_window(rows, positions, state)

@@ -86,6 +86,6 @@ class Transformer(nn.Module):
         afterwards. `on_layer(i)` is called as soon as layer i's state holds the new tokens.
         """
         hidden = self.model(token_ids, state, on_layer)
-        if last_only and state is not None and state.new is not None:
+        if last_only and state is not None and state.new is not None:  # rows end in padding: each one's last token
             hidden = hidden[torch.arange(len(hidden), device=hidden.device), state.new - 1][:, None]
         return self.lm_head(hidden[:, -1:] if last_only else hidden)

@@ -49,6 +49,7 @@ class CongestionMonitor(LinkView):
         weight = 1 - math.exp(-elapsed_s / SMOOTH_S)
         self.utilization += weight * (sample.utilization - self.utilization)
         if sample.utilization > 0.02 or sample.queued_bytes:
+            # Busy for less than a fiftieth of the time, rate over utilization is noise.
             capacity = sample.gbps / sample.utilization if sample.utilization > 0.02 else sample.gbps
             self.gbps += weight * (max(capacity, 1e-6) - self.gbps)
         else:  # an idle link says nothing about its capacity, but is more and more worth trying

@@ -214,7 +214,7 @@ class Router:
             node, own = candidate
             return node.load - max(own, saved_by_fetch(own)), -own
 
-        best = min([_idlest(nodes), *holders], key=rank)
+        best = min([_idlest(nodes), *holders], key=rank)  # of nodes that hold nothing, only the idlest can be best
         if saved_by_fetch(best.tokens) <= best.tokens:
             return best, None
         nbytes = self.costs.bytes_of(end - best.tokens)

@@ -104,6 +104,7 @@ class ThresholdLoop:
 
     def _search(self, now: Observation, lengths: LengthDistribution) -> float:
         """The planner's t for new requests: with N_p given, and with what remains beside draining the backlogs."""
+        # A tenth at least: a stage that counted as gone would get no request, and could not show that it is well again.
         prfaas = max(now.prfaas_instances - now.prfaas_queue_s / DRAIN_S, 0.1 * now.prfaas_instances)
         n_p = max(now.n_p - now.pdp_queue_s / DRAIN_S, 0.1 * now.n_p)
         egress = max(now.egress_gbps - now.queued_bytes * 8e-9 / DRAIN_S, 0.1 * now.egress_gbps)
