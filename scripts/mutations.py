@@ -124,16 +124,18 @@ NOT_ON_A_CPU = {"minprfaas/engine/decode_graphs.py"}
 # The test files of a room, the fastest first. Slow ones are left out: what only they notice counts as not noticed.
 ROOMS = {
     "kvcache": ("test_kvcache_ledger.py", "test_kvcache_layout.py", "test_kvcache_pool.py", "test_kvcache_paged.py",
-                "test_kvcache_replay.py", "test_kvcache_manager.py"),
-    "engine": ("test_sampling.py", "test_text.py", "test_prompts.py", "test_engine.py", "test_generate.py"),
+                "test_kvcache_replay.py", "test_kvcache_manager.py", "test_kvcache_streams.py"),
+    "engine": ("test_sampling.py", "test_text.py", "test_prompts.py", "test_engine.py", "test_engine_edges.py",
+               "test_generate.py"),
     "transport": ("test_transport_frames.py", "test_transport_inbox.py", "test_transport_outbox.py",
                   "test_transport_line.py", "test_transport_streams.py", "test_transport_messages.py",
                   "test_transport_handshake.py", "test_transport_seam.py", "test_transport_link.py",
                   "test_transport_recovery.py"),
     "scheduling": ("test_router.py", "test_monitor.py", "test_directory.py", "test_throughput.py", "test_lengths.py",
                    "test_profiles.py", "test_control.py", "test_roles.py", "test_threshold.py", "test_planner.py"),
-    "cluster": ("test_front_end.py", "test_topology.py", "test_kv_arrives.py", "test_two_datacenters.py",
-                "test_prefix_shipping.py", "test_cluster_parts.py", "test_cluster_life.py"),
+    "cluster": ("test_front_end.py", "test_topology.py", "test_cluster_messages.py", "test_kv_arrives.py",
+                "test_two_datacenters.py", "test_prefix_shipping.py", "test_cluster_parts.py", "test_cluster_lines.py",
+                "test_cluster_life.py"),
 }
 
 # The test files that look after one file, where those of its room say little of it.
@@ -149,8 +151,8 @@ GUARDS: dict[str, tuple[str, ...]] = {
     "cluster/recovery.py": ("test_front_end.py", "test_cluster_life.py"),
     "cluster/relay.py": ("test_relay.py",),
     "cluster/neighbours.py": ("test_cluster_parts.py",),
-    "cluster/upkeep.py": ("test_cluster_parts.py", "test_front_end.py", "test_prefix_shipping.py",
-                          "test_two_datacenters.py"),
+    "cluster/upkeep.py": ("test_cluster_parts.py", "test_cluster_lines.py", "test_front_end.py",
+                          "test_prefix_shipping.py", "test_two_datacenters.py"),
     "engine/measure.py": ("test_profile_command.py",),
     "engine/paced.py": ("test_paced.py",),
     "scheduling/profiles.py": ("test_profiles.py", "test_case_study.py", "test_paced.py"),
@@ -158,7 +160,7 @@ GUARDS: dict[str, tuple[str, ...]] = {
     "scheduling/sites.py": ("test_sites.py",),
     "engine/pieces.py": ("test_fast_runner.py",),
     "engine/sampling.py": ("test_sampling.py", "test_engine.py"),
-    "engine/text.py": ("test_text.py", "test_engine.py"),
+    "engine/text.py": ("test_text.py", "test_engine_edges.py"),
     "scheduling/paper_case.py": ("test_throughput.py", "test_planner.py", "test_profiles.py", "test_plan_command.py"),
     "transport/encoding.py": ("test_encoding.py", "test_wire.py"),
     "transport/fabric.py": ("test_transport_seam.py", "test_transport_fabric.py"),

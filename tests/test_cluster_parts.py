@@ -1,6 +1,5 @@
-"""The joints of the cluster: messages, mail, the node's loop, the roles' deadlines, and who decides. Chapter 13."""
+"""The joints of the cluster: the node's loop, the roles' deadlines, and who decides. Chapter 13."""
 
-import json
 import os
 import queue
 import threading
@@ -17,7 +16,7 @@ from transport_support import IDENTITY, connected, wait_until
 
 from minprfaas import SamplingParams, UserError
 from minprfaas.cluster import messages
-from minprfaas.cluster.envelope import BadMessage, Envelope, decode, encode
+from minprfaas.cluster.envelope import Envelope, decode, encode
 from minprfaas.cluster.front_end import FrontEnd
 from minprfaas.cluster.kv_send import STREAMS_AT_ONCE, KVSend, SendingThreads
 from minprfaas.cluster.launch import link_identity
@@ -28,7 +27,7 @@ from minprfaas.cluster.processes import control_settings
 from minprfaas.cluster.stream_plans import stream_plan
 from minprfaas.cluster.topology import Topology
 from minprfaas.cluster.upkeep import TIMELINE_PART, Upkeep
-from minprfaas.config import CacheConfig, LineConfig, LinkSample, Role
+from minprfaas.config import CacheConfig, LineConfig, Role
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.request import Status
 from minprfaas.observe.timeline import Timeline
@@ -39,56 +38,6 @@ from minprfaas.scheduling.paper_case import paper_fleet
 from minprfaas.simulator.arrivals import from_trace, read_trace, write_conversations
 from minprfaas.simulator.simulation import Setup, Simulation
 from minprfaas.transport import Link, MessageReceived
-
-ORDER = messages.PrefillOrder("a", 7, [1, 2, 3], 0, 8, 0, "", 0, 0, {"max_tokens": 3}, 60.0)
-
-
-# ---- messages and mail
-
-
-@pytest.mark.parametrize("message", [ORDER, messages.Shutdown(), LinkSample(1.0, 2.0, 0.5, 3.0),
-                                     messages.CacheNews(3, ["ab"], [64], True)])
-def test_a_message_comes_out_of_its_envelope_as_it_went_in(message):
-    envelope = Envelope("prfaas-0", "pd-0/pdd", message)
-    assert decode(json.loads(json.dumps(encode(envelope)))) == envelope
-
-
-@pytest.mark.parametrize("change", [
-    {"type": "Surprise"}, {"type": 3}, {"to": None}, {"fields": []}, {"more": 1},
-    {"fields": {**encode(Envelope("a", "b", ORDER))["fields"], "start": "0"}},
-    {"fields": {**encode(Envelope("a", "b", ORDER))["fields"], "start": True}},
-    *[{"fields": {**encode(Envelope("a", "b", ORDER))["fields"], "token_ids": packed}}
-      for packed in ([1, "2"], [1, 2], "", "I?", "IAQAA", "IAQID", "fAAAA", "qAAAAAA==", "I\u00e9AAA")],
-    {"fields": {**encode(Envelope("a", "b", ORDER))["fields"], "stream_id": 2**64}},
-    {"fields": {**encode(Envelope("a", "b", ORDER))["fields"], "unknown": 0}},
-    {"fields": {"id": "a"}}])
-def test_what_is_no_message_of_ours_is_refused(change):
-    with pytest.raises(BadMessage):
-        decode({**encode(Envelope("a", "b", ORDER)), **change})
-
-
-def test_a_peer_can_speak_for_its_own_parts_only():
-    with no_link() as (link, mail):
-        mail.add_local(FRONT)
-        mail.add_link(link, ["prfaas-0"])
-        said = {sender: encode(Envelope(FRONT, sender, messages.Failed("a", "x", "lost")))
-                for sender in ("prfaas-0", "pd-0/pdd", FRONT)}
-        heard = {sender: mail.opened(MessageReceived(raw, link.name)) for sender, raw in said.items()}
-        assert heard["prfaas-0"] is not None and heard["pd-0/pdd"] is None and heard[FRONT] is None
-        assert mail.opened(MessageReceived(said["prfaas-0"], "another link")) is None
-
-
-class no_link:
-    """A link that was never connected, and an empty switchboard."""
-
-    def __enter__(self):
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5))
-        from transport_support import IDENTITY
-        self.link = Link("unconnected", store, 1, FAST, IDENTITY)
-        return self.link, Mail(queue.SimpleQueue())
-
-    def __exit__(self, *_):
-        self.link.close()
 
 
 # ---- the loop
@@ -358,16 +307,6 @@ def drive(front, call, ids, keys_of):
             keys_of[number] = [_Key(str(key)) for key in request.keys]
             front.submit(ids[request.id], [number] * request.prompt_tokens, GREEDY)
             front.step()
-
-
-@pytest.mark.parametrize("token_ids, byte_each", [
-    ([], 0), ([0, 1, 151_935] * 1000, 6), ([2**32 - 1], 12), ([2**32, 7] * 1000, 11), ([-1, 2**63 - 1] * 1000, 11)])
-def test_a_prompt_crosses_packed(token_ids, byte_each):
-    """As JSON's digits it took a front end longer than all else that it does for a request."""
-    order = messages.Serve("a", token_ids, 0, {"max_tokens": 4}, "pd-0", 1.0, "", 0)
-    raw = encode(Envelope("pd-1", "front", order))
-    assert len(raw["fields"]["token_ids"]) <= 1 + byte_each * len(token_ids)
-    assert decode(json.loads(json.dumps(raw))).message == order
 
 
 # ---- what a node says of itself, and whom it meets

@@ -1,6 +1,6 @@
 """The house's own rules: one name for one thing, no long file or function, every function annotated. Chapter 15.
 
-`test_reading.py` holds the core path, `test_map.py` the chapters; here stands what is true of every file of the package.
+`test_reading.py` holds the core path, `test_map.py` the chapters; here stands what is true of every file.
 """
 
 import ast
@@ -30,6 +30,13 @@ def test_no_two_files_of_the_package_have_one_name():
     """But for a command's, which is called what a person types: `generate`, `report`."""
     names = Counter(path.name for path in PACKAGE if path.name != "__init__.py" and path.parent.name != "commands")
     assert len(names) > 100 and [name for name, count in names.items() if count > 1] == []
+
+
+def test_no_test_or_script_is_long():
+    beside = [path for folder in ("tests", "scripts") for path in (ROOT / folder).rglob("*.py")]
+    lines = {path.name: path.read_text(encoding="utf-8").splitlines() for path in beside}
+    assert [name for name, all_of_it in lines.items() if len(all_of_it) >= MOST_LINES] == []
+    assert [line for all_of_it in lines.values() for line in all_of_it if len(line) > MOST_COLUMNS] == []
 
 
 @pytest.mark.parametrize("path", PACKAGE, ids=lambda path: str(path.relative_to(ROOT)))

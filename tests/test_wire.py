@@ -113,7 +113,8 @@ def test_request_level_state_crosses_in_bf16_where_that_is_asked_for(models):
             assert torch.equal(received, sent.bfloat16().to(sent.dtype) if is_state else sent)
             assert torch.equal(received, sent) != is_state
     assert not handed.arriving.is_exact and handed.plan.total_bytes < kv_bytes(layout.specs, 77)
-    here, there = (link_identity(models["kimi_linear"][0], layout, wire) for wire in (Wire(state=Encoding.BF16), Wire()))
+    wires = Wire(state=Encoding.BF16), Wire()
+    here, there = (link_identity(models["kimi_linear"][0], layout, wire) for wire in wires)
     assert here.difference(there.as_json()) == "wire is exact, state in bf16 here and exact there"
 
 

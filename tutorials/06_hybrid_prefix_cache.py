@@ -4,7 +4,8 @@
 
 Modules: kvcache/ledger.py, kvcache/manager.py, kvcache/snapshots.py, kvcache/request_cache.py, kvcache/replay.py,
 observe/simulation_plots.py
-Tests: test_kvcache_ledger.py, test_kvcache_manager.py, test_kvcache_random.py, test_kvcache_replay.py
+Tests: test_kvcache_ledger.py, test_kvcache_manager.py, test_kvcache_streams.py,
+       test_kvcache_random.py, test_kvcache_replay.py
 Paper: 3.2, figure 4
 """
 import helper
