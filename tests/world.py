@@ -21,8 +21,8 @@ from minprfaas.cluster.node import Node
 from minprfaas.cluster.processes import control_settings, worker
 from minprfaas.config import CacheConfig, Role
 from minprfaas.engine.engine import Engine
-from minprfaas.scheduling import control
 from minprfaas.scheduling.control import ControlPlane
+from minprfaas.scheduling.roles import RoleChange
 from minprfaas.transport.base import LinkDown
 from minprfaas.transport.events import LinkLost, LinkRestored, MessageReceived
 from minprfaas.transport.loopback import LoopbackStream
@@ -202,9 +202,10 @@ class World:
                 machine.events.put(LinkRestored(1, True, name))
 
     def convert(self, name, role):
-        """A person wants this node to play `role`."""
-        change = control.RoleChange(name, role, "asked for")
-        self.front.plane.hear(control.RoleWanted(change), time.monotonic())
+        """What the long-term loop does when it wants this node to play `role`: one conversion at a time."""
+        plane = self.front.plane
+        if plane._conversion is None:
+            plane._begin_conversion(RoleChange(name, role, "asked for"))
 
     def roles_now(self):
         """What each PD node plays."""

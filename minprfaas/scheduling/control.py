@@ -110,15 +110,8 @@ class RequestEnded:
     output_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class RoleWanted:
-    """A person wants a PD node to play another role; ignored while one is being converted."""
-
-    change: RoleChange
-
-
 Event = (NodeJoined | NodeLeft | CacheChanged | PrefixMissing | LinkMeasured | LineChanged | PrefillEnded
-         | DecodeStarted | RequestEnded | RoleWanted)
+         | DecodeStarted | RequestEnded)
 
 
 # Actions
@@ -219,9 +212,6 @@ class ControlPlane:
                 return self._ask_inventory(node, now_s)
             case NodeLeft(node):
                 self._remove(node, now_s)
-            case RoleWanted(change):
-                if self._conversion is None:
-                    self._begin_conversion(change)
         return []
 
     def _end_prefill(self, event: PrefillEnded) -> None:
