@@ -75,7 +75,7 @@ def test_each_stratum_of_a_probe_holds_every_part_of_the_lengths_once():
         block = requests[first:first + STRATUM]
         for low, tokens, high in zip(bounds, sorted(one.input_tokens for one in block), bounds[1:]):
             assert low - 1 <= tokens <= high + 1
-        assert first / 2.0 <= block[0].arrival_s <= block[-1].arrival_s <= (first + STRATUM) / 2.0
+        assert first / 2.0 <= block[0].arrived_at_s <= block[-1].arrived_at_s <= (first + STRATUM) / 2.0
 
 
 def test_a_rate_is_sustained_when_the_backlog_does_not_grow_with_it():
@@ -211,7 +211,7 @@ def test_the_simulator_predicts_that_every_loop_helps_in_each_seed_it_is_run_wit
         assert gain > 0.2, loop.name
         cluster = loop.emulated([*loop.policies][1])
         real, run = loop.requests(0), cluster.requests(loop.requests(0))
-        assert loop.scale.seconds(run[-1].arrival_s) == pytest.approx(real[-1].arrival_s)
+        assert loop.scale.seconds(run[-1].arrived_at_s) == pytest.approx(real[-1].arrived_at_s)
         assert all(one.output_tokens >= 2 and one.keys == of.keys for one, of in zip(run, real))
 
 

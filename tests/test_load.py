@@ -37,7 +37,7 @@ def test_requests_come_when_the_simulators_do_and_a_seed_repeats_them(embedded, 
     simulated = list(drawn(times(5, rng), 12, paper_lengths(), OUTPUT_TOKENS, rng))
     asked = Load.parse(f"{kind}:5", 12, 3, None, 64)
     arrivals = list(asked.arrivals(embedded[1], CONTEXT))
-    assert [arrival.due_s for arrival in arrivals] == [request.arrival_s for request in simulated]
+    assert [arrival.due_s for arrival in arrivals] == [request.arrived_at_s for request in simulated]
     for arrival, request in zip(arrivals, simulated):
         assert len(arrival.prompt.text) == pytest.approx(request.input_tokens * LENGTH_SCALE, rel=0.05, abs=1)
     assert arrivals == list(asked.arrivals(embedded[1], CONTEXT))
@@ -55,7 +55,7 @@ def test_the_embedded_model_knows_the_answers_that_are_expected(embedded):
 def test_prompts_share_the_tokens_of_the_blocks_that_their_trace_shares(embedded, trace):
     arrivals = list(Load.parse(f"trace:{trace}:2", None, 0, None, 32).arrivals(embedded[1], CONTEXT))
     recorded = read_trace(trace)
-    assert [arrival.due_s for arrival in arrivals] == [request.arrival_s / 2 for request in recorded]
+    assert [arrival.due_s for arrival in arrivals] == [request.arrived_at_s / 2 for request in recorded]
     compared = 0
     for one, its in zip(arrivals, recorded):
         assert len(one.prompt.text) == pytest.approx(its.input_tokens * 32 / BLOCK_TOKENS, abs=1)

@@ -79,7 +79,7 @@ def test_every_request_ends_once_and_every_decision_is_seen_with_its_reason():
     assert report.requests == len(seen) == sum(ended) == 1000 and report.failed == 0
     assert all("t=19,400" in request.decision.reason for _, request in seen)
     assert all((request.decision.route == "prfaas") == (request.input_tokens > 19_400) for _, request in seen)
-    assert all(time_s <= request.first_token_s < request.finished_s for time_s, request in seen)
+    assert all(time_s <= request.first_token_at_s < request.finished_at_s for time_s, request in seen)
     loads = run.control.loads()
     assert len(loads) == 12 and set(loads.values()) == {0}
 
@@ -152,7 +152,7 @@ def cache_reports(trace, n_p: int) -> list:
     answers = sum(request.output_tokens for request in trace) / len(trace)
     fleet = replace(FLEET, output_tokens=answers)
     planned = plan(fleet, LengthDistribution(request.input_tokens for request in trace), n_p=n_p)
-    speed = 1.05 * planned.lambda_max * trace[-1].arrival_s / len(trace)
+    speed = 1.05 * planned.lambda_max * trace[-1].arrived_at_s / len(trace)
     setup = Setup(fleet, n_p, planned.threshold, cache_blocks=2000)
     return [Simulation(replace(setup, cache_aware=aware), from_trace(trace, speed)).run() for aware in (False, True)]
 
@@ -176,7 +176,7 @@ def test_a_prefix_that_a_decode_node_holds_is_fetched_inside_the_cluster():
         turns = [SimRequest(0.0, 16_384, 10, tuple(range(32))), SimRequest(60.0, 16_500, 10, tuple(range(33)))]
         setup = as_planned(cache_blocks=100, cache_aware=cache_aware, failures=(("pd0", 50.0, 55.0),))  # it forgets
         report = Simulation(setup, iter(turns)).run()
-        return report.fetched_cache_bytes, turns[1].decision, turns[1].first_token_s - turns[1].arrival_s
+        return report.fetched_cache_bytes, turns[1].decision, turns[1].first_token_at_s - turns[1].arrived_at_s
     fetched_bytes, decision, ttft_s = second_turn(True)
     assert (decision.shipment.source, decision.shipment.end) == ("pd3", 16_384)
     assert decision.uncached_tokens == 116 and fetched_bytes == decision.shipment.bytes > 0
@@ -221,6 +221,6 @@ def test_ten_thousand_gpus_serve_an_hour_of_a_trace_played_many_times_over(tmp_p
     fleet = replace(paper.paper_fleet(416, 832), link_gbps=10_400.0)
     write_conversations(tmp_path / "made_up.jsonl", 60_000, 100.0, seed=0)
     trace = read_trace(tmp_path / "made_up.jsonl")
-    hour = islice(from_trace(trace, speed=trace[-1].arrival_s / 3600), 60_000)
+    hour = islice(from_trace(trace, speed=trace[-1].arrived_at_s / 3600), 60_000)
     report = Simulation(as_planned(fleet=fleet, n_p=312, cache_blocks=500), hour).run()
     assert report.requests == 60_000 and report.duration_s >= 3590

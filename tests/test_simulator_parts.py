@@ -108,7 +108,7 @@ def test_a_full_batch_takes_the_profiles_step_time_and_a_lone_request_its_fixed_
         for _ in range(count):
             clock.at(0.0, node.admit, SimRequest(0.0, 1000, 400))
         clock.run()
-        assert finished[0].finished_s == pytest.approx(400 * 0.025 * {1: 0.525, 20: 1.0}[count])
+        assert finished[0].finished_at_s == pytest.approx(400 * 0.025 * {1: 0.525, 20: 1.0}[count])
 
 
 def test_a_request_beyond_the_batch_waits_for_a_place_and_joins_between_steps():
@@ -117,8 +117,8 @@ def test_a_request_beyond_the_batch_waits_for_a_place_and_joins_between_steps():
     for number in range(21):
         clock.at(0.0, node.admit, SimRequest(0.0, 1000, 100 if number == 7 else 400))
     clock.run()
-    last = max(finished, key=lambda request: request.first_token_s)
-    assert last.first_token_s == pytest.approx(100 * 0.025)  # when the short one left
+    last = max(finished, key=lambda request: request.first_token_at_s)
+    assert last.first_token_at_s == pytest.approx(100 * 0.025)  # when the short one left
     assert len(finished) == 21 and not node.running and not node.waiting
 
 
@@ -141,7 +141,7 @@ def test_a_prefix_cache_forgets_tails_first_and_tells_the_directory():
 def test_arrivals_are_seeded_rising_and_as_many_as_asked_for(process):
     def times(seed):
         requests = drawn(process(5.0, random.Random(seed)), 20_000, paper_lengths(), 10, random.Random(1))
-        return [request.arrival_s for request in requests]
+        return [request.arrived_at_s for request in requests]
     first = times(1)
     assert first == times(1) and first != times(2) and first == sorted(first)
     assert 20_000 / first[-1] == pytest.approx(5.0, rel=0.05)
@@ -193,7 +193,7 @@ def test_a_made_up_trace_is_read_back_and_repeats_with_its_seed(tmp_path):
         seen.update(request.keys)
     assert 0.3 < hits / blocks < 0.9
     fast = list(from_trace(trace, speed=2.0))
-    assert fast[-1].arrival_s == trace[-1].arrival_s / 2 and fast[-1].keys == trace[-1].keys
+    assert fast[-1].arrived_at_s == trace[-1].arrived_at_s / 2 and fast[-1].keys == trace[-1].keys
 
 
 GOOD = {"timestamp": 5, "input_length": 600, "output_length": 7, "hash_ids": [1, 2]}

@@ -85,7 +85,7 @@ class Load:
             answer = max(MIN_ANSWER, min(round(request.output_tokens * self.length_scale), context_tokens // 2))
             tokens = min(max(1, round(request.input_tokens * self.length_scale)), context_tokens - answer)
             params = SamplingParams(max_tokens=answer, ignore_eos=True)
-            yield Arrival(request.arrival_s, text.prompt(number, tokens, request.keys, params))
+            yield Arrival(request.arrived_at_s, text.prompt(number, tokens, request.keys, params))
 
     def _requests(self) -> Iterator[SimRequest]:
         if self.trace:

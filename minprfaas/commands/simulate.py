@@ -115,7 +115,7 @@ def _prepare(args: argparse.Namespace, trace: list[SimRequest]) -> tuple[Setup, 
         weather=_weather(args.weather, fleet.link_gbps), failures=tuple(map(_failure, args.fail)), sites=_sites(args))
     if trace:
         requests, count = from_trace(trace, args.speed), len(trace)
-        rate_rps = count / max(trace[-1].arrival_s / args.speed, 1e-9)
+        rate_rps = count / max(trace[-1].arrived_at_s / args.speed, 1e-9)
     else:
         rate_rps, count = args.rate if args.rate is not None else args.load * planned.lambda_max, args.requests
         requests = _made_up(args, lengths, round(fleet.output_tokens), rate_rps)

@@ -75,7 +75,7 @@ def from_trace(trace: Iterable[SimRequest], speed: float = 1.0) -> Iterator[SimR
     """A trace's requests once more, `speed` times as fast as they were recorded."""
     require_number("trace speed", speed, above=0)
     for request in trace:
-        yield replace(request, arrival_s=request.arrival_s / speed)
+        yield replace(request, arrived_at_s=request.arrived_at_s / speed)
 
 
 def read_trace(path: str | Path) -> list[SimRequest]:
@@ -90,7 +90,7 @@ def read_trace(path: str | Path) -> list[SimRequest]:
         raise UserError(f"trace {path} cannot be read: {error}") from None
     if not requests:
         raise UserError(f"trace {path} is empty; it needs at least 1 request")
-    return sorted(requests, key=lambda request: request.arrival_s)
+    return sorted(requests, key=lambda request: request.arrived_at_s)
 
 
 def _parse(line: str, where: str) -> SimRequest:

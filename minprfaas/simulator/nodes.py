@@ -18,7 +18,7 @@ BLOCK_TOKENS = 512  # of the prefix cache, as in Mooncake's traces
 class SimRequest:
     """A request on its way. `keys`: hashes of its prompt's blocks, if prefix caching is simulated. Times in seconds."""
 
-    arrival_s: float
+    arrived_at_s: float
     input_tokens: int
     output_tokens: int
     keys: tuple = ()
@@ -28,8 +28,8 @@ class SimRequest:
     attempts: int = 0  # times it was routed; above 1 after a failure
     cached_tokens: int = 0  # found when its prefill began
     stream_rate: float = 0.0  # bytes per second of KVCache while it is prefilled far away
-    first_token_s: float = 0.0
-    finished_s: float = 0.0
+    first_token_at_s: float = 0.0
+    finished_at_s: float = 0.0
 
 
 class PrefixCache:
@@ -130,7 +130,7 @@ class DecodeNode:
         self._plan_next()
 
     def _join(self, request: SimRequest) -> None:
-        request.first_token_s = self._clock.now_s
+        request.first_token_at_s = self._clock.now_s
         self._joined += 1
         heapq.heappush(self.running, (self._steps + request.output_tokens, self._joined, request))
 
@@ -154,7 +154,7 @@ class DecodeNode:
         self._advance()
         self._steps = self.running[0][0]  # exactly: rounding must not plan the same departure again
         _, _, request = heapq.heappop(self.running)
-        request.finished_s = self._clock.now_s
+        request.finished_at_s = self._clock.now_s
         if self.waiting:
             self._join(self.waiting.popleft())
         self._plan_next()

@@ -71,22 +71,22 @@ class Recorder:
         self.prefilled_at: Counter[str] = Counter()  # requests, by node
         self.role_changes: list[tuple[float, str, str, str]] = []
         self.series: list[Tick] = []
-        self._good, self._last_arrival_s, self._ended_s = 0, 0.0, 0.0
+        self._good, self._last_arrived_at_s, self._ended_at_s = 0, 0.0, 0.0
         self._ttft, self._inter_token = array("d"), array("d")
         self._prompt_tokens = self._cached_tokens = 0
 
     def ended(self, request: SimRequest, failed: bool) -> None:
         """A request has drawn its last token, or found no node."""
-        self._last_arrival_s = max(self._last_arrival_s, request.arrival_s)
+        self._last_arrived_at_s = max(self._last_arrived_at_s, request.arrived_at_s)
         if failed:
             self.failed += 1
             return
-        ttft_s = request.first_token_s - request.arrival_s
+        ttft_s = request.first_token_at_s - request.arrived_at_s
         self._ttft.append(ttft_s)
         self._good += ttft_s <= TTFT_OBJECTIVE_S
-        self._ended_s = max(self._ended_s, request.finished_s)
+        self._ended_at_s = max(self._ended_at_s, request.finished_at_s)
         if request.output_tokens > 1:
-            self._inter_token.append((request.finished_s - request.first_token_s) / (request.output_tokens - 1))
+            self._inter_token.append((request.finished_at_s - request.first_token_at_s) / (request.output_tokens - 1))
         self.offloaded += request.decision.route == "prfaas"
         self.prefilled_at[request.decision.node] += 1
         self._prompt_tokens += request.input_tokens
@@ -94,9 +94,9 @@ class Recorder:
 
     def report(self, bytes_sent: float) -> Report:
         """The whole run in figures."""
-        duration_s = max(self._ended_s, self._last_arrival_s) or 1.0
+        duration_s = max(self._ended_at_s, self._last_arrived_at_s) or 1.0
         completed, columns = len(self._ttft), Tick(*zip(*self.series))
-        arrivals_s = self._last_arrival_s or 1.0
+        arrivals_s = self._last_arrived_at_s or 1.0
         shares = {"egress": columns.egress_utilization, "prfaas": columns.prfaas_busy, "pdp": columns.pdp_busy,
                   "pdd": columns.pdd_busy}
         utilization = {name: sum(share) / len(share) for name, share in shares.items()}

@@ -149,7 +149,7 @@ class Simulation:
         request = next(self._requests, None)
         self._arrivals_over = request is None
         if request is not None:
-            self.clock.at(request.arrival_s, self._arrive, request)
+            self.clock.at(request.arrived_at_s, self._arrive, request)
 
     def _arrive(self, request: SimRequest) -> None:
         self._in_system += 1

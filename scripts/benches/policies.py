@@ -147,7 +147,7 @@ def cache(args: argparse.Namespace) -> None:
     answers = sum(request.output_tokens for request in trace) / len(trace)
     fleet = replace(paper.paper_fleet(), output_tokens=answers)
     planned = plan(fleet, LengthDistribution(request.input_tokens for request in trace), n_p=4)  # so that prefill binds
-    rate = len(trace) / trace[-1].arrival_s
+    rate = len(trace) / trace[-1].arrived_at_s
     speed, runs = 1.05 * planned.lambda_max / rate, {}
     for name, aware in (("cache-blind routing", False), ("cache-aware routing", True)):
         runs[name] = [Simulation(planned_setup(fleet, planned, adaptive=True, cache_aware=aware, cache_blocks=2000),
@@ -164,8 +164,8 @@ def cache(args: argparse.Namespace) -> None:
 
 def _jittered(trace: list[SimRequest], seed: int) -> list[SimRequest]:
     rng = random.Random(seed)
-    shifted = [replace(request, arrival_s=request.arrival_s + rng.uniform(0, 5)) for request in trace]
-    return sorted(shifted, key=lambda request: request.arrival_s)
+    shifted = [replace(request, arrived_at_s=request.arrived_at_s + rng.uniform(0, 5)) for request in trace]
+    return sorted(shifted, key=lambda request: request.arrived_at_s)
 
 
 TABLES = {"stability": stability, "baselines": baselines, "bandwidth": bandwidth, "lengths": lengths, "cache": cache}

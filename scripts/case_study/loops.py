@@ -69,7 +69,7 @@ class Loop:
 
     def expected_s(self) -> float:
         """How long one run takes, about."""
-        return STARTING_S + 1.2 * self.scale.time * self.requests(0)[-1].arrival_s
+        return STARTING_S + 1.2 * self.scale.time * self.requests(0)[-1].arrived_at_s
 
 
 @dataclass(frozen=True)
@@ -103,14 +103,14 @@ def loops(trace_path: str | None) -> list[Loop]:
     def shifted(seed: int) -> list[SimRequest]:
         requests = steady(1.2 * shift.lambda_max, seed)
         for request in requests:
-            if request.arrival_s > SHIFT_S:
+            if request.arrived_at_s > SHIFT_S:
                 request.input_tokens = max(1, round(STRETCH * request.input_tokens))
         return requests
 
     def conversations(seed: int) -> list[SimRequest]:
-        rng, speed = random.Random(seed), 1.05 * turns.lambda_max * trace[-1].arrival_s / len(trace)
-        moved = [replace(one, arrival_s=one.arrival_s + rng.uniform(0, JITTER_S)) for one in trace]
-        return list(from_trace(sorted(moved, key=lambda one: one.arrival_s), speed))
+        rng, speed = random.Random(seed), 1.05 * turns.lambda_max * trace[-1].arrived_at_s / len(trace)
+        moved = [replace(one, arrived_at_s=one.arrived_at_s + rng.uniform(0, JITTER_S)) for one in trace]
+        return list(from_trace(sorted(moved, key=lambda one: one.arrived_at_s), speed))
 
     fixed = Setup(narrow, drop.n_p, drop.threshold, adaptive=False, weather=weather)
     split = Setup(fleet, shift.n_p, shift.threshold)
@@ -170,7 +170,7 @@ def drive(loop: Loop, cluster: Emulated, policy: str, seed: int, results: Result
     words, is_valid = judged(made, cores)
     checked = sampled(journeys, SAMPLE, seed)
     wrong = len(wrong_answers(checked, engine.model, engine.tokenizer))
-    ttft_s = sorted(scale.seconds((one.first_token_at_s or ended_at_s) - began_at_s - request.arrival_s)
+    ttft_s = sorted(scale.seconds((one.first_token_at_s or ended_at_s) - began_at_s - request.arrived_at_s)
                     for request, one in zip(requests, journeys))
     counts = [sum(isinstance(action, kind) for action in actions) for kind in (NewThreshold, RoleChange)]
     cached = sum(one.cached_tokens for one in journeys) / sum(one.prompt_tokens for one in journeys)

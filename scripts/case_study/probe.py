@@ -33,7 +33,7 @@ def ask(made: Process, name: str, requests: Sequence[SimRequest], vocab_size: in
     begin alike, `block_tokens` tokens a key."""
     front, rng = made.front, random.Random(name)
     began_at_s = told_at_s = time.monotonic()
-    give_up_at_s = began_at_s + requests[-1].arrival_s + patience_s
+    give_up_at_s = began_at_s + requests[-1].arrived_at_s + patience_s
     journeys: list[Journey] = []
 
     def is_over() -> bool:
@@ -41,7 +41,7 @@ def ask(made: Process, name: str, requests: Sequence[SimRequest], vocab_size: in
             one.is_finished or (one.first_token_at_s and not until_done) for one in journeys)
 
     while not is_over() and time.monotonic() < give_up_at_s:
-        while len(journeys) < len(requests) and began_at_s + requests[len(journeys)].arrival_s <= time.monotonic():
+        while len(journeys) < len(requests) and began_at_s + requests[len(journeys)].arrived_at_s <= time.monotonic():
             request = requests[len(journeys)]
             prompt = [token for key in request.keys
                       for token in random_tokens(random.Random(f"block {key}"), block_tokens, vocab_size)]
@@ -72,7 +72,7 @@ def read(rate_rps: float, began_at_s: float, requests: Sequence[SimRequest], jou
          by_length: bool) -> Reading:
     """What came of the probe. A request that failed counts as one without a first token."""
     firsts = [one.first_token_at_s - began_at_s if one.first_token_at_s else None for one in journeys]
-    return reading(rate_rps, [request.arrival_s for request in requests], firsts,
+    return reading(rate_rps, [request.arrived_at_s for request in requests], firsts,
                    [one.route == Role.PRFAAS.value for one in journeys], sum(one.kv_bytes for one in journeys),
                    by_length)
 

@@ -87,7 +87,7 @@ class Emulated:
     def requests(self, real: Sequence[SimRequest]) -> list[SimRequest]:
         """In the run's units; the first token of an answer comes from its prefill."""
         scale = self.scale
-        return [SimRequest(one.arrival_s * scale.time, max(2, round(one.input_tokens / scale.length)),
+        return [SimRequest(one.arrived_at_s * scale.time, max(2, round(one.input_tokens / scale.length)),
                            1 + max(1, round(one.output_tokens / scale.length)), one.keys) for one in real]
 
     def _run(self) -> Run:

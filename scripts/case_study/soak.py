@@ -111,13 +111,13 @@ def soak(setup: Setup, scale: Scale, requests: Sequence[SimRequest], results: Re
          at_once: int) -> bool:
     """Run it, unless it was, then check every answer, `at_once` processes at a time, and print; True if all is well.
     Without the weather, `setup` is the cluster."""
-    asked_s = requests[-1].arrival_s * scale.time
+    asked_s = requests[-1].arrived_at_s * scale.time
     name = f"{asked_s / 60:.0f} minutes"
     if results.last(name, "soak") is None:
         rng, every_s = random.Random(seed), WEATHER_EVERY_S / scale.time
         weather = tuple((number * every_s, setup.fleet.link_gbps * rng.choice(WEATHER))
-                        for number in range(1, int(requests[-1].arrival_s / every_s)))
-        weather += ((requests[-1].arrival_s, setup.fleet.link_gbps),)
+                        for number in range(1, int(requests[-1].arrived_at_s / every_s)))
+        weather += ((requests[-1].arrived_at_s, setup.fleet.link_gbps),)
         cluster = Emulated("the soak", replace(setup, adaptive=True, convert_roles=True, weather=weather), scale,
                            pool_blocks=POOL_BLOCKS)
         with tempfile.TemporaryDirectory() as scratch:

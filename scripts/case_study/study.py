@@ -207,7 +207,7 @@ def simulate(study: Study, deployment: Deployment, requests: Sequence[SimRequest
     """The simulator's reading of a probe. What it says is simulated."""
     simulation = Simulation(deployment.setup, iter(requests))
     simulation.run()
-    return reading(rate_rps, [one.arrival_s for one in requests], [one.first_token_s for one in requests],
+    return reading(rate_rps, [one.arrived_at_s for one in requests], [one.first_token_at_s for one in requests],
                    [one.decision.route == "prfaas" for one in requests], simulation.bytes_sent,
                    deployment.setup.selective)
 
