@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import NamedTuple
 
+from minprfaas.config import Role
 from minprfaas.simulator.nodes import SimRequest
 
 TTFT_OBJECTIVE_S = 10.0
@@ -87,7 +88,7 @@ class Recorder:
         self._ended_at_s = max(self._ended_at_s, request.finished_at_s)
         if request.output_tokens > 1:
             self._inter_token.append((request.finished_at_s - request.first_token_at_s) / (request.output_tokens - 1))
-        self.offloaded += request.decision.route == "prfaas"
+        self.offloaded += request.decision.route is Role.PRFAAS
         self.prefilled_at[request.decision.node] += 1
         self._prompt_tokens += request.input_tokens
         self._cached_tokens += request.cached_tokens

@@ -177,7 +177,7 @@ class Simulation:
     def _bring_prefix(self, shipment: PrefixShipment, node: PrefillNode, request: SimRequest) -> None:
         """Over the link from the other cluster, or over the fabric, modelled as never busy."""
         is_remote = node.role is Role.PRFAAS
-        if shipment.source.startswith("prfaas") == is_remote:
+        if (shipment.source in self._site_of) == is_remote:
             self.recorder.fetched_cache_bytes += shipment.bytes
             self.clock.after(shipment.bytes * 8e-9 / FABRIC_GBPS, self._submit, node, request)
         else:
