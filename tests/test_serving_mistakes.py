@@ -125,10 +125,11 @@ def spoiled(draw, good, how):
     (["--pool-blocks", "0"], "--pool-blocks is 0"),
     (["--port", "0", "--model", "/no/such"], "/no/such"),
     (["--port", "0", "--chat-template", "llama3"], "no token of this model")])
-def test_a_mistake_on_the_command_line_is_named(options, said):
+def test_a_mistake_on_the_command_line_is_named(options, said, capsys):
     with pytest.raises(SystemExit) as exit:
         main(["serve", *options])
-    assert exit.value.code == 2
+    line = capsys.readouterr().err
+    assert exit.value.code == 2 and said in line and line.count("\n") == 1
 
 
 def test_a_port_that_is_taken_is_said_at_once(capsys):
