@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from minprfaas.errors import UserError
@@ -49,7 +51,7 @@ class OutputFile:
         try:
             self._partial = self.path
             if self._replaces:
-                self._partial = self.path.with_name(f"{self.path.name}.partial{os.getpid()}")
+                self._partial = _beside(self.path)
             self._file = open(self._partial, "w", encoding="utf-8")
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path} cannot be written: {_reason(error)}") from None
@@ -78,6 +80,33 @@ class OutputFile:
 def write_whole(path: str | Path, text: str) -> None:
     """Write a text file whole or not at all. UserError when it cannot be written."""
     OutputFile(path).write(text)
+
+
+@contextmanager
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """For what a library writes: a path beside `path`, whose file takes its place when the block ends well; otherwise
+    nothing is left. UserError when the system refuses."""
+    path, partial = Path(path), _beside(Path(path))
+    try:
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {_reason(error)}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def make_folder(path: str | Path) -> None:
+    """Make a folder, and those above it. UserError when it cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
+        raise UserError(f"{path} cannot be made: {_reason(error)}") from None
+
+
+def _beside(path: Path) -> Path:
+    """In the same folder, so that it can take the place of `path` at once; another process has another."""
+    return path.with_name(f"{path.name}.partial{os.getpid()}")
 
 
 def _reason(error: BaseException) -> str:

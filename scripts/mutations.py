@@ -97,7 +97,7 @@ NAMED = (
            " for holder in holders if holder.node.load <= limit)", " for holder in holders)", "test_router.py"),
     # what a person looks at
     _named("the timeline is written in place", "files.py",
-           'self._partial = self.path.with_name(f"{self.path.name}.partial{os.getpid()}")',
+           "self._partial = _beside(self.path)",
            "self._partial = self.path", "test_timeline.py"),
     _named("every span is drawn on one lane", "transport/wan/supervision.py",
            'f"{self._name} lane {lane.index} send"', 'f"{self._name} lane 0 send"',

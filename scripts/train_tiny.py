@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from minprfaas.documents import END_OF_TEXT, MATERIAL, MAX_FACTS, MIN_TOKENS, make_document
 from minprfaas.errors import UserError, exit_on_user_error
+from minprfaas.files import make_folder, written_whole
 from minprfaas.model.checkpoint import checked_device, save_checkpoint
 from minprfaas.model.families import config_from_hf
 from minprfaas.model.tokenizer import Tokenizer
@@ -239,7 +240,7 @@ def new_optimizers(model: Transformer, fused: bool) -> list[torch.optim.Optimize
 
 def write_tokenizer(directory: Path) -> Tokenizer:
     """A byte-level BPE trained on the words of the documents, names cut into their pieces: the same file every time."""
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
@@ -247,17 +248,16 @@ def write_tokenizer(directory: Path) -> Tokenizer:
         vocab_size=VOCAB_SIZE, special_tokens=[END_OF_TEXT], show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
     bpe.train_from_iterator(vocabulary() * 2, trainer)  # twice: a pair seen once is not merged
-    bpe.save(str(directory / "tokenizer.json.partial"))
-    os.replace(directory / "tokenizer.json.partial", directory / "tokenizer.json")
+    with written_whole(directory / "tokenizer.json") as partial:
+        bpe.save(str(partial))
     return Tokenizer(directory, config_from_hf(CONFIG))
 
 
 def save_resume_file(path: Path, model: Transformer, optimizers: list[torch.optim.Optimizer], step: int) -> None:
-    """Weights, optimizers and step, under a temporary name first."""
-    partial = path.with_suffix(".partial")
-    torch.save({"model": model.state_dict(), "step": step,
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, partial)
-    os.replace(partial, path)
+    """Weights, optimizers and step, whole or not at all."""
+    with written_whole(path) as partial:
+        torch.save({"model": model.state_dict(), "step": step,
+                    "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, partial)
 
 
 def load_resume_file(path: Path, model: Transformer, optimizers: list[torch.optim.Optimizer],

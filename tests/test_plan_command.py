@@ -102,7 +102,7 @@ def test_figures_2_5a_and_5b_are_drawn_and_nothing_half_written_stays(capsys, tm
     assert drawn == ["figure_2.png", "figure_5a.png", "figure_5b.png"]
     assert all((tmp_path / "new" / "plots" / name).read_bytes().startswith(b"\x89PNG") for name in drawn)
     (tmp_path / "file").write_text("")
-    assert "cannot write" in refused(capsys, "--case", "paper", "--plots", str(tmp_path / "file"))
+    assert "cannot be made" in refused(capsys, "--case", "paper", "--plots", str(tmp_path / "file"))
 
 
 def test_without_matplotlib_plots_names_the_extra_to_install(capsys, tmp_path, monkeypatch):

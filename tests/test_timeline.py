@@ -3,14 +3,17 @@
 Chapter 08.
 """
 
+import errno
 import json
+import os
 import threading
 
 import pytest
 from transport_support import DEADLINE_S, Cargo, connected, wait_until
 
 from minprfaas.config import LinkConfig
-from minprfaas.files import OutputFile, write_whole
+from minprfaas.errors import UserError
+from minprfaas.files import OutputFile, write_whole, written_whole
 from minprfaas.observe.timeline import Timeline, timeline_json
 from minprfaas.transport.wan.frames import Kind
 from minprfaas.transport.wan.lanes import Lane
@@ -60,6 +63,16 @@ class Turns(Lane):
                 self.lane_1_has_sent.set()
             self.sent.add((f"a-b lane {self.index} send", frame.header.label))
         return super().post(frame)
+
+
+def test_what_a_library_writes_takes_its_place_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "figure.png"
+    with written_whole(path) as partial:
+        partial.write_text("old")
+    with pytest.raises(UserError, match="figure.png cannot be written: No space left"), written_whole(path) as partial:
+        partial.write_text("half of the n")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_chunk_is_drawn_on_the_lane_that_sent_it():

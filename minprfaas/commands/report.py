@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from minprfaas.errors import UserError
-from minprfaas.files import read_bytes, read_json, write_whole
+from minprfaas.files import make_folder, read_bytes, read_json, write_whole
 from minprfaas.observe.page import page
 
 
@@ -18,11 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Read, draw, write. Raises UserError."""
-    folder = Path(args.out).parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be made: {error.strerror}") from None
+    make_folder(Path(args.out).parent)
     write_whole(args.out, page(*read_run(args.json, args.timeline), f"Run {Path(args.json).stem}"))
     print(f"written: {args.out} (open it in a browser; it loads nothing)")
 

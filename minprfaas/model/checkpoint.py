@@ -12,7 +12,7 @@ from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 
 from minprfaas.config import ModelConfig
 from minprfaas.errors import UserError
-from minprfaas.files import read_json, write_whole
+from minprfaas.files import make_folder, read_json, write_whole, written_whole
 from minprfaas.model.families import read_config
 from minprfaas.model.moe import ExpertRouter
 from minprfaas.model.names import AROUND_ZERO, our_name, places, spelled
@@ -66,22 +66,23 @@ def save_checkpoint(model: Transformer, config_json: dict, directory: str | Path
     for name, tensor in model.named_parameters():
         is_less_one = model.config.norms_around_zero and AROUND_ZERO.search(name)
         tensors[name] = (tensor.detach() - 1.0 if is_less_one else tensor.detach()).to("cpu", dtype).contiguous()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        save_tensors(tensors, directory / (SINGLE + ".partial"))
-        os.replace(directory / (SINGLE + ".partial"), directory / SINGLE)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{directory} cannot be written: {error}") from None
+    make_folder(directory)
+    with written_whole(directory / SINGLE) as partial:
+        save_tensors(tensors, partial)
     write_whole(directory / "config.json", json.dumps(config_json, indent=2) + "\n")
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Contiguous CPU tensors as one safetensors file (the library's own torch helper needs numpy; we do without)."""
+    """Contiguous CPU tensors as one safetensors file (the library's own torch helper needs numpy; we do without).
+    OSError when it cannot be written."""
     specs = {}
     for name, tensor in tensors.items():
         specs[name] = TensorSpec(dtype=str(tensor.dtype).removeprefix("torch."), shape=list(tensor.shape),
                                  data_ptr=tensor.data_ptr(), data_len=tensor.nbytes)
-    serialize_file(specs, path, metadata={"format": "pt"})
+    try:
+        serialize_file(specs, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
 
 
 def checked_device(name: str | torch.device) -> torch.device:

@@ -1,13 +1,12 @@
 """Pictures of a plan: the paper's figures 2, 5(a) and 5(b), for its fleet or another. Chapters 00, 10 and 13."""
 
-import os
 from collections.abc import Mapping, Sequence
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minprfaas.errors import UserError
-from minprfaas.files import OutputFile
+from minprfaas.files import OutputFile, make_folder, written_whole
 from minprfaas.scheduling.lengths import LengthDistribution
 from minprfaas.scheduling.planner import Fleet, Plan, sweep
 
@@ -26,10 +25,7 @@ def prepare_plots(directory: str | Path) -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError:
         raise UserError("--plots needs matplotlib, which is not installed; python -m pip install matplotlib") from None
-    try:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
-        raise UserError(f"cannot write into {directory}: {getattr(error, 'strerror', None) or error}") from None
+    make_folder(directory)
     OutputFile(Path(directory) / "plots").close()
 
 
@@ -43,12 +39,8 @@ def new_figure(width: float = 6.4, height: float = 4.0) -> tuple["Figure", "Axes
 def save_figure(figure: "Figure", directory: str | Path, name: str) -> Path:
     """Write `directory/name`, whole or not at all. Raises UserError when it cannot."""
     path = Path(directory) / name
-    partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        figure.savefig(partial, dpi=150)
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    with written_whole(path) as partial:
+        figure.savefig(partial, dpi=150, format=path.suffix[1:])
     return path
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from minprfaas.errors import UserError
+from minprfaas.files import write_whole
 from minprfaas.model.spec import StateSpec, kv_bytes
 from minprfaas.model.transformer import Transformer
 from minprfaas.observe.report import table
@@ -107,9 +107,5 @@ def print_readings(readings: list[Reading]) -> None:
 
 def write_readings(path: str, machine: Machine, readings: list[Reading]) -> None:
     """The same for a program. Raises UserError."""
-    try:
-        with open(path, "w", encoding="utf-8") as out:
-            found = [asdict(reading) for reading in readings]
-            json.dump({"machine": asdict(machine), "readings": found}, out, indent=2)
-    except OSError as error:
-        raise UserError(f"--json {path} cannot be written: {error.strerror}") from None
+    found = [asdict(reading) for reading in readings]
+    write_whole(path, json.dumps({"machine": asdict(machine), "readings": found}, indent=2) + "\n")
