@@ -38,6 +38,14 @@ def read_bytes(path: str | Path) -> bytes:
     return content
 
 
+def read_lines(what: str, path: str | Path) -> list[str]:
+    """The lines of a text file, which is `what`. UserError when it cannot be read."""
+    try:
+        return read_bytes(path).decode("utf-8").split("\n")  # splitlines would cut a prompt at U+2028 too
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path that is none
+        raise UserError(f"{what} {path} cannot be read: {_reason(error)}") from None
+
+
 class OutputFile:
     """A file to be written at the end of a run, opened before it: a folder that is missing, read-only or full is then
     a mistake of the first second. The text takes the target's place only when it is whole; a device or a pipe, which

@@ -35,7 +35,7 @@ def test_a_table_has_numbers_to_the_right_words_to_the_left_and_a_rule_under_its
 
 
 def test_a_table_without_rows_is_its_head():
-    assert table(("a", "b"), [], indent="") == "a  b\n─  ─"
+    assert table(("a", "b"), []) == "  a  b\n  ─  ─"
 
 
 @pytest.mark.parametrize("count, text", [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1536, "1.5 KiB"),

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from minprfaas.errors import UserError
-from minprfaas.files import make_folder, read_bytes, read_json, write_whole
+from minprfaas.files import make_folder, read_json, read_lines, write_whole
 from minprfaas.observe.page import page
 
 
@@ -28,8 +28,8 @@ def read_run(rows_path: str, timeline_path: str | None) -> tuple[list[dict], lis
     events = read_json(timeline_path).get("traceEvents", []) if timeline_path else []
     if not isinstance(events, list) or not all(isinstance(event, dict) for event in events):
         raise UserError(f"{timeline_path} holds no list of trace events; a run's --timeline writes one")
+    lines = read_lines("run", rows_path)
     try:
-        lines = read_bytes(rows_path).decode("utf-8").splitlines()
         return [json.loads(line) for line in lines if line.strip()], events
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{rows_path} cannot be read as JSON lines: {error}") from None

@@ -7,7 +7,7 @@ from types import NoneType
 
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import UserError, require_unicode, shown
-from minprfaas.files import read_bytes
+from minprfaas.files import read_lines
 
 SAMPLING_KEYS = tuple(field.name for field in fields(SamplingParams))
 KINDS = {  # types of the values that are no numbers, and what to say of another
@@ -38,12 +38,8 @@ class Prompt:
 
 def read_prompts(path: str | Path) -> list[Prompt]:
     """Prompts in file order. UserError names the file and line of the first one that is malformed."""
-    try:
-        lines = read_bytes(path).decode("utf-8").split("\n")  # splitlines would cut a prompt at U+2028 too
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path that is none
-        raise UserError(f"prompts file {path} cannot be read: {error}") from None
     prompts: dict[str, Prompt] = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_lines("prompts file", path), start=1):
         if not line.strip():
             continue
         try:

@@ -74,25 +74,25 @@ def lightning_recurrent(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, memory:
     return torch.stack(outputs, dim=1), memory
 
 
-def lightning_chunked(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, memory: Tensor, new: Tensor | None = None,
-                      chunk: int = CHUNK_TOKENS) -> tuple[Tensor, Tensor, Tensor]:
-    """The same function as `lightning_recurrent` (same arguments), `chunk` tokens at a time. Where there is `new`
+def lightning_chunked(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, memory: Tensor,
+                      new: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The same function as `lightning_recurrent` (same arguments), `CHUNK_TOKENS` at a time. Where there is `new`
     `[batch]`, only so many tokens of each row are, and the others padding, which neither writes nor decays.
 
     Returns the outputs, the memory after the last token, and the memory before each chunk
     `[batch, heads, chunks, head_dim, head_dim]`.
     """
     tokens = q.shape[1]
-    padding = -tokens % chunk
+    padding = -tokens % CHUNK_TOKENS
     number = torch.arange(1, tokens + padding + 1, device=q.device)  # of tokens, that one included
     if new is None:
         new = number.new_full((1,), tokens)
     k = k * (number[:tokens] <= new[:, None])[..., None, None]
     # Copied once into the order in which they are multiplied: each product would copy them anew.
-    q, k, v = (F.pad(x, (0, 0, 0, 0, 0, padding)).unflatten(1, (-1, chunk)).permute(0, 3, 1, 2, 4).contiguous()
+    q, k, v = (F.pad(x, (0, 0, 0, 0, 0, padding)).unflatten(1, (-1, CHUNK_TOKENS)).permute(0, 3, 1, 2, 4).contiguous()
                for x in (q, k, v))
-    steps = number.minimum(new[:, None]).unflatten(1, (-1, chunk))  # [batch or 1, chunks, chunk]
-    steps = (steps - number.view(-1, chunk)[:, :1] + 1).clamp(min=0)  # since its chunk began
+    steps = number.minimum(new[:, None]).unflatten(1, (-1, CHUNK_TOKENS))  # [batch or 1, chunks, chunk]
+    steps = (steps - number.view(-1, CHUNK_TOKENS)[:, :1] + 1).clamp(min=0)  # since its chunk began
     decay = -slopes[:, None, None, None] * steps[:, None, ..., None]  # [batch or 1, heads, chunks, chunk, 1]
     total = decay[..., -1:, :]
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence], indent: str = "  ") -> str:
+def table(headers: Sequence[str], rows: Sequence[Sequence]) -> str:
     """Aligned columns under a rule: numbers to the right, words to the left. Floats are printed as given strings."""
     cells = [[_cell(value) for value in row] for row in rows]
     columns = [[row[i] for row in cells] for i in range(len(headers))]
@@ -13,7 +13,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence], indent: str = "  ") 
     for line in ([*headers], ["─" * width for width in widths], *cells):
         padded = [cell.rjust(width) if right else cell.ljust(width)
                   for cell, width, right in zip(line, widths, to_the_right)]
-        lines.append(indent + "  ".join(padded).rstrip())
+        lines.append(("  " + "  ".join(padded)).rstrip())
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 from minprfaas.errors import UserError, require_number
-from minprfaas.files import write_whole
+from minprfaas.files import read_lines, write_whole
 from minprfaas.scheduling.lengths import LengthDistribution
 from minprfaas.simulator.nodes import BLOCK_TOKENS, SimRequest
 
@@ -80,14 +80,8 @@ def from_trace(trace: Iterable[SimRequest], speed: float = 1.0) -> Iterator[SimR
 
 def read_trace(path: str | Path) -> list[SimRequest]:
     """All requests in order of time. Raises UserError, with file and line number, for anything malformed or empty."""
-    requests = []
-    try:
-        with open(path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    requests.append(_parse(line, f"{path}, line {number}"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"trace {path} cannot be read: {error}") from None
+    lines = enumerate(read_lines("trace", path), 1)
+    requests = [_parse(line, f"{path}, line {number}") for number, line in lines if line.strip()]
     if not requests:
         raise UserError(f"trace {path} is empty; it needs at least 1 request")
     return sorted(requests, key=lambda request: request.arrived_at_s)
