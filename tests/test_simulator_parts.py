@@ -212,9 +212,12 @@ def test_a_malformed_line_is_named_by_file_and_number(tmp_path, line, complaint)
         read_trace(path)
 
 
-def test_an_empty_a_missing_and_a_binary_trace_are_refused(tmp_path):
+def test_an_empty_a_missing_a_binary_and_a_sparse_trace_are_refused(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n\n")
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
-    for name, complaint in (("empty", "is empty"), ("missing", "cannot be read"), ("binary", "cannot be read")):
+    with open(tmp_path / "sparse.jsonl", "wb") as sparse:
+        sparse.truncate(10**12)
+    for name, complaint in (("empty", "is empty"), ("missing", "cannot be read"), ("binary", "cannot be read"),
+                            ("sparse", "too large")):
         with pytest.raises(UserError, match=complaint):
             read_trace(tmp_path / f"{name}.jsonl")
