@@ -1,4 +1,4 @@
-"""How long requests are: the (incremental) prompt lengths that a plan is made for. Chapter 10, paper 4.1.
+"""How long requests are: the (uncached) prompt lengths that a plan is made for. Chapter 10, paper 4.1.
 
 Every distribution is kept as equally likely lengths in rising order: observed ones, or midpoints of equally likely
 slices of a formula. So a mean over the longer part is a difference of two running sums, and an exhaustive search cheap.

@@ -115,7 +115,7 @@ class _Holder(NamedTuple):
 
 
 class _Choice(NamedTuple):
-    """A cluster, the incremental length it was judged by, the longest prefix to be had and over which link."""
+    """A cluster, the uncached length it was judged by, the longest prefix to be had and over which link."""
 
     cluster: Role
     uncached_tokens: int

@@ -45,7 +45,7 @@ class Observation:
 
 
 class ThresholdLoop:
-    """Keeps the recent incremental lengths and the threshold t (tokens) that suits them."""
+    """Keeps the recent uncached lengths and the threshold t (tokens) that suits them."""
 
     def __init__(self, fleet: Fleet, threshold: float) -> None:
         self.fleet, self.threshold = fleet, threshold
@@ -62,7 +62,7 @@ class ThresholdLoop:
         self._arrived += 1
 
     def lengths(self) -> LengthDistribution | None:
-        """The recent incremental lengths; None while there are too few to say anything."""
+        """The recent uncached lengths; None while there are too few to say anything."""
         return LengthDistribution(self._recent) if len(self._recent) >= 64 else None
 
     def update(self, now: Observation) -> float:
