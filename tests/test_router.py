@@ -50,7 +50,7 @@ def test_abundant_bandwidth_judges_by_the_longer_cache_and_ships_it_to_where_it_
     decision = route(router, 40_000, view(regime="abundant"), a0=38_000, p1=8000)
     assert (decision.route, decision.uncached_tokens, decision.cached_tokens) == ("pdp", 2000, 38_000)
     shipment = decision.shipment
-    assert (shipment.source, transfer.start, transfer.end) == ("a0", 8000, 38_000)
+    assert (shipment.source, shipment.start, shipment.end) == ("a0", 8000, 38_000)
     assert shipment.bytes == 30_000 * COSTS.token_bytes + COSTS.state_bytes
     assert decision.reason.endswith("PD-P p1, cached 38,000, of them 30,000 shipped from a0")
 
