@@ -33,7 +33,7 @@ def events():
     timeline.span("lane 0", "stream 7 layer 0 tokens 0-600", 101.0, 101.2)
     timeline.span("lane 1", "stream 7 layer 0 tokens 600-1024", 101.1, 101.4)
     timeline.span("lane 1", "stream 8 layer 0 tokens 0-600", 101.1, 101.4)  # nobody said whose it is
-    timeline.counter("line", {"egress Gbps": 0.5, "queued MB": 1.0}, 101.0)
+    timeline.counter("a:b", {"egress Gbps": 0.5, "queued MB": 1.0}, 101.0)
     return json.loads(timeline_json(timeline.events()))["traceEvents"]
 
 
@@ -42,7 +42,8 @@ def test_times_begin_with_the_first_arrival_and_layers_carry_what_was_computed_a
     first, second = data["requests"]
     assert (first["arrived_at_s"], first["finished_at_s"], second["arrived_at_s"]) == (1.0, 4.5, 0.0)
     assert first["layers"] == [{"layer": 0, "computed": [[1.5, 2.0], [2.5, 2.8]], "sent": [[2.0, 2.4]]}]
-    assert second["layers"] == [] and [line["points"] for line in data["lines"]] == [[[2.0, 0.5, 1.0]]]
+    assert second["layers"] == []
+    assert data["lines"] == [{"name": "out of A: PrfaaS, over the link a:b", "points": [[2.0, 0.5, 1.0]]}]
 
 
 def test_the_page_is_whole_in_itself_and_what_a_model_says_cannot_break_out_of_it():

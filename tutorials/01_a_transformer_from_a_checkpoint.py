@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from small_models import write_small
+from made_up import write_small
 
 from minprfaas import load
 from minprfaas.config import RopeConfig, StateKind

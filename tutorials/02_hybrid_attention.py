@@ -185,6 +185,9 @@ print("4. Relatives (512 tokens)\n")
 print(table(["memory", "recurrence, ms", "chunked, ms", "largest difference"], rows))
 
 # %% [markdown]
+# The less a memory asks for, the less there is to do: with one decay a head two tokens share one number instead of one
+# for each channel, and where nothing is replaced there is no triangular system to solve.
+#
 # Two more kinds of state have one size. A *sliding window* (SWA, MiMo) is ordinary attention over the last few tokens:
 # the others forget by decay, it forgets by distance. And a linear mixer looks at its last few inputs through a *short
 # convolution*; the last three inputs are therefore a part of its state, too.

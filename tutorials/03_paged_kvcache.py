@@ -105,7 +105,8 @@ print(f"\n   Read back in token order, the rows are {'the same' if same else 'DI
 # *Why take the blocks in turn?* Nobody reserved them: each took the next free one when it had to. When A ends, its
 # blocks go back to `free`, and no hole is ever too small for anybody, because all are of one size.
 #
-# *Change this line:* `range(12)` → `range(5)` in both places. Section 7 shows what the package does then.
+# *Change this line:* `torch.zeros(12, …), list(range(12))` → `5` in both places. The sixth block is not there, and
+# Python says so with a traceback; section 7 shows what the package says.
 
 # %% [markdown]
 # ## 3. One pool for two kinds of state

@@ -172,8 +172,8 @@ print(f"\n   {most} requests at once draw {shared:.1f} times the tokens a second
       f"   Each request brings {human_bytes(ROW_BYTES * CONTEXT)} of KVCache with it, to be read, and to have room.\n")
 
 # %% [markdown]
-# *Why is a batch of requests not a prompt?* Two reasons, both in the table: with each request there is more to read,
-# not only more to compute; and attention is a small product of its own for each. So the two kinds of work want
+# *Why is a batch of requests not a prompt?* With each request there is more to read, as the bytes' column says, and not
+# only more to compute; and attention is a small product of its own for each. So the two kinds of work want
 # different machines. Prefill wants arithmetic. Decode wants bandwidth, and memory for many requests' KVCache. That is
 # the case for [PD disaggregation](../docs/glossary.md#pd), and it is why the paper puts H200s to prefill and cheaper
 # cards to decode.

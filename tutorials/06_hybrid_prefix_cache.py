@@ -18,19 +18,16 @@ import time
 from array import array
 
 import torch
+from made_up import conversations, small_hybrid
 
-from minprfaas.config import CacheConfig, LayerConfig, ModelConfig, StateKind
+from minprfaas.config import CacheConfig, StateKind
 from minprfaas.kvcache.layout import plan_layout
 from minprfaas.kvcache.ledger import KEY_BYTES, root_key
 from minprfaas.kvcache.manager import KVCacheManager
 from minprfaas.kvcache.replay import replay_trace
 from minprfaas.kvcache.request_cache import RequestCache
 from minprfaas.kvcache.snapshots import ExpectedSnapshot
-from minprfaas.model.kda import KDAConfig
-from minprfaas.model.layers import DenseConfig
-from minprfaas.model.mla import MLAConfig
-from minprfaas.model.spec import model_state_specs
-from minprfaas.model.transformer import Transformer
+from minprfaas.model.spec import kv_bytes, model_state_specs
 from minprfaas.observe.plots import prepare_plots
 from minprfaas.observe.report import human_bytes, table
 from minprfaas.observe.simulation_plots import draw_hit_ratios
@@ -48,14 +45,9 @@ rng = random.Random(0)
 # [MLA](../docs/glossary.md#mla). A *node* is its [KVCache](../docs/glossary.md#kvcache) pool, in blocks of 64 tokens.
 
 # %%
-BLOCK = 64
-kda = KDAConfig(num_heads=4, head_dim=32)
-mla = MLAConfig(num_heads=4, kv_lora_rank=64, qk_nope_dim=32, qk_shared_dim=16, v_dim=32)
-layers = tuple(LayerConfig(mixer, DenseConfig(256)) for mixer in (kda, kda, kda, mla) * 2)
-config = ModelConfig("kimi_linear", 512, 128, layers, norm_eps=1e-6, tie_embeddings=True, max_context_tokens=8192)
-model = Transformer(config).eval()
-layout = plan_layout(model_state_specs(config, "float32"), block_tokens=BLOCK)
-FINGERPRINT = b"chapter 06"
+BLOCK, FINGERPRINT = 64, b"chapter 06"
+model = small_hybrid()
+layout = plan_layout(model_state_specs(model.config, "float32"), block_tokens=BLOCK)
 
 
 def node(num_blocks: int, **options) -> KVCacheManager:
@@ -153,8 +145,7 @@ print(table(["prompt", "tokens", "blocks in common", "tokens reused"], [
     (name, len(prompt), kvcache.ledger.common(kvcache.keys(prompt)), kvcache.match(prompt))
     for name, prompt in followers.items()]))
 agrees = all(reusable(kvcache, prompt) == kvcache.match(prompt) for prompt in followers.values())
-third = followers["the first 200 tokens, then other text"]
-request, _ = prefill(kvcache, third)
+request, _ = prefill(kvcache, followers["the first 200 tokens, then other text"])
 kvcache.close(request)
 print(f"\n   By hand and by the manager: {'the same' if agrees else 'DIFFERENT'}. After the third one was prefilled, "
       f"a fourth with those\n   200 tokens reuses {kvcache.match([*document[:200], *words(50)])}.\n")
@@ -232,33 +223,51 @@ print(f"""
 # *Guess first:* the whole KVCache of 1,590 tokens is 1.1 MiB. How much of it crosses in the fourth turn?
 
 # %%
+ROW_LAYERS = [layer for layer, spec in enumerate(layout.specs) if spec.kind is StateKind.TOKEN]
+STATE_LAYERS = [layer for layer, spec in enumerate(layout.specs) if spec.kind is not StateKind.TOKEN]
+
+
+def ship(layers: list[int], source: KVCacheManager, tables: list, target: KVCacheManager, into: list, start: int,
+         end: int) -> int:
+    """Carry what these layers keep of tokens [start, end) from one node's blocks into another's. Returns the bytes."""
+    crossed = 0
+    for layer in layers:
+        group = layout.group_of_layer[layer].index
+        data = source.pool.read_bytes(layer, tables[group], start, end)
+        target.pool.write_bytes(layer, into[group], start, end, data)
+        crossed += data.numel()
+    return crossed
+
+
+def floats(kvcache: KVCacheManager, request: RequestCache, layer: int) -> torch.Tensor:
+    """What a layer keeps of all of a request's tokens."""
+    blocks = request.block_tables[layout.group_of_layer[layer].index]
+    return kvcache.pool.read_bytes(layer, blocks, 0, request.num_tokens).view(torch.float32)
+
+
 prefiller, decoder = node(600), node(600)
 rows, tokens, identical = [], words(1200), True
 for turn in range(1, 5):
     sent, logits = prefill(prefiller, tokens)
     received = decoder.open(tokens, to_receive=True)
     decoder.reserve(received, len(tokens))
-    crossed = whole = 0
-    for layer, spec in enumerate(layout.specs):
-        group = layout.group_of_layer[layer].index
-        data = prefiller.pool.read_bytes(layer, sent.block_tables[group], received.cached_tokens, len(tokens))
-        decoder.pool.write_bytes(layer, received.block_tables[group], received.cached_tokens, len(tokens), data)
-        crossed += data.numel()
-        whole += spec.nbytes * (len(tokens) if spec.kind is StateKind.TOKEN else 1)
-        here, there = (manager.pool.read_bytes(layer, cache.block_tables[group], 0, len(tokens))
-                       for manager, cache in ((prefiller, sent), (decoder, received)))
-        # Rows of an answer were computed one by one there and in a chunk here: equal but for rounding.
-        identical = identical and torch.allclose(here.view(torch.float32), there.view(torch.float32), atol=1e-4)
+    crossed = ship(ROW_LAYERS + STATE_LAYERS, prefiller, sent.block_tables, decoder, received.block_tables,
+                   received.cached_tokens, len(tokens))
     decoder.advance(received, tokens)
+    # Rows of an answer were computed one by one there and in a chunk here: equal but for rounding.
+    identical = identical and all(
+        torch.allclose(floats(prefiller, sent, layer), floats(decoder, received, layer), atol=1e-4)
+        for layer in ROW_LAYERS + STATE_LAYERS)
     prefiller.close(sent)
+    whole = kv_bytes(layout.specs, len(tokens))
     rows.append((turn, len(tokens), sent.cached_tokens, received.cached_tokens, human_bytes(crossed),
                  human_bytes(whole), f"{crossed / whole:.0%}"))
     tokens = [*decode(decoder, received, tokens, logits, 70), *words(60)]
     decoder.close(received)
-state_bytes = sum(spec.nbytes for spec in layout.specs if spec.kind is not StateKind.TOKEN)
 print("4. Only the increment crosses\n")
 print(table(["turn", "prompt", "in prefill's cache", "in decode's cache", "crossed", "whole", "share"], rows))
-print(f"\n   Of what crossed {human_bytes(state_bytes)} is the state of the linear layers.\n"
+state_bytes = human_bytes(sum(layout.specs[layer].nbytes for layer in STATE_LAYERS))
+print(f"\n   Of what crossed {state_bytes} is the state of the linear layers.\n"
       f"   After each turn both sides' blocks hold {'the same KVCache' if identical else 'DIFFERENT KVCaches'}.\n")
 
 # %% [markdown]
@@ -269,27 +278,17 @@ print(f"\n   Of what crossed {human_bytes(state_bytes)} is the state of the line
 # *Guess first:* how many tokens of this conversation can the decode node begin after, before and after that?
 
 # %%
-other = node(600)
-prompt = words(700)
+other, prompt = node(600), words(700)
 sent, _ = prefill(prefiller, prompt)
 received = other.open(prompt, to_receive=True)
 other.reserve(received, len(prompt))
-for layer, spec in enumerate(layout.specs):
-    if spec.kind is StateKind.TOKEN:
-        group = layout.group_of_layer[layer].index
-        rows_bytes = prefiller.pool.read_bytes(layer, sent.block_tables[group], 0, len(prompt))
-        other.pool.write_bytes(layer, received.block_tables[group], 0, len(prompt), rows_bytes)
+ship(ROW_LAYERS, prefiller, sent.block_tables, other, received.block_tables, 0, len(prompt))
 other.advance(received, prompt, has_state=False)  # as if the stream had ended before the state came
 before = other.match([*prompt, 0])
 
 boundary = 10 * BLOCK
 expected: ExpectedSnapshot | None = other.snapshots.expect(received.keys, boundary)
-tables = prefiller.snapshots.hold(sent, boundary)
-for layer, spec in enumerate(layout.specs):
-    if spec.kind is not StateKind.TOKEN:
-        group = layout.group_of_layer[layer].index
-        state = prefiller.pool.read_bytes(layer, tables[group], 0, boundary)
-        other.pool.write_bytes(layer, expected.tables[group], 0, boundary, state)
+ship(STATE_LAYERS, prefiller, prefiller.snapshots.hold(sent, boundary), other, expected.tables, 0, boundary)
 is_indexed = other.snapshots.index_expected(expected)
 print(f"   With all rows of {len(prompt)} tokens and no snapshot a prefill can begin after {before} tokens, with one "
       f"({'indexed' if is_indexed else 'NOT indexed'}) after {other.match([*prompt, 0])}.\n")
@@ -372,15 +371,7 @@ print(f"\n   What is left is the beginning of the document, without a gap: {'tru
 # snapshots take room. Which has the higher hit ratio, in a small pool and in a large one?
 
 # %%
-trace, chats, fresh = [], [], iter(range(10**9))
-openings = [[next(fresh) for _ in range(10)] for _ in range(8)]
-for _ in range(2500):
-    if chats and rng.random() < 0.6:
-        chat = chats[-min(int(rng.expovariate(0.02)) + 1, len(chats))]
-    else:
-        chats.append(chat := list(rng.choice(openings)) if rng.random() < 0.5 else [])
-    chat += [next(fresh) for _ in range(rng.randrange(1, 8))]
-    trace.append(list(chat))
+trace = conversations(2500, rng)
 capacities = (300, 1000, 3000, 10_000, None)
 dense = replay_trace(trace, capacities)
 hybrid = replay_trace(trace, capacities, state_blocks=4)

@@ -142,8 +142,9 @@ print(table(["transfer alone", "bound by compute", "bound by the line", "binds",
 print(f"\n   C = {COMPUTE_S:.2f} s, R = {RTT_MS:g} ms, {human_bytes(plan.total_bytes)}.\n")
 
 # %% [markdown]
-# *Why is "played" a little above the bound?* The states of the linear layers all become final within the last chunk,
-# one layer after the other, and queue up behind each other. A hybrid ships little, and a part of it late.
+# *Why is "played" above both bounds where these are nearly equal?* The states of the linear layers all become final
+# within the last chunk, one layer after the other, and queue up behind each other. A hybrid ships little, and a part of
+# it late.
 #
 # *Change this line:* `RTT_MS = 20.0` → `200.0`. Which column does not care?
 
@@ -267,7 +268,8 @@ def draw(timeline: Timeline, width: int = 88) -> tuple[str, dict[str, float]]:
         first, last = (int((at - begin) / (end - begin) * (width - 1)) for at in (span["ts"], span["ts"] + span["dur"]))
         rows[span["tid"]][first:last + 1] = "█" * (last + 1 - first)
     busy = {names[tid]: row.count("█") / width for tid, row in rows.items()}
-    return "\n".join(f"  {names[tid]:>20} {''.join(row)}" for tid, row in rows.items()), busy
+    longest = max(map(len, names.values()))
+    return "\n".join(f"  {names[tid]:>{longest}} {''.join(row)}" for tid, row in rows.items()), busy
 
 
 picture, busy = draw(runs[0.5].timeline)
@@ -287,7 +289,7 @@ if args.timeline:
 
 # %%
 print("A transfer that fits into prefill is hidden but for its last pieces; one that does not still begins early.\n"
-      "Next: tutorials/09_inside_a_datacenter.py, where the network is a hundred times as fast.")
+      "Next: tutorials/09_inside_a_datacenter.py, where no line is in the way.")
 
 # %% [markdown]
 # ### Exercises

@@ -33,8 +33,9 @@ CPU, NODES_PY = torch.device("cpu"), helper.path_of("nodes.py")
 # ## 1. A group of two
 #
 # Two datacenters are joined by a line that is slow and may break, so chapter 07 built lanes, frames, acknowledgements.
-# Inside one there is a network that moves 100 GB/s and more, from the memory of one GPU into that of another, and
-# `torch.distributed` can drive it. What a *node* prefills goes to *any* node that decodes, and nodes die by themselves.
+# Inside one there is a network from the memory of one GPU into that of another (between two H100s of one host NCCL moves
+# 367 GB/s, says `docs/measurements.md`; the paper's line has 12.5), and `torch.distributed` can drive it. What a *node*
+# prefills goes to *any* node that decodes, and nodes die by themselves.
 # One group of all nodes would die with each of them. So every **pair** of nodes has a group of its own, and when one
 # of the two dies, nobody else notices. Each direction has its own group, too: a group's operations queue up behind
 # each other, and a send would wait for a receive that waits for a send.
@@ -102,8 +103,9 @@ print(f"\n   {noticed} of 3 damages noticed.\n")
 # *Why are swapped rows noticed?* Each row's sum is multiplied by an odd number of its own before the sums are added. A
 # plain sum would not notice; `sum` in place of `digest` above shows that.
 #
-# *Change this line:* swap two words inside one row (`half[0:8]` and `half[8:16]`). This digest cannot see that; a wire
-# does not do that either, and against malice it was never meant.
+# *Change this line:* `rows[[3, 7]] = rows[[7, 3]]` → `rows.view(-1, 8)[[0, 1]] = rows.view(-1, 8)[[1, 0]]`: two words
+# of one row change places. This digest cannot see that; a wire does not do that either, and against malice it was
+# never meant.
 
 # %% [markdown]
 # ## 3. What cannot be cancelled
@@ -260,14 +262,14 @@ peer.kill()
 fabric.close()
 
 # %% [markdown]
-# *Why so fast?* A killed process's connections are reset by its kernel, and the link notices that at once. One that is
+# *How does this side know?* A killed process's connections are reset by its kernel, and the link notices. One that is
 # only stopped (`SIGSTOP`), or whose machine has lost its power, says nothing: then it takes the link's `silence_s`, or
 # the operation's `deadline_s`, whichever is over first.
 #
 # *Why an epoch, and not just a new group?* What the old process announced may still be on its way. Every word bears the
 # number of its epoch, and what belongs to another one is not heard.
 #
-# *Change this line:* `peer.kill()` → `peer.send_signal(signal.SIGSTOP)` (and `SIGCONT` later). How long now?
+# *Change this line:* the first `peer.kill()` → `peer.send_signal(19)` (SIGSTOP: it stands still). How long now?
 #
 # ### Exercises
 # Write the functions of `tutorials/exercises/ex_09.py`, then `python tutorials/09_inside_a_datacenter.py --check 1`.

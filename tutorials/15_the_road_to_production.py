@@ -21,6 +21,7 @@ from collections import Counter
 from dataclasses import replace
 
 import torch
+from elsewhere import rooms_elsewhere
 
 from minprfaas import SamplingParams, load
 from minprfaas.config import CacheConfig, Role, StateKind
@@ -42,6 +43,7 @@ from minprfaas.serving.openai import Served
 from minprfaas.transport.encoding import Encoding, RowCodec, Wire, row_codec
 
 torch.set_num_threads(1)
+torch.set_grad_enabled(False)
 
 # %% [markdown]
 # ## 1. The same rooms in other houses
@@ -50,56 +52,10 @@ torch.set_num_threads(1)
 # names of their own, and between walls of speed. vLLM and SGLang are whole engines; NIXL and Mooncake's transfer engine
 # move bytes; Mooncake Store and LMCache keep KVCache outside an engine; Dynamo routes and plans above engines.
 #
-# *Guess first:* which of our rooms will have no counterpart in any of them?
+# *Guess first:* which of our rooms will have no counterpart in any of them? (The list is `elsewhere.py`, beside this.)
 
 # %%
-ELSEWHERE = {  # our room -> (project, what it is called there, where to read it)
-    "kvcache/pool, ledger": [
-        ("vLLM", "BlockPool", "vllm/v1/core/block_pool.py"),
-        ("SGLang", "RadixCache: a tree, not chained keys", "python/sglang/srt/mem_cache/radix_cache.py")],
-    "kvcache/manager": [
-        ("vLLM", "KVCacheManager; groups: KVCacheCoordinator", "vllm/v1/core/kv_cache_coordinator.py")],
-    "kvcache/snapshots": [
-        ("SGLang", "MambaRadixCache", "python/sglang/srt/mem_cache/mamba_radix_cache.py")],
-    "engine/scheduler": [
-        ("vLLM", "Scheduler", "vllm/v1/core/sched/scheduler.py"),
-        ("SGLang", "Scheduler", "python/sglang/srt/managers/scheduler.py")],
-    "engine/runner": [
-        ("vLLM", "GPUModelRunner", "vllm/v1/worker/gpu_model_runner.py")],
-    "transport/base": [
-        ("vLLM", "KVConnectorBase_V1", "vllm/distributed/kv_transfer/kv_connector/v1/base.py"),
-        ("SGLang", "BaseKVSender, BaseKVReceiver", "python/sglang/srt/disaggregation/base/conn.py"),
-        ("NIXL", "nixlAgent", "src/api/cpp/nixl.h"),
-        ("Mooncake", "TransferEngine", "mooncake-transfer-engine/include/transfer_engine.h")],
-    "transport/fabric": [
-        ("NIXL", "a backend: nixlBackendEngine, such as UCX", "src/plugins/ucx/ucx_backend.cpp")],
-    "transport/encoding": [
-        ("LMCache", "CacheGenSerializer", "lmcache/v1/storage_backend/naive_serde/cachegen_encoder.py")],
-    "cluster/prefill_role": [
-        ("SGLang", "the prefill server's queues", "python/sglang/srt/disaggregation/prefill.py")],
-    "cluster/decode_role": [
-        ("SGLang", "DecodePreallocQueue: it reserves first, too", "python/sglang/srt/disaggregation/decode.py")],
-    "scheduling/directory": [
-        ("Dynamo", "KvIndexer", "lib/kv-router/src/indexer.rs"),
-        ("Mooncake", "Conductor's PrefixCacheTable",
-         "mooncake-conductor/include/conductor/prefixindex/prefix_indexer.h")],
-    "scheduling/router": [
-        ("Dynamo", "the KV router's scheduler", "lib/llm/src/kv_router/scheduler.rs")],
-    "scheduling/threshold": [
-        ("Dynamo", "DisaggregatedRouter: max_local_prefill_length", "lib/llm/src/disagg_router.rs")],
-    "scheduling/planner, roles": [
-        ("Dynamo", "Planner: scales prefill and decode", "components/src/dynamo/planner")],
-    "prefix shipping": [
-        ("LMCache", "LMCacheEngine: store and retrieve", "lmcache/v1/cache_engine.py"),
-        ("Mooncake", "Mooncake Store's MasterService", "mooncake-store/include/master_service.h")],
-}
-NOWHERE_FOUND = ("transport/wan's line and weather", "scheduling/congestion", "simulator under the live control plane")
-print("1. The same rooms in other houses\n")
-for room, theirs in ELSEWHERE.items():
-    print(f"   {room}")
-    for project, name, where in theirs:
-        print(f"     {project:9} {name}\n     {'':9} {where}")
-print(f"\n   Found in none of them, in a short search:\n   {'; '.join(NOWHERE_FOUND)}.\n")
+print(f"1. The same rooms in other houses\n\n{rooms_elsewhere()}\n")
 
 # %% [markdown]
 # *Why those three?* The six are made for networks inside a datacenter, fast and owned. A line that is thin, shared, and
@@ -118,7 +74,7 @@ print(f"\n   Found in none of them, in a short search:\n   {'; '.join(NOWHERE_FO
 # Eight bits for a number: scale a group of neighbours by their largest magnitude, so that they lie in -127 … 127, and
 # round. The group's *scale* crosses with them.
 #
-# *Guess first:* 64 numbers around 1, and one of them is 100. How much of the others' last digits is lost?
+# *Guess first:* one of 64 numbers of about 1 becomes 100. How many times as large is the error of the other 63?
 
 # %%
 def int8_and_back(row: torch.Tensor) -> torch.Tensor:
@@ -153,15 +109,15 @@ print(table(["relative error of 64 numbers", "int8 by hand", *(encoding.value fo
              (int8_and_back(row), *(through(encoding, row) for encoding in coded)))]
     for name, row in kinds.items()]))
 by_hand, by_package = error(plain, int8_and_back(plain)), error(plain, through(Encoding.INT8, plain))
-worse = error(outlier, through(Encoding.INT8, outlier)) / error(plain, through(Encoding.INT8, plain))
-worse_fp8 = error(outlier, through(Encoding.FP8, outlier)) / error(plain, through(Encoding.FP8, plain))
+worse = {one: error(outlier, through(one, outlier)) / error(plain, through(one, plain)) for one in coded}
 print(f"\n   By hand and by the package int8 loses the same, within 2%: "
       f"{'true' if abs(by_hand / by_package - 1) < 0.02 else 'FALSE'}.\n"
-      f"   One outlier makes int8's error {worse:.0f} times as large, and fp8's {worse_fp8:.1f} times.\n")
+      f"   One outlier makes int8's error {worse[Encoding.INT8]:.0f} times as large, fp8's {worse[Encoding.FP8]:.1f} times.\n")
 
 # %% [markdown]
 # *Why does fp8 not mind?* Its steps are fine near zero and coarse far out: it keeps digits, not a distance. int8 has
-# equal steps, and the outlier makes them coarse for all. KIVI gives each *channel* of the keys its scale over many
+# equal steps, and the outlier makes them coarse for all. (Equal numbers would lose nothing, but that the package's scale
+# has two bytes itself.) KIVI gives each *channel* of the keys its scale over many
 # tokens, since in real models outliers keep to their channel; a stream that leaves row by row cannot wait for those
 # tokens (`transport/encoding.py` says so where it decides).
 #
@@ -185,7 +141,6 @@ question = document.questions[0]
 prompt = torch.tensor([tokenizer.encode(document.prompt(question))])
 
 
-@torch.inference_mode()
 def prefilled() -> tuple[ContiguousState, torch.Tensor]:
     """The state of the prompt, and the logits of the first token."""
     state = ContiguousState(model.config, "float32")
@@ -194,11 +149,9 @@ def prefilled() -> tuple[ContiguousState, torch.Tensor]:
     return state, logits
 
 
-@torch.inference_mode()
 def answer_from(state: ContiguousState, first: torch.Tensor, steps: int = 8) -> tuple[list[int], list[torch.Tensor]]:
     """Greedy tokens, and the logits that each was drawn from."""
-    drawn, logits = [], first
-    seen = []
+    drawn, seen, logits = [], [], first
     for _ in range(steps):
         seen.append(logits)
         drawn.append(int(logits.argmax()))

@@ -84,7 +84,7 @@ def notes(journeys: Sequence[Journey], layout: Layout) -> list[str]:
 
 
 def wire_share(layout: Layout, wire: Wire) -> float:
-    """What of their bytes the rows of token state cross in."""
+    """The share of their bytes in which the rows of token state cross."""
     specs = [spec for spec in layout.specs if spec.kind is not StateKind.REQUEST]
     exact, encoded = (sum(row_codec(spec, one).row_bytes for spec in specs) for one in (Encoding.EXACT, wire.rows))
     return encoded / exact if specs else 1.0
@@ -141,7 +141,7 @@ def check(journeys: Sequence[Journey], prompts: Sequence[Prompt], model: Transfo
 
 
 class Departure(Enum):
-    """Of departures from the reference, as they are titled; only the last two are damage."""
+    """How an answer departs from the reference, in the words of the screen; only the last two are damage."""
 
     TIE = "Ties of two tokens, which another order of the same sums decides"
     CHANGED = "Changed by the rounding on the wire"

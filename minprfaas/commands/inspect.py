@@ -105,6 +105,6 @@ def show(name: str, report: dict) -> None:
 
 
 def _ranges(layers: list[int]) -> str:
-    """`0, 4, 8, … 24` for a long list."""
+    """`0, 4, 8, …, 24` for a long list."""
     shown = [str(layer) for layer in layers]
     return ", ".join(shown if len(shown) <= 6 else [*shown[:3], "…", shown[-1]])

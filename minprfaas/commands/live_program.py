@@ -41,7 +41,7 @@ GOODBYE_DEADLINE_S = 30.0
 
 
 class Program:
-    """Everything but the node's loop. `here` is one of `places`, the processes of the run."""
+    """A run as its user sees it. `here` is one of `places`, the processes of the run."""
 
     def __init__(self, run: Run, here: Place, places: list[Place], made: Process, neighbours: Neighbours,
                  engine: Engine, outputs: dict[str, OutputFile]):

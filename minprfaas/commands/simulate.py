@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     trouble.add_argument("--fail", action="append", default=[], metavar="NODE:FROM:TO", help="e.g. prfaas0:60:120 (s)")
     policy = parser.add_argument_group("policy")
     policy.add_argument("--fixed-threshold", action="store_true", help="switch the short-term loop off")
-    policy.add_argument("--convert-roles", action="store_true", help="switch the long-term loop on (simulated only)")
+    policy.add_argument("--convert-roles", action="store_true", help="switch the long-term loop on")
     policy.add_argument("--least-loaded", action="store_true", help="no threshold: the least-loaded prefill node")
     policy.add_argument("--cache-blocks", type=int, default=0, metavar="N", help="prefix cache of a node, blocks (0)")
     policy.add_argument("--cache-blind", action="store_true", help="the router ignores what the nodes hold")

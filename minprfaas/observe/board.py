@@ -12,7 +12,7 @@ PLAIN_EVERY_S = 5.0
 
 
 class Board:
-    """Between the lines that stay (`line`) and the end of the terminal. Moments are the caller's clock's."""
+    """The end of the terminal, below the lines that stay (`line`). Moments are by the caller's clock."""
 
     def __init__(self, stream: TextIO | None = None):
         self._stream = stream or sys.stdout

@@ -6,7 +6,7 @@ STAT = Path("/proc/stat")
 
 
 class Cores:
-    """From its making on."""
+    """Counts from when it is made."""
 
     def __init__(self):
         self._began = _ticks()

@@ -95,12 +95,14 @@ def _merged(spans: list[list[float]]) -> list[list[float]]:
 
 
 def _lines(events: list[dict], began_at_s: float) -> list[dict]:
-    """Each link's samples: Gbps out of it and MB that wait, over time."""
+    """Each link's samples, by the end that sent: Gbps out of it and MB that waited, over time."""
+    sender = {event["pid"]: event["args"]["name"] for event in events if event.get("name") == "process_name"}
     samples = defaultdict(list)
     for event in events:
         if event.get("ph") == "C" and "egress Gbps" in event.get("args", {}):
             values = event["args"]
-            samples[f"{event['name']} of process {event['pid']}"].append(
+            name = f"out of {sender.get(event['pid'], 'an unnamed process')}, over the link {event['name']}"
+            samples[name].append(
                 [round(event["ts"] / 1e6 - began_at_s, 3), values["egress Gbps"], values.get("queued MB", 0.0)])
     lines = [{"name": name, "points": points[::max(1, len(points) // LINE_POINTS)]} for name, points in samples.items()]
     return [line for line in lines if any(point[1] for point in line["points"])]

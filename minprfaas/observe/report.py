@@ -1,4 +1,4 @@
-"""Tables and one-line conclusions for people. Chapter 13."""
+"""Tables, and sizes in words, for people to read. Chapter 13."""
 
 from collections.abc import Sequence
 

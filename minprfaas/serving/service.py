@@ -36,7 +36,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class Service:
-    """HTTP in a thread of its own. `events` is what the node's loop waits for, `capacity` the door's."""
+    """HTTP in a thread of its own. `events` is what the node's loop waits for; see `Door` for `capacity`."""
 
     def __init__(self, served: Served, listener: socket.socket, capacity: int, events: EventQueue,
                  limits: Limits | None = None, clock: Callable[[], float] = time.monotonic):

@@ -22,7 +22,7 @@ class FluidLink:
         self._inflow = 0.0  # bytes per second that prefill puts in
         self._updated_s = self._sampled_s = 0.0
         self._busy_s = self._sampled_bytes = 0.0
-        self._waiting: deque[tuple[float, Callable, tuple]] = deque()  # (bytes sent when the last of it is, …)
+        self._waiting: deque[tuple[float, Callable, tuple]] = deque()  # (`bytes_sent` when it is across, …)
         self._plan = 0
 
     def open_stream(self, bytes_per_s: float) -> None:

@@ -70,7 +70,8 @@ class PrefixCache:
 
 
 class PrefillNode:
-    """One instance that prefills one request at a time, in order of arrival. `started` and `done` take seconds too."""
+    """One instance that prefills one request at a time, in order of arrival. `started` and `done` are told the request
+    and the seconds of its prefill."""
 
     def __init__(self, role: Role, clock: Clock, profile: Profile, cache: PrefixCache,
                  started: Callable[[SimRequest, float], None], done: Callable[[SimRequest, float], None]):

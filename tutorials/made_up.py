@@ -1,13 +1,18 @@
-"""A published configuration made small enough to run here, with random weights. Chapter 01."""
+"""What chapters make up: a published model made small (01), a small hybrid and its users (06)."""
 
+import random
 import shutil
 from pathlib import Path
 
 import torch
 
+from minprfaas.config import LayerConfig, ModelConfig
 from minprfaas.files import read_json
 from minprfaas.model.checkpoint import EMBEDDED, save_checkpoint
 from minprfaas.model.families import SHIPPED, config_from_hf, read_config
+from minprfaas.model.kda import KDAConfig
+from minprfaas.model.layers import DenseConfig
+from minprfaas.model.mla import MLAConfig
 from minprfaas.model.transformer import Transformer
 
 LAYERS = 8  # one whole group of every kind of layer
@@ -38,3 +43,28 @@ def write_small(name: str, directory: Path) -> Path:
     save_checkpoint(Transformer(config_from_hf(raw)), raw, directory / name, torch.float32)
     shutil.copy(EMBEDDED / "tokenizer.json", directory / name)
     return directory / name
+
+
+def small_hybrid() -> Transformer:
+    """Eight layers, of which every fourth is MLA and the others KDA: that of chapter 03."""
+    kda = KDAConfig(num_heads=4, head_dim=32)
+    mla = MLAConfig(num_heads=4, kv_lora_rank=64, qk_nope_dim=32, qk_shared_dim=16, v_dim=32)
+    layers = tuple(LayerConfig(mixer, DenseConfig(256)) for mixer in (kda, kda, kda, mla) * 2)
+    return Transformer(ModelConfig("kimi_linear", 512, 128, layers, norm_eps=1e-6, tie_embeddings=True,
+                                   max_context_tokens=8192)).eval()
+
+
+def conversations(turns: int, rng: random.Random) -> list[list[int]]:
+    """For each turn the numbers of its prompt's blocks: equal where two prompts begin alike. Half of the conversations
+    open with one of 8 system prompts of 10 blocks; each turn brings 1 to 7 more."""
+    trace, chats, fresh = [], [], iter(range(10**9))
+    openings = [[next(fresh) for _ in range(10)] for _ in range(8)]
+    for _ in range(turns):
+        if chats and rng.random() < 0.6:  # one of the last hundred or so goes on
+            chat = chats[-min(int(rng.expovariate(0.02)) + 1, len(chats))]
+        else:
+            chat = list(rng.choice(openings)) if rng.random() < 0.5 else []
+            chats.append(chat)
+        chat += [next(fresh) for _ in range(rng.randrange(1, 8))]
+        trace.append(list(chat))
+    return trace
