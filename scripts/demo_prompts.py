@@ -14,13 +14,14 @@ from minprfaas.model.tokenizer import Tokenizer
 
 @exit_on_user_error
 def main() -> int:
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("out", metavar="OUT.jsonl")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 400, 4096, 700, 2048, 512],
-                        help="length of each document, its question included")
+    parser = ArgumentParser(description=__doc__.split(":")[0] + ".",
+                            epilog="example: python scripts/demo_prompts.py out/short.jsonl --tokens 2048 512")
+    parser.add_argument("out", metavar="OUT.jsonl", help="what to write: a line of JSON for each document")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 400, 4096, 700, 2048, 512], metavar="N",
+                        help="length of each document, its question included (8192 400 4096 700 2048 512)")
     parser.add_argument("--next-turn", type=int, default=1500, metavar="TOKENS",
-                        help="a second document and question that continue the first conversation; 0 for none")
-    parser.add_argument("--seed", type=int, default=0, help="another seed invents other towns and people")
+                        help="a second document and question that continue the first conversation; 0 for none (1500)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="another one, other towns and people (0)")
     args = parser.parse_args()
     with closing(OutputFile(args.out)) as out:
         out.write("\n".join(invented_lines(args.tokens, args.next_turn, args.seed)) + "\n")

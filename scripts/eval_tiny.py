@@ -60,11 +60,13 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, length: int, documents: i
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Exact-answer accuracy of the embedded model on fresh documents.")
-    parser.add_argument("--model", default=None, help="checkpoint directory (default: the embedded model)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--documents", type=int, default=200, help="documents a length (default: %(default)s)")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 8192], help="tokens of a prompt")
+    parser = argparse.ArgumentParser(description="Exact-answer accuracy of the embedded model on fresh documents.",
+                                     epilog="example: python scripts/eval_tiny.py --documents 20 --lengths 1024")
+    parser.add_argument("--model", metavar="DIR", help="checkpoint directory (default: the embedded model)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s here)")
+    parser.add_argument("--documents", type=int, default=200, metavar="N", help="documents of each length (200)")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 8192], metavar="TOKENS",
+                        help="of the prompts (1024 4096 8192)")
     parser.add_argument("--show-wrong", action="store_true", help="print every wrong answer")
     args = parser.parse_args()
     if args.documents < 1:

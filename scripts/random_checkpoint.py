@@ -42,10 +42,12 @@ SHAPES = {
 
 @exit_on_user_error
 def main() -> int:
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("out", metavar="OUT")
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-0.6b")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = ArgumentParser(description=__doc__.splitlines()[0] + " The tokenizer is the embedded model's.",
+                            epilog="example: python scripts/random_checkpoint.py --shape tiny-hybrid out/tiny-hybrid")
+    parser.add_argument("out", metavar="OUT", help="the directory to write")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-0.6b", metavar="NAME",
+                        help=f"{', '.join(sorted(SHAPES))} (qwen3-0.6b)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="another one, other weights (0)")
     args = parser.parse_args()
     out = Path(args.out)
     try:  # the small file first: a place that cannot be written is then known before the weights are drawn

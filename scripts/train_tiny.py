@@ -273,11 +273,12 @@ def load_resume_file(path: Path, model: Transformer, optimizers: list[torch.opti
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train the embedded model from nothing.")
+    parser = argparse.ArgumentParser(description="Train the embedded model from nothing.",
+                                     epilog="example: python scripts/train_tiny.py --minutes 10 --out out/mine")
     parser.add_argument("--out", default="out/tiny-hybrid", help="checkpoint directory (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=30.0, help="stop after so many (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/resume.pt")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s here)")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=min(12, (os.cpu_count() or 2) - 1), help="document writers")
     parser.add_argument("--log-every", type=int, default=50, help="steps between two printed lines")

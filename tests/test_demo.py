@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE_S = 240
 HANDS_ON = f'#!/bin/sh\nexec "{sys.executable}" "$@"\n'
+INVENTS_NOTHING = f'#!/bin/sh\ncase "$1" in *demo_prompts.py) echo > "$2"; exit;; esac\nexec "{sys.executable}" "$@"\n'
 
 
 @pytest.fixture
@@ -70,6 +71,7 @@ def test_a_mistake_gets_one_line_and_status_2_and_nothing_is_said_to_be_written(
         (project / "out").mkdir(exist_ok=True)
         (project / "out" / name).write_text("")
         os.utime(project / "out" / name, (1, 1))
+    write_python(project, INVENTS_NOTHING)  # the mistake is said before a document is read
     status, said, errors = ended(start("scripts/demo.sh", "--threshold", "-1", where=project))
     assert status == 2 and errors.count("\n") == 1 and errors.startswith("error: threshold is -1")
     assert "written" not in said and "next" not in said

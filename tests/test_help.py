@@ -4,7 +4,6 @@ Chapter 13.
 """
 
 import importlib
-import os
 import re
 import shlex
 import subprocess
@@ -20,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 bench = importlib.import_module("bench")
 PROGRAMS = ("minprfaas.commands.two_datacenters", "minprfaas.commands.cluster", "case_study.study")
-SCRIPTS = ("to_notebook", "draw_request", "bench")
+SCRIPTS = ("bench", "demo_prompts", "draw_request", "eval_tiny", "random_checkpoint", "to_notebook", "train_tiny")
 
 
 @pytest.fixture
@@ -55,12 +54,28 @@ def test_a_programs_help(help_of, program):
     reads_well(help_of(importlib.import_module(program).main))
 
 
+@pytest.fixture
+def run_script(capsys, monkeypatch):
+    """`run_script(name, *arguments)` runs `scripts/NAME.py` in this process, on a screen of 80 columns; returns its
+    status and what it said, on stdout and stderr."""
+
+    def run(name, *arguments):
+        monkeypatch.setenv("COLUMNS", "80")
+        monkeypatch.setattr(sys, "argv", [f"scripts/{name}.py", *arguments])
+        try:
+            status = importlib.import_module(name).main()
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_scripts_help(script):
-    done = subprocess.run([sys.executable, str(ROOT / "scripts" / f"{script}.py"), "--help"], capture_output=True,
-                          text=True, timeout=120, env={**os.environ, "COLUMNS": "80", "PYTHONPATH": str(ROOT)})
-    assert (done.returncode, done.stderr) == (0, "")
-    reads_well(done.stdout)
+def test_a_scripts_help(run_script, script):
+    status, said, errors = run_script(script, "--help")
+    assert (status, errors) == (0, "")
+    reads_well(said)
 
 
 @pytest.mark.parametrize("name", [name for name, _ in bench.benchmarks()])
@@ -69,17 +84,15 @@ def test_a_benchmarks_help(help_of, name):
     assert "usage: " in help_of(importlib.import_module(f"benches.{name}").main)
 
 
-def test_the_list_of_commands_and_that_of_benchmarks(help_of):
+def test_the_list_of_commands_and_that_of_benchmarks(help_of, run_script):
     commands = help_of(main)
     assert all(f"    {command} " in commands for command in COMMANDS)
     reads_well(commands)
-    command = [sys.executable, str(ROOT / "scripts" / "bench.py")]
-    benchmarks = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=120)
-    for name in ("cache", "wire"):
-        assert f"  {name} " in benchmarks.stdout
-    assert "gpu_cases" not in benchmarks.stdout  # a part of another one
-    unknown = subprocess.run([*command, "nothing"], capture_output=True, text=True, timeout=120)
-    assert unknown.returncode == 2 and unknown.stderr.count("\n") == 1 and "'nothing' is not one of: " in unknown.stderr
+    _, benchmarks, _ = run_script("bench", "--help")
+    assert "  cache " in benchmarks and "  wire " in benchmarks
+    assert "gpu_cases" not in benchmarks  # a part of another one
+    status, _, errors = run_script("bench", "nothing")
+    assert status == 2 and errors.count("\n") == 1 and "'nothing' is not one of: " in errors
 
 
 def test_what_needs_no_model_does_not_wait_for_torch():

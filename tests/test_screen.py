@@ -9,6 +9,7 @@ from minprfaas.cluster.journey import Journey
 from minprfaas.cluster.mail import Mail
 from minprfaas.commands.live_status import Watch
 from minprfaas.engine.sampling import SamplingParams
+from minprfaas.observe import cores
 from minprfaas.observe.board import PLAIN_EVERY_S, REDRAW_S, Board
 from minprfaas.observe.report import human_bytes, table
 from minprfaas.scheduling.control import ControlPlane, ControlSettings
@@ -97,3 +98,18 @@ def test_where_the_output_is_a_file_a_plain_line_is_written_now_and_then():
         board.draw(now_s, lambda: ["screenful"], lambda: f"at {now_s:g}")
     board.close()
     assert file.getvalue() == f"at 0\nat {PLAIN_EVERY_S:g}\n"
+
+
+# ---- cores
+
+
+def test_the_cores_are_as_busy_as_the_system_says_and_unknown_where_it_says_nothing(tmp_path, monkeypatch):
+    stat = tmp_path / "stat"
+    monkeypatch.setattr(cores, "STAT", stat)
+    stat.write_text("cpu  100 0 0 500 100 0 0 0 0 0\ncpu0 …\n")
+    watched = cores.Cores()
+    assert watched.busy_share is None  # no time has passed
+    stat.write_text("cpu  160 10 5 520 105 0 0 0 0 0\n")  # 75 ticks of work, 25 of none
+    assert watched.busy_share == 0.75 and str(watched) == "cores 75% busy"
+    stat.unlink()
+    assert cores.Cores().busy_share is None and "does not tell" in str(cores.Cores())

@@ -67,9 +67,9 @@ print(f"1. The same rooms in other houses\n\n{rooms_elsewhere()}\n")
 # %% [markdown]
 # ## 2. Fewer bytes: one row at a time
 #
-# The line carries what prefill makes. A hybrid makes ten times less of it; one can also send each number in fewer bits.
-# The paper names that as complementary (KIVI, CacheGen) and does not build it. Here `--wire` does, for the rows of
-# attention state; the linear layers' state has one size, weighs little, and crosses exactly.
+# The [line](../docs/glossary.md#line) carries what prefill makes. A hybrid makes ten times less of it; one can also send
+# each number in fewer bits. The paper names that as complementary (KIVI, CacheGen) and does not build it. Here `--wire`
+# does, for the rows of attention state; the linear layers' state has one size, weighs little, and crosses exactly.
 #
 # Eight bits for a number: scale a group of neighbours by their largest magnitude, so that they lie in -127 … 127, and
 # round. The group's *scale* crosses with them.
