@@ -278,7 +278,7 @@ print(f"\n   Dense to hybrid, at 2,048 tokens: {dense_bytes / hybrid_bytes:.1f} 
 #
 # > B_out = N / P · Phi_kv
 #
-# A generous dedicated line between two datacenters has some 400 Gbps.
+# Take a generous line of 400 Gbps between two datacenters, four times that of the paper's case study.
 #
 # *Guess first:* of six models, four are hybrids. How many of the six can 512 GPUs prefill through one such line?
 

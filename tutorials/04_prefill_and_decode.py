@@ -54,7 +54,8 @@ def seconds(work: Callable[[], object], repeats: int = 3) -> float:
 #
 # so what counts is how many FLOP it does for each byte that it reads. The two limits, measured on one core, float32:
 #
-# *Guess first:* how many FLOP can this core do while it reads one byte: 1, 5, or 50? (For an H100 they are some 300.)
+# *Guess first:* how many FLOP can this core do while it reads one byte: 1, 5, or 50? (An H100: some 300 in
+# bfloat16, by its data sheet.)
 
 # %%
 square, memory = torch.randn(2, 1024, 1024), torch.randn(32 * 2**20)
