@@ -260,7 +260,7 @@ print(table(["kept as", "ms"], [("a tensor as long as the limit", f"{room_ms:.3f
                                 ("blocks", f"{blocks_ms:.3f}"),
                                 *((f"  {part}", f"{part_ms:.3f}") for part, part_ms in parts.items())]))
 dearest = max(parts, key=parts.get)
-print(f"\n   Blocks take {blocks_ms / grow_ms:.1f} times what the growing tensor takes; most of it, "
+print(f"\n   Blocks take {blocks_ms / grow_ms:.1f} times what the growing tensor takes; the largest part, "
       f"{parts[dearest] / blocks_ms:.0%}, is to {dearest}.\n")
 
 # %% [markdown]

@@ -380,7 +380,7 @@ print(table(["blocks", "dense model", "hybrid model, a snapshot is 4 blocks", "h
     (a.capacity_blocks or "unlimited", f"{a.hit_ratio:.1%}", f"{b.hit_ratio:.1%}",
      f"{(a.hit_ratio - b.hit_ratio) * 100:.1f} points") for a, b in zip(dense, hybrid)]) + "\n")
 if args.plots:
-    print(f"   Drawn: {draw_hit_ratios(args.plots, hybrid)}\n")
+    print(f"   Drawn: {draw_hit_ratios(args.plots, dict(dense=dense, hybrid=hybrid))}\n")
 
 # %% [markdown]
 # *Why does the gap close?* With room, a snapshot stands wherever a conversation can go on, and nothing is lost by the

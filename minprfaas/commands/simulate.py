@@ -228,7 +228,7 @@ def _cache_only(args: argparse.Namespace, requests: list) -> None:
     """Hit ratio against capacity: the real index and eviction, no tensors."""
     from minprfaas.kvcache.replay import replay_trace
     rows = replay_trace(requests)
-    drawn = draw_hit_ratios(args.plots, rows) if args.plots else None
+    drawn = draw_hit_ratios(args.plots, {"token state only": rows}) if args.plots else None
     if args.json:
         return print(json.dumps([{**vars(row), "hit_ratio": row.hit_ratio} for row in rows], indent=2))
     print(table(["capacity, blocks", "hits", "of blocks", "hit ratio", "evicted"],

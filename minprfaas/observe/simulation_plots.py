@@ -1,6 +1,6 @@
 """Pictures of a simulation over time, and of a trace's cache hits over capacity. Chapters 06, 12 and 13."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -38,14 +38,17 @@ def _draw(directory: str | Path, name: str, time_s: Sequence[float], left_unit: 
     return save_figure(figure, directory, f"simulation_{name}.png")
 
 
-def draw_hit_ratios(directory: str | Path, rows: Sequence) -> Path:
-    """Write hit_ratio.png: the hit ratio of `minprfaas.kvcache.replay` rows over their capacity. Raises UserError."""
+def draw_hit_ratios(directory: str | Path, replays: Mapping[str, Sequence]) -> Path:
+    """Write hit_ratio.png: for each kind of model the hit ratio of its `minprfaas.kvcache.replay` rows over their
+    capacity. Raises UserError."""
     figure, axes = new_figure()
-    limited = [row for row in rows if row.capacity_blocks is not None]
-    axes.plot([row.capacity_blocks for row in limited], [row.hit_ratio for row in limited], marker="o", label="limited")
-    for row in rows:
-        if row.capacity_blocks is None:
-            axes.axhline(row.hit_ratio, linestyle=":", color="black", label="unlimited")
-    axes.set(xscale="log", xlabel="capacity, blocks", ylabel="share of blocks found", title="Prefix-cache hits")
+    for number, (name, rows) in enumerate(replays.items()):
+        limited = [(row.capacity_blocks, row.hit_ratio) for row in rows if row.capacity_blocks is not None]
+        axes.plot(*zip(*limited), marker="o", color=f"C{number}", label=name)
+        for row in rows:
+            if row.capacity_blocks is None:
+                axes.axhline(row.hit_ratio, linestyle=":", color=f"C{number}")
+    axes.set(xscale="log", xlabel="capacity, blocks", ylabel="share of blocks found",
+             title="Prefix-cache hits (dotted: a pool without limit)")
     axes.legend(frameon=False)
     return save_figure(figure, directory, "hit_ratio.png")
