@@ -27,7 +27,7 @@ def abundant(local):
 
 
 def evict_everything(engine):
-    engine.kvcache.ledger.release(engine.kvcache.ledger.allocate(engine.kvcache.config.num_blocks))
+    engine.kvcache.ledger.give_back(engine.kvcache.ledger.allocate(engine.kvcache.config.num_blocks))
 
 
 def keys_of(local, prompt):

@@ -118,7 +118,7 @@ def test_two_that_find_no_room_for_their_relayed_tokens_do_not_wait_for_each_oth
         taken = ledger.allocate(ledger.available)  # as others would: what they have now is all that they get
         line.room.set()
         world.step_until(lambda: max(one.attempts for one in journeys) > 1)
-        ledger.release(taken)
+        ledger.give_back(taken)
         world.step_until(lambda: not world.front.has_work)
         each_once(world, journeys, world.front.take_updates())
 
