@@ -18,7 +18,6 @@ from minprfaas.errors import UserError
 from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.lengths import LengthDistribution
 from minprfaas.scheduling.planner import plan
-from minprfaas.simulator import simulation
 from minprfaas.simulator.arrivals import (day_lengths, diurnal, drawn, from_trace, poisson, read_trace,
                                           write_conversations)
 from minprfaas.simulator.nodes import SimRequest
@@ -185,7 +184,7 @@ def test_a_prefix_that_a_decode_node_holds_is_fetched_inside_the_cluster():
 
 
 def test_a_simulation_that_does_not_end_is_given_up_in_one_line(monkeypatch):
-    monkeypatch.setattr(simulation, "MAX_SIMULATED_S", 500.0)
+    monkeypatch.setattr("minprfaas.simulator.simulation.MAX_SIMULATED_S", 500.0)
     with pytest.raises(UserError, match="after 500 simulated seconds 1 requests have not ended"):
         Simulation(as_planned(), iter([SimRequest(0.0, 1000, 10**6)])).run()
 
