@@ -114,7 +114,7 @@ def test_without_matplotlib_plots_names_the_extra_to_install(capsys, tmp_path, m
 @pytest.mark.parametrize("arguments, named", [
     (["--threshold", "200000"], "threshold 200000 is outside the lengths"),
     (["--threshold", "-1"], "threshold -1 is outside the lengths"),
-    (["--n-p", "8"], "from 0 to 7"),
+    (["--n-p", "8"], "at least 0 and of at most 7"),
     (["--link-gbps", "-1"], "link bandwidth in Gbps is -1.0"),
     (["--prfaas-instances", "-2"], "number of PrfaaS instances is -2"),
     (["--pd-instances", "0"], "number of PD instances is 0"),

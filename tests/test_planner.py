@@ -194,8 +194,8 @@ def test_a_plan_names_its_smallest_bound():
     (lambda: replace(FLEET, link_gbps=inf), "inf"),
     (lambda: replace(FLEET, output_tokens=0), "output tokens is 0"),
     (lambda: replace(FLEET, prfaas_instances=0, pd_instances=1), "cannot serve"),
-    (lambda: plan(FLEET, LENGTHS, n_p=8), "from 0 to 7"),
-    (lambda: plan(FLEET, LENGTHS, n_p=-1), "from 0 to 7"),
+    (lambda: plan(FLEET, LENGTHS, n_p=8), "at least 0 and of at most 7"),
+    (lambda: plan(FLEET, LENGTHS, n_p=-1), "at least 0 and of at most 7"),
     (lambda: plan(FLEET, LENGTHS, threshold=-5), "threshold -5"),
     (lambda: plan(FLEET, LENGTHS, grid=[]), "threshold (none)"),
 ])

@@ -106,9 +106,8 @@ def plan(fleet: Fleet, lengths: LengthDistribution, n_p: int | None = None, thre
     thresholds = round_thresholds(lengths) if grid is None else list(grid)
     if not thresholds or min(thresholds) < 0:
         raise UserError(f"threshold {min(thresholds, default='(none)')} is out of range; it must be at least 0 tokens")
-    if n_p is not None and not 0 <= n_p < fleet.pd_instances:
-        raise UserError(f"{n_p} prefill instances of {fleet.pd_instances} PD instances is out of range; "
-                        f"it must be from 0 to {fleet.pd_instances - 1}")
+    if n_p is not None:
+        require_number("number of PD prefill instances", n_p, least=0, most=fleet.pd_instances - 1)
     splits = range(fleet.pd_instances) if n_p is None else [n_p]
     search = _Search(fleet, lengths)
     _, best_threshold, best_n_p = max(search.scores(thresholds, splits), key=itemgetter(0))
