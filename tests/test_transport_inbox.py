@@ -111,18 +111,21 @@ def test_parts_of_messages_come_out_as_whole_messages_in_the_order_in_which_they
         MessageReceived({"long": "x" * (2 * CONTROL_LIMIT_BYTES)}, "a-b"), MessageReceived({"short": 1}, "a-b"), None]
 
 
-def test_what_the_sender_has_settled_is_taken_although_it_never_came():
-    """A dropped stream leaves holes in the numbers; a heartbeat tells up to where nothing is missing."""
-    side, cargo = Side(), Cargo()
-    side.inbox.streams.expect(cargo.plan, cargo.sink)
-    side.take(Header(Kind.HEARTBEAT, 5))
-    side.take(*rows_of(cargo, 4, 0, 64, 128))
-    assert side.answer() == (Kind.ACK, [4]) and not cargo.calls
-    side.take(*rows_of(cargo, 5, 0, 64, 128))
-    assert side.answer() == (Kind.ACK, [5]) and cargo.calls
-    side.take(Header(Kind.HEARTBEAT, 2))  # one that was overtaken takes nothing back
-    side.take(*rows_of(cargo, 3, 0, 128, 192))
-    assert side.answer() == (Kind.ACK, [3]) and len(cargo.calls) == 1
+def test_a_chunk_of_a_stream_that_is_done_is_acknowledged_and_one_that_was_forgotten_refused():
+    """The last acknowledgement may be lost with the line: the sender must not hear that its stream was refused."""
+    side, cargo, other = Side(), Cargo(), Cargo(stream_id=2)
+    for one in (cargo, other):
+        side.inbox.streams.expect(one.plan, one.sink)
+    state = bytes(cargo.sent[3].flatten().tolist())
+    frames = [rows_of(cargo, seq, layer, 64, 320) for seq, layer in ((1, 0), (2, 1), (3, 2))]
+    for frame in [*frames, (Header(Kind.CHUNK, 4, 1, 3, 1, 64, 320), state)] * 2:
+        side.take(*frame)
+    assert isinstance(next_event(side), StreamDone) and next_event(side) is None
+    assert side.answer() == (Kind.ACK, [1, 2, 3, 4] * 2) and len(cargo.calls) == 4 and cargo.is_identical
+    side.take(*rows_of(other, 5, 0, 64, 128))
+    assert side.inbox.streams.forget(2) == 64
+    side.take(*rows_of(other, 5, 0, 64, 128))
+    assert [side.answer(), side.answer()] == [(Kind.ACK, [5]), (Kind.REFUSE, [5])]
 
 
 def test_a_new_peer_begins_to_count_anew():

@@ -48,9 +48,10 @@ def test_the_stream_is_complete_with_the_last_byte_in_any_order():
     assert (stream.report().bytes, stream.report().first_byte_s, stream.report().last_byte_s) == (42, 1.0, 4.0)
 
 
-def test_the_same_tokens_twice_are_refused():
+def test_the_same_tokens_twice_are_written_once_and_beside_others_refused():
     stream, calls = receiver()
-    stream.accept(chunk(layer=0, start=8, end=12, nbytes=16), torch.zeros(16, dtype=torch.uint8), 0.0)
+    for again in range(3):
+        assert not stream.accept(chunk(layer=0, start=8, end=12, nbytes=16), torch.zeros(16, dtype=torch.uint8), 0.0)
     with pytest.raises(StreamAborted, match="there already"):
         stream.accept(chunk(layer=0, start=11, end=13, nbytes=8), torch.zeros(8, dtype=torch.uint8), 0.0)
     assert len(calls) == 1
@@ -74,6 +75,7 @@ def test_coverage_agrees_with_a_set_of_tokens():
             start = generator.randrange(5, 62)
             end = start + generator.randrange(0, 8)
             tokens = set(range(start, end))
+            assert coverage.has(start, end) == (bool(tokens) and tokens <= there)
             fits = tokens and not tokens & there and start >= 10 and end <= 60
             if fits:
                 coverage.add(start, end)

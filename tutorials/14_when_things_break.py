@@ -69,8 +69,9 @@ print(f"   They leave in the order {by_hand}; the package's queue: "
       f"{'the same' if by_package == by_hand else 'DIFFERENT'}. {record.resent_chunks} cross twice.\n")
 
 # %% [markdown]
-# *Why not begin the stream anew?* It may be 90% there, and it holds blocks on both sides. *Why must the far end
-# remember numbers?* An acknowledgement may have been lost, too: then a chunk comes that it has already.
+# *Why not begin the stream anew?* It may be 90% there, and it holds blocks on both sides. *What if a chunk comes that
+# the far end has already?* An acknowledgement may have been lost, too. It need not remember numbers for that: it knows
+# which rows of the stream's plan are in their blocks, writes none twice, and says again that they are there.
 #
 # *Change this line:* `acknowledged = {1, 2, 4}` → `set()`, a line whose way back was dead.
 

@@ -7,6 +7,7 @@ crosses once, when the last token is in it.
 import threading
 import time
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ import torch
 from minprfaas.config import StateKind
 from minprfaas.transport.base import LayerPlan, Sink, StreamAborted, StreamPlan
 from minprfaas.transport.events import ArrivalReport, EventQueue, StreamDone, StreamFailed
+
+DONE_KNOWN = 1024  # streams that were done last: far more than can lack an acknowledgement at a time
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,11 @@ class Coverage:
         else:
             self._intervals.insert(index, [start, end])
 
+    def has(self, start: int, end: int) -> bool:
+        """Whether all of `[start, end)` is there."""
+        index = bisect_left(self._intervals, [start + 1])
+        return start < end and index > 0 and end <= self._intervals[index - 1][1]
+
     @property
     def prefix_end(self) -> int:
         """Everything before it is there."""
@@ -92,6 +100,12 @@ class PlanCoverage:
             raise ValueError(f"layer {entry.layer}: request-level state crosses as of token {plan.end}, "
                              f"not {piece.end}")
         self.layers[piece.layer].add(piece.offset, piece.offset + piece.nbytes)
+
+    def has(self, piece: Piece) -> bool:
+        """Whether a piece of one of the plan's layers is there already."""
+        if self._plan.layers[piece.layer].kind is StateKind.TOKEN:
+            return self.layers[piece.layer].has(piece.start, piece.end)
+        return self.layers[piece.layer].has(piece.offset, piece.offset + piece.nbytes)
 
     @property
     def missing(self) -> list[int]:
@@ -171,13 +185,16 @@ class IncomingStream:
         self._first_byte_s = self._last_byte_s = 0.0
 
     def accept(self, piece: Piece, data: torch.Tensor, now: float) -> bool:
-        """Write one piece; True if it was the last. Raises StreamAborted: it is not in the plan, or the sink failed."""
+        """Write one piece, unless it is there already; True if it was the last. Raises StreamAborted: it is not in the
+        plan, or the sink failed."""
         with self._lock:
             if self._closed:
                 raise StreamAborted("the receiver has given the stream up")
             entry = self.plan.layers.get(piece.layer)
             if entry is None or entry.group != piece.group:
                 raise StreamAborted(f"layer {piece.layer} of group {piece.group} is not in the plan")
+            if self._coverage.has(piece):
+                return False
             try:
                 self._coverage.add(piece)
             except ValueError as error:
@@ -223,6 +240,7 @@ class ExpectedStreams:
         self._events = events
         self._lock = threading.Lock()
         self._streams: dict[int, IncomingStream] = {}
+        self._done: deque[int] = deque(maxlen=DONE_KNOWN)
 
     def expect(self, plan: StreamPlan, sink: Sink) -> None:
         """See `KVTransport.expect`."""
@@ -249,8 +267,12 @@ class ExpectedStreams:
             self.fail(stream_id, reason)
 
     def take(self, stream_id: int, piece: Piece, data: torch.Tensor) -> None:
-        """Write one piece of a stream. Raises StreamAborted when nobody wants it; then its stream has failed."""
-        stream = self._streams.get(stream_id)
+        """Write one piece of a stream. One that comes again, because its acknowledgement was lost, changes nothing,
+        even if its stream is done. Raises StreamAborted when nobody wants it; then its stream has failed."""
+        with self._lock:
+            stream, is_done = self._streams.get(stream_id), stream_id in self._done
+        if is_done:
+            return
         if stream is None:
             raise StreamAborted(f"stream {stream_id} is not expected")
         try:
@@ -263,4 +285,5 @@ class ExpectedStreams:
         with self._lock:  # whoever takes it out speaks of its end: `forget` may have been faster
             if self._streams.get(stream_id) is stream:
                 del self._streams[stream_id]
+                self._done.append(stream_id)
                 self._events.put(StreamDone(stream_id, stream.report()))

@@ -40,7 +40,7 @@ class Kind(IntEnum):
     DAMAGED = 4  # `seq` arrived with a wrong payload digest: send it again
     REFUSE = 5  # `seq` belongs to a stream that this receiver does not want
     ABORT = 6  # the sender gives `stream` up
-    HEARTBEAT = 7  # `seq`: everything below it is settled
+    HEARTBEAT = 7  # the lane is alive
     BYE = 8  # the peer closes the link on purpose
 
 

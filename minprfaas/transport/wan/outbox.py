@@ -188,12 +188,6 @@ class Outbox:
             self._queue.send_again(seq, time.monotonic())
             self._sendable.notify()
 
-    @property
-    def settled_below(self) -> int:
-        """Every sequence number below it needs nothing more from the peer."""
-        with self._lock:
-            return self._queue.settled_below
-
     def begin_epoch(self, epoch: int) -> None:
         """Lanes of `epoch` may pull; what no peer acknowledged leaves first, in its old order."""
         with self._lock:

@@ -88,8 +88,11 @@ class PartsIn:
         self._message = bytearray()
 
     def add(self, number: int, parts_left: int, payload: bytes) -> list[dict]:
-        """Take one part; returns the messages that are whole now. Raises FrameError: no sound peer sends that."""
-        if not self._next_part <= number < self._next_part + MESSAGE_WINDOW:
+        """Take one part, unless it came before; returns the messages that are whole now. Raises FrameError: no sound
+        peer sends that."""
+        if number < self._next_part:
+            return []
+        if number >= self._next_part + MESSAGE_WINDOW:
             raise FrameError(f"message part {number} is outside the window that begins at {self._next_part}")
         if parts_left * CONTROL_LIMIT_BYTES > MESSAGE_LIMIT_BYTES:  # said in the first part: nothing is kept of it
             raise FrameError(f"a control message is longer than {MESSAGE_LIMIT_BYTES} bytes")

@@ -79,7 +79,7 @@ class SendQueue:
             return None
         frame.sent_at = now
         if frame.header.kind in RELIABLE:
-            if not frame.header.seq:  # numbered now and not when it was queued: only dropped streams leave holes
+            if not frame.header.seq:  # else it leaves again, under the number that it has
                 frame.header.seq = self._next_seq
                 self._next_seq += 1
             self._unacked[frame.header.seq] = frame
@@ -153,11 +153,6 @@ class SendQueue:
             self.monitor.queued_bytes -= frame.nbytes
             self._again.pop(frame.header.seq, None)
             self._unacked.pop(frame.header.seq, None)
-
-    @property
-    def settled_below(self) -> int:
-        """Every sequence number below it needs nothing more from the peer."""
-        return min(self._unacked, default=self._next_seq)
 
     @property
     def owes_messages(self) -> bool:

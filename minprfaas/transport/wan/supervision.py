@@ -143,7 +143,7 @@ class Supervisor:
                 beats = [(work, frame) for work, frame in beats if not work.is_completed()]
             for lane in self._lanes:
                 if beat_is_due:  # not through the queue: a line that is slow or stalled is not dead
-                    frame = control_frame(Kind.HEARTBEAT, seq=self._outbox.settled_below)
+                    frame = control_frame(Kind.HEARTBEAT)
                     try:
                         beats.append((lane.post(frame), frame))  # Gloo forgets a send whose handle is dropped
                     except RuntimeError as error:
