@@ -286,7 +286,7 @@ def test_a_node_that_is_lost_while_a_prefix_is_shipped_costs_a_prefill_elsewhere
         world.step_until(lambda: source in world.front.plane.directory.match(first.keys))
         world.machines[source].ends[fetcher].room.clear()
         turns = world.submit([prefix + new for new in prompts_of(*[150] * 4, seed=2)], GREEDY)
-        world.step_until(lambda: world.part(fetcher).upkeep.prefixes and world.part(source).upkeep.prefixes)
+        world.step_until(lambda: world.part(fetcher).upkeep.prefixes and world.part(source).upkeep.outgoing)
         world.kill({"source": source, "fetcher": fetcher}[victim])
         world.step_until(lambda: not world.front.has_work)
         world.check([first, *turns])

@@ -144,9 +144,9 @@ def test_acknowledgements_that_are_overdue_end_a_transfer_and_not_the_node(hybri
     prompts = [random.Random(3).choices(range(1, 257), k=200) for _ in range(2)]
     slow = LineConfig(gbps=1e-3, rtt_ms=600)
     with two_datacenters(*hybrid, threshold=100, line=slow) as (local, remote):
-        remote.prefill.deadline_s = 0.1
+        remote.prefill.upkeep.outgoing.finish_deadline_s = 0.1
         (overdue,) = serve(local, prompts[:1], PARAMS)
-        remote.prefill.deadline_s = DEADLINE_S
+        remote.prefill.upkeep.outgoing.finish_deadline_s = DEADLINE_S
         (intime,) = serve(local, prompts[1:], PARAMS)
     assert overdue.fallback is not None and outcome(intime) == "streamed"
     assert [j.output_ids for j in (overdue, intime)] == [o.token_ids for o in generate(*hybrid, prompts, PARAMS)]

@@ -62,7 +62,7 @@ class DecodeRole:
     @property
     def has_work(self) -> bool:
         """Whether a request or a stream is under way."""
-        return bool(self.servings or self.upkeep.prefixes or self._snapshots or self.engine.has_work)
+        return bool(self.servings or self.upkeep.has_streams or self._snapshots or self.engine.has_work)
 
     def hear(self, sender: str, message: messages.Message) -> None:
         """Take a message."""

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 
 import torch
 
+from minprfaas.cluster.mail import Mail
 from minprfaas.config import StateKind
 from minprfaas.kvcache.manager import KVCacheManager
+from minprfaas.kvcache.request_cache import RequestCache
 from minprfaas.transport.base import KVTransport, LinkDown, StreamAborted, StreamPlan
 from minprfaas.transport.events import StreamReport
 from minprfaas.transport.encoding import codecs
@@ -132,3 +134,55 @@ class KVSend:
         except (LinkDown, StreamAborted, TimeoutError, ValueError) as error:
             self._stream.abort()
             raise StreamAborted(str(error)) from None
+
+
+@dataclass(eq=False)
+class _Leaving:
+    stream: KVSend
+    cache: RequestCache
+    peer: str
+    deadline_at_s: float
+
+
+class Outgoing:
+    """The streams that one node sends. Each keeps the blocks that it reads until it has ended, whatever becomes of their
+    request; one that its receiver does not take in time is ended. Only the node's own loop calls it."""
+
+    def __init__(self, name: str, kvcache: KVCacheManager, mail: Mail, clock: Callable[[], float],
+                 finish_deadline_s: float):
+        self.finish_deadline_s = finish_deadline_s  # from a stream's last put to its last acknowledgement
+        self._kvcache, self._mail, self._clock = kvcache, mail, clock
+        self._threads = SendingThreads(name)
+        self._leaving: list[_Leaving] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._leaving)
+
+    def open(self, peer: str, plan: StreamPlan, cache: RequestCache, tables: Sequence, deadline_at_s: float,
+             overlap: bool = True) -> KVSend | None:
+        """Begin to send what `cache` holds, in the blocks of `tables`. None when there is no way to `peer`, or it
+        cannot carry the plan."""
+        try:
+            transport = self._mail.transport(peer)
+            stream = KVSend(self._kvcache, transport, plan, tables, self._threads, self.finish_deadline_s, overlap)
+        except (LinkDown, ValueError):
+            return None
+        self._kvcache.hold(cache)
+        self._leaving.append(_Leaving(stream, cache, peer, deadline_at_s))
+        return stream
+
+    def abort(self, peer: str, stream_id: int) -> None:
+        """`peer` wants this stream no more. Harmless for one that is not sent there."""
+        for one in self._leaving:
+            if (one.peer, one.stream.plan.stream_id) == (peer, stream_id):
+                one.stream.abort()
+
+    def step(self) -> None:
+        """Let go of the blocks of streams that have ended; end what is overdue."""
+        now_s = self._clock()
+        for one in list(self._leaving):
+            if now_s > one.deadline_at_s:
+                one.stream.abort()
+            if one.stream.outcome.done():
+                self._leaving.remove(one)
+                self._kvcache.release(one.cache)

@@ -4,7 +4,7 @@ A node of the PrfaaS cluster and a PD-P node run this same code; only the way th
 """
 
 from concurrent.futures import wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 from minprfaas.cluster import messages
@@ -18,7 +18,7 @@ from minprfaas.engine.request import Request, Status, TokenUpdate
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import UserError
 from minprfaas.kvcache.request_cache import RequestCache
-from minprfaas.transport.base import LinkDown, StreamPlan
+from minprfaas.transport.base import StreamPlan
 from minprfaas.transport.events import StreamReport
 
 
@@ -43,10 +43,9 @@ class Prefill:
     deadline_at_s: float
     stage: Stage = Stage.COMPUTING
     fetch: Fetch | None = None  # of a prefix that is to be here before the prefill begins
-    cache: RequestCache | None = None  # whose blocks the streams read, whatever becomes of the request
-    stream: KVSend | None = None  # once the prompt has its blocks
+    cache: RequestCache | None = None  # once the prompt has its blocks
+    stream: KVSend | None = None  # from then on
     snapshot: KVSend | None = None  # once the prefill has passed the boundary
-    sending: list[KVSend] = field(default_factory=list)  # streams that have not let go of the blocks
 
 
 class PrefillRole:
@@ -54,10 +53,8 @@ class PrefillRole:
 
     def __init__(self, upkeep: Upkeep, overlap: bool = True):
         self.name, self.engine, self.overlap = upkeep.name, upkeep.engine, overlap
-        self.deadline_s = upkeep.transfer_deadline_s
         self.prefills: dict[str, Prefill] = {}
         self.drawn: list[TokenUpdate] = []  # in the last step
-        self._ended: list[Prefill] = []  # the decode node knows it, but a stream may have to let go of the blocks
         self.upkeep, self._mail = upkeep, upkeep.mail
         self._kvcache, self._clock = self.engine.kvcache, self.engine.clock
 
@@ -69,7 +66,7 @@ class PrefillRole:
     @property
     def has_work(self) -> bool:
         """Whether a prefill or a stream is under way."""
-        return bool(self.prefills or self._ended or self.upkeep.prefixes or self.engine.has_work)
+        return bool(self.prefills or self.upkeep.has_streams or self.engine.has_work)
 
     def hear(self, sender: str, message: messages.Message) -> None:
         """Take a message."""
@@ -87,14 +84,11 @@ class PrefillRole:
                     self._drop(prefill)
 
     def step(self) -> None:
-        """Prefill one chunk, look after the streams."""
+        """Prefill one chunk, take each prefill further."""
         self.drawn = self.engine.step(on_kv=self._ship) if self.engine.has_work else []
         self._report_progress()
         for prefill in list(self.prefills.values()):
             self._tend(prefill)
-        for prefill in [*self.prefills.values(), *self._ended]:
-            self._let_go(prefill)
-        self._ended = [prefill for prefill in self._ended if prefill.sending]
 
     # An order's life
 
@@ -128,21 +122,15 @@ class PrefillRole:
         prefill = self.prefills[request.id]
         if prefill.cache is None:  # the first chunk: only now has the prompt its blocks
             prefill.cache = request.cache
-            prefill.stream = self._open(prefill, prefill.plan, request.cache.block_tables, self.overlap)
+            prefill.stream = self._open(prefill, prefill.plan, request.cache.block_tables)
         if prefill.stream is not None:
             prefill.stream.ready(layer, end)
 
-    def _open(self, prefill: Prefill, plan: StreamPlan, tables: list, overlap: bool = True) -> KVSend | None:
-        """Begin a stream, whose blocks stay until it has let go of them. None when it cannot begin."""
-        try:
-            transport = self._mail.transport(prefill.decode_node)
-            stream = KVSend(self._kvcache, transport, plan, tables, self.upkeep.threads, self.deadline_s, overlap)
-        except (LinkDown, ValueError):  # ValueError: a plan that this transport cannot carry
-            return None
-        self._kvcache.hold(prefill.cache)
+    def _open(self, prefill: Prefill, plan: StreamPlan, tables: list) -> KVSend | None:
+        """Begin a stream. None when it cannot begin."""
         self.upkeep.mark_stream(plan.stream_id, prefill.order.id)
-        prefill.sending.append(stream)
-        return stream
+        return self.upkeep.outgoing.open(prefill.decode_node, plan, prefill.cache, tables, prefill.deadline_at_s,
+                                         self.overlap)
 
     def _tend(self, prefill: Prefill) -> None:
         """Take a prefill one stage further, if it is time."""
@@ -161,15 +149,6 @@ class PrefillRole:
                 self._prefilled(prefill)
         elif prefill.stage is Stage.SENDING and stream_ended:
             self._transferred(prefill)
-
-    def _let_go(self, prefill: Prefill) -> None:
-        """Unpin the blocks of streams that have ended. A stream that the receiver does not take in time is ended."""
-        for stream in list(prefill.sending):
-            if self._clock() > prefill.deadline_at_s:
-                stream.abort()
-            if stream.outcome.done():
-                prefill.sending.remove(stream)
-                self._kvcache.release(prefill.cache)
 
     def _begin_once_prefix_is_here(self, prefill: Prefill) -> None:
         """Without its prefix this may be the wrong node for the request: that is not for this node to decide."""
@@ -198,7 +177,8 @@ class PrefillRole:
         prefill.stage = Stage.SENDING
         prefill.stream.finish()
         if self._mail.is_here(prefill.decode_node):  # a copy in memory is all that is left: decoding begins
-            wait([prefill.stream.outcome], timeout=self.deadline_s)  # before this node goes into the next prompt
+            # before this node goes into the next prompt
+            wait([prefill.stream.outcome], timeout=self.upkeep.transfer_deadline_s)
         self._tell(prefill, messages.PrefillDone(
             request.id, request.token_ids[-1], request.cached_tokens, queue_s,
             request.prefill_ended_at_s - request.prefill_started_at_s, prefill.fetch.nbytes if prefill.fetch else 0,
@@ -213,7 +193,7 @@ class PrefillRole:
         self._mail.send(self.name, FRONT, messages.TransferDone(
             prefill.order.id, report.bytes, report.acked_s - report.first_put_s, exposed_s))
         self.engine.release(prefill.request)
-        self._end(prefill)
+        del self.prefills[prefill.order.id]
 
     def _fail(self, prefill: Prefill, reason: str, cause: str = "lost") -> None:
         self._tell(prefill, messages.Failed(prefill.order.id, reason, cause))
@@ -223,14 +203,11 @@ class PrefillRole:
         """Nobody waits for this prefill any more: compute no further, and let its streams end."""
         if prefill.stage is Stage.FETCHING:
             self.upkeep.prefixes.give_up(prefill.fetch)
-        for stream in prefill.sending:
-            stream.abort()
+        for stream in (prefill.stream, prefill.snapshot):
+            if stream is not None:
+                stream.abort()
         self.engine.abort(prefill.request)  # its blocks stay as long as a stream holds them
-        self._end(prefill)
-
-    def _end(self, prefill: Prefill) -> None:
         del self.prefills[prefill.order.id]
-        self._ended.append(prefill)
 
     def _report_progress(self) -> None:
         for prefill in self.prefills.values():

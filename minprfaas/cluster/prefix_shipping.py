@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from minprfaas.cluster.kv_receive import KVReceive
-from minprfaas.cluster.kv_send import KVSend, SendingThreads
+from minprfaas.cluster.kv_send import Outgoing
 from minprfaas.cluster.mail import Mail
 from minprfaas.cluster.messages import PrefixAbort, PrefixOrder
 from minprfaas.cluster.stream_plans import stream_plan
@@ -20,14 +20,6 @@ from minprfaas.kvcache.manager import KVCacheManager
 from minprfaas.kvcache.request_cache import RequestCache
 from minprfaas.transport.base import LinkDown
 from minprfaas.transport.events import StreamDone, StreamFailed
-
-
-@dataclass(eq=False)
-class _Sending:
-    peer: str
-    cache: RequestCache  # holds all of the prefix, the snapshot at its end too
-    stream: KVSend
-    deadline_at_s: float
 
 
 @dataclass(eq=False)
@@ -43,18 +35,17 @@ class Fetch:
 
 
 class PrefixShipping:
-    """The prefixes that one part sends and receives. Only its own loop calls it."""
+    """The prefixes that one part sends, among all that is `outgoing`, and receives. Only its own loop calls it."""
 
-    def __init__(self, name: str, kvcache: KVCacheManager, mail: Mail, threads: SendingThreads,
+    def __init__(self, name: str, kvcache: KVCacheManager, mail: Mail, outgoing: Outgoing,
                  clock: Callable[[], float], deadline_s: float):
         self.deadline_s = deadline_s
-        self._name, self._kvcache, self._mail, self._threads, self._clock = name, kvcache, mail, threads, clock
-        self._sending: dict[int, _Sending] = {}
+        self._name, self._kvcache, self._mail, self._outgoing, self._clock = name, kvcache, mail, outgoing, clock
         self._fetching: dict[int, Fetch] = {}
         self._stream_ids = itertools.count(secrets.randbits(32) << 16)
 
     def __bool__(self) -> bool:
-        return bool(self._sending or self._fetching)
+        return bool(self._fetching)
 
     # Who will compute
 
@@ -97,7 +88,7 @@ class PrefixShipping:
 
     def order(self, sender: str, order: PrefixOrder) -> None:
         """Stream a prefix, if it is here to its end (still)."""
-        if order.stream_id in self._sending or not self._send(sender, order):
+        if not self._send(sender, order):
             self._mail.send(self._name, sender, PrefixAbort(order.stream_id))
 
     def _send(self, sender: str, order: PrefixOrder) -> bool:
@@ -110,14 +101,13 @@ class PrefixShipping:
             if not 0 < end == cache.cached_tokens:
                 raise ValueError("the prefix is not here")
             plan = stream_plan(self._kvcache.layout, order.stream_id, order.start, end)
-            tables = self._tables(cache, end)
-            stream = KVSend(self._kvcache, self._mail.transport(sender), plan, tables, self._threads, self.deadline_s)
-        except (LinkDown, ValueError):
-            self._kvcache.close(cache)
-            return False
-        stream.finish()
-        self._sending[order.stream_id] = _Sending(sender, cache, stream, self._clock() + self.deadline_s)
-        return True
+            stream = self._outgoing.open(sender, plan, cache, self._tables(cache, end), self._clock() + self.deadline_s)
+        except ValueError:
+            stream = None
+        self._kvcache.close(cache)  # the stream keeps what it reads
+        if stream is not None:
+            stream.finish()
+        return stream is not None
 
     def _tables(self, cache: RequestCache, end: int) -> list:
         """The rows' blocks from the request's tables, the state's from the snapshot at the end."""
@@ -131,9 +121,8 @@ class PrefixShipping:
 
     def aborted(self, sender: str, stream_id: int) -> None:
         """The other side gives this prefix up."""
-        sending, fetch = self._sending.get(stream_id), self._fetching.get(stream_id)
-        if sending is not None and sending.peer == sender:
-            sending.stream.abort()
+        self._outgoing.abort(sender, stream_id)
+        fetch = self._fetching.get(stream_id)
         if fetch is not None and fetch.source == sender:
             self.give_up(fetch)
 
@@ -149,20 +138,11 @@ class PrefixShipping:
             self.give_up(fetch)
 
     def peer_lost(self, name: str) -> None:
-        """Nothing comes from there any more, and nothing arrives there."""
+        """Nothing comes from there any more."""
         for fetch in [fetch for fetch in self._fetching.values() if fetch.source == name]:
             self.give_up(fetch)
-        for sending in self._sending.values():
-            if sending.peer == name:
-                sending.stream.abort()
 
     def step(self) -> None:
-        """Let go of what has been sent; give up what is overdue."""
-        for stream_id, sending in list(self._sending.items()):
-            if self._clock() > sending.deadline_at_s:
-                sending.stream.abort()
-            if sending.stream.outcome.done():
-                del self._sending[stream_id]
-                self._kvcache.close(sending.cache)
+        """Give up what is overdue."""
         for fetch in [fetch for fetch in self._fetching.values() if self._clock() > fetch.deadline_at_s]:
             self.give_up(fetch)

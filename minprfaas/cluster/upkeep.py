@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from minprfaas.cluster import messages
-from minprfaas.cluster.kv_send import SendingThreads
+from minprfaas.cluster.kv_send import Outgoing
 from minprfaas.cluster.mail import FRONT, Mail
 from minprfaas.cluster.node import Happening, PeerLost, PeerReturned
 from minprfaas.cluster.prefix_shipping import PrefixShipping
@@ -21,15 +21,15 @@ FIGURES_S = 1.0  # how often a node says how things stand; also a link that carr
 
 class Upkeep:
     """The upkeep of one node. The front end's directory follows the node's cache through numbered news, and asks for an
-    inventory when a number is missing. `threads` are for streams; `transfer_deadline_s` is how long a prefix may be
-    under way."""
+    inventory when a number is missing. `transfer_deadline_s` is how long a prefix may be under way, and how long the
+    last byte of any stream may lack its acknowledgement."""
 
     def __init__(self, name: str, role: Role, engine: Engine, mail: Mail, transfer_deadline_s: float):
         self.is_stopping = False  # the front end sends no more requests
         self.front_gone_at_s: float | None = None  # since when there is nobody to work for
-        self.threads = SendingThreads(name)
         self.name, self.engine, self.mail, self.transfer_deadline_s = name, engine, mail, transfer_deadline_s
-        self.prefixes = PrefixShipping(name, engine.kvcache, mail, self.threads, engine.clock, transfer_deadline_s)
+        self.outgoing = Outgoing(name, engine.kvcache, mail, engine.clock, transfer_deadline_s)
+        self.prefixes = PrefixShipping(name, engine.kvcache, mail, self.outgoing, engine.clock, transfer_deadline_s)
         self.role = role
         self._ledger = engine.kvcache.ledger
         self._ledger.take_news()  # from now on there are some
@@ -37,6 +37,11 @@ class Upkeep:
         self._told: dict[str, LinkSample] = {}  # the last of each link
         self._began_at_s = engine.clock()
         self._figures_at_s = -math.inf  # when they were told last
+
+    @property
+    def has_streams(self) -> bool:
+        """Whether a stream leaves, or a prefix comes."""
+        return bool(self.outgoing or self.prefixes)
 
     def hear(self, sender: str, message: messages.Message) -> None:
         """Take a message that is not about the role."""
@@ -67,7 +72,8 @@ class Upkeep:
                 self.prefixes.notice(happening)
 
     def step(self) -> None:
-        """Look after the prefixes, tell the news and, now and then, how things stand."""
+        """Look after the streams, tell the news and, now and then, how things stand."""
+        self.outgoing.step()
         self.prefixes.step()
         self.tell_news()
         if self.engine.clock() - self._figures_at_s >= FIGURES_S:
