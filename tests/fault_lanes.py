@@ -163,8 +163,8 @@ ABSURD_MESSAGES = {
         messages.PrefillDone("0", first_token=10**6, cached_tokens=0, queue_s=0.0, prefill_s=0.0, prefix_bytes=0,
                               sends_snapshot=False))]
     + [_said(message, "front") for message in (
-        messages.TransferDone("0", kv_bytes=-1, transfer_s=-1.0, exposed_s=9e99),
-        messages.TransferDone(["0"], kv_bytes=0, transfer_s=0, exposed_s=0),
+        messages.Started("0", -1, -1, -1.0, -1.0, 9e99, -1.0, transfer_s=-1.0, hidden_s=9e99),
+        messages.Started(["0"], 0, 0, 0, 0, 0, 0),
         messages.CacheNews(sequence=-7, keys=["no hex"], tokens=[10**9], inventory=True),
         messages.CacheNews(sequence=2**60, keys=["a", "b"], tokens=[1], inventory=False),
         messages.NodeReady("king", "abacus", num_blocks=-1), messages.Failed("0", "says who", "lost"),

@@ -9,7 +9,7 @@ import pytest
 
 from minprfaas import SamplingParams
 from minprfaas.cluster import messages
-from minprfaas.cluster.front_end import ENDED_ATTEMPTS, FrontEnd
+from minprfaas.cluster.front_end import FrontEnd
 from minprfaas.cluster.mail import FRONT, Mail
 from minprfaas.cluster.node import PeerLost, PeerReturned
 from minprfaas.cluster.recovery import MOST_ATTEMPTS, RETRY_S, WAIT_FOR_NODE_S
@@ -81,15 +81,15 @@ def test_the_parts_of_the_time_to_the_first_token_are_those_that_the_nodes_measu
     desk.front.hear(node, messages.Prefilled(serve.id, 150, 2.0, 77))
     assert journey.is_prefilled and (journey.cached_tokens, journey.prefix_bytes) == (50, 77)
     assert "prfaas-0" not in desk.loads
-    desk.front.hear(node, messages.Started(serve.id, 32, 4000, 1.0, 2.0, 0.5, 0.25))
+    started = messages.Started(serve.id, 32, 4000, 1.0, 2.0, 0.5, 0.25, 2.0, 1.5)
+    for sender in ("prfaas-0", node):  # who prefilled it cannot say when it is there
+        desk.front.hear(sender, started)
+        assert (journey.transfer_s, journey.hidden) == ((2.0, 0.75) if sender == node else (0.0, 0.0))
     desk.now_s = 15.0
     desk.draw(journey, 5)
     assert (journey.queue_s, journey.prefill_s, journey.transfer_exposed_s, journey.admit_s) == (1.0, 2.0, 0.5, 0.25)
     assert journey.ttft_s == 5.0 and journey.route_s == pytest.approx(1.25)
     assert (journey.held_tokens, journey.kv_bytes, journey.prefilled_tokens) == (32, 4000, 200)
-    for sender in ("pd-0", "prfaas-0"):  # only who prefilled it can say how the transfer went
-        desk.front.hear(sender, messages.TransferDone(serve.id, 4000, 2.0, 0.5))
-        assert (journey.transfer_s, journey.hidden) == ((0.0, 0.0) if sender == "pd-0" else (2.0, 0.75))
     updates = desk.front.take_updates()
     assert [(update.journey, update.token_id, update.new_text) for update in updates] == [
         (journey, None, ""), (journey, 5, "t5")] and desk.front.take_updates() == []
@@ -112,20 +112,7 @@ def test_an_answer_ends_with_its_last_token_and_frees_what_was_booked():
     assert (journey.finish_reason, journey.length_limit, journey.finished_at_s) == ("length", "pool", 2.0)
     assert not desk.front.has_work and desk.loads == {}
     desk.draw(journey, 7)  # a late word
-    desk.front.hear("prfaas-0", messages.TransferDone(serve.id, 1, 1.0, 0.0))
-    assert journey.output_ids == [5, 6] and journey.hidden == 1.0, "how it was transferred may be told after its end"
-
-
-def test_only_so_many_ended_attempts_are_remembered():
-    desk = Desk()
-    first, serve = desk.submit("first", LONG)
-    desk.draw(first, 5, "eos")
-    for number in range(ENDED_ATTEMPTS):
-        journey, _ = desk.submit(str(number), SHORT)
-        desk.front.abort(journey.id)
-        desk.said()
-    desk.front.hear("prfaas-0", messages.TransferDone(serve.id, 1, 1.0, 0.0))
-    assert first.hidden == 0.0
+    assert journey.output_ids == [5, 6]
 
 
 def test_a_client_that_went_away_is_told_to_the_decode_node_and_to_nobody_else():

@@ -21,7 +21,7 @@ from minprfaas.engine.request import Request, TokenUpdate
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import UserError
 from minprfaas.transport.base import LinkDown
-from minprfaas.transport.events import StreamDone, StreamFailed
+from minprfaas.transport.events import ArrivalReport, StreamDone, StreamFailed
 
 
 @dataclass(eq=False)
@@ -35,6 +35,7 @@ class Serving:
     ordered_at_s: float = 0.0
     kv: KVReceive | None = None  # while it is being prefilled
     done: messages.PrefillDone | None = None
+    done_at_s: float = 0.0
     ready_at_s: float = 0.0  # all of its KVCache was here, and its first token
     prefilled_tokens: int = 0
     told: tuple[int, int] = (0, 0)  # progress that the front end knows: tokens, bytes
@@ -157,7 +158,7 @@ class DecodeRole:
             case messages.Failed(reason=reason, cause=cause):
                 self._lose_prefill(serving, reason, cause=cause)
             case messages.PrefillDone():
-                serving.done = message
+                serving.done, serving.done_at_s = message, self._clock()
                 if not message.sends_snapshot:  # the node had none, or no room for one: its blocks are free again
                     self._snapshots.give_up(serving.request)
                 serving.prefilled_tokens = len(serving.request.token_ids)
@@ -184,10 +185,10 @@ class DecodeRole:
         request, first_token = serving.request, serving.done.first_token
         if not 0 <= first_token < self.engine.model.config.vocab_size:
             return self._lose_prefill(serving, f"first token {first_token} is outside the vocabulary")
-        kv_bytes = serving.kv.received_bytes + self._snapshots.received_bytes(request)
+        kv_bytes, report = serving.kv.received_bytes + self._snapshots.received_bytes(request), serving.kv.report
         serving.kv = None
         update = self.engine.admit_remote(request, first_token)
-        self._tell_started(serving, kv_bytes, serving.ready_at_s)
+        self._tell_started(serving, kv_bytes, serving.ready_at_s, report)
         self._tell_token(update)
 
     # When it goes wrong
@@ -226,13 +227,18 @@ class DecodeRole:
 
     # To the front end
 
-    def _tell_started(self, serving: Serving, kv_bytes: int, ready_at_s: float) -> None:
+    def _tell_started(self, serving: Serving, kv_bytes: int, ready_at_s: float,
+                      report: ArrivalReport | None = None) -> None:
         """Of the time since `Serve` came, `admit_s` has passed since KVCache and first token were here."""
         request, done = serving.request, serving.done
         queue_s = serving.ordered_at_s - serving.served_at_s + done.queue_s
         exposed_s = ready_at_s - serving.ordered_at_s - done.queue_s - done.prefill_s
+        transfer_s = hidden_s = 0.0
+        if report is not None:
+            transfer_s = report.last_byte_s - report.first_byte_s
+            hidden_s = min(max(serving.done_at_s - report.first_byte_s, 0.0), transfer_s)
         self._tell(messages.Started(request.id, request.cached_tokens, kv_bytes, queue_s, done.prefill_s, exposed_s,
-                                    self._clock() - ready_at_s))
+                                    self._clock() - ready_at_s, transfer_s, hidden_s))
 
     def _tell_token(self, update: TokenUpdate) -> None:
         request, reason = update.request, update.finish_reason or ""

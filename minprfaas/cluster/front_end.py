@@ -4,7 +4,6 @@ Chapter 13; paper 3.1 and 3.4.3. No policy lives here: what happens is told to t
 decisions and actions are carried out.
 """
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
 
@@ -22,7 +21,6 @@ from minprfaas.scheduling.roles import RoleChange
 from minprfaas.scheduling.router import RouteRequest
 
 LOCAL_DEADLINE_S = 3600.0  # for a prefill inside the PD cluster
-ENDED_ATTEMPTS = 64  # that are still known: the report of a transfer may come after the last token
 
 
 class FrontEnd:
@@ -45,7 +43,6 @@ class FrontEnd:
         self._mail, self._block_keys, self._block_tokens, self._clock = mail, block_keys, block_tokens, clock
         self._attempts: dict[str, Journey] = {}  # by the id that the nodes know
         self._attempts_made = 0
-        self._ended_attempts: deque[str] = deque()
         self._unrouted: list[Journey] = []  # new ones
         self._without_node: list[Journey] = []  # that no node could take when they were routed last
         self._retry_at_s = 0.0  # when to try again with those
@@ -144,14 +141,12 @@ class FrontEnd:
                 self.figures[sender] = message
             case messages.Goodbye():
                 self.goodbyes[sender] = message
-            case messages.TransferDone(id=id) if id in self._attempts and self._attempts[id].decision.node == sender:
-                self._attempts[id].note(message)
             case _:
                 self._hear_decode_node(sender, message)
 
     def _hear_decode_node(self, sender: str, message: messages.Message) -> None:
         journey = self._attempts.get(getattr(message, "id", ""))
-        if journey is None or journey.is_finished or journey.decision.decode_node != sender:
+        if journey is None or journey.decision.decode_node != sender:
             return
         journey.note(message)
         match message:
@@ -220,9 +215,7 @@ class FrontEnd:
     def _end(self, journey: Journey, finish_reason: str) -> None:
         journey.finish_reason, journey.finished_at_s = finish_reason, self._clock()
         del self.journeys[journey.id]
-        self._ended_attempts.append(journey.attempt)
-        if len(self._ended_attempts) > ENDED_ATTEMPTS:
-            self._attempts.pop(self._ended_attempts.popleft(), None)
+        self._attempts.pop(journey.attempt, None)
         if journey.decision is not None:
             self._tell_plane(control.RequestEnded(journey.id, len(journey.output_ids)))
 

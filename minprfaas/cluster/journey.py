@@ -45,7 +45,7 @@ class Journey:
     prefill_s: float = 0.0
     transfer_exposed_s: float = 0.0
     admit_s: float = 0.0
-    transfer_s: float = 0.0
+    transfer_s: float = 0.0  # from the first byte's arrival to the last one's
     hidden: float = 0.0  # share of the transfer that ran while prefill still did, from 0 to 1
     first_token_at_s: float = 0.0
     finished_at_s: float = 0.0
@@ -73,9 +73,8 @@ class Journey:
                     self.held_tokens, self.queue_s = message.cached_tokens, message.queue_s
                     self.prefill_s, self.admit_s = message.prefill_s, message.admit_s
                     self.transfer_exposed_s = message.transfer_exposed_s
-            case messages.TransferDone() if message.transfer_s > 0:
-                self.transfer_s = message.transfer_s
-                self.hidden = 1 - message.exposed_s / message.transfer_s
+                if message.transfer_s > 0:
+                    self.transfer_s, self.hidden = message.transfer_s, message.hidden_s / message.transfer_s
 
     @property
     def output_ids(self) -> list[int]:

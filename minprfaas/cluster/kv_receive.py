@@ -20,7 +20,7 @@ class KVReceive:
     def __init__(self, kvcache: KVCacheManager, transport: KVTransport, plan: StreamPlan, tables: Sequence):
         self.plan = plan
         self.received_bytes = 0
-        self.has_arrived = False
+        self.report: ArrivalReport | None = None  # once every byte of the plan is in its block
         self._pool, self._layout = kvcache.pool, kvcache.layout
         self._transport, self._tables = transport, tables
         self._codecs = codecs(kvcache.layout.specs, plan)
@@ -38,10 +38,14 @@ class KVReceive:
         self._pool.write_bytes(layer, self._tables[group.index], start, end, rows)
         self.received_bytes += data.numel()
 
+    @property
+    def has_arrived(self) -> bool:
+        """Whether every byte of the plan is in its block."""
+        return self.report is not None
+
     def arrived(self, report: ArrivalReport) -> None:
         """Every byte of the plan is in its block."""
-        self.received_bytes = report.bytes
-        self.has_arrived = True
+        self.received_bytes, self.report = report.bytes, report
 
     def give_up(self) -> int | None:
         """No byte is written after this. Returns the token up to which all rows are there; None if the stream had ended

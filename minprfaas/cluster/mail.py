@@ -53,10 +53,6 @@ class Mail:
             self._crosses_sites = self._crosses_sites | {link.name}
         self._link_to = {**self._link_to, **{name: link for name in names}}  # replaced: the loop may be reading it
 
-    def has_role_besides(self, name: str) -> bool:
-        """Whether another role than the one called `name` lives in this process."""
-        return bool(self._here - {name, FRONT})
-
     def send(self, sender: str, to: str, message: Message) -> None:
         """Send a message. To whom there is no way any more it is not sent: the loss of the link has its own event."""
         envelope = Envelope(to, sender, message)

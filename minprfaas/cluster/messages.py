@@ -54,7 +54,8 @@ class Prefilled:
 @dataclass(frozen=True)
 class Started:
     """Decode node -> front end: decoding begins. The parts of the time until the first token, as this node saw them;
-    `kv_bytes` arrived for tokens from `cached_tokens` on."""
+    `kv_bytes` arrived for tokens from `cached_tokens` on, within `transfer_s`, of which `hidden_s` ran beside the
+    prefill."""
 
     id: str
     cached_tokens: int
@@ -63,6 +64,8 @@ class Started:
     prefill_s: float
     transfer_exposed_s: float
     admit_s: float
+    transfer_s: float = 0.0
+    hidden_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -145,17 +148,6 @@ class PrefillDone:
     sends_snapshot: bool
 
 
-@dataclass(frozen=True)
-class TransferDone:
-    """Prefill node -> front end: every byte is acknowledged. `exposed_s` of `transfer_s` came after the prefill had
-    ended."""
-
-    id: str
-    kv_bytes: int
-    transfer_s: float
-    exposed_s: float
-
-
 Message = (NodeReady | Introduce | ChangeRole | CacheNews | SendInventory | Shutdown | TimelinePart | NodeFigures
            | Goodbye | Serve | Progress | Prefilled | Started | TokenDrawn | Failed | Abort | PrefillOrder
-           | PrefillProgress | PrefillDone | TransferDone | PrefixOrder | PrefixAbort | RelayOver | LinkSample)
+           | PrefillProgress | PrefillDone | PrefixOrder | PrefixAbort | RelayOver | LinkSample)

@@ -9,7 +9,6 @@ from enum import Enum
 
 from minprfaas.cluster import messages
 from minprfaas.cluster.kv_send import KVSend
-from minprfaas.cluster.mail import FRONT
 from minprfaas.cluster.node import Happening, PeerLost
 from minprfaas.cluster.prefix_shipping import Fetch
 from minprfaas.cluster.stream_plans import snapshot_plan, stream_plan
@@ -19,7 +18,6 @@ from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import UserError
 from minprfaas.kvcache.request_cache import RequestCache
 from minprfaas.transport.base import StreamPlan
-from minprfaas.transport.events import StreamReport
 
 
 class Stage(Enum):
@@ -188,10 +186,6 @@ class PrefillRole:
         error = prefill.stream.outcome.exception()
         if error is not None:
             return self._fail(prefill, str(error))
-        report: StreamReport = prefill.stream.outcome.result()
-        exposed_s = max(0.0, report.acked_s - max(report.first_put_s, prefill.request.prefill_ended_at_s))
-        self._mail.send(self.name, FRONT, messages.TransferDone(
-            prefill.order.id, report.bytes, report.acked_s - report.first_put_s, exposed_s))
         self.engine.release(prefill.request)
         del self.prefills[prefill.order.id]
 

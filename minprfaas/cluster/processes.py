@@ -95,6 +95,8 @@ def process(mail: Mail, front: FrontEnd | None, workers: list[Worker]) -> Proces
     when it is met."""
     decode_first = sorted(workers, key=lambda worker: worker.upkeep.role is not Role.PDD)  # its step is the shorter one
     node = Node(mail, [*([front] if front is not None else []), *decode_first])
+    for other in workers[1:]:
+        other.upkeep.tells_of_links = False
     for one in workers if front is not None else []:
         one.upkeep.introduce()
     return Process(node, front, workers)

@@ -26,6 +26,7 @@ class Upkeep:
 
     def __init__(self, name: str, role: Role, engine: Engine, mail: Mail, transfer_deadline_s: float):
         self.is_stopping = False  # the front end sends no more requests
+        self.tells_of_links = True  # one part of a process does
         self.front_gone_at_s: float | None = None  # since when there is nobody to work for
         self.name, self.engine, self.mail, self.transfer_deadline_s = name, engine, mail, transfer_deadline_s
         self.outgoing = Outgoing(name, engine.kvcache, mail, engine.clock, transfer_deadline_s)
@@ -106,9 +107,7 @@ class Upkeep:
         if news:
             self._tell_cache(self._sequence + 1, news, inventory=False)
             self._sequence += len(news)
-        if self.role is Role.PDD and self.mail.has_role_besides(self.name):  # which tells of the links
-            return
-        for link in self.mail.links_between_sites:
+        for link in self.mail.links_between_sites if self.tells_of_links else []:
             samples = link.stats().samples
             if samples and self._is_news(samples[-1], self._told.get(link.name)):
                 self._told[link.name] = samples[-1]
