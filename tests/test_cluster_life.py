@@ -232,6 +232,28 @@ def test_a_node_changes_its_role_while_requests_run_and_nothing_is_dropped(hybri
     assert not any(journey.recoveries or journey.attempts > 1 for journey in (*journeys, *more, *after, *back))
 
 
+def test_a_node_that_drains_ends_what_it_has_begun_and_what_waits_goes_to_another(hybrid):
+    ahead_s = [0.0]
+    with World(*hybrid, prfaas=1, pd=3, split=1, clock=lambda: time.monotonic() + ahead_s[0]) as world:
+        journeys = world.submit(prompts_of(*range(150, 162)), GREEDY)
+        world.step_until(lambda: any(journey.output_ids for journey in journeys))
+        there = next(journey for journey in journeys if journey.output_ids).decision.decode_node
+        waiting = [journey for journey in journeys if not journey.prefilled_tokens]
+        world.convert(there, Role.PDP)
+
+        def has_changed():
+            ahead_s[0] += 1.0  # the control plane looks at a drain once a second
+            return world.roles_now()[there] is Role.PDP
+
+        world.step_until(has_changed)
+        assert not any(journey.output_ids for journey in waiting[-4:]), "it did not wait for the end of the queue"
+        world.step_until(lambda: not world.front.has_work)
+        world.check(journeys)
+    assert not any(journey.recoveries for journey in journeys)
+    assert {journey.attempts for journey in journeys} == {1, 2}
+    assert {journey.attempts for journey in journeys if journey not in waiting} == {1}
+
+
 def test_the_long_term_loop_of_the_control_plane_converts_a_live_node(hybrid, monkeypatch):
     """Answers are long and one decode node is all there is: by its books decode is the bottleneck, for long enough."""
     for name, value in (("SUSTAIN_S", 0.0), ("INTERVAL_S", 0.0)):

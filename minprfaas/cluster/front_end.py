@@ -46,6 +46,7 @@ class FrontEnd:
         self._unrouted: list[Journey] = []  # new ones
         self._without_node: list[Journey] = []  # that no node could take when they were routed last
         self._retry_at_s = 0.0  # when to try again with those
+        self._draining: str | None = None  # a node that will change its role
         self._updates: list[Update] = []
         self._actions: list[control.Action] = []
 
@@ -108,6 +109,9 @@ class FrontEnd:
         for journey in waiting:
             self._route(journey)
         self._carry_out(self.plane.tick(now_s))  # which looks at its loops once a second
+        if self.plane.draining != self._draining:
+            self._draining = self.plane.draining
+            self._take_back(self._draining)
 
     def notice(self, happening: Happening) -> None:
         """Take the loss of a node. What it decoded goes on elsewhere; what it prefilled comes back by itself, for the
@@ -188,6 +192,14 @@ class FrontEnd:
         self._mail.send(FRONT, decision.decode_node, messages.Serve(
             journey.attempt, list(journey.token_ids), len(journey.output_ids), asdict(journey.params), decision.node,
             deadline_s, prefix.source if prefix else "", prefix.end if prefix else 0))
+
+    def _take_back(self, node: str | None) -> None:
+        """What this node has not begun goes to others: it need not wait there for the end of a long queue."""
+        for journey in list(self.journeys.values()):
+            decision = journey.decision
+            if journey.attempt and not journey.prefilled_tokens and node in (decision.node, decision.decode_node):
+                self._mail.send(FRONT, decision.decode_node, messages.Abort(journey.attempt))
+                self._begin_again(journey)
 
     def _begin_again(self, journey: Journey) -> None:
         """The newest attempt has come to nothing: make another."""

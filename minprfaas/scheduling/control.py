@@ -178,6 +178,12 @@ class ControlPlane:
         """Prefill load (uncached tokens) and decode load (requests) of each node that takes new work."""
         return {node.name: node.load for nodes in self._taking_work.values() for node in nodes}
 
+    @property
+    def draining(self) -> str | None:
+        """The node that gets no new work and ends what it has, to play another role then."""
+        change = self._conversion
+        return change.node if change is not None and change.node in self._books.nodes else None
+
     def nodes(self, role: Role) -> list[str]:
         """The nodes that take new work in this role."""
         return [node.name for node in self._taking_work[role]]
