@@ -32,7 +32,7 @@ from minprfaas.transport.wan.line import EmulatedLine
 from minprfaas.transport.wan.shared_words import remove_abandoned
 
 STORE_DEADLINE_S = 60.0  # until the process that serves the store has started
-AGENT_DEADLINE_S = 10.0  # torchrun serves its store before it starts anybody
+AGENT_DEADLINE_S = 10.0  # until torchrun's agent answers, which serves its store before it starts anybody
 WATCH_EVERY_S = 0.25
 M_ARENA_MAX, ARENAS = -8, 2  # glibc's mallopt
 ENDING_S = 5.0  # for the other processes, once the front end's has ended
@@ -81,7 +81,7 @@ class StoreAddress:
             try:
                 return socket.create_connection((self.host, self.port), timeout=deadline_s).close()
             except OSError:
-                if time.monotonic() >= give_up_at_s:
+                if self.agent_serves or time.monotonic() >= give_up_at_s:
                     who = "torchrun (TORCHELASTIC_USE_AGENT_STORE is set)" if self.agent_serves else \
                         "the front end's process"
                     raise UserError(f"{where}: nobody answers there; {who} should serve it") from None

@@ -61,9 +61,10 @@ class Node:
         for name in self.parts:
             mail.add_local(name)
 
-    def step(self) -> None:
-        """Let every part compute, each after all that is there by then has been heard."""
-        self._drain(IDLE_S)
+    def step(self, idle_s: float | None = None) -> None:
+        """Let every part compute, each after all that is there by then has been heard. With nothing to compute, this
+        waits for news first, for `idle_s` (IDLE_S)."""
+        self._drain(IDLE_S if idle_s is None else idle_s)
         for part in self.parts.values():
             part.step()
             self._drain(0.0)

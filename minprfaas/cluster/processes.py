@@ -27,6 +27,7 @@ from minprfaas.scheduling.router import ShippingCosts
 UNTHROTTLED_GBPS = 100.0  # the paper's link; a first guess that the monitor corrects from what it observes
 COLLECT_AFTER = 20_000  # new containers, not 700: each look goes through every token of the prompts under way
 ASSUMED_S_PER_TOKEN = 1e-4  # of prefill, until one was seen
+REST_S = 0.25  # that a node with nothing under way waits for news: only samples of its links are due before
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Process:
 
     def serve(self, patience_s: float = 0.0) -> None:
         """Take orders until the front end says that no more come, or is gone for `patience_s`; then say goodbye."""
-        while any(worker.has_work for worker in self.workers) or not self._is_dismissed(patience_s):
-            self.node.step()
+        while (has_work := any(worker.has_work for worker in self.workers)) or not self._is_dismissed(patience_s):
+            self.node.step(None if has_work else REST_S)
         self._say_goodbye()
 
     def _is_dismissed(self, patience_s: float) -> bool:
