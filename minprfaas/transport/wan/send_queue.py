@@ -6,6 +6,7 @@ locks, time is an argument; the outbox holds its lock while it calls.
 """
 
 from collections import OrderedDict, deque
+from collections.abc import Callable
 
 from minprfaas.transport.wan.frames import ACKS_PER_FRAME, Frame, Kind, StreamRecord, control_frame, encode_acks
 from minprfaas.transport.wan.monitor import Monitor
@@ -60,23 +61,16 @@ class SendQueue:
 
     def queued_at(self) -> float | None:
         """Since when the frame that `pop` would take has waited; None when nothing may leave."""
-        if self._acks:
-            return self._acks[0][1]
-        if self._control:
-            return self._control[0].queued_at
-        if self._again:
-            return next(iter(self._again.values())).queued_at
-        if self._a_message_is_next():
-            return self._messages.queued_at
-        if self._streams:
-            return next(iter(self._streams.values()))[0].queued_at
-        return None
+        next_one = self._next()
+        return None if next_one is None else next_one[0]
 
     def pop(self, now: float) -> Frame | None:
         """Let the next frame leave; None when nothing may."""
-        frame = self._take()
-        if frame is None:
+        next_one = self._next()
+        if next_one is None:
             return None
+        _, take = next_one
+        frame = take()
         frame.sent_at = now
         if frame.header.kind in RELIABLE:
             if not frame.header.seq:  # else it leaves again, under the number that it has
@@ -87,20 +81,32 @@ class SendQueue:
             self.monitor.sent(frame.nbytes, now)
         return frame
 
-    def _take(self) -> Frame | None:
+    def _next(self) -> tuple[float, Callable[[], Frame]] | None:
+        """The order: since when the frame whose turn it is has waited, and how it is taken out."""
         if self._acks:
-            taken, self._acks = self._acks[:ACKS_PER_FRAME], self._acks[ACKS_PER_FRAME:]
-            return control_frame(Kind.ACK, encode_acks([seq for seq, _ in taken]))
+            return self._acks[0][1], self._take_acks
         if self._control:
-            return self._control.popleft()
+            return self._control[0].queued_at, self._control.popleft
         if self._again:
-            return self._again.pop(next(iter(self._again)))
-        if self._a_message_is_next():
-            frame = self._messages.pop()
-            self._lead_bytes = self._lead_bytes + frame.nbytes if self._streams else 0
-            return frame
-        if not self._streams:
-            return None
+            seq, frame = next(iter(self._again.items()))
+            return frame.queued_at, lambda: self._again.pop(seq)
+        waits_since = self._messages.queued_at
+        if waits_since is not None and (not self._streams or self._lead_bytes < MESSAGE_LEAD_BYTES):
+            return waits_since, self._take_message
+        if self._streams:
+            return next(iter(self._streams.values()))[0].queued_at, self._take_chunk
+        return None
+
+    def _take_acks(self) -> Frame:
+        taken, self._acks = self._acks[:ACKS_PER_FRAME], self._acks[ACKS_PER_FRAME:]
+        return control_frame(Kind.ACK, encode_acks([seq for seq, _ in taken]))
+
+    def _take_message(self) -> Frame:
+        frame = self._messages.pop()
+        self._lead_bytes = self._lead_bytes + frame.nbytes if self._streams else 0
+        return frame
+
+    def _take_chunk(self) -> Frame:
         stream, waiting = next(iter(self._streams.items()))
         frame = waiting.popleft()
         self._streams.move_to_end(stream)  # the next chunk is another stream's
@@ -108,11 +114,6 @@ class SendQueue:
             del self._streams[stream]
         self._lead_bytes = max(0, self._lead_bytes - frame.nbytes)
         return frame
-
-    def _a_message_is_next(self) -> bool:
-        if self._messages.queued_at is None:
-            return False
-        return not self._streams or self._lead_bytes < MESSAGE_LEAD_BYTES
 
     def settle(self, seq: int, written: bool, now: float) -> Frame | None:
         """`seq` needs no more: acknowledged, or (not `written`) refused or given up. None if it was settled before."""
