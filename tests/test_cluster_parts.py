@@ -175,6 +175,15 @@ def test_the_parts_of_the_time_to_the_first_token_add_up_to_it(hybrid):
     assert 0 < offloaded.transfer_s < offloaded.finished_at_s - offloaded.arrived_at_s
 
 
+def test_a_node_at_rest_hears_at_once_whatever_is_said_to_it(hybrid, monkeypatch):
+    """With nothing under way it does not look at the clock: an order, and the end, come to it as news."""
+    monkeypatch.setattr("minprfaas.cluster.processes.REST_S", 10 * DEADLINE_S)
+    with two_datacenters(*hybrid, threshold=100) as (local, remote):
+        for prompt in prompts_of(120, 130):
+            serve(local, [prompt], GREEDY)
+            step_until(local, lambda: not remote.prefill.has_work)
+
+
 def test_a_first_token_is_told_when_its_request_has_a_place_in_the_decode_batch(hybrid):
     """Told before, it would hide that decode is short; and what waits for a place is lost with no prefill node."""
     prompts = prompts_of(300, 20)
