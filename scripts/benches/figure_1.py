@@ -54,19 +54,21 @@ def main(argv: list[str]) -> int:
     for model in args.models:
         for tokens in args.tokens:
             alone, *shipped = [row for row in found if (row["model"], row["tokens"]) == (model, tokens)]
-            there = [f"{row['arrived_s']:.3f} s ({row['arrived_s'] / alone['prefill_s']:.2f}x), {row['hidden']:.0%}"
-                     for row in shipped]
-            rows.append([Path(model).name, tokens, human_bytes(alone["kv_bytes"]), f"{alone['prefill_s']:.3f} s",
-                         f"{phi_gbps(alone):.3g}", *there])
+            of = [Path(model).name, tokens, human_bytes(alone["kv_bytes"]), f"{alone['prefill_s']:.3f}",
+                  f"{phi_gbps(alone):.3g}"]
+            rows += [[*of, f"{gbps:g}", f"{row['transfer_s']:.3f}", f"{row['hidden']:.0%}", f"{row['arrived_s']:.3f}",
+                      f"{row['arrived_s'] / alone['prefill_s']:.2f}", binding(alone, row, gbps)]
+                     for gbps, row in zip(args.gbps, shipped)]
             verdicts.append(f"  {Path(model).name}, {tokens:,} tokens: {crossing(alone, shipped, args.gbps)}")
-    lines = [f"there over {gbps:g} Gbps" for gbps in args.gbps]
-    print(table(["model", "tokens", "KVCache", "prefill", "KV Gbps (eq. 1)", *lines], rows))
+    print(table(["model", "tokens", "KVCache", "prefill, s", "Phi_kv, Gbps", "line, Gbps", "transfer, s", "hidden",
+                 "TTFT, s", "x prefill", "bound by"], rows))
     print(f"""
   {args.dtype}, {args.device} ({found[0]["device"]}), {args.prefill_chunk} tokens a prefill chunk; medians of
   {args.repeats}. The lines and their round trip of {RTT_MS:g} ms are emulated; the link over them is real, and may
   be slower than its line.
-  prefill: nothing shipped. there: from the beginning of the prefill until the last byte is in its block in the other
-  process, that as a multiple of the prefill, and the share of the transfer that ran while prefill still did.
+  prefill: nothing shipped; Phi_kv is of that (eq. 1). transfer: from its first byte until the last one is in its block
+  in the other process; hidden: the share of it that ran while prefill still did. TTFT: from the beginning of the
+  prefill, which draws the first token, until all KVCache is there and it can be told; nobody waits.
 """ + "\n".join(verdicts))
     return 0
 
@@ -134,12 +136,13 @@ def _ship_over_a_line(rank, store, args, node: "KVNode", plan: StreamPlan, gbps:
         if rank == 0:
             shipped, arrived_at_s = node.send_and_compare(numbered, link)
             began_at_s = shipped.report.first_put_s
-            hidden = (shipped.ended_at_s - began_at_s) / (arrived_at_s - began_at_s)
-            readings.append((arrived_at_s - shipped.ended_at_s + shipped.prefill_s, max(0.0, min(1.0, hidden))))
+            transfer_s, hidden_s = arrived_at_s - began_at_s, shipped.ended_at_s - began_at_s
+            readings.append({"arrived_s": arrived_at_s - shipped.ended_at_s + shipped.prefill_s,
+                             "transfer_s": transfer_s, "hidden": max(0.0, min(1.0, hidden_s / transfer_s))})
         else:
             node.receive(numbered, link)
     if rank == 0:
-        row["arrived_s"], row["hidden"] = map(median, zip(*(readings[1:] or readings)))
+        row.update({name: median(one[name] for one in readings[1:] or readings) for name in readings[0]})
     link.close()
 
 
