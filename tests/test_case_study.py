@@ -108,10 +108,13 @@ def test_the_search_ends_between_a_rate_that_is_sustained_and_one_that_is_not():
 
 
 def test_the_simulated_homogeneous_cluster_sustains_what_is_planned():
-    study, deployment = Study(SCALE, 320, 0, quick=True), Deployment("homogeneous", *paper.paper_plans()["homogeneous"])
-    below, above = study.search(lambda rate: simulate(study, deployment, study.arrivals(rate), rate), 2.11)
+    study, deployment = Study(SCALE, 288, 0, quick=True), Deployment("homogeneous", *paper.paper_plans()["homogeneous"])
+    below, above = study.search(lambda rate: simulate(study, deployment, rate), 2.11)
     assert below.is_sustained and not above.is_sustained and below.offloaded_fraction == 0
     assert above.served_rps == pytest.approx(2.11, rel=0.06)
+    counts = [len(study.probe_arrivals(rate, 2.11)) for rate in (1.69, 2.64)]
+    assert 2 * counts[0] == counts[1] and sum(counts) == 576, "Lambda is read at the second rate"
+    assert study.patience_s(1.69, 2.11) > study.patience_s(2.64, 2.11) == 0, "no figure needs what comes after it"
 
 
 def test_results_are_taken_up_again_after_half_a_line(tmp_path):

@@ -63,6 +63,14 @@ def ask(made: Process, name: str, requests: Sequence[SimRequest], vocab_size: in
     return began_at_s, journeys
 
 
+def settle(made: Process, deadline_s: float) -> None:
+    """Until every node has told that it holds no block any more: what was given up is dropped, and computed to its end
+    where it had begun."""
+    figures, before = made.front.figures, {**made.front.figures}
+    made.run_until(lambda: all(said is not before.get(name) and not said.in_use_blocks
+                               for name, said in figures.items()), deadline_s)
+
+
 def random_tokens(rng: random.Random, count: int, vocab_size: int) -> list[int]:
     """Of any text but its beginning and end."""
     return [rng.randrange(FIRST_TOKEN, vocab_size) for _ in range(count)]
