@@ -10,6 +10,7 @@ import random
 import signal
 import struct
 import threading
+import weakref
 from datetime import timedelta
 
 import pytest
@@ -21,8 +22,9 @@ from transport_support import (DEADLINE_S, IDENTITY, Cargo, Impostor, Lanes, con
 from minprfaas.config import LineConfig, LinkConfig
 from minprfaas.transport import (Link, LinkDown, LinkIdentity, LinkLost, LinkRestored, MessageReceived, StreamAborted,
                                  StreamDone, StreamFailed)
+from minprfaas.transport.wan import supervision
 from minprfaas.transport.wan.digest import Digest
-from minprfaas.transport.wan.frames import HEADER_BYTES
+from minprfaas.transport.wan.frames import HEADER_BYTES, Kind
 from minprfaas.transport.wan.lanes import Lane
 
 CONFIG = LinkConfig(lanes=3, chunk_bytes=4096, timeout_s=10, silence_s=3)
@@ -262,6 +264,24 @@ def _serve_store(port) -> None:
     store = new_store()
     port.put(store.port)
     threading.Event().wait(4 * DEADLINE_S)
+
+
+def test_heartbeats_that_have_left_are_forgotten(monkeypatch):
+    """Gloo says of no send that it has ended, unless somebody waits for it: a link that kept those which had not grew
+    for as long as it lived."""
+    beats = []
+
+    class Watched(Lane):
+        def post(self, frame):
+            if frame.header.kind == Kind.HEARTBEAT:
+                beats.append(weakref.ref(frame))
+            return super().post(frame)
+
+    monkeypatch.setattr(supervision, "BEATS_IN_SILENCE", 1000)
+    with connected(LinkConfig(lanes=2), sender_lanes=Watched) as (sender, _):
+        wait_until(lambda: len(beats) > 4 * 2 * supervision.KEPT_BEATS)
+        assert sum(beat() is not None for beat in beats) <= 2 * supervision.KEPT_BEATS + 2
+        assert sender.epoch == 1
 
 
 def test_a_store_that_stands_still_for_longer_than_its_own_timeout_is_awaited_like_a_peer(processes):

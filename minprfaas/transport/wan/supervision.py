@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable
 
 import torch.distributed as dist
@@ -28,6 +29,7 @@ from minprfaas.transport.wan.rendezvous import LANE_TIMEOUT_S, Meeting, Rendezvo
 
 log = logging.getLogger(__name__)
 BEATS_IN_SILENCE = 5  # so many heartbeats must be lost before a lane is taken for dead
+KEPT_BEATS = 4 * BEATS_IN_SILENCE  # of a lane: one that has not left by then is of a dead lane
 GOODBYE_S = 1.0  # for the last messages to be acknowledged
 
 
@@ -133,19 +135,19 @@ class Supervisor:
     def _watch(self) -> None:
         """Send heartbeats and take samples until the epoch breaks, or a lane is silent for too long."""
         beat_at, beat_every_s = 0.0, self._config.silence_s / BEATS_IN_SILENCE
-        beats: list[tuple[dist.Work, Frame]] = []
+        # Gloo forgets a send whose handle is dropped, and says of none that it has ended unless somebody waits for it.
+        beats: deque[tuple[dist.Work, Frame]] = deque(maxlen=KEPT_BEATS * len(self._lanes))
         while not self._broken.wait(min(SAMPLE_EVERY_S, beat_every_s)):  # no more often: an idle process has many links
             now = time.monotonic()
             self._outbox.tick(now)
             beat_is_due = now >= beat_at
             if beat_is_due:
                 beat_at = now + beat_every_s
-                beats = [(work, frame) for work, frame in beats if not work.is_completed()]
             for lane in self._lanes:
                 if beat_is_due:  # not through the queue: a line that is slow or stalled is not dead
                     frame = control_frame(Kind.HEARTBEAT)
                     try:
-                        beats.append((lane.post(frame), frame))  # Gloo forgets a send whose handle is dropped
+                        beats.append((lane.post(frame), frame))
                     except RuntimeError as error:
                         self._break(one_line(error), lane)
                 since = lane.silent_since()
