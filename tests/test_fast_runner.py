@@ -93,6 +93,29 @@ def test_a_step_of_fixed_shape_gives_every_familys_logits(name):
         torch.testing.assert_close(step_logits(*fast), step_logits(*eager), atol=1e-4, rtol=0)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FIXTURES)
+def test_every_family_is_captured_and_a_replay_is_the_step_it_was_captured_from(name):
+    """In bfloat16, in which a MoE's experts are one product; logits and every byte that the step leaves in the pool."""
+    engine, requests = decoding(name, None, torch.bfloat16, "cuda")
+    assert isinstance(engine.runner, FastRunner) and not what_must_run_eagerly(engine.model)
+    pool = engine.kvcache.pool.bytes
+    step_logits(engine, requests)
+    (step,) = engine.runner._steps.values()
+    captured = step.logits
+    for _ in range(3):
+        with torch.inference_mode():
+            before = pool.clone()
+            step.run(requests)
+            replayed, after = captured.clone(), pool.clone()
+            pool.copy_(before)
+            step._forward()
+        torch.testing.assert_close(step.logits[:3], replayed[:3], atol=2e-2, rtol=0)
+        assert (after != before).any() and (pool != after).float().mean() < 1e-3
+        step.logits = captured
+        step_logits(engine, requests)
+
+
 def test_steps_of_fixed_shape_survive_preemption(models):
     expected, _ = answers(*models["kimi_linear"], fast=False)
     tokens, engine = answers(*models["kimi_linear"], fast=True, blocks=36)

@@ -23,6 +23,7 @@ from minprfaas.config import CacheConfig
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.generate import longest_prompts, pool_for
 from minprfaas.engine.paced import PacedEngine
+from minprfaas.engine.pieces import compile_and_warm_up
 from minprfaas.errors import UserError
 from minprfaas.files import OutputFile
 from minprfaas.model.checkpoint import load
@@ -168,6 +169,8 @@ def engines_of(run: Run, seat: Seat, timeline: Timeline | None) -> list[Engine]:
         engines[0].check_length(prompt.id, lengths[prompt.id])
     if seat.here.roles:
         _set_threads(run, seat, device)
+        if args.compile:
+            compile_and_warm_up(model, tokenizer)
     return engines
 
 

@@ -16,6 +16,7 @@ from minprfaas.cluster.topology import Topology
 from minprfaas.config import CacheConfig
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.generate import pool_for
+from minprfaas.engine.pieces import compile_and_warm_up
 from minprfaas.errors import require_number
 from minprfaas.model.checkpoint import EMBEDDED, load
 from minprfaas.model.tokenizer import Tokenizer
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-tokens", type=int, default=64, metavar="N", help="tokens of a KVCache block (64)")
     parser.add_argument("--pool-blocks", type=int, metavar="N", help="blocks of either pool, for prefill and decode "
                         f"(default: room for {FULL_CONTEXTS} contexts, at most 1 GiB)")
+    parser.add_argument("--compile", action="store_true", help="compile the model's pieces first: minutes on two cores")
 
 
 def add_http_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
             require_number(f"--{option.replace('_', '-')}", getattr(args, option), least=1, whole=True)
     listener = listen(args.host, args.port)  # before the model is loaded: a port that is taken is said at once
     model, tokenizer = load(args.model, getattr(torch, args.dtype), args.device)
+    if args.compile:
+        compile_and_warm_up(model, tokenizer)
     served = Served.of(args.model or EMBEDDED, model.config, tokenizer, args.chat_template)
     made = one_process(args, model, tokenizer)
     print(f"two pools of {human_bytes(made.workers[0].engine.kvcache.pool.bytes.nbytes)}, for prefill and for decode")

@@ -129,17 +129,35 @@ class Experts(nn.Module):
     def forward(self, tokens: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """`tokens` `[tokens, hidden]` through the experts `chosen` `[tokens, top_k]`, summed by `weights`.
 
-        The pairs of token and expert are sorted by expert, so that each expert that has tokens is two matrix products.
+        The pairs of token and expert are sorted by expert, so that each expert's rows lie together.
         """
-        top_k = chosen.shape[1]
-        order = chosen.flatten().argsort(stable=True)
-        counts = chosen.flatten().bincount(minlength=len(self.gate_up_proj)).tolist()
-        outputs = []
-        for expert, rows in enumerate((tokens[order // top_k]).split(counts)):
-            if len(rows):
-                gate, up = F.linear(rows, self.gate_up_proj[expert]).chunk(2, dim=-1)
-                outputs.append(F.linear(F.silu(gate) * up, self.down_proj[expert]))
+        experts, order = chosen.flatten().sort(stable=True)
+        rows = tokens[order // chosen.shape[1]]
+        outputs = self.all_at_once(rows, experts) if self.can_go_at_once else self.one_by_one(rows, experts)
         # Back to each token's own order before they are added: adding by index has no fixed order on a GPU.
-        by_token = torch.empty(len(order), tokens.shape[1], dtype=tokens.dtype, device=tokens.device)
-        by_token[order] = torch.cat(outputs)
-        return (by_token.unflatten(0, (-1, top_k)) * weights[..., None].to(tokens.dtype)).sum(dim=1)
+        by_token = torch.empty_like(outputs).index_copy_(0, order, outputs)
+        return (by_token.view(*chosen.shape, -1) * weights[..., None].to(tokens.dtype)).sum(dim=1)
+
+    def one_by_one(self, rows: Tensor, experts: Tensor) -> Tensor:
+        """`rows` `[pairs, hidden]` through their `experts` `[pairs]`, two matrix products for each that has any."""
+        outputs = []
+        for expert, of_expert in enumerate(rows.split(experts.bincount(minlength=len(self.gate_up_proj)).tolist())):
+            if len(of_expert):
+                gate, up = F.linear(of_expert, self.gate_up_proj[expert]).chunk(2, dim=-1)
+                outputs.append(F.linear(F.silu(gate) * up, self.down_proj[expert]))
+        return torch.cat(outputs)
+
+    def all_at_once(self, rows: Tensor, experts: Tensor) -> Tensor:
+        """The same in two products of groups. The host does not ask how many rows an expert has, so that a decode step
+        can be captured."""
+        numbers = torch.arange(len(self.gate_up_proj), device=rows.device)
+        ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
+        gate, up = F.grouped_mm(rows, self.gate_up_proj.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+        return F.grouped_mm(F.silu(gate) * up, self.down_proj.transpose(1, 2), offs=ends)
+
+    @property
+    def can_go_at_once(self) -> bool:
+        """Whether PyTorch has a kernel for it: on a GPU, in bfloat16, where a row is a multiple of 16 bytes."""
+        _, widths, hidden = self.gate_up_proj.shape
+        fits = hidden % 8 == 0 and widths // 2 % 8 == 0
+        return fits and self.gate_up_proj.is_cuda and self.gate_up_proj.dtype == torch.bfloat16
