@@ -10,7 +10,9 @@ import torch
 from minprfaas.config import StateKind
 from minprfaas.model.state import ContiguousState
 
-TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 1e-1}  # of the model that computes
+# By the model that computes. In bfloat16 either way is up to 0.15 of a row from float32 (the toy hybrid, 12 requests),
+# and two that round otherwise are so far from float32 each.
+TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 3e-1}
 
 
 class KVOracle:
@@ -20,8 +22,9 @@ class KVOracle:
     def __init__(self, model):
         self.model, self.wrong, self.compared = model, [], 0
 
-    def watch(self, kvcache):
-        """Compare what each request of this manager holds before its blocks are given back."""
+    def watch(self, kvcache, settle=lambda: None):
+        """Compare what each request of this manager holds before its blocks are given back. `settle`: of a runner that
+        keeps state elsewhere while it decodes."""
         advance, close, known = kvcache.advance, kvcache.close, {}
 
         def remember(cache, token_ids, has_state=True):
@@ -30,6 +33,7 @@ class KVOracle:
 
         def compare_and_close(cache):
             token_ids, has_state = known.pop(cache, ((), False))
+            settle()
             if token_ids and cache.is_exact:  # else its rows were rounded on the wire
                 self.compare(kvcache, cache, token_ids, has_state)
             close(cache)
@@ -58,8 +62,7 @@ class KVOracle:
                 self._compare(f"layer {layer} ({spec.kind.value}) of {len(token_ids)} tokens", ours, theirs)
 
     def _compare(self, where, ours, theirs):
-        """Rows differ that are a hundredth of their length apart (in bfloat16 a tenth): a whole pass rounds otherwise
-        than single steps."""
+        """Rows differ that are further apart than `TOLERANCE` of their length."""
         ours, theirs = ours.flatten(0, -2).double(), theirs.flatten(0, -2).double()
         lengths = theirs.norm(dim=1)
         apart = (ours - theirs).norm(dim=1) / lengths.clamp(min=1e-2 * lengths.max().item() + 1e-9)

@@ -16,6 +16,7 @@ from kv_oracle import KVOracle
 from minprfaas import SamplingParams, load
 from minprfaas.config import CacheConfig
 from minprfaas.engine.engine import Engine
+from minprfaas.engine.fast_runner import FastRunner
 from minprfaas.engine.request import Status
 from minprfaas.engine.sampling import sample
 from minprfaas.engine.scheduler import Scheduler
@@ -48,7 +49,8 @@ def new_engine(hybrid, blocks=100, prefill_chunk=16, prefix_cache=True, **option
 def watched(engine) -> Engine:
     """The engine; what its requests hold is compared with a forward pass over their tokens when they let go of it."""
     engine.oracle = KVOracle(engine.model)
-    engine.oracle.watch(engine.kvcache)
+    settle = engine.runner.settle if isinstance(engine.runner, FastRunner) else lambda: None
+    engine.oracle.watch(engine.kvcache, settle)
     return engine
 
 

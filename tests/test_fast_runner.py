@@ -3,11 +3,13 @@
 Chapter 05.
 """
 
+import copy
 import random
 from pathlib import Path
 
 import pytest
 import torch
+from kv_oracle import KVOracle
 
 from minprfaas import SamplingParams
 from minprfaas.config import CacheConfig
@@ -17,11 +19,11 @@ from minprfaas.engine.fast_runner import FastRunner, what_must_run_eagerly
 from minprfaas.engine.generate import pool_for
 from minprfaas.engine.request import Request
 from minprfaas.model.attention import attend
-from minprfaas.model.checkpoint import load_checkpoint
+from minprfaas.model.checkpoint import load, load_checkpoint
 from minprfaas.model.families import read_config
-from minprfaas.model.layers import Positions
+from minprfaas.model.layers import Positions, Projecting
 from minprfaas.model.paged_attention import (
-    attend_to_copied_pages, attend_to_pages, flash_can_read, merge_pages, page_index)
+    attend_to_copied_pages, attend_to_pages, flash_can_read, merge_pages, page_index, pieces_of_pages)
 from minprfaas.model.spec import Pages
 
 SAMPLED = dict(temperature=1.0, top_k=20, top_p=0.9)
@@ -33,6 +35,8 @@ FIXTURES = sorted(path.parent.name for path in PARITY.glob("*/config.json"))
 def answers(model, tokenizer, fast: bool, blocks: int = 60) -> tuple[list[list[int]], Engine]:
     """Tokens of six requests, greedy and sampled in turn, which end at different steps."""
     engine = Engine(model, tokenizer, CacheConfig(blocks, 8, snapshot_every=2), prefill_chunk=16, fast=fast)
+    oracle = KVOracle(model)
+    oracle.watch(engine.kvcache, engine.runner.settle if fast else lambda: None)
     rng, requests = random.Random(0), []
     for number, length in enumerate((5, 40, 17, 8, 64, 23)):
         params = SamplingParams(max_tokens=8 + 4 * number, seed=number, **(SAMPLED if number % 2 else {}))
@@ -41,6 +45,7 @@ def answers(model, tokenizer, fast: bool, blocks: int = 60) -> tuple[list[list[i
     while engine.has_work:
         engine.step()
         engine.kvcache.check()
+    assert oracle.compared >= 6 and not oracle.wrong, oracle.wrong[:3]
     return [request.token_ids for request in requests], engine
 
 
@@ -57,6 +62,13 @@ def test_steps_of_fixed_shape_give_the_eager_runners_tokens(models, family, devi
     assert tokens == expected
     assert isinstance(engine.runner, FastRunner) and len(engine.runner._steps) >= 3
     assert not engine.kvcache.pool.bytes[engine.kvcache.pool.null_block].any()
+
+
+@pytest.mark.gpu
+def test_delta_rules_by_graphs_draw_the_eager_runners_tokens(checkpoints, monkeypatch):
+    monkeypatch.setattr("minprfaas.engine.prefill_graphs.STEP_TOKENS", 16)  # as many as a chunk of this engine has
+    expected, _ = answers(*load(checkpoints["kimi_linear"], device="cuda"), fast=False)
+    assert answers(*load(checkpoints["kimi_linear"], device="cuda"), fast=True)[0] == expected
 
 
 def decoding(name: str, fast: bool, dtype: torch.dtype, device: str) -> tuple[Engine, list[Request]]:
@@ -78,7 +90,7 @@ def decoding(name: str, fast: bool, dtype: torch.dtype, device: str) -> tuple[En
 def step_logits(engine: Engine, requests: list[Request]) -> torch.Tensor:
     """The logits of a decode step, `[batch, vocab]`; every request gets the same next token."""
     seen = []
-    engine.runner._finish_step = lambda batch, logits, greedy: seen.append(logits.clone())
+    engine.runner._finish_step = lambda batch, logits, greedy: seen.append(logits.clone()) or [0] * len(batch)
     engine.runner.decode(requests)
     for request in requests:
         engine.kvcache.advance(request.cache, request.token_ids)
@@ -96,24 +108,45 @@ def test_a_step_of_fixed_shape_gives_every_familys_logits(name):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", FIXTURES)
 def test_every_family_is_captured_and_a_replay_is_the_step_it_was_captured_from(name):
-    """In bfloat16, in which a MoE's experts are one product; logits and every byte that the step leaves in the pool."""
+    """In bfloat16, in which a MoE's experts are one product: the same logits, and the same bytes in pool and state."""
     engine, requests = decoding(name, None, torch.bfloat16, "cuda")
     assert isinstance(engine.runner, FastRunner) and not what_must_run_eagerly(engine.model)
-    pool = engine.kvcache.pool.bytes
     step_logits(engine, requests)
     (step,) = engine.runner._steps.values()
-    captured = step.logits
-    for _ in range(3):
+    captured, live = step.logits, step.live.tensors.values()
+    touched = [engine.kvcache.pool.bytes, *(tensor for tensors in live for tensor in tensors)]
+    for turn in range(3):
         with torch.inference_mode():
-            before = pool.clone()
+            before = [tensor.clone() for tensor in touched]
             step.run(requests)
-            replayed, after = captured.clone(), pool.clone()
-            pool.copy_(before)
+            replayed, after = captured.clone(), [tensor.clone() for tensor in touched]
+            for tensor, earlier in zip(touched, before):
+                tensor.copy_(earlier)
             step._forward()
-        torch.testing.assert_close(step.logits[:3], replayed[:3], atol=2e-2, rtol=0)
-        assert (after != before).any() and (pool != after).float().mean() < 1e-3
+        assert torch.equal(step.logits[:3], replayed[:3])
+        for ours, theirs, earlier in zip(touched, after, before):
+            assert torch.equal(ours[:3], theirs[:3]) and (ours is not touched[0] or torch.equal(ours, theirs))
+            assert turn or not torch.equal(theirs, earlier), "the first step has changed every layer's state"
         step.logits = captured
         step_logits(engine, requests)
+
+
+def test_a_conversation_goes_on_from_the_state_that_a_decode_step_left_at_a_blocks_end(models):
+    """While an answer grows its state is kept at the latest boundary, for the next turn: it must be that of the batch's
+    rows, not what the blocks held when decoding began."""
+    model, tokenizer = models["kimi_linear"]
+    found, oracle = [], KVOracle(model)
+    for fast in (False, True):
+        engine, token_ids = Engine(model, tokenizer, CacheConfig(60, 8), prefill_chunk=16, fast=fast), []
+        oracle.watch(engine.kvcache, engine.runner.settle if fast else lambda: None)
+        for turn in ([3] * 20, [7] * 5):
+            request = engine.add(engine.request("0", token_ids + turn, SamplingParams(max_tokens=15, ignore_eos=True)))
+            while engine.has_work:
+                engine.step()
+            token_ids = list(request.token_ids)
+        found.append((token_ids, request.cached_tokens))
+    assert found[0] == found[1] and found[0][1] >= 32, "the second turn began inside the first answer"
+    assert oracle.compared == 4 and not oracle.wrong, oracle.wrong
 
 
 def test_steps_of_fixed_shape_survive_preemption(models):
@@ -175,18 +208,50 @@ def test_attention_page_by_page_is_attention(heads, kv_heads):
     torch.testing.assert_close(merge_pages(*outputs), expected)
 
 
+@pytest.mark.parametrize("pieces", [1, 2, 4])
+def test_pieces_of_pages_are_a_requests_rows_in_their_order(pieces):
+    pages, _, _ = paged([1, 16, 17, 50], kv_heads=1, dim=2)
+    index, rows = page_index(pages, 3, pieces), pages.view.flatten(0, 1)
+    first_rows = index.first_rows[:-1].view(4, -1)
+    for begins, counts, length, table in zip(first_rows, index.row_counts, pages.lengths, pages.block_table):
+        read = torch.cat([rows[begin:begin + count] for begin, count in zip(begins, counts)])
+        assert torch.equal(read, pages.view[table].flatten(0, 1)[:length])
+    assert index.first_queries.tolist() == list(range(0, 3 * first_rows.numel() + 1, 3))
+
+
+def test_few_pages_are_read_in_pieces_and_many_whole():
+    pages = Pages(torch.zeros(9, 256, 4), torch.zeros(1, 4, dtype=torch.int64), torch.tensor([1000]))
+    assert [pieces_of_pages(pages, kv_heads) for kv_heads in (1, 8, 16, 32)] == [4, 4, 2, 1]
+    assert pieces_of_pages(pages._replace(view=torch.zeros(9, 64, 4)), 1) == 1
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("block_tokens", [16, 64, 256])
+@pytest.mark.parametrize("block_tokens, pieces", [(16, 1), (64, 1), (256, 1), (256, 4)])
 @pytest.mark.parametrize("heads, kv_heads, dim", [(4, 4, 64), (32, 8, 128), (6, 1, 256)])
-def test_the_flash_kernel_reads_each_page_and_nothing_beyond_it(heads, kv_heads, dim, block_tokens):
+def test_the_flash_kernel_reads_each_page_and_nothing_beyond_it(heads, kv_heads, dim, block_tokens, pieces):
     """Every row of the pool that is no request's is NaN: one that was read would show."""
     lengths = [1, 700, 64, 65, 255]
     pages, k, v = paged(lengths, kv_heads, dim, torch.bfloat16, "cuda", block_tokens)
     assert flash_can_read(pages.view, dim, kv_heads)
     q = torch.randn(len(lengths), 1, heads, dim, device="cuda", dtype=torch.bfloat16)
-    out = merge_pages(*attend_to_pages(q, pages.view, page_index(pages, heads // kv_heads), dim**-0.5))
+    out = merge_pages(*attend_to_pages(q, pages.view, page_index(pages, heads // kv_heads, pieces), dim**-0.5))
     exact = attend(q.double(), k.double(), v.double(), Positions(pages.lengths - 1, 1), dim**-0.5)
     assert ((out.double() - exact).norm() / exact.norm()).item() < 1e-2
+
+
+@pytest.mark.parametrize("family", ["llama", "kimi_linear"])
+def test_joined_projections_give_what_they_gave_and_share_their_weights(models, family):
+    model, token_ids = copy.deepcopy(models[family][0]), torch.arange(1, 40)[None]
+    joined = [module for module in model.modules() if isinstance(module, Projecting)]
+    with torch.no_grad():
+        apart = model(token_ids)
+        for module in joined:
+            module.join(*module.JOINED)
+        torch.testing.assert_close(model(token_ids), apart, atol=1e-4, rtol=0)
+        for module in joined:
+            module.get_submodule(module.JOINED[-1]).weight.zero_()
+        assert (model(token_ids) - apart).abs().max() > 0.1, "the whole is made of the weights themselves"
+    assert len(joined) > len(model.model.layers)
 
 
 def test_a_model_with_a_part_that_is_not_known_runs_eagerly(models):

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minprfaas.engine import prefill_graphs
+from minprfaas.engine.prefill_graphs import GraphedDeltaRule
 from minprfaas.model.delta import delta_rule_chunked, delta_rule_recurrent, delta_rule_step
 from minprfaas.model.kda import KDA, KDAConfig
 from minprfaas.model.layers import Positions
@@ -52,8 +54,28 @@ def test_the_chunked_form_equals_the_recurrence_however_strong_the_decay(tokens,
 def test_the_decode_form_equals_the_recurrence_of_one_token(decay, of_channels):
     q, k, v, g, beta, memory = inputs(1, decay)
     arguments = q, k, v, g if of_channels else g[..., :1], beta, memory
-    for step, recurrence in zip(delta_rule_step(*arguments), delta_rule_recurrent(*arguments)):
+    steps = delta_rule_step(*arguments[:-1], arguments[-1].clone())  # which puts the new memory in the old one's place
+    for step, recurrence in zip(steps, delta_rule_recurrent(*arguments)):
         torch.testing.assert_close(step, recurrence, **CLOSE)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_graph_gives_the_delta_rule_of_every_pass_that_fits_into_it(monkeypatch, device):
+    """A shorter pass comes after a longer one in the same graph, whose tokens must be gone from it."""
+    monkeypatch.setattr(prefill_graphs, "STEP_TOKENS", 128)
+    graphs = {}
+    rule = GraphedDeltaRule(delta_rule_chunked, graphs, torch.cuda.graph_pool_handle() if device == "cuda" else None)
+    for tokens in (128, 65, 100, 200, 64):
+        arguments = inputs(tokens, 0.3, batch=1, device=device)
+        outputs, after, before = delta_rule_chunked(*arguments)
+        with torch.inference_mode():
+            given = rule(*arguments)
+        torch.testing.assert_close(given[0], outputs, **CLOSE)
+        torch.testing.assert_close(given[1], after, **CLOSE)
+        torch.testing.assert_close(given[2][:, :, :before.shape[2]], before, **CLOSE)
+    assert [room for _, room, *_ in graphs] == [128, 256]
+    rule(*inputs(30, 0.3, batch=1)), rule(*inputs(128, 0.3, batch=2))
+    assert len(graphs) == 2, "short and shared passes go as they were"
 
 
 def test_a_decay_of_minus_1000_a_token_forgets_everything_but_the_token_itself():

@@ -1,13 +1,18 @@
 """What is kept of a request's KVCache when its stream breaks off, and that a lost row is noticed. Chapters 08, 14."""
 
 import pytest
+import torch
 from kv_oracle import KVOracle
 from test_two_datacenters import GREEDY, prompts_of
 from world import World
 
+from minprfaas.cluster.kv_receive import KVReceive
 from minprfaas.cluster.messages import Abort
+from minprfaas.cluster.stream_plans import stream_plan
 from minprfaas.config import CacheConfig, StateKind
-from minprfaas.engine.engine import Engine
+from minprfaas.engine.engine import Engine, model_layout
+from minprfaas.kvcache.manager import KVCacheManager
+from minprfaas.transport.loopback import Loopback
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +55,31 @@ def test_the_oracle_of_these_tests_notices_one_row_that_differs(models, family, 
         engine.abort(request)
         assert oracle.compared == 1 + damaged and bool(oracle.wrong) == damaged, oracle.wrong
     assert f"layer {layer} ({kind.value})" in oracle.wrong[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["kimi_linear", "qwen3"])
+def test_what_comes_over_a_link_is_written_while_the_models_stream_is_busy(models, family):
+    kvcache = KVCacheManager(model_layout(models[family][0], 16), CacheConfig(40, 16), "cuda", b"")
+    cache, transport = kvcache.open([1] * 100), Loopback()
+    kvcache.reserve(cache, 100)
+    for number in (1, 2):  # the first loads the kernels, for which a device may have to be idle
+        plan = stream_plan(kvcache.layout, number, 0, 100)
+        receive, stream, sent = KVReceive(kvcache, transport, plan, cache.block_tables), transport.open(plan), {}
+        if number == 2:
+            torch.cuda._sleep(2**31)  # about a second: a decode step that runs
+        step = torch.cuda.current_stream().record_event()
+        for entry in plan.entries:
+            spec = kvcache.layout.specs[entry.layer]
+            size = spec.nbytes * 100 if spec.kind is StateKind.TOKEN else spec.nbytes
+            sent[entry.layer] = torch.randint(256, (size,), dtype=torch.uint8)
+            stream.put(entry.layer, 0, 100, sent[entry.layer])
+        done = transport.events.get(timeout=10)
+    assert not step.query(), "the pieces have waited for the step"
+    receive.arrived(done.report)
+    for layer, data in sent.items():
+        table = cache.block_tables[kvcache.layout.group_of_layer[layer].index]
+        assert torch.equal(kvcache.pool.read_bytes(layer, table, 0, 100).flatten().cpu(), data)
 
 
 def test_a_prefill_ends_at_once_when_its_decode_node_gives_it_up_and_at_nobody_elses_word(models):

@@ -107,5 +107,5 @@ def test_a_snapshot_inside_a_pass_is_the_state_of_a_pass_that_ends_there(name):
 
 def test_lings_decay_is_bounded():
     mixer, x = built("kda, bounded")
-    decay = mixer._log_decay(100 * x)
+    decay = mixer._log_decay(100 * mixer.get_submodule(mixer.JOINED[3])(x))
     assert decay.min() >= -5.0 and decay.min() < -4.9 and decay.max() <= 0

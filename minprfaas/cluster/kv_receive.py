@@ -24,6 +24,10 @@ class KVReceive:
         self._pool, self._layout = kvcache.pool, kvcache.layout
         self._transport, self._tables = transport, tables
         self._codecs = codecs(kvcache.layout.specs, plan)
+        self._written: torch.cuda.Event | None = None
+        if self._pool.device.type == "cuda":
+            self._beside_model = torch.cuda.Stream(self._pool.device, priority=-1)
+            self._reserved = torch.cuda.current_stream(self._pool.device).record_event()  # and zeroed
         transport.expect(plan, self._write)
 
     @property
@@ -33,10 +37,28 @@ class KVReceive:
 
     def _write(self, layer: int, start: int, end: int, data: torch.Tensor) -> None:
         """The sink: runs on the transport's thread while the model computes on other blocks."""
+        if self._pool.device.type == "cuda":
+            self._write_beside_model(layer, start, end, data)
+        else:
+            self._write_into_blocks(layer, start, end, data)
+        self.received_bytes += data.numel()
+
+    def _write_beside_model(self, layer: int, start: int, end: int, data: torch.Tensor) -> None:
+        """On the model's CUDA stream each copy would wait for the decode step that runs, so that KVCache would arrive
+        no faster than a few pieces a step. What lies on a GPU comes in a stream of its sender's."""
+        is_on_host = not data.is_cuda
+        with torch.cuda.stream(self._beside_model if is_on_host else None):
+            stream = torch.cuda.current_stream(self._pool.device)
+            stream.wait_event(self._reserved)
+            self._write_into_blocks(layer, start, end, data)
+            self._written = stream.record_event()
+        if is_on_host:
+            self._written.synchronize()  # the transport fills this memory anew
+
+    def _write_into_blocks(self, layer: int, start: int, end: int, data: torch.Tensor) -> None:
         group, codec = self._layout.group_of_layer[layer], self._codecs.get(layer)
         rows = data if codec is None else codec.decode(data.to(self._pool.device))
         self._pool.write_bytes(layer, self._tables[group.index], start, end, rows)
-        self.received_bytes += data.numel()
 
     @property
     def has_arrived(self) -> bool:
@@ -44,7 +66,9 @@ class KVReceive:
         return self.report is not None
 
     def arrived(self, report: ArrivalReport) -> None:
-        """Every byte of the plan is in its block."""
+        """Every byte of the plan is in its block, for whatever the model's thread computes from here on."""
+        if self._written is not None:
+            torch.cuda.current_stream(self._pool.device).wait_event(self._written)
         self.received_bytes, self.report = report.bytes, report
 
     def give_up(self) -> int | None:

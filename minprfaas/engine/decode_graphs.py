@@ -4,23 +4,26 @@ A step has a *bucket*: a number of requests and of pages for each, both rounded 
 to step (tokens, lengths, block tables) is one small tensor on the device, which the host overwrites before it replays
 the graph; rows without a request point at the pool's scratch block. So a step costs one copy to the device, one launch
 and one wait for the tokens, whatever the model does inside. Without CUDA the same step runs uncaptured.
+
+State of one size is kept out of its blocks while its request decodes: reading it from there and writing it back would
+take a step of many requests as long again as computing with it.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from minprfaas.config import StateKind
 from minprfaas.engine.request import Request
 from minprfaas.kvcache.layout import KVGroup
-from minprfaas.kvcache.pool import BlockPool
+from minprfaas.kvcache.pool import BlockPool, put_rows
+from minprfaas.kvcache.request_cache import RequestCache
 from minprfaas.model.paged_attention import (
-    PageIndex, PageOutputs, attend_to_copied_pages, attend_to_pages, flash_can_read, page_index)
+    PageIndex, PageOutputs, attend_to_copied_pages, attend_to_pages, flash_can_read, page_index, pieces_of_pages)
 from minprfaas.model.spec import Pages, TokenContext
 from minprfaas.model.transformer import Transformer
 
-LEAST_PAGES = 8
+LEAST_PAGES = 4
 
 
 def bucket_of(requests: int, pages: int) -> tuple[int, int]:
@@ -38,10 +41,9 @@ class StepTables:
         self.layout, self.batch, self.pages = pool.layout, batch, pages
         self.columns: dict[int, slice] = {}  # of each group's block table
         width = 2
-        for group in pool.layout.groups:
-            columns = pages if group.spec.kind is StateKind.TOKEN else group.state_blocks
-            self.columns[group.index] = slice(width, width + columns)
-            width += columns
+        for group in pool.layout.token_groups:
+            self.columns[group.index] = slice(width, width + pages)
+            width += pages
         self.host = torch.full((batch, width), pool.scratch_block, dtype=torch.int64,
                                pin_memory=pool.device.type == "cuda")
         self.host[:, :2] = 0  # a row without a request: token 0 at position 0, which attends to itself
@@ -51,7 +53,7 @@ class StepTables:
         self.tokens, self.start = self.device[:, :1], self.device[:, 1]
 
     def table(self, group: KVGroup) -> torch.Tensor:
-        """A group's block table `[batch, pages or state_blocks]`."""
+        """A token group's block table `[batch, pages]`."""
         return self.device[:, self.columns[group.index]]
 
     def fill(self, requests: Sequence[Request]) -> None:
@@ -79,17 +81,66 @@ class StepTables:
                 self.host[row, columns.start:columns.start + len(blocks)] = torch.frombuffer(blocks, dtype=torch.int64)
 
 
+class LiveState:
+    """The request-level state of the batch that decodes: row r of each layer's tensors is request r's, and steps change
+    it in its place. The request's blocks fall behind; `settle` brings them up to date, which whoever reads them needs.
+    """
+
+    def __init__(self, pool: BlockPool, most_requests: int):
+        self.pool = pool
+        self.tensors = {
+            layer: tuple(torch.zeros(most_requests, *tensor.shape, dtype=tensor.torch_dtype, device=pool.device)
+                         for tensor, _ in places)
+            for group in pool.layout.request_groups for layer, places in group.places.items()}
+        self._caches: list[RequestCache] = []
+
+    def arranged(self, batch: Sequence[Request]) -> list[Request]:
+        """The batch in an order in which as many requests as can keep their rows."""
+        of_cache = {request.cache: request for request in batch}
+        stayed = [of_cache.pop(cache, None) for cache in self._caches[:len(batch)]]
+        others = iter(of_cache.values())
+        return [request or next(others) for request in stayed] + list(others)
+
+    def hold(self, caches: list[RequestCache]) -> None:
+        """Make the rows those of a batch: who left gets its blocks written, who came is read from its own."""
+        if caches == self._caches:
+            return
+        before = {cache: row for row, cache in enumerate(self._caches)}
+        self.settle([row for cache, row in before.items() if cache not in caches])
+        moved = [(before[cache], row) for row, cache in enumerate(caches) if before.get(cache, row) != row]
+        if moved:
+            sources, targets = torch.tensor(moved, device=self.pool.device).unbind(1)
+            for held in (held for tensors in self.tensors.values() for held in tensors):
+                held.index_copy_(0, targets, held.index_select(0, sources))
+        self._caches = list(caches)
+        for layer, places, rows in self._places([row for row, cache in enumerate(caches) if cache not in before]):
+            for held, read in zip(self.tensors[layer], self.pool.read_state(layer, places)):
+                held.index_copy_(0, rows, read)
+
+    def settle(self, rows: Sequence[int]) -> None:
+        """Write these rows into their requests' blocks, as far as those are the requests' still."""
+        for layer, places, rows in self._places([row for row in rows if not self._caches[row].closed]):
+            self.pool.write_state(layer, places, *(held.index_select(0, rows) for held in self.tensors[layer]))
+
+    def _places(self, rows: list[int]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Each layer, the pool's rows with its state of the requests in `rows`, and `rows` on the device."""
+        for group in self.pool.layout.request_groups if rows else ():
+            tables = torch.tensor([list(self._caches[row].block_tables[group.index]) for row in rows])
+            places = self.pool.state_rows(group, tables.to(self.pool.device))
+            on_device = torch.tensor(rows, device=self.pool.device)
+            for layer in group.layers:
+                yield layer, places, on_device
+
+
 class StepState:
     """The state of one bucket's requests (implements `ModelState`): what `PagedState` is, without one shape or number
     that depends on the requests."""
 
     new = None
 
-    def __init__(self, pool: BlockPool, tables: StepTables):
-        self.pool, self.tables, self.start = pool, tables, tables.start
+    def __init__(self, pool: BlockPool, tables: StepTables, live: LiveState):
+        self.pool, self.tables, self.live, self.start = pool, tables, live, tables.start
         self._slots: dict[int, tuple] = {}  # by group, made once a step and shared by its layers
-        self.state_rows = {group.index: pool.state_rows(group, tables.table(group))
-                           for group in pool.layout.request_groups}
         self._indexes: dict[tuple, tuple] = {}
 
     def layer(self, index: int) -> "StepLayer":
@@ -104,11 +155,11 @@ class StepState:
             self._slots[group.index] = (blocks, self.start % size)
         return self._slots[group.index]
 
-    def index(self, group: KVGroup, pages: Pages, groups: int) -> PageIndex:
-        """Where the pages lie, for mixers with `groups` query heads for each KV head."""
-        if (group.index, groups) not in self._indexes:
-            self._indexes[group.index, groups] = page_index(pages, groups)
-        return self._indexes[group.index, groups]
+    def index(self, group: KVGroup, pages: Pages, groups: int, pieces: int) -> PageIndex:
+        """Where the pieces of pages lie, for mixers with `groups` query heads for each KV head."""
+        if (group.index, groups, pieces) not in self._indexes:
+            self._indexes[group.index, groups, pieces] = page_index(pages, groups, pieces)
+        return self._indexes[group.index, groups, pieces]
 
 
 class StepLayer:
@@ -123,54 +174,43 @@ class StepLayer:
         """Store `rows` `[batch, 1, width]`; returns the context, as long as the bucket has room for."""
         state, view = self.state, self.state.pool.token_view(self.index)
         blocks, offsets = state.slots(self.group)
-        view[blocks, offsets] = rows[:, 0]
+        put_rows(view, blocks, offsets, rows[:, 0])
         pages = Pages(view, state.tables.table(self.group), state.start + 1)
 
         def attend(q: torch.Tensor, scale: float, kv_heads: int) -> PageOutputs:
-            index = state.index(self.group, pages, groups=q.shape[2] // kv_heads)
+            groups = q.shape[2] // kv_heads
             if flash_can_read(view, q.shape[3], kv_heads):
+                index = state.index(self.group, pages, groups, pieces_of_pages(pages, kv_heads))
                 return attend_to_pages(q, view, index, scale)
-            return attend_to_copied_pages(q, pages, index.row_counts, scale, kv_heads)
+            row_counts = state.index(self.group, pages, groups, pieces=1).row_counts
+            return attend_to_copied_pages(q, pages, row_counts, scale, kv_heads)
 
         return TokenContext(pages, state.tables.pages * view.shape[1], attend)
 
     def load(self) -> tuple[torch.Tensor, ...]:
         """The layer's tensors, each `[batch, *shape]`; a decoding request has had a token before."""
-        return self.state.pool.read_state(self.index, self.state.state_rows[self.group.index])
+        return tuple(tensor[:self.state.tables.batch] for tensor in self.state.live.tensors[self.index])
 
     def store(self, *tensors: torch.Tensor) -> None:
-        """Replace what `load` returned."""
-        self.state.pool.write_state(self.index, self.state.state_rows[self.group.index], *tensors)
+        """Replace what `load` returned; a mixer may have done that in its place."""
+        for held, tensor in zip(self.load(), tensors, strict=True):
+            if tensor.data_ptr() != held.data_ptr():
+                held.copy_(tensor)
 
 
 class DecodeStep:
-    """The step of one bucket. `run` replays it; where there is no CUDA it computes it."""
+    """The step of one bucket. `run` replays it; where there is no CUDA it computes it. To capture it is to compute it
+    with whatever `live` holds."""
 
-    def __init__(self, model: Transformer, pool: BlockPool, batch: int, pages: int,
+    def __init__(self, model: Transformer, pool: BlockPool, live: LiveState, batch: int, pages: int,
                  memory: tuple[int, int] | None):
-        self.model, self.pool = model, pool
+        self.model, self.pool, self.live = model, pool, live
         self.tables = StepTables(pool, batch, pages)
-        self.graph: torch.cuda.CUDAGraph | None = None
-        if pool.device.type == "cuda":
-            self._capture(memory)
+        self.graph = captured(self._forward, pool.device, memory) if pool.device.type == "cuda" else None
 
     def _forward(self) -> None:
-        self.logits = self.model(self.tables.tokens, StepState(self.pool, self.tables), last_only=True)[:, 0]
+        self.logits = self.model(self.tables.tokens, StepState(self.pool, self.tables, self.live), last_only=True)[:, 0]
         self.greedy = self.logits.argmax(dim=-1)
-
-    def _capture(self, memory: tuple[int, int] | None) -> None:
-        """Warm up beside the current stream (libraries set themselves up, pieces are compiled), then record."""
-        beside = torch.cuda.Stream(self.pool.device)
-        beside.wait_stream(torch.cuda.current_stream(self.pool.device))
-        with torch.cuda.stream(beside):
-            for _ in range(2):
-                self._forward()
-        torch.cuda.current_stream(self.pool.device).wait_stream(beside)
-        self.graph = torch.cuda.CUDAGraph()
-        # The stream is named because the default one belongs to the first GPU. Other threads use the device meanwhile
-        # (KVCache leaves and arrives): only what this one does may spoil the capture.
-        with torch.cuda.graph(self.graph, pool=memory, stream=beside, capture_error_mode="thread_local"):
-            self._forward()
 
     def run(self, requests: Sequence[Request]) -> None:
         """Begin the step: afterwards `greedy` `[batch]` and `logits` `[batch, vocab]` are on their way."""
@@ -179,3 +219,19 @@ class DecodeStep:
             self._forward()
         else:
             self.graph.replay()
+
+
+def captured(compute: Callable[[], None], device: torch.device, memory: tuple[int, int]) -> torch.cuda.CUDAGraph:
+    """`compute` as a graph, out of the pool `memory`. It is run twice beside the current stream (libraries set
+    themselves up, pieces are compiled), then recorded."""
+    beside, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    beside.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(beside):
+        for _ in range(2):
+            compute()
+    torch.cuda.current_stream(device).wait_stream(beside)
+    # The stream is named because the default one belongs to the first GPU. Other threads use the device meanwhile
+    # (KVCache leaves and arrives): only what this one does may spoil the capture.
+    with torch.cuda.graph(graph, pool=memory, stream=beside, capture_error_mode="thread_local"):
+        compute()
+    return graph

@@ -48,7 +48,7 @@ class Engine:
         # The scheduler's own queues, to look at.
         self.waiting, self.prefilling = self.scheduler.waiting, self.scheduler.prefilling
         self.running = self.scheduler.running
-        self.runner = runner_for(model, self.kvcache, clock, timeline, fast)
+        self.runner = runner_for(model, self.kvcache, clock, timeline, fast, max_batch)
         self.computed_s, self.prefilled_tokens, self.decoded_tokens = 0.0, 0, 0  # so far
         self._texts: dict[Request, StreamedText] = {}
 

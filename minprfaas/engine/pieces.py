@@ -28,10 +28,10 @@ def compiled(function: Callable, tune: bool) -> Callable:
     return torch.compile(function, options=OPTIONS if tune else None)
 
 
-def compile_pieces(model: Transformer) -> None:
+def compile_pieces(model: torch.nn.Module) -> None:
     """Put the compiled form of every piece in its place, in this model only. Harmless when repeated."""
     torch._dynamo.config.recompile_limit = 64  # a piece meets as many shapes as there are kinds of layer and phases
-    tune = model.device.type == "cuda"
+    tune = next(model.parameters()).is_cuda
     for module in list(model.modules()):
         for name in getattr(type(module), "PIECES", ()):
             if isinstance(part := getattr(module, name), torch.nn.Module):

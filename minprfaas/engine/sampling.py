@@ -55,7 +55,12 @@ def sample_batch(logits: Tensor, greedy: Tensor, each: Sequence[tuple[SamplingPa
     if drawn:
         rows = torch.tensor(list(drawn)).to(greedy.device)
         greedy = greedy.index_copy(0, rows, torch.stack(list(drawn.values())))
-    return greedy.tolist()
+    on_host = greedy.to("cpu", non_blocking=True)
+    if greedy.is_cuda:
+        # Into pinned memory, and waited for here: a copy into other memory holds CUDA's lock until the step has run, so
+        # that each call of the threads to which KVCache arrives would take a step.
+        torch.cuda.current_stream(greedy.device).synchronize()
+    return on_host.tolist()
 
 
 def _draw(logits: Tensor, params: SamplingParams, position: int) -> Tensor:

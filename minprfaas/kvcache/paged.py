@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from minprfaas.kvcache.layout import KVGroup
-from minprfaas.kvcache.pool import BlockPool
+from minprfaas.kvcache.pool import BlockPool, put_rows
 from minprfaas.model.spec import Pages, TokenContext
 
 
@@ -82,7 +82,7 @@ class PagedLayer:
         """Store `rows` `[batch, new, width]` in the reserved blocks; returns the whole context."""
         new, view = rows.shape[1], self.state.pool.token_view(self.index)
         where = self.state.token_index(self.group, new)
-        view[where.new_blocks, where.new_offsets] = rows
+        put_rows(view, where.new_blocks, where.new_offsets, rows)
         longest = max(self.state.starts) + new
         return TokenContext(Pages(view, where.block_table, self.state.start + new), longest)
 

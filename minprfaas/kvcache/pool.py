@@ -32,6 +32,7 @@ class BlockPool:
         except RuntimeError as error:
             raise UserError(f"a KVCache pool of {num_blocks:,} blocks of {layout.block_bytes:,} bytes does not fit on "
                             f"{device}: {str(error).splitlines()[0]}") from None
+        self._words = self.bytes.view(torch.int64)  # a kernel that follows an index takes as long for every element
         self.bytes[num_blocks:] = 0  # the others hold whatever was there: `zero` cleans one when it is handed out
 
     # Token state
@@ -52,7 +53,7 @@ class BlockPool:
                              f"they must be {view.dtype} [tokens, {view.shape[2]}]")
         blocks, first = self._blocks_between(block_table, start, start + len(rows))
         positions, size = torch.arange(first, first + len(rows), device=self.device), self.layout.block_tokens
-        view[blocks[positions // size], positions % size] = rows.to(self.device)
+        put_rows(view, blocks[positions // size], positions % size, rows.to(self.device))
 
     def read_tokens(self, layer: int, block_table: Sequence[int], start: int, end: int) -> torch.Tensor:
         """The rows of positions `start` to `end`, `[end - start, width]`, copied out of their blocks."""
@@ -125,16 +126,25 @@ class BlockPool:
     def zero(self, blocks: Sequence[int]) -> None:
         """Fill blocks with zeros: a fresh token block is read beyond its last row, and old bytes may read as NaN."""
         if blocks:
-            self.bytes.index_fill_(0, self._index(blocks), 0)
+            self._words.index_fill_(0, self._index(blocks), 0)
 
     def copy(self, source: Sequence[int], target: Sequence[int]) -> None:
         """Copy whole blocks, pairwise."""
-        self.bytes.index_copy_(0, self._index(target), self.bytes.index_select(0, self._index(source)))
+        self._words.index_copy_(0, self._index(target), self._words.index_select(0, self._index(source)))
 
     def _index(self, blocks: Sequence[int]) -> torch.Tensor:
         if blocks and not (0 <= min(blocks) and max(blocks) < self.num_blocks):
             raise ValueError(f"block table {list(blocks)} names a block outside 0 to {self.num_blocks - 1}")
         return torch.tensor(blocks, dtype=torch.int64, device=self.device)
+
+
+def put_rows(view: torch.Tensor, blocks: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor) -> None:
+    """`view[blocks, offsets] = rows`, by words of eight bytes where rows are whole words (32 MiB on an H100: 34 us, and
+    111 by elements of bfloat16)."""
+    if all(tensor.shape[-1] * tensor.element_size() % 8 == 0 == tensor.storage_offset() * tensor.element_size() % 8
+           for tensor in (view, rows)):
+        view, rows = view.view(torch.int64), rows.contiguous().view(torch.int64)
+    view[blocks, offsets] = rows
 
 
 def _typed(data: torch.Tensor, tensor: TensorSpec) -> torch.Tensor:

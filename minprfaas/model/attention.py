@@ -22,6 +22,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, positions: Positions, scale: float) 
     """
     batch, new, heads = q.shape[:3]
     context, v_dim = k.shape[1], v.shape[-1]
+    if q.is_cuda:
+        k, v = _aligned(k), _aligned(v)
     if batch == 1 and new > 1 and _kernels_can_take(q):
         return _attend_by_kernels(q, k, v, scale)
     if v_dim < q.shape[-1]:  # the fused kernels want one width; the others build the whole score matrix
@@ -48,6 +50,12 @@ def fused(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
     more, and fails on some masks."""
     with sdpa_kernel(NOT_CUDNN) if q.is_cuda else nullcontext():
         return F.scaled_dot_product_attention(q, k, v, **options)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """`x`, copied where its rows do not all begin at a multiple of 16 bytes: a GPU's kernels read so many at once."""
+    steps = (*x.stride()[:-1], x.storage_offset())
+    return x.contiguous() if any(step * x.element_size() % 16 for step in steps) else x
 
 
 def _kernels_can_take(q: Tensor) -> bool:

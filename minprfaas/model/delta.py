@@ -10,6 +10,7 @@ reference. `delta_rule_step` computes the same for one token with fewer passes o
 `delta_rule_chunked` computes it for whole chunks with matrix products: the prefill form.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,15 +21,16 @@ CHUNK_TOKENS = 64  # the prefill form holds the memory at every multiple of this
 
 
 def delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, memory: Tensor,
-               is_token: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+               is_token: Tensor | None = None, chunked: Callable | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The quicker of the forms below: outputs, memory after, and memory before each chunk (None for one token). Where
-    `is_token` `[batch, tokens]` is false stands padding, which neither writes nor decays."""
+    `is_token` `[batch, tokens]` is false stands padding, which neither writes nor decays. `chunked` may be another
+    way to compute `delta_rule_chunked`."""
     if is_token is not None:
         g, beta = g * is_token[..., None, None], beta * is_token[..., None]
     with torch.autocast(q.device.type, enabled=False):  # the memory's sums need float32
         if q.shape[1] == 1:  # decode: one token crosses no chunk's boundary
             return *delta_rule_step(q, k, v, g, beta, memory), None
-        return delta_rule_chunked(q, k, v, g, beta, memory)
+        return (chunked or delta_rule_chunked)(q, k, v, g, beta, memory)
 
 
 def delta_rule_recurrent(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor,
@@ -52,16 +54,21 @@ def delta_rule_recurrent(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tenso
 
 def delta_rule_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
     """The same function as `delta_rule_recurrent` of one token. Both products are with the memory S as it was, because
-    `(diag(exp(g)) S)^T x = S^T (exp(g) x)`: nothing waits for the new memory, which is written once."""
+    `(diag(exp(g)) S)^T x = S^T (exp(g) x)`: nothing waits for the new memory, which is written once, and in the old
+    one's place unless a gradient is wanted."""
     q, k, v, kept = q[:, 0], k[:, 0], v[:, 0], g[:, 0].exp()
     delta = (v - torch.einsum("bhkv,bhk->bhv", memory, kept * k)) * beta[:, 0, :, None]
     out = torch.einsum("bhkv,bhk->bhv", memory, kept * q) + (q * k).sum(dim=-1, keepdim=True) * delta
-    return out[:, None], torch.addcmul(kept[..., None] * memory, k[..., None], delta[:, :, None])
+    if any(tensor.requires_grad for tensor in (q, k, v, kept, delta, memory)):
+        return out[:, None], torch.addcmul(kept[..., None] * memory, k[..., None], delta[:, :, None])
+    return out[:, None], memory.mul_(kept[..., None]).addcmul_(k[..., None], delta[:, :, None])
 
 
 def delta_rule_chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, memory: Tensor,
-                       chunk: int = CHUNK_TOKENS, sub_chunk: int = 8) -> tuple[Tensor, Tensor, Tensor]:
-    """The same function as `delta_rule_recurrent` (same arguments), `chunk` tokens at a time.
+                       chunk: int = CHUNK_TOKENS, sub_chunk: int = 8, parts_of: Callable | None = None
+                       ) -> tuple[Tensor, Tensor, Tensor]:
+    """The same function as `delta_rule_recurrent` (same arguments), `chunk` tokens at a time; `parts_of` may be
+    `chunk_parts` compiled.
 
     Returns the outputs, the memory after the last token, and the memory before each chunk
     `[batch, heads, chunks, key_dim, value_dim]`. `chunk` is `sub_chunk` times a power of two.
@@ -69,7 +76,7 @@ def delta_rule_chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor,
     Inside a chunk the delta rule is a unit lower-triangular system. Its inverse is made for all chunks at once, so that
     the one loop, from chunk to chunk, is two matrix products long.
     """
-    parts = chunk_parts(q, k, v, g, beta, chunk, sub_chunk)
+    parts = (parts_of or chunk_parts)(q, k, v, g, beta, chunk, sub_chunk)
     before, values, after = _carry_through(parts, memory)
     return chunk_outputs(parts, before, values)[:, :q.shape[1]], after, before
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from minprfaas.config import MAX_HEAD_SIZE, RopeConfig, StateKind, require_sizes
 from minprfaas.errors import UserError
 from minprfaas.model.attention import attend
-from minprfaas.model.layers import Positions, RMSNorm, apply_rotary
+from minprfaas.model.layers import Positions, Projecting, RMSNorm, apply_rotary
 from minprfaas.model.paged_attention import merge_pages
 from minprfaas.model.spec import LayerState, StateSpec, TensorSpec
 from minprfaas.model.window import attend_window, pass_through_window, window_spec
@@ -60,10 +60,11 @@ class GQAConfig:
         return GQA(self, hidden_size, norm_eps)
 
 
-class GQA(nn.Module):
+class GQA(Projecting):
     """Keys are stored rotated, so that decode never touches old positions again."""
 
     PIECES = ("project", "output")
+    JOINED = ("q_proj", "k_proj", "v_proj")
 
     def __init__(self, config: GQAConfig, hidden_size: int, norm_eps: float):
         super().__init__()
@@ -100,11 +101,11 @@ class GQA(nn.Module):
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """The queries `[batch, new, heads, dim]`, the rows to store, and the output's gate."""
         config = self.config
-        q, gate = self.q_proj(x).unflatten(-1, (config.num_heads, -1)), None
+        q, k, v = self.projected(x, *self.JOINED)
+        q, k, gate = q.unflatten(-1, (config.num_heads, -1)), k.unflatten(-1, (-1, config.head_dim)), None
         if config.output_gate:
             q, gate = q.split([config.head_dim, config.v_dim], dim=-1)
-        k = self.k_proj(x).unflatten(-1, (-1, config.head_dim))
-        v = self.v_proj(x) if config.v_scale == 1.0 else self.v_proj(x) * config.v_scale
+        v = v if config.v_scale == 1.0 else v * config.v_scale
         if config.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         elif config.qk_norm == "projection":

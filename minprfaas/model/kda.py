@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from minprfaas.config import MAX_HEAD_SIZE, StateKind, require_sizes
 from minprfaas.errors import require_number
-from minprfaas.model.delta import CHUNK_TOKENS, delta_rule
-from minprfaas.model.layers import Positions, RMSNorm
+from minprfaas.model.delta import CHUNK_TOKENS, ChunkParts, chunk_parts, delta_rule, delta_rule_chunked
+from minprfaas.model.layers import Positions, Projecting, RMSNorm
 from minprfaas.model.recurrent import ShortConvolution, state_or_fresh, store_memory, unit_length
 from minprfaas.model.spec import LayerState, StateSpec, TensorSpec
 
@@ -46,14 +46,16 @@ class KDAConfig:
         return KDA(self, hidden_size, norm_eps)
 
 
-class KDA(nn.Module):
+class KDA(Projecting):
     """The whole mixer: projections, short convolutions, decay and beta gates, the delta rule, gated output norm."""
 
-    PIECES = ("project", "step", "output")
+    PIECES = ("project", "step", "parts", "output")
 
     def __init__(self, config: KDAConfig, hidden_size: int, norm_eps: float):
         super().__init__()
         self.config = config
+        gates = ("f_proj", "g_proj") if config.one_step_gates else ("f_a_proj", "g_a_proj")  # of the decay, the output
+        self.JOINED = ("q_proj", "k_proj", "v_proj", *gates, "b_proj")
         channels = config.num_heads * config.head_dim
         for name in ("q", "k", "v"):
             self.add_module(f"{name}_proj", nn.Linear(hidden_size, channels, bias=False))
@@ -77,41 +79,49 @@ class KDA(nn.Module):
         """`x` `[batch, new, hidden]` -> the same shape; `state` None means that nothing came before `x`."""
         state = state_or_fresh(state, self.config.state_spec("float32"), x)
         memory, tail = state.load()
-        *arguments, inputs = self.project(x, tail)
+        *arguments, gate, inputs = self.project(x, tail)
         if x.shape[1] == 1:
             out, memory, before = self.step(*arguments, memory)
         else:
-            out, memory, before = delta_rule(*arguments, memory, positions.is_token)
+            out, memory, before = delta_rule(*arguments, memory, positions.is_token, self.chunked)
         store_memory(state, positions, CHUNK_TOKENS, memory, before, inputs)
-        return self.output(out, x)
+        return self.output(out, gate)
 
     def project(self, x: Tensor, tail: Tensor) -> tuple[Tensor, ...]:
-        """q, k, v, g and beta of the delta rule, and the convolutions' inputs, which begin with `tail`."""
+        """q, k, v, g and beta of the delta rule, the output's gate, and the convolutions' inputs, which begin with
+        `tail`."""
         heads = (self.config.num_heads, self.config.head_dim)
-        projected = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
-        convolved, inputs = self.conv1d(tail, projected)
+        q, k, v, decay, gate, beta = self.projected(x, *self.JOINED)
+        convolved, inputs = self.conv1d(tail, torch.cat([q, k, v], dim=-1))
         q, k, v = (part.unflatten(-1, heads) for part in convolved.float().chunk(3, dim=-1))
         q, k = unit_length(q) * self.config.head_dim**-0.5, unit_length(k)
-        return q, k, v, self._log_decay(x), self.b_proj(x).float().sigmoid(), inputs
+        return q, k, v, self._log_decay(decay), beta.float().sigmoid(), self._second_step("g", gate), inputs
 
     def step(self, *arguments: Tensor) -> tuple[Tensor, Tensor, None]:
         """The delta rule for one token."""
         return delta_rule(*arguments)
 
-    def output(self, out: Tensor, x: Tensor) -> Tensor:
-        """Gated norm and projection of what the memory answered: `[batch, new, hidden]`."""
-        gate = self._gate("g", x).unflatten(-1, out.shape[2:]).float().sigmoid()
-        return self.o_proj((self.o_norm(out) * gate).to(x.dtype).flatten(2))
+    def chunked(self, *arguments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The delta rule for many tokens."""
+        return delta_rule_chunked(*arguments, parts_of=self.parts)
 
-    def _log_decay(self, x: Tensor) -> Tensor:
+    def parts(self, *arguments) -> ChunkParts:
+        """What it computes of all chunks at once."""
+        return chunk_parts(*arguments)
+
+    def output(self, out: Tensor, gate: Tensor) -> Tensor:
+        """Gated norm and projection of what the memory answered: `[batch, new, hidden]`."""
+        open_by = gate.unflatten(-1, out.shape[2:]).float().sigmoid()
+        return self.o_proj((self.o_norm(out) * open_by).to(gate.dtype).flatten(2))
+
+    def _log_decay(self, decay: Tensor) -> Tensor:
         """`[batch, new, heads, head_dim]`, at most 0."""
-        wanted = (self._gate("f", x).float() + self.dt_bias.float()).unflatten(-1, (-1, self.config.head_dim))
+        wanted = self._second_step("f", decay).float() + self.dt_bias.float()
+        wanted = wanted.unflatten(-1, (-1, self.config.head_dim))
         rate = self.A_log.float().exp().view(-1, 1)
         if self.config.lower_bound is None:
             return -rate * F.softplus(wanted)
         return self.config.lower_bound * (rate * wanted).sigmoid()
 
-    def _gate(self, name: str, x: Tensor) -> Tensor:
-        if self.config.one_step_gates:
-            return self.get_submodule(f"{name}_proj")(x)
-        return self.get_submodule(f"{name}_b_proj")(self.get_submodule(f"{name}_a_proj")(x))
+    def _second_step(self, name: str, gate: Tensor) -> Tensor:
+        return gate if self.config.one_step_gates else self.get_submodule(f"{name}_b_proj")(gate)

@@ -1,6 +1,7 @@
 """The pieces every layer shares: normalization, the MLP, and where tokens stand. Chapter 01."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -38,8 +39,35 @@ class DenseConfig:
         return MLP(hidden_size, self.intermediate_size)
 
 
-class MLP(nn.Module):
+class Projecting(nn.Module):
+    """A module with several projections of one input. On a GPU a decode step's products are too small to fill it: with
+    their weights end to end (`join`) they are one. The projections' own weights are then views of the whole."""
+
+    joined: Tensor | None = None
+
+    def join(self, *names: str) -> None:
+        """Lay these projections' weights end to end, unless they lie so or have biases. Harmless when repeated."""
+        layers = [self.get_submodule(name) for name in names]
+        if any(layer.bias is not None for layer in layers):
+            return
+        if self.joined is None or self.joined.data_ptr() != layers[0].weight.data_ptr():
+            whole = torch.cat([layer.weight.detach() for layer in layers])
+            for layer, view in zip(layers, whole.split([layer.out_features for layer in layers])):
+                layer.weight.data = view
+            self.joined = whole
+
+    def projected(self, x: Tensor, *names: str) -> Sequence[Tensor]:
+        """What each of these projections, all that were joined, makes of `x`."""
+        layers = [self.get_submodule(name) for name in names]
+        if self.joined is None or self.joined.device != x.device or torch.is_grad_enabled():
+            return [layer(x) for layer in layers]
+        return F.linear(x, self.joined).split([layer.out_features for layer in layers], dim=-1)
+
+
+class MLP(Projecting):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    JOINED = ("gate_proj", "up_proj")
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
@@ -49,7 +77,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[batch, tokens, hidden]` -> the same shape."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.projected(x, *self.JOINED)
+        return self.down_proj(F.silu(gate) * up)
 
 
 def join(stream: Tensor, normed: Tensor, given: Tensor, residual: ResidualConfig | None) -> Tensor:

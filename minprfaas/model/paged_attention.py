@@ -14,8 +14,12 @@ from torch import Tensor
 from minprfaas.model.spec import Pages
 
 
+PROCESSORS = 128  # of a GPU, about: as many pieces of pages and KV heads fill it
+LEAST_ROWS = 64  # of a piece: what a kernel's processor reads at a time
+
+
 class PageIndex(NamedTuple):
-    """Where pages lie, as the flash kernel wants it; the layers of a KVCache group share it."""
+    """Where pages lie, or pieces of them, as the flash kernel wants it; the layers of a KVCache group share it."""
 
     first_rows: Tensor  # [batch * pages + 1] int32: the page's first row; the last entry is never read
     row_counts: Tensor  # [batch, pages] int32: how many of its rows are part of the context, 0 for padding
@@ -30,15 +34,24 @@ class PageOutputs(NamedTuple):
     row_counts: Tensor
 
 
-def page_index(pages: Pages, groups: int) -> PageIndex:
-    """The index of `pages` for mixers with `groups` query heads for each KV head."""
+def page_index(pages: Pages, groups: int, pieces: int = 1) -> PageIndex:
+    """The index of `pages`, each in so many equal `pieces`, for mixers with `groups` query heads for each KV head."""
     batch, count = pages.block_table.shape
-    block_tokens, device = pages.view.shape[1], pages.view.device
-    first_rows = (pages.block_table * (pages.view.stride(0) // pages.view.stride(1))).flatten().int()
-    before = torch.arange(0, count * block_tokens, block_tokens, device=device)
-    row_counts = (pages.lengths[:, None] - before).clamp(0, block_tokens).int()
-    first_queries = torch.arange(batch * count + 1, device=device, dtype=torch.int32) * groups
+    rows, device = pages.view.shape[1] // pieces, pages.view.device
+    before = torch.arange(0, count * pieces * rows, rows, device=device)
+    first_rows = pages.block_table.repeat_interleave(pieces, dim=1) * (pages.view.stride(0) // pages.view.stride(1))
+    first_rows = (first_rows + before % pages.view.shape[1]).flatten().int()
+    row_counts = (pages.lengths[:, None] - before).clamp(0, rows).int()
+    first_queries = torch.arange(batch * count * pieces + 1, device=device, dtype=torch.int32) * groups
     return PageIndex(torch.cat([first_rows, first_rows[-1:]]), row_counts, first_queries)
+
+
+def pieces_of_pages(pages: Pages, kv_heads: int) -> int:
+    """In how many pieces to read each page, so that few pages fill a GPU too: in two, four, … equal ones."""
+    count, rows, pieces = pages.block_table.numel() * kv_heads, pages.view.shape[1], 1
+    while 2 * pieces * count <= PROCESSORS and rows % (2 * pieces) == 0 and rows >= 2 * pieces * LEAST_ROWS:
+        pieces *= 2
+    return pieces
 
 
 def flash_can_read(view: Tensor, head_dim: int, kv_heads: int) -> bool:
