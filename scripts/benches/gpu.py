@@ -22,18 +22,22 @@ from minprfaas.errors import UserError, exit_on_user_error
 @exit_on_user_error
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python scripts/bench.py gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", nargs="+", default=sorted(gpu_cases.CASES), choices=sorted(gpu_cases.CASES))
-    parser.add_argument("--models", nargs="+", default=list(gpu_cases.MODELS), choices=list(gpu_cases.MODELS))
+    parser.add_argument("--cases", nargs="+", default=sorted(gpu_cases.CASES), choices=sorted(gpu_cases.CASES),
+                        help="what to time (all); kda is the delta rule alone, streams a prefill whose KVCache leaves")
+    parser.add_argument("--models", nargs="+", default=list(gpu_cases.MODELS), choices=list(gpu_cases.MODELS),
+                        help="shapes (all); llama-3-8b decodes only")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 64], metavar="N", help="of a decode step (1 64)")
     parser.add_argument("--no-compile", action="store_true", help="leave the models' pieces as they are")
-    parser.add_argument("--peers", metavar="DIR", help="folder with checkouts of other libraries")
-    parser.add_argument("--json", metavar="FILE", help="write the readings")
+    parser.add_argument("--peers", metavar="DIR",
+                        help="folder with checkouts of gpt-fast, flash-linear-attention, nano-vllm, transformers")
+    parser.add_argument("--json", metavar="FILE", help="write the readings, and what the card can do, to a file")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         raise UserError("bench.py gpu needs CUDA, and there is none here")
     machine = measure_machine(torch.cuda.get_device_name(), "cuda")
     torch.cuda.empty_cache()
     print(machine, flush=True)
-    readings, chosen = [], gpu_cases.Chosen(args.models, not args.no_compile, args.peers)
+    readings, chosen = [], gpu_cases.Chosen(args.models, args.batches, not args.no_compile, args.peers)
     for name in args.cases:
         for reading in gpu_cases.CASES[name](machine, chosen):
             readings.append(reading)

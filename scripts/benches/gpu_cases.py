@@ -3,7 +3,7 @@
 import gc
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -19,10 +19,12 @@ from minprfaas.config import CacheConfig
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.generate import pool_for
 from minprfaas.engine.pieces import compile_pieces
+from minprfaas.engine.prefill_graphs import graph_delta_rules
 from minprfaas.engine.request import Request, Status
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.model.delta import delta_rule, delta_rule_recurrent
 from minprfaas.model.families import config_from_hf
+from minprfaas.model.kda import KDA, KDAConfig
 from minprfaas.model.spec import model_state_specs
 from minprfaas.model.transformer import Transformer
 from minprfaas.transport.loopback import Loopback
@@ -40,6 +42,7 @@ class Chosen:
     """What of it all is run, and how."""
 
     models: list[str]
+    batches: list[int]
     compiled: bool
     peers: str | None  # the folder with their checkouts
 
@@ -55,6 +58,7 @@ def random_model(shape: dict, compiled: bool, device: str = "cuda") -> Transform
             parameter.normal_(0, 0.02)
     if compiled:
         compile_pieces(model)
+        print("  (pieces are compiled when they first run: a minute or so a model)", flush=True)
     return model
 
 
@@ -62,19 +66,24 @@ def decode(machine: Machine, chosen: Chosen) -> Readings:
     """A decode step as the engine runs it, host and all."""
     for name in chosen.models:
         model, found = random_model(MODELS[name], chosen.compiled), []
-        for batch, context in ((1, 1024), (64, 4096 if name == "llama-3-8b" else 1024)):
+        for batch in chosen.batches:
+            context = 4096 if name == "llama-3-8b" and batch > 1 else 1024
             floor_ms = machine.decode_floor_ms(model, model_state_specs(model.config, "bfloat16"), batch, context)
-            reading = Reading(f"{name} decode, batch {batch} at {context // 1024}K", decode_ms(model, batch, context),
-                              floor_ms)
+            reading = said(Reading(f"{name} decode, batch {batch} at {context // 1024}K",
+                                   decode_ms(model, batch, context), floor_ms))
             found.append((reading, {"phase": "decode", "batch": batch, "context": context - STEPS}))
         del model
         yield from beside_peers(found, MODELS[name], OF_FAMILY[MODELS[name]["model_type"]], chosen)
 
 
+def said(reading: Reading) -> Reading:
+    """The reading, of which ours is said at once: the next one, or a peer, may take minutes to compile what it runs."""
+    print(f"  {reading.case}: {reading.ours_ms:.2f} ms", flush=True)
+    return reading
+
+
 def beside_peers(found: list[tuple[Reading, dict]], shape: dict, names: tuple[str, ...], chosen: Chosen) -> Readings:
     """The readings, with those of the peers: a process each, when ours has given the card's memory back."""
-    for reading, _ in found:  # at once: a peer may take minutes to compile what it runs
-        print(f"  {reading.case}: {reading.ours_ms:.2f} ms", flush=True)
     gc.collect()
     torch.cuda.empty_cache()
     for name in names:
@@ -135,8 +144,8 @@ def prefill(machine: Machine, chosen: Chosen) -> Readings:
     for name in small(chosen):
         model, found = random_model(MODELS[name], chosen.compiled), []
         for tokens in (8192, 32768):
-            reading = Reading(f"{name} prefill, {tokens // 1024}K", prefill_ms(model, tokens),
-                              machine.prefill_floor_ms(model, tokens))
+            reading = said(Reading(f"{name} prefill, {tokens // 1024}K", prefill_ms(model, tokens),
+                                   machine.prefill_floor_ms(model, tokens)))
             found.append((reading, {"phase": "prefill", "tokens": tokens}))
         del model
         yield from beside_peers(found, MODELS[name], OF_FAMILY[MODELS[name]["model_type"]], chosen)
@@ -189,36 +198,47 @@ def streams(machine: Machine, chosen: Chosen) -> Readings:
         del model
 
 
+@torch.inference_mode()
 def kda(machine: Machine, chosen: Chosen) -> Readings:
-    """The delta rule of KDA by itself, 32 heads of 128; the floor is its inputs read and its outputs written once."""
-    found, heads, dim = [], 32, 128
-    for tokens in (8192, 32768):
-        shape = (1, tokens, heads, dim)
-        q, k = (F.normalize(torch.randn(shape, device="cuda"), dim=-1) for _ in range(2))
-        v, g = torch.randn(shape, device="cuda"), -torch.rand(shape, device="cuda")
-        beta = torch.rand(shape[:3], device="cuda")
-        memory = torch.zeros(1, heads, dim, dim, device="cuda")
-        for precision, name in (("highest", "float32"), ("high", "TF32")):
-            torch.set_float32_matmul_precision(precision)
-            reading = Reading(f"KDA core, {tokens // 1024}K, {name}, error {kda_error():.0e}",
-                              median_ms(lambda: delta_rule(q, k, v, g, beta, memory), "cuda", repeats=4),
-                              5 * q.nbytes / machine.copy_bytes_per_s * 1e3)
-            found.append((reading, {"phase": "kda", "tokens": tokens}))
-        torch.set_float32_matmul_precision("highest")
-        del q, k, v, g, beta
+    """The delta rule of KDA as the engine runs it, 32 heads of 128, 8,192 tokens at a time, products in TF32; the floor
+    is its inputs read and its outputs written once. The error is that of the first chunk against the recurrence in
+    float64: |difference| / |exact|."""
+    found, heads, dim, shape = [], 32, 128, (1, 32768, 32, 128)
+    torch.manual_seed(0)
+    q, k = (F.normalize(torch.randn(shape, device="cuda"), dim=-1) for _ in range(2))
+    g = -(torch.rand(shape, device="cuda") * 8 - 7).exp()  # from forgetting in a thousand tokens to forgetting in one
+    chunks = list(zip(*(tensor.split(8192, dim=1) for tensor in (
+        q, k, torch.randn(shape, device="cuda"), g, torch.rand(shape[:3], device="cuda")))))
+    before = torch.zeros(1, heads, dim, dim, device="cuda")
+    torch.set_float32_matmul_precision("high")
+    core = kda_core(heads, dim, chosen.compiled)
+    exact = delta_rule_recurrent(*(tensor.double() for tensor in (*chunks[0], before)))[0]
+    error = float((delta_rule(*chunks[0], before, chunked=core)[0] - exact).norm() / exact.norm())
+    del exact
+
+    def work(count: int) -> None:
+        memory = before
+        for chunk in chunks[:count]:
+            memory = delta_rule(*chunk, memory, chunked=core)[1]
+
+    for count in (1, 4):
+        tokens = count * 8192
+        floor_ms = 5 * q[:, :tokens].nbytes / machine.copy_bytes_per_s * 1e3
+        reading = said(Reading(f"KDA core, {tokens // 1024}K, TF32, error {error:.0e}",
+                               median_ms(lambda: work(count), "cuda", repeats=4), floor_ms))
+        found.append((reading, {"phase": "kda", "tokens": tokens}))
+    torch.set_float32_matmul_precision("highest")
+    del q, k, g, chunks, core
     yield from beside_peers(found, {"num_heads": heads, "head_dim": dim}, ("flash-linear-attention",), chosen)
 
 
-def kda_error() -> float:
-    """Of 512 tokens of 4 heads against the recurrence in float64: |difference| / |exact|."""
-    torch.manual_seed(0)
-    shape = (1, 512, 4, 128)
-    q, k = (F.normalize(torch.randn(shape, device="cuda"), dim=-1) for _ in range(2))
-    g = -(torch.rand(shape, device="cuda") * 8 - 7).exp()  # from forgetting in a thousand tokens to forgetting in one
-    arguments = (q, k, torch.randn_like(q), g, torch.rand(shape[:3], device="cuda"),
-                 torch.randn(1, 4, 128, 128, device="cuda"))
-    exact = delta_rule_recurrent(*(argument.double() for argument in arguments))[0]
-    return float((delta_rule(*arguments)[0] - exact).norm() / exact.norm())
+def kda_core(heads: int, dim: int, compiled: bool) -> Callable:
+    """`delta_rule_chunked` as a layer of the fast runner computes it."""
+    layer = KDA(KDAConfig(heads, dim), 64, 1e-6).to("cuda").requires_grad_(False)
+    if compiled:
+        compile_pieces(layer)
+    graph_delta_rules(layer)
+    return layer.chunked
 
 
 CASES = {"decode": decode, "prefill": prefill, "kda": kda, "streams": streams}
