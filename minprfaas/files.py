@@ -72,8 +72,9 @@ class OutputFile:
             if self._replaces:
                 os.replace(self._partial, self.path)
         except OSError as error:
-            self.close()
             raise UserError(f"{self.path} cannot be written: {_reason(error)}") from None
+        finally:
+            self.close()  # whatever broke it off: half a file is left nowhere
 
     def close(self) -> None:
         """Leave nothing behind: the run ended before there was anything to write. Harmless after `write`."""
