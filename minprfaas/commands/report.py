@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("--json", metavar="RUN.jsonl", required=True, help="what a run's --json wrote")
     parser.add_argument("--timeline", metavar="RUN.json", help="what its --timeline wrote: layers and the line's use")
-    parser.add_argument("--out", metavar="PAGE.html", default="out/report.html", help="(out/report.html)")
+    parser.add_argument("--out", metavar="PAGE.html", default="out/report.html", help="what to write (out/report.html)")
 
 
 def run(args: argparse.Namespace) -> None:

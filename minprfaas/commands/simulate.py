@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        "--prfaas-instances, --link-gbps and --weather: a PrfaaS datacenter with N instances, its line "
                        "and weather; once for each")
     fleet.add_argument("--n-p", type=int, metavar="N", help="PD nodes that begin with prefill (default: the planner's)")
-    fleet.add_argument("--threshold", type=float, metavar="T", help="uncached tokens (default: the planner's)")
+    fleet.add_argument("--threshold", type=float, metavar="T", help="offload above T uncached tokens "
+                       "(default: the planner's)")
     traffic = parser.add_argument_group("traffic")
     traffic.add_argument("--arrivals", choices=("poisson", "mmpp", "diurnal", "trace"), default="poisson",
                          help="when requests come; mmpp comes in bursts (poisson)")
@@ -48,12 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     traffic.add_argument("--requests", type=int, default=10_000, metavar="N", help="how many are simulated (10000)")
     rate = traffic.add_mutually_exclusive_group()
     rate.add_argument("--rate", type=float, metavar="R", help="requests per second")
-    rate.add_argument("--load", type=float, default=0.9, metavar="X", help="… as a share of the planned rate (0.9)")
+    rate.add_argument("--load", type=float, default=0.9, metavar="X", help="or a share of the planned rate (0.9)")
     traffic.add_argument("--day-s", type=float, default=7200.0, metavar="S", help="length of a diurnal day (7200)")
     traffic.add_argument("--seed", type=int, default=0, metavar="N", help="of times and lengths (0)")
     trouble = parser.add_argument_group("what goes wrong")
     trouble.add_argument("--weather", metavar="FILE.json", help="schedule of bandwidth and stalls, as for a live link")
-    trouble.add_argument("--fail", action="append", default=[], metavar="NODE:FROM:TO", help="e.g. prfaas0:60:120 (s)")
+    trouble.add_argument("--fail", action="append", default=[], metavar="NODE:FROM:TO", help="seconds from and to "
+                         "which a node is gone, such as prfaas0:60:120; once for each")
     policy = parser.add_argument_group("policy")
     policy.add_argument("--fixed-threshold", action="store_true", help="switch the short-term loop off")
     policy.add_argument("--convert-roles", action="store_true", help="switch the long-term loop on")
