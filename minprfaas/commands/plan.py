@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--case", choices=["paper"], help="the paper's case study: table 6 beside the paper's numbers")
     what.add_argument("--profile", metavar="FILE",
-                      help="plan for this profile of a PrfaaS instance: a JSON file, or a shipped one by its name, such "
+                      help="plan for this profile of a PrfaaS instance: a JSON file, or a shipped one by name, such "
                            "as kimi-linear-48b-8xh100")
     parser.add_argument("--egress", action="store_true", help="equation 2's cases: the egress of a prefill cluster")
     fleet = parser.add_argument_group("fleet, link and lengths (with --profile)")
