@@ -51,8 +51,8 @@ def check_2() -> str | None:
 
 
 def check_3() -> str | None:
-    """Against the package's plans of the paper's case, and of one with more nodes."""
-    lengths, cases = paper_case.paper_lengths(), []
+    """Against the package's plans of the paper's case and of others, and where PrfaaS binds whatever the split."""
+    lengths, cases = paper_case.paper_lengths(), [((8, 0.5, 1.0, 100.0, 100.0), 1)]
     for pd_nodes, threshold in ((8, 19_400), (8, 35_000), (16, 19_400), (3, 5000)):
         plans = sweep(paper_case.paper_fleet(4, pd_nodes), lengths, [threshold], range(1, pd_nodes))
         best, one = max(plans, key=lambda found: found.lambda_max), plans[0]

@@ -44,8 +44,9 @@ def check_2() -> str | None:
     """Against the package's router, without a fabric to fetch over."""
     cases = []
     for queued, held in (({"p0": 0, "p1": 0}, {"p1": 700}), ({"p0": 0, "p1": 699}, {"p1": 700}),
-                         ({"p0": 0, "p1": 701}, {"p1": 700}), ({"p0": 500, "p1": 900, "p2": 400}, {"p1": 600}),
-                         ({"p0": 500, "p1": 400}, {"p0": 100}), ({"p0": 10, "p1": 20, "p2": 30}, {})):
+                         ({"p0": 0, "p1": 700}, {"p1": 700}), ({"p0": 0, "p1": 701}, {"p1": 700}),
+                         ({"p0": 500, "p1": 900, "p2": 400}, {"p1": 600}), ({"p0": 500, "p1": 400}, {"p0": 100}),
+                         ({"p0": 10, "p1": 20, "p2": 30}, {})):
         nodes = [NodeView(name, load) for name, load in queued.items()]
         view = ClusterView([], nodes, [NodeView("d")], LinkView(1.0), LinkView(1.0))
         cases.append(((queued, held), Router(10_000).route(RouteRequest("one", 5000), held, view).node))
