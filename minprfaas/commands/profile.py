@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("--model", metavar="DIR", help="Hugging Face directory (default: the embedded model)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="(float32)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
+                        help="of weights and KVCache (float32)")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096], metavar="TOKENS",
                         help="of the prompts: the points of the curve (512 1024 2048 4096)")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="timed prefills of each length (3)")

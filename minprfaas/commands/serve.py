@@ -37,9 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("--model", metavar="DIR", help="Hugging Face directory (default: the embedded model)")
     add_http_arguments(parser)
-    parser.add_argument("--port", type=int, default=8000, metavar="N", help="0 lets the system choose (8000)")
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help="where; 0 lets the system choose (8000)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="(float32)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
+                        help="of weights and KVCache (float32)")
     parser.add_argument("--prefill-chunk", type=int, default=512, metavar="TOKENS", help="tokens of a prefill chunk: "
                         "as long as one takes, nobody else gets a token (512)")
     parser.add_argument("--block-tokens", type=int, default=64, metavar="N", help="tokens of a KVCache block (64)")
