@@ -5,6 +5,7 @@ Chapter 15.
 
 import argparse
 import atexit
+import errno
 import functools
 import importlib
 import math
@@ -90,22 +91,37 @@ def exit_on_user_error(main: Callable[..., int]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def wrapped(*args: object, **kwargs: object) -> int:
+        _fill_standard_descriptors()
         for name in ("stdout", "stderr"):
             if getattr(sys, name) is None:  # its descriptor was closed before we began
                 setattr(sys, name, open(os.devnull, "w"))
             elif hasattr(getattr(sys, name), "reconfigure"):  # a test's stand-in has none
                 getattr(sys, name).reconfigure(errors="replace")  # a terminal without an arrow is no reason to die
         try:
-            return main(*args, **kwargs)
+            status = main(*args, **kwargs)
+            sys.stdout.flush()  # here, where it can still be said that the disk is full
+            return status
         except UserError as error:
             _end(2, f"error: {error}")
-        except BrokenPipeError:  # whoever read our output has gone, as `head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(1) from None
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the rest goes
+            if error.errno == errno.EPIPE:  # whoever read our output has gone, as `head` does
+                raise SystemExit(1) from None
+            _end(2, f"error: the output cannot be written: {error.strerror}")
         except KeyboardInterrupt:
             _end(130, "interrupted")
 
     return wrapped
+
+
+def _fill_standard_descriptors() -> None:
+    """Lead those of descriptors 0 to 2 nowhere that were closed before we began: what is opened next would take their
+    numbers, and be written into as if it were a terminal."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
 
 
 def _end(status: int, line: str) -> None:

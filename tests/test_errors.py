@@ -50,3 +50,27 @@ def test_a_thread_that_nobody_joined_does_not_change_how_a_program_ends(tmp_path
 
 def test_an_interrupt_during_an_import_that_swallows_it_ends_the_program_all_the_same(tmp_path: Path) -> None:
     assert run(tmp_path, IMPORT) == (130, "", "interrupted\n")
+
+
+def test_a_full_disk_behind_the_output_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        line = [sys.executable, "-m", "minprfaas", "plan", "--egress"]
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (2, "error: the output cannot be written: No space left on device\n")
+
+
+OPENING = """
+import os
+
+def main(argv):
+    with open({path!r}, "w") as file:
+        file.write(str(file.fileno()))
+"""
+
+
+def test_with_all_descriptors_closed_no_file_takes_the_number_of_the_output(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(OPENING.format(path=str(tmp_path / "number")))
+    line = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; " \
+           "from minprfaas.errors import run_program; run_program('program')"
+    done = subprocess.run(["bash", "-c", '"$0" -c "$1" <&- >&- 2>&-', sys.executable, line], timeout=60)
+    assert done.returncode == 0 and int((tmp_path / "number").read_text()) > 2
