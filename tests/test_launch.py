@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from test_two_datacenters_program import PROGRAM, arguments, prompts_file  # noqa: F401 (a fixture)
 
-from minprfaas.cluster.launch import Launch, threads_of
+from minprfaas.cluster.launch import Launch, StoreAddress, threads_of
 from minprfaas.cluster.topology import Place
 from minprfaas.config import Role
 from minprfaas.errors import UserError
@@ -71,6 +71,14 @@ def test_a_left_over_agent_store_gets_one_line_and_soon(checkpoints, prompts_fil
     done = run(PROGRAM + arguments(checkpoints, prompts_file), TORCHELASTIC_USE_AGENT_STORE="True",
                **{**TORCHRUN, "MASTER_PORT": port})
     one_line(done, "TORCHELASTIC_USE_AGENT_STORE")
+
+
+def test_what_listens_where_the_store_should_be_and_never_answers_gets_one_line(monkeypatch):
+    monkeypatch.setattr("minprfaas.cluster.launch.AGENT_DEADLINE_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        address = StoreAddress(*mute.getsockname(), "MASTER_PORT", agent_serves=True)
+        with pytest.raises(UserError, match="no store at MASTER_PORT: what listens there does not answer as one"):
+            address.open()
 
 
 def test_an_interface_that_does_not_exist_gets_one_line(checkpoints, prompts_file):

@@ -28,6 +28,7 @@ from minprfaas.model.checkpoint import checked_device
 from minprfaas.model.transformer import Transformer
 from minprfaas.transport.encoding import Wire
 from minprfaas.transport.wan.handshake import LinkIdentity
+from minprfaas.transport.wan.lanes import in_time
 from minprfaas.transport.wan.line import EmulatedLine
 from minprfaas.transport.wan.shared_words import remove_abandoned
 
@@ -69,8 +70,10 @@ class StoreAddress:
         else:
             self._wait_for_it(where, timeout.total_seconds())
         try:
-            return dist.TCPStore(self.host, self.port, is_master=serves, wait_for_workers=False, timeout=timeout,
-                                 **options)
+            return in_time(lambda: dist.TCPStore(self.host, self.port, is_master=serves, wait_for_workers=False,
+                                                 timeout=timeout, **options), timeout.total_seconds())
+        except TimeoutError:
+            raise UserError(f"{where}: what listens there does not answer as one") from None
         except (RuntimeError, ValueError, dist.DistError) as error:
             raise UserError(f"{where}: {one_line(error)}") from None
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent import futures
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,7 @@ _FRAMES_TAG, _HANDSHAKE_TAG, _CUT_TAG = 0, 1, 2
 _HANDSHAKE_BYTES = 2048
 _FOREVER = timedelta(days=1)  # silence is noticed by heartbeats, not by Gloo
 _IN_VAIN = "the peer's end of the connection did not come"
+Connected = TypeVar("Connected")
 
 
 def threads_per_lane(lanes: int) -> tuple[int, int]:
@@ -120,19 +122,27 @@ def connect_pair(store: dist.Store, rank: int, device: GlooDevice, timeout_s: fl
     options = dist.ProcessGroupGloo._Options()
     options._devices, options._timeout = [device], _FOREVER
     options._threads = 0  # they are for collective operations only
-    made: futures.Future[dist.ProcessGroupGloo] = futures.Future()
+    try:
+        return in_time(lambda: dist.ProcessGroupGloo(PatientStore(store, timeout_s), rank, 2, options), timeout_s)
+    except TimeoutError:
+        raise RuntimeError(_IN_VAIN) from None
 
-    def connect() -> None:
+
+def in_time(connect: Callable[[], Connected], timeout_s: float) -> Connected:
+    """What `connect` returns or raises. TimeoutError after `timeout_s`; a thread may go on waiting in C++."""
+    made: futures.Future[Connected] = futures.Future()
+
+    def run() -> None:
         try:
-            made.set_result(dist.ProcessGroupGloo(PatientStore(store, timeout_s), rank, 2, options))
-        except RuntimeError as error:
+            made.set_result(connect())
+        except Exception as error:
             made.set_exception(error)
 
-    threading.Thread(target=connect, name="connecting", daemon=True).start()
+    threading.Thread(target=run, name="connecting", daemon=True).start()
     try:
         return made.result(timeout_s)
     except futures.TimeoutError:
-        raise RuntimeError(_IN_VAIN) from None
+        raise TimeoutError from None
 
 
 class PatientStore(dist.Store):
