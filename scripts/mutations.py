@@ -22,9 +22,10 @@ def _named(name: str, file: str, old: str, new: str, *tests: str) -> Named:
     return Named(name, ((P + file, old, new),), tests)
 
 
-WRITE = "        self._pool.write_bytes(layer, self._tables[group.index], start, end, rows)\n"
-LOSE_ROW_150 = """        if self._layout.specs[layer].kind.value == "token" and {} and start <= 150 < end:
-            self._pool.token_view(layer)[self._tables[group.index][150 // 16], 150 % 16] = 0
+WRITE = "        self._blocks.write(layer, start, end, rows)\n"
+LOSE_ROW_150 = """        if self._pool.layout.specs[layer].kind.value == "token" and {} and start <= 150 < end:
+            table = self._blocks._tables[self._pool.layout.group_of_layer[layer].index]
+            self._pool.token_view(layer)[table[150 // 16], 150 % 16] = 0
 """
 
 NAMED = (

@@ -9,6 +9,7 @@ from minprfaas.config import StateKind
 from minprfaas.errors import UserError
 from minprfaas.kvcache.layout import plan_layout
 from minprfaas.kvcache.pool import BlockPool
+from minprfaas.kvcache.pool_copies import WholeBlocks
 from minprfaas.model.spec import StateSpec, TensorSpec
 from kvcache_helpers import DENSE, HYBRID, KV, LATENT, LINEAR, WINDOWED
 
@@ -97,6 +98,55 @@ def test_bytes_cross_from_one_pool_to_another_whatever_the_blocks():
     target.write_bytes(0, blocks[::-1], 0, 12, data)
     for read, written in zip(target.read_state(0, state_rows(target, 0, blocks[::-1])), state):
         assert torch.equal(read, written)
+
+
+@pytest.mark.parametrize("specs", [DENSE, HYBRID])
+@pytest.mark.parametrize("start, end", [(0, 8), (4, 12), (0, 11), (4, 5), (1, 8), (5, 6)])
+def test_whole_blocks_go_by_one_kernel_and_every_byte_is_where_the_reference_puts_it(specs, start, end):
+    source, target, reference = (pool_of(specs) for _ in range(3))
+    source.bytes.copy_(torch.randint(0, 255, source.bytes.shape, dtype=torch.uint8))
+    for layer, group in enumerate(source.layout.group_of_layer):
+        reads, writes = ([table] * len(source.layout.groups) for table in (TABLE, [0, 1, 2]))
+        if group.spec.kind is not StateKind.TOKEN:
+            reads, writes = ([table[:group.state_blocks]] * len(source.layout.groups)
+                             for table in ([3, 8, 0, 7, 1], [4, 6, 5, 10, 11]))
+        data = source.read_bytes(layer, reads[group.index], start, end).reshape(-1)
+        blocks, out = WholeBlocks(source, reads, is_fast=True), torch.full_like(data, 1)
+        assert torch.equal(blocks.read(layer, start, end, None), data)
+        assert torch.equal(blocks.read(layer, start, end, out), data) and torch.equal(out, data)
+        WholeBlocks(target, writes, is_fast=True).write(layer, start, end, out)
+        reference.write_bytes(layer, writes[group.index], start, end, data)
+        assert torch.equal(target.bytes, reference.bytes), "nothing else was touched"
+        with pytest.raises(ValueError, match="they must be"):
+            WholeBlocks(target, writes, is_fast=True).write(layer, start, end, data[1:])
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+@pytest.mark.parametrize("start, end", [(0, 8), (4, 12), (0, 11), (5, 6)])
+def test_layers_of_one_group_go_together_one_behind_the_other(start, end, is_fast):
+    source, target, reference = (pool_of(DENSE) for _ in range(3))
+    source.bytes.copy_(torch.randint(0, 255, source.bytes.shape, dtype=torch.uint8))
+    layers = source.layout.groups[0].layers[1:]
+    assert len(layers) > 1
+    rows = [source.read_bytes(layer, TABLE, start, end).reshape(-1) for layer in layers]
+    out = torch.empty(sum(map(len, rows)), dtype=torch.uint8)
+    assert torch.equal(WholeBlocks(source, [TABLE], is_fast).read(layers[0], start, end, out), torch.cat(rows))
+    WholeBlocks(target, [[0, 1, 2]], is_fast).write(layers[0], start, end, out)
+    for layer, data in zip(layers, rows):
+        reference.write_bytes(layer, [0, 1, 2], start, end, data)
+    assert torch.equal(target.bytes, reference.bytes), "each in its place, and nothing else was touched"
+
+
+def test_a_block_table_may_grow_under_a_stream_that_reads_by_it():
+    pool, table = pool_of(DENSE), [5]
+    rows = torch.randn(12, 16).bfloat16()
+    pool.write_tokens(1, TABLE, 0, rows)
+    blocks, out = WholeBlocks(pool, [table], is_fast=True), torch.empty(4 * 32, dtype=torch.uint8)
+    assert torch.equal(blocks.read(1, 0, 4, out).view(torch.bfloat16).view(4, 16), rows[:4])
+    with pytest.raises(ValueError, match="outside the block table's 0 to 4"):
+        blocks.read(1, 4, 8, out)
+    table.extend(TABLE[1:])
+    assert torch.equal(blocks.read(1, 8, 12, out).view(torch.bfloat16).view(4, 16), rows[8:])
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 5, 6, 100])

@@ -16,7 +16,8 @@ from minprfaas.config import LinkConfig, StateKind
 from minprfaas.errors import UserError
 from minprfaas.transport import (Fabric, LayerPlan, LinkRestored, MessageReceived, StreamAborted, StreamDone,
                                  StreamFailed, StreamPlan)
-from minprfaas.transport.pair_group import ALIGN_BYTES, PairGroup, digest
+from minprfaas.transport.pair_group import (ALIGN_BYTES, ANNOUNCED, DIGEST_BYTES, WINDOW, PairGroup, digest, is_sound,
+                                            seal)
 
 BIG = 50_000  # tokens: hundreds of batches
 GPUS = [pytest.param(devices, marks=pytest.mark.gpu) for devices in (("cuda:0", "cuda:1"), ("cuda:0", "cuda:0"))]
@@ -125,12 +126,11 @@ class Damaging(PairGroup):
 
     sends = 0
 
-    def send(self, data):
+    def send(self, number, batch):
         self.sends += 1
         if self.sends == 3:
-            data = data.clone()
-            data[100] ^= 1
-        return super().send(data)
+            batch[100] ^= 1
+        super().send(number, batch)
 
 
 def test_bytes_without_the_announced_digest_fail_their_stream_and_are_not_written():
@@ -164,20 +164,24 @@ class BreakingOff(PairGroup):
 
     sends = 0
 
-    def send(self, data):
+    def send(self, number, batch):
         self.sends += 1
         if self.sends == 3:
             raise RuntimeError("the wire was pulled")
-        return super().send(data)
+        super().send(number, batch)
 
 
-class Stalling(BreakingOff):
-    """The third send does not leave while its epoch lasts."""
+class Stalling(PairGroup):
+    """The third batch is not announced while its epoch lasts."""
 
-    def send(self, data):
-        if self.sends == 2:
+    announced = 0
+
+    def say(self, kind, *word):
+        self.announced += kind == ANNOUNCED
+        if self.announced == 3:
             wait_until(lambda: self.is_over)
-        return super().send(data)
+            raise RuntimeError("nobody listens")
+        super().say(kind, *word)
 
 
 @pytest.mark.parametrize("sender_group, reason", [(BreakingOff, "the wire was pulled"),
@@ -187,14 +191,101 @@ def test_an_operation_that_was_broken_off_without_a_word_is_never_used(sender_gr
         cargo = Cargo(1)
         receiver.expect(cargo.plan, cargo.sink)
         stream = sender.open(cargo.plan)
-        put_in_three_batches(cargo, stream)
-        failed = event(receiver, StreamFailed)  # because of the digest, or because the peer says so: whichever is first
-        assert failed.stream_id == 1 and failed.arrived_end == 64
         with pytest.raises(StreamAborted, match=reason):
+            put_in_three_batches(cargo, stream)
             finish(cargo, stream)
+        failed = event(receiver, StreamFailed)
+        assert failed.stream_id == 1 and failed.arrived_end == 64
         wait_until(lambda: sender.epoch > 1 and sender.epoch == receiver.epoch)
         assert not cargo.arrived[2].any() and [layer for layer, _, _ in cargo.calls] == [0, 1]
         assert next_event(receiver) is None
+
+
+def test_a_digest_notices_a_changed_word_a_missing_row_and_rows_that_changed_places():
+    torch.manual_seed(0)
+    data = torch.randint(0, 256, (8 * ALIGN_BYTES,), dtype=torch.uint8)
+    rows, sound = data.view(8, -1), int(digest(data))
+    for place in (0, 7, ALIGN_BYTES, len(data) - 1):
+        changed = data.clone()
+        changed[place] ^= 128
+        assert int(digest(changed)) != sound
+    assert int(digest(rows[[1, 0, 2, 3, 4, 5, 6, 7]].reshape(-1))) != sound
+    assert int(digest(rows[[0, 1, 2, 3, 4, 5, 6, 6]].reshape(-1))) != sound, "the last row did not arrive"
+
+
+def test_a_batch_is_sound_when_all_of_it_is_there_and_it_is_the_one_that_was_announced():
+    torch.manual_seed(0)
+    batch = torch.randint(0, 256, (4 * ALIGN_BYTES + DIGEST_BYTES,), dtype=torch.uint8)
+    seal(batch, 5)
+    assert is_sound(batch, 5) and not is_sound(batch, 6), "an earlier batch in the same memory"
+    assert not is_sound(torch.zeros_like(batch), 5), "nothing came, into memory that was zero"
+    for place in (0, ALIGN_BYTES, len(batch) - DIGEST_BYTES - 1, len(batch) - 1):
+        changed = batch.clone()
+        changed[place] ^= 1
+        assert not is_sound(changed, 5)
+
+
+class Counting(PairGroup):
+    """Knows how many batches were sent."""
+
+    sends = 0
+
+    def send(self, number, batch):
+        self.sends += 1
+        super().send(number, batch)
+
+
+def test_layers_that_are_ready_together_cross_by_one_operation_as_many_as_fit_and_are_written_at_once():
+    with connected_fabric(sender_group=Counting) as (sender, receiver):
+        cargo = Cargo(1, tokens=128)  # 12,288 bytes a layer; two fit into a batch
+        receiver.expect(cargo.plan, cargo.sink)
+        stream = sender.open(cargo.plan)
+        stream.put_ready([(layer, 64, 192) for layer in range(4)], cargo.source)
+        stream.finish(DEADLINE_S)
+        assert cargo.is_identical and sender._group.sends == 3
+        assert [layer for layer, _, _ in cargo.calls] == [0, 2, 3], "of two layers the first is named"
+
+
+def test_a_source_that_fails_fails_its_stream_and_no_place_in_the_window_is_lost():
+    def broken(*_):
+        raise ValueError("no such block")
+
+    with connected_fabric() as (sender, receiver):
+        for _ in range(WINDOW + 1):
+            with pytest.raises(ValueError, match="no such block"):
+                sender.open(Cargo(1).plan).put_ready([(0, 64, 128)], broken)
+        cargo = Cargo(2)
+        receiver.expect(cargo.plan, cargo.sink)
+        stream = sender.open(cargo.plan)
+        cargo.put_all(stream)
+        stream.finish(DEADLINE_S)
+        assert cargo.is_identical
+
+
+def test_a_put_waits_while_a_window_has_not_landed_behind_one_that_is_not_written():
+    count = 2 * WINDOW
+    with connected_fabric() as (sender, receiver):
+        cargo, may_write = Cargo(1, tokens=64 * (count + 1)), threading.Event()
+
+        def slow_sink(*piece):
+            assert may_write.wait(DEADLINE_S)
+            cargo.sink(*piece)
+
+        def put(start):
+            stream.put(0, start, start + 64, cargo.source(0, start, start + 64, None))
+
+        receiver.expect(cargo.plan, slow_sink)
+        stream = sender.open(cargo.plan)
+        for number in range(count):
+            put(64 + 64 * number)
+        last = threading.Thread(target=put, args=(64 + 64 * count,), daemon=True)
+        last.start()
+        last.join(0.2)
+        assert last.is_alive(), "there was memory for it, though nothing was written"
+        may_write.set()
+        last.join(DEADLINE_S)
+        stream.put_ready([(layer, 64, 64 * (count + 2)) for layer in (1, 2, 3)], cargo.source)
+        assert stream.finish(DEADLINE_S).stalled_s > 0 and cargo.is_identical
 
 
 class Aborted(PairGroup):
@@ -218,30 +309,16 @@ def test_an_epoch_aborts_its_groups_before_its_streams_fail():
                 assert Aborted.was_aborted.wait(DEADLINE_S)
 
         receiver.expect(cargo.plan, sink)
-        stream = sender.open(cargo.plan)
-        put_in_three_batches(cargo, stream)
-        assert event(receiver, StreamFailed, DEADLINE_S / 2).arrived_end == 64
         with pytest.raises(StreamAborted, match="the wire was pulled"):
-            finish(cargo, stream)
+            put_in_three_batches(cargo, sender.open(cargo.plan))
+        assert event(receiver, StreamFailed, DEADLINE_S / 2).arrived_end == 64
 
 
-def test_a_digest_notices_a_changed_word_a_missing_row_and_rows_that_changed_places():
-    torch.manual_seed(0)
-    data = torch.randint(0, 256, (8 * ALIGN_BYTES,), dtype=torch.uint8)
-    rows, sound = data.view(8, -1), int(digest(data))
-    for place in (0, 7, ALIGN_BYTES, len(data) - 1):
-        changed = data.clone()
-        changed[place] ^= 128
-        assert int(digest(changed)) != sound
-    assert int(digest(rows[[1, 0, 2, 3, 4, 5, 6, 7]].reshape(-1))) != sound
-    assert int(digest(rows[[0, 1, 2, 3, 4, 5, 6, 6]].reshape(-1))) != sound, "the last row did not arrive"
-
-
-def test_a_row_that_fits_into_no_staging_buffer_is_refused_at_once():
+def test_a_row_that_fits_into_no_batch_is_refused_at_once():
     with connected_fabric() as (sender, receiver):
         plan = StreamPlan(1, (LayerPlan(0, 0, StateKind.TOKEN, 30_000),), 0, 10)
         for call in (lambda: sender.open(plan), lambda: receiver.expect(plan, print)):
-            with pytest.raises(ValueError, match="a row of 30000 bytes does not fit into a staging buffer of 24576"):
+            with pytest.raises(ValueError, match="a row of 30000 bytes does not fit into a batch of 24576"):
                 call()
 
 

@@ -59,6 +59,20 @@ def test_a_stream_arrives_identical_in_any_order_and_both_sides_report_it(ends):
     assert [call for call in cargo.calls if call[0] == 3] == [(3, 64, 564)], "request-level state comes whole, once"
 
 
+def test_what_is_ready_together_arrives_as_if_it_had_been_put_piece_by_piece(ends):
+    sender, receiver = ends
+    cargo = Cargo(tokens=1_500)
+    receiver.expect(cargo.plan, cargo.sink)
+    stream = sender.open(cargo.plan)
+    stream.put_ready([(1, 64, 128), (0, 64, 200), (2, 64, 128), (3, 0, 1_564)], cargo.source)
+    with pytest.raises(ValueError, match="there already"):
+        stream.put_ready([(0, 100, 300)], cargo.source)
+    stream.put_ready([(0, 200, 1_564)] + [(layer, 128, 1_564) for layer in (1, 2)], cargo.source)  # each long
+    report = stream.finish(DEADLINE_S)
+    event(receiver, StreamDone)
+    assert cargo.is_identical and report.chunks >= 7 and report.bytes == cargo.plan.total_bytes
+
+
 def test_two_streams_at_once_do_not_mix(ends):
     sender, receiver = ends
     cargos = [Cargo(stream_id, tokens=200, seed=stream_id) for stream_id in (1, 2**63)]

@@ -57,6 +57,33 @@ def test_the_same_tokens_twice_are_written_once_and_beside_others_refused():
     assert len(calls) == 1
 
 
+def test_layers_of_a_group_may_come_as_one_piece_and_count_as_each_of_them():
+    def entry(layer, group, encoding="exact", row_bytes=4):
+        return LayerPlan(layer, group, StateKind.TOKEN, row_bytes, encoding)
+
+    entries = (entry(0, 0), entry(1, 1), entry(2, 0), entry(3, 0), entry(4, 0, "fp8"), entry(5, 0, "fp8"),
+               entry(6, 1, row_bytes=8))
+    calls, rows = [], torch.arange(48, dtype=torch.uint8)
+    stream = IncomingStream(StreamPlan(5, entries, 8, 16), lambda *call: calls.append((*call[:3], call[3].tolist())))
+    for layer, layers in ((0, 4), (1, 2), (4, 2), (0, 0)):
+        with pytest.raises(StreamAborted):
+            stream.accept(chunk(layer=layer, group=int(layer == 1), start=8, end=9, nbytes=4 * layers, layers=layers),
+                          rows[:4 * layers], 0.0)
+    stream.accept(chunk(layer=0, start=8, end=12, nbytes=48, layers=3), rows, 0.0)
+    assert calls == [(0, 8, 12, list(range(48)))]
+    with pytest.raises(StreamAborted, match="there already"):
+        stream.accept(chunk(layer=0, start=8, end=12, nbytes=48, layers=3), rows, 0.0)
+
+
+def test_a_run_that_is_refused_counts_for_none_of_its_layers():
+    plan = StreamPlan(5, tuple(LayerPlan(layer, 0, StateKind.TOKEN, 4) for layer in range(2)), 8, 16)
+    stream = IncomingStream(plan, lambda *call: None)
+    stream.accept(chunk(layer=1, start=8, end=12, nbytes=16), torch.zeros(16, dtype=torch.uint8), 0.0)
+    with pytest.raises(StreamAborted, match="there already"):
+        stream.accept(chunk(layer=0, start=8, end=12, nbytes=32, layers=2), torch.zeros(32, dtype=torch.uint8), 0.0)
+    assert stream.close() == 8, "rows of layer 0 were never written"
+
+
 def test_after_close_nothing_is_written_and_the_arrived_prefix_is_known():
     stream, calls = receiver()
     stream.accept(chunk(layer=0, start=8, end=11, nbytes=12), torch.zeros(12, dtype=torch.uint8), 0.0)

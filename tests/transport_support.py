@@ -74,8 +74,8 @@ def connected_fabric(devices=("cpu", "cpu"), sender_group=PairGroup, receiver_gr
 
 
 def new_fabric(store, rank: int, device="cpu", config: LinkConfig = LinkConfig(), **options) -> Fabric:
-    """One end, with staging buffers of four chunks of a layer of `Cargo`."""
-    return Fabric("pd-0+pd-1", store, rank, config, IDENTITY, device, staging_bytes=24_576, **options)
+    """One end, with batches of four chunks of a layer of `Cargo`."""
+    return Fabric("pd-0+pd-1", store, rank, config, IDENTITY, device, batch_bytes=24_576, **options)
 
 
 def emulated(line: LineConfig) -> EmulatedLine | None:
@@ -140,10 +140,21 @@ class Cargo:
 
     def sink(self, layer: int, start: int, end: int, data: torch.Tensor) -> None:
         self.calls.append((layer, start, end))
-        if self.plan.layers[layer].kind is StateKind.TOKEN:
-            self.arrived[layer][start - self.plan.start:end - self.plan.start] = data.view(end - start, -1)
-        else:
+        if self.plan.layers[layer].kind is not StateKind.TOKEN:
             self.arrived[layer][0] = data
+            return
+        for number, rows in enumerate(data.view(-1, end - start, self.plan.layers[layer].row_bytes), layer):
+            self.arrived[number][start - self.plan.start:end - self.plan.start] = rows
+
+    def source(self, layer: int, start: int, end: int, out: torch.Tensor | None) -> torch.Tensor:
+        """For `put_ready`."""
+        if self.plan.layers[layer].kind is not StateKind.TOKEN:
+            rows = self.sent[layer].reshape(-1)
+            return rows if out is None else out.copy_(rows)
+        size = (end - start) * self.plan.layers[layer].row_bytes
+        layers = range(layer, layer + (1 if out is None else out.numel() // size))
+        rows = torch.cat([self.sent[number][start - self.plan.start:end - self.plan.start] for number in layers])
+        return rows.reshape(-1) if out is None else out.copy_(rows.reshape(-1))
 
     def wait_for_rows(self, count: int) -> None:
         """Until `count` rows of token state are written, over all layers: lanes bring them in any order."""

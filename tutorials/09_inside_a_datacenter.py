@@ -22,8 +22,8 @@ from nodes import DEADLINE_S, STREAM_TOKENS, cargo, new_store, pair_end, plan
 from minprfaas.observe.report import human_bytes, table
 from minprfaas.transport import EventQueue, LinkRestored, StreamDone, StreamFailed
 from minprfaas.transport.fabric import Fabric
-from minprfaas.transport.fabric_sending import POSTED_AHEAD
-from minprfaas.transport.pair_group import ALIGN_BYTES, STAGING_BYTES, PairGroup, digest, require_error_handling
+from minprfaas.transport.pair_group import (ALIGN_BYTES, BATCH_BYTES, DIGEST_BYTES, WINDOW, PairGroup, digest, is_sound,
+                                            require_error_handling, seal)
 from minprfaas.transport.wan.binding import LOOPBACK
 
 torch.set_num_threads(1)
@@ -45,22 +45,27 @@ CPU, NODES_PY = torch.device("cpu"), helper.path_of("nodes.py")
 # %%
 store = new_store()
 here, there = helper.in_parallel(
-    *[lambda rank=rank: PairGroup(store, 1, rank, CPU, STAGING_BYTES["cpu"], LOOPBACK) for rank in (0, 1)])
-kvcache = torch.randint(0, 256, (STAGING_BYTES["cpu"],), dtype=torch.uint8)
+    *[lambda rank=rank: PairGroup(store, 1, rank, CPU, BATCH_BYTES["cpu"], LOOPBACK) for rank in (0, 1)])
+kvcache = here.new_batch(BATCH_BYTES["cpu"]).random_()
 
 
-def cross() -> torch.Tensor:
+def cross(number: int) -> torch.Tensor:
     """One operation on either side; what has landed."""
-    landed = there.receive(kvcache.numel())
-    here.wait(here.send(kvcache))
-    there.wait(landed)
-    return landed.data
+    batch = here.new_batch(BATCH_BYTES["cpu"])
+    batch.copy_(kvcache)
+    landing = there.receive(batch.numel())
+    here.send(number, batch)
+    there.wait(landing)
+    landed = landing.data.clone()
+    there.release(landing)
+    here.written(number)  # as the other side would tell
+    return landed
 
 
-cross()
+cross(0)
 began_s = time.monotonic()
-for _ in range(32):
-    landed = cross()
+for number in range(1, 33):
+    landed = cross(number)
 mb_s = 32 * kvcache.numel() / (time.monotonic() - began_s) / 1e6
 print("1. A group of two\n")
 print(f"   8 nodes: {8 * 7 // 2} pairs, {8 * 7} groups, one for each direction. Between two threads here\n"
@@ -69,35 +74,39 @@ print(f"   8 nodes: {8 * 7 // 2} pairs, {8 * 7} groups, one for each direction. 
 
 # %% [markdown]
 # *Why so large an operation?* One costs some microseconds whatever it moves, and a row of KVCache may have only some
-# hundred bytes. So pieces of many layers and streams are packed into a *staging buffer*, and that crosses at once.
+# hundred bytes. So the pieces that are ready, of several layers, are copied into one *batch*, and that crosses at once.
 #
-# *Change this line:* `range(32)` sends the whole buffer; send `kvcache[:4096]` instead, and watch the rate.
+# *Change this line:* `batch = …` has room for a whole MiB; let it be `here.new_batch(4096)`, filled with as many
+# bytes, and watch the rate.
 
 # %% [markdown]
 # ## 2. Land, digest, scatter
 #
 # The bytes could be received straight into the blocks of the pool. They are not. With NCCL an operation that is broken
-# off *ends like one that succeeded*: no error, and a buffer that is half old, half new. So the sender announces a
-# *digest* over the link, the bytes land in a staging buffer, and only when they have that digest are they scattered
-# into blocks. The digest is one pass over the bytes, on the device where they are.
+# off *ends like one that succeeded*: no error, and memory that is half old, half new. So a batch ends with its
+# *digest*, plus a *key* that is announced beside it and is no other batch's. It lands in memory of its own, and only
+# when digest and key fit is it scattered into blocks. The digest is one pass over the bytes, on the device where they
+# are: the receiver's host waits for its GPU once a batch, the sender's not at all.
 #
 # *Guess first:* 1 of 8,388,608 bits is wrong. Does a sum notice? And if the second half never came?
 
 # %%
-announced = int(digest(kvcache))
-one_bit, half, swapped = kvcache.clone(), kvcache.clone(), kvcache.clone()
+KEY = 42
+seal(kvcache, KEY)
+one_bit, half, swapped, other = (kvcache.clone() for _ in range(4))
 one_bit[100_000] ^= 4
-half[half.numel() // 2:] = 0  # what an operation leaves that was broken off
-rows = swapped.view(-1, ALIGN_BYTES)
+half[:half.numel() // 2] = 0  # what an operation may leave that was broken off
+rows = swapped[:-DIGEST_BYTES].view(-1, ALIGN_BYTES)
 rows[[3, 7]] = rows[[7, 3]]
-cases = {"as it was sent": kvcache, "one bit flipped": one_bit, "the second half missing": half,
-         "two rows in each other's place": swapped}
+seal(other, KEY - 1)
+cases = {"as it was sent": kvcache, "one bit flipped": one_bit, "one half missing": half,
+         "two rows in each other's place": swapped, "an earlier batch, in the same memory": other}
 print("2. Land, digest, scatter\n")
 print(table(["what landed", "its digest", "scattered"],
-            [[what, f"{int(digest(data)) % 2**64:016x}", "yes" if int(digest(data)) == announced else "no"]
+            [[what, f"{int(digest(data[:-DIGEST_BYTES])) % 2**64:016x}", "yes" if is_sound(data, KEY) else "no"]
              for what, data in cases.items()]))
-noticed = sum(int(digest(data)) != announced for data in list(cases.values())[1:])
-print(f"\n   {noticed} of 3 damages noticed.\n")
+noticed = sum(not is_sound(data, KEY) for data in list(cases.values())[1:])
+print(f"\n   {noticed} of 4 damages noticed.\n")
 
 # %% [markdown]
 # *Why are swapped rows noticed?* Each row's sum is multiplied by an odd number of its own before the sums are added. A
@@ -152,12 +161,12 @@ require_error_handling()
 # %% [markdown]
 # ## 4. The fabric: a stream from another process
 #
-# `Fabric` (see [fabric](../docs/glossary.md#fabric)) puts it together. Words (announcements, acknowledgements) go over
-# a link as in chapter 07, bytes through the groups. For whoever uses it, it is a `KVTransport` like the link: `expect`
-# here, `open` and `put` there. The other node is now another process; it sends what it is asked for, 64 tokens at a
-# time.
+# `Fabric` (see [fabric](../docs/glossary.md#fabric)) puts it together. Messages go over a link as in chapter 07, bytes
+# and what is said of them (announcements, acknowledgements) through the groups. For whoever uses it, it is a
+# `KVTransport` like the link: `expect` here, `open` and `put_ready` there. The other node is now another process; it
+# sends what it is asked for, in pieces of 64 tokens.
 #
-# *Guess first:* 64 puts of 128 KiB: how many operations would you make of them?
+# *Guess first:* 64 pieces of 128 KiB are ready together: how many operations would you make of them?
 
 # %%
 store = new_store()
@@ -214,14 +223,16 @@ done = next_of(StreamDone)
 took_s = done.report.last_byte_s - done.report.first_byte_s
 print("4. A stream from another process\n")
 print(f"   epoch {fabric.epoch}: {human_bytes(done.report.bytes)} in {first.calls} pieces, "
-      f"by {Counted.received} operations, in {took_s * 1e3:.0f} ms, at most {POSTED_AHEAD} of them posted at a time;\n"
+      f"by {Counted.received} operations, in {took_s * 1e3:.0f} ms, at most {WINDOW} of them posted at a time;\n"
       f"   {'every byte is the same' if first.is_identical else 'the bytes are NOT the same'}.\n")
 
 # %% [markdown]
-# *Why did nobody say "go" in between?* Before a batch is sent it is announced: its size, its digest and what is in it;
-# and the next one is announced while this one is on its way. The receiver posts exactly that receive. NCCL matches
-# operations by their order alone, so both sides must make the same ones in the same order; the announcements are that
-# order.
+# *Why did nobody say "go" in between?* A batch is sent, then announced: its size, its key and what is in it; and the
+# next one is announced while this one is on its way. The receiver posts exactly that receive. NCCL matches operations
+# by their order alone, so both sides must make the same ones in the same order; the announcements are that order. And
+# what is announced is on its way already: a receive that waited for a sender's kernels could keep them from loading.
+# Only the first batch each way goes unannounced, before any stream: NCCL connects two GPUs in their first operation, and
+# whoever calls it waits until the other does too.
 #
 # *Change this line:* `ask(1, pause_s=0.005)`, as if a layer were computed in between. Are there more operations now?
 
@@ -241,7 +252,7 @@ peer.kill()
 failed = next_of(StreamFailed)
 known_s = time.monotonic() - killed_s
 arrived, before = failed.arrived_end, second.rows.clone()
-is_sound = torch.equal(second.rows[:arrived], cargo(2)[:arrived])
+is_unharmed = torch.equal(second.rows[:arrived], cargo(2)[:arrived])
 
 peer = helper.start(NODES_PY, "fabric", str(store.port))
 while not (restored := next_of(LinkRestored)).peer_restarted:
@@ -255,9 +266,9 @@ print("5. A peer is killed, and the next epoch\n")
 print(table(["what happened", "s after the kill"], [
     [f"the stream failed: {failed.reason}", f"{known_s:.2f}"],
     [f"a new process is met, epoch {epoch} → {fabric.epoch} (it had to import torch first)", f"{met_s:.2f}"]]))
-print(f"\n   Of {STREAM_TOKENS:,} tokens {arrived:,} had arrived, and they are {'sound' if is_sound else 'DAMAGED'}; "
-      f"nothing was written once the stream\n   had failed: {'true' if is_untouched else 'FALSE'}. "
-      f"A stream of the next epoch: {'every byte is the same' if third.is_identical else 'NOT the same'}.\n")
+print(f"\n   Of {STREAM_TOKENS:,} tokens {arrived:,} had arrived, and they are "
+      f"{'sound' if is_unharmed else 'DAMAGED'}; nothing was written once the stream\n   had failed: "
+      f"{'true' if is_untouched else 'FALSE'}. A stream of the next epoch: {'every byte is the same' if third.is_identical else 'NOT the same'}.\n")
 peer.kill()
 fabric.close()
 
@@ -266,21 +277,21 @@ fabric.close()
 # only stopped (`SIGSTOP`), or whose machine has lost its power, says nothing: then it takes the link's `silence_s`, or
 # the operation's `deadline_s`, whichever is over first.
 #
-# *Why an epoch, and not just a new group?* What the old process announced may still be on its way. Every word bears the
-# number of its epoch, and what belongs to another one is not heard.
+# *Why an epoch, and not just a new group?* What the old process said may still be on its way. Whatever is said of an
+# epoch bears its number, and what belongs to another one is not heard.
 #
 # *Change this line:* the first `peer.kill()` → `peer.send_signal(19)` (SIGSTOP: it stands still). How long now?
 #
 # ### Exercises
 # Write the functions of `tutorials/exercises/ex_09.py`, then `python tutorials/09_inside_a_datacenter.py --check 1`.
 # 1. `digest_of`: the digest of section 2.
-# 2. `batches_of`: which pieces share a staging buffer.
+# 2. `batches_of`: which pieces share a batch.
 #
-# To go on: give `pair_end` a `Fabric(…, staging_bytes=65_536)` on both sides. What happens to the pieces, and why does
+# To go on: give `pair_end` a `Fabric(…, batch_bytes=65_536)` on both sides. What happens to the pieces, and why does
 # the link refuse a pair that does not agree about it? And send in both directions at once in section 1, first through
 # two groups, then through one, and abort what does not end.
 
 # %%
-sound = [first.is_identical, third.is_identical, is_sound, is_untouched, noticed == 3]
+sound = [first.is_identical, third.is_identical, is_unharmed, is_untouched, noticed == 4]
 print(f"{sum(sound)} of {len(sound)} promises kept. Next: tutorials/10_the_throughput_model.py, which requests should "
       "leave at all;\ntests/test_transport_fabric.py holds more of this, and between two GPUs with NCCL.")

@@ -195,7 +195,7 @@ def pair_end(store: TCPStore, rank: int, **options) -> Fabric:
 
 
 def serve_streams(port: int) -> None:
-    """Send each stream whose number comes in a message, a slice of 64 tokens at a time."""
+    """Send each stream whose number comes in a message, in pieces of 64 tokens: all at once, or one after a pause."""
     fabric = pair_end(TCPStore("127.0.0.1", port, None, False), 1)
     fabric.connect(DEADLINE_S)
     while True:
@@ -203,12 +203,18 @@ def serve_streams(port: int) -> None:
         if not isinstance(event, MessageReceived):
             continue
         number = event.message["stream"]
-        rows, slowly = cargo(number), event.message["pause_s"]
+        rows, pause_s = cargo(number), event.message["pause_s"]
+
+        def source(layer: int, start: int, end: int, out: torch.Tensor | None) -> torch.Tensor:
+            data = rows[start:end].reshape(-1)
+            return data if out is None else out.copy_(data)
+
+        pieces = [(0, at, at + 64) for at in range(0, STREAM_TOKENS, 64)]
         try:
             stream = fabric.open(plan(number))
-            for at in range(0, STREAM_TOKENS, 64):
-                stream.put(0, at, at + 64, rows[at:at + 64].reshape(-1))
-                time.sleep(slowly)  # as if a layer were computed in between
+            for ready in [[piece] for piece in pieces] if pause_s else [pieces]:
+                stream.put_ready(ready, source)
+                time.sleep(pause_s)  # as if a layer were computed in between
             stream.finish(DEADLINE_S)
         except StreamAborted:
             pass

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from minprfaas.kvcache.manager import KVCacheManager
+from minprfaas.kvcache.pool_copies import WholeBlocks
 from minprfaas.transport.base import KVTransport, StreamPlan
 from minprfaas.transport.events import ArrivalReport
 from minprfaas.transport.encoding import codecs
@@ -21,8 +22,8 @@ class KVReceive:
         self.plan = plan
         self.received_bytes = 0
         self.report: ArrivalReport | None = None  # once every byte of the plan is in its block
-        self._pool, self._layout = kvcache.pool, kvcache.layout
-        self._transport, self._tables = transport, tables
+        self._pool, self._blocks = kvcache.pool, WholeBlocks(kvcache.pool, tables)
+        self._transport = transport
         self._codecs = codecs(kvcache.layout.specs, plan)
         self._written: torch.cuda.Event | None = None
         if self._pool.device.type == "cuda":
@@ -56,9 +57,9 @@ class KVReceive:
             self._written.synchronize()  # the transport fills this memory anew
 
     def _write_into_blocks(self, layer: int, start: int, end: int, data: torch.Tensor) -> None:
-        group, codec = self._layout.group_of_layer[layer], self._codecs.get(layer)
+        codec = self._codecs.get(layer)
         rows = data if codec is None else codec.decode(data.to(self._pool.device))
-        self._pool.write_bytes(layer, self._tables[group.index], start, end, rows)
+        self._blocks.write(layer, start, end, rows)
 
     @property
     def has_arrived(self) -> bool:

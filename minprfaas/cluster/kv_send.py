@@ -7,23 +7,29 @@ for it, because the blocks keep it: they are held until the stream has ended.
 
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
 from minprfaas.cluster.mail import Mail
 from minprfaas.config import StateKind
 from minprfaas.kvcache.manager import KVCacheManager
+from minprfaas.kvcache.pool_copies import WholeBlocks
 from minprfaas.kvcache.request_cache import RequestCache
 from minprfaas.transport.base import KVTransport, LinkDown, StreamAborted, StreamPlan
-from minprfaas.transport.events import StreamReport
 from minprfaas.transport.encoding import codecs
+from minprfaas.transport.events import StreamReport
 
 STREAMS_AT_ONCE = 64  # of one node; further ones wait for their turn, and their KVCache in its blocks
+# On a GPU, what the model's thread reaches before one of them is over is handed over together: each hand-over costs the
+# pass some launches, and the interpreter twice.
+HAND_OVER_BYTES, HAND_OVER_S = 128 * 2**20, 0.02
+_beside_prefill = cache(torch.cuda.Stream)  # by device: one for all streams, whose memory is used again
 
 
 class SendingThreads:
@@ -58,17 +64,6 @@ class SendingThreads:
                 outcome.set_exception(error)
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """Tokens [start, end) of a layer are in `blocks`. On a GPU, `written` says when the model's kernels have run."""
-
-    layer: int
-    start: int
-    end: int
-    blocks: Sequence[int]
-    written: torch.cuda.Event | None
-
-
 class KVSend:
     """The sending half of one stream: tokens from `plan.start` on, whether computed here or found in the cache.
 
@@ -79,61 +74,80 @@ class KVSend:
     def __init__(self, kvcache: KVCacheManager, transport: KVTransport, plan: StreamPlan, tables: Sequence,
                  threads: SendingThreads, deadline_s: float, overlap: bool = True):
         self.plan = plan
-        self._pool, self._layout, self._tables = kvcache.pool, kvcache.layout, tables
+        self._device, self._blocks = kvcache.pool.device, WholeBlocks(kvcache.pool, tables)
         self._overlap, self._deadline_s = overlap, deadline_s
-        self._codecs = codecs(self._layout.specs, plan)
+        self._codecs = codecs(kvcache.layout.specs, plan)
         self._ready_end = {entry.layer: plan.start for entry in plan.entries}
-        self._pieces: queue.SimpleQueue[_Piece | None] = queue.SimpleQueue()
+        self._noted: list[tuple[int, int, int]] = []  # (layer, start, end) of what is ready and not handed over
+        self._noted_bytes, self._hand_over_at_s = 0, time.monotonic() + HAND_OVER_S
+        # What is handed over; on a GPU with an event, which says when the model's kernels have run.
+        self._handed_over: queue.SimpleQueue[tuple[list, torch.cuda.Event | None] | None] = queue.SimpleQueue()
         self._stream = transport.open(plan)
         self.outcome: Future[StreamReport] = threads.submit(self._run)  # or what ended the stream early
 
     def ready(self, layer: int, end: int) -> None:
         """Layer `layer` now holds tokens up to `end`. Called between two layers of a forward pass: it never blocks."""
         if self._overlap:
-            self._hand_over(layer, end)
+            self._note(layer, end)
+            is_enough = self._noted_bytes >= HAND_OVER_BYTES or time.monotonic() >= self._hand_over_at_s
+            if self._noted and (is_enough or self._device.type != "cuda"):
+                self._hand_over()
 
     def finish(self) -> None:
         """Everything is computed: what was not handed over yet is, and the stream ends once it is acknowledged."""
         for entry in self.plan.entries:
-            self._hand_over(entry.layer, self.plan.end)
-        self._pieces.put(None)
+            self._note(entry.layer, self.plan.end)
+        self._hand_over()
+        self._handed_over.put(None)
 
     def abort(self) -> None:
         """Give the stream up; `outcome` comes as soon as its thread has let go of the blocks."""
         self._stream.abort()
-        self._pieces.put(None)
+        self._handed_over.put(None)
 
-    def _hand_over(self, layer: int, end: int) -> None:
-        start = self._ready_end[layer]
-        is_state = self.plan.layers[layer].kind is not StateKind.TOKEN
-        if end <= start or (is_state and end < self.plan.end):  # state crosses once, when the last token is in it
-            return
-        group = self._layout.group_of_layer[layer]
+    def _note(self, layer: int, end: int) -> None:
+        start, entry = self._ready_end[layer], self.plan.layers[layer]
+        is_state = entry.kind is not StateKind.TOKEN
+        if end > start and not (is_state and end < self.plan.end):  # state crosses once, with the last token in it
+            self._noted.append((layer, start, end))
+            self._noted_bytes += entry.row_bytes * (1 if is_state else end - start)
+            self._ready_end[layer] = end
+
+    def _hand_over(self) -> None:
         written = None
-        if self._pool.device.type == "cuda":
+        if self._device.type == "cuda":  # an event costs the model's thread some launches: several layers share one
             written = torch.cuda.Event(blocking=True)
-            written.record(torch.cuda.current_stream(self._pool.device))
-        self._pieces.put(_Piece(layer, start, end, self._tables[group.index], written))
-        self._ready_end[layer] = end
+            written.record(torch.cuda.current_stream(self._device))
+            self._hand_over_at_s = time.monotonic() + HAND_OVER_S
+        self._handed_over.put((self._noted, written))
+        self._noted, self._noted_bytes = [], 0
 
     def _run(self) -> StreamReport:
         """The sending thread."""
+        beside_prefill = _beside_prefill(self._device) if self._device.type == "cuda" else None
         try:
-            beside_prefill = torch.cuda.Stream(self._pool.device) if self._pool.device.type == "cuda" else None
-            with torch.inference_mode(), torch.cuda.stream(beside_prefill) if beside_prefill else nullcontext():
-                while (piece := self._pieces.get()) is not None:
-                    if piece.written is not None:
+            with torch.inference_mode(), torch.cuda.stream(beside_prefill):
+                while (handed_over := self._handed_over.get()) is not None:
+                    pieces, written = handed_over
+                    if written is not None:
                         # Waiting here, not on the device, keeps this thread from Python while the model's thread
                         # still launches the pass: the two would take turns at the interpreter, launch by launch.
-                        piece.written.synchronize()
-                    data = self._pool.read_bytes(piece.layer, piece.blocks, piece.start, piece.end).reshape(-1)
-                    if (codec := self._codecs.get(piece.layer)) is not None:
-                        data = codec.encode(data)  # here, beside the forward pass, and on the pool's device
-                    self._stream.put(piece.layer, piece.start, piece.end, data)
+                        written.synchronize()
+                    self._stream.put_ready(pieces, self._read)
             return self._stream.finish(self._deadline_s)
         except (LinkDown, StreamAborted, TimeoutError, ValueError) as error:
             self._stream.abort()
+            if beside_prefill is not None:
+                beside_prefill.synchronize()  # nothing reads the blocks any more
             raise StreamAborted(str(error)) from None
+
+    def _read(self, layer: int, start: int, end: int, out: torch.Tensor | None) -> torch.Tensor:
+        """The source of what is put."""
+        codec = self._codecs.get(layer)
+        if codec is None:
+            return self._blocks.read(layer, start, end, out)
+        data = codec.encode(self._blocks.read(layer, start, end, None))  # beside the forward pass, on the pool's device
+        return data if out is None else out.copy_(data)
 
 
 @dataclass(eq=False)

@@ -65,7 +65,7 @@ class BlockPool:
         size = self.layout.block_tokens
         if not 0 <= start <= end <= len(block_table) * size:
             raise ValueError(f"tokens {start} to {end} are outside the block table's 0 to {len(block_table) * size}")
-        return self._index(block_table[start // size:-(-end // size)]), start % size
+        return self.index(block_table[start // size:-(-end // size)]), start % size
 
     # Request state
 
@@ -101,7 +101,7 @@ class BlockPool:
         state as of `end` (its tensors in the spec's order, unpadded), of a window its last `end` rows at most."""
         if self.layout.specs[layer].kind is StateKind.TOKEN:
             return self.read_tokens(layer, block_table, start, end).view(torch.uint8)
-        rows = self.state_rows(self.layout.group_of_layer[layer], self._index(block_table)[None])
+        rows = self.state_rows(self.layout.group_of_layer[layer], self.index(block_table)[None])
         data = torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in self.read_state(layer, rows)])
         return data[data.numel() - self.layout.specs[layer].bytes_at(end):]
 
@@ -118,7 +118,7 @@ class BlockPool:
         else:
             data = F.pad(data, (spec.nbytes - size, 0))  # a window that is not full yet begins with rows of zeros
             parts = zip(data.split([tensor.nbytes for tensor in spec.tensors]), spec.tensors)
-            rows = self.state_rows(self.layout.group_of_layer[layer], self._index(block_table)[None])
+            rows = self.state_rows(self.layout.group_of_layer[layer], self.index(block_table)[None])
             self.write_state(layer, rows, *(_typed(part, tensor) for part, tensor in parts))
 
     # Whole blocks
@@ -126,13 +126,14 @@ class BlockPool:
     def zero(self, blocks: Sequence[int]) -> None:
         """Fill blocks with zeros: a fresh token block is read beyond its last row, and old bytes may read as NaN."""
         if blocks:
-            self._words.index_fill_(0, self._index(blocks), 0)
+            self._words.index_fill_(0, self.index(blocks), 0)
 
     def copy(self, source: Sequence[int], target: Sequence[int]) -> None:
         """Copy whole blocks, pairwise."""
-        self._words.index_copy_(0, self._index(target), self._words.index_select(0, self._index(source)))
+        self._words.index_copy_(0, self.index(target), self._words.index_select(0, self.index(source)))
 
-    def _index(self, blocks: Sequence[int]) -> torch.Tensor:
+    def index(self, blocks: Sequence[int]) -> torch.Tensor:
+        """A block table on the device."""
         if blocks and not (0 <= min(blocks) and max(blocks) < self.num_blocks):
             raise ValueError(f"block table {list(blocks)} names a block outside 0 to {self.num_blocks - 1}")
         return torch.tensor(blocks, dtype=torch.int64, device=self.device)

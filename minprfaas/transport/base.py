@@ -4,7 +4,7 @@ KV moves in *streams*. Both ends hold a plan before a byte moves: who receives c
 `open(plan)` and then `put` for each layer as prefill finishes it. What happens meanwhile is told in a queue of events.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -72,8 +72,10 @@ class StreamPlan:
 
 
 # Called with (layer, start, end, data) for what has arrived: data is uint8 [bytes], valid during the call only. For
-# request-level state it is called once, with all of it and the plan's start and end.
+# request-level state it is called once, with all of it and the plan's start and end. Rows that cross exactly may come
+# several layers at a time, as data's size says: those of `layer`, and behind them those of the next of its group.
 Sink = Callable[[int, int, int, torch.Tensor], None]
+Source = Callable[[int, int, int, torch.Tensor | None], torch.Tensor]  # such data, put into a tensor if one is given
 
 
 class SendStream(Protocol):
@@ -86,6 +88,11 @@ class SendStream(Protocol):
 
         `data` is contiguous uint8 of the plan's size and may be reused when this returns. May block for room: never
         call it from the model's thread. Raises ValueError (not in the plan, or put before), StreamAborted, LinkDown."""
+
+    def put_ready(self, pieces: Iterable[tuple[int, int, int]], source: Source) -> None:
+        """`put` each (layer, start, end), read from `source`. A transport may let several cross at once."""
+        for layer, start, end in pieces:
+            self.put(layer, start, end, source(layer, start, end, None))
 
     def finish(self, deadline_s: float) -> StreamReport:
         """Wait until the receiver has written everything. Raises TimeoutError, StreamAborted, LinkDown, or ValueError

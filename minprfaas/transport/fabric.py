@@ -1,9 +1,9 @@
 """The fabric: KVCache between two nodes of one datacenter, from GPU to GPU. Chapter 09; paper 3.1.
 
-Words (announcements, acknowledgements, messages) go over a link, which finds the peer, knows it, and notices when it is
-gone or a new process. Bytes go through a `PairGroup`: NCCL between GPUs, Gloo between CPUs. NCCL cannot cancel one
-operation, and one that is broken off ends like one that succeeded. So bytes land in a staging buffer, count once they
-have the digest that the sender announced, and only then are written into blocks.
+Messages go over a link, which finds the peer, knows it, and notices when it is gone or a new process. Bytes, and what
+is said of them, go through a `PairGroup`: NCCL between GPUs, Gloo between CPUs. NCCL cannot cancel one
+operation, and one that is broken off ends like one that succeeded. So a batch lands in memory of its own, counts once
+it is sealed with the key that the sender announced, and only then is written into blocks.
 
 A pair's groups live for an *epoch*. When an operation takes longer than `deadline_s`, the link breaks, or either side
 sees a failure, the epoch ends on both: its groups are aborted, its streams fail, and both meet again under the next
@@ -14,7 +14,6 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -27,8 +26,8 @@ from minprfaas.errors import one_line
 from minprfaas.transport.base import LinkDown, Sink, StreamAborted, StreamPlan
 from minprfaas.transport.events import Event, EventQueue, LinkLost, LinkRestored, MessageReceived
 from minprfaas.transport.fabric_sending import FabricOutbox, FabricStream
-from minprfaas.transport.pair_group import (CONNECT_S, IN_BUFFERS, STAGING_BYTES, PairGroup, Transfer, digest,
-                                            require_error_handling)
+from minprfaas.transport.pair_group import (ANNOUNCED, BATCH_BYTES, CONNECT_S, PEER_IS_GONE, WRITTEN, PairGroup,
+                                            Transfer, require_error_handling)
 from minprfaas.transport.streams import ExpectedStreams, Piece
 from minprfaas.transport.wan.binding import choose_binding
 from minprfaas.transport.wan.handshake import LinkIdentity
@@ -40,7 +39,6 @@ DEADLINE_S = 10.0  # of one operation; it takes about a millisecond
 TICK_S = 0.1
 PAUSE_S = 0.5  # between two epochs
 CLOSING_S = 5.0
-PEER_IS_GONE = "the peer is gone"
 
 
 class Fabric:
@@ -48,7 +46,7 @@ class Fabric:
 
     def __init__(self, name: str, store: dist.Store, rank: int, config: LinkConfig, identity: LinkIdentity,
                  device: torch.device | str, events: EventQueue | None = None, deadline_s: float = DEADLINE_S,
-                 staging_bytes: int | None = None, group_type: Callable[..., PairGroup] = PairGroup):
+                 batch_bytes: int | None = None, group_type: Callable[..., PairGroup] = PairGroup):
         """`rank` is 0 on one side and 1 on the other; KVCache is on `device`. Raises UserError as `Link` does, and when
         the environment would let a dead peer end this process."""
         self.name, self.device = name, torch.device(device)
@@ -56,22 +54,21 @@ class Fabric:
         if self.device.type == "cuda":
             require_error_handling()
         self._rank, self._deadline_s, self._group_type = rank, deadline_s, group_type
-        self._staging_bytes = staging_bytes or STAGING_BYTES[self.device.type]
-        terms = f"{identity.block_layout}; {self.device.type} fabric, {self._staging_bytes} bytes a buffer"
+        self._batch_bytes = batch_bytes or BATCH_BYTES[self.device.type]
+        terms = f"{identity.block_layout}; {self.device.type} fabric, {self._batch_bytes} bytes a batch"
         self._link = Link(name, store, rank, config, replace(identity, block_layout=terms), events=EventQueue())
         self._store, self._binding = store.clone(), choose_binding(store)
         self._store.set_timeout(timedelta(seconds=CONNECT_S))
-        self._outbox = FabricOutbox(name, self._say)
-        on_gpu = self.device.type == "cuda"  # streams of our own, beside the model's and before it
-        self._streams = [torch.cuda.Stream(self.device, priority=-1) if on_gpu else None for _ in range(2)]
-        self._expected = ExpectedStreams(_AfterWrites(self.events, self._streams[1]) if on_gpu else self.events)
+        self._outbox = FabricOutbox(name, self._say, self._end_epoch)
+        on_gpu = self.device.type == "cuda"  # sinks have a CUDA stream of their own, beside the model's and before it
+        self._writes = torch.cuda.Stream(self.device, priority=-1) if on_gpu else None
+        self._expected = ExpectedStreams(_AfterWrites(self.events, self._writes) if on_gpu else self.events)
         self._lost: str | None = None
         self._threads: list[threading.Thread] = []
 
         self._changed = threading.Condition()  # guards the epoch
         self._epoch = 0  # 0 between two
         self._group: PairGroup | None = None  # the epoch's, once both sides have joined it
-        self._announced: queue.SimpleQueue[dict | None] = queue.SimpleQueue()  # the epoch's batches; None is its end
         self._due_at_s = time.monotonic()  # the next epoch, or this one's group
 
     def connect(self, deadline_s: float, met: Callable[[], None] = lambda: None) -> None:
@@ -100,7 +97,7 @@ class Fabric:
     def open(self, plan: StreamPlan) -> FabricStream:
         """See `KVTransport.open`. Between two epochs, `put` waits for the next."""
         self._check(plan)
-        return self._outbox.open(plan, self._staging_bytes)
+        return self._outbox.open(plan, self._batch_bytes)
 
     def expect(self, plan: StreamPlan, sink: Sink) -> None:
         """See `KVTransport.expect`."""
@@ -110,8 +107,8 @@ class Fabric:
     def forget(self, stream_id: int) -> int | None:
         """See `KVTransport.forget`."""
         arrived_end = self._expected.forget(stream_id)
-        if self._streams[1] is not None:
-            self._streams[1].synchronize()  # what the sink has queued has been written too
+        if self._writes is not None:
+            self._writes.synchronize()  # what the sink has queued has been written too
         return arrived_end
 
     def close(self) -> None:
@@ -126,9 +123,9 @@ class Fabric:
 
     def _check(self, plan: StreamPlan) -> None:
         for entry in plan.entries:
-            if entry.kind is StateKind.TOKEN and entry.row_bytes > self._staging_bytes:
-                raise ValueError(f"layer {entry.layer}: a row of {entry.row_bytes} bytes does not fit into a staging "
-                                 f"buffer of {self._staging_bytes}")
+            if entry.kind is StateKind.TOKEN and entry.row_bytes > self._batch_bytes:
+                raise ValueError(f"layer {entry.layer}: a row of {entry.row_bytes} bytes does not fit into a batch of "
+                                 f"{self._batch_bytes}")
         if self._lost is not None:
             raise LinkDown(self._lost)
 
@@ -164,10 +161,6 @@ class Fabric:
                 self._begin(epoch)
             case "ended", {"epoch": int(epoch), "reason": str(reason)} if epoch == self._epoch:
                 self._end_epoch(epoch, f"ended by the peer: {reason}")
-            case "batch", {"epoch": int(epoch)} if epoch == self._epoch:
-                self._announced.put(fields)
-            case "written", {"epoch": int(epoch), "number": number, "refused": refused} if epoch == self._epoch:
-                self._outbox.settle(number, refused)
             case "abort", {"stream": int(stream_id)}:
                 self._expected.fail(stream_id, "aborted by the sender")
 
@@ -191,22 +184,23 @@ class Fabric:
         self._end_epoch(self._epoch, "the peer began another")
         with self._changed:
             self._epoch, self._due_at_s = epoch, time.monotonic() + CONNECT_S
-            self._announced = queue.SimpleQueue()  # before the groups: the peer may join first, and announce
         self._start("joins", self._in_epoch, epoch, None, lambda: self._join(epoch))
 
     def _join(self, epoch: int) -> None:
         store = dist.PrefixStore(f"{self.name}/fabric", self._store.clone())
-        group = self._group_type(store, epoch, self._rank, self.device, self._staging_bytes, self._binding)
+        group = self._group_type(store, epoch, self._rank, self.device, self._batch_bytes, self._binding)
         with self._changed:
             is_late = epoch != self._epoch
             if not is_late:
-                self._group, announced = group, self._announced
+                self._group = group
                 self._changed.notify_all()
         if is_late:
             return group.abort()
-        sends, receives = self._streams
-        self._start("sends", self._in_epoch, epoch, sends, lambda: self._outbox.send_batches(group))
-        self._start("receives", self._in_epoch, epoch, receives, lambda: self._receive_batches(group, announced))
+        landing: queue.SimpleQueue[tuple[Transfer, list] | None] = queue.SimpleQueue()
+        self._start("receives", self._in_epoch, epoch, self._writes, lambda: self._receive(group, landing))
+        self._start("writes", self._in_epoch, epoch, self._writes, lambda: self._write(group, landing))
+        self._start("settles", self._in_epoch, epoch, None, lambda: self._settle(group))
+        self._outbox.begin_epoch(group)
 
     def _in_epoch(self, epoch: int, stream: torch.cuda.Stream | None, work: Callable[[], None]) -> None:
         try:
@@ -230,7 +224,6 @@ class Fabric:
                 return
             group, self._group, self._epoch = self._group, None, 0
             self._due_at_s = time.monotonic() + PAUSE_S
-            self._announced.put(None)
             self._changed.notify_all()
         if self._link.is_up and not reason.endswith(PEER_IS_GONE):  # what ends a link, it tells itself, on both sides
             log.warning("fabric %s: epoch %d ended: %s", self.name, epoch, reason)
@@ -241,38 +234,43 @@ class Fabric:
         self._expected.fail_all(reason)
         self._outbox.end_epoch(reason, is_lost=self._lost is not None)
 
-    # Receiving
+    # Batches, each by a thread of the epoch that ends with it
 
-    def _receive_batches(self, group: PairGroup, announced: queue.SimpleQueue) -> None:
-        landing: deque[tuple[Transfer, dict]] = deque()
+    def _receive(self, group: PairGroup, landing: queue.SimpleQueue) -> None:
+        """Post a receive for each batch as soon as it is announced: an earlier one may still be written."""
+        try:
+            while True:
+                word = group.hear(ANNOUNCED)
+                landing.put((group.receive(word[1]), word))
+        finally:
+            landing.put(None)
+
+    def _write(self, group: PairGroup, landing: queue.SimpleQueue) -> None:
+        """Write each batch that has landed, if it is what was announced."""
+        while (landed := landing.get()) is not None:
+            transfer, (number, _, key, stream_id, pieces) = landed
+            is_there = group.has_landed(transfer, key)
+            if group.is_over:  # what an operation left that was broken off is nobody's
+                return
+            is_refused = not self._take(stream_id, pieces, transfer.data, is_there)
+            group.release(transfer)
+            group.say(WRITTEN, number, is_refused)
+
+    def _settle(self, group: PairGroup) -> None:
         while True:
-            try:
-                fields = announced.get(block=not landing)
-                if fields is None:
-                    return
-                landing.append((group.receive(fields["bytes"]), fields))
-                if len(landing) < IN_BUFFERS:
-                    continue  # one lands while another is written
-            except queue.Empty:
-                pass
-            transfer, fields = landing.popleft()
-            group.wait(transfer)
-            self._take(group, fields, transfer.data)
+            self._outbox.settle(group, *group.hear(WRITTEN))
 
-    def _take(self, group: PairGroup, fields: dict, data: torch.Tensor) -> None:
-        """Write what has landed, if it is what was announced."""
-        is_intact = int(digest(data)) == fields["digest"]
-        refused = []
-        for at, stream_id, *place in fields["pieces"]:
-            piece = Piece(*place)
-            try:
-                if not is_intact:
-                    raise StreamAborted("its bytes arrived damaged")
+    def _take(self, stream_id: int, pieces: list, data: torch.Tensor, is_there: bool) -> bool:
+        try:
+            if not is_there:
+                raise StreamAborted("its bytes arrived damaged")
+            for at, *place in pieces:
+                piece = Piece(*place)
                 self._expected.take(stream_id, piece, data[at:at + piece.nbytes])
-            except StreamAborted as error:
-                self._expected.fail(stream_id, str(error))
-                refused.append(stream_id)
-        self._say("written", epoch=group.epoch, number=fields["number"], refused=refused)
+        except StreamAborted as error:
+            self._expected.fail(stream_id, str(error))
+            return False
+        return True
 
 
 class _AfterWrites:

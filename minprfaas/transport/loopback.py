@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from minprfaas.transport.base import Sink, StreamAborted, StreamPlan
+from minprfaas.transport.base import SendStream, Sink, StreamAborted, StreamPlan
 from minprfaas.transport.events import EventQueue, StreamReport
 from minprfaas.transport.streams import ExpectedStreams, PutLog
 
@@ -33,7 +33,7 @@ class Loopback:
         return self._expected.forget(stream_id)
 
 
-class LoopbackStream:
+class LoopbackStream(SendStream):
     """A SendStream whose `put` calls the receiver's sink: what it has put is written when it returns."""
 
     def __init__(self, plan: StreamPlan, expected: ExpectedStreams):
@@ -50,8 +50,7 @@ class LoopbackStream:
             self._expected.take(self.plan.stream_id, piece, data.view(-1))
         except StreamAborted:
             # The receiver's StreamFailed names the reason; a sender on another machine would not learn it either.
-            if self._failure is None:
-                self._failure = "refused by the receiver"
+            self._failure = self._failure or "refused by the receiver"
         self._check()
 
     def finish(self, deadline_s: float) -> StreamReport:

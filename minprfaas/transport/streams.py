@@ -22,7 +22,8 @@ DONE_KNOWN = 1024  # streams that were done last: far more than can lack an ackn
 
 @dataclass(frozen=True)
 class Piece:
-    """Where `nbytes` of a stream belong: rows of tokens `[start, end)`, or a request-level state from `offset` on."""
+    """Where `nbytes` of a stream belong: rows of tokens `[start, end)` of `layer`, and of those behind it in its group
+    up to `layers` in all; or a request-level state from `offset` on."""
 
     layer: int
     group: int
@@ -30,6 +31,7 @@ class Piece:
     end: int
     nbytes: int
     offset: int = 0
+    layers: int = 1
 
 
 class Coverage:
@@ -79,6 +81,18 @@ class Coverage:
         return self.prefix_end == self.end
 
 
+def next_in_group(plan: StreamPlan) -> dict[int, int]:
+    """By layer the next one of its group, where rows of both may cross as one piece: exactly as they are."""
+    following, last_alike = {}, {}
+    for entry in plan.entries:
+        if entry.kind is StateKind.TOKEN and entry.encoding == "exact":
+            alike = entry.group, entry.row_bytes
+            if alike in last_alike:
+                following[last_alike[alike]] = entry.layer
+            last_alike[alike] = entry.layer
+    return following
+
+
 class PlanCoverage:
     """Which parts of a plan are there: `layers` has tokens of token state, bytes of request-level state."""
 
@@ -88,18 +102,31 @@ class PlanCoverage:
         for entry in plan.entries:
             is_rows = entry.kind is StateKind.TOKEN
             self.layers[entry.layer] = Coverage(plan.start, plan.end) if is_rows else Coverage(0, entry.row_bytes)
+        self._missing = dict.fromkeys(self.layers)  # asked after each piece, so not counted anew
+        self._next = next_in_group(plan)
 
     def add(self, piece: Piece) -> None:
         """Note a piece of one of the plan's layers. Raises ValueError unless it is in the plan, and new."""
         entry, plan = self._plan.layers[piece.layer], self._plan
-        if entry.kind is StateKind.TOKEN:
-            if piece.offset or piece.nbytes != (piece.end - piece.start) * entry.row_bytes:
-                raise ValueError(f"{piece.nbytes} bytes for [{piece.start}, {piece.end}) of {entry.row_bytes} each")
-            return self.layers[piece.layer].add(piece.start, piece.end)
-        if (piece.start, piece.end) != (plan.start, plan.end):
-            raise ValueError(f"layer {entry.layer}: request-level state crosses as of token {plan.end}, "
-                             f"not {piece.end}")
-        self.layers[piece.layer].add(piece.offset, piece.offset + piece.nbytes)
+        if entry.kind is not StateKind.TOKEN:
+            if (piece.start, piece.end) != (plan.start, plan.end):
+                raise ValueError(f"layer {entry.layer}: request-level state crosses as of token {plan.end}, "
+                                 f"not {piece.end}")
+            return self._add(piece.layer, piece.offset, piece.offset + piece.nbytes)
+        nbytes = (piece.end - piece.start) * entry.row_bytes * piece.layers
+        if piece.offset or piece.layers < 1 or piece.nbytes != nbytes:
+            raise ValueError(f"{piece.nbytes} bytes for [{piece.start}, {piece.end}) of {entry.row_bytes} each")
+        layer: int | None = piece.layer
+        for _ in range(piece.layers):
+            if layer is None:
+                raise ValueError(f"{piece.layers} layers from {piece.layer} on cannot cross as one")
+            self._add(layer, piece.start, piece.end)
+            layer = self._next.get(layer)
+
+    def _add(self, layer: int, start: int, end: int) -> None:
+        self.layers[layer].add(start, end)
+        if self.layers[layer].complete:
+            del self._missing[layer]
 
     def has(self, piece: Piece) -> bool:
         """Whether a piece of one of the plan's layers is there already."""
@@ -110,7 +137,7 @@ class PlanCoverage:
     @property
     def missing(self) -> list[int]:
         """Layers that are not complete."""
-        return [layer for layer, coverage in self.layers.items() if not coverage.complete]
+        return list(self._missing)
 
     @property
     def prefix_end(self) -> int:
@@ -130,21 +157,30 @@ class PutLog:
 
     def add(self, layer: int, start: int, end: int, data: torch.Tensor) -> Piece:
         """Note a `put`; returns where it belongs. Raises ValueError when it is not in the plan, or was put before."""
-        entry = self.plan.layers.get(layer)
-        if entry is None:
-            raise ValueError(f"stream {self.plan.stream_id}: layer {layer} is not in the plan")
-        expected = entry.row_bytes * (end - start if entry.kind is StateKind.TOKEN else 1)
+        expected = self.nbytes(layer, start, end)
         if data.dtype != torch.uint8 or not data.is_contiguous() or data.numel() != expected:
             raise ValueError(f"layer {layer}: expected {expected} contiguous uint8, got {data.numel()} of {data.dtype}")
+        return self.note(layer, start, end)
+
+    def note(self, layer: int, start: int, end: int, layers: int = 1) -> Piece:
+        """`add` for bytes that are still to be read, of one layer or of a run of `layers`."""
+        nbytes, entry = layers * self.nbytes(layer, start, end), self.plan.layers[layer]
         if entry.kind is not StateKind.TOKEN:
             start = self.plan.start  # whatever the caller says: such state has no first token
-        piece = Piece(layer, entry.group, start, end, expected)
+        piece = Piece(layer, entry.group, start, end, nbytes, layers=layers)
         self._coverage.add(piece)
         self.last_put_s = time.monotonic()
         if not self.puts:
             self.first_put_s = self.last_put_s
         self.puts += 1
         return piece
+
+    def nbytes(self, layer: int, start: int, end: int) -> int:
+        """What crosses of a layer for these tokens; of request-level state all. Raises ValueError: not in the plan."""
+        entry = self.plan.layers.get(layer)
+        if entry is None:
+            raise ValueError(f"stream {self.plan.stream_id}: layer {layer} is not in the plan")
+        return entry.row_bytes * (end - start if entry.kind is StateKind.TOKEN else 1)
 
     def cut(self, whole: Piece, data: torch.Tensor, limit_bytes: Callable[[], int]) -> Iterator[
             tuple[Piece, torch.Tensor]]:
@@ -193,11 +229,13 @@ class IncomingStream:
             entry = self.plan.layers.get(piece.layer)
             if entry is None or entry.group != piece.group:
                 raise StreamAborted(f"layer {piece.layer} of group {piece.group} is not in the plan")
-            if self._coverage.has(piece):
+            if piece.layers == 1 and self._coverage.has(piece):  # no run is sent twice
                 return False
             try:
                 self._coverage.add(piece)
             except ValueError as error:
+                if piece.layers > 1:
+                    self._coverage = PlanCoverage(self.plan)  # some layers of a run may count, and none is written
                 raise StreamAborted(f"layer {piece.layer}: {error}") from None
             try:
                 self._write(entry, piece, data)

@@ -18,6 +18,7 @@ import torch.multiprocessing as multiprocessing
 from benches.figure_1 import KVNode, hear, next_event
 from benches.link import IDENTITY, in_two_processes
 from minprfaas.config import LinkConfig, StateKind
+from minprfaas.engine.fast_runner import chunk_for
 from minprfaas.observe.report import table
 from minprfaas.transport import (Fabric, LayerPlan, LinkRestored, StreamAborted, StreamDone, StreamFailed,
                                  StreamPlan)
@@ -37,6 +38,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--model", metavar="DIR", help="Hugging Face directory (default: the embedded model)")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--tokens", type=int, default=8192, help="of the prompt (8192)")
+    parser.add_argument("--prefill-chunk", type=int, help="tokens of a prefill chunk (what the engine takes here)")
+    parser.add_argument("--batch-mib", type=int, help="of a fabric's batch (what it takes by itself)")
     parser.add_argument("--mib", type=int, nargs="+", default=[16, 256, 1024], help="raw sizes (16 256 1024)")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args(argv)
@@ -51,14 +54,23 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def new_fabric(store, rank: int, device: str, name: str) -> Fabric:
+def new_fabric(store, rank: int, device: str, name: str, batch_mib: int | None = None) -> Fabric:
     """A connected one; its peer is the other process."""
     where = f"cuda:{rank}" if device == "cuda" else "cpu"
     fabric = Fabric(name, store, rank, LinkConfig(silence_s=SILENCE_S), IDENTITY, where,
-                    deadline_s=OPERATION_DEADLINE_S)
+                    deadline_s=OPERATION_DEADLINE_S, batch_bytes=batch_mib and batch_mib * 2**20)
     fabric.connect(DEADLINE_S)
     wait_until(lambda: fabric.epoch > 0)
     return fabric
+
+
+def close_together(fabric: Fabric, rank: int) -> None:
+    """Not before the sending side, rank 0, has heard that all is written."""
+    if rank == 0:
+        fabric.send_message({"kind": "over"})
+    else:
+        hear(fabric, "over")
+    fabric.close()
 
 
 def wait_until(reached) -> None:
@@ -79,31 +91,32 @@ def print_speed(args) -> None:
     raw = "NCCL" if args.device == "cuda" else "Gloo"
     print(f"\nThe fabric beside raw {raw} send and receive, {args.device}, median of {args.repeats}")
     print(table(["what crosses", "size", f"raw {raw}", "fabric", "fabric / raw"], rows))
-    print("  raw: one operation of that size after the other. fabric: from the first put until the last byte is "
-          "digested,\n  compared, written and acknowledged. The KV is read from one pool and written into another's.")
+    print("  raw: one operation of that size after the other. fabric: until the last byte is digested, compared, written "
+          "and\n  acknowledged; bytes from the first put on, KV from when all of it is there and its sending thread is "
+          "told.\n  KV is read from one pool and written into another's.")
 
 
 def _speed(rank, store, report, args) -> None:
-    fabric, raw = new_fabric(store, rank, args.device, "speed"), RawPair(store, rank, args.device)
+    fabric, raw = new_fabric(store, rank, args.device, "speed", args.batch_mib), RawPair(store, rank, args.device)
     for mib in args.mib:
         plan = StreamPlan(mib, (LayerPlan(0, 0, StateKind.TOKEN, ROW_BYTES),), 0, mib * 2**20 // ROW_BYTES)
         memory = torch.zeros(plan.end, ROW_BYTES, dtype=torch.uint8, device=fabric.device)
         move = _put_whole if rank == 0 else _take_whole
         readings = [(raw.gb_per_s(plan.total_bytes), move(fabric, plan, memory)) for _ in range(args.repeats + 1)]
         _report(report, rank, "bytes", plan.total_bytes, readings)
-    node = KVNode(args.model, str(fabric.device), args.dtype, args.tokens, 1024)
+    node = KVNode(args.model, str(fabric.device), args.dtype, args.tokens, args.prefill_chunk)
     plan = node.plan(2**20, args.tokens)
     readings = []
     for _ in range(args.repeats + 1):
         raw_gb_per_s, gb_per_s = raw.gb_per_s(plan.total_bytes), 0.0
         if rank == 0:
             shipped, _ = node.send_and_compare(plan, fabric, overlap=False)
-            gb_per_s = plan.total_bytes / (shipped.report.acked_s - shipped.report.first_put_s) / 1e9
+            gb_per_s = plan.total_bytes / (shipped.report.acked_s - shipped.ended_at_s) / 1e9
         else:
             node.receive(plan, fabric)
         readings.append((raw_gb_per_s, gb_per_s))
     _report(report, rank, f"KV of {args.tokens:,} tokens", plan.total_bytes, readings)
-    fabric.close()
+    close_together(fabric, rank)
     raw.close()
 
 
@@ -170,8 +183,8 @@ class RawPair:
 
 def print_prefill(args) -> None:
     (row,) = in_two_processes(_prefill, args, steps=1)
-    print(f"\nA prefill of {args.tokens:,} tokens whose KVCache leaves meanwhile, {args.device}, {args.dtype}, median "
-          f"of {args.repeats}")
+    print(f"\nA prefill of {args.tokens:,} tokens whose KVCache leaves meanwhile, {args.device}, {args.dtype}, "
+          f"{chunk_for(torch.device(args.device), args.prefill_chunk):,} tokens a chunk, median of {args.repeats}")
     print(table(["prefill alone", "prefill while streaming", "slowed by", "left after its end"],
                 [[f"{row['alone_s']:.4f} s", f"{row['streaming_s']:.4f} s", f"{row['ratio'] - 1:.1%}",
                   f"{row['tail_s'] * 1e3:.1f} ms"]]))
@@ -179,8 +192,8 @@ def print_prefill(args) -> None:
 
 
 def _prefill(rank, store, report, args) -> None:
-    fabric = new_fabric(store, rank, args.device, "prefill")
-    node = KVNode(args.model, str(fabric.device), args.dtype, args.tokens, 1024)
+    fabric = new_fabric(store, rank, args.device, "prefill", args.batch_mib)
+    node = KVNode(args.model, str(fabric.device), args.dtype, args.tokens, args.prefill_chunk)
     pairs = []
     for number in range(args.repeats + 1):
         plan = node.plan(number, args.tokens)
@@ -194,7 +207,7 @@ def _prefill(rank, store, report, args) -> None:
     if rank == 0:
         alone_s, streaming_s, ratio, tail_s = (median(values) for values in zip(*pairs[1:]))
         report({"alone_s": alone_s, "streaming_s": streaming_s, "ratio": ratio, "tail_s": tail_s})
-    fabric.close()
+    close_together(fabric, rank)
 
 
 # ---- a peer that is killed in the middle of a transfer

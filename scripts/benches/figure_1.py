@@ -159,7 +159,7 @@ class KVNode:
     """Ships what it prefills, or receives what the other one does. Nothing is cached between two prompts."""
 
     def __init__(self, model_dir: str | None, device: torch.device | str, dtype: str, max_tokens: int,
-                 prefill_chunk: int):
+                 prefill_chunk: int | None):
         model, tokenizer = load(model_dir, getattr(torch, dtype), device)
         cache = replace(pool_for(model, [max_tokens + 1]), prefix_cache=False)
         self.engine = Engine(model, tokenizer, cache, prefill_chunk, max_batch=1)

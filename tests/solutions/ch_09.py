@@ -9,10 +9,10 @@ def digest_of(data, row_bytes):
     return total % 2**64
 
 
-def batches_of(sizes, staging_bytes, align):
+def batches_of(sizes, batch_bytes, align):
     counts, end = [0], 0
     for size in sizes:
-        if end + size > staging_bytes:
+        if end + size > batch_bytes:
             counts.append(0)
             end = 0
         counts[-1] += 1
@@ -24,8 +24,8 @@ def plain_sum(data, row_bytes):
     return sum(int.from_bytes(data[at:at + 8], "little") for at in range(0, len(data), 8)) % 2**64
 
 
-def without_align(sizes, staging_bytes, align):
-    return batches_of(sizes, staging_bytes, 1)
+def without_align(sizes, batch_bytes, align):
+    return batches_of(sizes, batch_bytes, 1)
 
 
 WRONG = {"digest_of": plain_sum, "batches_of": without_align}

@@ -5,7 +5,9 @@ import random
 import torch
 from exercises.checking import first_wrong
 
-from minprfaas.transport.pair_group import ALIGN_BYTES, PIECE_ALIGN_BYTES, Batch, digest
+from minprfaas.transport import fabric_sending
+from minprfaas.transport.fabric_sending import PIECE_ALIGN_BYTES
+from minprfaas.transport.pair_group import ALIGN_BYTES, digest
 from minprfaas.transport.streams import Piece
 
 
@@ -16,9 +18,9 @@ def digest_of(data: bytes, row_bytes: int) -> int:
     raise NotImplementedError
 
 
-def batches_of(sizes: list[int], staging_bytes: int, align: int) -> list[int]:
-    """How many pieces go into each staging buffer. Pieces of these sizes (bytes, none larger than the buffer) are put
-    in one after another, each at the next multiple of `align`; one that no longer fits begins the next buffer."""
+def batches_of(sizes: list[int], batch_bytes: int, align: int) -> list[int]:
+    """How many pieces go into each batch. Pieces of these sizes (bytes, none larger than a batch) are put in one after
+    another, each at the next multiple of `align`; one that no longer fits begins the next batch."""
     raise NotImplementedError
 
 
@@ -36,15 +38,10 @@ def check_1() -> str | None:
 
 
 def check_2() -> str | None:
-    """Against the package's batches, filled piece by piece."""
+    """Against the package's batches."""
     rng, cases = random.Random(0), []
-    for staging, sizes in [(64, [16, 16, 16, 16, 16]), (64, [33, 15, 16]), (100, [90, 1, 5, 90]),
-                           (1000, [rng.randint(1, 300) for _ in range(20)])]:
-        counts, batch = [], Batch(torch.empty(staging + PIECE_ALIGN_BYTES, dtype=torch.uint8))
-        for size in sizes:
-            if batch.end + size > staging:
-                counts.append(len(batch.pieces))
-                batch = Batch(torch.empty_like(batch.buffer))
-            batch.add(None, Piece(0, 0, 0, 1, size), torch.zeros(size, dtype=torch.uint8))
-        cases.append(((sizes, staging, PIECE_ALIGN_BYTES), [*counts, len(batch.pieces)]))
+    for most, sizes in [(64, [16, 16, 16, 16, 16]), (64, [33, 15, 16]), (100, [90, 1, 5, 90]),
+                        (1000, [rng.randint(1, 300) for _ in range(20)])]:
+        batches = fabric_sending.batches_of([Piece(0, 0, 0, 1, size) for size in sizes], most)
+        cases.append(((sizes, most, PIECE_ALIGN_BYTES), [len(batch) for batch in batches]))
     return first_wrong(batches_of, cases)

@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from minprfaas.transport.base import StreamPlan
+from minprfaas.transport.base import SendStream, StreamPlan
 from minprfaas.transport.events import StreamReport
 from minprfaas.transport.streams import PutLog
 from minprfaas.transport.wan.frames import HEADER_BYTES, Frame, Header, Kind, SlotPool, StreamRecord
@@ -15,7 +15,7 @@ from minprfaas.transport.wan.line import EmulatedLine
 from minprfaas.transport.wan.outbox import Outbox
 
 
-class LinkStream:
+class LinkStream(SendStream):
     """A SendStream, made by `Link.open`. One thread calls `put` and `finish`; any may call `abort`."""
 
     def __init__(self, plan: StreamPlan, outbox: Outbox, slots: SlotPool, chunk_bytes: int,
@@ -32,8 +32,9 @@ class LinkStream:
         whole = self._put_log.add(layer, start, end, data)
         for piece, part in self._put_log.cut(whole, data.view(-1), self._limit_bytes):
             self._stalled_s += self._outbox.wait_for_room(HEADER_BYTES + piece.nbytes, self._record)
-            frame = Frame(Header(Kind.CHUNK, stream=self.plan.stream_id, **vars(piece)),
-                          self._slots.take(piece.nbytes, pinned=data.is_cuda), self._record)
+            header = Header(Kind.CHUNK, 0, self.plan.stream_id, piece.layer, piece.group, piece.start, piece.end,
+                            piece.offset, piece.nbytes)
+            frame = Frame(header, self._slots.take(piece.nbytes, pinned=data.is_cuda), self._record)
             into = frame.slot.payload[:piece.nbytes]
             if data.is_cuda:
                 frame.ready = self._copy_beside_prefill(into, part)
