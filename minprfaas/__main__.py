@@ -3,7 +3,9 @@
 import argparse
 import importlib
 import sys
+from types import ModuleType
 
+from minprfaas.commands import options
 from minprfaas.errors import ArgumentParser, exit_on_user_error
 
 COMMANDS = {  # what each does, and an example of what it may be given
@@ -31,12 +33,15 @@ def main(argv: list[str] | None = None) -> int:
         subparser = subparsers.add_parser(
             name, help=summary, description=summary[0].upper() + summary[1:] + ".",
             epilog=f"example:\n  {parser.prog} {name} {example}", formatter_class=argparse.RawDescriptionHelpFormatter)
-        if name == chosen:  # only the chosen command is imported: `plan` must not wait for torch
-            command = importlib.import_module(f"minprfaas.commands.{name}")
-            command.add_arguments(subparser)
-            subparser.set_defaults(run=command.run)
+        if name == chosen:  # neither `plan` nor any --help must wait for torch
+            add_arguments = getattr(options, name, None) or _module_of(name).add_arguments
+            add_arguments(subparser)
     args = parser.parse_args(argv)
-    return args.run(args) or 0
+    return _module_of(args.command).run(args) or 0
+
+
+def _module_of(command: str) -> ModuleType:
+    return importlib.import_module(f"minprfaas.commands.{command}")
 
 
 if __name__ == "__main__":

@@ -95,13 +95,14 @@ def test_the_list_of_commands_and_that_of_benchmarks(help_of, run_script):
     assert status == 2 and errors.count("\n") == 1 and "'nothing' is not one of: " in errors
 
 
-def test_what_needs_no_model_does_not_wait_for_torch():
-    """`plan` and `simulate` have the same test where they are tested; `inspect` reads mixers, which are torch's."""
-    code = ("import sys, contextlib\nfrom minprfaas.__main__ import main\n"
-            "for words in (['--help'], ['plan', '--help'], ['simulate', '--help'], ['report', '--help']):\n"
+def test_no_commands_help_waits_for_torch_nor_does_a_wrong_option():
+    """That `plan` and `simulate` run without it is tested where they are; `inspect` reads mixers, which are torch's."""
+    code = ("import sys, contextlib\nfrom minprfaas.__main__ import COMMANDS, main\n"
+            "for words in (['--help'], *([name, '--help'] for name in COMMANDS), ['generate', '--no-such-option']):\n"
             "    with contextlib.suppress(SystemExit):\n        main(words)\n"
             "sys.exit('torch' in sys.modules)")
-    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, timeout=120).returncode == 0
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
+    assert done.returncode == 0 and b"--no-such-option" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("command", COMMANDS)

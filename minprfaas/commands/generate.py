@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 import torch
 
+from minprfaas.commands.options import generate as add_arguments  # noqa: F401
 from minprfaas.config import CacheConfig
 from minprfaas.engine.generate import answer_prompts
 from minprfaas.engine.pieces import compile_and_warm_up
@@ -16,27 +17,6 @@ from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import UserError
 from minprfaas.model.checkpoint import load
 from minprfaas.observe.report import table
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
-    parser.add_argument("prompt", nargs="*", help="what to answer; or give --prompts")
-    parser.add_argument("--model", metavar="DIR", help="Hugging Face directory (default: the embedded model)")
-    parser.add_argument("--prompts", metavar="FILE.jsonl",
-                        help='one {"id", "prompt", "max_tokens"} a line; {"after": id} continues that conversation')
-    parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="the most that an answer may have (64)")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (0)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest; 0 is all (0)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest, P in sum (1)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (0)")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer here (repeatable)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
-                        help="of weights and KVCache (float32)")
-    parser.add_argument("--prefill-chunk", type=int, metavar="TOKENS", help="tokens of a chunk (1024; on a GPU 8192)")
-    parser.add_argument("--pool-blocks", type=int, metavar="N", help="blocks of the pool (default: room for all)")
-    parser.add_argument("--compile", action="store_true", help="compile the model's pieces first: minutes on two cores")
-    parser.add_argument("--json", action="store_true", help="print one JSON line an answer")
 
 
 def run(args: argparse.Namespace) -> None:

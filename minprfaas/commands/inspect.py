@@ -4,26 +4,17 @@ import argparse
 import json
 from collections import Counter
 
+from minprfaas.commands.options import inspect as add_arguments  # noqa: F401
 from minprfaas.config import CacheConfig, ModelConfig, StateKind
 from minprfaas.errors import UserError
 from minprfaas.kvcache.layout import Layout, plan_layout
 from minprfaas.model.checkpoint import EMBEDDED
 from minprfaas.model.families import PUBLISHED, read_config, read_published
-from minprfaas.model.spec import ITEM_BYTES, kv_bytes, model_state_specs
+from minprfaas.model.spec import kv_bytes, model_state_specs
 from minprfaas.observe.report import table
 from minprfaas.scheduling.paper_case import TABLE_3_GBPS, TABLE_3_TOKENS
 
 LENGTHS = [1024 << doubling for doubling in range(8)]  # 1K to 128K tokens
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
-    parser.add_argument("directory", nargs="?", metavar="DIR",
-                        help="Hugging Face directory (default: the embedded model)")
-    parser.add_argument("--config", metavar="NAME", help=f"a published model instead: {', '.join(PUBLISHED)}")
-    parser.add_argument("--block-tokens", type=int, default=64, metavar="N", help="tokens a block (64)")
-    parser.add_argument("--dtype", default="bfloat16", choices=tuple(ITEM_BYTES), help="of the KVCache (bfloat16)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
 
 
 def run(args: argparse.Namespace) -> None:

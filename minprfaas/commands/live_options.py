@@ -13,7 +13,8 @@ from minprfaas.cluster.load import LENGTH_SCALE, REQUESTS, Load
 from minprfaas.cluster.processes import UNTHROTTLED_GBPS
 from minprfaas.cluster.topology import PD_SITE, PRFAAS_SITE, Topology
 from minprfaas.commands.machines import add_machine_options, machine_at
-from minprfaas.commands.serve import add_http_arguments, check_http_arguments
+from minprfaas.commands.options import add_http_arguments
+from minprfaas.commands.serve import check_http_arguments
 from minprfaas.config import LineConfig, LinkConfig
 from minprfaas.engine.prompts import Prompt, read_prompts
 from minprfaas.engine.sampling import SamplingParams

@@ -17,8 +17,8 @@ from minprfaas.cluster.topology import Place
 from minprfaas.commands.answers import wire_share
 from minprfaas.commands.live_options import Run
 from minprfaas.commands.machines import machine_at, wire_between
+from minprfaas.commands.options import FULL_CONTEXTS
 from minprfaas.commands.live_program import Program
-from minprfaas.commands.serve import FULL_CONTEXTS
 from minprfaas.config import CacheConfig
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.generate import longest_prompts, pool_for

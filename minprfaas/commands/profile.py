@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from minprfaas.commands.options import profile as add_arguments  # noqa: F401
 from minprfaas.engine.measure import measure_decode, measure_prefill
 from minprfaas.engine.pieces import compile_and_warm_up
 from minprfaas.errors import UserError, require_number
@@ -18,23 +19,6 @@ from minprfaas.files import OutputFile
 from minprfaas.model.checkpoint import EMBEDDED, load
 from minprfaas.observe.report import human_bytes, table
 from minprfaas.scheduling.profiles import Profile, ProfilePoint
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
-    parser.add_argument("--model", metavar="DIR", help="Hugging Face directory (default: the embedded model)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
-                        help="of weights and KVCache (float32)")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096], metavar="TOKENS",
-                        help="of the prompts: the points of the curve (512 1024 2048 4096)")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="timed prefills of each length (3)")
-    parser.add_argument("--batch", type=int, default=8, metavar="N", help="requests of a decode step: BS_max (8)")
-    parser.add_argument("--context", type=int, default=1024, metavar="TOKENS", help="their context (1024)")
-    parser.add_argument("--prefill-chunk", type=int, metavar="TOKENS", help="tokens of a chunk (1024; on a GPU 8192)")
-    parser.add_argument("--compile", action="store_true", help="compile the model's pieces first")
-    parser.add_argument("--out", metavar="FILE.json", help="write the profile, for `plan --profile`")
-    parser.add_argument("--json", action="store_true", help="print the profile instead of the table")
 
 
 def run(args: argparse.Namespace) -> None:

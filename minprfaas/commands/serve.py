@@ -13,6 +13,8 @@ import torch
 from minprfaas.cluster.mail import Mail
 from minprfaas.cluster.processes import Process, control_settings, front_end, process, worker
 from minprfaas.cluster.topology import Topology
+from minprfaas.commands.options import FULL_CONTEXTS
+from minprfaas.commands.options import serve as add_arguments  # noqa: F401
 from minprfaas.config import CacheConfig
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.generate import pool_for
@@ -23,41 +25,12 @@ from minprfaas.model.tokenizer import Tokenizer
 from minprfaas.model.transformer import Transformer
 from minprfaas.observe.report import human_bytes
 from minprfaas.scheduling.control import ControlPlane
-from minprfaas.serving.chat import MARKS
 from minprfaas.serving.openai import Served
 from minprfaas.serving.service import Service, listen, serve
 from minprfaas.transport.events import EventQueue
 
-FULL_CONTEXTS = 8  # the default pool has room for so many requests as long as the context
 END_S = 10.0  # that the roles get to give back what they hold
 DEADLINE_S = 3600.0
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
-    parser.add_argument("--model", metavar="DIR", help="Hugging Face directory (default: the embedded model)")
-    add_http_arguments(parser)
-    parser.add_argument("--port", type=int, default=8000, metavar="N", help="where; 0 lets the system choose (8000)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
-                        help="of weights and KVCache (float32)")
-    parser.add_argument("--prefill-chunk", type=int, default=512, metavar="TOKENS", help="tokens of a prefill chunk: "
-                        "as long as one takes, nobody else gets a token (512)")
-    parser.add_argument("--block-tokens", type=int, default=64, metavar="N", help="tokens of a KVCache block (64)")
-    parser.add_argument("--pool-blocks", type=int, metavar="N", help="blocks of either pool, for prefill and decode "
-                        f"(default: room for {FULL_CONTEXTS} contexts, at most 1 GiB)")
-    parser.add_argument("--compile", action="store_true", help="compile the model's pieces first: minutes on two cores")
-
-
-def add_http_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of whatever serves HTTP."""
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; whoever reaches it may use the "
-                        "model (127.0.0.1)")
-    parser.add_argument("--max-requests", type=int, default=256, metavar="N", help="requests that are answered at "
-                        "once; one more is told to come again (256)")
-    parser.add_argument("--drain-s", type=float, default=30.0, metavar="S", help="seconds that requests get to end "
-                        "once the server is told to (30)")
-    parser.add_argument("--chat-template", choices=sorted(MARKS), help="for a model whose own is missing or unknown")
 
 
 def run(args: argparse.Namespace) -> int:
