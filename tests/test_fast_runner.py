@@ -13,6 +13,7 @@ from kv_oracle import KVOracle
 
 from minprfaas import SamplingParams
 from minprfaas.config import CacheConfig
+from minprfaas.engine.cpu_runner import CPURunner
 from minprfaas.engine.decode_graphs import bucket_of
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.fast_runner import FastRunner, what_must_run_eagerly
@@ -23,7 +24,8 @@ from minprfaas.model.checkpoint import load, load_checkpoint
 from minprfaas.model.families import read_config
 from minprfaas.model.layers import Positions, Projecting
 from minprfaas.model.paged_attention import (
-    attend_to_copied_pages, attend_to_pages, flash_can_read, merge_pages, page_index, pieces_of_pages)
+    attend_to_copied_pages, attend_to_pages, attend_to_runs, flash_can_read, merge_pages, page_index, page_runs,
+    pieces_of_pages)
 from minprfaas.model.spec import Pages
 
 SAMPLED = dict(temperature=1.0, top_k=20, top_p=0.9)
@@ -32,7 +34,7 @@ PARITY = Path(__file__).parent / "fixtures" / "parity"
 FIXTURES = sorted(path.parent.name for path in PARITY.glob("*/config.json"))
 
 
-def answers(model, tokenizer, fast: bool, blocks: int = 60) -> tuple[list[list[int]], Engine]:
+def answers(model, tokenizer, fast: bool | None, blocks: int = 60) -> tuple[list[list[int]], Engine]:
     """Tokens of six requests, greedy and sampled in turn, which end at different steps."""
     engine = Engine(model, tokenizer, CacheConfig(blocks, 8, snapshot_every=2), prefill_chunk=16, fast=fast)
     oracle = KVOracle(model)
@@ -71,7 +73,7 @@ def test_delta_rules_by_graphs_draw_the_eager_runners_tokens(checkpoints, monkey
     assert answers(*load(checkpoints["kimi_linear"], device="cuda"), fast=True)[0] == expected
 
 
-def decoding(name: str, fast: bool, dtype: torch.dtype, device: str) -> tuple[Engine, list[Request]]:
+def decoding(name: str, fast: bool | None, dtype: torch.dtype, device: str) -> tuple[Engine, list[Request]]:
     """A fixture's model after the prefill of three prompts."""
     directory = PARITY / name
     model = load_checkpoint(directory, read_config(directory), dtype, device)
@@ -87,6 +89,14 @@ def decoding(name: str, fast: bool, dtype: torch.dtype, device: str) -> tuple[En
     return engine, requests
 
 
+def rows_of(engine: Engine, requests: list[Request]) -> list[torch.Tensor]:
+    """Every layer's state of every request, flat."""
+    pool, layout = engine.kvcache.pool, engine.layout
+    return [pool.read_bytes(layer, request.cache.block_tables[layout.group_of_layer[layer].index], 0,
+                            request.cache.num_tokens).view(torch.float32).flatten()
+            for request in requests for layer in range(len(layout.specs))]
+
+
 def step_logits(engine: Engine, requests: list[Request]) -> torch.Tensor:
     """The logits of a decode step, `[batch, vocab]`; every request gets the same next token."""
     seen = []
@@ -99,10 +109,15 @@ def step_logits(engine: Engine, requests: list[Request]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", FIXTURES)
-def test_a_step_of_fixed_shape_gives_every_familys_logits(name):
-    eager, fast = (decoding(name, fast, torch.float32, "cpu") for fast in (False, True))
+def test_a_step_of_fixed_shape_or_in_place_gives_every_familys_logits_and_leaves_its_kvcache(name):
+    eager, *others = (decoding(name, fast, torch.float32, "cpu") for fast in (False, True, None))
     for _ in range(4):
-        torch.testing.assert_close(step_logits(*fast), step_logits(*eager), atol=1e-4, rtol=0)
+        expected = step_logits(*eager)
+        for engine, requests in others:
+            torch.testing.assert_close(step_logits(engine, requests), expected, atol=1e-4, rtol=0)
+    kvcache = [torch.cat(rows_of(*each)) for each in (eager, *others)]
+    for rows in kvcache[1:]:
+        torch.testing.assert_close(rows, kvcache[0], atol=1e-4, rtol=0)
 
 
 @pytest.mark.gpu
@@ -153,6 +168,13 @@ def test_steps_of_fixed_shape_survive_preemption(models):
     expected, _ = answers(*models["kimi_linear"], fast=False)
     tokens, engine = answers(*models["kimi_linear"], fast=True, blocks=36)
     assert tokens == expected
+
+
+def test_on_a_cpu_steps_in_place_give_the_eager_runners_tokens_with_preemption_too(models):
+    expected, _ = answers(*models["qwen3"], fast=False)
+    for blocks in (60, 20):
+        tokens, engine = answers(*models["qwen3"], fast=None, blocks=blocks)
+        assert tokens == expected and type(engine.runner) is CPURunner
 
 
 def test_a_row_without_a_request_writes_into_no_block_that_anyone_holds(models):
@@ -223,6 +245,40 @@ def test_few_pages_are_read_in_pieces_and_many_whole():
     pages = Pages(torch.zeros(9, 256, 4), torch.zeros(1, 4, dtype=torch.int64), torch.tensor([1000]))
     assert [pieces_of_pages(pages, kv_heads) for kv_heads in (1, 8, 16, 32)] == [4, 4, 2, 1]
     assert pieces_of_pages(pages._replace(view=torch.zeros(9, 64, 4)), 1) == 1
+
+
+@pytest.mark.parametrize("heads, kv_heads, v_dim", [(4, 4, 8), (8, 2, 8), (6, 1, 4)])
+def test_a_chunks_attention_in_two_parts_is_attention(heads, kv_heads, v_dim):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 70, heads, 8), torch.randn(1, 70, kv_heads, 8), torch.randn(1, 70, kv_heads, v_dim)
+    whole = attend(q, k, v, Positions(torch.tensor([0]), 70), 0.3)
+    for new in (2, 33, 69):
+        chunk = attend(q[:, -new:], k, v, Positions(torch.tensor([70 - new]), new), 0.3)
+        torch.testing.assert_close(chunk, whole[:, -new:])
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (8, 2), (6, 1)])
+def test_attention_to_pages_where_they_lie_is_attention(heads, kv_heads):
+    """Scattered pages, one that two requests share; what no request holds is NaN: a block that was read would show."""
+    lengths, dim = [1, 16, 17, 50], 8
+    pages, k, v = paged(lengths, kv_heads, dim)
+    pages.view[pages.block_table[3, 0]] = float("nan")
+    pages.block_table[3, 0] = pages.block_table[2, 0]
+    k[3, :16], v[3, :16] = k[2, :16], v[2, :16]
+    for blocks, length in zip(pages.block_table, lengths):
+        last = blocks[(length - 1) // 16]
+        pages.view[last] = pages.view[last].nan_to_num(0.0)  # a block is zeroed when it is handed out
+    q = torch.randn(4, 1, heads, dim)
+    runs = page_runs(pages)
+    assert sum(count for _, count in runs.runs) == 1 + 1 + 2 + 4
+    expected = attend(q, k, v, Positions(torch.tensor(lengths) - 1, 1), 0.3)
+    torch.testing.assert_close(attend_to_runs(q, pages.view, runs, 0.3), expected)
+
+
+def test_neighbours_are_one_run_whoever_holds_them_and_a_shared_block_is_in_two():
+    view, lengths = torch.zeros(20, 4, 2), torch.tensor([12, 9])
+    assert page_runs(Pages(view, torch.tensor([[5, 4, 8], [3, 7, 6]]), lengths)).runs == [(3, 6)]
+    assert page_runs(Pages(view, torch.tensor([[1, 2, 3], [1, 2, 9]]), lengths)).runs == [(1, 3), (9, 1), (1, 2)]
 
 
 @pytest.mark.gpu

@@ -207,8 +207,8 @@ print(table(["over 4,128 tokens in 65 pages", "largest difference to one softmax
 print(f"\n   {len(blocks)} pages give {len(blocks) * (dim + 1):,} numbers; the rows have {context * 2 * dim:,}.\n")
 
 # %% [markdown]
-# *Why is that how GPUs do it?* The pages are read side by side, each once, where they lie. The package does so in
-# decode on a GPU (`model/paged_attention.py`); on CPUs it gathers the rows, which is the readable way and the
+# *Why is that how GPUs do it?* The pages are read side by side, each once, where they lie. The package's decode does so
+# on GPUs and on CPUs (`model/paged_attention.py`); its eager runner gathers the rows, which is the readable way and the
 # reference.
 #
 # *Change this line:* `log_sums` all zero (`torch.zeros(())`): every page counts the same. Which pages suffer most?

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from minprfaas.engine.cpu_runner import CPURunner
 from minprfaas.engine.decode_graphs import DecodeStep, LiveState, bucket_of
 from minprfaas.engine.prefill_graphs import graph_delta_rules
 from minprfaas.engine.request import Request
@@ -25,9 +26,11 @@ from minprfaas.observe.timeline import Timeline
 
 def runner_for(model: Transformer, kvcache: KVCacheManager, clock: Callable[[], float], timeline: Timeline | None,
                fast: bool | None, max_batch: int) -> Runner:
-    """The fast runner or the eager one; `fast` None takes the fast one on a GPU, if it can run every layer."""
+    """The fast runner or the eager one; `fast` None takes the quickest for the device that can run every layer."""
+    if fast is None and model.device.type == "cpu":
+        return CPURunner(model, kvcache, clock, timeline)
     if fast is None:
-        fast = model.device.type == "cuda" and not what_must_run_eagerly(model)
+        fast = not what_must_run_eagerly(model)
     return FastRunner(model, kvcache, clock, timeline, max_batch) if fast else Runner(model, kvcache, clock, timeline)
 
 

@@ -12,7 +12,7 @@ from minprfaas.engine.request import KVListener, Request
 from minprfaas.engine.sampling import sample, sample_batch
 from minprfaas.engine.scheduler import PrefillChunk
 from minprfaas.kvcache.manager import KVCacheManager
-from minprfaas.model.spec import OnLayer
+from minprfaas.model.spec import ModelState, OnLayer
 from minprfaas.model.transformer import Transformer
 from minprfaas.observe.timeline import Timeline
 
@@ -43,11 +43,15 @@ class Runner:
         """One forward pass over the last token of every request; the next token of each."""
         began_at_s = self.clock()
         last_tokens = torch.tensor([[request.token_ids[-1]] for request in batch], device=self.model.device)
-        logits = self.model(last_tokens, self.kvcache.state([request.cache for request in batch]))[:, -1]
+        logits = self.model(last_tokens, self._decode_state(batch))[:, -1]
         tokens = self._finish_step(batch, logits, logits.argmax(dim=-1))
         if self.timeline is not None:
             self.timeline.span("decode", f"step of {len(batch)}", began_at_s, self.clock())
         return tokens
+
+    def _decode_state(self, batch: list[Request]) -> ModelState:
+        """What the model reads and writes in a decode step."""
+        return self.kvcache.state([request.cache for request in batch])
 
     def _finish_step(self, batch: list[Request], logits: torch.Tensor, greedy: torch.Tensor) -> list[int]:
         """Keep the books while the device still computes, then wait for the tokens."""

@@ -26,6 +26,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, positions: Positions, scale: float) 
         k, v = _aligned(k), _aligned(v)
     if batch == 1 and new > 1 and _kernels_can_take(q):
         return _attend_by_kernels(q, k, v, scale)
+    if batch == 1 and 1 < new < context and v_dim <= q.shape[-1] and q.device.type == "cpu":
+        return _attend_in_two(q, k, v, scale)
     if v_dim < q.shape[-1]:  # the fused kernels want one width; the others build the whole score matrix
         v = F.pad(v, (0, q.shape[-1] - v_dim))
     # A mask that is given as a tensor rules the fused kernels out too, so one is built only where requests of unequal
@@ -79,6 +81,21 @@ def _attend_by_kernels(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         earlier, log_sum_earlier = _planned(q, k[:, :before], v[:, :before], False, scale)
         out = torch.lerp(earlier, out, (log_sum - log_sum_earlier).sigmoid().to(out.dtype))
     return out.transpose(1, 2)
+
+
+def _attend_in_two(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """One prompt's chunk on a CPU: what came before, which needs no mask, and the chunk itself, causal. The dispatcher
+    would build a whole mask, and its kernel compute all that the mask hides."""
+    v_dim, before, kv_heads = v.shape[3], k.shape[1] - q.shape[1], k.shape[2]
+    v = F.pad(v, (0, q.shape[3] - v_dim)) if v_dim < q.shape[3] else v
+    # To the kernel, each KV head is a batch of its own, whose heads have the same keys.
+    queries = q[0].unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)  # [kv_heads, groups, new, dim]
+    k, v = (x[0].transpose(0, 1)[:, None].expand(-1, queries.shape[1], -1, -1) for x in (k, v))
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, log_sum = kernel(queries, k[:, :, before:], v[:, :, before:], 0.0, True, scale=scale)
+    earlier, log_sum_earlier = kernel(queries, k[:, :, :before], v[:, :, :before], scale=scale)
+    out = torch.lerp(earlier, out, (log_sum - log_sum_earlier).sigmoid().to(out.dtype)[..., None])
+    return out[..., :v_dim].permute(2, 0, 1, 3).flatten(1, 2)[None]
 
 
 def _planned(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,15 @@
-"""Decode attention straight over pages: no copy of the context, no mask, nothing planned anew a step. Chapter 03.
+"""Decode attention straight over pages: no copy of the context, nothing planned anew a step. Chapter 03.
 
-Split-KV ("flash decoding") in plain PyTorch. The flash kernel for sequences of unequal length is told that every page
-is a sequence of its own, which begins at the page's first row of the pool and has as many rows as are filled. It
-returns each page's output and the logarithm of its softmax denominator, and with those the pages of a request are one
-weighted sum. So however long a context is, its pages are read side by side, and each of them once.
+Split-KV ("flash decoding") in plain PyTorch. Every page is a sequence of its own to a flash kernel, which returns each
+page's output and the logarithm of its softmax denominator, and with those the pages of a request are one weighted sum.
+So however long a context is, its pages are read side by side, and each of them once.
+
+On a GPU the kernel for sequences of unequal length is told where in the pool each page begins and how many of its rows
+are filled. On a CPU the kernel wants pages at equal distances: pages that are neighbours in the pool are, so one call
+takes each run of neighbours, with a mask for rows that are not filled.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -76,6 +80,51 @@ def attend_to_pages(q: Tensor, view: Tensor, index: PageIndex, scale: float) -> 
         False, False, scale=scale, seqused_k=index.row_counts.view(-1))[:2]
     return PageOutputs(out.view(batch, count, groups, kv_heads, dim), log_sum.view(kv_heads, batch, count, groups),
                        index.row_counts)
+
+
+class PageRuns(NamedTuple):
+    """The pages of a batch in the order in which they lie in the pool; the layers of a KVCache group share it."""
+
+    runs: list[tuple[int, int]]  # first block and number of blocks of each run of neighbours
+    owners: Tensor  # [pages] int64: the request of each page
+    mask: Tensor  # [pages, 1, 1, block_tokens] float32: minus infinity for a row that is not filled, else 0
+    places: Tensor  # [batch * blocks] int64: which page each entry of the block table is; any for padding
+    row_counts: Tensor  # [batch, blocks] int64: as in `PageIndex`
+
+
+def page_runs(pages: Pages) -> PageRuns:
+    """The runs of `pages`, on a CPU. A block that requests share is a page of each of them."""
+    size, round_blocks = pages.view.shape[1], 2 * len(pages.view)
+    row_counts = (pages.lengths[:, None] - torch.arange(0, pages.block_table.shape[1] * size, size)).clamp(0, size)
+    filled = row_counts.flatten().nonzero()[:, 0]  # entries of the block table
+    blocks, order = pages.block_table.flatten()[filled].sort(stable=True)
+    numbers = torch.arange(len(blocks))
+    # A shared block is met in one round through the pool after another, and rounds are no neighbours.
+    rounds = numbers - torch.searchsorted(blocks, blocks)
+    path, by_path = (blocks + rounds * round_blocks).sort()
+    entries = filled[order[by_path]]
+    bounds = [0, *((path.diff() != 1).nonzero()[:, 0] + 1).tolist(), len(path)]
+    runs = [(int(path[begin]) % round_blocks, end - begin) for begin, end in pairwise(bounds)]
+    is_filled = torch.arange(size) < row_counts.flatten()[entries, None]
+    mask = torch.zeros(is_filled.shape).masked_fill(~is_filled, float("-inf"))
+    places = torch.zeros_like(row_counts).flatten().index_copy(0, entries, numbers)
+    return PageRuns(runs, entries // row_counts.shape[1], mask[:, None, None], places, row_counts)
+
+
+def attend_to_runs(q: Tensor, view: Tensor, pages: PageRuns, scale: float) -> Tensor:
+    """The attention of `q` `[batch, 1, heads, dim]` to all pages, merged, on a CPU; values are as wide as keys."""
+    batch, dim = q.shape[0], q.shape[3]
+    kv_heads = view.shape[2] // (2 * dim)
+    k, v = view.unflatten(-1, (2, kv_heads, dim)).permute(2, 0, 3, 1, 4).unbind()  # [blocks, kv_heads, rows, dim]
+    queries = q.view(batch, kv_heads, -1, dim).index_select(0, pages.owners)
+    counts, parts = [count for _, count in pages.runs], []
+    for (first, count), own, mask in zip(pages.runs, queries.split(counts), pages.mask.split(counts)):
+        parts.append(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            own, k[first:first + count], v[first:first + count], attn_mask=mask, scale=scale))
+    out, log_sum = (torch.cat(part).flatten(1, 2).index_select(0, pages.places).unflatten(0, (batch, -1))
+                    for part in zip(*parts))  # [batch, blocks, heads, dim], [batch, blocks, heads]
+    weights = log_sum.masked_fill((pages.row_counts == 0)[..., None], float("-inf")).softmax(dim=1)
+    return torch.einsum("bph,bphd->bhd", weights.to(out.dtype), out)[:, None]
 
 
 def attend_to_copied_pages(q: Tensor, pages: Pages, row_counts: Tensor, scale: float, kv_heads: int) -> PageOutputs:

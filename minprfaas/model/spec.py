@@ -84,8 +84,8 @@ class TokenContext:
 
     pages: Pages  # without a copy, for kernels that follow a block table
     longest: int  # of the lengths
-    # Attention to the pages without a copy: (q `[batch, 1, heads, dim]`, scale, KV heads) -> what `merge_pages` takes.
-    # None: read `rows` instead.
+    # Attention to the pages without a copy: (q `[batch, 1, heads, dim]`, scale, KV heads) -> itself (one tensor), or
+    # what `merge_pages` takes. None: read `rows` instead.
     attend: Callable[[torch.Tensor, float, int], tuple[torch.Tensor, ...]] | None = None
 
     def rows(self) -> torch.Tensor:
