@@ -14,6 +14,8 @@ from minprfaas.kvcache.paged import PagedLayer, PagedState
 from minprfaas.model.paged_attention import PageRuns, attend_to_copied_pages, attend_to_runs, page_runs
 from minprfaas.model.spec import LayerState, ModelState, TokenContext
 
+RUN_BYTES = 2**16  # of a run of pages, on average: a call for each takes longer than a copy of shorter ones
+
 
 class CPURunner(Runner):
     """`Runner` with decode steps that copy no context."""
@@ -49,6 +51,9 @@ class InPlaceLayer:
         if group not in self._runs:
             self._runs[group] = page_runs(context.pages)
         runs, pages = self._runs[group], context.pages
+        page_bytes = pages.view.shape[1] * pages.view.shape[2] * pages.view.element_size()
+        if len(runs.owners) * page_bytes < (len(runs.runs) - 1) * RUN_BYTES:
+            return context
 
         def attend(q: torch.Tensor, scale: float, kv_heads: int) -> tuple[torch.Tensor, ...]:
             if pages.view.shape[2] == 2 * kv_heads * q.shape[3]:

@@ -45,6 +45,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tokens", type=int, default=2048, help="of the prompt (2048)")
     parser.add_argument("--context", type=int, default=1024, help="of a decoding request (1024)")
     parser.add_argument("--repeats", type=int, default=3, help="turns that each takes (3)")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="the models (both)")
     parser.add_argument("--peers", metavar="DIR", help="folder with checkouts of other libraries")
     parser.add_argument("--json", metavar="FILE", help="write the readings")
     args = parser.parse_args(argv)
@@ -53,7 +54,8 @@ def main(argv: list[str]) -> int:
     machine = measure_machine(f"{torch.get_num_threads()} threads, float32", "cpu")
     print(machine, flush=True)
     readings = []
-    for name, shape in SHAPES.items():
+    for name in args.shapes:
+        shape = SHAPES[name]
         with Peer("Transformers", shape, "cpu", args.peers) as peer:
             readings += read(name, Transformer(config_from_hf(shape)).requires_grad_(False), machine, peer, args)
     print_readings(readings)
