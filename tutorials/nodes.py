@@ -29,6 +29,7 @@ from minprfaas.cluster.neighbours import Neighbours
 from minprfaas.cluster.processes import control_settings, front_end, process
 from minprfaas.cluster.stream_plans import stream_plan
 from minprfaas.cluster.topology import PD_SITE, PRFAAS_SITE, Place, Topology
+from minprfaas.commands.live_run import link_config
 from minprfaas.config import CacheConfig, LineConfig, LinkConfig, StateKind, WeatherChange
 from minprfaas.engine.engine import Engine
 from minprfaas.kvcache.layout import plan_layout
@@ -238,7 +239,7 @@ class LiveCluster:
                          "--link-gbps", str(line.gbps), "--rtt-ms", str(line.rtt_ms),
                          "--link-timeout-s", str(link_timeout_s), "--wait-s", str(DEADLINE_S), *self.OPTIONS]
         self._link_timeout_s = link_timeout_s
-        front, *self.nodes = topology.places()
+        self._here, *self.nodes = topology.places()
         self._errors = tempfile.TemporaryFile("w+")  # what the nodes log, too
         self.processes: dict[str, subprocess.Popen] = {}
         for node in self.nodes:
@@ -252,13 +253,12 @@ class LiveCluster:
         plane = ControlPlane(control_settings(threshold, line.gbps, engine.layout))
         self.front: FrontEnd = front_end(plane, mail, engine, deadline_s=DEADLINE_S)
         self._process = process(mail, self.front, [])
-        self._neighbours = Neighbours(front, self.nodes, self._link_to, mail)
+        self._neighbours = Neighbours(self._here, self.nodes, self._link_to, mail)
 
     def _link_to(self, peer: Place) -> Link:
-        crosses = peer.site == PRFAAS_SITE
-        config = LinkConfig(lanes=2, timeout_s=self._link_timeout_s) if crosses else LinkConfig(timeout_s=2.0)
-        return Link(f"front:{peer.name}", self._address.open(), 0, config, self._identity,
-                    self._line if crosses else None, self._mail.events)
+        config = link_config(LinkConfig(timeout_s=self._link_timeout_s), self._here, peer)  # as the node has it
+        line = self._line if peer.site == PRFAAS_SITE else None
+        return Link(f"front:{peer.name}", self._address.open(), 0, config, self._identity, line, self._mail.events)
 
     def start(self, name: str) -> None:
         """Start a node, for the first time or again."""

@@ -19,7 +19,7 @@ from minprfaas.commands.live_options import Run
 from minprfaas.commands.machines import machine_at, wire_between
 from minprfaas.commands.options import FULL_CONTEXTS
 from minprfaas.commands.live_program import Program
-from minprfaas.config import CacheConfig
+from minprfaas.config import CacheConfig, LinkConfig
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.generate import longest_prompts, pool_for
 from minprfaas.engine.paced import PacedEngine
@@ -113,12 +113,10 @@ def _play(run: Run, seat: Seat, outputs: dict[str, OutputFile], drive: Drive | N
     def make_link(peer: Place) -> Link | Fabric:
         first, second = sorted((here, peer), key=seat.places.index)
         name, store, rank = f"{first.name}:{second.name}", seat.address.open(), int(here is second)
-        sends_kv = here.roles and peer.roles  # the front end has no KVCache: one lane carries its messages
+        config = link_config(run.link, here, peer)
         if peer.site != here.site:
-            config = run.link if sends_kv else replace(run.link, lanes=1)
             return Link(name, store, rank, config, across, lines[peer.site], mail.events, timeline)
-        config = replace(run.link, lanes=1, timeout_s=FABRIC_TIMEOUT_S)
-        if sends_kv:
+        if here.roles and peer.roles:
             return Fabric(name, store, rank, config, identity, engine.model.device, mail.events)
         return Link(name, store, rank, config, identity, events=mail.events, timeline=timeline)
 
@@ -136,6 +134,14 @@ def _play(run: Run, seat: Seat, outputs: dict[str, OutputFile], drive: Drive | N
         neighbours.close()
         for line in filter(None, lines.values()):
             line.close()
+
+
+def link_config(link: LinkConfig, here: Place, peer: Place) -> LinkConfig:
+    """What two processes of a run must both say of their link; `link` is of those that carry KVCache between
+    datacenters. The front end has none: one lane carries its messages."""
+    if peer.site == here.site:
+        return replace(link, lanes=1, timeout_s=FABRIC_TIMEOUT_S)
+    return link if here.roles and peer.roles else replace(link, lanes=1)
 
 
 def _wait_for_front(run: Run, seat: Seat, made: Process, neighbours: Neighbours) -> None:
