@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_TOKENS = 64  # the prefill form holds the memory at every multiple of this, and nowhere else
+from minprfaas.model.recurrent import CHUNK_TOKENS
 
 
 def delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, memory: Tensor,

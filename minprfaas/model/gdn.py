@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from minprfaas.config import MAX_HEAD_SIZE, StateKind, require_sizes
 from minprfaas.errors import UserError, require_number
-from minprfaas.model.delta import CHUNK_TOKENS, delta_rule, delta_rule_chunked
+from minprfaas.model.delta import delta_rule, delta_rule_chunked
 from minprfaas.model.layers import Positions, RMSNorm
-from minprfaas.model.recurrent import ShortConvolution, state_or_fresh, store_memory, unit_length
+from minprfaas.model.recurrent import CHUNK_TOKENS, ShortConvolution, state_or_fresh, store_memory, unit_length
 from minprfaas.model.spec import LayerState, StateSpec, TensorSpec
 
 
@@ -85,7 +85,7 @@ class GDN(nn.Module):
         g = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias.float())
         out, memory, before = delta_rule(q * config.k_dim**-0.5, k, v, g[..., None], b.float().sigmoid(), memory,
                                          positions.is_token, self.chunked)
-        store_memory(state, positions, CHUNK_TOKENS, memory, before, inputs)
+        store_memory(state, positions, memory, before, inputs)
         gate = F.silu(z.unflatten(-1, (-1, config.v_dim)).float())
         return self.o_proj((self.norm(out) * gate).to(x.dtype).flatten(2))
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from minprfaas.config import MAX_HEAD_SIZE, StateKind, require_sizes
 from minprfaas.errors import require_number
-from minprfaas.model.delta import CHUNK_TOKENS, ChunkParts, chunk_parts, delta_rule, delta_rule_chunked
+from minprfaas.model.delta import ChunkParts, chunk_parts, delta_rule, delta_rule_chunked
 from minprfaas.model.layers import Positions, Projecting, RMSNorm
-from minprfaas.model.recurrent import ShortConvolution, state_or_fresh, store_memory, unit_length
+from minprfaas.model.recurrent import CHUNK_TOKENS, ShortConvolution, state_or_fresh, store_memory, unit_length
 from minprfaas.model.spec import LayerState, StateSpec, TensorSpec
 
 
@@ -84,7 +84,7 @@ class KDA(Projecting):
             out, memory, before = self.step(*arguments, memory)
         else:
             out, memory, before = delta_rule(*arguments, memory, positions.is_token, self.chunked)
-        store_memory(state, positions, CHUNK_TOKENS, memory, before, inputs)
+        store_memory(state, positions, memory, before, inputs)
         return self.output(out, gate)
 
     def project(self, x: Tensor, tail: Tensor) -> tuple[Tensor, ...]:

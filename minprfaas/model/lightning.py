@@ -15,10 +15,8 @@ from torch import Tensor, nn
 from minprfaas.config import MAX_HEAD_SIZE, RopeConfig, StateKind, require_sizes
 from minprfaas.errors import UserError, require_number
 from minprfaas.model.layers import Positions, RMSNorm, apply_rotary
-from minprfaas.model.recurrent import state_or_fresh, store_memory
+from minprfaas.model.recurrent import CHUNK_TOKENS, state_or_fresh, store_memory
 from minprfaas.model.spec import LayerState, StateSpec, TensorSpec
-
-CHUNK_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,7 @@ class Lightning(nn.Module):
                 before = None
             else:
                 out, memory, before = lightning_chunked(q, k, v, slopes, memory, positions.new)
-        store_memory(state, positions, CHUNK_TOKENS, memory, before)
+        store_memory(state, positions, memory, before)
         out = out.flatten(2).unflatten(-1, (config.norm_groups, -1)).to(x.dtype)
         normed = F.rms_norm(out.float(), out.shape[-1:], eps=self.norm.eps).flatten(2).to(x.dtype) * self.norm.weight
         return self.o_proj(self.g_proj(x).sigmoid() * normed)

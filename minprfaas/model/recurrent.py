@@ -10,6 +10,8 @@ from minprfaas.model.layers import Positions, rows_from
 from minprfaas.model.spec import LayerState, StateSpec
 from minprfaas.model.state import ContiguousLayerState
 
+CHUNK_TOKENS = 64  # the prefill forms hold the memory at every multiple of this, and nowhere else
+
 
 def state_or_fresh(state: LayerState | None, spec: StateSpec, x: Tensor) -> LayerState:
     """`state`, or an empty one where `x` `[batch, new, hidden]` is the whole context."""
@@ -44,17 +46,17 @@ class ShortConvolution(nn.Module):
         return F.silu(convolved), inputs
 
 
-def store_memory(state: LayerState, positions: Positions, chunk: int, memory: Tensor, before: Tensor | None,
+def store_memory(state: LayerState, positions: Positions, memory: Tensor, before: Tensor | None,
                  inputs: Tensor | None = None) -> None:
     """The state after a pass, and at the wanted offsets inside it.
 
-    `memory` is the one after the pass, `before` `[batch, heads, chunks, …]` the one before each `chunk` tokens. The
+    `memory` is the one after the pass, `before` `[batch, heads, chunks, …]` the one before each `CHUNK_TOKENS`. The
     `inputs` of a short convolution begin with the tail that the pass began with, so the kernel - 1 rows from `offset`
     on are the tail after `offset` tokens.
     """
     new = positions.index.shape[1]
     for offset in sorted({*state.snapshot_offsets, new}):
-        tensors = (memory if offset == new else before[:, :, offset // chunk],)
+        tensors = (memory if offset == new else before[:, :, offset // CHUNK_TOKENS],)
         if inputs is not None:
             after = positions.new if offset == new and positions.new is not None else offset
             tensors += (rows_from(inputs, after, inputs.shape[1] - new).transpose(1, 2),)
