@@ -159,8 +159,8 @@ class _Leaving:
 
 
 class Outgoing:
-    """The streams that one node sends. Each keeps the blocks that it reads until it has ended, whatever becomes of their
-    request; one that its receiver does not take in time is ended. Only the node's own loop calls it."""
+    """The streams that one node sends. Each keeps the blocks that it reads until it has ended, whatever becomes of
+    their request; one that its receiver does not take in time is ended. Only the node's own loop calls it."""
 
     def __init__(self, name: str, kvcache: KVCacheManager, mail: Mail, clock: Callable[[], float],
                  finish_deadline_s: float):
