@@ -92,8 +92,8 @@ def print_speed(args) -> None:
     print(f"\nThe fabric beside raw {raw} send and receive, {args.device}, median of {args.repeats}")
     print(table(["what crosses", "size", f"raw {raw}", "fabric", "fabric / raw"], rows))
     print("  raw: one operation of that size after the other. fabric: until the last byte is digested, compared, "
-          "written and\n  acknowledged; bytes from the first put on, KV from when all of it is there and its sending thread is "
-          "told.\n  KV is read from one pool and written into another's.")
+          "written and\n  acknowledged; bytes from the first put on, KV from when all of it is there and its sending "
+          "thread is told.\n  KV is read from one pool and written into another's.")
 
 
 def _speed(rank, store, report, args) -> None:
