@@ -33,8 +33,8 @@ CPU, NODES_PY = torch.device("cpu"), helper.path_of("nodes.py")
 # ## 1. A group of two
 #
 # Two datacenters are joined by a line that is slow and may break, so chapter 07 built lanes, frames, acknowledgements.
-# Inside one there is a network from the memory of one GPU into that of another (between two H100s of one host NCCL moves
-# 367 GB/s, says `docs/measurements.md`; the paper's line has 12.5), and `torch.distributed` can drive it. What a *node*
+# Inside one there is a network from the memory of one GPU into that of another (NCCL between two H200s of one host:
+# 362 GB/s, says `docs/measurements.md`; the paper's line has 12.5), and `torch.distributed` can drive it. What a *node*
 # prefills goes to *any* node that decodes, and nodes die by themselves.
 # One group of all nodes would die with each of them. So every **pair** of nodes has a group of its own, and when one
 # of the two dies, nobody else notices. Each direction has its own group, too: a group's operations queue up behind
@@ -88,7 +88,7 @@ print(f"   8 nodes: {8 * 7 // 2} pairs, {8 * 7} groups, one for each direction. 
 # when digest and key fit is it scattered into blocks. The digest is one pass over the bytes, on the device where they
 # are: the receiver's host waits for its GPU once a batch, the sender's not at all.
 #
-# *Guess first:* 1 of 8,388,608 bits is wrong. Does a sum notice? And if the second half never came?
+# *Guess first:* 1 of 8,388,608 bits is wrong. Does a sum notice? And if one half never came?
 
 # %%
 KEY = 42
@@ -110,7 +110,7 @@ print(f"\n   {noticed} of 4 damages noticed.\n")
 
 # %% [markdown]
 # *Why are swapped rows noticed?* Each row's sum is multiplied by an odd number of its own before the sums are added. A
-# plain sum would not notice; `sum` in place of `digest` above shows that.
+# plain sum would be the same whatever their order.
 #
 # *Change this line:* `rows[[3, 7]] = rows[[7, 3]]` → `rows.view(-1, 8)[[0, 1]] = rows.view(-1, 8)[[1, 0]]`: two words
 # of one row change places. This digest cannot see that; a wire does not do that either, and against malice it was
@@ -231,8 +231,8 @@ print(f"   epoch {fabric.epoch}: {human_bytes(done.report.bytes)} in {first.call
 # next one is announced while this one is on its way. The receiver posts exactly that receive. NCCL matches operations
 # by their order alone, so both sides must make the same ones in the same order; the announcements are that order. And
 # what is announced is on its way already: a receive that waited for a sender's kernels could keep them from loading.
-# Only the first batch each way goes unannounced, before any stream: NCCL connects two GPUs in their first operation, and
-# whoever calls it waits until the other does too.
+# Only the first batch each way goes unannounced, before any stream: NCCL connects two GPUs in their first operation,
+# and whoever calls it waits until the other does too.
 #
 # *Change this line:* `ask(1, pause_s=0.005)`, as if a layer were computed in between. Are there more operations now?
 
@@ -268,7 +268,8 @@ print(table(["what happened", "s after the kill"], [
     [f"a new process is met, epoch {epoch} → {fabric.epoch} (it had to import torch first)", f"{met_s:.2f}"]]))
 print(f"\n   Of {STREAM_TOKENS:,} tokens {arrived:,} had arrived, and they are "
       f"{'sound' if is_unharmed else 'DAMAGED'}; nothing was written once the stream\n   had failed: "
-      f"{'true' if is_untouched else 'FALSE'}. A stream of the next epoch: {'every byte is the same' if third.is_identical else 'NOT the same'}.\n")
+      f"{'true' if is_untouched else 'FALSE'}. A stream of the next epoch: "
+      f"{'every byte is the same' if third.is_identical else 'NOT the same'}.\n")
 peer.kill()
 fabric.close()
 

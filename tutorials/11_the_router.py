@@ -101,8 +101,8 @@ for title, seen in (("scarce", view), ("abundant", abundant), ("abundant, but 90
 print(f"   What d1 decoded counts for its cluster, too:\n      {route(40_000, view, d1=38_000).reason}\n")
 
 # %% [markdown]
-# *Why is something moved each time?* Inside a cluster the prefix goes over the [fabric](../docs/glossary.md#fabric) to a
-# node that has time: at the 800 Gbps that the router assumes, hundreds of times as fast as it could be computed.
+# *Why is something moved each time?* Inside a cluster the prefix goes over the [fabric](../docs/glossary.md#fabric) to
+# a node that has time: at the 800 Gbps that the router assumes, hundreds of times as fast as it could be computed.
 # Between clusters it goes over the line, and there the router asks first: with 90 GB in front of it the prefix would
 # come too late, so each cluster is judged by its own cache, as if bandwidth were scarce.
 #
