@@ -68,9 +68,8 @@ print(f"1. The same rooms in other houses\n\n{rooms_elsewhere()}\n")
 # ## 2. Fewer bytes: one row at a time
 #
 # The [line](../docs/glossary.md#line) carries what prefill makes. A hybrid makes ten times less of it; one can also
-# send each number in fewer bits. The paper names that as complementary (KIVI, CacheGen) and does not build it. Here
-# `--wire` does, for the rows of attention state; the linear layers' state has one size, weighs little, and crosses
-# exactly.
+# send each number in fewer bits. The paper names that (KIVI, CacheGen) and does not build it. Here `--wire` does, for
+# the rows of attention state; the linear layers' state has one size, weighs little, and crosses exactly.
 #
 # Eight bits for a number: scale a group of neighbours by their largest magnitude, so that they lie in -127 … 127, and
 # round. The group's *scale* crosses with them.
@@ -113,8 +112,7 @@ by_hand, by_package = error(plain, int8_and_back(plain)), error(plain, through(E
 worse = {one: error(outlier, through(one, outlier)) / error(plain, through(one, plain)) for one in coded}
 print(f"\n   By hand and by the package int8 loses the same, within 2%: "
       f"{'true' if abs(by_hand / by_package - 1) < 0.02 else 'FALSE'}.\n"
-      f"   One outlier makes int8's error {worse[Encoding.INT8]:.0f} times as large, fp8's {worse[Encoding.FP8]:.1f}"
-      " times.\n")
+      f"   One outlier: int8's error is {worse[Encoding.INT8]:.0f} times as large, fp8's {worse[Encoding.FP8]:.1f}.\n")
 
 # %% [markdown]
 # *Why does fp8 not mind?* Its steps are fine near zero and coarse far out: it keeps digits, not a distance. int8 has
