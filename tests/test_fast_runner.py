@@ -13,12 +13,13 @@ from kv_oracle import KVOracle
 
 from minprfaas import SamplingParams
 from minprfaas.config import CacheConfig
-from minprfaas.engine.cpu_runner import CPURunner
+from minprfaas.engine.cpu_runner import CPURunner, InPlaceLayer
 from minprfaas.engine.decode_graphs import bucket_of
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.fast_runner import FastRunner, what_must_run_eagerly
 from minprfaas.engine.generate import pool_for
 from minprfaas.engine.request import Request
+from minprfaas.kvcache.layout import KVGroup
 from minprfaas.model.attention import attend
 from minprfaas.model.checkpoint import load, load_checkpoint
 from minprfaas.model.families import read_config
@@ -26,7 +27,7 @@ from minprfaas.model.layers import Positions, Projecting
 from minprfaas.model.paged_attention import (
     attend_to_copied_pages, attend_to_pages, attend_to_runs, flash_can_read, merge_pages, page_index, page_runs,
     pieces_of_pages)
-from minprfaas.model.spec import Pages
+from minprfaas.model.spec import Pages, TokenContext
 
 SAMPLED = dict(temperature=1.0, top_k=20, top_p=0.9)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -89,6 +90,12 @@ def decoding(name: str, fast: bool | None, dtype: torch.dtype, device: str) -> t
     return engine, requests
 
 
+def read_in_place(monkeypatch) -> None:
+    """On a CPU, however small and scattered the pages are."""
+    monkeypatch.setattr("minprfaas.engine.cpu_runner.PAGE_BYTES", 0)
+    monkeypatch.setattr("minprfaas.engine.cpu_runner.RUN_BYTES", 0)
+
+
 def rows_of(engine: Engine, requests: list[Request]) -> list[torch.Tensor]:
     """Every layer's state of every request, flat."""
     pool, layout = engine.kvcache.pool, engine.layout
@@ -109,7 +116,8 @@ def step_logits(engine: Engine, requests: list[Request]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", FIXTURES)
-def test_a_step_of_fixed_shape_or_in_place_gives_every_familys_logits_and_leaves_its_kvcache(name):
+def test_a_step_of_fixed_shape_or_in_place_gives_every_familys_logits_and_leaves_its_kvcache(name, monkeypatch):
+    read_in_place(monkeypatch)
     eager, *others = (decoding(name, fast, torch.float32, "cpu") for fast in (False, True, None))
     for _ in range(4):
         expected = step_logits(*eager)
@@ -172,7 +180,7 @@ def test_steps_of_fixed_shape_survive_preemption(models):
 
 
 def test_on_a_cpu_steps_in_place_give_the_eager_runners_tokens_with_preemption_too(models, monkeypatch):
-    monkeypatch.setattr("minprfaas.engine.cpu_runner.RUN_BYTES", 0)  # this model's pages are small and scattered
+    read_in_place(monkeypatch)
     expected, _ = answers(*models["qwen3"], fast=False)
     for blocks in (60, 20):
         tokens, engine = answers(*models["qwen3"], fast=None, blocks=blocks)
@@ -275,6 +283,24 @@ def test_attention_to_pages_where_they_lie_is_attention(heads, kv_heads):
     assert sum(count for _, count in runs.runs) == 1 + 1 + 2 + 4
     expected = attend(q, k, v, Positions(torch.tensor(lengths) - 1, 1), 0.3)
     torch.testing.assert_close(attend_to_runs(q, pages.view, runs, 0.3), expected)
+
+
+def test_small_or_scattered_pages_are_copied_and_large_neighbours_are_not():
+    class Layer:
+        group = KVGroup(0, None, (), {}, 0)
+
+        def __init__(self, page_width: int, blocks: list[int]):
+            view, lengths = torch.zeros(20, 64, page_width), torch.tensor([64 * len(blocks)])
+            self.pages = Pages(view, torch.tensor([blocks]), lengths)
+
+        def append(self, rows):
+            return TokenContext(self.pages, len(rows))
+
+    def is_copied(*layer) -> bool:
+        return InPlaceLayer(Layer(*layer), {}).append([]).attend is None
+
+    assert not is_copied(128, [3, 1, 2]) and is_copied(64, [3, 1, 2])  # pages of 32 KiB, of 16
+    assert is_copied(128, [3, 1, 5]) and not is_copied(1024, [3, 1, 5])  # runs of 32 and 64 KiB, of 256 and 512
 
 
 def test_neighbours_are_one_run_whoever_holds_them_and_a_shared_block_is_in_two():

@@ -36,7 +36,9 @@ def runner_for(model: Transformer, kvcache: KVCacheManager, clock: Callable[[], 
 
 def chunk_for(device: torch.device, wanted: int | None) -> int:
     """Tokens of a prefill chunk where nothing else is `wanted`. On an H100 chunks of 1,024 take four times as long as
-    one of 8,192, whose kernels fill the chip; on CPU cores there is nothing to gain beyond 1,024."""
+    one of 8,192, whose kernels fill the chip. On a CPU core a 30M hybrid takes for 2,048 tokens in chunks
+    of 128 / 256 / 512 / 1,024 / 2,048 1.25 / 1.07 / 1.01 / 1 / 0.98 of the time, a dense model 1.02 / 1 / 1.01 from
+    512 on."""
     if wanted is not None:
         return wanted
     return 8192 if device.type == "cuda" else 1024
