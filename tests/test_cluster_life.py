@@ -4,6 +4,7 @@ Chapters 13 and 14.
 """
 
 import random
+import time
 from dataclasses import replace
 
 import pytest
