@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from minprfaas.cluster.topology import Topology
+from minprfaas.commands import cluster
+from minprfaas.commands.live_options import checked
+from minprfaas.config import LinkConfig
+
 TUTORIALS = Path(__file__).resolve().parent.parent / "tutorials"
 CHAPTERS = sorted(TUTORIALS.glob("[0-9][0-9]_*.py"))
 WITH_HELPER = [path for path in CHAPTERS if "import helper" in path.read_text()]
@@ -51,6 +56,19 @@ def test_ctrl_c_ends_a_chapter_with_one_line_and_a_reader_who_leaves_with_none(c
     running.stdout.readline()
     running.stdout.close()
     assert running.wait(DEADLINE_S) == 1 and running.stderr.read() == ""
+
+
+def test_the_front_end_of_a_chapter_and_the_nodes_that_it_starts_mean_the_same_links(monkeypatch):
+    """Each end makes its own; where they disagree the link is refused, and chapters 13 and 14 end in an error."""
+    monkeypatch.syspath_prepend(str(TUTORIALS))
+    from nodes import LiveCluster, link_config
+
+    topology = Topology(prfaas=1, pd=2, split=1)
+    front, *nodes = topology.places()
+    options = ["--topology", "prfaas=1,pd=2", "--split", "1", "--link-timeout-s", "2", *LiveCluster.OPTIONS]
+    run = checked(cluster.parser().parse_args(options), topology)
+    for node in nodes:
+        assert link_config(run.link, node, front) == link_config(LinkConfig(timeout_s=2.0), front, node)
 
 
 def test_a_ctrl_c_while_a_process_is_started_ends_the_chapter_and_never_reaches_the_process():
