@@ -17,11 +17,12 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 from transport_support import (DEADLINE_S, IDENTITY, Cargo, Impostor, Lanes, connected, emulated, event, in_parallel,
-                               new_store, wait_until)
+                               new_fabric, new_store, wait_until)
 
 from minprfaas.config import LineConfig, LinkConfig
 from minprfaas.transport import (Link, LinkDown, LinkIdentity, LinkLost, LinkRestored, MessageReceived, StreamAborted,
                                  StreamDone, StreamFailed)
+from minprfaas.transport.pair_group import PairGroup
 from minprfaas.transport.wan import supervision
 from minprfaas.transport.wan.digest import Digest
 from minprfaas.transport.wan.frames import HEADER_BYTES, Kind
@@ -260,12 +261,6 @@ def test_a_stranger_that_knocks_while_the_peer_is_away_does_not_end_the_link(pro
         link.close()
 
 
-def _serve_store(port) -> None:
-    store = new_store()
-    port.put(store.port)
-    threading.Event().wait(4 * DEADLINE_S)
-
-
 def test_heartbeats_that_have_left_are_forgotten(monkeypatch):
     """Gloo says of no send that it has ended, unless somebody waits for it: a link that kept those which had not grew
     for as long as it lived."""
@@ -282,6 +277,40 @@ def test_heartbeats_that_have_left_are_forgotten(monkeypatch):
         wait_until(lambda: len(beats) > 4 * 2 * supervision.KEPT_BEATS)
         assert sum(beat() is not None for beat in beats) <= 2 * supervision.KEPT_BEATS + 2
         assert sender.epoch == 1
+
+
+class Broken(PairGroup):
+    """Nothing leaves: its first send ends the epoch."""
+
+    def send(self, *arguments):
+        raise RuntimeError("the wire was pulled")
+
+
+def test_a_fabric_whose_store_is_gone_when_it_needs_another_epoch_is_lost_and_not_deaf():
+    """Its epochs are numbered at the store. A lost fabric is made anew; one that only stopped to listen would keep its
+    link up, and whoever waits for an answer waiting."""
+    server, cargo = new_store(), Cargo()
+    store = TCPStore("127.0.0.1", server.port, None, False, timedelta(seconds=DEADLINE_S))
+    ends = [new_fabric(store, rank, group_type=Broken) for rank in (0, 1)]
+    try:
+        in_parallel(*(lambda end=end: end.connect(DEADLINE_S) for end in ends))
+        wait_until(lambda: all(end.epoch for end in ends))
+        del server
+        ends[1].expect(cargo.plan, cargo.sink)
+        stream = ends[0].open(cargo.plan)
+        with pytest.raises(StreamAborted):
+            cargo.put_all(stream)
+            stream.finish(DEADLINE_S)
+        for end in ends:
+            event(end, LinkLost)
+    finally:
+        in_parallel(*(end.close for end in ends))
+
+
+def _serve_store(port) -> None:
+    store = new_store()
+    port.put(store.port)
+    threading.Event().wait(4 * DEADLINE_S)
 
 
 def test_a_store_that_stands_still_for_longer_than_its_own_timeout_is_awaited_like_a_peer(processes):

@@ -176,7 +176,10 @@ class Fabric:
             if self._epoch:
                 self._end_epoch(self._epoch, f"the groups did not come up within {CONNECT_S:g} s")
             elif self._rank == 0:
-                epoch = self._store.add(f"{self.name}/fabric epoch", 1)
+                try:
+                    epoch = self._store.add(f"{self.name}/fabric epoch", 1)
+                except RuntimeError:  # the store is away, and its client does not come back: both sides meet anew
+                    return self._link.close()
                 self._say("begin", epoch=epoch)
                 self._begin(epoch)
 
