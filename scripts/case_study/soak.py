@@ -38,6 +38,7 @@ LOOK_EVERY_S = 5.0  # at memory, threads and descriptors
 WRITE_EVERY_S = 60.0  # what was seen last, for who cannot wait for the end
 ANSWERS = "answers.jsonl"  # of those that have ended
 CHECK_S = 0.06  # of one answer, about: a prefill and eight steps
+CHECKED_AT_ONCE = 256  # in one pool, which has room for all of them
 MOST_WINDOW_S = 300.0  # at the beginning and at the end; of a short soak a sixth
 MOST_GROWTH = 0.1
 PATIENCE_S, ANSWER_S = 60.0, 240.0  # of the run until nodes are back; of the machines until the last token
@@ -189,8 +190,10 @@ def _wrong(scratch: Path, count: int, at_once: int) -> list[dict]:
 
 
 def _check(scratch: Path, number: int, of: int) -> None:
-    lines = (scratch / ANSWERS).read_text().splitlines()[number::of]
-    wrong = wrong_answers([Answer(**json.loads(line)) for line in lines], *load())
+    lines, reference, wrong = (scratch / ANSWERS).read_text().splitlines()[number::of], load(), []
+    for first in range(0, len(lines), CHECKED_AT_ONCE):
+        answers = [Answer(**json.loads(line)) for line in lines[first:first + CHECKED_AT_ONCE]]
+        wrong += wrong_answers(answers, *reference)
     (scratch / f"wrong.{number}").write_text(json.dumps([asdict(one) for one in wrong]))
 
 

@@ -32,10 +32,9 @@ from minprfaas.simulator.simulation import Setup, Simulation
 NAMES = {"prfaas_pd": "PrfaaS-PD", "homogeneous": "homogeneous PD", "naive": "naive heterogeneous PD",
          "least_loaded": "least-loaded"}
 POINTS = {"N_p = 2": (2, 19_400), "N_p = 5": (5, 19_400), "t = 8,000": (3, 8000), "t = 40,000": (3, 40_000)}
-# Predicted from the embedded model's 0.6 ms a token and 27 ms a decode step of 16 on one core (two were busy besides):
-# at 3.24 requests/s of 27K tokens, in tokens that stand for 128, prefill needs 0.4 of a core, decode 0.05, and what
-# surrounds them as much again. The second scale is for fewer cores than that.
-MANY_CORES, SCALE, SCALE_OF_FEW = 4, "1,128,0.00056", "1.2,128,0.00056"
+# Seconds that took 1.2 kept two quiet cores 52 to 59% busy, about half of that by what is there when nothing is asked;
+# the other half is the less, the longer seconds take. Four runs at once kept sixteen cores 22% busy.
+MANY_CORES, SCALE, SCALE_OF_FEW = 4, "1,128,0.00056", "1.1,128,0.00056"
 FULL_REQUESTS, QUICK_REQUESTS = 384, 96
 # A rate that must be sustained, for TTFT, and one that cannot be, at which Lambda is read, of the plan; and how many
 # requests of the mean each has. Simulated over 20 seeds, Lambda spreads by 3 to 5% with 128, by 3 to 7% with 96.
