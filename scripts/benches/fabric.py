@@ -7,7 +7,9 @@ Every ratio compares medians of readings that took turns in one run.
 """
 
 import argparse
+import itertools
 import time
+from dataclasses import replace
 from datetime import timedelta
 from statistics import median
 
@@ -98,16 +100,18 @@ def print_speed(args) -> None:
 
 def _speed(rank, store, report, args) -> None:
     fabric, raw = new_fabric(store, rank, args.device, "speed", args.batch_mib), RawPair(store, rank, args.device)
+    ids = itertools.count(1)  # what is done is taken for sent again if its number comes once more
     for mib in args.mib:
-        plan = StreamPlan(mib, (LayerPlan(0, 0, StateKind.TOKEN, ROW_BYTES),), 0, mib * 2**20 // ROW_BYTES)
+        plan = StreamPlan(0, (LayerPlan(0, 0, StateKind.TOKEN, ROW_BYTES),), 0, mib * 2**20 // ROW_BYTES)
         memory = torch.zeros(plan.end, ROW_BYTES, dtype=torch.uint8, device=fabric.device)
         move = _put_whole if rank == 0 else _take_whole
-        readings = [(raw.gb_per_s(plan.total_bytes), move(fabric, plan, memory)) for _ in range(args.repeats + 1)]
+        readings = [(raw.gb_per_s(plan.total_bytes), move(fabric, replace(plan, stream_id=next(ids)), memory))
+                    for _ in range(args.repeats + 1)]
         _report(report, rank, "bytes", plan.total_bytes, readings)
     node = KVNode(args.model, str(fabric.device), args.dtype, args.tokens, args.prefill_chunk)
-    plan = node.plan(2**20, args.tokens)
     readings = []
     for _ in range(args.repeats + 1):
+        plan = node.plan(next(ids), args.tokens)
         raw_gb_per_s, gb_per_s = raw.gb_per_s(plan.total_bytes), 0.0
         if rank == 0:
             shipped, _ = node.send_and_compare(plan, fabric, overlap=False)
