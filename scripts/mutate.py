@@ -11,7 +11,6 @@ and so is what only a GPU runs.
 """
 
 import argparse
-import ast
 import importlib.util
 import itertools
 import json
@@ -26,6 +25,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from tqdm import tqdm
@@ -52,7 +52,7 @@ def drawn(count: int, seed: int, rooms: list[str]) -> list[Mutant]:
         for path in sorted((ROOT / "minprfaas" / room).rglob("*.py")):
             file = path.relative_to(ROOT).as_posix()
             sources[file] = path.read_text(encoding="utf-8")
-            for mutant in mutants_of(file, sources[file]) if file not in NOT_ON_A_CPU else ():
+            for mutant in mutants_of(file, sources[file], NOT_ON_A_CPU.get(file, ())):
                 by_line.setdefault((file, mutant.line), []).append(mutant)
     draw, found = random.Random(seed), []
     for line in draw.sample(sorted(by_line), len(by_line)):
@@ -69,19 +69,19 @@ def drawn(count: int, seed: int, rooms: list[str]) -> list[Mutant]:
 
 def tests_for(file: str) -> list[str]:
     """Test files, most telling first: those that `GUARDS` names for this file, or else those of its room, of which
-    the ones that import it come first."""
-    if file.removeprefix("minprfaas/") in GUARDS:
-        return list(GUARDS[file.removeprefix("minprfaas/")])
+    the ones that import it come first; then every other test file that imports it."""
     module, room = file.removesuffix(".py").replace("/", "."), ROOMS[file.split("/")[1]]
-    importing = [test for test in room if module in _imports(ROOT / "tests" / test)]
-    return list(dict.fromkeys([*importing, *room]))
+    importing = [path.name for path in sorted((ROOT / "tests").glob("test_*.py")) if module in _imports(path)]
+    of_room = [*(test for test in room if test in importing), *room]
+    first = GUARDS.get(file.removeprefix("minprfaas/"), of_room)
+    return list(dict.fromkeys([*first, *importing]))
 
 
+@cache
 def _imports(path: Path) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module is not None:
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    for module, names in re.findall(r"^ *from (\S+) import (\([^)]*\)|.*)", path.read_text("utf-8"), re.MULTILINE):
+        found |= {module, *(f"{module}.{name}" for name in re.findall(r"\w+", names))}
     return found
 
 

@@ -192,7 +192,9 @@ def test_who_joins_in_the_second_half_of_a_step_that_stands_for_many_takes_part_
     now_s[0] = 2.0
     early = admit(engine, "early", params)
     now_s[0] = 3.0
-    late = admit(engine, "late", params)
+    late, gone = admit(engine, "late", params), admit(engine, "gone", params)
+    engine.abort(gone)
+    assert engine.runner.step_due_at_s == 5.0, "the others are in the step still"
     now_s[0] = 5.0
     assert [update.request for update in engine.step()] == [first, early]
     assert engine.step() == [] and engine.runner.step_due_at_s == 12.0, "a step of three, from when the first was due"

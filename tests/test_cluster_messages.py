@@ -10,19 +10,29 @@ from cluster_support import FAST
 from transport_support import IDENTITY
 
 from minprfaas.cluster import messages
-from minprfaas.cluster.envelope import BadMessage, Envelope, decode, encode
+from minprfaas.cluster.envelope import FIELDS, BadMessage, Envelope, decode, encode
 from minprfaas.cluster.mail import FRONT, Mail
-from minprfaas.config import LinkSample
 from minprfaas.transport import Link, MessageReceived
 
 ORDER = messages.PrefillOrder("a", 7, [1, 2, 3], 0, 8, 0, "", 0, 0, {"max_tokens": 3}, 60.0)
 
 
-@pytest.mark.parametrize("message", [ORDER, messages.Shutdown(), LinkSample(1.0, 2.0, 0.5, 3.0),
-                                     messages.CacheNews(3, ["ab"], [64], True)])
-def test_a_message_comes_out_of_its_envelope_as_it_went_in(message):
+SAMPLES = {str: "a", int: 7, float: 0.5, bool: True, dict: {"a": 1}, list[int]: [1, 2], list[str]: ["a"],
+           list[dict]: [{"a": 1}]}
+FOREIGN = {str: 7, int: True, float: "0.5", bool: 1, dict: [], list[int]: [1, 2], list[str]: [1], list[dict]: ["a"]}
+
+
+@pytest.mark.parametrize("kind", FIELDS, ids=lambda kind: kind.__name__)
+def test_a_message_comes_out_of_its_envelope_as_it_went_in_and_none_of_its_fields_may_be_another_thing(kind):
+    message = kind(**{name: SAMPLES[wanted] for name, wanted in FIELDS[kind].items()})
     envelope = Envelope("prfaas-0", "pd-0/pdd", message)
-    assert decode(json.loads(json.dumps(encode(envelope)))) == envelope
+    raw = json.loads(json.dumps(encode(envelope)))
+    assert decode(raw) == envelope
+    for name, wanted in FIELDS[kind].items():
+        without = {other: value for other, value in raw["fields"].items() if other != name}
+        for fields in (without, {**without, name: FOREIGN[wanted]}):
+            with pytest.raises(BadMessage):
+                decode({**raw, "fields": fields})
 
 
 @pytest.mark.parametrize("change", [

@@ -1,5 +1,6 @@
 """The joints of the cluster: the node's loop, the roles' deadlines, and who decides. Chapter 13."""
 
+import gc
 import os
 import queue
 import threading
@@ -13,21 +14,22 @@ from cluster_support import (
 from control_support import RecordingControlPlane, replay
 from test_two_datacenters import GREEDY, prompts_of, reference, tokens
 from transport_support import IDENTITY, connected, wait_until
+from world import End
 
 from minprfaas import SamplingParams, UserError
 from minprfaas.cluster import messages
-from minprfaas.cluster.envelope import Envelope, decode, encode
+from minprfaas.cluster.envelope import Envelope, encode
 from minprfaas.cluster.front_end import FrontEnd
 from minprfaas.cluster.kv_send import STREAMS_AT_ONCE, KVSend, SendingThreads
 from minprfaas.cluster.launch import link_identity
 from minprfaas.cluster.mail import FRONT, Mail
 from minprfaas.cluster.neighbours import Neighbours
-from minprfaas.cluster.node import PeerLost, PeerReturned
-from minprfaas.cluster.processes import control_settings
+from minprfaas.cluster.node import Node, PeerLost, PeerReturned
+from minprfaas.cluster.processes import control_settings, front_end
 from minprfaas.cluster.stream_plans import stream_plan
 from minprfaas.cluster.topology import Topology
 from minprfaas.cluster.upkeep import TIMELINE_PART, Upkeep
-from minprfaas.config import CacheConfig, LineConfig, Role
+from minprfaas.config import CacheConfig, LineConfig, Role, StateKind
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.request import Status
 from minprfaas.observe.timeline import Timeline
@@ -37,7 +39,8 @@ from minprfaas.scheduling.directory import CacheChanged
 from minprfaas.scheduling.paper_case import paper_fleet
 from minprfaas.simulator.arrivals import from_trace, read_trace, write_conversations
 from minprfaas.simulator.simulation import Setup, Simulation
-from minprfaas.transport import Link, MessageReceived
+from minprfaas.transport import Link, LinkDown, LinkLost, LinkRefused, LinkRestored, MessageReceived
+from minprfaas.transport.encoding import Encoding, Wire
 
 
 # ---- the loop
@@ -53,6 +56,102 @@ def test_a_step_drains_every_event_before_it_computes(hybrid):
         local.node.step()
         assert events.empty(), "the queue cannot outgrow the loop"
         step_until(local, lambda: not local.front.has_work)
+
+
+class Part:
+    """Writes down what it hears and when it steps; what it hears from outside it tells the other part."""
+
+    def __init__(self, name, other, mail, log):
+        self.name, self.other, self.mail, self.log, self.is_ready = name, other, mail, log, True
+
+    def hear(self, sender, message):
+        self.log.append(f"{self.name} hears {sender}")
+        if sender != self.other:
+            self.mail.send(self.name, self.other, messages.Shutdown())
+
+    def notice(self, happening):
+        self.log.append(f"{self.name} notices {happening.name}")
+
+    def step(self):
+        self.log.append(f"{self.name} steps")
+
+
+def test_a_part_steps_when_all_that_is_there_was_heard_and_what_was_said_to_that_too():
+    mail, log, link = Mail(queue.SimpleQueue()), [], End("line", queue.SimpleQueue())
+    node = Node(mail, [Part("one", "two", mail, log), Part("two", "one", mail, log)])
+    mail.add_link(link, ["far", "away"])
+    said = MessageReceived(encode(Envelope("two", "far", messages.Shutdown())), "line")
+    mail.events.put(said)
+    mail.events.put(LinkLost("cut", "line"))
+    node.step()
+    assert log == ["two hears far", "one hears two", "one notices far", "two notices far", "one notices away",
+                   "two notices away", "one steps", "two steps"]
+    log.clear()
+    for event in (LinkRestored(2, False, "line"), LinkRestored(3, True, "line"), PeerReturned("new"),
+                  MessageReceived({"type": "Surprise"}, "line")):
+        mail.events.put(event)
+    mail.send("far", "one", messages.Shutdown())
+    node.step()
+    each = [f"{part} notices {name}" for name in ("far", "far", "away", "away", "new") for part in ("one", "two")]
+    assert log == ["one hears far", "two hears one", *each, "one steps", "two steps"]
+
+
+def test_a_switchboard_knows_who_is_where_and_which_way_crosses_to_another_datacenter():
+    mail = Mail(queue.SimpleQueue(), Wire(Encoding.INT8))
+    far, near = End("far", queue.SimpleQueue()), End("near", queue.SimpleQueue())
+    mail.add_local("pd-0/pdd")
+    assert mail.is_here("pd-0/pdd") and not mail.is_here("pd-1")
+    mail.add_local(FRONT)
+    mail.add_link(far, ["prfaas-0", "prfaas-1"])
+    mail.add_link(near, ["pd-1"], crosses_sites=False)
+    assert [mail.wire_to(name).encoding for name in ("prfaas-1", "pd-1", "pd-0/pdd", "nobody")] == [
+        Encoding.INT8, Encoding.EXACT, Encoding.EXACT, Encoding.EXACT]
+    assert mail.links == {"prfaas-0": far, "prfaas-1": far, "pd-1": near} and mail.links_between_sites == [far]
+    assert mail.names_behind("far") == ["prfaas-0", "prfaas-1"] and mail.names_behind("none") == []
+    assert mail.transport("pd-1") is near and mail.transport(FRONT) is mail.transport("pd-0/pdd") is not near
+    with pytest.raises(LinkDown, match="there is no way to 'nobody'"):
+        mail.transport("nobody")
+    mail.send("pd-0/pdd", FRONT, messages.Shutdown())
+    mail.send("pd-0/pdd", "nobody", messages.Shutdown())
+    far.is_up = False
+    mail.send("pd-0/pdd", "prfaas-0", messages.Shutdown())  # whoever waits for an answer hears that it is gone
+    assert mail.take_local() == [Envelope(FRONT, "pd-0/pdd", messages.Shutdown())] and mail.take_local() == []
+
+
+def test_what_a_plane_is_told_of_a_model_are_the_bytes_of_its_rows_and_of_its_state(models):
+    layout = Engine(*models["mimo_v2_flash"], CacheConfig(20, 16)).layout
+    rows, state = ([spec.nbytes for spec in layout.specs if (spec.kind is StateKind.TOKEN) == is_row]
+                   for is_row in (True, False))
+    assert rows and state
+    settings = control_settings(7.0, 0.5, layout, adaptive=False)
+    assert (settings.threshold, settings.link_gbps) == (7.0, 0.5)
+    assert (settings.costs.token_bytes, settings.costs.state_bytes) == (sum(rows), sum(state))
+    assert 0 < settings.costs.prfaas_s_per_token == settings.costs.pdp_s_per_token < 0.01
+    assert control_settings(7.0, None, layout).link_gbps == 100.0
+
+
+def test_a_front_ends_process_collects_garbage_more_rarely_and_asks_for_keys_as_its_engine_makes_them(hybrid):
+    engine, before = Engine(*hybrid, CacheConfig(20, 16)), gc.get_threshold()
+    front = front_end(ControlPlane(control_settings(7.0, 0.5, engine.layout)), Mail(queue.SimpleQueue()), engine, 5.0)
+    assert gc.get_threshold()[0] > before[0] or before[0] > 10_000
+    gc.set_threshold(*before)
+    (prompt,) = prompts_of(40)
+    assert front.submit("a", prompt, GREEDY).keys == [key.hex() for key in engine.kvcache.keys(prompt[:-1])]
+    assert front.deadline_s == 5.0
+
+
+def test_streams_beyond_the_most_at_once_leave_in_the_order_in_which_they_came():
+    threads, gates, begun = SendingThreads("order"), [threading.Event() for _ in range(STREAMS_AT_ONCE)], []
+    sent = [threads.submit(lambda gate=gate: gate.wait(DEADLINE_S)) for gate in gates]
+    later = [threads.submit(lambda number=number: begun.append(number)) for number in range(3)]
+    assert not any(one.done() for one in (*sent, *later))
+    gates[0].set()
+    for one in later:
+        one.result(DEADLINE_S)
+    assert begun == [0, 1, 2]
+    for gate in gates:
+        gate.set()
+    assert all(one.result(DEADLINE_S) for one in sent)
 
 
 def test_a_line_that_stands_still_holds_no_forward_pass_up(hybrid):
@@ -363,5 +462,34 @@ def test_two_processes_meet_and_each_knows_whom_it_has_met():
         assert one.met == {places[1 - rank].name} and not one.refused
         assert {events[rank].get(timeout=DEADLINE_S) for _ in places[1 - rank].parts} == {
             PeerReturned(part) for part in places[1 - rank].parts}
+    assert all(thread.daemon for thread in threading.enumerate() if thread.name.startswith("meeting "))
     for one in both:
         one.close()
+    wait_until(lambda: not any(thread.name.startswith("meeting ") for thread in threading.enumerate()))
+
+
+def test_a_process_that_comes_late_is_met_and_one_that_was_refused_is_named_until_then(monkeypatch):
+    monkeypatch.setattr("minprfaas.cluster.neighbours.PAUSE_S", 0.01)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=DEADLINE_S))
+    (there, here), events = Topology(1, 1).two_places(), queue.SimpleQueue()
+    made = []
+
+    def make_link(_):
+        made.append(Link("a-b", store, 1, FAST, IDENTITY, events=events))
+        return made[-1]
+
+    one = Neighbours(here, [there], make_link, Mail(events))
+    one.wait_for_all(0.05)
+    assert not one.met and not one.refused
+    stranger = Link("a-b", store, 0, FAST, replace(IDENTITY, dtype="int3"))
+    with pytest.raises(LinkRefused):
+        stranger.connect(DEADLINE_S)
+    stranger.close()
+    wait_until(lambda: "dtype is float32 here and int3 there" in one.refused.get(there.name, ""))
+    friend = Link("a-b", store, 0, FAST, IDENTITY)
+    friend.connect(DEADLINE_S)
+    one.wait_for_all(DEADLINE_S)
+    assert one.met == {there.name} and not one.refused and len(made) > 1
+    assert made[0] is not made[-1]
+    friend.close()
+    one.close()

@@ -3,6 +3,7 @@
 Chapters 11 and 12.
 """
 
+import math
 import random
 from dataclasses import replace
 
@@ -14,11 +15,12 @@ from minprfaas.errors import RequestError
 from minprfaas.scheduling.books import LoadBooks, NodeBook
 from minprfaas.scheduling.control import (INVENTORY_S, AskInventory, ControlPlane, ControlSettings,
                                           DecodeStarted, LinkMeasured, LineChanged, NewThreshold, NodeJoined, NodeLeft,
-                                          PrefillEnded, PrefixMissing, RequestEnded)
+                                          PrefillEnded, PrefixMissing, RequestEnded, profile_costs)
 from minprfaas.scheduling.directory import CacheChanged
 from minprfaas.scheduling.paper_case import paper_fleet, paper_lengths
+from minprfaas.scheduling.profiles import Profile, ProfilePoint
 from minprfaas.scheduling.roles import COOLDOWN_S, RoleChange
-from minprfaas.scheduling.router import RouteRequest, ShippingCosts
+from minprfaas.scheduling.router import Decision, RouteRequest, ShippingCosts
 from minprfaas.simulator.arrivals import from_trace, read_trace, write_conversations
 from minprfaas.simulator.simulation import Setup, Simulation
 
@@ -75,6 +77,14 @@ def test_a_decode_node_has_what_decodes_on_its_page_from_its_start_to_its_end():
     assert (page.load, page.decoding) == (1, set())
     books.start_decode("r")
     assert (page.load, page.decoding) == (1, {"r"})
+    books.open("s", decision, load_tokens=700, expected_s=2.0)
+    books.open("t", decision, load_tokens=70, expected_s=4.0)
+    prefill = books.nodes[decision.node]
+    assert (prefill.load, prefill.waiting_s) == (5770, 6.0), "one is in work"
+    assert books.end_prefill("r") is decision and (prefill.load, prefill.waiting_s) == (770, 4.0)
+    books.close("s")
+    books.close("t")
+    assert (prefill.load, prefill.waiting_s) == (0, 0.0)
     books.close("r")
     assert (page.load, page.decoding) == (0, set())
 
@@ -155,7 +165,8 @@ def test_a_node_that_was_started_again_holds_nothing_and_has_nothing_to_do():
     assert control.hear(NodeJoined("p0", Role.PDP), 20.0) == [AskInventory("p0")]
     assert control.directory.match(KEYS) == {} and control.loads()["p0"] == 0
     assert control.nodes(Role.PDP) == ["p1", "p0"], "once"
-    assert control.hear(CacheChanged("p0", 2, [("question", 8192)]), 20.0) == [], "asked for already"
+    assert control.hear(NodeJoined("p0", Role.PDP), 21.0) == [AskInventory("p0")], "the one that was asked is gone"
+    assert control.hear(CacheChanged("p0", 2, [("question", 8192)]), 21.0) == [], "asked for already"
     assert control.directory.match(KEYS) == {}, "nothing is believed before its inventory"
 
 
@@ -178,6 +189,55 @@ def test_what_a_token_costs_is_learned_from_prefills_so_that_shipping_follows_it
     control.route(RouteRequest("r", 6000), 20.0)
     control.hear(PrefillEnded("r", 6000, 0.006), 20.0)  # 1 µs a token: 4,096 of them are sooner than 270 MB
     assert control.route(RouteRequest("fast", 30_000, KEYS), 20.0).shipment is None
+
+
+def test_what_was_not_measured_teaches_nothing_and_what_was_adds_up_for_each_cluster():
+    """4,096 tokens and a state cross in 22 ms: at more than 5.3 µs a token they are sooner fetched than computed."""
+    control = control_plane(ship_prefixes=True)
+    measure(control, 0, 20, 10.0, 0.1)
+    control.hear(CacheChanged("p0", 1, [("document", 4096)]), 0.0)
+    control.hear(CacheChanged("a0", 1, [("question", 8192)]), 0.0)
+
+    def fetches(tokens):
+        keys = KEYS[:2] if tokens > 20_000 else KEYS
+        return control.route(RouteRequest("look", tokens, keys), 20.0).shipment is not None
+
+    def learn(tokens, uncached, seconds, count=1):
+        for _ in range(count):
+            control.route(RouteRequest("r", tokens), 20.0)
+            control.hear(PrefillEnded("r", uncached, seconds), 20.0)
+
+    for uncached, seconds in ((0, 1e-9), (6000, 0.0), (6000, math.inf), (6000, -1.0), (-6000, 1.0)):
+        learn(6000, uncached, seconds)
+        assert fetches(30_000) and fetches(10_000)
+    learn(6000, 6000, 1.2)
+    learn(6000, 6000, 0.0006)
+    assert fetches(30_000) and fetches(10_000), "a tenth of a millisecond in the mean"
+    learn(6000, 6000, 0.0006, 60)
+    assert not fetches(30_000) and not fetches(10_000), "until it was seen, the other cluster is like this one"
+    learn(1000, 1000, 0.2)
+    assert not fetches(30_000) and fetches(10_000)
+    known = control_plane(ship_prefixes=True, fleet=paper_fleet(), costs=None)
+    before = known.route(RouteRequest("r", 6000), 20.0)
+    known.hear(PrefillEnded("r", 6000, 1e-9), 20.0)
+    known.hear(CacheChanged("a0", 1, [("document", 4096)]), 20.0)
+    assert before.route is Role.PRFAAS and known.loads()["a0"] + known.loads()["a1"] == 0
+    known.hear(LinkMeasured("a0", LinkSample(0.0, 10.0, 0.1, 0.0)), 20.0)
+    assert known.route(RouteRequest("t", 5000, KEYS), 20.0).shipment.source == "a0", "a profile knows better"
+
+
+def line(name: str, token_bytes: float, state_bytes: float, token_s: float, fixed_s: float) -> Profile:
+    points = tuple(ProfilePoint(tokens, state_bytes + token_bytes * tokens, fixed_s + token_s * tokens)
+                   for tokens in (1024, 16_384, 65_536))
+    return Profile(name, points, 0.025, 20)
+
+
+def test_what_a_token_costs_by_its_profile_is_the_slope_of_the_curves_and_the_state_their_beginning():
+    fleet = replace(paper_fleet(), prfaas_profile=line("far", 5.0, 1e6, 2e-5, 0.1),
+                    pd_profile=line("near", 7.0, 2e6, 6e-5, 0.3))
+    costs = profile_costs(fleet)
+    assert (costs.token_bytes, costs.state_bytes) == (pytest.approx(5.0), pytest.approx(1e6))
+    assert costs.prfaas_s_per_token == pytest.approx(2e-5) and costs.pdp_s_per_token == pytest.approx(6e-5)
 
 
 def test_without_leave_to_ship_nothing_crosses_between_the_clusters():
@@ -238,10 +298,10 @@ def with_traffic(**changes) -> ControlPlane:
     return control
 
 
-def ask(control: ControlPlane, count: int, stretch: float = 1.0, now_s: float = 4.0) -> None:
+def ask(control: ControlPlane, count: int, stretch: float = 1.0, now_s: float = 4.0) -> list[Decision]:
     rng, lengths = random.Random(0), paper_lengths()
-    for number in range(count):
-        control.route(RouteRequest(number, round(stretch * rng.choice(lengths.values))), now_s)
+    return [control.route(RouteRequest(number, round(stretch * rng.choice(lengths.values))), now_s)
+            for number in range(count)]
 
 
 def test_when_bandwidth_is_lost_the_threshold_rises_and_the_reason_says_why():
@@ -268,7 +328,9 @@ def convert(control: ControlPlane, start_s: int, end_s: int) -> tuple[float, Rol
 
 def test_a_node_that_is_to_change_its_role_gets_no_new_work_and_changes_when_it_has_none():
     control = with_traffic(convert_roles=True)
-    ask(control, 400, stretch=3.0)  # long prompts: prefill binds, decode nodes wait for work
+    for number, decision in enumerate(ask(control, 400, stretch=3.0)):  # long prompts: prefill binds
+        if decision.route is Role.PRFAAS:  # there nobody computes: the busier of the two clusters is what counts
+            control.hear(PrefillEnded(number, 0, 0.0), 4.0)
     assert convert(control, 5, 200) is None  # every decode node has requests
     draining = {f"pd{i}" for i in range(3, 8)} - set(control.nodes(Role.PDD))
     assert len(draining) == 1
@@ -276,11 +338,44 @@ def test_a_node_that_is_to_change_its_role_gets_no_new_work_and_changes_when_it_
     for number in range(400):
         control.hear(RequestEnded(number, 1024), 200.0)
     _, change = convert(control, 200, 203)
-    assert (change.node, change.role) == (draining.pop(), Role.PDP)
+    assert (change.node, change.role) == (draining.pop(), Role.PDP) and change.reason.startswith("prefill 99% busy")
     assert change.node not in control.loads() and change.node not in control.directory
     assert convert(control, 204, 215) is None, "it is told once"
     join(control, change.node, Role.PDP, 215.0)
     assert len(control.nodes(Role.PDP)) == 4
+
+
+@pytest.mark.parametrize("cluster", [Role.PRFAAS, Role.PDP])
+def test_a_queue_in_either_cluster_has_the_threshold_searched(cluster):
+    control = with_traffic(adaptive=True)
+    for number in range(1000):
+        if control.route(RouteRequest(number, 9000 + 40 * number), 4.0).route is not cluster:
+            control.hear(PrefillEnded(number, 0, 0.0), 4.0)
+    actions = measure(control, 5, 12, 13.0, 0.13, ("prfaas0",))
+    assert "a prefill queue surges: 4 PrfaaS and 3 PD-P nodes" in actions[-1].reason
+
+
+def role_change_of(control: ControlPlane) -> RoleChange:
+    """The conversion that the loads ask for, whose node has nothing left to do."""
+    _, change = convert(control, 5, 200)
+    return change
+
+
+def test_a_node_is_converted_to_decode_by_what_fits_the_batches_and_by_the_mean_answer_as_it_is():
+    control = with_traffic(convert_roles=True)
+    for number in range(2000):
+        control.hear(RequestEnded(f"of before {number}", 4096 if number % 2 else 0), 4.0)
+    started = dict.fromkeys(control.nodes(Role.PDD), 0)
+    for number in range(200):
+        decision = control.route(RouteRequest(number, 20_000), 4.0)
+        control.hear(PrefillEnded(number, 0, 0.0), 4.0)
+        started[decision.decode_node] += 1
+        if started[decision.decode_node] <= 18 or decision.decode_node == "pd3":
+            control.hear(DecodeStarted(number), 4.0)
+    change = role_change_of(control)
+    assert change.role is Role.PDD and change.node in ("pd0", "pd1", "pd2")
+    # 18 of 20 places on four nodes, and all of them on the fifth, where others wait; 4,096 steps of 25 ms an answer.
+    assert change.reason.startswith("decode 92% busy, producers ") and "consumer 0.98 req/s" in change.reason
 
 
 def test_a_node_that_fails_while_it_drains_is_drained_no_more_and_another_can_follow():

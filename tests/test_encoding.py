@@ -56,6 +56,12 @@ def test_exact_rows_and_bf16_of_a_bf16_cache_are_bit_for_bit_the_same():
     for encoding in (Encoding.EXACT, Encoding.BF16):
         assert torch.equal(RowCodec(encoding, 96, torch.bfloat16).decode(
             RowCodec(encoding, 96, torch.bfloat16).encode(data)), data)
+    exact = {(encoding, dtype) for encoding in Encoding for dtype in (torch.float32, torch.bfloat16)
+             if RowCodec(encoding, 96, dtype).is_exact}
+    assert exact == {(Encoding.EXACT, torch.float32), (Encoding.EXACT, torch.bfloat16), (Encoding.BF16, torch.bfloat16)}
+    assert not any(RowCodec(encoding, 96, torch.bfloat16, is_recast=True).is_exact for encoding in Encoding)
+    assert [RowCodec(Encoding.INT8, width, torch.float32).group for width in (1, 7, 96, 576)] == [1, 7, 48, 64]
+    assert [RowCodec(Encoding.INT4, width, torch.float32).group for width in (1, 7, 96, 576)] == [1, 7, 32, 32]
 
 
 def test_a_row_can_leave_alone():

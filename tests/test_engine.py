@@ -284,8 +284,12 @@ def test_requests_that_come_and_go_at_random_never_break_the_books_or_an_answer(
 def test_times_are_the_clocks_and_in_order(hybrid):
     ticks = iter(range(1, 10_000))
     engine = new_engine(hybrid, clock=lambda: float(next(ticks)))
+    assert (engine.computed_s, engine.prefilled_tokens, engine.decoded_tokens) == (0.0, 0, 0)
     requests = some_requests(engine, max_tokens=5)
     run(engine)
+    assert engine.prefilled_tokens == sum(request.prompt_tokens for request in requests)
+    assert engine.decoded_tokens == sum(len(request.output_ids) - 1 for request in requests)
+    assert 0 < engine.computed_s < next(ticks)
     for request in requests:
         times = [request.arrived_at_s, request.prefill_started_at_s, request.prefill_ended_at_s,
                  request.first_token_at_s, request.finished_at_s]

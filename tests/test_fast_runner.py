@@ -16,7 +16,7 @@ from minprfaas.config import CacheConfig
 from minprfaas.engine.cpu_runner import CPURunner, InPlaceLayer
 from minprfaas.engine.decode_graphs import bucket_of
 from minprfaas.engine.engine import Engine
-from minprfaas.engine.fast_runner import FastRunner, what_must_run_eagerly
+from minprfaas.engine.fast_runner import FastRunner, chunk_for, shared_tokens_for, what_must_run_eagerly
 from minprfaas.engine.generate import pool_for
 from minprfaas.engine.request import Request
 from minprfaas.kvcache.layout import KVGroup
@@ -28,6 +28,7 @@ from minprfaas.model.paged_attention import (
     attend_to_copied_pages, attend_to_pages, attend_to_runs, flash_can_read, merge_pages, page_index, page_runs,
     pieces_of_pages)
 from minprfaas.model.spec import Pages, TokenContext
+from minprfaas.observe.timeline import Timeline
 
 SAMPLED = dict(temperature=1.0, top_k=20, top_p=0.9)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -171,6 +172,17 @@ def test_a_conversation_goes_on_from_the_state_that_a_decode_step_left_at_a_bloc
         found.append((token_ids, request.cached_tokens))
     assert found[0] == found[1] and found[0][1] >= 32, "the second turn began inside the first answer"
     assert oracle.compared == 4 and not oracle.wrong, oracle.wrong
+
+
+def test_on_a_cpu_the_eager_runner_takes_chunks_of_1024_and_the_fast_one_draws_its_steps_too(models):
+    cpu, timeline = torch.device("cpu"), Timeline("fast")
+    assert (chunk_for(cpu, None), chunk_for(cpu, 7), shared_tokens_for(cpu)) == (1024, 7, 128)
+    assert not isinstance(Engine(*models["llama"], CacheConfig(20, 8)).runner, FastRunner)
+    engine = Engine(*models["llama"], CacheConfig(20, 8), fast=True, timeline=timeline)
+    engine.add(engine.request("a", [1, 2, 3], SamplingParams(max_tokens=3)))
+    while engine.has_work:
+        engine.step()
+    assert "step of 1" in {event["name"] for event in timeline.events()}
 
 
 def test_steps_of_fixed_shape_survive_preemption(models):

@@ -14,7 +14,9 @@ from minprfaas.cluster.mail import FRONT, Mail
 from minprfaas.cluster.node import PeerLost, PeerReturned
 from minprfaas.cluster.recovery import MOST_ATTEMPTS, RETRY_S, WAIT_FOR_NODE_S
 from minprfaas.config import LinkSample, Role
-from minprfaas.scheduling.control import AskInventory, ControlPlane, ControlSettings
+from minprfaas.errors import UserError
+from minprfaas.scheduling.control import AskInventory, ControlPlane, ControlSettings, LineChanged, PrefixMissing
+from minprfaas.scheduling.router import PrefixShipment
 
 NODES = {"prfaas-0": Role.PRFAAS, "pd-0": Role.PDP, "pd-1": Role.PDD, "pd-2": Role.PDD}
 PARAMS = SamplingParams(max_tokens=4, temperature=0.5, seed=3, ignore_eos=True)
@@ -115,6 +117,42 @@ def test_an_answer_ends_with_its_last_token_and_frees_what_was_booked():
     assert journey.output_ids == [5, 6]
 
 
+def test_what_nodes_say_of_themselves_is_kept_the_newest_of_each():
+    desk = Desk()
+    for computed_s in (1.0, 2.0):
+        desk.front.hear("pd-1", messages.NodeFigures(9.0, computed_s, 5, 6, 7, 8, 9))
+    desk.front.hear("pd-1", messages.Goodbye(5, ""))
+    for name in ("pd-1", "pd-2"):
+        desk.front.hear(name, messages.TimelinePart([{"name": name}]))
+    assert desk.front.figures == {"pd-1": messages.NodeFigures(9.0, 2.0, 5, 6, 7, 8, 9)}
+    assert desk.front.goodbyes == {"pd-1": messages.Goodbye(5, "")}
+    assert desk.front.timeline_events == [{"name": "pd-1"}, {"name": "pd-2"}] and desk.said() == []
+
+
+def test_an_id_is_in_use_until_its_request_has_ended_and_no_prompt_is_empty():
+    desk = Desk()
+    assert not desk.front.is_ready and not desk.front.has_work
+    desk.front.submit("a", SHORT, PARAMS)
+    assert desk.front.is_ready and desk.front.has_work
+    for id, prompt, said in (("a", SHORT, "request id 'a' is in use"), ("b", [], "request 'b' has an empty prompt")):
+        with pytest.raises(UserError, match=said):
+            desk.front.submit(id, prompt, PARAMS)
+    desk.front.step()
+    assert not desk.front.is_ready
+    desk.front.abort("a")
+    desk.front.submit("a", SHORT, PARAMS)
+
+
+def test_a_journey_that_nobody_has_decided_on_has_no_route_and_no_reason():
+    journey = Desk().front.submit("a", LONG, PARAMS)
+    assert (journey.route, journey.reason, journey.fallback, journey.prompt_tokens) == ("", "", None, 200)
+    assert not (journey.output_ids or journey.is_finished or journey.is_prefilled)
+    counted = ("attempts recoveries held_tokens cached_tokens prefix_bytes kv_bytes queue_s prefill_s admit_s hidden "
+               "transfer_exposed_s transfer_s first_token_at_s finished_at_s prefilled_tokens received_bytes "
+               "expected_bytes")
+    assert {getattr(journey, name) for name in counted.split()} == {0}
+
+
 def test_a_client_that_went_away_is_told_to_the_decode_node_and_to_nobody_else():
     desk = Desk()
     journey, serve = desk.submit("a", LONG)
@@ -153,6 +191,7 @@ def test_a_request_whose_decode_node_is_lost_goes_on_at_another_with_the_tokens_
     assert to == ({"pd-1", "pd-2"} - {lost}).pop() and serve.id == "a#2"
     assert (serve.token_ids, serve.answered_tokens) == (LONG + [5], 1)
     assert journey.keys == [bytes([200 // 16]).hex()], "the keys of the prompt and the answer, but for the last token"
+    assert journey.prefilled_tokens == journey.received_bytes == journey.expected_bytes == 0
     desk.front.hear(to, messages.Started(serve.id, 64, 500, 3.0, 3.0, 3.0, 3.0))
     assert (journey.queue_s, journey.held_tokens) == (1.0, 0), "those of the attempt that gave the first token"
     assert journey.kv_bytes == 4500 and (journey.attempts, journey.recoveries) == (2, 1)
@@ -194,6 +233,55 @@ def test_a_request_waits_for_a_node_looks_again_now_and_then_and_gives_up_at_its
     desk.now_s += RETRY_S
     desk.front.step()
     assert overdue.error.kind == waits.error.kind == "no_node"
+
+
+def test_those_that_wait_for_a_node_are_routed_before_new_ones_and_only_now_and_then():
+    desk = Desk({"prfaas-0": Role.PRFAAS, "pd-1": Role.PDD})
+    desk.plane.hear(LineChanged(False), 0.0)
+    asked, route = [], desk.plane.route
+    desk.plane.route = lambda request, now_s: (asked.append(request.id), route(request, now_s))[1]
+    for id in "ab":
+        desk.front.submit(id, LONG, PARAMS)
+    for _ in range(5):
+        desk.front.step()
+    assert asked == ["a", "b"] + ["a", "b"], "at once, then not before its time"
+    desk.plane.hear(LineChanged(True), 0.0)
+    desk.front.submit("c", LONG, PARAMS)
+    desk.front.step()
+    assert asked[4:] == ["c"]
+    desk.now_s = RETRY_S
+    desk.front.submit("d", LONG, PARAMS)
+    desk.front.step()
+    assert asked[5:] == ["a", "b", "d"]
+    assert [message.id for _, message in desk.said()] == ["c#1", "a#2", "b#3", "d#4"]
+
+
+def test_a_prefix_that_did_not_come_is_forgotten_where_it_was_to_be_and_nobody_is_avoided():
+    desk = Desk()
+    journey, serve = desk.submit("a", LONG)
+    journey.keys = [f"key {number}" for number in range(12)]
+    journey.decision = journey.decision._replace(shipment=PrefixShipment("pd-2", 0, 64, 1e6))
+    forgotten, hear = [], desk.plane.hear
+    desk.plane.hear = lambda event, now_s: (forgotten.append(event), hear(event, now_s))[1]
+    node = journey.decision.decode_node
+    desk.front.hear(node, messages.Progress(serve.id, 96, 1000, 4000))
+    desk.front.hear(node, messages.Failed(serve.id, "it did not come", "no_prefix"))
+    assert forgotten[0] == PrefixMissing("pd-2", "key 3"), "the fourth block of 16"
+    assert (journey.avoid, journey.fallback, journey.attempts) == (frozenset(), None, 2)
+    assert journey.prefilled_tokens == journey.received_bytes == journey.expected_bytes == 0
+    ((_, again),) = desk.said()
+    assert again.id == "a#2" and again.prefix_tokens == 0
+    desk.front.hear(node, messages.Failed("a#2", "there was none", "no_prefix"))
+    assert journey.avoid == {"prfaas-0"}, "none was to come: it is the node that failed"
+
+
+def test_where_a_prefix_is_to_be_fetched_the_order_says_so():
+    desk = Desk()
+    route = desk.plane.route
+    fetch = PrefixShipment("pd-2", 16, 64, 1e6)
+    desk.plane.route = lambda request, now_s: route(request, now_s)._replace(shipment=fetch)
+    _, serve = desk.submit("a", LONG)
+    assert (serve.prefix_source, serve.prefix_tokens) == ("pd-2", 64)
 
 
 def test_a_request_that_fails_everywhere_ends_after_so_many_attempts():

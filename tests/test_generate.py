@@ -13,8 +13,10 @@ import minprfaas
 from minprfaas import SamplingParams, UserError, generate
 from minprfaas.__main__ import main
 from minprfaas.config import CacheConfig
-from minprfaas.engine.generate import answer_prompts, logit_gap, longest_prompts, pool_for
+from minprfaas.engine.engine import model_layout
+from minprfaas.engine.generate import RequestOutput, answer_prompts, logit_gap, longest_prompts, pool_for
 from minprfaas.engine.prompts import Prompt
+from minprfaas.engine.request import Request
 from minprfaas.engine.sampling import MAX_OUTPUT_TOKENS
 from minprfaas.kvcache.layout import plan_layout
 from minprfaas.model.spec import model_state_specs
@@ -151,6 +153,28 @@ def test_a_prompt_that_the_tokenizer_makes_nothing_of_is_refused(hybrid):
 
     with pytest.raises(UserError, match="request 'a' has an empty prompt; it needs at least 1 token"):
         answer_prompts(hybrid[0], Silent(), [Prompt("a", "   ", SamplingParams())])
+
+
+def test_an_output_says_how_long_its_first_token_took_and_how_fast_the_others_came():
+    request = Request("a", [1, 2, 3], SamplingParams())
+    request.token_ids += [4, 5, 6, 7, 8]
+    request.arrived_at_s, request.first_token_at_s, request.finished_at_s = 1.0, 3.0, 5.0
+    output = RequestOutput.of(request)
+    assert (output.prompt_tokens, output.token_ids) == (3, [4, 5, 6, 7, 8])
+    assert (output.ttft_s, output.decode_tokens_per_s) == (2.0, 4 / 2)
+    request.finished_at_s = 3.0
+    assert RequestOutput.of(request).decode_tokens_per_s == 0.0
+
+
+def test_a_pool_holds_every_request_with_two_snapshots_or_past_its_limit_the_longest_at_least(hybrid):
+    layout = model_layout(hybrid[0], 16)
+    needs = [layout.blocks_for(tokens) + 2 * layout.state_blocks for tokens in (100, 512, 33)]  # the context is 512
+    assert pool_for(hybrid[0], [100, 9999, 33], 16) == CacheConfig(sum(needs), 16)
+    assert pool_for(hybrid[0], [100, 9999, 33], 16, limit_bytes=1) == CacheConfig(needs[1], 16)
+    limit = (needs[1] + 3) * layout.block_bytes + layout.block_bytes - 1
+    assert pool_for(hybrid[0], [100, 9999, 33], 16, limit) == CacheConfig(needs[1] + 3, 16)
+    assert pool_for(hybrid[0], []).block_tokens == 64 and pool_for(hybrid[0], []).num_blocks > 0
+    assert pool_for(hybrid[0], [512] * 50_000, 16).num_blocks == 2 * 2**30 // layout.block_bytes
 
 
 # A tie, or damage?

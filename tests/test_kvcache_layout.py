@@ -13,6 +13,7 @@ def test_a_three_to_one_stack_gives_three_linear_groups_and_one_full_group_of_eq
     assert [group.layers for group in layout.groups] == [(0, 4), (1, 5), (2, 6), (3, 7)]
     assert [group.spec.kind is StateKind.TOKEN for group in layout.groups] == [False, False, False, True]
     assert layout.request_groups == layout.groups[:3] and layout.token_groups == layout.groups[3:]
+    assert [(group.state_blocks, group.row_bytes) for group in layout.token_groups] == [(0, 0)]
 
 
 def test_a_stack_that_does_not_divide_leaves_only_the_last_groups_short():

@@ -1,5 +1,6 @@
 """The ledger: chain keys, prefix index, reference counts, and one order in which blocks are evicted. Chapter 06."""
 
+import hashlib
 import random
 import tracemalloc
 from collections import Counter
@@ -36,6 +37,13 @@ def test_keys_are_chained_so_equal_blocks_after_unequal_prefixes_differ():
     assert first[0] == second[0]
     assert len({*first, *second}) == 5
     assert chain_keys(first[0], [3, 4, 9, 9], 2) == first[1:]
+
+
+def test_a_key_is_the_hash_of_the_key_before_and_of_the_tokens_as_eight_bytes_each():
+    """On any machine: nodes compare what they hold by these."""
+    data = ROOT + b"".join(token.to_bytes(8, "little", signed=True) for token in (1, 256, -2))
+    assert chain_keys(ROOT, [1, 256, -2], 3) == [hashlib.blake2b(data, digest_size=32).digest()]
+    assert ROOT == hashlib.blake2b(b"model", digest_size=32).digest()
 
 
 def test_a_partly_filled_block_has_no_key():

@@ -33,6 +33,9 @@ def test_at_least_one_token_is_always_computed(specs):
     assert kvcache.match(PROMPT[:40]) == 36
     assert kvcache.match(PROMPT[:41]) == 40
     assert kvcache.match(PROMPT[:1]) == kvcache.match([]) == 0
+    single = manager(specs, 800, block_tokens=1, snapshot_every=1)
+    single.close(prefill(single, PROMPT[:3]))
+    assert [single.match(PROMPT[:length]) for length in range(5)] == [0, 0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS)
@@ -51,6 +54,15 @@ def test_decoding_keeps_one_snapshot_in_the_index_not_one_a_block():
     decode(kvcache, cache, PROMPT, range(40))
     assert len(kvcache.ledger.snapshots) == before + 1
     assert kvcache.match([*PROMPT[:40], 7]) == 40, "and the prompt's own"
+
+
+def test_of_the_snapshots_of_one_pass_the_longest_is_evicted_last():
+    kvcache = manager(HYBRID, 800, snapshot_every=3)
+    cache, ledger = prefill(kvcache, PROMPT, max_chunk=1000), kvcache.ledger
+    for left in ([12, 24, 36, 40], [24, 36, 40], [36, 40], [40]):
+        assert sorted(news.tokens for news in ledger.inventory()) == left
+        ledger.allocate(len(ledger.free) + 1)
+    assert cache.num_tokens == 42 and ledger.inventory() == []
 
 
 def test_snapshots_fall_on_every_nth_block_and_on_the_last_boundary():

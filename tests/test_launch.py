@@ -4,18 +4,24 @@ Chapter 13.
 """
 
 import os
+import re
 import signal
 import socket
 import subprocess
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+from test_transport_binding import listening
 from test_two_datacenters_program import PROGRAM, arguments, prompts_file  # noqa: F401 (a fixture)
 
-from minprfaas.cluster.launch import Launch, StoreAddress, threads_of
+from minprfaas.cluster.launch import Launch, StoreAddress, emulated_line, own_device, start_processes, threads_of
 from minprfaas.cluster.topology import Place
-from minprfaas.config import Role
+from minprfaas.config import LineConfig, Role, WeatherChange
 from minprfaas.errors import UserError
 from minprfaas.files import OutputFile
 
@@ -53,9 +59,141 @@ def test_an_environment_that_is_not_torchruns_is_named(monkeypatch, change, said
     assert len(str(caught.value)) < 300
 
 
-def test_without_torchrun_there_is_no_launch(monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
+def test_a_process_takes_its_place_and_its_store_from_torchruns_environment(monkeypatch):
+    for name in ("LOCAL_RANK", "TORCHELASTIC_USE_AGENT_STORE", *TORCHRUN):
+        monkeypatch.delenv(name, raising=False)
     assert Launch.from_environment(world_size=2) is None
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    address = StoreAddress("127.0.0.1", 1234, "MASTER_ADDR 127.0.0.1 MASTER_PORT 1234")
+    assert Launch.from_environment(2) == Launch(1, 1, address) and not address.agent_serves
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    assert Launch.from_environment(2) == Launch(1, 0, replace(address, agent_serves=True))
+    assert own_device("cpu", 3) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("agent_serves, who", [(False, "the front end's process"), (True, "torchrun (TORCHELASTIC_")])
+def test_a_store_is_served_by_whom_it_is_to_be_and_awaited_for_so_long(monkeypatch, agent_serves, who):
+    for name in ("STORE_DEADLINE_S", "AGENT_DEADLINE_S"):
+        monkeypatch.setattr(f"minprfaas.cluster.launch.{name}", 0.5)
+    monkeypatch.setattr("minprfaas.cluster.launch.WATCH_EVERY_S", 0.01)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    address = StoreAddress("127.0.0.1", port, "here", agent_serves)
+    with pytest.raises(UserError, match="no store at here: nobody answers there; " + re.escape(who)):
+        address.open(serves=agent_serves)  # torchrun's agent serves its own
+    served = StoreAddress("127.0.0.1", port, "here").open(serves=True)
+    assert [each for each in listening() if each.endswith(f":{port:04X}")] == [f"0100007F:{port:04X}"]
+    address.open().set("said", "by one")
+    assert served.get("said") == b"by one"
+    with pytest.raises(UserError, match="no store at here: Address already in use.*so this process cannot serve it"):
+        StoreAddress("127.0.0.1", port, "here").open(serves=True)
+
+
+def test_a_line_is_emulated_where_there_is_a_rate_a_round_trip_or_weather_and_shared_by_its_run():
+    store = dist.HashStore()
+    assert emulated_line(LineConfig(), store, "pd", "prfaas") is None
+    for config in (LineConfig(gbps=1.0), LineConfig(rtt_ms=1.0), LineConfig(weather=(WeatherChange(1.0, gbps=1.0),))):
+        line = emulated_line(config, store, "pd", "prfaas")
+        name = f"minprfaas-{store.get('run id').decode()}-pd-prfaas.line"
+        assert line.config == config and (Path(tempfile.gettempdir()) / name).exists()
+        line.close()
+        assert not (Path(tempfile.gettempdir()) / name).exists()
+
+
+@pytest.fixture
+def start():
+    """`start_processes`, whose signal handlers end with the test. What a process does is a function of its name."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def run(names, front, does, **options):
+        def main(argv):
+            return does(names[int(os.environ["RANK"])], *argv)
+
+        return start_processes(names, front, main, ["said"], **options)
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def come_to_pass(path):
+    """In a process that was started: until the file is there."""
+    until_s = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < until_s:
+        time.sleep(0.005)
+
+
+def test_each_process_knows_its_place_and_nothing_of_a_torchrun_that_was_here_before(start, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "left over")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+    def note(name, said):
+        keys = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
+        is_a_group = "group" if os.getpgid(0) == os.getpid() else "of its parent's group"
+        found = [said, *(os.environ.get(key, "none") for key in keys), is_a_group, str(torch.get_num_threads())]
+        (tmp_path / name).write_text(" ".join(found))
+        return 0
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    assert start(["a", "b"], None, note) == 0
+    torch.set_num_threads(threads)
+    first, second = ((tmp_path / name).read_text().split() for name in "ab")
+    assert (first[:4], second[:4]) == (["said", "0", "0", "2"], ["said", "1", "1", "2"])
+    assert first[4:] == second[4:] and 0 < int(first[5]) < 65_536
+    assert (first[4], *first[6:8]) == ("127.0.0.1", "none", "group"), "an interrupt is for who started it"
+    assert first[8] == "1", "they share the cores"
+
+
+@pytest.mark.parametrize("statuses, front, expected", [
+    (dict(a=0, b=0), None, 0), (dict(a=0, b=3, c=1), None, 3), (dict(a=5, b=1), "a", 5), (dict(a=0, b=1), "a", 0)])
+def test_the_front_ends_status_counts_or_without_one_the_worst(start, capfd, statuses, front, expected):
+    assert start([*statuses], front, lambda name, _: statuses[name], restart="--node {name}") == expected
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == len({*said}) and all(" has ended with status " in line for line in said)
+
+
+def test_who_refuses_a_users_mistake_ends_all_at_once(start, tmp_path):
+    assert start(["a", "b"], "a", lambda name, _: 2 if name == "b" else time.sleep(600)) == 2
+
+
+def test_a_process_that_ends_is_told_once_with_how_to_start_it_again(start, tmp_path, capfd):
+    def does(name, _):
+        if name != "front":
+            come_to_pass(tmp_path / {"a": "begin", "b": "a ended"}[name])
+            (tmp_path / f"{name} ended").write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGKILL) if name == "a" else os._exit(7)
+        (tmp_path / "begin").touch()
+        come_to_pass(tmp_path / "b ended")
+        wait_until(lambda: not is_running((tmp_path / "b ended").read_text() or 0))
+        time.sleep(0.2)  # whoever started us has time to say so, and to say it of the first one again
+        return 0
+
+    assert start(["front", "a", "b"], "front", does, restart="cluster.py --node {name}") == 0
+    said = sorted(capfd.readouterr().err.splitlines())
+    assert said == ["a has ended with status -9; cluster.py --node a starts it again",
+                    "b has ended with status 7; cluster.py --node b starts it again"]
+
+
+def test_with_restarts_a_process_that_was_killed_begins_anew_and_one_that_failed_does_not(start, tmp_path, capfd):
+    def does(name, _):
+        if name == "front":
+            come_to_pass(tmp_path / "again")
+            return 0
+        if name == "b":
+            return 1
+        if not (tmp_path / "killed").exists():
+            (tmp_path / "killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        (tmp_path / "again").touch()
+        return 0
+
+    assert start(["front", "a", "b"], "front", does, restarts=True) == 0
+    said = sorted(capfd.readouterr().err.splitlines())
+    assert re.fullmatch(r"a has ended with status -9; it is process \d+ now", said[0])
+    assert said[1:] == ["b has ended with status 1"]
 
 
 def test_a_port_that_is_taken_gets_one_line(checkpoints, prompts_file):

@@ -43,6 +43,14 @@ def test_requests_come_when_the_simulators_do_and_a_seed_repeats_them(embedded, 
     assert arrivals == list(asked.arrivals(embedded[1], CONTEXT))
 
 
+def test_prompt_and_answer_share_the_context_in_halves_where_both_are_longer(embedded):
+    for arrival in Load.parse("poisson:5", 4, 0, 1.0, 64).arrivals(embedded[1], 241):
+        assert arrival.prompt.params.max_tokens == 120 and len(arrival.prompt.text) == 241 - 120
+        assert arrival.prompt.params.ignore_eos
+    short = list(Load.parse("poisson:5", 3, 0, 1e-6, 64).arrivals(embedded[1], 241))
+    assert {(arrival.prompt.params.max_tokens, len(arrival.prompt.text)) for arrival in short} == {(8, 1)}
+
+
 def test_the_embedded_model_knows_the_answers_that_are_expected(embedded):
     model, tokenizer = embedded
     prompts = [arrival.prompt for arrival in Load.parse("poisson:5", 6, 0, None, 64).arrivals(tokenizer, 240)]
@@ -85,6 +93,16 @@ def test_a_load_that_cannot_be_made_is_refused_in_one_line(text, requests, messa
     with pytest.raises(UserError) as error:
         Load.parse(text, requests, 0, None, 64)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_mean_answer_is_that_of_the_paper_or_of_the_trace_in_the_runs_lengths(trace):
+    assert Load.parse("poisson:5", None, 0, None, 64).answer_tokens == 16.0
+    assert Load.parse("poisson:5", None, 0, 1 / 1024, 64).answer_tokens == 8
+    recorded = [request.output_tokens for request in read_trace(trace)]
+    played = Load.parse(f"trace:{trace}", 7, 0, 0.5, 64)
+    assert played.answer_tokens == 0.5 * sum(recorded[:7]) / 7 and (played.requests, played.rate_rps) == (7, 1.0)
+    asked = Load.parse("bursty:2.5", None, 4, None, 64)
+    assert (asked.kind, asked.rate_rps, asked.requests, asked.seed, asked.trace) == ("bursty", 2.5, 100, 4, ())
 
 
 def test_a_load_says_how_its_lengths_are_scaled(trace):

@@ -1,5 +1,7 @@
 """The congestion monitor: regimes with hysteresis, and the capacity that a link really has. Chapter 11."""
 
+import math
+
 import pytest
 
 from minprfaas.config import LinkSample
@@ -53,6 +55,32 @@ def test_the_capacity_is_what_a_busy_link_delivers():
     monitor = CongestionMonitor(100.0)
     feed(monitor, 0, 30, 0.5, 5.0)
     assert monitor.gbps == pytest.approx(10.0, rel=0.01)
+
+
+def test_a_link_that_hardly_carries_anything_says_nothing_of_its_capacity_unless_something_waits():
+    monitor = CongestionMonitor(100.0)
+    feed(monitor, 0, 100, 0.02, 0.5)
+    assert monitor.gbps == 100.0
+    feed(monitor, 100, 100, 0.021, 0.5)
+    assert monitor.gbps == pytest.approx(0.5 / 0.021)
+    feed(monitor, 200, 100, 0.02, 0.5, queued=1.0)
+    assert monitor.gbps == pytest.approx(0.5)
+
+
+def test_the_averages_follow_with_their_time_constants():
+    monitor = CongestionMonitor(10.0)
+    monitor.observe(LinkSample(0.0, 2.0, 0.5, 0.0))
+    assert (monitor.utilization, monitor.gbps) == (0.5, 4.0), "the first sample counts alone"
+    monitor.observe(LinkSample(3.0, 8.0, 1.0, 0.0))
+    assert (monitor.utilization, monitor.gbps) == (pytest.approx(0.5 + 0.5 * (1 - math.exp(-1))),
+                                                   pytest.approx(4.0 + 4.0 * (1 - math.exp(-1))))
+    before = monitor.gbps
+    monitor.observe(LinkSample(63.0, 0.0, 0.0, 0.0))
+    assert monitor.gbps == pytest.approx(before + (10.0 - before) * (1 - math.exp(-1))), "an idle one returns slowly"
+
+
+def test_a_line_that_carries_nothing_is_down():
+    assert CongestionMonitor(1.0).up and not CongestionMonitor(0.0).up
 
 
 def test_a_stalled_link_loses_its_capacity_and_an_idle_one_is_worth_trying_again():
@@ -111,5 +139,11 @@ def test_what_all_senders_put_on_the_line_adds_up_until_one_is_silent(no_memory)
     monitor.hear("prfaas-1", LinkSample(5e6, 4.0, 0.5, 0.3e9, link="to prfaas-1"), 2.0)
     assert (monitor.queued_bytes, monitor.utilization) == (0.6e9, pytest.approx(1.0))
     assert monitor.gbps == pytest.approx(8.0) and monitor.regime(2.0) == "scarce"
+    monitor.hear("prfaas-1", LinkSample(5e6, 1.6, 0.2, 0.0, link="to prfaas-1"), 16.0)
+    assert monitor.queued_bytes == 0.3e9, "the other one was heard fifteen seconds ago"
     monitor.hear("prfaas-1", LinkSample(5e6, 1.6, 0.2, 0.0, link="to prfaas-1"), 17.0)
     assert (monitor.queued_bytes, monitor.utilization) == (0.0, pytest.approx(0.2))
+    for name in ("one", "two"):
+        monitor.hear(name, LinkSample(5e6, 8.0, 0.7, 0.0), 18.0 + 0.001 * len(name))
+    monitor.hear("two", LinkSample(5e6, 8.0, 0.7, 0.0), 19.0)
+    assert monitor.utilization == pytest.approx(1.0), "a line is never more than full"

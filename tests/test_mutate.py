@@ -3,6 +3,7 @@
 Chapter 15.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -45,6 +46,33 @@ def test_each_mutant_changes_one_line_and_texts_for_people_and_gpu_branches_are_
     assert last == {"return None", "return sorted(waiting, key=None)"}
 
 
+CHOICES = """WINDOW, LIMIT_S = 2048, 2.5
+LOOK_EVERY_S = 3
+recent = 2048
+
+def chunk(device, on_gpu):
+    size = 8192 if on_gpu else 1024
+    if size > 7:
+        log.info("large")
+        time.sleep(5)
+    if device.type != "cuda":
+        return size + 1
+    return size + 2
+
+class Graphs:
+    def run(self):
+        return 5 + 6
+"""
+
+
+def test_a_modules_own_choices_are_lost_and_what_only_a_gpu_runs_is_left_alone():
+    broken = {CHOICES.split("\n")[mutant.line - 1][:mutant.start] + mutant.new for mutant in
+              mutants_of("chunk.py", CHOICES, not_on_a_cpu=("Graphs",))}
+    assert broken == {"WINDOW, LIMIT_S = 0", "WINDOW, LIMIT_S = 2048, 0.0", "recent = 2049",
+                      "    size = 8192 if on_gpu else 1025", "        return None", "        return size - ",
+                      "        return size + 2"}
+
+
 def test_the_same_seed_draws_the_same_mutants_and_at_most_one_of_a_line():
     drawn = mutate.drawn(40, 3, ["kvcache"])
     assert drawn == mutate.drawn(40, 3, ["kvcache"]) != mutate.drawn(40, 4, ["kvcache"])
@@ -59,13 +87,17 @@ def test_what_is_named_is_still_there_and_so_are_the_tests_that_look_after_it():
     assert [test for test in sorted(tests) if not (ROOT / "tests" / test).is_file()] == []
     files = [*NOT_ON_A_CPU, *(f"minprfaas/{file}" for file in GUARDS)]
     assert [file for file in files if not (ROOT / file).is_file()] == []
+    for file, names in NOT_ON_A_CPU.items():
+        assert all(re.search(rf"(class|def) {name}\b", (ROOT / file).read_text()) for name in names)
 
 
 def test_the_tests_that_import_a_file_come_before_the_others_of_its_room():
     tests = mutate.tests_for("minprfaas/scheduling/directory.py")
     assert set(ROOMS["scheduling"]) <= set(tests)
     assert tests.index("test_directory.py") < tests.index("test_monitor.py")
-    assert mutate.tests_for("minprfaas/cluster/journey.py") == list(GUARDS["cluster/journey.py"])
+    guards = list(GUARDS["cluster/journey.py"])
+    assert mutate.tests_for("minprfaas/cluster/journey.py")[:len(guards)] == guards
+    assert {"test_case_study.py", "test_front_end.py"} <= {*mutate.tests_for("minprfaas/scheduling/control.py")}
 
 
 def test_trees_side_by_side_judge_what_is_broken_and_a_second_run_goes_on_from_the_results(

@@ -172,6 +172,10 @@ def test_relay_decode_takes_prefill_capacity_where_the_kvcache_outlasts_the_pref
         assert first_token_times(relaying, lengths, plans[1]) < first_token_times(without, lengths, plans[0])
     longest = paper.h200_profile().prefill_s(32_768) + fleet.output_tokens * paper.h200_profile().decode_step_s(1)
     assert replace(fleet, link_gbps=0.0, relay=True).prfaas_s(32_768) == longest, "no more steps than the answer has"
+    for instances in (0.5, 1, 2):  # each has its share of the link, and less than one has no more than all of it
+        alone = replace(fleet, link_gbps=2.0, prfaas_instances=instances, relay=True)
+        crossing_s = paper.h200_profile().kv_bytes(32_768) * 8e-9 / (2.0 / max(instances, 1))
+        assert alone.prfaas_s(32_768) == pytest.approx(crossing_s), "until the last byte is there"
 
 
 def test_observed_compute_may_be_a_fraction_of_an_instance():
@@ -203,6 +207,34 @@ def test_a_fleet_or_a_request_that_cannot_be_is_refused_by_name(build, named):
     with pytest.raises(UserError) as refusal:
         build()
     assert named in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_fleet_may_be_as_large_as_is_said():
+    replace(FLEET, prfaas_instances=2000, pd_instances=2000, link_gbps=1e6)
+    for change in (dict(prfaas_instances=2001), dict(pd_instances=2001), dict(link_gbps=1.01e6),
+                   dict(output_tokens=1_000_000_001)):
+        with pytest.raises(UserError):
+            replace(FLEET, **change)
+
+
+def test_a_plan_from_which_nothing_goes_out_and_one_from_which_everything_does():
+    local, away = plan(FLEET, LENGTHS, threshold=inf), plan(FLEET, LENGTHS, n_p=0, threshold=0)
+    assert (local.theta_prfaas, local.offloaded_fraction, local.mean_offloaded_tokens) == (inf, 0, 0)
+    assert (local.mean_offloaded_bytes, local.egress_gbps) == (0.0, 0.0)
+    assert (away.theta_pdp, away.offloaded_fraction) == (inf, 1)
+    assert away.mean_offloaded_tokens == pytest.approx(LENGTHS.mean(float))
+    assert away.mean_offloaded_bytes == pytest.approx(LENGTHS.mean(FLEET.prfaas_profile.kv_bytes))
+    assert away.egress_gbps == pytest.approx(away.lambda_max * away.mean_offloaded_bytes * 8e-9)
+
+
+def test_every_figure_of_table_6_is_met_by_the_plan_of_its_deployment():
+    for name, (_, found) in paper.paper_plans().items():
+        for figure, published in paper.TABLE_6.get(name, {}).items():
+            if hasattr(found, figure):
+                assert getattr(found, figure) == pytest.approx(published, rel=0.07), (name, figure)
+    rates = {name: published["lambda_max"] for name, published in paper.TABLE_6.items()}
+    for name, published in paper.TABLE_6.items():
+        assert published["ratio"] == pytest.approx(rates[name] / rates["homogeneous"], abs=0.006)
 
 
 def test_a_short_context_is_planned_in_single_tokens():

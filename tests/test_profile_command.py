@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from minprfaas import UserError, load
 from minprfaas.__main__ import main
 from minprfaas.commands.profile import rising
+from minprfaas.engine.measure import measure_decode
+from minprfaas.model.spec import kv_bytes, model_state_specs
 from minprfaas.scheduling.profiles import Profile, ProfilePoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +31,8 @@ def test_a_profile_is_printed_and_written_as_it_is_printed(checkpoints, tmp_path
     written = json.loads(out.read_text())
     assert written == json.loads(capsys.readouterr().out)
     assert [point.tokens for point in Profile.from_json(written).points] == [16, 500]
+    specs = model_state_specs(load(checkpoints["kimi_linear"])[0].config, "float32")
+    assert [point["kv_bytes"] for point in written["points"]] == [kv_bytes(specs, 16), kv_bytes(specs, 500)]
     assert [path.name for path in tmp_path.iterdir()] == ["profile.json"]
 
 
@@ -52,6 +57,12 @@ def test_a_disk_that_is_full_at_the_end_keeps_the_profile_on_the_screen(checkpoi
     assert done.returncode == 2 and "KVCache S_kv" in done.stdout, done.stderr
     assert done.stderr.splitlines()[-1] == f"error: {tmp_path}/out.json cannot be written: File too large"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_answers_that_end_before_a_step_could_be_timed_are_said_so(hybrid):
+    with pytest.raises(UserError, match="decode of 2 requests ended before a step could be timed"):
+        measure_decode(*hybrid, batch=2, context=511, steps=1)
+    assert measure_decode(*hybrid, batch=2, context=500, steps=3) > 0
 
 
 def test_a_failed_measurement_leaves_no_file_behind(checkpoints, tmp_path, capsys):

@@ -6,7 +6,7 @@ import pytest
 
 from minprfaas.errors import UserError
 from minprfaas.scheduling.paper_case import h20_profile, h200_profile
-from minprfaas.scheduling.profiles import Profile, ProfilePoint
+from minprfaas.scheduling.profiles import Profile, ProfilePoint, Scale
 
 
 def profile_of(prefill_s, tokens=(1024, 2048, 4096, 8192), kv_bytes=(100, 200, 400, 800)) -> Profile:
@@ -49,6 +49,43 @@ def test_kv_bytes_are_linear_between_points_and_continue_beyond_them():
     assert [profile.kv_bytes(tokens) for tokens in (1024, 1536, 2048, 3072, 8192)] == [100, 200, 300, 325, 950]
     assert profile.kv_bytes(8192 + 4096) == 950 + 600
     assert profile.kv_bytes(768) == 50 and profile.kv_bytes(0) == 0
+
+
+def test_what_any_request_costs_beside_its_tokens_is_given_in_tokens():
+    line = profile_of([0.3 + 1e-4 * tokens for tokens in (1024, 2048, 4096, 8192)])
+    assert line.overhead_tokens == 3000 and profile_of([1.024, 2.048, 4.096, 8.192]).overhead_tokens == 0
+
+
+def test_a_full_batch_takes_the_profiles_step_and_a_lone_request_half_of_it_and_its_share():
+    profile = profile_of([1, 2, 3, 4])
+    assert [profile.decode_step_s(requests) for requests in (20, 10, 0)] == pytest.approx([0.025, 0.01875, 0.0125])
+
+
+def test_rows_that_cross_in_fewer_bytes_leave_the_state_of_one_size_as_it_is():
+    line = profile_of([1, 2, 3, 4], kv_bytes=(1000 + 1024, 1000 + 2048, 1000 + 4096, 1000 + 8192))
+    half = line.encoded(0.5)
+    assert [point.kv_bytes for point in half.points] == [1000 + 512, 1000 + 1024, 1000 + 2048, 1000 + 4096]
+    assert half.prefill_s(3000) == line.prefill_s(3000) and line.encoded(1.0) == line
+    bent = profile_of([1, 2, 3, 4], kv_bytes=(2048, 4096, 5120, 13_312))  # 2, 0.5 and 2 bytes a token
+    assert bent.encoded(0.5).points[0].kv_bytes == 2048 - 0.25 * 1024
+    below = profile_of([1, 2, 3, 4], kv_bytes=(256, 4096, 8192, 16_384))  # no line through zero has such a slope
+    assert below.encoded(0.5).points[0].kv_bytes == 128
+
+
+def test_a_scale_is_undone_by_its_inverse():
+    scale = Scale.parse("8,64,0.001")
+    assert (scale.time, scale.length, scale.size) == (8, 64, 0.001)
+    assert (scale.seconds(4.0), scale.rate_rps(0.5), scale.tokens(10), scale.gbps(0.0125)) == (0.5, 4.0, 640, 100.0)
+    assert scale.run_gbps(scale.gbps(0.03)) == pytest.approx(0.03)
+    assert str(scale).startswith("seconds times 8, one token for 64, bytes times 0.001; ")
+    small = scale.profile(profile_of([1, 2, 3, 4]))
+    assert [(p.tokens, p.kv_bytes, p.prefill_s) for p in small.points] == [
+        (16, pytest.approx(0.1), 8), (32, pytest.approx(0.2), 16), (64, pytest.approx(0.4), 24),
+        (128, pytest.approx(0.8), 32)]
+    assert small.t_decode_s == 0.025 * 64 * 8
+    for bad in ("1,2", "1,2,x", "0,1,1", "1,-1,1", "1,1,1e10", "1,2,3,4"):
+        with pytest.raises(UserError):
+            Scale.parse(bad)
 
 
 def test_the_calibrated_h20_curve_is_the_h200_curve_mapped_affinely():

@@ -1,10 +1,15 @@
 """Relay decode: first tokens that do not wait for the KVCache, and a handover that nobody can see. Chapter 15."""
 
 import pytest
-from test_two_datacenters import prompts_of
+from desk import PEER, PROMPT, Desk, expecting, ordered, prefilled, served, ship, step_until
+from test_two_datacenters import prompts_of, reference
 from world import World
 
 from minprfaas import SamplingParams, generate
+from minprfaas.cluster import messages
+from minprfaas.cluster.node import PeerLost
+from minprfaas.cluster.stream_plans import stream_plan
+from minprfaas.config import Role
 
 LONG = SamplingParams(max_tokens=40, ignore_eos=True)
 
@@ -180,3 +185,126 @@ def test_a_prompt_is_never_put_out_of_its_blocks_for_a_relay(models):
         world.step_until(lambda: not world.front.has_work)
         each_once(world, journeys, world.front.take_updates())
     assert [journey.attempts for journey in journeys] == [1, 1]
+
+
+# ---- each side alone, word by word
+
+
+TWELVE = {"max_tokens": 12, "ignore_eos": True}
+
+
+def with_relayed(hybrid, count, **change):
+    """A decode role to which so many tokens were relayed; the answer of one process."""
+    desk, order = served(hybrid, relay=True, sampling=TWELVE, **change)
+    answer = reference(*hybrid, [PROMPT], SamplingParams(**TWELVE))[0]
+    desk.now_s = 1010.0
+    desk.role.hear(PEER, relay_of(answer[0]))
+    assert desk.said() == [], "no token before the word that the prompt is prefilled"
+    desk.role.hear(PEER, messages.PrefillDone("a#1", answer[0], 32, 0.5, 2.0, 0, False))
+    assert desk.said() == [messages.Prefilled("a#1", 68, 2.0, 0)]
+    for number, token in enumerate(answer[:count]):
+        for sender in ("pd-9", PEER):
+            desk.role.hear(sender, relay_of(token))
+        started = [messages.Started("a#1", 0, 0, 2.5, 2.0, 1010.0 - 1002.0 - 2.5, 0.0)]
+        assert desk.said() == started * (number == 0) + [relay_of(token)]
+    return desk, order, answer
+
+
+def relay_of(token, reason=""):
+    return messages.TokenDrawn("a#1", token, f"t{token}", reason, "")
+
+
+@pytest.mark.parametrize("count", [1, 3, 11])
+def test_relayed_tokens_are_handed_on_and_once_the_kvcache_is_here_the_next_are_drawn_here(hybrid, count):
+    desk, order, answer = with_relayed(hybrid, count)
+    desk.after(1.0)
+    sender, sent = prefilled(hybrid)
+    plan = stream_plan(desk.engine.layout, order.stream_id, 0, 100)
+    assert not desk.role.is_ready and desk.told() == []
+    assert desk.said() == [messages.Progress("a#1", 100, 0, plan.total_bytes)]
+    ship(desk.there.open(plan), sender, sent.cache.block_tables)
+    desk.notice()
+    assert desk.role.is_ready
+    words = []
+    if count == 11:  # a long pass over ten tokens, during which more may be relayed, comes first
+        desk.after(0.0)
+        assert desk.told() == [] and desk.role.is_ready
+    desk.after(0.0)
+    assert desk.told() == [messages.RelayOver("a#1")]
+    words = [word for word in desk.said() if not isinstance(word, messages.Progress)]
+    while desk.role.has_work:
+        desk.after(0.0)
+        words += [word for word in desk.said() if not isinstance(word, messages.Progress)]
+    started, *drawn = words
+    assert started == messages.Started(
+        "a#1", 0, plan.total_bytes, 2.5, 2.0, 1011.0 - 1002.0 - 2.5, 0.0, transfer_s=started.transfer_s)
+    assert started.transfer_s > 0
+    assert [one.token_id for one in drawn] == answer[count:] and drawn[-1].finish_reason == "length"
+    assert desk.told() == [] and not desk.role.is_ready
+    assert desk.engine.kvcache.stats().in_use == 0
+
+
+def test_an_answer_whose_last_token_was_relayed_ends_here_without_its_kvcache(hybrid):
+    desk, order, answer = with_relayed(hybrid, 2)
+    stream = desk.there.open(stream_plan(desk.engine.layout, order.stream_id, 0, 100))
+    sender, sent = prefilled(hybrid)
+    ship(stream, sender, sent.cache.block_tables, stream.plan.entries[:1])
+    desk.role.hear(PEER, relay_of(answer[2], "stop"))
+    started, last = desk.said()
+    assert last == relay_of(answer[2], "stop") and started.kv_bytes == stream.plan.entries[0].row_bytes
+    assert desk.told() == [messages.Abort("a#1")]
+    assert not desk.role.has_work and desk.engine.kvcache.stats().in_use == 0
+    desk.after(0.0)
+    desk.role.hear(PEER, relay_of(5))
+    assert desk.said() == []
+
+
+def test_a_relayed_token_that_is_none_is_a_prefill_that_failed(hybrid):
+    for token in (-1, 257):
+        desk, _, _ = with_relayed(hybrid, 1)
+        desk.role.hear(PEER, relay_of(token))
+        assert desk.said() == [messages.Failed("a#1", f"relayed token {token} is outside the vocabulary", "lost")]
+
+
+def test_relayed_tokens_beyond_what_this_node_could_hold_end_the_answer_as_its_own_would(hybrid):
+    blocks = Desk(hybrid, Role.PDD).engine.layout.blocks_for(112)
+    desk, order, answer = with_relayed(hybrid, 11, pool=blocks)
+    assert desk.engine.kvcache.max_tokens == 112
+    desk.role.hear(PEER, relay_of(answer[11]))
+    assert desk.said()[-1] == messages.TokenDrawn("a#1", answer[11], f"t{answer[11]}", "length", "pool")
+    assert not desk.role.has_work
+
+
+def test_a_relay_goes_on_until_the_decode_node_takes_over_and_at_nobody_elses_word(hybrid):
+    answer = reference(*hybrid, [PROMPT], SamplingParams(**TWELVE))[0]
+    for end in ("", "over", "abort", "lost", "deadline", "refused"):
+        desk, order = Desk(hybrid, Role.PRFAAS, relay=True), ordered(sampling=TWELVE)
+        expecting(desk, order)
+        if end == "refused":
+            desk.line.room.clear()  # the KVCache is on its way still
+        desk.role.hear(PEER, order)
+        words = []
+
+        def drawn():
+            words.extend(desk.told())
+            return [word for word in words if isinstance(word, messages.TokenDrawn)]
+
+        step_until(desk, lambda: len(drawn()) >= 3)
+        desk.role.hear("pd-9", messages.RelayOver("a#1"))
+        desk.role.notice(PeerLost("pd-9", "gone"))
+        step_until(desk, lambda: len(drawn()) >= 5)
+        if end == "deadline":
+            desk.now_s += 31.0
+        elif end:
+            {"over": lambda: desk.role.hear(PEER, messages.RelayOver("a#1")),
+             "abort": lambda: desk.role.hear(PEER, messages.Abort("a#1")),
+             "lost": lambda: desk.role.notice(PeerLost(PEER, "gone")),
+             "refused": lambda: (desk.there.forget(order.stream_id), desk.line.room.set())}[end]()
+        before = len(drawn())
+        step_until(desk, lambda: not desk.role.has_work)
+        if end == "refused":  # the sending thread takes its time to hear of it
+            before = len(drawn())
+            assert before < 12 and any(isinstance(word, messages.Failed) for word in words)
+        assert [one.token_id for one in drawn()] == answer[:before if end else 12]
+        assert (drawn()[-1].finish_reason, drawn()[-1].length_limit) == (("", "") if end else ("length", "max_tokens"))
+        assert desk.engine.kvcache.stats().in_use == 0 and not desk.engine.has_work

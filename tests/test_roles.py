@@ -48,6 +48,14 @@ def test_an_idle_bottleneck_is_left_alone():
     assert first_change(RoleLoop(FLEET), SHORT, seen=replace(BUSY, decode_utilization=0.5)) is None
 
 
+def test_it_looks_every_ten_seconds_and_sorts_no_lengths_in_between():
+    loop, looked_at_s = RoleLoop(FLEET), []
+    for second in range(100):
+        now = replace(BUSY, time_s=float(second))
+        loop.update(now, lambda: looked_at_s.append(now.time_s), 1024, nodes("p", (9, 5)), nodes("d", (4, 2)))
+    assert looked_at_s == list(range(0, 100, 10))
+
+
 def test_a_short_imbalance_is_left_alone():
     loop = RoleLoop(FLEET)
     for start_s in range(0, 600, 60):

@@ -4,7 +4,8 @@ import pytest
 
 from minprfaas.config import Role
 from minprfaas.errors import RequestError, UserError
-from minprfaas.scheduling.router import ClusterView, Decision, LinkView, NodeView, Router, RouteRequest, ShippingCosts
+from minprfaas.scheduling.router import (
+    DECODE_SLACK_REQUESTS, ClusterView, Decision, LinkView, NodeView, Router, RouteRequest, ShippingCosts)
 
 COSTS = ShippingCosts(token_bytes=17_000, state_bytes=2e8, prfaas_s_per_token=5e-5, pdp_s_per_token=1.6e-4)
 
@@ -139,8 +140,18 @@ def test_at_least_one_token_is_always_computed():
     assert (decision.cached_tokens, decision.uncached_tokens) == (1023, 1)
 
 
+def test_what_the_other_cluster_lacks_too_is_not_fetched_from_it():
+    router = Router(5120, COSTS, ship_prefixes=True)
+    decision = route(router, 90_000, view(regime="abundant"), a0=30_000)
+    assert (decision.node, decision.cached_tokens, decision.shipment) == ("a0", 30_000, None)
+    equal = route(router, 90_000, view(regime="abundant"), a0=30_000, p0=30_000)
+    assert (equal.node, equal.shipment) == ("a0", None)
+
+
 def test_the_decode_node_holds_the_prefix_unless_it_is_much_busier():
     router = Router(100)
+    for more, node in ((DECODE_SLACK_REQUESTS, "d1"), (DECODE_SLACK_REQUESTS + 1, "d0")):
+        assert route(router, 20_000, view(pdd=(3, 3 + more)), d1=4096).decode_node == node
     decision = route(router, 20_000, view(pdd=(3, 6)), d1=4096)
     assert (decision.decode_node, decision.decode_cached_tokens) == ("d1", 4096)
     decision = route(router, 20_000, view(pdd=(3, 9)), d1=4096)
@@ -169,6 +180,12 @@ def test_without_a_threshold_the_least_loaded_node_of_both_clusters_is_chosen():
     router = Router(0, selective=False)
     assert route(router, 90_000, view((500, 600), (400, 700))).node == "p0"
     assert route(router, 10, view((300, 600), (400, 700))).node == "a0"
+
+
+def test_bytes_leave_behind_what_is_queued_and_never_over_a_line_that_carries_nothing():
+    assert LinkView(8.0, queued_bytes=1e9).seconds_for(2e9) == 3.0
+    for dead in (LinkView(0.0), LinkView(-1.0), LinkView(8.0, up=False)):
+        assert dead.seconds_for(1) == float("inf")
 
 
 @pytest.mark.parametrize("threshold", [-1, float("nan")])

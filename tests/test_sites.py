@@ -11,17 +11,20 @@ from minprfaas.config import LinkSample, Role
 from minprfaas.errors import RequestError
 from minprfaas.scheduling.control import (
     ControlSettings, DecodeStarted, LineChanged, LinkMeasured, NodeJoined, NodeLeft, RequestEnded)
+from minprfaas.scheduling.directory import CacheChanged
+from minprfaas.scheduling.congestion import CongestionMonitor
 from minprfaas.scheduling.paper_case import paper_fleet, paper_lengths
-from minprfaas.scheduling.router import RouteRequest
-from minprfaas.scheduling.sites import SitesControlPlane, site_of
+from minprfaas.scheduling.router import RouteRequest, ShippingCosts
+from minprfaas.scheduling.sites import AllLines, SitesControlPlane, site_of
 from minprfaas.simulator.arrivals import drawn, poisson
 from minprfaas.simulator.simulation import PrfaaSSite, Setup, Simulation
 
 FLEET = paper_fleet()
 
 
-def plane(a_gbps=100.0, b_gbps=100.0, nodes=2):
-    control = SitesControlPlane(ControlSettings(1000.0, 0.0, fleet=FLEET), {"prfaas-a": a_gbps, "prfaas-b": b_gbps})
+def plane(a_gbps=100.0, b_gbps=100.0, nodes=2, **settings):
+    settings = ControlSettings(1000.0, 0.0, **(settings or dict(fleet=FLEET)))
+    control = SitesControlPlane(settings, {"prfaas-a": a_gbps, "prfaas-b": b_gbps})
     prfaas = [(f"prfaas-{site}-{number}", Role.PRFAAS) for site in "ab" for number in range(nodes)]
     for name, role in (*prfaas, ("pd-0", Role.PDD), ("pd-1", Role.PDP)):
         control.hear(NodeJoined(name, role), 0.0)
@@ -50,6 +53,57 @@ def test_what_a_line_owes_is_counted_until_it_is_there_or_its_request_has_ended(
     again = control.route(RouteRequest(2, 32_768), 0.0)
     assert sum(len(site.owed) for site in control.sites.values()) == 1, "an attempt takes the place of the one before"
     assert "expected: prfaas-a in " in again.reason and ", prfaas-b in " in again.reason
+
+
+def test_all_lines_together_carry_what_those_that_are_up_carry_and_are_scarce_where_each_of_them_is():
+    one, two = CongestionMonitor(10.0), CongestionMonitor(30.0)
+    both = AllLines([one, two])
+    one.observe(LinkSample(0.0, 5.0, 0.5, 0.0))
+    two.observe(LinkSample(0.0, 27.0, 0.9, 3e9))
+    assert (both.gbps, both.queued_bytes, both.utilization) == (40.0, 3e9, pytest.approx((0.5 * 10 + 0.9 * 30) / 40))
+    assert both.regime(0.0) == "abundant" and two.regime(0.0) == "scarce"
+    one.observe(LinkSample(1.0, 10.0, 1.0, 1e9))
+    assert both.regime(1.0) == "scarce" and both.queued_bytes == 4e9
+    two.up = False
+    assert both.gbps == one.gbps and both.up
+    one.up = False
+    assert both.gbps == 0 and not both.up
+
+
+def expected_of(control, tokens, keys=()):
+    """What a decision's reason says of each datacenter, in seconds."""
+    said = control.route(RouteRequest(f"r{tokens}", tokens, keys), 0.0).reason.rpartition("expected: ")[2]
+    return {part.split()[0]: float(part.split()[2]) for part in said.split(", ")}
+
+
+def test_what_is_expected_of_a_datacenter_is_the_time_of_its_nodes_or_of_its_line_whichever_is_longer():
+    control, profile = plane(b_gbps=0.5, nodes=1), FLEET.prfaas_profile
+    for node, tokens in (("prfaas-a-0", 16_384), ("prfaas-b-0", 65_536), ("pd-0", 8192)):
+        control.hear(CacheChanged(node, 0, [(f"{node}'s", tokens)], inventory=True), 0.0)
+    keys = ("pd-0's", "prfaas-a-0's", "prfaas-b-0's")
+    crossing = profile.kv_bytes(65_536) - profile.kv_bytes(8192) + profile.kv_bytes(0)
+    computed_s = profile.prefill_s(65_536 - 16_384)
+    assert expected_of(control, 65_536, keys) == {
+        "prfaas-a": pytest.approx(computed_s, abs=0.006), "prfaas-b": pytest.approx(crossing * 8e-9 / 0.5, abs=0.006)}
+    assert control.sites["prfaas-a"].owed == {"r65536": crossing}
+    again = expected_of(control, 32_768)
+    assert again["prfaas-a"] == pytest.approx(computed_s + profile.prefill_s(32_768), abs=0.006)
+    control.sites["prfaas-a"].owed["more"] = 1e12
+    owed = crossing + 1e12 + sum(control.sites["prfaas-a"].owed.get(f"r{tokens}", 0) for tokens in (32_768,))
+    assert expected_of(control, 20_000)["prfaas-a"] == pytest.approx((owed + profile.kv_bytes(20_000)) * 8e-9 / 100,
+                                                                     abs=0.006)
+
+
+def test_without_profiles_a_datacenter_is_judged_by_what_a_token_costs_and_without_costs_by_nothing():
+    control = plane(nodes=1, a_gbps=0.004, costs=ShippingCosts(10_000, 500_000, 1e-3, 1e-3))
+    for node, tokens in (("prfaas-a-0", 1000), ("prfaas-b-0", 0), ("pd-0", 500)):
+        control.hear(CacheChanged(node, 0, [("key", tokens)] if tokens else [], inventory=True), 0.0)
+    first = expected_of(control, 3000, ("key",))
+    assert first == {"prfaas-a": pytest.approx((2500 * 10_000 + 500_000) * 8e-9 / 0.004), "prfaas-b": 3.0}
+    assert control.sites["prfaas-b"].owed == {"r3000": 2500 * 10_000 + 500_000}
+    assert expected_of(control, 2000)["prfaas-b"] == 5.0, "behind what it was given"
+    blind = plane(nodes=1, adaptive=False)
+    assert expected_of(blind, 3000) == {"prfaas-a": 0.0, "prfaas-b": 0.0}
 
 
 def test_each_lines_samples_count_for_itself_whoever_tells_them():

@@ -10,7 +10,7 @@ import pytest
 
 from minprfaas.scheduling.paper_case import paper_fleet, paper_lengths
 from minprfaas.scheduling.planner import plan
-from minprfaas.scheduling.threshold import DRAIN_S, HOLD_S, Observation, ThresholdLoop
+from minprfaas.scheduling.threshold import DRAIN_S, HOLD_S, MAX_STEP, Observation, ThresholdLoop
 
 FLEET, LENGTHS = paper_fleet(), paper_lengths()
 
@@ -114,6 +114,34 @@ def test_beyond_any_capacity_the_local_nodes_are_kept_below_saturation():
 def test_a_handful_of_requests_says_nothing():
     loop = loop_with_traffic(4000, count=63)
     assert loop.lengths() is None and loop.update(seen(0)) == 4000
+    loop.record(20_000)
+    assert len(loop.lengths().values) == 64 and loop.update(seen(1)) == 4000 * MAX_STEP
+    assert loop.reason == "lengths drift: 4 PrfaaS and 3 PD-P nodes, 100 Gbps, 0.02 req/s"
+
+
+@pytest.mark.parametrize("since_s, change, cause", [
+    (60, {}, "lengths drift"), (59.9, {}, None), (5, dict(scarce=True), "bandwidth is scarce"),
+    (4.9, dict(scarce=True), None), (4.9, dict(prfaas_instances=2), None), (5, dict(n_p=4), "capacity changed"),
+    (5, dict(egress_gbps=70.0), "capacity changed"), (5, dict(egress_gbps=104.0), None),
+    (5, dict(prfaas_queue_s=60.0), None), (5, dict(prfaas_queue_s=60.1), "a prefill queue surges"),
+    (5, dict(pdp_queue_s=45.0), None), (5, dict(pdp_queue_s=45.1), "a prefill queue surges"),
+    (5, dict(prfaas_instances=0, prfaas_queue_s=15.1), "a prefill queue surges")])
+def test_a_search_has_a_cause_and_says_it(since_s, change, cause):
+    loop = loop_with_traffic(best(100.0))
+    loop.update(seen(0))
+    loop.reason = "none"
+    loop.update(seen(since_s, **change))
+    assert loop.reason.partition(":")[0] == (cause or "none")
+
+
+def test_a_move_that_fell_short_is_followed_by_another_and_a_turn_waits():
+    loop = loop_with_traffic(best(100.0))
+    loop.update(seen(0))
+    steps = [loop.update(seen(second, egress_gbps=4.0)) for second in (5, 10, 15, 20)]
+    assert steps[0] == pytest.approx(best(100.0) * MAX_STEP) and steps == sorted(steps) and "fell short" in loop.reason
+    assert steps[0] < steps[1] == steps[3], "it moved at 5 and at 10 s"
+    again = [loop.update(seen(second, scarce=True)) for second in (25, 30, 9.9 + HOLD_S - 5, 10 + HOLD_S)]
+    assert again[:-1] == [steps[-1]] * 3 and again[-1] < steps[-1]
 
 
 def test_while_every_decode_node_is_away_the_threshold_stays_and_moves_again_when_one_is_back():

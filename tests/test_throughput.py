@@ -29,6 +29,28 @@ def test_the_worked_cases_that_plan_prints_are_the_papers():
         ("Ring-2.5-1T", 131_072, 512), ("Ring-2.5-1T", 131_072, 10_000)]
 
 
+def test_what_the_paper_prints_was_copied_right():
+    """A second time from the paper: table 3 by the sums of its columns, the case study's numbers one by one."""
+    columns = list(zip(*paper.TABLE_3_GBPS.values()))
+    assert [round(sum(column), 2) for column in columns] == [22.47, 71.18, 112.65, 87.84]
+    assert paper.TABLE_3_TOKENS == (2**10, 2**13, 2**15, 2**17) and len(columns[0]) == 6
+    assert paper.GPUS_PER_INSTANCE == 8 and paper.LINK_GBPS == 100 and paper.OUTPUT_TOKENS == 2**10
+    ours, alone, naive = paper.TABLE_6["prfaas_pd"], paper.TABLE_6["homogeneous"], paper.TABLE_6["naive"]
+    assert ours["threshold"] == paper.PUBLISHED_THRESHOLD == 19_400
+    assert [each.get(key) for each in (ours, alone, naive) for key in ("n_prfaas", "n_p", "n_d")] == [
+        4, 3, 5, None, 9, 3, 4, None, 8]
+    assert [each["ttft_mean_s"] + each["ttft_p90_s"] for each in (ours, alone, naive)] == [
+        pytest.approx(5.73), pytest.approx(14.17), pytest.approx(5.25)]
+    assert (ours["mean_offloaded_tokens"], ours["offloaded_fraction"]) == (44_000, 0.496)
+    table_5 = paper.h200_profile()
+    assert [point.tokens for point in table_5.points] == [2**10, 2**13, 2**15, 2**17]
+    assert sum(point.kv_bytes for point in table_5.points) == pytest.approx((190.8 + 308.9 + 701.3 + 2316.3) * 2**20)
+    assert sum(point.prefill_s for point in table_5.points) == pytest.approx(0.44 + 0.72 + 1.84 + 7.40)
+    fleet, alone = paper.paper_fleet(), paper.paper_plans()["homogeneous"][0]
+    assert (fleet.prfaas_instances, fleet.pd_instances, alone.prfaas_instances, alone.pd_instances) == (4, 8, 0, 12)
+    assert table_5.bs_max == paper.h20_profile().bs_max == 20 and paper.h20_profile().t_decode_s == 0.025
+
+
 def test_equation_3_takes_the_slower_of_compute_and_egress():
     kv_bytes = 10e9 / 8  # ten gigabits
     assert theta_prfaas(n_prfaas=4, prefill_s=2.0, link_gbps=100, kv_bytes=kv_bytes) == 2.0  # compute: 4 / 2 s

@@ -77,17 +77,19 @@ def test_what_a_library_writes_takes_its_place_whole_or_not_at_all(tmp_path):
 
 def test_a_chunk_is_drawn_on_the_lane_that_sent_it():
     Turns.sent, Turns.lane_1_has_sent = set(), threading.Event()
-    timeline, cargo = Timeline("a"), Cargo()
-    with connected(LinkConfig(lanes=2, chunk_bytes=4096), sender_lanes=Turns, timeline=timeline) as (sender, receiver):
+    timeline, there, cargo = Timeline("a"), Timeline("b"), Cargo()
+    with connected(LinkConfig(lanes=2, chunk_bytes=4096), sender_lanes=Turns, timeline=timeline,
+                   receiver_timeline=there) as (sender, receiver):
         receiver.expect(cargo.plan, cargo.sink)
         stream = sender.open(cargo.plan)
         cargo.put_all(stream)
         stream.finish(DEADLINE_S)
 
-    def drawn():
+    def drawn(timeline):
         events = timeline.events()
         tracks = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
         return {(tracks[event["tid"]], event["name"]) for event in events if event["ph"] == "X"}
 
-    assert drawn() <= Turns.sent
-    wait_until(lambda: {track for track, _ in drawn()} == {"a-b lane 0 send", "a-b lane 1 send"})
+    assert drawn(timeline) <= Turns.sent
+    wait_until(lambda: {track for track, _ in drawn(timeline)} == {"a-b lane 0 send", "a-b lane 1 send"})
+    wait_until(lambda: drawn(there) == {(track.replace("send", "receive"), name) for track, name in Turns.sent})

@@ -64,6 +64,11 @@ def test_what_is_no_topology_is_quoted_with_an_example(text):
         Topology.parse(text)
 
 
+def test_a_datacenter_may_have_as_many_nodes_as_is_said():
+    assert len(Topology.parse("prfaas=64,pd=64").places()) == 129
+    assert len(Topology.parse("prfaas=0,pd=2", split=1).places()) == 3
+
+
 @pytest.mark.parametrize("text, split, said", [
     ("prfaas=1,pd=0", None, "pd=0; it must be from 1 to 64"),
     ("prfaas=65,pd=1", None, "prfaas=65; it must be from 0 to 64"),

@@ -14,10 +14,12 @@ from transport_support import (DEADLINE_S, IDENTITY, Cargo, connected_fabric, ev
 
 from minprfaas.config import LinkConfig, StateKind
 from minprfaas.errors import UserError
-from minprfaas.transport import (Fabric, LayerPlan, LinkRestored, MessageReceived, StreamAborted, StreamDone,
-                                 StreamFailed, StreamPlan)
+from minprfaas.transport import (Fabric, LayerPlan, LinkDown, LinkLost, LinkRestored, MessageReceived, StreamAborted,
+                                 StreamDone, StreamFailed, StreamPlan)
+from minprfaas.transport.fabric_sending import PIECES, FabricOutbox, batches_of
 from minprfaas.transport.pair_group import (ALIGN_BYTES, ANNOUNCED, DIGEST_BYTES, WINDOW, PairGroup, digest, is_sound,
                                             seal)
+from minprfaas.transport.streams import Piece
 
 BIG = 50_000  # tokens: hundreds of batches
 GPUS = [pytest.param(devices, marks=pytest.mark.gpu) for devices in (("cuda:0", "cuda:1"), ("cuda:0", "cuda:0"))]
@@ -314,8 +316,46 @@ def test_an_epoch_aborts_its_groups_before_its_streams_fail():
         assert event(receiver, StreamFailed, DEADLINE_S / 2).arrived_end == 64
 
 
+def test_a_batch_lays_pieces_where_numbers_can_begin_as_many_as_fit():
+    pieces = [Piece(0, 0, 0, 1, nbytes) for nbytes in (5, 32, 16, 17, 99)]
+    laid = [[(at, piece.nbytes) for at, piece in batch] for batch in batches_of(pieces, 64)]
+    assert laid == [[(0, 5), (16, 32), (48, 16)], [(0, 17)], [(0, 99)]]
+    assert [len(batch) for batch in batches_of(pieces[:1] * (PIECES + 1), 2**20)] == [PIECES, 1]
+    assert [*batches_of([], 64)] == []
+
+
+def test_between_two_epochs_streams_wait_and_whoever_ends_says_so_once():
+    said = []
+    outbox = FabricOutbox("pair", lambda word, **fields: said.append((word, fields["stream"])), print)
+    gone, waits = (outbox.open(Cargo(number).plan, 24_576) for number in (1, 2))
+    for reason in ("the client left", "said later"):
+        gone.abort(reason)
+    assert said == [("abort", 1)]
+    row = Cargo().sent[0][:1].reshape(-1)
+    with pytest.raises(StreamAborted, match="stream 1: the client left"):
+        gone.put(0, 64, 65, row)
+
+    def put():
+        with pytest.raises(StreamAborted, match="stream 2: the wire broke"):
+            waits.put(0, 64, 65, row)
+
+    in_parallel(put, lambda: outbox.end_epoch("the wire broke", is_lost=False))
+    assert said == [("abort", 1), ("abort", 2)]
+    outbox.settle("older", 99, is_refused=False)  # of an epoch that is over
+    again = outbox.open(Cargo(3).plan, 24_576)
+    again.unwritten = 1
+    with pytest.raises(TimeoutError, match="stream 3: 1 pieces are not acknowledged after 0.0 s"):
+        outbox.wait_until_written(again, 0.0)
+    outbox.end_epoch("closed", is_lost=True)
+    for call in (lambda: outbox.open(Cargo(4).plan, 24_576), lambda: again.put(0, 64, 65, row)):
+        with pytest.raises(LinkDown, match="closed"):
+            call()
+    assert said[2:] == [("abort", 3)]
+
+
 def test_a_row_that_fits_into_no_batch_is_refused_at_once():
     with connected_fabric() as (sender, receiver):
+        sender.open(StreamPlan(1, (LayerPlan(0, 0, StateKind.TOKEN, 24_576),), 0, 10))
         plan = StreamPlan(1, (LayerPlan(0, 0, StateKind.TOKEN, 30_000),), 0, 10)
         for call in (lambda: sender.open(plan), lambda: receiver.expect(plan, print)):
             with pytest.raises(ValueError, match="a row of 30000 bytes does not fit into a batch of 24576"):
@@ -333,5 +373,21 @@ def test_a_closed_fabric_leaves_no_thread_behind():
     with connected_fabric() as (sender, receiver):
         cargo = Cargo(1)
         receiver.expect(cargo.plan, cargo.sink)
-        put_in_three_batches(cargo, sender.open(cargo.plan))
+        stream = sender.open(cargo.plan)
+        put_in_three_batches(cargo, stream)
+        finish(cargo, stream)
+        assert sender.stats().egress_bytes == 0, "KVCache goes another way"
+        assert all(thread.daemon for thread in {*threading.enumerate()} - before)
+        waiting = threading.Thread(target=receiver.wait_until_lost, daemon=True)
+        waiting.start()
+        waiting.join(0.02)
+        assert waiting.is_alive()
+        sender.close()
+        waiting.join(DEADLINE_S)
+        assert not waiting.is_alive()
+        wait_until(lambda: isinstance(next_event(receiver), LinkLost))
+        assert sender.epoch == receiver.epoch == 0
+        for call in (lambda: sender.open(cargo.plan), lambda: sender.send_message({})):
+            with pytest.raises(LinkDown):
+                call()
     wait_until(lambda: not any("pd-0+pd-1" in thread.name for thread in {*threading.enumerate()} - before))

@@ -1,13 +1,16 @@
 """Frames: what a peer may send, and that nothing else is believed. Chapter 07."""
 
+import hashlib
 import random
+from array import array
+from operator import mul
 
 import pytest
 
 from minprfaas.transport.wan import frames
 from minprfaas.transport.wan.digest import Digest
 from minprfaas.transport.wan.frames import (CONTROL_LIMIT_BYTES, HEADER_BYTES, Codec, FrameError, Header, Kind, Slot,
-                                            decode_acks, encode_acks)
+                                            SlotPool, control_frame, decode_acks, encode_acks)
 from minprfaas.transport.wan.parts import PartsOut, decode_message, encode_message
 
 LIMIT = 32 * 1024
@@ -30,6 +33,26 @@ def test_a_frame_survives_the_wire_field_by_field(key):
     assert codec.payload_is_intact(read, slot.view)
     slot.view[HEADER_BYTES + 100] ^= 1
     assert not codec.payload_is_intact(read, slot.view)
+
+
+def test_what_is_no_chunk_says_nothing_of_tokens_or_layers():
+    assert control_frame(Kind.BYE).header == Header(Kind.BYE, 0, 0, 0, 0, 0, 0, 0, 0, b"")
+    assert control_frame(Kind.ACK, b"12345678").nbytes == HEADER_BYTES + 8
+
+
+def test_a_slot_is_used_again_when_nothing_refers_to_it_any_more():
+    pool = SlotPool(1000)
+    first, other = pool.take(1000, pinned=False), pool.take(501, pinned=False)
+    assert len(first.view) == len(other.view) == HEADER_BYTES + 1000 and len(first.payload) == 1000
+    memory = first.tensor.data_ptr()
+    assert memory != other.tensor.data_ptr() and pool.take(700, False).tensor.data_ptr() != memory
+    del first
+    again = pool.take(700, pinned=False)
+    assert again.tensor.data_ptr() == memory
+    again.payload[0] = 7
+    assert again.view[HEADER_BYTES] == 7
+    for nbytes in (500, 1001):  # what is much less would keep a whole slot, and what is more does not fit one
+        assert len(pool.take(nbytes, pinned=False).view) == HEADER_BYTES + nbytes
 
 
 def test_a_frame_under_another_key_or_direction_is_refused():
@@ -92,6 +115,26 @@ def test_ten_thousand_mutated_frames_raise_a_frame_error_or_parse_within_the_lim
         parsed += 1
         assert read.nbytes <= LIMIT and len(body) == read.nbytes
     assert 0 < parsed < 9_000, "the mutations must reach both sides of the parser"
+
+
+@pytest.mark.parametrize("by_bytes", [False, True], ids=["by words", "by bytes"])
+def test_the_digest_of_much_data_is_that_of_its_sums_as_they_are_defined(by_bytes):
+    """Written out: both ends of a link must come to the same, whatever machine they run on."""
+    key, data = b"k" * 32, random.Random(6).randbytes(2 * 16_384 + 1000)
+    secret = hashlib.shake_256(b"keys of the sums: " + key).digest(16_384 * (16 if by_bytes else 2))
+    if by_bytes:
+        keys = [number >> 1 for number in array("b", secret)]
+        rows = [array("b", data[at:at + 16_384]) for at in (0, 16_384)]
+        sums = array("i", (sum(map(mul, keys[column::16], row)) for row in rows for column in range(16)))
+    else:
+        keys = array("q", secret)
+        rows = [(keys[half * 2048:][:2048], array("q", data[at + 4 * half:][:16_384]))
+                for half in (0, 1) for at in (0, 16_384)]
+        sums = array("Q", (sum(map(mul, *row)) % 2**64 for row in rows))
+    expected = hashlib.blake2b(sums.tobytes() + data[2 * 16_384:], key=key, digest_size=16).digest()
+    assert Digest(key, by_bytes).of(memoryview(bytearray(data))) == expected
+    little = data[:16_384 - by_bytes]  # of a row alone there are no four bytes more; it is hashed as it is
+    assert Digest(key, by_bytes).of(little) == hashlib.blake2b(little, key=key, digest_size=16).digest()
 
 
 @pytest.mark.parametrize("key", [None, b"k" * 32], ids=["public", "keyed"])

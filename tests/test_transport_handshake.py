@@ -43,6 +43,13 @@ def test_a_peer_with_another_secret_or_model_is_refused_and_the_log_says_why(cap
     assert reason in str(errors[0]) and reason in caplog.text
 
 
+@pytest.mark.parametrize("said, difference", [
+    (b"{", "is not JSON"), (b"[1]", "a JSON list, not an object"), (b"", "is not JSON"),
+    (b"{}", "dtype is float32 here and None there"), (IDENTITY.as_json() + b" ", "describes itself in other words")])
+def test_who_describes_itself_as_nothing_that_is_known_is_another(said, difference):
+    assert difference in IDENTITY.difference(said) and IDENTITY.difference(IDENTITY.as_json()) is None
+
+
 @pytest.mark.parametrize("other", [LinkConfig(chunk_bytes=2**20), LinkConfig(lanes=2)])
 def test_ends_that_disagree_on_lanes_or_frame_size_are_refused_before_a_frame_crosses(other):
     errors = connect_both(IDENTITY, IDENTITY, other_config=other)

@@ -7,7 +7,8 @@ from transport_support import Cargo, next_event
 from minprfaas.config import LinkConfig
 from minprfaas.transport import MessageReceived, StreamDone, StreamFailed
 from minprfaas.transport.events import EventQueue
-from minprfaas.transport.wan.frames import HEADER_BYTES, Codec, FrameError, Header, Kind, Slot, decode_acks, encode_acks
+from minprfaas.transport.wan.frames import (
+    HEADER_BYTES, Codec, Frame, FrameError, Header, Kind, Slot, StreamRecord, decode_acks, encode_acks)
 from minprfaas.transport.wan.inbox import Inbox
 from minprfaas.transport.wan.outbox import Outbox
 from minprfaas.transport.wan.parts import CONTROL_LIMIT_BYTES, encode_message
@@ -57,6 +58,20 @@ def test_a_chunk_is_written_once_and_acknowledged_as_often_as_it_comes():
         assert side.answer() == (Kind.ACK, [1])
     assert cargo.calls == [(0, 64, 128)]
     assert torch.equal(cargo.arrived[0][:64], cargo.sent[0][:64]) and not cargo.arrived[0][64:].any()
+
+
+def test_what_the_peer_says_of_a_chunk_reaches_the_books_of_its_sender():
+    side, stream = Side(), StreamRecord(1)
+    for seq in (1, 2, 3):
+        side.outbox.wait_for_room(HEADER_BYTES, stream)
+        side.outbox.send_chunk(Frame(Header(Kind.CHUNK, stream=1), Slot(1), stream))
+        assert side.outbox.next_frame(1).header.seq == seq
+    side.take(Header(Kind.ACK), encode_acks([1]))
+    assert (stream.outstanding, stream.resent_chunks, stream.failure) == (2, 0, None)
+    side.take(Header(Kind.DAMAGED, 2))
+    assert side.outbox.next_frame(1).header.seq == 2 and stream.resent_chunks == 1
+    side.take(Header(Kind.REFUSE, 3))
+    assert (stream.outstanding, stream.failure) == (1, "refused by the receiver")
 
 
 def test_a_damaged_chunk_is_asked_for_again_and_nothing_of_it_is_written():

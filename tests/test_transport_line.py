@@ -11,6 +11,7 @@ import pytest
 from minprfaas.config import LineConfig
 from minprfaas.errors import UserError
 from minprfaas.transport import EmulatedLine, WeatherChange, load_weather
+from minprfaas.transport.wan import line as line_module
 
 
 def begun(*arguments, **options) -> EmulatedLine:
@@ -54,6 +55,29 @@ def test_goodput_is_at_least_98_percent_and_no_second_is_above_102_on_an_unpunct
     rate = gbps * 1e9 / 8
     assert sum(nbytes for _, nbytes in left) >= 0.98 * rate * left[-1][0]
     assert busiest_second(left) <= 1.02 * rate
+
+
+@pytest.mark.parametrize("late_s, most_s, lost_s", [(0.25, 1.0, 0.0), (3.0, 0.2, 2.8)])
+def test_what_the_machine_kept_from_the_line_is_caught_up_by_half_a_percent_up_to_a_limit(
+        monkeypatch, late_s, most_s, lost_s):
+    assert line_module.MAX_LAG_S == 1.0
+    monkeypatch.setattr(line_module, "MAX_LAG_S", most_s)
+    line, late = begun(gbps=0.008), iter([late_s])  # 1 MB/s
+    left = carry_backlog(line, late_s + 60.0, lambda: next(late, 0.0))
+    carried = lambda until: sum(nbytes for at, nbytes in left if at <= until)  # noqa: E731
+    assert carried(late_s + 60.0) == pytest.approx(1e6 * (late_s + 60.0 - lost_s), abs=30_000)
+    assert carried(late_s + 30.0) == pytest.approx(1.005e6 * 30.0, abs=30_000)
+
+
+def test_a_line_says_how_old_its_weather_is_and_when_it_is_free():
+    line = EmulatedLine(LineConfig(gbps=0.008))
+    assert (line.age_s(7.0), line.rate(7.0)) == (0.0, 1e6)
+    line.begin(5.0)
+    line.begin(6.0)  # by another link: it is up already
+    assert line.age_s(7.0) == 2.0 and line.free_at() == 5.0
+    line.carry(10_000, 7.0, 7.0)
+    assert line.free_at() == pytest.approx(7.01)
+    assert begun(gbps=1e-6).chunk_limit(0.0) == 1024, "a chunk has a kilobyte at least"
 
 
 def test_a_frame_arrives_half_a_round_trip_after_its_last_bit():

@@ -5,17 +5,18 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from transport_support import DEADLINE_S, IDENTITY, Cargo, connected, event, new_store, wait_until
+from transport_support import DEADLINE_S, IDENTITY, Cargo, connected, event, in_parallel, new_store, wait_until
 
 from minprfaas.config import LineConfig, LinkConfig, StateKind
 from minprfaas.observe.timeline import Timeline
 from minprfaas.transport import (LayerPlan, Link, LinkDown, LinkLost, MessageReceived, StreamAborted, StreamDone,
                                  StreamFailed, StreamPlan)
-from minprfaas.transport.wan.frames import HEADER_BYTES
+from minprfaas.transport.wan.frames import HEADER_BYTES, Kind, control_frame
 from minprfaas.transport.wan.lanes import Lane
 
 HERE = Path(__file__).resolve().parent
@@ -33,6 +34,17 @@ def test_a_stream_arrives_identical_and_both_sides_report_it():
     assert report.bytes == done.report.bytes == cargo.plan.total_bytes == 3 * 1000 * 96 + 20_001
     assert report.first_put_s <= report.last_put_s <= report.acked_s
     assert report.chunks > 70, "chunks of at most 4096 bytes"
+
+
+def test_on_an_emulated_line_a_chunk_is_no_longer_than_its_time():
+    """10 MB/s, of which ten milliseconds are 100 kB: a layer of 384 kB leaves in four pieces, and not in two."""
+    cargo = Cargo(tokens=4000)
+    with connected(LinkConfig(), LineConfig(gbps=0.08)) as (sender, receiver):
+        receiver.expect(cargo.plan, cargo.sink)
+        stream = sender.open(cargo.plan)
+        cargo.put_all(stream, chunk_tokens=4000)
+        assert stream.finish(DEADLINE_S).chunks == 3 * 4 + 1
+    assert cargo.is_identical
 
 
 def test_request_level_state_reaches_the_sink_whole_and_once():
@@ -208,8 +220,20 @@ def test_a_link_counts_its_meetings_and_has_had_none_before_the_first():
     link = Link("a-b", new_store(), 0, LinkConfig(), IDENTITY)
     assert link.epoch == 0 and not link.is_up
     link.close()
+    with pytest.raises(LinkDown, match="the link is closed on this side"):
+        link.send_message({})
     with connected() as ends:
         assert [(end.epoch, end.is_up) for end in ends] == [(1, True), (1, True)]
+        with pytest.raises(LinkDown, match="link a-b was connected before; a lost link is replaced by a new one"):
+            ends[0].connect(DEADLINE_S)
+        waiting = threading.Thread(target=ends[1].wait_until_lost, daemon=True)
+        waiting.start()
+        waiting.join(0.02)
+        assert waiting.is_alive()
+        ends[0].close()
+        assert isinstance(ends[0].receive(0.0), LinkLost), "its last event is there when `close` returns"
+        waiting.join(DEADLINE_S)
+        assert not waiting.is_alive() and [(end.epoch, end.is_up) for end in ends] == [(1, False), (1, False)]
 
 
 def test_what_is_not_in_the_plan_cannot_be_put():
@@ -228,7 +252,8 @@ def test_what_is_not_in_the_plan_cannot_be_put():
             stream.put(0, 64, 128, data)
         with pytest.raises(ValueError, match=r"layers \[0, 1, 2, 3\] were not put completely"):
             stream.finish(1.0)
-        wide = StreamPlan(1, (LayerPlan(0, 0, StateKind.TOKEN, 10**6),), 0, 1)
+        sender.open(StreamPlan(1, (LayerPlan(0, 0, StateKind.TOKEN, sender.config.chunk_bytes),), 0, 1))
+        wide = StreamPlan(1, (LayerPlan(0, 0, StateKind.TOKEN, sender.config.chunk_bytes + 1),), 0, 1)
         for begin in (lambda: sender.open(wide), lambda: receiver.expect(wide, lambda *_: None)):
             with pytest.raises(ValueError, match="does not fit into a chunk"):
                 begin()
@@ -249,6 +274,81 @@ def test_gpu_memory_may_be_reused_as_soon_as_put_returns():
             torch.full((data.numel(),), 255, dtype=torch.uint8, device="cuda")  # the allocator offers the same memory
         stream.finish(DEADLINE_S)
     assert cargo.is_identical
+
+
+def test_what_was_said_before_a_goodbye_arrives_before_it():
+    with connected(line=LineConfig(rtt_ms=50)) as (sender, receiver):
+        sender.send_message({"text": "x" * 300_000})
+        sender.close()
+        assert len(event(receiver, MessageReceived).message["text"]) == 300_000
+        assert event(receiver, LinkLost).reason == "closed by the peer"
+
+
+def two_lanes():
+    store = new_store()
+    return in_parallel(*(lambda rank=rank: Lane(store, 0, rank, 4096, DEADLINE_S) for rank in (0, 1)))
+
+
+def test_a_lane_whose_threads_are_all_at_a_frame_is_not_silent():
+    (near, far), handling, may_end = two_lanes(), threading.Event(), threading.Event()
+
+    def handle(lane, slot):
+        assert lane.codec.open(slot.view).seq == 7
+        handling.set()
+        assert may_end.wait(DEADLINE_S)
+
+    def receive():
+        with pytest.raises(RuntimeError):
+            far.receive_frames(handle)
+
+    assert far.silent_since() is None, "nobody listens yet"
+    receiving = threading.Thread(target=receive, daemon=True)
+    receiving.start()
+    wait_until(lambda: far.silent_since() is not None)
+    began = far.silent_since()
+    sent = near.post(control_frame(Kind.HEARTBEAT, seq=7))
+    assert handling.wait(DEADLINE_S) and far.silent_since() is None
+    may_end.set()
+    wait_until(lambda: far.silent_since() is not None)
+    assert far.silent_since() > began
+    sent.wait()
+    near.cut()
+    receiving.join(DEADLINE_S)
+    assert not receiving.is_alive()
+
+
+class Beating(Lane):
+    """Notes when a heartbeat was sent."""
+
+    beats_s: list[float]
+
+    def post(self, frame):
+        if frame.header.kind == Kind.HEARTBEAT:
+            self.beats_s.append(time.monotonic())
+        return super().post(frame)
+
+
+def test_heartbeats_come_five_in_a_silence_and_no_more_often():
+    Beating.beats_s = []
+    with connected(LinkConfig(silence_s=2.0), sender_lanes=Beating):
+        wait_until(lambda: len(Beating.beats_s) >= 4)
+    assert all(later - earlier >= 0.39 for earlier, later in zip(Beating.beats_s, Beating.beats_s[1:]))
+
+
+def test_an_end_that_meets_nobody_under_a_number_tries_the_next(monkeypatch):
+    """Somebody knocked and died: whoever answers connects to nobody, once."""
+    monkeypatch.setattr("minprfaas.transport.wan.rendezvous.LANE_TIMEOUT_S", 0.3)
+    store = new_store()
+    store.set("a-b/knock", "of the dead")
+    ends = [Link("a-b", store, rank, LinkConfig(), IDENTITY) for rank in (0, 1)]
+
+    def connect_late():
+        wait_until(lambda: store.check(["a-b/answer/of the dead"]))
+        ends[1].connect(DEADLINE_S)
+
+    in_parallel(lambda: ends[0].connect(DEADLINE_S), connect_late)
+    assert [end.epoch for end in ends] == [2, 2]
+    in_parallel(*(end.close for end in ends))
 
 
 def test_closing_one_side_ends_the_other_and_its_streams_at_once():

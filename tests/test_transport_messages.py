@@ -8,6 +8,7 @@ from transport_support import DEADLINE_S, Cargo, connected, event
 from minprfaas.config import LineConfig, LinkConfig
 from minprfaas.transport import LinkDown, LinkRestored, MessageReceived, StreamDone
 from minprfaas.transport.wan.frames import HEADER_BYTES, Frame, FrameError, Header, Kind, Slot, StreamRecord
+from minprfaas.transport.wan import parts as parts_module
 from minprfaas.transport.wan.parts import (CONTROL_LIMIT_BYTES, MESSAGE_LIMIT_BYTES, MESSAGE_WINDOW, PartsIn, PartsOut,
                                            encode_message)
 from minprfaas.transport.wan.send_queue import MESSAGE_LEAD_BYTES, SendQueue
@@ -71,6 +72,27 @@ def test_parts_that_no_sound_peer_sends_end_the_lane():
             PartsIn().add(number, parts_left, b"{}")
     parts = PartsIn()
     assert [parts.add(0, 0, b"{}") for _ in range(2)] == [[{}], []], "one that comes again is no other message"
+
+
+def test_a_message_may_be_as_long_as_the_limit_and_no_longer_at_either_end(monkeypatch):
+    monkeypatch.setattr(parts_module, "MESSAGE_LIMIT_BYTES", 3 * CONTROL_LIMIT_BYTES)
+    longest = {"text": "x" * (3 * CONTROL_LIMIT_BYTES - len('{"text":""}'))}
+    out, received = PartsOut(), PartsIn()
+    out.push(encode_message(longest), 0.0)
+    frames = [out.pop() for _ in range(3)]
+    assert out.queued_at is None and not out.is_settled
+    heard = [received.add(one.header.stream, one.header.start, bytes(one.slot.view[HEADER_BYTES:])) for one in frames]
+    assert heard == [[], [], [longest]]
+    for part in range(3):
+        out.settled(part)
+    assert out.is_settled
+    with pytest.raises(ValueError, match="above the limit"):
+        encode_message({"text": longest["text"] + "x"})
+    with pytest.raises(FrameError, match="longer than"):  # a peer that says less than it sends
+        for number in range(3, 7):
+            received.add(number, 1, bytes(CONTROL_LIMIT_BYTES))
+    with pytest.raises(FrameError, match="longer than"):
+        received.add(7, 4, b"")
 
 
 def test_a_short_message_overtakes_chunks_and_a_long_one_takes_turns_with_them():

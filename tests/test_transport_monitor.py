@@ -24,6 +24,30 @@ def test_utilization_is_the_share_of_the_emulated_rate_that_left():
     assert unthrottled.tick(0.4, None).utilization == pytest.approx(0.25), "in flight for a quarter of the time"
 
 
+def figures(sample):
+    return [sample.time_s, sample.gbps, sample.utilization, sample.queued_bytes, sample.inflight_bytes,
+            sample.ack_delay_s]
+
+
+def test_a_sample_says_what_has_left_since_the_last_one_what_waits_and_what_is_under_way():
+    monitor = Monitor(10.0)
+    monitor.queued(4000, 10.0)
+    for _ in range(2):
+        monitor.sent(1000, 10.1)
+    assert monitor.tick(10.24, None) is None
+    assert figures(monitor.tick(10.25, None)) == pytest.approx([10.25, 64e-6, 0.6, 2000, 2000, 0.0])
+    monitor.settled(1000, 0.2, 10.3)
+    monitor.settled(1000, 0.36, 10.375)
+    assert figures(monitor.tick(10.5, None)) == pytest.approx([10.5, 0.0, 0.5, 2000, 0, 0.22]), "an eighth of the way"
+    monitor.sent(1000, 10.5)
+    monitor.settled(1000, None, 10.6)  # given up: that says nothing of how long an acknowledgement takes
+    assert figures(monitor.tick(10.75, None)) == pytest.approx([10.75, 32e-6, 0.4, 1000, 0, 0.22])
+    monitor.sent(1000, 10.75)
+    assert figures(monitor.tick(11.25, 1000.0)) == pytest.approx([11.25, 16e-6, 1.0, 0, 1000, 0.22]), "never above all"
+    stats = monitor.stats()
+    assert (stats.egress_bytes, stats.queued_bytes, stats.inflight_bytes, len(stats.samples)) == (4000, 0, 1000, 4)
+
+
 def test_a_link_has_made_progress_when_it_had_nothing_to_do_and_when_something_was_settled():
     monitor = Monitor(0.0)
     for now in (2.0, 3.0):

@@ -1,6 +1,7 @@
 """What leaves, in which order, and until when it is kept: `transport.wan.outbox` and `send_queue`. Chapter 07."""
 
 import threading
+import time
 
 import pytest
 from transport_support import DEADLINE_S, in_parallel
@@ -51,6 +52,23 @@ def test_streams_take_turns_chunk_by_chunk_and_everything_else_goes_first():
     assert [frame.header.stream for frame in left[4:]] == [1, 2, 1, 2, 1]
     numbers = [frame.header.seq for frame in left]
     assert numbers == [0, 9, 8, 1, 2, 3, 4, 5, 6], "what must arrive is numbered as it leaves"
+
+
+def test_the_queue_says_since_when_what_leaves_next_has_waited():
+    queue, stream = SendQueue(10**6, 0.0), StreamRecord(1)
+    assert queue.queued_at() is None and queue.pop(0.5) is None
+    push(queue, stream, 1, now=1.0)
+    assert queue.queued_at() == 1.0
+    queue.push_message(encode_message({"a": 1}), 2.0)
+    assert queue.queued_at() == 2.0
+    queue.push_control(control_frame(Kind.REFUSE, seq=9), 3.0)
+    assert queue.queued_at() == 3.0
+    queue.push_ack(7, 4.0), queue.push_ack(8, 5.0)
+    assert queue.queued_at() == 4.0
+    left = [(queue.queued_at(), queue.pop(6.0)) for _ in range(4)]
+    assert [since for since, _ in left] == [4.0, 3.0, 2.0, 1.0] and {frame.sent_at for _, frame in left} == {6.0}
+    queue.send_again(2, 7.0)
+    assert queue.queued_at() == 1.0, "it has waited since it first came"
 
 
 def test_a_new_epoch_begins_with_what_was_not_acknowledged_in_its_old_order():
@@ -206,6 +224,79 @@ def test_who_waits_for_room_hears_that_its_stream_failed_or_the_link_is_closed()
         outbox.send_message(b"{}")
 
 
+def test_who_waits_for_room_while_nothing_is_acknowledged_has_a_link_that_is_down():
+    outbox = open_outbox(LinkConfig(chunk_bytes=4096, max_inflight_bytes=4096, timeout_s=0.1, silence_s=0.1))
+    stream = StreamRecord(1)
+    send(outbox, stream, 4096)
+    with pytest.raises(LinkDown, match="nothing was acknowledged for 0.1 s"):
+        outbox.wait_for_room(1, stream)
+
+
+def test_room_that_was_claimed_for_a_stream_that_has_ended_is_given_back():
+    outbox, stream = open_outbox(), StreamRecord(1)
+    outbox.wait_for_room(CHUNK, stream)
+    assert outbox.stats().queued_bytes == CHUNK
+    for reason in ("the client left", "said later"):
+        outbox.abort(stream, reason)
+    with pytest.raises(StreamAborted, match="stream 1: the client left"):
+        outbox.send_chunk(chunk(stream))
+    assert outbox.stats().queued_bytes == 0
+    outbox.send_message(encode_message({"a": 1}))
+    assert [outbox.next_frame(1).header.kind for _ in range(2)] == [Kind.ABORT, Kind.MESSAGE], "it is said once"
+
+
+def test_a_goodbye_waits_for_the_last_message_or_for_so_long():
+    outbox = open_outbox()
+    outbox.wait_until_messages_are_acknowledged(time.monotonic() + DEADLINE_S)
+    outbox.send_message(encode_message({"a": 1}))
+    outbox.next_frame(1)
+    began = time.monotonic()
+    outbox.wait_until_messages_are_acknowledged(began + 0.05)
+    assert time.monotonic() >= began + 0.05
+    in_parallel(lambda: outbox.wait_until_messages_are_acknowledged(time.monotonic() + DEADLINE_S),
+                lambda: outbox.settle([1]))
+    assert time.monotonic() < began + DEADLINE_S
+    outbox.send_message(encode_message({"b": 1}))
+    in_parallel(lambda: outbox.wait_until_messages_are_acknowledged(time.monotonic() + DEADLINE_S),
+                lambda: outbox.close("the first reason"))
+    outbox.close("a later one")
+    with pytest.raises(LinkDown, match="the first reason"):
+        outbox.check_open()
+    assert time.monotonic() < began + DEADLINE_S
+
+
+def test_what_was_on_the_line_when_an_epoch_broke_leaves_once_in_the_next():
+    line = EmulatedLine(LineConfig(rtt_ms=1.0))
+    line.begin(0.0)
+    outbox, stream = open_outbox(line=line), StreamRecord(1)
+    send(outbox, stream)
+    assert outbox.next_frame(1).header.seq == 1
+    send(outbox, stream)
+    outbox.stats()
+    outbox.end_epoch()
+    outbox.begin_epoch(2)
+    outbox.send_message(encode_message({"a": 1}))
+    left = [outbox.next_frame(2) for _ in range(3)]
+    assert [(frame.header.kind, frame.header.seq) for frame in left] == [
+        (Kind.CHUNK, 1), (Kind.MESSAGE, 2), (Kind.CHUNK, 3)]
+
+
+def test_a_sample_is_drawn_beside_the_spans():
+    timeline, stream = Timeline("a"), StreamRecord(1)
+    outbox = open_outbox(timeline=timeline)
+    send(outbox, stream)
+    send(outbox, stream)
+    outbox.next_frame(1)
+    outbox.settle([1])
+    outbox.tick(time.monotonic() + 10.0)
+    outbox.tick(time.monotonic() + 10.0)  # none is due
+    (sample,) = outbox.stats().samples
+    (counter,) = (event for event in timeline.events() if event["ph"] == "C")
+    assert counter["args"] == {"egress Gbps": sample.gbps, "queued MB": CHUNK / 1e6,
+                               "acknowledged after ms": sample.ack_delay_s * 1e3}
+    assert sample.gbps == pytest.approx(CHUNK * 8 / 10 / 1e9, rel=0.2) and sample.ack_delay_s > 0
+
+
 def test_a_stream_is_settled_with_its_last_acknowledgement_and_not_before():
     outbox, stream = open_outbox(), StreamRecord(1)
     send(outbox, stream)
@@ -218,6 +309,23 @@ def test_a_stream_is_settled_with_its_last_acknowledgement_and_not_before():
     assert stream.outstanding == 0
 
 
+@pytest.mark.parametrize("tell, kind", [
+    (lambda outbox: outbox.send_control(Kind.REFUSE, 3), Kind.REFUSE), (lambda outbox: outbox.acknowledge(3), Kind.ACK),
+    (lambda outbox: outbox.send_message(encode_message({})), Kind.MESSAGE),
+    (lambda outbox: send(outbox, StreamRecord(9)), Kind.CHUNK), (lambda outbox: outbox.send_again(1), Kind.CHUNK),
+    (lambda outbox: outbox.abort(StreamRecord(9), "gone"), Kind.ABORT)])
+def test_a_lane_that_waits_is_woken_by_whatever_may_leave(tell, kind):
+    outbox, got = open_outbox(), []
+    send(outbox, StreamRecord(1))
+    outbox.next_frame(1)
+    waiting = threading.Thread(target=lambda: got.append(outbox.next_frame(1)), daemon=True)
+    waiting.start()
+    waiting.join(0.02)
+    tell(outbox)
+    waiting.join(DEADLINE_S)
+    assert [frame.header.kind for frame in got] == [kind]
+
+
 def test_a_lane_of_an_epoch_that_is_over_gets_no_frame():
     outbox, got = open_outbox(), []
     thread = threading.Thread(target=lambda: got.append(outbox.next_frame(1)), daemon=True)
@@ -225,6 +333,7 @@ def test_a_lane_of_an_epoch_that_is_over_gets_no_frame():
     outbox.end_epoch()
     thread.join(DEADLINE_S)
     assert got == [None] and outbox.next_frame(1) is None
+    assert Outbox("a-b", LinkConfig(), None, None).next_frame(1) is None, "nor before the first has begun"
 
 
 def test_what_the_emulated_line_carries_is_drawn_as_long_as_it_occupies_it():

@@ -78,6 +78,17 @@ def test_the_file_disappears_with_its_last_user(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_who_uses_the_words_no_more_leaves_no_open_file(tmp_path):
+    before = len(os.listdir("/dev/fd"))
+    ended = [SharedWords(2, tmp_path / "words") for _ in range(3)]
+    assert len(os.listdir("/dev/fd")) == before + 3 * 3
+    for words in ended:
+        words.close()
+    assert len(os.listdir("/dev/fd")) == before + 3, "but for the mapping, which goes with its words"
+    with ended[0] as values:  # harmless, and of no meaning to anybody
+        assert len(values) == 2
+
+
 def test_files_whose_users_were_killed_are_removed_and_those_in_use_are_not(tmp_path):
     used, abandoned = tmp_path / "used.line", tmp_path / "abandoned.line"
     user = EmulatedLine(LINE, used)

@@ -117,10 +117,18 @@ def test_coverage_agrees_with_a_set_of_tokens():
 @pytest.mark.parametrize("fields", [
     dict(stream_id=-1), dict(stream_id=2**64), dict(start=16), dict(start=-1), dict(end=2**32), dict(entries=()),
     dict(entries=(LayerPlan(0, 0, StateKind.TOKEN, 4),) * 2), dict(entries=(LayerPlan(0, 0, StateKind.TOKEN, 0),)),
-    dict(entries=(LayerPlan(2**16, 0, StateKind.TOKEN, 4),))])
+    dict(entries=(LayerPlan(2**16, 0, StateKind.TOKEN, 4),)), dict(entries=(LayerPlan(-1, 0, StateKind.TOKEN, 4),)),
+    dict(entries=(LayerPlan(0, 2**16, StateKind.TOKEN, 4),)), dict(entries=(LayerPlan(0, -1, StateKind.TOKEN, 4),)),
+    dict(entries=(LayerPlan(0, 0, StateKind.TOKEN, 2**32),))])
 def test_an_impossible_plan_is_refused(fields):
     with pytest.raises(ValueError):
         StreamPlan(**{"stream_id": 5, "entries": PLAN.entries, "start": 8, "end": 16, **fields})
+
+
+def test_a_plan_may_reach_the_limits_of_its_fields():
+    least = StreamPlan(0, (LayerPlan(0, 0, StateKind.TOKEN, 1),), 0, 1)
+    most = StreamPlan(2**64 - 1, (LayerPlan(2**16 - 1, 2**16 - 1, StateKind.TOKEN, 2**32 - 1),), 2**32 - 2, 2**32 - 1)
+    assert (least.total_bytes, most.total_bytes) == (1, 2**32 - 1)
 
 
 def test_a_piece_that_waits_for_its_turn_while_the_stream_is_given_up_is_not_written():

@@ -47,13 +47,15 @@ def in_parallel(*calls):
 
 @contextlib.contextmanager
 def connected(config: LinkConfig = LinkConfig(), line: LineConfig = LineConfig(), identity: LinkIdentity = IDENTITY,
-              sender_lanes=Lane, receiver_lanes=Lane, timeline=None, events=None, store=None, name="a-b"):
+              sender_lanes=Lane, receiver_lanes=Lane, timeline=None, events=None, store=None, name="a-b",
+              receiver_timeline=None):
     """A connected pair (sender, receiver), each with its own direction of `line`; the timeline is the sender's, the
     queue of events the receiver's."""
     store = store or new_store()
     sender = Link(name, store, 0, config, identity, emulated(line), timeline=timeline, lane_type=sender_lanes)
-    receiver = Link(name, store, 1, config, identity, emulated(line), events, lane_type=receiver_lanes)
+    receiver = Link(name, store, 1, config, identity, emulated(line), events, receiver_timeline, receiver_lanes)
     in_parallel(lambda: sender.connect(DEADLINE_S), lambda: receiver.connect(DEADLINE_S))
+    assert all(thread.daemon for thread in threading.enumerate() if thread.name.startswith(name)), "it would not end"
     try:
         yield sender, receiver
     finally:

@@ -6,8 +6,8 @@ The nodes are those of scripts/cluster.py. The line between the datacenters is e
 the processes, the KVCache that crosses, and the times are real.
 
 Modules: cluster/, commands/, observe/
-Tests: test_cluster_program.py, test_cluster_messages.py, test_cluster_parts.py, test_cluster_lines.py,
-       test_cluster_life.py, test_two_datacenters.py, test_answers.py,
+Tests: test_cluster_program.py, test_cluster_messages.py, test_cluster_roles.py, test_cluster_parts.py,
+       test_cluster_lines.py, test_cluster_life.py, test_upkeep.py, test_two_datacenters.py, test_answers.py,
        test_case_study.py, test_demo.py, test_help.py, test_launch.py, test_load.py, test_paced.py, test_page.py,
        test_topology.py, test_two_datacenters_program.py, test_cluster_kills.py, test_serving.py, test_errors.py,
        test_serving_chat.py, test_serving_mistakes.py, test_serving_program.py, test_board.py, test_cluster_matrix.py,

@@ -1,0 +1,227 @@
+"""What every node says of itself beside its role: figures, cache news, its lines, goodbye; and how it changes its role.
+
+Chapters 11 and 13.
+"""
+
+import queue
+import threading
+
+from desk import HERE, PEER, PROMPT, SAMPLING, Desk, ordered, serving
+
+from minprfaas import SamplingParams
+from minprfaas.cluster import messages
+from minprfaas.cluster.decode_role import DecodeRole
+from minprfaas.cluster.envelope import Envelope, encode
+from minprfaas.cluster.mail import FRONT, Mail
+from minprfaas.cluster.node import PeerLost, PeerReturned
+from minprfaas.cluster.prefill_role import PrefillRole
+from minprfaas.cluster.processes import process, worker
+from minprfaas.cluster.upkeep import FIGURES_S
+from minprfaas.config import LinkSample, Role
+from minprfaas.engine.paced import Pace
+from minprfaas.observe.timeline import Timeline
+from minprfaas.transport.events import LinkLost, MessageReceived
+
+
+def heard_by(desk, message, sender=FRONT):
+    desk.upkeep.hear(sender, message)
+    return [envelope.message for envelope in desk.mail.take_local()]
+
+
+def test_a_node_says_now_and_then_how_things_stand_and_at_the_end_whether_its_books_are_right(hybrid):
+    desk = Desk(hybrid, Role.PDD)
+    engine, upkeep = desk.engine, desk.upkeep
+    request = engine.add(engine.request("r", PROMPT[:20], SamplingParams(**SAMPLING)))
+    engine.step(), engine.step()
+    engine.computed_s = 2.5
+    stats = engine.kvcache.stats()
+    desk.now_s += 7.0
+    upkeep.step()
+    figures = messages.NodeFigures(7.0, 2.5, 20, 1, stats.free, stats.cached, stats.in_use)
+    assert stats.cached + stats.in_use > 0 and desk.said(messages.CacheNews) == [figures]
+    desk.now_s += FIGURES_S - 0.1
+    upkeep.step()
+    assert desk.said(messages.CacheNews) == []
+    desk.now_s += 0.1
+    upkeep.step()
+    assert [type(word) for word in desk.said(messages.CacheNews)] == [messages.NodeFigures]
+
+    upkeep.say_goodbye()
+    figures, goodbye = desk.said(messages.CacheNews)
+    assert figures.in_use_blocks == stats.in_use and goodbye.peak_bytes > 50 * 2**20
+    assert (goodbye.wrong, goodbye.allowed_s) == (f"{stats.in_use} blocks are held for nobody", 0.0)
+    engine.abort(request)
+    engine.runner.pace = Pace(float, float, 3.0, 2.0, 1.0)
+    upkeep.say_goodbye()
+    goodbye = desk.said()[-1]
+    assert (goodbye.wrong, goodbye.allowed_s, goodbye.needed_s, goodbye.late_s) == ("", 3.0, 2.0, 1.0)
+    engine.kvcache.ledger.free.pop()
+    upkeep.say_goodbye()
+    assert desk.said()[-1].wrong == "of 60 blocks, 1 leaked"
+
+
+def test_a_node_tells_what_its_cache_gains_and_loses_and_all_of_it_when_asked(hybrid):
+    desk = Desk(hybrid, Role.PDD)
+    engine, ledger = desk.engine, desk.engine.kvcache.ledger
+
+    def answer(prompt):
+        engine.add(engine.request("r", prompt, SamplingParams(max_tokens=1)))
+        while engine.has_work:
+            engine.step()
+
+    def news():
+        desk.upkeep.tell_news()
+        return [envelope.message for envelope in desk.mail.take_local()]
+
+    assert news() == []
+    answer(PROMPT[:33])
+    (first,) = news()
+    (key,) = [key.hex() for key in engine.kvcache.keys(PROMPT[:33])[1:]]
+    assert first == messages.CacheNews(1, [key], [32], False)
+    answer(PROMPT[:49])  # not told yet: it is part of the inventory
+    assert heard_by(desk, messages.SendInventory(), PEER) == [], "only the front end asks"
+    (inventory,) = heard_by(desk, messages.SendInventory())
+    held = {one.key.hex(): one.tokens for one in ledger.inventory()}
+    assert inventory.inventory and dict(zip(inventory.keys, inventory.tokens)) == held and 48 in held.values()
+    assert news() == []
+    ledger.give_back(ledger.allocate(60))
+    (lost,) = news()
+    assert lost.sequence == inventory.sequence + 1 and set(lost.tokens) == {0} and {*lost.keys} == {*held}
+    (empty,) = heard_by(desk, messages.SendInventory())
+    assert (empty.sequence, empty.keys) == (lost.sequence + len(lost.keys) - 1, [])
+
+
+def test_a_node_tells_of_its_lines_what_carries_something_and_of_others_now_and_then(hybrid):
+    desk = Desk(hybrid, Role.PRFAAS)
+
+    def told(time_s, utilization=0.0, queued=0, inflight=0):
+        old, now = LinkSample(0.0, 9.0, 1.0, 0), LinkSample(time_s, 1.0, utilization, queued, inflight)
+        desk.line.samples = (old, old, now)
+        desk.upkeep.tell_news()
+        return [(sample.time_s, sample.link) for sample in desk.said()]
+
+    desk.upkeep.tell_news()
+    assert desk.said() == [], "there is no sample yet"
+    assert told(1.0) == [(1.0, "line")]
+    assert told(1.0, utilization=0.5) == [], "it was told"
+    assert told(1.25) == [] and told(1.0 + FIGURES_S) == [(1.0 + FIGURES_S, "line")]
+    for time_s, change in ((2.25, dict(utilization=0.1)), (2.5, {}), (2.75, dict(queued=1)), (3.0, {}),
+                           (3.25, dict(inflight=1)), (3.5, {})):
+        assert told(time_s, **change) == [(time_s, "line")], "it carries something, or did when it was told last"
+    assert told(3.75) == []
+    desk.upkeep.tells_of_links = False
+    assert told(4.0, utilization=1.0) == [], "the other role of this process tells of the line"
+
+
+def test_the_front_end_ends_a_node_and_its_loss_is_noted_until_it_returns(hybrid):
+    desk = Desk(hybrid, Role.PDD, timeline=Timeline("pd-0"))
+    upkeep = desk.upkeep
+    assert heard_by(desk, messages.Shutdown(), PEER) == [] and not upkeep.is_stopping
+    heard_by(desk, messages.Shutdown())
+    assert upkeep.is_stopping
+    upkeep.notice(PeerLost(PEER, "gone"))
+    assert upkeep.front_gone_at_s is None
+    upkeep.notice(PeerLost(FRONT, "gone"))
+    assert upkeep.front_gone_at_s == desk.now_s
+    upkeep.notice(PeerReturned(PEER))
+    assert desk.said() == [] and upkeep.front_gone_at_s is not None and upkeep.is_stopping
+    upkeep.notice(PeerReturned(FRONT))
+    assert desk.said() == [messages.NodeReady("pdd", "cpu", 60)]
+    assert upkeep.front_gone_at_s is None and not upkeep.is_stopping
+    upkeep.mark_stream(9, "r")
+    (mark,) = [event for event in desk.engine.timeline.events() if event["ph"] == "i"]
+    assert (mark["name"], mark["ts"]) == ("stream opened", desk.now_s * 1e6)
+    assert mark["args"] == {"stream": 9, "request": "r"}
+
+
+def test_work_for_the_role_that_a_node_does_not_play_is_given_back_and_a_change_waits_until_it_has_none(hybrid):
+    desk = Desk(hybrid, Role.PDD)
+    one = worker(HERE, Role.PDD, desk.engine, desk.mail, 60.0, 5.0)
+    one.hear(PEER, ordered())
+    assert desk.told() == [messages.Failed("a#1", "pd-0 decodes now", "lost")]
+    one.hear(FRONT, serving())
+    for sender, role in ((PEER, "pdp"), (FRONT, "prfaas")):  # who may say so, and what a PD node can become
+        one.hear(sender, messages.ChangeRole(role))
+    one.hear(FRONT, messages.ChangeRole("pdp"))
+    one.step()
+    assert one.upkeep.role is Role.PDD and isinstance(one.playing, DecodeRole) and one.has_work
+    one.hear(FRONT, messages.Abort("a#1"))
+    desk.said()
+    one.step()
+    assert one.upkeep.role is Role.PDP and isinstance(one.playing, PrefillRole) and not one.has_work
+    assert [word for word in desk.said() if isinstance(word, messages.NodeReady)] == [
+        messages.NodeReady("pdp", "cpu", 60)]
+    one.hear(FRONT, serving(id="b#1"))
+    assert desk.said() == [messages.Failed("b#1", "pd-0 prefills now", "lost")]
+    one.hear(PEER, ordered(id="b#1"))
+    assert one.has_work and one.is_ready
+    one.step()
+    assert desk.said() == [], "it changed once"
+
+
+def test_a_process_serves_until_it_is_dismissed_and_has_no_work_or_was_alone_for_too_long(hybrid):
+    for ends in ("dismissed", "alone"):
+        desk = Desk(hybrid, Role.PDD)
+        mail = Mail(desk.events)
+        mail.add_link(desk.line, [FRONT, PEER])
+        made = process(mail, None, [worker(HERE, Role.PDD, desk.engine, mail, 60.0, 1e9)])
+
+        def front_says(message):
+            desk.events.put(MessageReceived(encode(Envelope(HERE, FRONT, message)), "line"))
+
+        front_says(serving(deadline_s=1e9))
+        serves = threading.Thread(target=made.serve, args=(5.0,), daemon=True)
+        serves.start()
+        if ends == "dismissed":
+            front_says(messages.Shutdown())
+            serves.join(0.1)
+            assert serves.is_alive(), "there is a request"
+            front_says(messages.Abort("a#1"))
+        else:
+            desk.events.put(LinkLost("gone", "line"))
+            for seconds in (0.0, 4.9, 0.1):
+                serves.join(0.1)
+                assert serves.is_alive(), "the front end may come back"
+                desk.now_s += seconds
+        serves.join(60)
+        assert not serves.is_alive() and isinstance(desk.told()[-1], messages.Goodbye)
+
+
+def test_a_process_steps_until_something_holds_or_the_time_is_up(hybrid):
+    desk = Desk(hybrid, Role.PDD)
+    mail = Mail(desk.events)
+    mail.add_link(desk.line, [FRONT])
+    made, seen = process(mail, None, [worker(HERE, Role.PDD, desk.engine, mail, 60.0)]), []
+    assert made.run_until(lambda: seen.append(1) or len(seen) > 3, 60.0) and len(seen) >= 4
+    assert not made.run_until(lambda: False, 0.01)
+
+
+class Ear:
+    """Stands where the front end does."""
+
+    name, is_ready = FRONT, False
+
+    def __init__(self):
+        self.heard = []
+
+    def hear(self, sender, message):
+        self.heard.append((sender, type(message)))
+
+    def notice(self, happening):
+        pass
+
+    def step(self):
+        pass
+
+
+def test_workers_beside_the_front_end_say_that_they_are_there_and_who_decodes_steps_before_who_prefills(hybrid):
+    desk, ear, mail = Desk(hybrid, Role.PDD), Ear(), Mail(queue.SimpleQueue())
+    workers = [worker(name, role, desk.engine, mail, 60.0) for name, role in (("p", Role.PDP), ("d", Role.PDD))]
+    made = process(mail, ear, workers)
+    assert list(made.node.parts) == [FRONT, "d", "p"] and made.front is ear and made.workers == workers
+    assert sum(one.upkeep.tells_of_links for one in workers) == 1, "of the lines of this process one tells"
+    made.node.step()
+    assert ear.heard[:2] == [("p", messages.NodeReady), ("d", messages.NodeReady)]
+    mail = Mail(queue.SimpleQueue())
+    process(mail, None, [worker("d", Role.PDD, desk.engine, mail, 60.0)])
+    assert mail.take_local() == [], "to one elsewhere they do when it is met"
