@@ -136,7 +136,7 @@ ROOMS = {
     "transport": ("test_transport_frames.py", "test_transport_inbox.py", "test_transport_outbox.py",
                   "test_transport_line.py", "test_transport_streams.py", "test_transport_messages.py",
                   "test_transport_handshake.py", "test_transport_seam.py", "test_transport_link.py",
-                  "test_transport_monitor.py", "test_timeline.py", "test_transport_shared_line.py",
+                  "test_transport_lanes.py", "test_transport_monitor.py", "test_timeline.py", "test_transport_shared_line.py",
                   "test_transport_recovery.py"),
     "scheduling": ("test_router.py", "test_monitor.py", "test_directory.py", "test_throughput.py", "test_lengths.py",
                    "test_profiles.py", "test_control.py", "test_roles.py", "test_threshold.py", "test_planner.py",

@@ -13,7 +13,7 @@ from cluster_support import (
     DEADLINE_S, FAST, kill, nothing_in_use, pd_process, prfaas_process, serve, step_until, two_datacenters)
 from control_support import RecordingControlPlane, replay
 from test_two_datacenters import GREEDY, prompts_of, reference, tokens
-from transport_support import IDENTITY, connected, wait_until
+from transport_support import connected, wait_until
 from world import End
 
 from minprfaas import SamplingParams, UserError
@@ -23,24 +23,19 @@ from minprfaas.cluster.front_end import FrontEnd
 from minprfaas.cluster.kv_send import STREAMS_AT_ONCE, KVSend, SendingThreads
 from minprfaas.cluster.launch import link_identity
 from minprfaas.cluster.mail import FRONT, Mail
-from minprfaas.cluster.neighbours import Neighbours
 from minprfaas.cluster.node import Node, PeerLost, PeerReturned
 from minprfaas.cluster.processes import control_settings, front_end
 from minprfaas.cluster.stream_plans import stream_plan
-from minprfaas.cluster.topology import Topology
-from minprfaas.cluster.upkeep import TIMELINE_PART, Upkeep
-from minprfaas.config import CacheConfig, LineConfig, Role, StateKind
+from minprfaas.config import CacheConfig, LineConfig, StateKind
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.request import Status
-from minprfaas.observe.timeline import Timeline
 from minprfaas.scheduling import control
 from minprfaas.scheduling.control import ControlPlane
 from minprfaas.scheduling.directory import CacheChanged
 from minprfaas.scheduling.paper_case import paper_fleet
 from minprfaas.simulator.arrivals import from_trace, read_trace, write_conversations
 from minprfaas.simulator.simulation import Setup, Simulation
-from minprfaas.transport import Link, LinkDown, LinkLost, LinkRefused, LinkRestored, MessageReceived
-from minprfaas.transport.encoding import Encoding, Wire
+from minprfaas.transport import Link, LinkLost, LinkRestored, MessageReceived
 
 
 # ---- the loop
@@ -94,28 +89,6 @@ def test_a_part_steps_when_all_that_is_there_was_heard_and_what_was_said_to_that
     node.step()
     each = [f"{part} notices {name}" for name in ("far", "far", "away", "away", "new") for part in ("one", "two")]
     assert log == ["one hears far", "two hears one", *each, "one steps", "two steps"]
-
-
-def test_a_switchboard_knows_who_is_where_and_which_way_crosses_to_another_datacenter():
-    mail = Mail(queue.SimpleQueue(), Wire(Encoding.INT8))
-    far, near = End("far", queue.SimpleQueue()), End("near", queue.SimpleQueue())
-    mail.add_local("pd-0/pdd")
-    assert mail.is_here("pd-0/pdd") and not mail.is_here("pd-1")
-    mail.add_local(FRONT)
-    mail.add_link(far, ["prfaas-0", "prfaas-1"])
-    mail.add_link(near, ["pd-1"], crosses_sites=False)
-    assert [mail.wire_to(name).encoding for name in ("prfaas-1", "pd-1", "pd-0/pdd", "nobody")] == [
-        Encoding.INT8, Encoding.EXACT, Encoding.EXACT, Encoding.EXACT]
-    assert mail.links == {"prfaas-0": far, "prfaas-1": far, "pd-1": near} and mail.links_between_sites == [far]
-    assert mail.names_behind("far") == ["prfaas-0", "prfaas-1"] and mail.names_behind("none") == []
-    assert mail.transport("pd-1") is near and mail.transport(FRONT) is mail.transport("pd-0/pdd") is not near
-    with pytest.raises(LinkDown, match="there is no way to 'nobody'"):
-        mail.transport("nobody")
-    mail.send("pd-0/pdd", FRONT, messages.Shutdown())
-    mail.send("pd-0/pdd", "nobody", messages.Shutdown())
-    far.is_up = False
-    mail.send("pd-0/pdd", "prfaas-0", messages.Shutdown())  # whoever waits for an answer hears that it is gone
-    assert mail.take_local() == [Envelope(FRONT, "pd-0/pdd", messages.Shutdown())] and mail.take_local() == []
 
 
 def test_what_a_plane_is_told_of_a_model_are_the_bytes_of_its_rows_and_of_its_state(models):
@@ -415,81 +388,3 @@ def drive(front, call, ids, keys_of):
             keys_of[number] = [_Key(str(key)) for key in request.keys]
             front.submit(ids[request.id], [number] * request.prompt_tokens, GREEDY)
             front.step()
-
-
-# ---- what a node says of itself, and whom it meets
-
-
-@pytest.fixture
-def upkeep(hybrid):
-    """Of a decode node whose front end lives in the same process, and a way to take what it has said."""
-    engine = Engine(*hybrid, CacheConfig(20, 16), timeline=Timeline("pd-0"))
-    mail = Mail(queue.SimpleQueue())
-    mail.add_local(FRONT)
-    one = Upkeep("pd-0", Role.PDD, engine, mail, DEADLINE_S)
-    return one, lambda: [envelope.message for envelope in mail.take_local()]
-
-
-def test_a_front_end_that_asks_or_returns_is_told_who_is_here(upkeep):
-    one, said = upkeep
-    for ask in (lambda: one.hear(FRONT, messages.Introduce()), lambda: one.notice(PeerReturned(FRONT))):
-        ask()
-        assert [message.role for message in said()] == ["pdd"]
-    one.hear("prfaas-0", messages.Introduce())
-    assert said() == [], "it is not for another node to ask"
-
-
-def test_a_long_timeline_leaves_in_parts_and_comes_whole(upkeep):
-    one, said = upkeep
-    for number in range(TIMELINE_PART + 3):
-        one.engine.timeline.instant("streams", f"event {number}", 0.0)
-    one.say_goodbye()
-    parts = [message.events for message in said() if isinstance(message, messages.TimelinePart)]
-    assert len(parts) == 2 and [event for part in parts for event in part] == one.engine.timeline.events()
-
-
-def test_two_processes_meet_and_each_knows_whom_it_has_met():
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=DEADLINE_S))
-    places, events = Topology(1, 1).two_places(), [queue.SimpleQueue(), queue.SimpleQueue()]
-
-    def at(rank):
-        return Neighbours(places[rank], [places[1 - rank]], mail=Mail(events[rank]), make_link=lambda _: Link(
-            "a-b", store, rank, FAST, IDENTITY, events=events[rank]))
-
-    both = [at(0), at(1)]
-    for rank, one in enumerate(both):
-        one.wait_for_all(DEADLINE_S)
-        assert one.met == {places[1 - rank].name} and not one.refused
-        assert {events[rank].get(timeout=DEADLINE_S) for _ in places[1 - rank].parts} == {
-            PeerReturned(part) for part in places[1 - rank].parts}
-    assert all(thread.daemon for thread in threading.enumerate() if thread.name.startswith("meeting "))
-    for one in both:
-        one.close()
-    wait_until(lambda: not any(thread.name.startswith("meeting ") for thread in threading.enumerate()))
-
-
-def test_a_process_that_comes_late_is_met_and_one_that_was_refused_is_named_until_then(monkeypatch):
-    monkeypatch.setattr("minprfaas.cluster.neighbours.PAUSE_S", 0.01)
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=DEADLINE_S))
-    (there, here), events = Topology(1, 1).two_places(), queue.SimpleQueue()
-    made = []
-
-    def make_link(_):
-        made.append(Link("a-b", store, 1, FAST, IDENTITY, events=events))
-        return made[-1]
-
-    one = Neighbours(here, [there], make_link, Mail(events))
-    one.wait_for_all(0.05)
-    assert not one.met and not one.refused
-    stranger = Link("a-b", store, 0, FAST, replace(IDENTITY, dtype="int3"))
-    with pytest.raises(LinkRefused):
-        stranger.connect(DEADLINE_S)
-    stranger.close()
-    wait_until(lambda: "dtype is float32 here and int3 there" in one.refused.get(there.name, ""))
-    friend = Link("a-b", store, 0, FAST, IDENTITY)
-    friend.connect(DEADLINE_S)
-    one.wait_for_all(DEADLINE_S)
-    assert one.met == {there.name} and not one.refused and len(made) > 1
-    assert made[0] is not made[-1]
-    friend.close()
-    one.close()

@@ -8,7 +8,6 @@ import random
 from dataclasses import replace
 
 import pytest
-from control_support import RecordingControlPlane, replay
 
 from minprfaas.config import LinkSample, Role
 from minprfaas.errors import RequestError
@@ -21,8 +20,6 @@ from minprfaas.scheduling.paper_case import paper_fleet, paper_lengths
 from minprfaas.scheduling.profiles import Profile, ProfilePoint
 from minprfaas.scheduling.roles import COOLDOWN_S, RoleChange
 from minprfaas.scheduling.router import Decision, RouteRequest, ShippingCosts
-from minprfaas.simulator.arrivals import from_trace, read_trace, write_conversations
-from minprfaas.simulator.simulation import Setup, Simulation
 
 COSTS = ShippingCosts(token_bytes=17_000, state_bytes=2e8, prfaas_s_per_token=1e-4, pdp_s_per_token=1e-4)
 KEYS = ("system prompt", "document", "question")
@@ -387,32 +384,3 @@ def test_a_node_that_fails_while_it_drains_is_drained_no_more_and_another_can_fo
     join(control, draining, Role.PDD, 201.0)
     after_s, change = convert(control, 201, 600)
     assert after_s >= 200 + COOLDOWN_S and change.role is Role.PDP
-
-
-# The seam
-
-
-def test_a_run_of_the_simulator_replayed_into_a_new_control_plane_gives_the_same_decisions_and_actions(tmp_path):
-    """20 requests, weather and a failure: the same questions, the same answers, whoever asks."""
-    write_conversations(tmp_path / "trace.jsonl", 20, 0.5, seed=2)
-    setup = Setup(replace(paper_fleet(), link_gbps=10.0), n_p=3, threshold=4000, convert_roles=True, cache_blocks=200,
-                  weather=((10.0, 1.0), (30.0, 10.0)), failures=(("prfaas0", 5.0, 30.0), ("pd3", 12.0, 20.0)))
-    control = RecordingControlPlane(setup.control_settings())
-    report = Simulation(setup, from_trace(read_trace(tmp_path / "trace.jsonl")), control=control).run()
-    assert report.requests == 20 and report.routed_again > 0
-    again = replay(control.calls, setup.control_settings())
-    assert again == control.calls
-    routes = [call.answer.route for call in again if call.method == "route"]
-    assert len(routes) > 20 and set(routes) == {Role.PRFAAS, Role.PDP}
-    assert any(call.answer.shipment for call in again if call.method == "route")
-
-
-def test_a_long_run_with_both_loops_replays_to_the_last_action(tmp_path):
-    write_conversations(tmp_path / "trace.jsonl", 800, 3.0, seed=2)
-    setup = Setup(replace(paper_fleet(), link_gbps=10.0), n_p=3, threshold=4000, convert_roles=True, cache_blocks=200,
-                  weather=((60.0, 1.0), (120.0, 10.0)), failures=(("prfaas1", 5.0, 90.0), ("pd4", 12.0, 20.0)))
-    control = RecordingControlPlane(setup.control_settings())
-    Simulation(setup, from_trace(read_trace(tmp_path / "trace.jsonl")), control=control).run()
-    assert replay(control.calls, setup.control_settings()) == control.calls
-    actions = {type(action) for call in control.calls if call.method != "route" for action in call.answer}
-    assert {AskInventory, NewThreshold} <= actions

@@ -13,9 +13,12 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from control_support import RecordingControlPlane, replay
 
+from minprfaas.config import Role
 from minprfaas.errors import UserError
 from minprfaas.scheduling import paper_case as paper
+from minprfaas.scheduling.control import AskInventory, NewThreshold
 from minprfaas.scheduling.lengths import LengthDistribution
 from minprfaas.scheduling.planner import plan
 from minprfaas.simulator.arrivals import (day_lengths, diurnal, drawn, from_trace, poisson, read_trace,
@@ -223,3 +226,29 @@ def test_ten_thousand_gpus_serve_an_hour_of_a_trace_played_many_times_over(tmp_p
     hour = islice(from_trace(trace, speed=trace[-1].arrived_at_s / 3600), 60_000)
     report = Simulation(as_planned(fleet=fleet, n_p=312, cache_blocks=500), hour).run()
     assert report.requests == 60_000 and report.duration_s >= 3590
+
+
+def test_a_run_of_the_simulator_replayed_into_a_new_control_plane_gives_the_same_decisions_and_actions(tmp_path):
+    """20 requests, weather and a failure: the same questions, the same answers, whoever asks."""
+    write_conversations(tmp_path / "trace.jsonl", 20, 0.5, seed=2)
+    setup = Setup(replace(FLEET, link_gbps=10.0), n_p=3, threshold=4000, convert_roles=True, cache_blocks=200,
+                  weather=((10.0, 1.0), (30.0, 10.0)), failures=(("prfaas0", 5.0, 30.0), ("pd3", 12.0, 20.0)))
+    control = RecordingControlPlane(setup.control_settings())
+    report = Simulation(setup, from_trace(read_trace(tmp_path / "trace.jsonl")), control=control).run()
+    assert report.requests == 20 and report.routed_again > 0
+    again = replay(control.calls, setup.control_settings())
+    assert again == control.calls
+    routes = [call.answer.route for call in again if call.method == "route"]
+    assert len(routes) > 20 and set(routes) == {Role.PRFAAS, Role.PDP}
+    assert any(call.answer.shipment for call in again if call.method == "route")
+
+
+def test_a_long_run_with_both_loops_replays_to_the_last_action(tmp_path):
+    write_conversations(tmp_path / "trace.jsonl", 800, 3.0, seed=2)
+    setup = Setup(replace(FLEET, link_gbps=10.0), n_p=3, threshold=4000, convert_roles=True, cache_blocks=200,
+                  weather=((60.0, 1.0), (120.0, 10.0)), failures=(("prfaas1", 5.0, 90.0), ("pd4", 12.0, 20.0)))
+    control = RecordingControlPlane(setup.control_settings())
+    Simulation(setup, from_trace(read_trace(tmp_path / "trace.jsonl")), control=control).run()
+    assert replay(control.calls, setup.control_settings()) == control.calls
+    actions = {type(action) for call in control.calls if call.method != "route" for action in call.answer}
+    assert {AskInventory, NewThreshold} <= actions

@@ -1,0 +1,80 @@
+"""A lane: when it is silent, how often it says that it lives, and under which number two ends meet. Chapter 07."""
+
+import threading
+import time
+
+import pytest
+from transport_support import DEADLINE_S, IDENTITY, connected, in_parallel, new_store, wait_until
+
+from minprfaas.config import LinkConfig
+from minprfaas.transport import Link
+from minprfaas.transport.wan.frames import Kind, control_frame
+from minprfaas.transport.wan.lanes import Lane
+
+
+def two_lanes():
+    store = new_store()
+    return in_parallel(*(lambda rank=rank: Lane(store, 0, rank, 4096, DEADLINE_S) for rank in (0, 1)))
+
+
+def test_a_lane_whose_threads_are_all_at_a_frame_is_not_silent():
+    (near, far), handling, may_end = two_lanes(), threading.Event(), threading.Event()
+
+    def handle(lane, slot):
+        assert lane.codec.open(slot.view).seq == 7
+        handling.set()
+        assert may_end.wait(DEADLINE_S)
+
+    def receive():
+        with pytest.raises(RuntimeError):
+            far.receive_frames(handle)
+
+    assert far.silent_since() is None, "nobody listens yet"
+    receiving = threading.Thread(target=receive, daemon=True)
+    receiving.start()
+    wait_until(lambda: far.silent_since() is not None)
+    began = far.silent_since()
+    sent = near.post(control_frame(Kind.HEARTBEAT, seq=7))
+    assert handling.wait(DEADLINE_S) and far.silent_since() is None
+    may_end.set()
+    wait_until(lambda: far.silent_since() is not None)
+    assert far.silent_since() > began
+    sent.wait()
+    near.cut()
+    receiving.join(DEADLINE_S)
+    assert not receiving.is_alive()
+
+
+class Beating(Lane):
+    """Notes when a heartbeat was sent."""
+
+    beats_s: list[float]
+
+    def post(self, frame):
+        if frame.header.kind == Kind.HEARTBEAT:
+            self.beats_s.append(time.monotonic())
+        return super().post(frame)
+
+
+def test_heartbeats_come_five_in_a_silence_and_no_more_often():
+    Beating.beats_s, began_s = [], time.monotonic()
+    with connected(LinkConfig(silence_s=2.0), sender_lanes=Beating):
+        wait_until(lambda: len(Beating.beats_s) >= 5)
+    beats_s = list(Beating.beats_s)
+    assert beats_s[-1] - began_s >= 0.4 * (len(beats_s) - 1)  # the first is due at once; all may be late, none early
+
+
+def test_an_end_that_meets_nobody_under_a_number_tries_the_next(monkeypatch):
+    """Somebody knocked and died: whoever answers connects to nobody, once."""
+    monkeypatch.setattr("minprfaas.transport.wan.rendezvous.LANE_TIMEOUT_S", 0.3)
+    store = new_store()
+    store.set("a-b/knock", "of the dead")
+    ends = [Link("a-b", store, rank, LinkConfig(), IDENTITY) for rank in (0, 1)]
+
+    def connect_late():
+        wait_until(lambda: store.check(["a-b/answer/of the dead"]))
+        ends[1].connect(DEADLINE_S)
+
+    in_parallel(lambda: ends[0].connect(DEADLINE_S), connect_late)
+    assert [end.epoch for end in ends] == [2, 2]
+    in_parallel(*(end.close for end in ends))
