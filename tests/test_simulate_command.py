@@ -111,7 +111,8 @@ def test_cache_only_replays_the_trace_against_the_real_index(capsys, trace, tmp_
 
 MISTAKES = {
     "--rate -1": "arrival rate is -1.0", "--load nan": "arrival rate is nan", "--requests 0": "--requests is 0",
-    "--threshold 1e9": "--threshold 1e+09", "--threshold -5": "--threshold -5", "--n-p 9": "9 prefill instances",
+    "--threshold 1e9": "--threshold 1e+09", "--threshold -5": "--threshold -5",
+    "--n-p 9": "instances is 9; it must be a number of at least 0 and of at most 7",
     "--link-gbps -2": "bandwidth", "--fail pd1": "NODE:FROM:TO", "--fail pd77:1:2": "'pd77'",
     "--day-s 0": "--day-s is 0.0",
     "--arrivals trace": "--trace FILE", "--cache-only": "--trace FILE", "--trace x": "--trace FILE",

@@ -7,8 +7,8 @@ connections, frames and handshake are real.
 
 Modules: transport/base.py, transport/events.py, transport/loopback.py, transport/wan/
 Tests: test_transport_seam.py, test_transport_frames.py, test_transport_line.py, test_transport_link.py,
-       test_transport_handshake.py, test_transport_monitor.py, test_transport_binding.py, test_transport_messages.py,
-       test_transport_shared_line.py, test_transport_inbox.py, test_transport_outbox.py
+       test_transport_lanes.py, test_transport_handshake.py, test_transport_monitor.py, test_transport_binding.py,
+       test_transport_messages.py, test_transport_shared_line.py, test_transport_inbox.py, test_transport_outbox.py
 Paper: 3.3
 """
 import helper
