@@ -155,7 +155,7 @@ GUARDS: dict[str, tuple[str, ...]] = {
     "cluster/processes.py": ("test_launch.py", "test_two_datacenters.py", "test_two_datacenters_program.py"),
     "cluster/worker.py": ("test_upkeep.py", "test_kv_arrives.py", "test_cluster_life.py"),
     "cluster/prefill_role.py": ("test_cluster_roles.py", "test_kv_arrives.py", "test_two_datacenters.py",
-                                "test_cluster_life.py", "test_cluster_parts.py"),
+                                "test_prefix_shipping.py", "test_cluster_life.py", "test_cluster_parts.py"),
     "cluster/prefix_shipping.py": ("test_prefix_shipping.py", "test_cluster_life.py"),
     "cluster/recovery.py": ("test_front_end.py", "test_cluster_life.py"),
     "cluster/relay.py": ("test_relay.py",),
