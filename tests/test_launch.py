@@ -167,8 +167,7 @@ def test_a_process_that_ends_is_told_once_with_how_to_start_it_again(start, tmp_
             os.kill(os.getpid(), signal.SIGKILL) if name == "a" else os._exit(7)
         (tmp_path / "begin").touch()
         come_to_pass(tmp_path / "b ended")
-        wait_until(lambda: not is_running((tmp_path / "b ended").read_text() or 0))
-        time.sleep(0.2)  # whoever started us has time to say so, and to say it of the first one again
+        wait_until(lambda: all(has_ended(tmp_path / f"{name} ended") for name in "ab"))
         return 0
 
     assert start(["front", "a", "b"], "front", does, restart="cluster.py --node {name}") == 0
@@ -181,9 +180,11 @@ def test_with_restarts_a_process_that_was_killed_begins_anew_and_one_that_failed
     def does(name, _):
         if name == "front":
             come_to_pass(tmp_path / "again")
+            wait_until(lambda: has_ended(tmp_path / "b ended"))
             return 0
         if name == "b":
-            return 1
+            (tmp_path / "b ended").write_text(str(os.getpid()))
+            os._exit(1)
         if not (tmp_path / "killed").exists():
             (tmp_path / "killed").touch()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -248,6 +249,12 @@ def is_running(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def has_ended(path):
+    """Whether the process is over whose number is, or is about to be, in this file."""
+    pid = path.read_text() if path.exists() else ""
+    return pid != "" and not is_running(pid)
 
 
 def wait_until(reached, deadline_s=60):

@@ -212,14 +212,14 @@ def _wait_for(awaited: list[ForkProcess], workers: dict[str, ForkProcess], resta
     said so. What else ends before that is told, and with `start` begins anew if a signal has ended it."""
     gone: set[str] = set()
     while True:
+        done = all(worker.exitcode is not None for worker in awaited)  # asked first: whoever failed before it is told
         statuses = {name: worker.exitcode for name, worker in workers.items()}
         if 2 in statuses.values():
             return 2
-        if all(worker.exitcode is not None for worker in awaited):
-            _give_time(workers)
-            return max(worker.exitcode % 256 for worker in awaited)
         for name in [name for name, status in statuses.items() if status and name not in gone]:
-            if start is not None and statuses[name] < 0:
+            if done and workers[name] in awaited:
+                continue  # its status is the answer
+            if start is not None and statuses[name] < 0 and not done:
                 start(name)
                 print(f"{name} has ended with status {statuses[name]}; it is process {workers[name].pid} now",
                       file=sys.stderr, flush=True)
@@ -228,6 +228,9 @@ def _wait_for(awaited: list[ForkProcess], workers: dict[str, ForkProcess], resta
             gone.add(name)
             again = f"; {restart.replace('{name}', name)} starts it again" if restart else ""
             print(f"{name} has ended with status {statuses[name]}{again}", file=sys.stderr)
+        if done:
+            _give_time(workers)
+            return max(worker.exitcode % 256 for worker in awaited)
         wait([worker.sentinel for name, worker in workers.items() if statuses[name] is None])
 
 
