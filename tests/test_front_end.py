@@ -11,7 +11,7 @@ from minprfaas import SamplingParams
 from minprfaas.cluster import messages
 from minprfaas.cluster.front_end import FrontEnd
 from minprfaas.cluster.mail import FRONT, Mail
-from minprfaas.cluster.node import PeerLost, PeerReturned
+from minprfaas.cluster.node import PeerLost
 from minprfaas.cluster.recovery import MOST_ATTEMPTS, RETRY_S, WAIT_FOR_NODE_S
 from minprfaas.config import LinkSample, Role
 from minprfaas.errors import UserError
@@ -81,7 +81,7 @@ def test_the_parts_of_the_time_to_the_first_token_are_those_that_the_nodes_measu
     desk.front.hear(node, messages.Progress(serve.id, 96, 1000, 4000))
     assert (journey.prefilled_tokens, journey.received_bytes, journey.expected_bytes) == (96, 1000, 4000)
     desk.front.hear(node, messages.Prefilled(serve.id, 150, 2.0, 77))
-    assert journey.is_prefilled and (journey.cached_tokens, journey.prefix_bytes) == (50, 77)
+    assert (journey.cached_tokens, journey.prefix_bytes) == (50, 77)
     assert "prfaas-0" not in desk.loads
     started = messages.Started(serve.id, 32, 4000, 1.0, 2.0, 0.5, 0.25, 2.0, 1.5)
     for sender in ("prfaas-0", node):  # who prefilled it cannot say when it is there
@@ -146,7 +146,7 @@ def test_an_id_is_in_use_until_its_request_has_ended_and_no_prompt_is_empty():
 def test_a_journey_that_nobody_has_decided_on_has_no_route_and_no_reason():
     journey = Desk().front.submit("a", LONG, PARAMS)
     assert (journey.route, journey.reason, journey.fallback, journey.prompt_tokens) == ("", "", None, 200)
-    assert not (journey.output_ids or journey.is_finished or journey.is_prefilled)
+    assert not (journey.output_ids or journey.is_finished)
     counted = ("attempts recoveries held_tokens cached_tokens prefix_bytes kv_bytes queue_s prefill_s admit_s hidden "
                "transfer_exposed_s transfer_s first_token_at_s finished_at_s prefilled_tokens received_bytes "
                "expected_bytes")
@@ -313,10 +313,8 @@ def test_samples_of_a_prfaas_node_are_of_the_way_out_and_those_of_others_of_the_
     assert desk.plane.regime(40.0) == "scarce"
 
 
-def test_a_node_that_returned_is_asked_who_it_is_and_news_of_one_that_is_not_ready_are_not_believed():
+def test_news_of_a_node_that_is_not_ready_are_not_believed():
     desk = Desk()
-    desk.front.notice(PeerReturned("pd-1"))
-    assert desk.said() == [("pd-1", messages.Introduce())]
     desk.front.notice(PeerLost("pd-1", "killed"))
     assert "pd-1" not in desk.front.ready
     desk.front.hear("pd-1", messages.CacheNews(5, ["ab"], [16], False))

@@ -252,15 +252,6 @@ def upkeep(hybrid):
     return one, lambda: [envelope.message for envelope in mail.take_local()]
 
 
-def test_a_front_end_that_asks_or_returns_is_told_who_is_here(upkeep):
-    one, said = upkeep
-    for ask in (lambda: one.hear(FRONT, messages.Introduce()), lambda: one.notice(PeerReturned(FRONT))):
-        ask()
-        assert [message.role for message in said()] == ["pdd"]
-    one.hear("prfaas-0", messages.Introduce())
-    assert said() == [], "it is not for another node to ask"
-
-
 def test_a_long_timeline_leaves_in_parts_and_comes_whole(upkeep):
     one, said = upkeep
     for number in range(TIMELINE_PART + 3):

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from minprfaas.cluster import messages, recovery
 from minprfaas.cluster.journey import Journey, Update
 from minprfaas.cluster.mail import FRONT, Mail
-from minprfaas.cluster.node import Happening, PeerLost, PeerReturned
+from minprfaas.cluster.node import Happening, PeerLost
 from minprfaas.config import LinkSample, Role
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import RequestError, UserError
@@ -116,8 +116,6 @@ class FrontEnd:
     def notice(self, happening: Happening) -> None:
         """Take the loss of a node. What it decoded goes on elsewhere; what it prefilled comes back by itself, for the
         decode nodes lost it as well."""
-        if isinstance(happening, PeerReturned):
-            self._mail.send(FRONT, happening.name, messages.Introduce())  # what it said may have come too soon
         if isinstance(happening, PeerLost) and self.ready.pop(happening.name, None) is not None:
             self._tell_plane(control.NodeLeft(happening.name))
             for journey in list(self.journeys.values()):

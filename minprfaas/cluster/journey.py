@@ -36,7 +36,6 @@ class Journey:
     fallback: str | None = None  # why a request that was offloaded was prefilled in the PD cluster after all
     avoid: frozenset[str] = frozenset()  # prefill nodes that failed it
     refused: frozenset[str] = frozenset()  # those of them that always will
-    is_prefilled: bool = False
     held_tokens: int = 0  # rows that were at the decode node, and so did not cross
     cached_tokens: int = 0  # that the prefill node had, and did not compute
     prefix_bytes: int = 0  # of a cached prefix that was shipped to the prefill node
@@ -63,7 +62,6 @@ class Journey:
                 self.prefilled_tokens = message.prefilled_tokens
                 self.received_bytes, self.expected_bytes = message.received_bytes, message.expected_bytes
             case messages.Prefilled() if not self.first_token_at_s:
-                self.is_prefilled = True
                 self.cached_tokens = self.prompt_tokens - message.uncached_tokens
                 self.prefix_bytes = message.prefix_bytes
             case messages.Started():

@@ -6,7 +6,7 @@ Who receives one dispatches it with `match`. `envelope` turns them into JSON for
 from dataclasses import dataclass
 
 from minprfaas.cluster.upkeep_messages import (
-    CacheNews, ChangeRole, Goodbye, Introduce, NodeFigures, NodeReady, PrefixAbort, PrefixOrder, RelayOver,
+    CacheNews, ChangeRole, Goodbye, NodeFigures, NodeReady, PrefixAbort, PrefixOrder, RelayOver,
     SendInventory, Shutdown, TimelinePart)
 from minprfaas.config import LinkSample
 
@@ -148,6 +148,6 @@ class PrefillDone:
     sends_snapshot: bool
 
 
-Message = (NodeReady | Introduce | ChangeRole | CacheNews | SendInventory | Shutdown | TimelinePart | NodeFigures
+Message = (NodeReady | ChangeRole | CacheNews | SendInventory | Shutdown | TimelinePart | NodeFigures
            | Goodbye | Serve | Progress | Prefilled | Started | TokenDrawn | Failed | Abort | PrefillOrder
            | PrefillProgress | PrefillDone | PrefixOrder | PrefixAbort | RelayOver | LinkSample)

@@ -51,8 +51,6 @@ class Upkeep:
                 self.prefixes.order(sender, message)
             case messages.PrefixAbort(stream_id=stream_id):
                 self.prefixes.aborted(sender, stream_id)
-            case messages.Introduce() if sender == FRONT:
-                self.introduce()
             case messages.SendInventory() if sender == FRONT:
                 self._tell_inventory()
             case messages.Shutdown() if sender == FRONT:

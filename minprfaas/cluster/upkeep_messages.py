@@ -13,11 +13,6 @@ class NodeReady:
 
 
 @dataclass(frozen=True)
-class Introduce:
-    """Front end -> node: we meet (anew); say who you are."""
-
-
-@dataclass(frozen=True)
 class ChangeRole:
     """Front end -> PD node: play `role` as soon as what you have is finished, and say so by `NodeReady`."""
 

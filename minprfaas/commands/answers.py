@@ -18,7 +18,8 @@ from minprfaas.transport.encoding import Encoding, Wire, row_codec
 HEADERS = ("request", "tokens", "cached", "route", "KV crossed", "prefill s", "transfer s*", "hidden*", "TTFT s*",
            "tokens/s")
 JOURNEY_FIELDS = ("id", "text", "route", "reason", "fallback", "finish_reason", "prompt_tokens", "cached_tokens",
-                  "held_tokens", "kv_bytes", "prefix_bytes", "transfer_s", "hidden", "arrived_at_s", "finished_at_s")
+                  "held_tokens", "kv_bytes", "prefix_bytes", "transfer_s", "hidden", "arrived_at_s", "finished_at_s",
+                  "attempts", "recoveries")
 TIE_GAP = 1e-3  # logits: two tokens this close may change places when sums are made in another order (float32)
 
 

@@ -50,7 +50,7 @@ class Watch:
                  f"  threshold {self._front.plane.threshold:,.0f} tokens; " + (self.moves or ["it has not moved"])[-1]]
         if self.role_changes:
             lines.append(f"  roles     {self.role_changes[-1]}")
-        return [*lines, f"  requests  {self._requests(now_s)}"]
+        return [*lines, f"  requests  {self._requests()}"]
 
     def plain(self, now_s: float) -> str:
         """The same in a line."""
@@ -58,7 +58,7 @@ class Watch:
         for name in sorted(self._front.ready):
             before, newest = self._last_two(name)
             utilizations.append(f"{name} {self._front.ready[name].role} {_share(before, newest)}")
-        return (f"{now_s - self._began_at_s:.0f} s: {self._requests(now_s)}; {', '.join(utilizations)}; "
+        return (f"{now_s - self._began_at_s:.0f} s: {self._requests()}; {', '.join(utilizations)}; "
                 f"line {self._line(now_s)}; threshold {self._front.plane.threshold:,.0f}")
 
     def bars(self, now_s: float, prompt_tokens: int, answer_tokens: int) -> list[str]:
@@ -101,7 +101,7 @@ class Watch:
         return (f"{egress.gbps * egress.utilization * 1000:,.1f} of {egress.gbps * 1000:,.0f} Mbit/s, "
                 f"{human_bytes(egress.queued_bytes)} queued, {plane.regime(now_s)}")
 
-    def _requests(self, now_s: float) -> str:
+    def _requests(self) -> str:
         ended = [journey for journey in self._journeys if journey.is_finished]
         failed = sum(journey.error is not None for journey in ended)
         begun = [journey.ttft_s for journey in self._journeys if journey.first_token_at_s]

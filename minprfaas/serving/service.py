@@ -39,10 +39,10 @@ class Service:
     """HTTP in a thread of its own. `events` is what the node's loop waits for; see `Door` for `capacity`."""
 
     def __init__(self, served: Served, listener: socket.socket, capacity: int, events: EventQueue,
-                 limits: Limits | None = None, clock: Callable[[], float] = time.monotonic):
-        self.door = Door(capacity, Metrics(), events, clock)
+                 limits: Limits | None = None):
+        self.door = Door(capacity, Metrics(), events, time.monotonic)
         self.port = listener.getsockname()[1]
-        self._api = Api(served, self.door, clock)
+        self._api = Api(served, self.door, time.monotonic)
         self._listener = listener
         self._limits = limits or Limits(connections=2 * capacity + SPARE_CONNECTIONS)
         self._connections: dict[asyncio.Task, ClientConnection] = {}
