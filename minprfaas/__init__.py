@@ -15,9 +15,9 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch
 
 _HOMES = {
     "load": "minprfaas.model.checkpoint",
-    "generate": "minprfaas.engine.generate",
+    "generate": "minprfaas.engine.reference",
     "SamplingParams": "minprfaas.engine.sampling",
-    "RequestOutput": "minprfaas.engine.generate",
+    "RequestOutput": "minprfaas.engine.reference",
     "UserError": "minprfaas.errors",
     "RequestError": "minprfaas.errors",
 }

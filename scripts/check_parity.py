@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from minprfaas.errors import exit_on_user_error, require_number
-from minprfaas.observe.report import table
+from minprfaas.observe.tables import table
 
 PROMPTS = (1, 2, 17, 63, 64, 65, 100, 127, 128, 129, 150, 190)  # around the linear mixers' chunks, too
 CHOICES = {  # widths and counts that are drawn by themselves

@@ -12,7 +12,7 @@ from minprfaas.commands.report import read_run
 from minprfaas.errors import ArgumentParser, UserError, exit_on_user_error
 from minprfaas.files import write_whole
 from minprfaas.observe.page import gathered
-from minprfaas.observe.report import human_bytes
+from minprfaas.observe.tables import human_bytes
 
 WIDTH, LEFT, RIGHT, TOP, ROW = 460, 58, 446, 108, 24
 STYLE = """

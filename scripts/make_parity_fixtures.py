@@ -30,7 +30,7 @@ from minprfaas.model.checkpoint import load_checkpoint
 from minprfaas.model.families import FAMILIES, read_config
 from minprfaas.model.state import ContiguousState
 from minprfaas.model.transformer import Transformer
-from minprfaas.observe.report import table
+from minprfaas.observe.tables import table
 
 PARITY = Path(__file__).resolve().parent.parent / "tests" / "fixtures" / "parity"
 PROMPT_TOKENS, DECODE_STEPS = 150, 10  # the prompt: more than two chunks of the delta rule

@@ -11,8 +11,8 @@ from minprfaas import SamplingParams, generate
 from minprfaas.cluster.journey import Journey
 from minprfaas.commands.answers import TIE_GAP, answer_lines, check
 from minprfaas.config import Role
-from minprfaas.engine.generate import logit_gap
 from minprfaas.engine.prompts import Prompt
+from minprfaas.engine.reference import logit_gap
 from minprfaas.errors import RequestError
 from minprfaas.scheduling.router import Decision
 

@@ -12,8 +12,8 @@ from minprfaas.cluster.messages import Goodbye
 from minprfaas.cluster.topology import PD_SITE, PRFAAS_SITE
 from minprfaas.config import CacheConfig, LinkSample, Role
 from minprfaas.engine.engine import Engine
-from minprfaas.engine.generate import generate
 from minprfaas.engine.paced import Pace, PacedEngine
+from minprfaas.engine.reference import generate
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import UserError
 from minprfaas.scheduling import paper_case as paper

@@ -17,7 +17,7 @@ from minprfaas.engine.cpu_runner import CPURunner, InPlaceLayer
 from minprfaas.engine.decode_graphs import bucket_of
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.fast_runner import FastRunner, chunk_for, shared_tokens_for, what_must_run_eagerly
-from minprfaas.engine.generate import pool_for
+from minprfaas.engine.reference import pool_for
 from minprfaas.engine.request import Request
 from minprfaas.kvcache.layout import KVGroup
 from minprfaas.model.attention import attend

@@ -27,8 +27,7 @@ def test_no_two_classes_of_the_package_have_one_name():
 
 
 def test_no_two_files_of_the_package_have_one_name():
-    """But for a command's, which is called what a person types: `generate`, `report`."""
-    names = Counter(path.name for path in PACKAGE if path.name != "__init__.py" and path.parent.name != "commands")
+    names = Counter(path.name for path in PACKAGE if path.name != "__init__.py")
     assert len(names) > 100 and [name for name, count in names.items() if count > 1] == []
 
 

@@ -9,7 +9,7 @@ import torch
 from minprfaas import SamplingParams
 from minprfaas.config import CacheConfig
 from minprfaas.engine.engine import Engine
-from minprfaas.engine.generate import pool_for
+from minprfaas.engine.reference import pool_for
 from minprfaas.model.checkpoint import load_checkpoint
 from minprfaas.model.families import read_config
 

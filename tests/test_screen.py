@@ -11,7 +11,7 @@ from minprfaas.commands.live_status import Watch
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.observe import cores
 from minprfaas.observe.board import PLAIN_EVERY_S, REDRAW_S, Board
-from minprfaas.observe.report import human_bytes, table
+from minprfaas.observe.tables import human_bytes, table
 from minprfaas.scheduling.control import ControlPlane, ControlSettings
 from minprfaas.transport.events import EventQueue
 

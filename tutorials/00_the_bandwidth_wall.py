@@ -30,7 +30,7 @@ from minprfaas.model.moe import MoEConfig
 from minprfaas.model.spec import StateSpec, kv_bytes, model_state_specs
 from minprfaas.model.transformer import Transformer
 from minprfaas.observe.plots import draw_curves, prepare_plots
-from minprfaas.observe.report import human_bytes, table
+from minprfaas.observe.tables import human_bytes, table
 from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.throughput import egress_needed_gbps, kv_throughput_gbps
 

@@ -39,7 +39,7 @@ from minprfaas.model.spec import model_state_specs
 from minprfaas.model.state import ContiguousState
 from minprfaas.model.tokenizer import Tokenizer
 from minprfaas.model.transformer import Transformer
-from minprfaas.observe.report import human_bytes, table
+from minprfaas.observe.tables import human_bytes, table
 
 torch.set_num_threads(1)
 torch.set_grad_enabled(False)

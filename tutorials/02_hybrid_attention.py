@@ -31,7 +31,7 @@ from minprfaas.model.spec import kv_bytes
 from minprfaas.model.state import ContiguousLayerState
 from minprfaas.model.window import attend_window
 from minprfaas.observe.plots import draw_curves, prepare_plots
-from minprfaas.observe.report import human_bytes, table
+from minprfaas.observe.tables import human_bytes, table
 
 torch.set_num_threads(1)
 torch.set_grad_enabled(False)

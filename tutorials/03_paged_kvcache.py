@@ -30,7 +30,7 @@ from minprfaas.model.paged_attention import attend_to_copied_pages, merge_pages,
 from minprfaas.model.spec import Pages, kv_bytes, model_state_specs
 from minprfaas.model.state import ContiguousState
 from minprfaas.model.transformer import Transformer
-from minprfaas.observe.report import human_bytes, table
+from minprfaas.observe.tables import human_bytes, table
 
 torch.set_num_threads(1)
 torch.set_grad_enabled(False)

@@ -2,7 +2,7 @@
 
     python tutorials/04_prefill_and_decode.py [DIRECTORY]     (no directory: the embedded model, in sections 4 and 5)
 
-Modules: engine/engine.py, engine/runner.py, engine/request.py, engine/generate.py, engine/
+Modules: engine/engine.py, engine/runner.py, engine/request.py, engine/reference.py, engine/
 Tests: test_engine.py, test_engine_edges.py, test_generate.py, test_bench_peers.py
 Paper: 2.1
 """
@@ -19,14 +19,14 @@ from minprfaas import SamplingParams, load
 from minprfaas.config import CacheConfig, LayerConfig, ModelConfig, RopeConfig
 from minprfaas.documents import EVALUATION_SEEDS, make_document
 from minprfaas.engine.engine import Engine
-from minprfaas.engine.generate import generate
+from minprfaas.engine.reference import generate
 from minprfaas.engine.request import Request, Status
 from minprfaas.engine.runner import Runner
 from minprfaas.model.gqa import GQAConfig
 from minprfaas.model.layers import DenseConfig
 from minprfaas.model.state import ContiguousState
 from minprfaas.model.transformer import Transformer
-from minprfaas.observe.report import human_bytes, table
+from minprfaas.observe.tables import human_bytes, table
 
 torch.set_num_threads(1)
 torch.set_grad_enabled(False)

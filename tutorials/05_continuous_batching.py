@@ -35,7 +35,7 @@ from minprfaas.engine.request import Request
 from minprfaas.engine.sampling import sample
 from minprfaas.engine.scheduler import Scheduler
 from minprfaas.engine.text import StreamedText
-from minprfaas.observe.report import table
+from minprfaas.observe.tables import table
 
 torch.set_num_threads(1)
 model, tokenizer = load(args.directory)

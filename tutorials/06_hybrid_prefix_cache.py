@@ -29,8 +29,8 @@ from minprfaas.kvcache.request_cache import RequestCache
 from minprfaas.kvcache.snapshots import ExpectedSnapshot
 from minprfaas.model.spec import kv_bytes, model_state_specs
 from minprfaas.observe.plots import prepare_plots
-from minprfaas.observe.report import human_bytes, table
 from minprfaas.observe.simulation_plots import draw_hit_ratios
+from minprfaas.observe.tables import human_bytes, table
 
 if args.plots:
     prepare_plots(args.plots)  # a mistake is said now, not after the last section

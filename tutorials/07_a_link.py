@@ -25,7 +25,7 @@ import torch
 from nodes import ROW_BYTES, FarEnd, as_bytes, ask, cargo, plan
 
 from minprfaas.config import LineConfig, LinkConfig, WeatherChange
-from minprfaas.observe.report import human_bytes, table
+from minprfaas.observe.tables import human_bytes, table
 from minprfaas.transport import EmulatedLine
 from minprfaas.transport.base import LinkRefused, StreamAborted
 from minprfaas.transport.events import StreamDone

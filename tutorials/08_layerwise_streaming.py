@@ -27,7 +27,7 @@ from minprfaas.cluster.kv_send import KVSend, SendingThreads
 from minprfaas.cluster.stream_plans import stream_plan
 from minprfaas.config import LineConfig, LinkConfig, StateKind
 from minprfaas.files import write_whole
-from minprfaas.observe.report import human_bytes, table
+from minprfaas.observe.tables import human_bytes, table
 from minprfaas.observe.timeline import Timeline, timeline_json
 from minprfaas.transport import Loopback
 from minprfaas.transport.streams import Coverage

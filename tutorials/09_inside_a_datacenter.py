@@ -19,7 +19,7 @@ import time
 import torch
 from nodes import DEADLINE_S, STREAM_TOKENS, cargo, new_store, pair_end, plan
 
-from minprfaas.observe.report import human_bytes, table
+from minprfaas.observe.tables import human_bytes, table
 from minprfaas.transport import EventQueue, LinkRestored, StreamDone, StreamFailed
 from minprfaas.transport.fabric import Fabric
 from minprfaas.transport.pair_group import (ALIGN_BYTES, BATCH_BYTES, DIGEST_BYTES, WINDOW, PairGroup, digest, is_sound,

@@ -22,7 +22,7 @@ import torch
 
 from minprfaas import load
 from minprfaas.engine.measure import measure_decode, measure_prefill
-from minprfaas.observe.report import human_bytes, table
+from minprfaas.observe.tables import human_bytes, table
 from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.lengths import LengthDistribution
 from minprfaas.scheduling.planner import first_token_times, plan, plan_least_loaded, sensitivity, sweep

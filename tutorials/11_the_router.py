@@ -20,7 +20,7 @@ from collections import Counter
 from dataclasses import replace
 
 from minprfaas.config import LinkSample, Role
-from minprfaas.observe.report import table
+from minprfaas.observe.tables import table
 from minprfaas.scheduling.books import LoadBooks, NodeBook
 from minprfaas.scheduling.congestion import HIGH_UTILIZATION, CongestionMonitor
 from minprfaas.scheduling.control import ControlPlane, ControlSettings, NodeJoined, PrefillEnded

@@ -23,8 +23,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from minprfaas.observe.plots import prepare_plots
-from minprfaas.observe.report import table
 from minprfaas.observe.simulation_plots import draw_simulation
+from minprfaas.observe.tables import table
 from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.control import ControlPlane, NewThreshold
 from minprfaas.scheduling.lengths import LengthDistribution

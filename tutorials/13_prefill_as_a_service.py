@@ -26,7 +26,7 @@ from minprfaas.cluster.journey import Journey
 from minprfaas.cluster.topology import Topology
 from minprfaas.config import LineConfig
 from minprfaas.documents import EVALUATION_SEEDS, make_document
-from minprfaas.observe.report import human_bytes, table
+from minprfaas.observe.tables import human_bytes, table
 
 # %% [markdown]
 # ## 1. Who is there

@@ -29,7 +29,7 @@ from minprfaas.cluster.recovery import MOST_ATTEMPTS
 from minprfaas.cluster.topology import Topology
 from minprfaas.config import LineConfig, LinkConfig
 from minprfaas.documents import EVALUATION_SEEDS, make_document
-from minprfaas.observe.report import table
+from minprfaas.observe.tables import table
 from minprfaas.transport import Link, LinkRefused, LinkRestored, MessageReceived, StreamAborted
 from minprfaas.transport.wan.frames import HEADER_BYTES, Frame, Header, Kind, Slot, StreamRecord
 from minprfaas.transport.wan.lanes import Lane

@@ -31,7 +31,7 @@ from minprfaas.errors import UserError
 from minprfaas.model.checkpoint import EMBEDDED
 from minprfaas.model.spec import kv_bytes, model_state_specs
 from minprfaas.model.state import ContiguousState
-from minprfaas.observe.report import human_bytes, table
+from minprfaas.observe.tables import human_bytes, table
 from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.control import ControlSettings, NodeJoined
 from minprfaas.scheduling.planner import plan

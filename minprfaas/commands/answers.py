@@ -6,13 +6,13 @@ from enum import Enum
 
 from minprfaas.cluster.journey import TTFT_PARTS, Journey
 from minprfaas.config import Role, StateKind
-from minprfaas.engine.generate import answer_prompts, logit_gap
 from minprfaas.engine.prompts import Prompt
+from minprfaas.engine.reference import answer_prompts, logit_gap
 from minprfaas.kvcache.layout import Layout
 from minprfaas.model.spec import kv_bytes
 from minprfaas.model.tokenizer import Tokenizer
 from minprfaas.model.transformer import Transformer
-from minprfaas.observe.report import human_bytes, table
+from minprfaas.observe.tables import human_bytes, table
 from minprfaas.transport.encoding import Encoding, Wire, row_codec
 
 HEADERS = ("request", "tokens", "cached", "route", "KV crossed", "prefill s", "transfer s*", "hidden*", "TTFT s*",

@@ -9,14 +9,14 @@ import torch
 
 from minprfaas.commands.options import generate as add_arguments  # noqa: F401
 from minprfaas.config import CacheConfig
-from minprfaas.engine.generate import answer_prompts
 from minprfaas.engine.pieces import compile_and_warm_up
 from minprfaas.engine.prompts import Prompt, read_prompts
+from minprfaas.engine.reference import answer_prompts
 from minprfaas.engine.request import TokenUpdate
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import UserError
 from minprfaas.model.checkpoint import load
-from minprfaas.observe.report import table
+from minprfaas.observe.tables import table
 
 
 def run(args: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ from minprfaas.kvcache.layout import Layout, plan_layout
 from minprfaas.model.checkpoint import EMBEDDED
 from minprfaas.model.families import PUBLISHED, read_config, read_published
 from minprfaas.model.spec import kv_bytes, model_state_specs
-from minprfaas.observe.report import table
+from minprfaas.observe.tables import table
 from minprfaas.scheduling.paper_case import TABLE_3_GBPS, TABLE_3_TOKENS
 
 LENGTHS = [1024 << doubling for doubling in range(8)]  # 1K to 128K tokens

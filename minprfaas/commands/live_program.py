@@ -24,8 +24,8 @@ from minprfaas.commands.machines import machine_at, wire_between
 from minprfaas.commands.serve import serve_until_signal
 from minprfaas.config import Role
 from minprfaas.engine.engine import Engine, token_ids_of
-from minprfaas.engine.generate import longest_prompts
 from minprfaas.engine.prompts import Prompt
+from minprfaas.engine.reference import longest_prompts
 from minprfaas.errors import UserError
 from minprfaas.files import OutputFile
 from minprfaas.kvcache.layout import plan_layout
@@ -33,7 +33,7 @@ from minprfaas.model.checkpoint import EMBEDDED
 from minprfaas.model.spec import model_state_specs
 from minprfaas.observe.board import Board
 from minprfaas.observe.cores import Cores
-from minprfaas.observe.report import human_bytes
+from minprfaas.observe.tables import human_bytes
 from minprfaas.observe.timeline import timeline_json
 from minprfaas.serving.openai import Served
 

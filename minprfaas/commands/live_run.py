@@ -16,14 +16,14 @@ from minprfaas.cluster.processes import UNTHROTTLED_GBPS, Process, control_setti
 from minprfaas.cluster.topology import Place
 from minprfaas.commands.answers import wire_share
 from minprfaas.commands.live_options import Run
+from minprfaas.commands.live_program import Program
 from minprfaas.commands.machines import machine_at, wire_between
 from minprfaas.commands.options import FULL_CONTEXTS
-from minprfaas.commands.live_program import Program
 from minprfaas.config import CacheConfig, LinkConfig
 from minprfaas.engine.engine import Engine
-from minprfaas.engine.generate import longest_prompts, pool_for
 from minprfaas.engine.paced import PacedEngine
 from minprfaas.engine.pieces import compile_and_warm_up
+from minprfaas.engine.reference import longest_prompts, pool_for
 from minprfaas.errors import UserError
 from minprfaas.files import OutputFile
 from minprfaas.model.checkpoint import load

@@ -8,7 +8,7 @@ from minprfaas.cluster.journey import TTFT_PARTS, Journey
 from minprfaas.cluster.messages import NodeFigures
 from minprfaas.config import Role
 from minprfaas.observe.board import bar
-from minprfaas.observe.report import human_bytes, table
+from minprfaas.observe.tables import human_bytes, table
 from minprfaas.scheduling.control import Action, NewThreshold
 from minprfaas.scheduling.roles import RoleChange
 

@@ -10,7 +10,7 @@ from math import inf, isfinite
 
 from minprfaas.errors import UserError
 from minprfaas.observe.plots import draw_plan, prepare_plots
-from minprfaas.observe.report import table
+from minprfaas.observe.tables import table
 from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.lengths import LengthDistribution, TruncatedLogNormal
 from minprfaas.scheduling.planner import MAX_INSTANCES, Fleet, Plan, first_token_times, plan, sensitivity

@@ -17,7 +17,7 @@ from minprfaas.engine.pieces import compile_and_warm_up
 from minprfaas.errors import UserError, require_number
 from minprfaas.files import OutputFile
 from minprfaas.model.checkpoint import EMBEDDED, load
-from minprfaas.observe.report import human_bytes, table
+from minprfaas.observe.tables import human_bytes, table
 from minprfaas.scheduling.profiles import Profile, ProfilePoint
 
 

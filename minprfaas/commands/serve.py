@@ -17,13 +17,13 @@ from minprfaas.commands.options import FULL_CONTEXTS
 from minprfaas.commands.options import serve as add_arguments  # noqa: F401
 from minprfaas.config import CacheConfig
 from minprfaas.engine.engine import Engine
-from minprfaas.engine.generate import pool_for
 from minprfaas.engine.pieces import compile_and_warm_up
+from minprfaas.engine.reference import pool_for
 from minprfaas.errors import require_number
 from minprfaas.model.checkpoint import EMBEDDED, load
 from minprfaas.model.tokenizer import Tokenizer
 from minprfaas.model.transformer import Transformer
-from minprfaas.observe.report import human_bytes
+from minprfaas.observe.tables import human_bytes
 from minprfaas.scheduling.control import ControlPlane
 from minprfaas.serving.openai import Served
 from minprfaas.serving.service import Service, listen, serve

@@ -17,8 +17,8 @@ from minprfaas.commands.plan import add_fleet_options, fleet_of, threshold_of
 from minprfaas.errors import UserError, require_number
 from minprfaas.files import OutputFile
 from minprfaas.observe.plots import prepare_plots
-from minprfaas.observe.report import table
 from minprfaas.observe.simulation_plots import draw_hit_ratios, draw_simulation
+from minprfaas.observe.tables import table
 from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.lengths import LengthDistribution
 from minprfaas.scheduling.planner import MAX_GBPS, MAX_INSTANCES, Fleet, plan

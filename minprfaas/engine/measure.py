@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from minprfaas.engine.engine import Engine
-from minprfaas.engine.generate import pool_for
+from minprfaas.engine.reference import pool_for
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import UserError
 from minprfaas.model.spec import kv_bytes

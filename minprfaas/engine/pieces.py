@@ -12,7 +12,7 @@ from functools import cache, partial
 import torch
 from tqdm import tqdm
 
-from minprfaas.engine.generate import generate
+from minprfaas.engine.reference import generate
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.model.tokenizer import Tokenizer
 from minprfaas.model.transformer import Transformer

@@ -21,7 +21,7 @@ from benches.figure_1 import KVNode, hear, next_event
 from benches.link import IDENTITY, in_two_processes
 from minprfaas.config import LinkConfig, StateKind
 from minprfaas.engine.fast_runner import chunk_for
-from minprfaas.observe.report import table
+from minprfaas.observe.tables import table
 from minprfaas.transport import (Fabric, LayerPlan, LinkRestored, StreamAborted, StreamDone, StreamFailed,
                                  StreamPlan)
 

@@ -21,7 +21,7 @@ from minprfaas.cluster.processes import COLLECT_AFTER
 from minprfaas.config import Role
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.kvcache.ledger import chain_keys
-from minprfaas.observe.report import table
+from minprfaas.observe.tables import table
 from minprfaas.scheduling.control import ControlPlane, ControlSettings
 from minprfaas.transport.events import EventQueue, MessageReceived
 

@@ -17,9 +17,9 @@ from minprfaas.cluster.kv_send import KVSend
 from minprfaas.cluster.stream_plans import stream_plan
 from minprfaas.config import CacheConfig
 from minprfaas.engine.engine import Engine
-from minprfaas.engine.generate import pool_for
 from minprfaas.engine.pieces import compile_pieces
 from minprfaas.engine.prefill_graphs import graph_delta_rules
+from minprfaas.engine.reference import pool_for
 from minprfaas.engine.request import Request, Status
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.model.delta import delta_rule, delta_rule_recurrent

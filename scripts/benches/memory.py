@@ -27,7 +27,7 @@ from minprfaas.kvcache.layout import Layout, plan_layout
 from minprfaas.kvcache.manager import KVCacheManager
 from minprfaas.model.families import config_from_hf
 from minprfaas.model.spec import model_state_specs
-from minprfaas.observe.report import human_bytes, table
+from minprfaas.observe.tables import human_bytes, table
 from minprfaas.transport import EmulatedLine, Link, StreamDone
 
 LIMIT_MIB = 64

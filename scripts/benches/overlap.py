@@ -22,7 +22,7 @@ from minprfaas.errors import UserError, exit_on_user_error
 from minprfaas.model.checkpoint import EMBEDDED
 from minprfaas.model.families import read_config
 from minprfaas.model.mla import MLAConfig
-from minprfaas.observe.report import human_bytes, table
+from minprfaas.observe.tables import human_bytes, table
 
 SCRIPTS = Path(__file__).resolve().parent.parent
 RTT_S = 0.020

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minprfaas.observe.report import table
+from minprfaas.observe.tables import table
 from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.lengths import LengthDistribution
 from minprfaas.scheduling.planner import Fleet, Plan, plan

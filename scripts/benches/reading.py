@@ -12,7 +12,7 @@ import torch
 from minprfaas.files import write_whole
 from minprfaas.model.spec import StateSpec, kv_bytes
 from minprfaas.model.transformer import Transformer
-from minprfaas.observe.report import table
+from minprfaas.observe.tables import table
 
 HEADERS = ["case", "ours ms", "floor ms", "ours / floor", "peer", "peer ms", "peer / ours"]
 

@@ -29,7 +29,7 @@ from minprfaas.kvcache.layout import plan_layout
 from minprfaas.kvcache.request_cache import RequestCache
 from minprfaas.model.families import config_from_hf
 from minprfaas.model.spec import model_state_specs
-from minprfaas.observe.report import table
+from minprfaas.observe.tables import table
 from minprfaas.transport import EmulatedLine, Link, MessageReceived, StreamDone
 
 LIMIT = 0.05  # of a step

@@ -23,10 +23,10 @@ from minprfaas.commands.live_options import Run
 from minprfaas.commands.live_run import Seat, play
 from minprfaas.config import LineConfig, LinkConfig
 from minprfaas.documents import EVALUATION_SEEDS, make_document
-from minprfaas.engine.generate import generate
+from minprfaas.engine.reference import generate
 from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import UserError, exit_on_user_error
-from minprfaas.observe.report import table
+from minprfaas.observe.tables import table
 
 HEADERS = ["line, Mbit/s*", "relay", "TTFT s*", "last token s*", "before handover", "gap there ms*", "median gap ms*",
            "largest gap ms*", "steps at PrfaaS", "its computing s", "identical"]

@@ -13,7 +13,7 @@ from dataclasses import replace
 from tqdm import tqdm
 
 from minprfaas.config import LinkSample, Role
-from minprfaas.observe.report import table
+from minprfaas.observe.tables import table
 from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.control import ControlPlane, ControlSettings, LinkMeasured, NodeJoined
 from minprfaas.scheduling.directory import CacheChanged

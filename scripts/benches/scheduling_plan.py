@@ -8,7 +8,7 @@ import random
 import time
 from collections.abc import Callable
 
-from minprfaas.observe.report import table
+from minprfaas.observe.tables import table
 from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.lengths import LengthDistribution
 from minprfaas.scheduling.planner import plan, sensitivity

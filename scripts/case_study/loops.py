@@ -20,7 +20,7 @@ from case_study.sustained import stratified
 from minprfaas.cluster.processes import Process
 from minprfaas.engine.engine import Engine
 from minprfaas.observe.cores import Cores
-from minprfaas.observe.report import table
+from minprfaas.observe.tables import table
 from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.control import NewThreshold
 from minprfaas.scheduling.lengths import LengthDistribution

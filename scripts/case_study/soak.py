@@ -24,7 +24,7 @@ from minprfaas.cluster.journey import Journey
 from minprfaas.cluster.processes import Process
 from minprfaas.engine.engine import Engine
 from minprfaas.observe.cores import Cores
-from minprfaas.observe.report import table
+from minprfaas.observe.tables import table
 from minprfaas.scheduling.control import NewThreshold
 from minprfaas.scheduling.profiles import Scale
 from minprfaas.scheduling.roles import RoleChange

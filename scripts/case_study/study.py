@@ -22,7 +22,7 @@ from minprfaas.engine.engine import Engine
 from minprfaas.errors import ArgumentParser, UserError, require_number
 from minprfaas.observe.cores import Cores
 from minprfaas.observe.plots import draw_sweeps, prepare_plots
-from minprfaas.observe.report import table
+from minprfaas.observe.tables import table
 from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.planner import Fleet, Plan, first_token_times, plan
 from minprfaas.scheduling.profiles import Scale
