@@ -107,6 +107,19 @@ def test_a_chapter_says_what_it_is_about_and_all_of_it_is_there(chapter):
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
+def test_each_section_with_code_asks_for_a_guess_and_offers_a_line_to_change(chapter):
+    """A guess has a number, or a few answers to choose from: it ends in a question. (15.9 and 15.10 have no code.)"""
+    _, *sections = re.split(r"^# ## (?=\d+\. )", CHAPTERS[chapter].read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert len(sections) >= 4
+    for section in sections:
+        title, text = section.split("\n")[0], section.split("# ### Exercises")[0]
+        if "\n# %%\n" in text and not title.startswith("10. What the paper"):
+            guess = re.search(r"\*Guess first:\*(.*?)\n(?!# )", text + "\n", re.DOTALL)
+            assert guess and "?" in guess[1], f"{CHAPTERS[chapter].name}: no guess in {title}"
+            assert "*Change this line:*" in text, f"{CHAPTERS[chapter].name}: nothing to change in {title}"
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
 def test_a_chapter_uses_what_it_claims(chapter):
     text, used = CHAPTERS[chapter].read_text(encoding="utf-8"), used_by(CHAPTERS[chapter])
     for claim in claims(chapter)["Modules"]:

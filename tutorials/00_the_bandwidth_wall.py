@@ -204,7 +204,8 @@ print(f"\n   So at 128K a factor of {same_size[-1]:.0f} comes from the kind of l
 # The paper measured it on an instance of 8 H200, its table 3. With the weights of section 2 that also tells how long
 # prefill took: T = S / Phi. Both are the paper's numbers, nothing of it is measured here.
 #
-# *Guess first:* a model that prefills twice as fast: does that make the wall lower, or higher?
+# *Guess first:* a model prefills twice as fast, and its baton weighs the same. How wide a line does it need: half as
+# wide, the same, or twice?
 
 # %%
 print("3. How fast it comes out: Phi_kv(l) = S_kv(l) / T_prefill(l)\n")
@@ -215,13 +216,13 @@ print(table(["model", *(f"{at}, Gbps" for at in AT), "implied T at 32K, s"], [
 # %% [markdown]
 # ![Figure 2: the same, drawn over the length of the prompt](../docs/figure_2.png)
 #
-# Higher: who makes batons faster needs the wider road. So a slow prefill also has a low Phi_kv, and that is no merit;
-# only fewer bytes are one. (The models differ in size, too: a smaller one prefills faster, which *raises* Phi.)
+# Twice as wide: who makes batons faster needs the wider road. So a slow prefill also has a low Phi_kv, and that is no
+# merit; only fewer bytes are one. (The models differ in size, too: a smaller one prefills faster, which *raises* Phi.)
 #
 # The same measured here, with two models of equal depth and width and random weights. One has attention in its four
 # layers, the other in one of four.
 #
-# *Guess first:* the dense one's baton has 15 times the bytes. Is its Phi_kv 15 times as high, too?
+# *Guess first:* the dense one's baton has 15 times the bytes. How many times as high is its Phi_kv?
 
 
 # %%
@@ -324,11 +325,25 @@ print()
 #
 # `python -m minprfaas inspect --config kimi-linear-48b` prints for any model what this chapter computed; this is the
 # same function. (What *groups* and *blocks* are, chapter 03 shows.)
+#
+# *Guess first:* a prompt of 2K tokens instead of 1K: by how many percent does Kimi Linear's baton grow?
 
 # %%
-layout = plan_layout(model_state_specs(kimi, "bfloat16"), block_tokens=64)
+CHOSEN = "Kimi Linear"
+specs = model_state_specs(models[CHOSEN], "bfloat16")
 print("5. One model in full\n")
-inspect.show("kimi-linear-48b", inspect.describe(kimi, layout, "bfloat16"))
+inspect.show(CHOSEN, inspect.describe(models[CHOSEN], plan_layout(specs, block_tokens=64), "bfloat16"))
+of_1k, of_2k = (kv_bytes(specs, tokens) for tokens in (1024, 2048))
+print(f"\n   From 1K to 2K tokens it grows by {of_2k / of_1k - 1:.0%}: of 1K's "
+      f"{fixed_bytes(specs) / of_1k:.0%} is there whatever the length.")
+
+# %% [markdown]
+# *Why does that matter to a router?* A short prompt to a hybrid is nearly all fixed part: as heavy to send as a much
+# longer one, and with little prefill to hide it behind. One more reason to send the long ones only.
+#
+# *Change this line:* `CHOSEN = "Kimi Linear"` → `"Qwen3-235B"`. By how many percent does a dense one's grow?
+
+# %%
 print(f"""
 KVCache per second of prefill decides whether prefill may leave the datacenter: through one line it could for
 {sum(crossing.values())} of {len(crossing)} models.

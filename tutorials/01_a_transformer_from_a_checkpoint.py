@@ -51,7 +51,7 @@ torch.set_grad_enabled(False)
 # holds the weights by name, `tokenizer.json` turns text into numbers and back. `load` reads the first, builds the
 # model that it describes, and only then opens the weights: each tensor's name and shape is checked before one is read.
 #
-# *Guess first:* 5 million weights of 4 bytes are 20 MB. The file has half of that. Why?
+# *Guess first:* 5 million weights of 4 bytes are 20 MB. How large is the file?
 
 # %%
 directory = Path(args.directory or EMBEDDED)

@@ -169,7 +169,7 @@ print(f"\n   From a decay of {broken:g} a token on, the one product is of no use
 # >
 # > Lightning (MiniMax-Text, Ring):  S ← e^(−slope) S,  S ← S + k vᵀ  (a fixed decay, nothing replaced)
 #
-# *Guess first:* which of the three is fastest in its chunked form?
+# *Guess first:* in the chunked form, how many times as fast as KDA is the quickest of the three?
 
 # %%
 q, k, v, g, beta, memory = random_tokens(512, decay=0.1)
@@ -312,7 +312,7 @@ print()
 # A decode step reads the whole state of every layer. One step of one mixer (width 256, 4 heads of 64), after contexts
 # of two lengths:
 #
-# *Guess first:* GQA's bytes grow 8 times from 1K to 8K tokens. Its time?
+# *Guess first:* GQA's bytes grow 8 times from 1K to 8K tokens. How many times does its time?
 
 
 # %%

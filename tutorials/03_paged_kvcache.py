@@ -219,7 +219,8 @@ print(f"\n   {len(blocks)} pages give {len(blocks) * (dim + 1):,} numbers; the r
 # One decode step of one layer with 4,096 tokens behind it: append a row, and have the whole context to read. Three ways
 # to keep it, measured:
 #
-# *Guess first:* both a tensor that grows and the gathering of blocks move the same megabyte. Which takes longer?
+# *Guess first:* both a tensor that grows and the gathering of blocks move the same megabyte. Which takes
+# longer, and by how many times?
 
 
 # %%
@@ -276,7 +277,8 @@ print(f"\n   Blocks take {blocks_ms / grow_ms:.1f} times what the growing tensor
 #
 # One block of a request is overwritten with zeros, as if it had been lost between two datacenters.
 #
-# *Guess first:* is a lost block an error, or only another answer?
+# *Guess first:* of 300 tokens in eight layers, 64 tokens of one layer are gone. By how much does a logit change at
+# most: 1e-6, 0.01 or 0.4? And who raises an error?
 
 # %%
 request = kvcache.open(prompts["A"])
@@ -320,6 +322,14 @@ print("7. A full pool says no\n")
 print(f"   It needs {layout.blocks_for(4096)} blocks, {before} are free: reserve gives {got}, and "
       f"{kvcache.stats().free} are free still.")
 kvcache.check()  # recounts every block, and raises if one is lost or has two owners
+
+# %% [markdown]
+# *Why not hand out those that are free?* Two requests that each hold half of what they need would wait for each other,
+# and neither would ever give anything back. Who gets all or nothing can always be asked to wait.
+#
+# *Change this line:* `reserve(another, 4096)` → `1024`. How many are free afterwards?
+
+# %%
 print(f"\nBlocks use {in_blocks:.0%} of their rows where whole tensors use {in_tensors:.0%}; through them the model "
       "computes the same.\nNext: tutorials/04_prefill_and_decode.py, why two machines.")
 

@@ -96,8 +96,14 @@ ATTENTION_FLOPS = 4 * len(config.layers) * mixer.num_heads * mixer.head_dim  # a
 ROW_BYTES = 2 * mixer.num_kv_heads * mixer.head_dim * 4 * len(config.layers)  # of KVCache, a token
 
 
+def flops_and_bytes(batch: int, new: int, context: int, number_bytes: int = 4) -> tuple[float, float]:
+    """What a pass of `new` tokens for each of `batch` requests must do and read, with `context` tokens behind each."""
+    flops = batch * new * (2 * weights + ATTENTION_FLOPS * (context + new / 2))
+    return flops, (4 * weights + batch * ROW_BYTES * (context + new)) * number_bytes / 4
+
+
 class Measured:
-    """A forward pass of `new` tokens for each of `batch` requests, with CONTEXT tokens behind each."""
+    """Such a pass, run with CONTEXT tokens behind each request."""
 
     def __init__(self, batch: int, new: int):
         state = ContiguousState(config, "float32", batch)
@@ -111,11 +117,10 @@ class Measured:
             model(token_ids, state)
 
         self.tokens, self.seconds = batch * new, seconds(forward)
-        self.kvcache_bytes = batch * ROW_BYTES * (CONTEXT + new)
-        flops = self.tokens * (2 * weights + ATTENTION_FLOPS * (CONTEXT + new / 2))
-        self.flops_a_byte = flops / (4 * weights + self.kvcache_bytes)
+        flops, nbytes = flops_and_bytes(batch, new, CONTEXT)
+        self.flops_a_byte, self.kvcache_share = flops / nbytes, 1 - 4 * weights / nbytes
         self.arithmetic = flops / self.seconds / peak_flops  # shares of the two limits
-        self.reading = (4 * weights + self.kvcache_bytes) / self.seconds / peak_bytes
+        self.reading = nbytes / self.seconds / peak_bytes
 
     @property
     def tokens_per_s(self) -> float:
@@ -157,15 +162,15 @@ print(f"""
 # If an answer's tokens cannot share a pass, tokens of *many answers* can: one token of each. They share the weights.
 # They do not share the [KVCache](../docs/glossary.md#kvcache): each request's own is read for it alone.
 #
-# *Guess first:* 64 requests at once: as fast as 64 tokens of one prompt, or slower?
+# *Guess first:* 64 requests at once: how many times the tokens a second of one? (64 tokens of one prompt: see above.)
 
 # %%
 decode = {batch: prefill[1] if batch == 1 else Measured(batch, 1) for batch in COUNTS[:-1]}
 print("3. Many requests, a token of each\n")
-print(table(["at once", "tokens/s", "gain", "gain of one prompt", "KVCache of the bytes", "nearer"], [
+print(table(["at once", "tokens/s", "gain", "gain of one prompt", "KVCache of the bytes", "FLOP a byte", "nearer"], [
     (batch, f"{run.tokens_per_s:,.0f}", f"{run.tokens_per_s / one.tokens_per_s:.1f}x",
      f"{prefill[batch].tokens_per_s / one.tokens_per_s:.1f}x",
-     f"{run.kvcache_bytes / (4 * weights + run.kvcache_bytes):.0%}", run.limit) for batch, run in decode.items()]))
+     f"{run.kvcache_share:.0%}", f"{run.flops_a_byte:.1f}", run.limit) for batch, run in decode.items()]))
 most = COUNTS[-2]
 shared = decode[most].tokens_per_s / one.tokens_per_s
 print(f"\n   {most} requests at once draw {shared:.1f} times the tokens a second of one, {most} tokens of one prompt "
@@ -174,12 +179,32 @@ print(f"\n   {most} requests at once draw {shared:.1f} times the tokens a second
 
 # %% [markdown]
 # *Why is a batch of requests not a prompt?* With each request there is more to read, as the bytes' column says, and not
-# only more to compute; and attention is a small product of its own for each. So the two kinds of work want
-# different machines. Prefill wants arithmetic. Decode wants bandwidth, and memory for many requests' KVCache. That is
-# the case for [PD disaggregation](../docs/glossary.md#pd), and it is why the paper puts H200s to prefill and cheaper
-# cards to decode.
+# only more to compute; and attention is a small product of its own for each. This core does few FLOP while it reads a
+# byte (section 1), so its arithmetic is soon used up, and the last column may say so even of decode. A GPU is another
+# machine. Its numbers of 2 bytes, this model, by arithmetic:
 #
-# *Change this line:* `CONTEXT = 128` → `1024`. What becomes of the gain of 64 requests, and of the bytes' column?
+# *Guess first:* the more requests, the more FLOP a byte. With 8,192 tokens behind each, how many does it take to reach
+# the 300 of an H100: 640, 6,400, or more?
+
+# %%
+H100_FLOPS_A_BYTE = 300
+passes = {f"{batch:,} requests, {context:,} tokens behind each": flops_and_bytes(batch, 1, context, 2)
+          for batch, context in ((64, 128), (64, 8192), (640, 8192), (6400, 8192))}
+passes["a prompt of 8,192 tokens"] = flops_and_bytes(1, 8192, 0, 2)
+print(table(["pass", "FLOP a byte", "bound on an H100 by"], [
+    (name, f"{flops / nbytes:,.1f}", "memory" if flops / nbytes < H100_FLOPS_A_BYTE else "arithmetic")
+    for name, (flops, nbytes) in passes.items()]))
+print()
+
+# %% [markdown]
+# *Why does no batch get there?* Once the KVCache outweighs the weights, each request adds as many bytes as it adds
+# work. A token of context takes 4 FLOP for each channel of each query head, and has 2 numbers of 2 bytes for each
+# channel of each KV head: heads / KV heads FLOP a byte, 2 here, whatever the batch. (The new token's own way through
+# the weights is the rest, and a longer context outweighs that, too.) So the two kinds of work want different machines.
+# Prefill wants arithmetic. Decode wants bandwidth, and memory for many requests' KVCache. That is the case for [PD
+# disaggregation](../docs/glossary.md#pd), and it is why the paper puts H200s to prefill and cheaper cards to decode.
+#
+# *Change this line:* `num_kv_heads=4` in section 2 → `1`. What do 6,400 requests reach now?
 
 # %% [markdown]
 # ## 4. Both on one machine: chunked prefill
@@ -188,8 +213,8 @@ print(f"\n   {most} requests at once draw {shared:.1f} times the tokens a second
 # engine cuts the prompt into *chunks*: a step is one chunk, and one token for each running request. (What runs next is
 # the scheduler's business, chapter 05; the tensors are the `Runner`'s: `prefill` a chunk, `decode` a batch.)
 #
-# *Guess first:* one request is being answered, a prompt of 900 tokens comes. With chunks of 64 instead of 1,024, who
-# gains, who loses?
+# *Guess first:* one request is being answered, a prompt of 900 tokens comes. With chunks of 64 instead of 1,024, how
+# many times as long does the one wait at most, and the other for its first token?
 
 # %%
 document = make_document(EVALUATION_SEEDS + 4, tokens=900, encode=tokenizer.encode)
@@ -232,7 +257,7 @@ print(f"""
 # taken out of its blocks as bytes, and put into the other's, which goes on. In this chapter they share a process; in
 # chapter 13 there is an ocean between them, and what crosses is the same bytes.
 #
-# *Guess first:* which of the two knows where the bytes must go: the reader, or the writer?
+# *Guess first:* of the prompt's tokens, how many does the engine that writes compute?
 
 # %%
 params = SamplingParams(max_tokens=8)
@@ -264,8 +289,8 @@ print(f"\n   {human_bytes(kv_bytes)} of KVCache for {tokens} tokens were handed 
       f"{'the same' if same else 'NOT the same'}, token by token, as\n   with one engine: {going_on.text.strip()!r}.\n")
 
 # %% [markdown]
-# *Why does the writer reserve first?* It gives the blocks, so it knows where; and when it has no room, it is better not
-# to have read. That order (reserve, then ask) is kept throughout: it is called *pull*.
+# *Why does the writer reserve first?* Only it knows where the bytes must go, into blocks of its own; and when it has no
+# room, it is better not to have read. That order (reserve, then ask) is kept throughout: it is called *pull*.
 #
 # *Change this line:* leave out one layer (`if layer == 3: continue`). Is there an error?
 

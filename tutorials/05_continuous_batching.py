@@ -81,13 +81,17 @@ for batch in (1, 4, 16, 32):
     rows.append((batch, f"{rates[batch]:.0f}", f"{rates[batch] / rates[1]:.1f}x", f"{steps_ms[batch]:.0f}"))
 print("1. A step for everyone (ten steps)\n")
 print(table(["requests", "tokens/s", "gain", "ms a step"], rows))
-print(f"\n   With 32 requests a step takes {steps_ms[32] / steps_ms[1]:.1f} times as long and draws 32 tokens: "
-      f"{rates[32] / rates[1]:.1f} times the tokens a second.\n")
+own_ms = (steps_ms[32] - steps_ms[1]) / 31
+print(f"""
+   With 32 requests a step takes {steps_ms[32] / steps_ms[1]:.1f} times as long and draws 32 tokens: \
+{rates[32] / rates[1]:.1f} times the tokens a second.
+   By the first row and the last, {steps_ms[1] - own_ms:.0f} ms of a step are shared, and a request adds {own_ms:.1f}.
+""")
 
 # %% [markdown]
 # *Why does a step take longer with more requests?* What they share (reading the weights, the calls of Python) is paid
-# once. Each request's own KVCache, its draw and its text are paid once a request. For so small a model on one core the
-# calls are the largest part.
+# once. Each request's own KVCache, its draw and its text are paid once a request. The longer the contexts, the larger
+# that part: it is what chapter 04 found of batches.
 #
 # *Change this line:* `(1, 4, 16, 32)` → `(1, 2, 3, 4)`. Is the gain already there?
 
@@ -161,7 +165,8 @@ print(f"""
 # request enters only when its *whole* prompt has room; until then it waits, and nobody overtakes it. And when a running
 # one needs a block and there is none, the *youngest* gives everything back and waits again.
 #
-# *Guess first:* six requests, and room for three prompts and a little. Does anybody's answer change?
+# *Guess first:* six requests, and room for three prompts and a little. How many times must one give
+# way, and how many of the six answers change?
 
 # %%
 blocks = 3 * new_engine().layout.blocks_for(len(tokenizer.encode(questions[0])) + 16)
@@ -239,7 +244,7 @@ print()
 # Tokens are not letters: one may be half a character, and a *stop string* may begin in one token and end in the next.
 # So a piece of text is shown only once it is certain.
 #
-# *Guess first:* the answer is to stop at "wyn Ash". What may be shown of "Ilwyn Ashcombe", and when?
+# *Guess first:* the answer is to stop at "wyn Ash". How many letters of "Ilwyn Ashcombe" are shown?
 
 # %%
 ids = tokenizer.encode(" Ilwyn Ashcombe")
@@ -295,7 +300,7 @@ print(f"\n   {first}, {second} and {third} drew {'the same tokens' if same else 
 # All of this is behind `python -m minprfaas generate --prompts FILE`. A line is a request; one that comes *after*
 # another continues that conversation.
 #
-# *Guess first:* when does the second line begin to run?
+# *Guess first:* three lines, of which the second comes after the first. How many can begin at once?
 
 # %%
 with tempfile.TemporaryDirectory() as folder:

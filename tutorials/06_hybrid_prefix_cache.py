@@ -275,7 +275,9 @@ print(f"\n   Of what crossed {state_bytes} is the state of the linear layers.\n"
 # elsewhere. And where may the decode node *begin a prefill* itself, if it has to? Only where it has a snapshot, so one
 # is sent along when there is time (`cluster/snapshot_arrivals.py`): expected first, indexed when it is there.
 #
-# *Guess first:* how many tokens of this conversation can the decode node begin after, before and after that?
+# *Change this line:* `words(1200)` above → `words(300)`. Which part of what crosses has not changed?
+#
+# *Guess first:* how many tokens of a prompt of 700 can the decode node begin after, before and after that?
 
 # %%
 other, prompt = node(600), words(700)
@@ -285,7 +287,6 @@ other.reserve(received, len(prompt))
 ship(ROW_LAYERS, prefiller, sent.block_tables, other, received.block_tables, 0, len(prompt))
 other.advance(received, prompt, has_state=False)  # as if the stream had ended before the state came
 before = other.match([*prompt, 0])
-
 boundary = 10 * BLOCK
 expected: ExpectedSnapshot | None = other.snapshots.expect(received.keys, boundary)
 ship(STATE_LAYERS, prefiller, prefiller.snapshots.hold(sent, boundary), other, expected.tables, 0, boundary)
@@ -338,8 +339,7 @@ print(f"\n   free + cached + in use = {prefiller.stats().total} at each moment: 
 # its blocks from the tail, so a prefix shrinks from its tail. A snapshot leaves with the block at which it ends.
 #
 # *Guess first:* a pool of 120 blocks holds one prefix of 512 tokens, in 38 blocks. Requests ask for 50, 75, 85, …
-# blocks and give them back. Which of them is the first to cost the prefix something? How many tokens can be reused
-# after the one that asks for 105?
+# blocks and give them back. Which is the first to cost the prefix something? What is left of it after 105?
 
 # %%
 squeezed, rows = node(120, snapshot_every=2), []
@@ -368,7 +368,7 @@ print(f"\n   What is left is the beginning of the document, without a gap: {'tru
 # tensors (the trace is invented here; `python -m minprfaas simulate --cache-only --trace FILE` replays a real one).
 #
 # *Guess first:* both models have the same number of blocks here. A hybrid can resume a prefix at fewer places, and its
-# snapshots take room. Which has the higher hit ratio, in a small pool and in a large one?
+# snapshots take room. By how many points is its hit ratio behind, in the smallest pool and in the largest?
 
 # %%
 trace = conversations(2500, rng)

@@ -44,8 +44,8 @@ far = FarEnd()  # it imports torch meanwhile
 # `put` for each piece, then `finish`. Nothing but what the plan says can arrive. In one process that is all of it:
 # `Loopback`.
 #
-# *Guess first:* a stream of 1,024 tokens. Which of these does it refuse: a piece twice, a piece of a layer that is not
-# in the plan, a piece whose bytes are too few, an end before everything was put?
+# *Guess first:* a piece twice, a piece of a layer that is not in the plan, a piece whose bytes are too few, an end
+# before everything was put: how many of the four does it refuse?
 
 # %%
 TOKENS = 1024  # of 2 KiB: 2 MiB
@@ -230,7 +230,8 @@ print(f"   {HEADER_BYTES} bytes say: {read.kind.name} {read.seq} of stream {read
 # Whoever reaches the port can knock. In the handshake both sides prove, by a hash over everything that was said so far,
 # that they hold the same secret, and compare what model they mean; only then does a frame cross.
 #
-# *Guess first:* what does an impostor learn: that the secret was wrong, or which model is here, or neither?
+# *Guess first:* why it was refused, which model is here, how many lanes there are: how many of the three does an
+# impostor learn?
 
 # %%
 try:
@@ -251,7 +252,7 @@ print(f"   {verdict}. The impostor learns only that it was refused.\n")
 # ## 6. Weather
 #
 # *Guess first:* 100 Mbps; after 1 s only 30; after 2 s nothing for a second; then 200. Someone keeps putting. How many
-# bytes wait at most: as many as were put, or fewer?
+# MB wait at most?
 
 # %%
 WEATHER = (WeatherChange(1.0, gbps=0.03), WeatherChange(2.0, stall_s=1.0), WeatherChange(3.0, gbps=0.2))

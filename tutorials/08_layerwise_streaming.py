@@ -254,7 +254,8 @@ print(f"""
 # %% [markdown]
 # ## 5. A picture of it
 #
-# *Guess first:* where the transfer takes half as long as prefill: is the line busy most of the time, or in bursts?
+# *Guess first:* where the transfer takes half as long as prefill: what share of the time is the line busy, and is that
+# in one piece?
 
 
 # %%

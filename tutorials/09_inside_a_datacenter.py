@@ -30,15 +30,42 @@ torch.set_num_threads(1)
 CPU, NODES_PY = torch.device("cpu"), helper.path_of("nodes.py")
 
 # %% [markdown]
-# ## 1. A group of two
+# ## 1. Two runners in one building
+#
+# Prefill and decode are different machines (chapter 04) also where they stand side by side. That is [PD
+# disaggregation](../docs/glossary.md#pd), and serving clusters had it before anybody thought of two buildings: some
+# nodes only prefill ([PD-P](../docs/glossary.md#pd-p)), others only decode ([PD-D](../docs/glossary.md#pd-d)), and each
+# request's KVCache goes from one of the first to one of the second. PrfaaS keeps all of that, for the prompts that
+# stay.
+#
+# *Guess first:* on an H200 a dense model made 896 MiB of KVCache of 8,192 tokens in 56 ms (`docs/measurements.md`). How
+# many ms does the handover take from GPU to GPU in one host, and how many over the paper's line of 100 Gbps?
+
+# %%
+NCCL_GB_S, LINE_GB_S = 362, 12.5  # as READ from docs/measurements.md; 12.5 GB/s are the paper's 100 Gbps
+READ = {"dense, Qwen3-0.6B's shape": (896, 56.3), "hybrid of its size": (84.7, 181.2)}  # MiB, ms of prefill
+print("1. Two runners in one building: 8,192 tokens (by arithmetic, from what docs/measurements.md read on H200s)\n")
+print(table(["model", "KVCache, MiB", "prefill, ms", "GPU to GPU, ms", "over the line, ms", "prefill hides that"], [
+    (name, mib, prefill_ms, f"{mib * 2**20 / NCCL_GB_S / 1e6:.1f}", f"{mib * 2**20 / LINE_GB_S / 1e6:.1f}",
+     "yes" if mib * 2**20 / LINE_GB_S / 1e6 < prefill_ms else "no") for name, (mib, prefill_ms) in READ.items()]))
+print()
+
+# %% [markdown]
+# *Why is there a chapter about it, then?* In a building bandwidth is not the trouble: even the dense baton is handed
+# over in a fraction of the time that it took to make. The trouble is that *nodes* die, in the middle of a handover, and
+# that the network which is so fast does not tell. Who holds the baton when a runner falls is what the rest is about.
+#
+# *Change this line:* `LINE_GB_S = 12.5` → `50`, a line of 400 Gbps. Whose handover can it hide?
+
+# %% [markdown]
+# ## 2. A group of two
 #
 # Two datacenters are joined by a line that is slow and may break, so chapter 07 built lanes, frames, acknowledgements.
-# Inside one there is a network from the memory of one GPU into that of another (NCCL between two H200s of one host:
-# 362 GB/s, says `docs/measurements.md`; the paper's line has 12.5), and `torch.distributed` can drive it. What a *node*
-# prefills goes to *any* node that decodes, and nodes die by themselves.
-# One group of all nodes would die with each of them. So every **pair** of nodes has a group of its own, and when one
-# of the two dies, nobody else notices. Each direction has its own group, too: a group's operations queue up behind
-# each other, and a send would wait for a receive that waits for a send.
+# The network inside one is driven by `torch.distributed`, whose processes act in *groups*, and a group is lost when one
+# of its members is. What one node prefills goes to *any* node that decodes. If all nodes were one group, each death
+# would end every handover. So every **pair** of nodes has a group of its own, and when one of the two dies, nobody else
+# notices. Each direction has its own group, too: a group's operations queue up behind each other, and a send would wait
+# for a receive that waits for a send.
 #
 # *Guess first:* how many groups does a datacenter of 8 nodes need, and how many MB/s pass between two CPUs here?
 
@@ -67,7 +94,7 @@ began_s = time.monotonic()
 for number in range(1, 33):
     landed = cross(number)
 mb_s = 32 * kvcache.numel() / (time.monotonic() - began_s) / 1e6
-print("1. A group of two\n")
+print("2. A group of two\n")
 print(f"   8 nodes: {8 * 7 // 2} pairs, {8 * 7} groups, one for each direction. Between two threads here\n"
       f"   {mb_s:,.0f} MB/s pass by Gloo, {human_bytes(kvcache.numel())} an operation; what landed is "
       f"{'the same' if torch.equal(landed, kvcache) else 'NOT the same'}.\n")
@@ -80,7 +107,7 @@ print(f"   8 nodes: {8 * 7 // 2} pairs, {8 * 7} groups, one for each direction. 
 # bytes, and watch the rate.
 
 # %% [markdown]
-# ## 2. Land, digest, scatter
+# ## 3. Land, digest, scatter
 #
 # The bytes could be received straight into the blocks of the pool. They are not. With NCCL an operation that is broken
 # off *ends like one that succeeded*: no error, and memory that is half old, half new. So a batch ends with its
@@ -88,7 +115,8 @@ print(f"   8 nodes: {8 * 7 // 2} pairs, {8 * 7} groups, one for each direction. 
 # when digest and key fit is it scattered into blocks. The digest is one pass over the bytes, on the device where they
 # are: the receiver's host waits for its GPU once a batch, the sender's not at all.
 #
-# *Guess first:* 1 of 8,388,608 bits is wrong. Does a sum notice? And if one half never came?
+# *Guess first:* one of 8,388,608 bits is flipped; one half never came; two rows are in each other's place; all of it is
+# an earlier batch. How many of the four does a plain sum over all that landed notice?
 
 # %%
 KEY = 42
@@ -101,23 +129,33 @@ rows[[3, 7]] = rows[[7, 3]]
 seal(other, KEY - 1)
 cases = {"as it was sent": kvcache, "one bit flipped": one_bit, "one half missing": half,
          "two rows in each other's place": swapped, "an earlier batch, in the same memory": other}
-print("2. Land, digest, scatter\n")
-print(table(["what landed", "its digest", "scattered"],
-            [[what, f"{int(digest(data[:-DIGEST_BYTES])) % 2**64:016x}", "yes" if is_sound(data, KEY) else "no"]
-             for what, data in cases.items()]))
-noticed = sum(not is_sound(data, KEY) for data in list(cases.values())[1:])
-print(f"\n   {noticed} of 4 damages noticed.\n")
+
+
+def plain_sum(batch: torch.Tensor) -> int:
+    """All its words of 8 bytes, added up."""
+    return int(batch[:-DIGEST_BYTES].view(torch.int64).sum()) % 2**64
+
+
+print("3. Land, digest, scatter\n")
+print(table(["what landed", "a plain sum", "its digest", "scattered"],
+            [[what, f"{plain_sum(data):016x}", f"{int(digest(data[:-DIGEST_BYTES])) % 2**64:016x}",
+              "yes" if is_sound(data, KEY) else "no"] for what, data in cases.items()]))
+damaged = list(cases.values())[1:]
+by_sum = sum(plain_sum(data) != plain_sum(kvcache) for data in damaged)
+noticed = sum(not is_sound(data, KEY) for data in damaged)
+print(f"\n   Of 4 damages a plain sum notices {by_sum}, digest and key notice {noticed}.\n")
 
 # %% [markdown]
-# *Why are swapped rows noticed?* Each row's sum is multiplied by an odd number of its own before the sums are added. A
-# plain sum would be the same whatever their order.
+# *Why are swapped rows noticed?* Each row's sum is multiplied by an odd number of its own before the sums are added; a
+# plain sum is the same whatever their order. *And the earlier batch?* Its digest is right. Only the key is not the one
+# that was announced.
 #
 # *Change this line:* `rows[[3, 7]] = rows[[7, 3]]` → `rows.view(-1, 8)[[0, 1]] = rows.view(-1, 8)[[1, 0]]`: two words
 # of one row change places. This digest cannot see that; a wire does not do that either, and against malice it was
 # never meant.
 
 # %% [markdown]
-# ## 3. What cannot be cancelled
+# ## 4. What cannot be cancelled
 #
 # A receive is posted, and the peer does not send: it is dead, or stopped. There is no call that takes one operation
 # back. What can be done is to end the *group*, with everything that is on its way in it.
@@ -143,7 +181,7 @@ began_s = time.monotonic()
 there.abort()
 ends = [outcome(transfer) for transfer in waiting]
 ended_s = time.monotonic() - began_s
-print("3. What cannot be cancelled\n")
+print("4. What cannot be cancelled\n")
 print(f"   Two receives have waited for {oldest_s:.2f} s. Abort the group: {ended_s * 1e3:.0f} ms later "
       f"{sum(end.startswith('ended') for end in ends)} of 2 have ended ({', '.join(sorted(set(ends)))}).\n"
       "   NCCL's would end without a word (not measured here; the fabric's tests imitate it): hence the digest.\n")
@@ -151,15 +189,20 @@ here.abort()
 
 # %% [markdown]
 # *Why not wait longer?* Behind the receive are the blocks that it was to fill, and a request. So a watchdog looks at
-# the oldest operation, and ends the *epoch* when it is older than `deadline_s`. With NCCL there is one trap more:
-# unless `TORCH_NCCL_ASYNC_ERROR_HANDLING` is 0 or 2, PyTorch's own watchdog then ends the *process*. So the fabric
-# sets it, and refuses to start where the environment insists:
+# the oldest operation. When that is older than `deadline_s` it ends the *epoch*, which is these groups and all that is
+# in them; the two nodes then meet again, in new groups under the next number.
+#
+# *Change this line:* `there.abort()` → `here.abort()`: the sender's side ends, not the one that waits. Do its receives
+# end as soon?
+#
+# With NCCL there is one trap more: unless `TORCH_NCCL_ASYNC_ERROR_HANDLING` is 0 or 2, PyTorch's own watchdog then ends
+# the *process*. So the fabric sets it, and refuses to start where the environment insists:
 
 # %%
 require_error_handling()
 
 # %% [markdown]
-# ## 4. The fabric: a stream from another process
+# ## 5. The fabric: a stream from another process
 #
 # `Fabric` (see [fabric](../docs/glossary.md#fabric)) puts it together. Messages go over a link as in chapter 07, bytes
 # and what is said of them (announcements, acknowledgements) through the groups. For whoever uses it, it is a
@@ -221,7 +264,7 @@ def next_of(kind: type, events: EventQueue = fabric.events):
 first = ask(1)
 done = next_of(StreamDone)
 took_s = done.report.last_byte_s - done.report.first_byte_s
-print("4. A stream from another process\n")
+print("5. A stream from another process\n")
 print(f"   epoch {fabric.epoch}: {human_bytes(done.report.bytes)} in {first.calls} pieces, "
       f"by {Counted.received} operations, in {took_s * 1e3:.0f} ms, at most {WINDOW} of them posted at a time;\n"
       f"   {'every byte is the same' if first.is_identical else 'the bytes are NOT the same'}.\n")
@@ -237,7 +280,7 @@ print(f"   epoch {fabric.epoch}: {human_bytes(done.report.bytes)} in {first.call
 # *Change this line:* `ask(1, pause_s=0.005)`, as if a layer were computed in between. Are there more operations now?
 
 # %% [markdown]
-# ## 5. A peer is killed, and the next epoch
+# ## 6. A peer is killed, and the next epoch
 #
 # The same stream, but in its middle the other node is killed, as `kill -9` does it. Another process then takes its
 # place.
@@ -262,7 +305,7 @@ met_s = time.monotonic() - killed_s
 third = ask(3)
 next_of(StreamDone)
 is_untouched = torch.equal(before, second.rows)
-print("5. A peer is killed, and the next epoch\n")
+print("6. A peer is killed, and the next epoch\n")
 print(table(["what happened", "s after the kill"], [
     [f"the stream failed: {failed.reason}", f"{known_s:.2f}"],
     [f"a new process is met, epoch {epoch} → {fabric.epoch} (it had to import torch first)", f"{met_s:.2f}"]]))
@@ -282,17 +325,18 @@ fabric.close()
 # epoch bears its number, and what belongs to another one is not heard.
 #
 # *Change this line:* the first `peer.kill()` → `peer.send_signal(19)` (SIGSTOP: it stands still). How long now?
-#
-# ### Exercises
-# Write the functions of `tutorials/exercises/ex_09.py`, then `python tutorials/09_inside_a_datacenter.py --check 1`.
-# 1. `digest_of`: the digest of section 2.
-# 2. `batches_of`: which pieces share a batch.
-#
-# To go on: give `pair_end` a `Fabric(…, batch_bytes=65_536)` on both sides. What happens to the pieces, and why does
-# the link refuse a pair that does not agree about it? And send in both directions at once in section 1, first through
-# two groups, then through one, and abort what does not end.
 
 # %%
 sound = [first.is_identical, third.is_identical, is_unharmed, is_untouched, noticed == 4]
 print(f"{sum(sound)} of {len(sound)} promises kept. Next: tutorials/10_the_throughput_model.py, which requests should "
       "leave at all;\ntests/test_transport_fabric.py holds more of this, and between two GPUs with NCCL.")
+
+# %% [markdown]
+# ### Exercises
+# Write the functions of `tutorials/exercises/ex_09.py`, then `python tutorials/09_inside_a_datacenter.py --check 1`.
+# 1. `digest_of`: the digest of section 3.
+# 2. `batches_of`: which pieces share a batch.
+#
+# To go on: give `pair_end` a `Fabric(…, batch_bytes=65_536)` on both sides. What happens to the pieces, and why does
+# the link refuse a pair that does not agree about it? And send in both directions at once in section 2, first through
+# two groups, then through one, and abort what does not end.

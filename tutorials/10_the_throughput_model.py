@@ -170,9 +170,10 @@ print(f"\n   One node on the wrong side costs {min(beside):.0%} or {max(beside):
 # %% [markdown]
 # ## 4. Search both: table 6
 #
-# Θ_prfaas / p falls and Θ_pdp / (1 - p) rises with p, so trying every t on a grid with every N_p finds the optimum:
-# `plan` does, in three of the paper's deployments and in one that it lacks: both kinds of hardware, but each request
-# goes to the least loaded prefill node, whatever its length.
+# Two numbers are to be found, t and N_p, and equation 6 judges any pair. So nothing clever is needed: `plan` tries
+# every t of a grid with every N_p and keeps the best. Here it does so for three of the paper's deployments and for one
+# that the paper lacks: both kinds of hardware, but each request goes to the least loaded prefill node, whatever its
+# length.
 #
 # *Guess first:* PrfaaS-PD gives 1.54 times what 12 H20 instances give. How much of that do the H200s give alone,
 # without any choice by length?
@@ -264,10 +265,19 @@ remote = theta_prfaas(1, measured[1][2], 0.02, measured[1][1])
 rate_rps = lambda_max(remote, theta_pdp(1, measured[0][2]), theta_pdd(1, 4, step_s, 64), offloaded_fraction=0.5)
 print(f"""
    The last row: {others.source.partition(" (")[0]} (published by others).
+   It counts rows of attention alone; of state Kimi Linear has 41 MiB besides (chapter 00).
    A decode step of 4 requests takes {step_s * 1e3:.1f} ms. With one such node that prefills prompts of 2,048 tokens
    behind a line of 20 Mbps, one that prefills 512 and one that decodes answers of 64, half of the requests
    being long, equation 6 says {rate_rps:.2f} requests/s.
 """)
+
+# %%
+# %% [markdown]
+# *Why more than one length?* A profile is a curve: of each length the prefill takes its own time, and a threshold only
+# means something where the curve is known. *Why is so little made here?* Phi_kv is bytes over seconds, and a core is
+# slow.
+#
+# *Change this line:* `[512, 2048]` → `[512, 2048, 4096]` (some seconds). Does Φ_kv rise or fall with the length?
 
 # %%
 print(f"""Found by search, and modelled: t = {best.threshold:,.0f} tokens and N_p : N_d = {best.n_p} : {best.n_d} \

@@ -35,7 +35,7 @@ from minprfaas.scheduling.router import ClusterView, Decision, LinkView, NodeVie
 # [uncached tokens](../docs/glossary.md#uncached-tokens): the paper's incremental length, l_total - l_prefix.
 #
 # *Guess first:* t is 5,120. A prompt of 6,000 tokens continues a conversation of which the PD cluster holds 5,000.
-# Which way does it go?
+# How many tokens are judged, and which way does it go?
 
 # %%
 # A token of KVCache is 17 KB here, and takes 50 µs to compute on the fast cluster and 160 µs on the slow one.
@@ -203,8 +203,8 @@ print(f"   Eight prompts of 20,000 at once: p0 gets {given['p0']}, p1 gets {give
 # The router's `held` comes from a *directory*: for each block key, which nodes can begin a prefill after it (chapter
 # 06). Nodes publish what they gain and lose, and number it.
 #
-# *Guess first:* a0's news number 3 gets lost. Number 4 says that it has evicted "document". Should the directory
-# believe it?
+# *Guess first:* a0's news number 3 gets lost. Number 4 says that it has evicted "document", where its 8,192 tokens
+# ended. For how many of a0's tokens does the directory then count: 8,192, 512 or 0?
 
 # %%
 directory, prompt_keys = Directory(), ["system prompt", "document", "question"]
@@ -232,8 +232,8 @@ directory.forget("p0", "system prompt")  # say p0 was asked for it, and had evic
 print(f"\n   p0 was to send 'system prompt' and had evicted it; once it has said so: {directory.match(prompt_keys)}\n")
 
 # %% [markdown]
-# *Why not?* Nobody knows what number 3 said, so what follows cannot be put in order. The node is asked to send
-# everything that it holds (an *inventory*), and until then its news is not believed.
+# *Why is number 4 not believed?* Nobody knows what number 3 said, so what follows cannot be put in order. The node is
+# asked to send everything that it holds (an *inventory*), and until then its news is not believed.
 #
 # *And if the directory is wrong?* Then a prefill is done twice. Never a wrong token: a node looks into its own index
 # before it uses a block.

@@ -19,6 +19,8 @@ import helper
 if __name__ == "__main__":
     helper.begin(__doc__)
 
+from itertools import combinations
+
 from nodes import LiveCluster
 
 from minprfaas import SamplingParams, generate
@@ -36,18 +38,31 @@ from minprfaas.observe.tables import human_bytes, table
 # paper puts machines that are good at prefill into a datacenter of their own, and lets the PD cluster ask it for
 # *prefill as a service*: `prfaas-0` there; here `pd-0`, which prefills what stays ([PD-P](../docs/glossary.md#pd-p)),
 # `pd-1`, which decodes ([PD-D](../docs/glossary.md#pd-d)), and the front end, which runs no model and routes.
+#
+# *Guess first:* every process has a link to every other. How many links join these four, and how many of them cross the
+# line between the datacenters?
 
 # %%
 THRESHOLD = 512  # uncached tokens; a request with more of them is offloaded
 LINE = LineConfig(gbps=0.05, rtt_ms=20)
-cluster = LiveCluster(Topology(prfaas=1, pd=2, split=1), THRESHOLD, LINE)
-cluster.wait_for("prfaas-0", "pd-0", "pd-1")
+topology = Topology(prfaas=1, pd=2, split=1)
+cluster = LiveCluster(topology, THRESHOLD, LINE)
+cluster.wait_for(*(node.name for node in cluster.nodes))
+links = list(combinations(topology.places(), 2))
+crossing = sum(here.site != there.site for here, there in links)
 print("1. Who is there\n")
 print(table(["process", "datacenter", "role", "process id"], [
     [node.name, node.site, cluster.front.ready[node.name].role, str(cluster.processes[node.name].pid)]
     for node in cluster.nodes]))
-print(f"\n   Between the datacenters: {LINE.gbps * 1e3:g} Mbps, {LINE.rtt_ms:g} ms round trip (emulated). "
+print(f"\n   {len(links)} links, of which {crossing} cross the line.")
+print(f"   Between the datacenters: {LINE.gbps * 1e3:g} Mbps, {LINE.rtt_ms:g} ms round trip (emulated). "
       f"More than {THRESHOLD} uncached tokens go to PrfaaS.\n")
+
+# %% [markdown]
+# *Why so many?* Nobody stands between two nodes: KVCache goes straight from where it is made to where it is read, and
+# words go straight to whom they concern. The front end decides, and no byte of KVCache passes through it.
+#
+# *Change this line:* `pd=2` → `pd=3`. How many links cross the line now?
 
 # %% [markdown]
 # ## 2. Requests of two lengths
@@ -173,6 +188,9 @@ print(f"""
 # ## 5. The same answers
 #
 # All of this must change nothing. One process, one request at a time, no cache that anybody shares: the reference.
+#
+# *Guess first:* four answers, from three nodes, in other chunks and other batches. How many of their tokens differ from
+# the reference's?
 
 # %%
 prompts = [journey.token_ids[:journey.prompt_tokens] for journey in journeys]
@@ -182,19 +200,19 @@ right = [journey.text.strip() == documents[journey.id].questions[0].answer for j
 crossed = all((journey.kv_bytes > 0) == (journey.route == "prfaas") for journey in journeys)
 cluster.close()
 print("5. The same answers\n")
-print(f"   {same} of {len(journeys)} answers are, token by token, those of one process; "
+tokens = [pair for journey, output in zip(journeys, alone) for pair in zip(journey.output_ids, output.token_ids)]
+print(f"   {sum(ours != theirs for ours, theirs in tokens)} of {len(tokens)} tokens differ. "
+      f"{same} of {len(journeys)} answers are, token by token, those of one process;\n   "
       f"{sum(right)} of {len(right)} first ones are the right name.\n"
       f"   KVCache crossed for each request that went to PrfaaS, and for no other: {'true' if crossed else 'FALSE'}.\n")
 
 # %% [markdown]
-# ### Exercises
-# Write the functions of `tutorials/exercises/ex_13.py`, then `python tutorials/13_prefill_as_a_service.py --check 1`.
-# 1. `bytes_that_cross`: what of a prompt's KVCache is sent, when the decode node holds a part of it.
-# 2. `largest_part`: where most of a time to the first token went.
+# *Is that proof?* Of the tokens, not of the bytes: a short answer can come out right although rows are missing, and
+# nothing raises an error (chapter 03 zeroed 64 of them). So this project's tests also compare the blocks that have
+# arrived with a reference, byte for byte (`tests/kv_oracle.py`).
 #
-# To go on: `Topology(prfaas=1, pd=2, split=1)` → `Topology(prfaas=2, pd=3, split=1)`, `wait_for` all five, and submit
-# four long requests at once. Which nodes are named in the reasons? And print `update.new_text` of
-# `cluster.front.take_updates()` after each step of `serve`: when does the first one come?
+# *Change this line:* `GREEDY = SamplingParams(max_tokens=8)` → `SamplingParams(max_tokens=8, temperature=0.8, seed=1)`.
+# Now tokens are drawn by chance. How many differ?
 
 # %%
 print("""The same from a command line, with your own prompts, and a page that draws each request's life:
@@ -211,3 +229,13 @@ And under load, with both loops: the threshold follows what is measured, and a n
       --link-gbps 0.02 --rtt-ms 5 --profile P.json --convert-roles --check
 
 Next: tutorials/14_when_things_break.py, what is left of it when processes die.""")
+
+# %% [markdown]
+# ### Exercises
+# Write the functions of `tutorials/exercises/ex_13.py`, then `python tutorials/13_prefill_as_a_service.py --check 1`.
+# 1. `bytes_that_cross`: what of a prompt's KVCache is sent, when the decode node holds a part of it.
+# 2. `largest_part`: where most of a time to the first token went.
+#
+# To go on: `Topology(prfaas=1, pd=2, split=1)` → `Topology(prfaas=2, pd=3, split=1)`, and submit four long requests at
+# once. Which nodes are named in the reasons? And print `update.new_text` of
+# `cluster.front.take_updates()` after each step of `serve`: when does the first one come?

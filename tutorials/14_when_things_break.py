@@ -212,8 +212,8 @@ print(f"   The impostor {met}.\n   The stream {ended}.\n"
 # `prfaas-0` prefills there; here are `pd-0`, which prefills, `pd-1` and `pd-2`, which decode, and the front end in this
 # process. A request runs; when it has come as far as the table says, the node that works for it is killed.
 #
-# *Guess first:* three requests lose their PD-D, their PrfaaS node, their PD-P. Which of them the client notices, and by
-# what: wrong tokens, tokens twice, silence?
+# *Guess first:* three requests lose their PD-D, their PrfaaS node, their PD-P. How many of the three clients get a
+# wrong token, or one twice? And how many seconds is the longest silence?
 
 # %%
 THRESHOLD, ANSWER = 512, SamplingParams(max_tokens=30, ignore_eos=True)

@@ -52,7 +52,7 @@ torch.set_grad_enabled(False)
 # names of their own, and between walls of speed. vLLM and SGLang are whole engines; NIXL and Mooncake's transfer engine
 # move bytes; Mooncake Store and LMCache keep KVCache outside an engine; Dynamo routes and plans above engines.
 #
-# *Guess first:* which of our rooms will have no counterpart in any of them? (The list is `elsewhere.py`, beside this.)
+# *Guess first:* how many of our rooms have no counterpart in any of them? (The list is `elsewhere.py`, beside this.)
 
 # %%
 print(f"1. The same rooms in other houses\n\n{rooms_elsewhere()}\n")
@@ -87,12 +87,12 @@ torch.manual_seed(0)
 plain = torch.randn(1, 64)
 outlier = plain.clone()
 outlier[0, 7] = 100.0
-kinds = {"as a normal distribution": plain, "with one outlier": outlier, "all the same": torch.full((1, 64), 0.3)}
+kinds = {"as a normal distribution": plain, "with one outlier": outlier}
 
 
 def error(row: torch.Tensor, arrived: torch.Tensor) -> float:
     """Root of the mean squared error of all but the largest number, relative to the others' own size."""
-    others = row.abs() < row.abs().max() if row.unique().numel() > 1 else torch.ones_like(row, dtype=torch.bool)
+    others = row.abs() < row.abs().max()
     return float(((row - arrived)[others].square().mean() / row[others].square().mean()).sqrt())
 
 
@@ -116,10 +116,8 @@ print(f"\n   By hand and by the package int8 loses the same, within 2%: "
 
 # %% [markdown]
 # *Why does fp8 not mind?* Its steps are fine near zero and coarse far out: it keeps digits, not a distance. int8 has
-# equal steps, and the outlier makes them coarse for all. (Equal numbers would lose nothing, but that the package's
-# scale has two bytes itself.) KIVI gives each *channel* of the keys its scale over many tokens, since in real models
-# outliers keep to their channel; a stream that leaves row by row cannot wait for those
-# tokens (`transport/encoding.py` says so where it decides).
+# equal steps, and the outlier makes them coarse for all. KIVI gives each *channel* of the keys its scale over many
+# tokens, since in real models outliers keep to their channel; a stream that leaves row by row cannot wait for those.
 #
 # *Change this line:* `outlier[0, 7] = 100.0` → `10.0`.
 
@@ -131,7 +129,7 @@ print(f"\n   By hand and by the package int8 loses the same, within 2%: "
 # arithmetic. Here: one document, prefilled once; its rows go through each encoding; the answer is drawn from what
 # arrives.
 #
-# *Guess first:* at which encoding does the name in the answer change?
+# *Guess first:* with how many of the four encodings does the name in the answer change?
 
 # %%
 model, tokenizer = load()
@@ -244,20 +242,17 @@ print(f"""
 #
 # *Change this line:* `relay=True` together with `.encoded(0.31)`. Do the two help each other?
 #
-# The live system runs these, too: `--wire int8` and `--relay` with either program; `python scripts/bench.py wire` and
-# `python scripts/bench.py relay` measure them on this machine, over emulated lines.
+# Live: `--wire int8` and `--relay`; `python scripts/bench.py wire` and `relay` measure them, over emulated lines.
 
 # %% [markdown]
 # ## 5. Unequal ends
 #
 # Two datacenters are rarely bought on one day. A stream speaks of tokens and layers, never of the sender's blocks, so
 # blocks of another size cost nothing: each end writes rows where its own table says. Another number format does:
-# rows then cross in bf16, which both can read, and the linear layers' state in float32, since its error would stay in
-# every token that follows. What the ends cannot agree on (other weights, another layout of heads) is refused in one
-# line when they meet.
+# rows then cross in bf16, which both can read, and the linear layers' state in float32. What the ends cannot agree on
+# (other weights, another layout of heads) is refused in one line when they meet.
 #
-# *Guess first:* between a float32 and a bfloat16 node, does the KVCache cross in more bytes or fewer than between two
-# that keep bfloat16?
+# *Guess first:* how many KiB more cross between a float32 and a bfloat16 node than between two that keep bfloat16?
 
 # %%
 half = model_state_specs(model.config, "bfloat16")
@@ -274,16 +269,20 @@ print(table(["caches", "rows cross as", "rows", "state"], crossing))
 print("\n   The live programs take it as --dtype prfaas=bfloat16,pd=float32 and --block-tokens prfaas=128,pd=64.\n")
 
 # %% [markdown]
-# *Why is that no promise of the same tokens?* A prefill in bfloat16 is another prefill: rule 1 holds between equals.
-# `--check` says which answers changed, and by how much.
+# *Why is the state not rounded like the rows?* A row is read again and again, and its error stays one row's. State goes
+# through every later token, and so does its error. *And are the tokens the same?* Not surely: a prefill in bfloat16 is
+# another prefill, and rule 1 holds between equals. `--check` says which answers changed, and by how much.
 #
+# *Change this line:* `1000` → `100`, in both places. Which part does not shrink?
+
+# %% [markdown]
 # ## 6. Several datacenters that prefill
 #
 # The paper has one PrfaaS cluster. With two, each with nodes and a line of its own, the control plane asks of both when
 # the request would be done: its prompt computed behind what waits there, *and* its KVCache across behind what that line
 # still owes. The earlier one gets it.
 #
-# *Guess first:* one site has a line of 100 Gbps, the other of 1, and as many nodes each. Does the second get nothing?
+# *Guess first:* two nodes each, lines of 100 Gbps and of 1: how many of twelve prompts does the second site get?
 
 # %%
 sites = SitesControlPlane(ControlSettings(19_400, 0.0, fleet=fleet), {"prfaas-a": 100.0, "prfaas-b": 1.0})
@@ -298,19 +297,21 @@ print(table(["request", "goes to", "because"], [
 count = Counter(site_of(decision.node) for decision in decisions)
 print(f"\n   prfaas-a {count['prfaas-a']}, prfaas-b {count['prfaas-b']}: "
       f"{'a long queue of nodes is worth a slow line' if count['prfaas-b'] else 'the slow line is worth no queue'}.\n"
-      "   Simulated, with weather on each line: python -m minprfaas simulate --site prfaas-a=2:100 --site prfaas-b=2:1"
-      "\n")
+      "   Simulated, with weather: python -m minprfaas simulate --site prfaas-a=2:100 --site prfaas-b=2:1\n")
 
 # %% [markdown]
-# *Change this line:* `"prfaas-b": 1.0` → `10.0`. When do the two share evenly?
+# *Why does a slow line get anything?* What counts is when a request is done, and a queue of nodes takes time, too.
 #
+# *Change this line:* `"prfaas-b": 1.0` → `10.0`. When do the two share evenly?
+
+# %% [markdown]
 # ## 7. The door
 #
 # In front of all this stands a client, who speaks HTTP and JSON. `serving/` answers OpenAI's bodies, and follows one
 # rule that production doors break: an option that would be ignored is refused by name, because an answer to another
 # question is worse than none.
 #
-# *Guess first:* which of these three bodies are answered?
+# *Guess first:* how many of these three bodies are answered?
 
 # %%
 served = Served.of(EMBEDDED, model.config, tokenizer, None)
@@ -328,7 +329,8 @@ print()
 
 # %% [markdown]
 # *Change this line:* `"n": 2` → `"n": 1`. And what of an option that nobody has heard of?
-#
+
+# %% [markdown]
 # ## 8. Rehearse before you buy
 #
 # A plan is arithmetic. Before machines are bought one would like to see the software at their pace: `--emulate` holds
@@ -361,19 +363,17 @@ print(f"   {prompt.shape[1]:,} tokens stand for {stands_for:,}. They took {took_
 # each node reports by how much it was late, and a run in which one was is not counted. `scripts/live_case_study.py`
 # rehearses the paper's table 6 so, with its twelve instances as twelve processes.
 #
-# *Change this line:* `time=4.0` → `time=0.1`.
-#
+# *Change this line:* `time=4.0` → `time=0.1`. How late is it then?
+
+# %% [markdown]
 # ## 9. What this project leaves out, and why
 #
-# - *RDMA, GPUDirect, NIXL.* One card's driver is not the lesson; the seam where it would go is (`KVTransport`). NIXL,
-#   Mooncake.
+# - *RDMA, GPUDirect.* One card's driver is not the lesson; the seam where it goes is (`KVTransport`). NIXL, Mooncake.
 # - *Kernels of our own.* The linear layers are PyTorch to be read, and `docs/measurements.md` says what that costs.
-# - *Tensor, pipeline and expert parallelism.* A node is one device here; a group's ranks would each send their share.
-#   vLLM, SGLang.
+# - *Tensor, pipeline, expert parallelism.* A node is one device; ranks would send a share each. vLLM, SGLang.
 # - *KVCache on disks or in a remote store.* A tier below chapter 06's pool, under the same keys. LMCache, Mooncake.
 # - *Encryption.* Frames are authenticated, not hidden: PyTorch's Gloo has no TLS. WireGuard, or a private line.
-# - *Many front ends.* One routes some hundreds of requests a second (`bench.py front_end`); more would share the
-#   directory between them. Dynamo.
+# - *Many front ends.* One routes hundreds of requests a second (`bench.py front_end`). Dynamo.
 # - *Speculative decoding, LoRA, images.* They change what a token costs, not where it is computed.
 # - *Approximate reuse* (CacheBlend). Rule 1: the same tokens whichever way.
 #
@@ -387,13 +387,14 @@ print(f"   {prompt.shape[1]:,} tokens stand for {stands_for:,}. They took {took_
 # - *Trust.* KVCache is the prompt, in another alphabet: whoever reads the line reads the conversation.
 # - *Compression and approximation.* Sections 2 to 4 are a beginning. What an encoding costs in answers depends on the
 #   model; a planner that knew it could choose the encoding by the request, as it chooses the cluster.
-#
+
+# %%
+print("You have seen the whole of it. Next: docs/reading.md, the code in an afternoon; then change something, and let\n"
+      "bash scripts/test.sh say what you broke.")
+
+# %% [markdown]
 # ### Exercises
 # Write the functions of `tutorials/exercises/ex_15.py`, then `python tutorials/15_the_road_to_production.py --check 1`.
 # 1. `int8_and_back` for a row of several groups.
 # 2. `row_bytes`: what a row weighs on the wire, scales included.
 # 3. `relayed_tokens`: how many tokens a PrfaaS node draws while the KVCache crosses.
-
-# %%
-print("You have seen the whole of it. Next: docs/reading.md, the code in an afternoon; then change something, and let\n"
-      "bash scripts/test.sh say what you broke.")
