@@ -16,7 +16,7 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch
 _HOMES = {
     "load": "minprfaas.model.checkpoint",
     "generate": "minprfaas.engine.reference",
-    "SamplingParams": "minprfaas.engine.sampling",
+    "SamplingParams": "minprfaas.config",
     "RequestOutput": "minprfaas.engine.reference",
     "UserError": "minprfaas.errors",
     "RequestError": "minprfaas.errors",

@@ -1,10 +1,10 @@
-"""What a model, a cache and a link are made of: frozen dataclasses, no tensors, no files. Chapter 00."""
+"""What a model, a request, a cache and a link are made of: frozen dataclasses, no tensors, no files. Chapter 00."""
 
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
 
-from minprfaas.errors import require_number
+from minprfaas.errors import UserError, require_number, require_unicode, shown
 
 # Far beyond every model there is, and small enough that no tensor's size overflows: a config.json that asks for more is
 # a mistake, which is better said at once than found by running out of memory.
@@ -12,6 +12,10 @@ MAX_LAYERS = 10_000
 MAX_WIDTH = 2**20  # of the hidden state and of an MLP
 MAX_HEAD_SIZE = 2**16  # heads of a layer, and the width of one
 MAX_VOCAB_SIZE = 2**24
+MAX_OUTPUT_TOKENS = 2**20  # far beyond any context; a larger number is a slip of the finger, and is better said so
+
+FRONT = "front"  # the front end's name, among those of the nodes
+UNTHROTTLED_GBPS = 100.0  # the paper's link; a first guess that the monitor corrects from what it observes
 
 
 def require_sizes(config: object, *names: str, most: int | None = None) -> None:
@@ -34,6 +38,16 @@ class Role(str, Enum):
     PRFAAS = "prfaas"  # prefill only, in a datacenter of its own
     PDP = "pdp"  # prefill in the local PD cluster
     PDD = "pdd"  # decode, in the local PD cluster
+
+
+class Encoding(str, Enum):
+    """How the rows of token state cross a link."""
+
+    EXACT = "exact"
+    BF16 = "bf16"
+    FP8 = "fp8"
+    INT8 = "int8"
+    INT4 = "int4"
 
 
 @dataclass(frozen=True)
@@ -128,6 +142,34 @@ class ModelConfig:
         for token_id in self.eos_token_ids:
             require_number("eos_token_id", token_id, least=0, whole=True)
         require_number("num_hidden_layers", len(self.layers), least=1, most=MAX_LAYERS, whole=True)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to continue a prompt. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 keep every token."""
+
+    max_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        require_number("max_tokens", self.max_tokens, least=1, most=MAX_OUTPUT_TOKENS, whole=True)
+        require_number("temperature", self.temperature, least=0, most=100)
+        require_number("top_k", self.top_k, least=0, whole=True)
+        require_number("top_p", self.top_p, above=0, most=1)
+        require_number("seed", self.seed, above=-2**63, most=2**63 - 1, whole=True)
+        if not all(isinstance(text, str) and text for text in stop):
+            raise UserError(f"stop is {shown(stop)}; it must be one or more non-empty strings")
+        for text in stop:
+            require_unicode("stop", text)
+        if not isinstance(self.ignore_eos, bool):
+            raise UserError(f"ignore_eos is {shown(self.ignore_eos)}; it must be true or false")
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,6 @@ from contextlib import closing
 from minprfaas.documents import EVALUATION_SEEDS, make_document
 from minprfaas.errors import ArgumentParser, exit_on_user_error
 from minprfaas.files import OutputFile
-from minprfaas.model.checkpoint import EMBEDDED
-from minprfaas.model.families import read_config
-from minprfaas.model.tokenizer import Tokenizer
 
 
 @exit_on_user_error
@@ -30,6 +27,10 @@ def main() -> int:
 
 def invented_lines(lengths: list[int], next_turn: int, seed: int) -> list[str]:
     """A line of JSON for each document of so many tokens, and one that continues the first conversation."""
+    # Here, because the embedded model's reader waits for torch, and neither --help nor a mistake is to wait with it.
+    from minprfaas.model.checkpoint import EMBEDDED
+    from minprfaas.model.families import read_config
+    from minprfaas.model.tokenizer import Tokenizer
     tokenizer = Tokenizer(EMBEDDED, read_config(EMBEDDED))
     lines = []
     for number, tokens in enumerate(lengths):

@@ -7,4 +7,4 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C before `run_program` ca
 from minprfaas.errors import run_program  # noqa: E402
 
 if __name__ == "__main__":
-    run_program("case_study.study")
+    run_program("case_study.command")

@@ -10,12 +10,12 @@ from minprfaas import SamplingParams
 from minprfaas.cluster import messages
 from minprfaas.cluster.decode_role import DecodeRole
 from minprfaas.cluster.envelope import decode
-from minprfaas.cluster.mail import FRONT, Mail
+from minprfaas.cluster.mail import Mail
 from minprfaas.cluster.prefill_role import PrefillRole
 from minprfaas.cluster.relay import RelayedDecodeRole, RelayingPrefillRole
 from minprfaas.cluster.stream_plans import snapshot_plan, stream_plan
 from minprfaas.cluster.upkeep import Upkeep
-from minprfaas.config import CacheConfig, Role
+from minprfaas.config import FRONT, CacheConfig, Role
 from minprfaas.engine.engine import Engine
 from minprfaas.transport.events import MessageReceived
 

@@ -19,7 +19,7 @@ from minprfaas.cluster.mail import Mail
 from minprfaas.cluster.messages import NodeFigures, NodeReady
 from minprfaas.cluster.node import PeerLost
 from minprfaas.commands.live_status import Watch
-from minprfaas.engine.sampling import SamplingParams
+from minprfaas.config import SamplingParams
 from minprfaas.observe.board import PLAIN_EVERY_S, REDRAW_S, Board
 from minprfaas.scheduling.control import ControlPlane, ControlSettings, NewThreshold
 from minprfaas.transport.events import EventQueue

@@ -10,11 +10,10 @@ import pytest
 from minprfaas.cluster.emulation import Emulation, verdict
 from minprfaas.cluster.messages import Goodbye
 from minprfaas.cluster.topology import PD_SITE, PRFAAS_SITE
-from minprfaas.config import CacheConfig, LinkSample, Role
+from minprfaas.config import CacheConfig, LinkSample, Role, SamplingParams
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.paced import Pace, PacedEngine
 from minprfaas.engine.reference import generate
-from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import UserError
 from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.control import ControlSettings, LinkMeasured, NodeJoined
@@ -52,7 +51,7 @@ def test_a_plan_made_in_the_runs_units_is_the_real_one_once_the_scale_is_undone(
     assert SCALE.rate_rps(scaled.lambda_max) == pytest.approx(real.lambda_max, rel=1e-6)
     assert SCALE.gbps(scaled.egress_gbps) == pytest.approx(real.egress_gbps, rel=1e-6)
     assert SCALE.tokens(scaled.mean_offloaded_tokens) == pytest.approx(real.mean_offloaded_tokens, rel=1e-6)
-    prefill_s = Emulation(fleet.prfaas_profile, fleet.pd_profile, SCALE).pace_at(PD_SITE).prefill_s(500)
+    prefill_s = Emulation(fleet.prfaas_profile, fleet.pd_profile, SCALE).profile_at(PD_SITE).prefill_s(500)
     assert SCALE.seconds(prefill_s) == pytest.approx(fleet.pd_profile.prefill_s(500 * 64), rel=1e-6)
 
 
@@ -145,7 +144,7 @@ def test_an_emulation_is_valid_while_every_node_kept_its_pace():
 
 def test_nodes_of_each_datacenter_have_their_own_machine():
     emulation = Emulation(paper.h200_profile(), paper.h20_profile(), SCALE)
-    assert emulation.pace_at(PRFAAS_SITE).prefill_s(100) < emulation.pace_at(PD_SITE).prefill_s(100)
+    assert emulation.profile_at(PRFAAS_SITE).prefill_s(100) < emulation.profile_at(PD_SITE).prefill_s(100)
 
 
 def test_a_decode_step_passes_without_holding_up_its_node_and_no_more_than_the_batch_take_part():

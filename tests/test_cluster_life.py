@@ -12,8 +12,7 @@ from test_two_datacenters import prompts_of
 from world import World
 
 from minprfaas import SamplingParams, generate
-from minprfaas.cluster.mail import FRONT
-from minprfaas.config import Role
+from minprfaas.config import FRONT, Role
 from minprfaas.engine.request import Status
 from minprfaas.scheduling.control import ControlPlane, ControlSettings
 from minprfaas.scheduling.paper_case import paper_fleet

@@ -22,11 +22,11 @@ from minprfaas.cluster.envelope import Envelope, encode
 from minprfaas.cluster.front_end import FrontEnd
 from minprfaas.cluster.kv_send import STREAMS_AT_ONCE, KVSend, SendingThreads
 from minprfaas.cluster.launch import link_identity
-from minprfaas.cluster.mail import FRONT, Mail
+from minprfaas.cluster.mail import Mail
 from minprfaas.cluster.node import Node, PeerLost, PeerReturned
 from minprfaas.cluster.processes import control_settings, front_end
 from minprfaas.cluster.stream_plans import stream_plan
-from minprfaas.config import CacheConfig, LineConfig, StateKind
+from minprfaas.config import FRONT, CacheConfig, LineConfig, StateKind
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.request import Status
 from minprfaas.scheduling import control

@@ -12,10 +12,9 @@ from test_two_datacenters import reference
 from minprfaas import SamplingParams
 from minprfaas.cluster import messages
 from minprfaas.cluster.envelope import decode
-from minprfaas.cluster.mail import FRONT
 from minprfaas.cluster.node import PeerLost
 from minprfaas.cluster.stream_plans import snapshot_plan, stream_plan
-from minprfaas.config import Role, StateKind
+from minprfaas.config import FRONT, Role, StateKind
 from minprfaas.transport.events import ArrivalReport, MessageReceived, StreamDone, StreamFailed
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from minprfaas.transport.encoding import Encoding, RowCodec
+from minprfaas.config import Encoding
+from minprfaas.transport.encoding import RowCodec
 
 WIDTHS = (1, 7, 40, 96, 256, 576)
 

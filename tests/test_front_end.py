@@ -10,10 +10,10 @@ import pytest
 from minprfaas import SamplingParams
 from minprfaas.cluster import messages
 from minprfaas.cluster.front_end import FrontEnd
-from minprfaas.cluster.mail import FRONT, Mail
+from minprfaas.cluster.mail import Mail
 from minprfaas.cluster.node import PeerLost
 from minprfaas.cluster.recovery import MOST_ATTEMPTS, RETRY_S, WAIT_FOR_NODE_S
-from minprfaas.config import LinkSample, Role
+from minprfaas.config import FRONT, LinkSample, Role
 from minprfaas.errors import UserError
 from minprfaas.scheduling.control import AskInventory, ControlPlane, ControlSettings, LineChanged, PrefixMissing
 from minprfaas.scheduling.router import PrefixShipment

@@ -12,12 +12,11 @@ import torch
 import minprfaas
 from minprfaas import SamplingParams, UserError, generate
 from minprfaas.__main__ import main
-from minprfaas.config import CacheConfig
+from minprfaas.config import MAX_OUTPUT_TOKENS, CacheConfig
 from minprfaas.engine.engine import model_layout
 from minprfaas.engine.prompts import Prompt
 from minprfaas.engine.reference import RequestOutput, answer_prompts, logit_gap, longest_prompts, pool_for
 from minprfaas.engine.request import Request
-from minprfaas.engine.sampling import MAX_OUTPUT_TOKENS
 from minprfaas.kvcache.layout import plan_layout
 from minprfaas.model.spec import model_state_specs
 

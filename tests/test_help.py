@@ -4,6 +4,7 @@ Chapter 13.
 """
 
 import importlib
+import os
 import re
 import shlex
 import subprocess
@@ -18,7 +19,7 @@ from minprfaas.errors import ArgumentParser, UserError
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 bench = importlib.import_module("bench")
-PROGRAMS = ("minprfaas.commands.two_datacenters", "minprfaas.commands.cluster", "case_study.study")
+PROGRAMS = ("minprfaas.commands.two_datacenters", "minprfaas.commands.cluster", "case_study.command")
 SCRIPTS = ("bench", "demo_prompts", "draw_request", "eval_tiny", "random_checkpoint", "to_notebook", "train_tiny")
 
 
@@ -95,14 +96,33 @@ def test_the_list_of_commands_and_that_of_benchmarks(help_of, run_script):
     assert status == 2 and errors.count("\n") == 1 and "'nothing' is not one of: " in errors
 
 
-def test_no_commands_help_waits_for_torch_nor_does_a_wrong_option():
+MISTAKES = {  # of each program whose work needs torch: what is said wrong, and what the one line about it names
+    "minprfaas.__main__": ("generate --no-such-option", "--no-such-option"),
+    "minprfaas.commands.two_datacenters": ("--prompts P", "prompts file P"),
+    "minprfaas.commands.cluster": ("--topology prfaas=2,pd=3 --split 7 --serve 0", "split is 7"),
+    "case_study.command": ("--soak 0", "--soak is 0"), "random_checkpoint": ("OUT --shape huge", "'huge'"),
+    "demo_prompts": ("OUT --seed x", "'x'")}
+
+
+def test_neither_help_nor_a_mistake_waits_for_torch():
     """That `plan` and `simulate` run without it is tested where they are; `inspect` reads mixers, which are torch's."""
-    code = ("import sys, contextlib\nfrom minprfaas.__main__ import COMMANDS, main\n"
-            "for words in (['--help'], *([name, '--help'] for name in COMMANDS), ['generate', '--no-such-option']):\n"
-            "    with contextlib.suppress(SystemExit):\n        main(words)\n"
-            "sys.exit('torch' in sys.modules)")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
-    assert done.returncode == 0 and b"--no-such-option" in done.stderr, done.stderr
+    asked = [(module, ["--help"]) for module in MISTAKES]
+    asked += [("minprfaas.__main__", [command, "--help"]) for command in COMMANDS]
+    asked += [(module, words.split()) for module, (words, _) in MISTAKES.items()]
+    code = ("import contextlib, importlib, sys\nfrom minprfaas.errors import exit_on_user_error\n"
+            f"programs = {PROGRAMS!r}\n"
+            f"for module, words in {asked!r}:\n"
+            "    sys.argv = [module, *words]\n"
+            "    with contextlib.suppress(SystemExit):\n"
+            "        main = importlib.import_module(module).main\n"
+            "        exit_on_user_error(main)(*[words] * (module in programs))\n"
+            "    assert 'torch' not in sys.modules, sys.argv")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
+                          cwd=ROOT / "scripts", env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(MISTAKES)
+    assert [named for line, (_, named) in zip(lines, MISTAKES.values()) if named not in line] == [], lines
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -183,8 +183,9 @@ def test_what_inspect_says_of_a_token_is_what_others_have_measured():
 
 def test_fewer_bytes_of_a_row_leave_less_egress_and_state_of_one_size_as_it_was():
     from minprfaas.commands.plan import WIRE_SHARES
+    from minprfaas.config import Encoding
     from minprfaas.scheduling import paper_case
-    from minprfaas.transport.encoding import Encoding, RowCodec
+    from minprfaas.transport.encoding import RowCodec
     shares = {name: RowCodec(Encoding(name), 576, torch.bfloat16).row_bytes / 1152
               for name in ("bf16", "fp8", "int8", "int4")}
     assert {one: share for names, share in WIRE_SHARES.items() for one in names.split(", ") if one != "exact"} == shares

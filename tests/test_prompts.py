@@ -2,8 +2,8 @@
 
 import pytest
 
+from minprfaas.config import SamplingParams
 from minprfaas.engine.prompts import read_prompts
-from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import UserError
 
 

@@ -5,7 +5,8 @@ from collections import Counter
 import pytest
 import torch
 
-from minprfaas.engine.sampling import SamplingParams, sample
+from minprfaas.config import SamplingParams
+from minprfaas.engine.sampling import sample
 from minprfaas.errors import UserError
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, -1.0, 2.5])

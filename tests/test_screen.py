@@ -8,7 +8,7 @@ from minprfaas.cluster.front_end import FrontEnd
 from minprfaas.cluster.journey import Journey
 from minprfaas.cluster.mail import Mail
 from minprfaas.commands.live_status import Watch
-from minprfaas.engine.sampling import SamplingParams
+from minprfaas.config import SamplingParams
 from minprfaas.observe import cores
 from minprfaas.observe.board import PLAIN_EVERY_S, REDRAW_S, Board
 from minprfaas.observe.tables import human_bytes, table

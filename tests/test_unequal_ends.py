@@ -18,14 +18,15 @@ from transport_support import in_parallel, new_store
 
 from minprfaas import UserError
 from minprfaas.cluster.launch import link_identity
-from minprfaas.commands.machines import machine_at, wire_between
+from minprfaas.commands.answers import wire_between
+from minprfaas.commands.machines import machine_at
 from minprfaas.commands.two_datacenters import parser
-from minprfaas.config import CacheConfig, LinkConfig, StateKind
+from minprfaas.config import CacheConfig, Encoding, LinkConfig, StateKind
 from minprfaas.engine.engine import Engine
 from minprfaas.model.checkpoint import load
 from minprfaas.scheduling.directory import CacheChanged, Directory
 from minprfaas.transport import Link, LinkRefused
-from minprfaas.transport.encoding import Encoding, Wire
+from minprfaas.transport.encoding import Wire
 
 ROOT = Path(__file__).resolve().parent.parent
 RECAST = Wire(recast="float32 in datacenter A and bfloat16 in B", same_blocks=False)

@@ -19,19 +19,19 @@ from minprfaas import SamplingParams
 from minprfaas.cluster import messages
 from minprfaas.cluster.decode_role import DecodeRole
 from minprfaas.cluster.envelope import Envelope, encode
-from minprfaas.cluster.mail import FRONT, Mail
+from minprfaas.cluster.mail import Mail
 from minprfaas.cluster.neighbours import Neighbours
 from minprfaas.cluster.node import PeerLost, PeerReturned
 from minprfaas.cluster.prefill_role import PrefillRole
 from minprfaas.cluster.processes import process, worker
 from minprfaas.cluster.topology import Topology
 from minprfaas.cluster.upkeep import FIGURES_S, TIMELINE_PART, Upkeep
-from minprfaas.config import CacheConfig, LinkSample, Role
+from minprfaas.config import FRONT, CacheConfig, Encoding, LinkSample, Role
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.paced import Pace
 from minprfaas.observe.timeline import Timeline
 from minprfaas.transport import Link, LinkDown, LinkRefused
-from minprfaas.transport.encoding import Encoding, Wire
+from minprfaas.transport.encoding import Wire
 from minprfaas.transport.events import LinkLost, MessageReceived
 
 

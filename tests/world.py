@@ -16,10 +16,10 @@ from kv_oracle import KVOracle
 
 from minprfaas import generate
 from minprfaas.cluster.front_end import FrontEnd
-from minprfaas.cluster.mail import FRONT, Mail
+from minprfaas.cluster.mail import Mail
 from minprfaas.cluster.node import Node
 from minprfaas.cluster.processes import control_settings, worker
-from minprfaas.config import CacheConfig, Role
+from minprfaas.config import FRONT, CacheConfig, Role
 from minprfaas.engine.engine import Engine
 from minprfaas.scheduling.control import ControlPlane
 from minprfaas.scheduling.roles import RoleChange

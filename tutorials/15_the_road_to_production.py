@@ -24,7 +24,7 @@ import torch
 from elsewhere import rooms_elsewhere
 
 from minprfaas import SamplingParams, load
-from minprfaas.config import CacheConfig, Role, StateKind
+from minprfaas.config import CacheConfig, Encoding, Role, StateKind
 from minprfaas.documents import EVALUATION_SEEDS, make_document
 from minprfaas.engine.paced import Pace, PacedEngine
 from minprfaas.errors import UserError
@@ -40,7 +40,7 @@ from minprfaas.scheduling.router import RouteRequest
 from minprfaas.scheduling.sites import SitesControlPlane, site_of
 from minprfaas.scheduling.throughput import relay_s
 from minprfaas.serving.openai import Served
-from minprfaas.transport.encoding import Encoding, RowCodec, Wire, row_codec
+from minprfaas.transport.encoding import RowCodec, Wire, row_codec
 
 torch.set_num_threads(1)
 torch.set_grad_enabled(False)

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 
 from minprfaas.cluster import messages
 from minprfaas.cluster.kv_receive import KVReceive
-from minprfaas.cluster.mail import FRONT
 from minprfaas.cluster.node import Happening, PeerLost
 from minprfaas.cluster.snapshot_arrivals import SnapshotArrivals
 from minprfaas.cluster.stream_plans import stream_plan
 from minprfaas.cluster.upkeep import Upkeep
+from minprfaas.config import FRONT, SamplingParams
 from minprfaas.engine.request import Request, TokenUpdate
-from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import UserError
 from minprfaas.transport.base import LinkDown
 from minprfaas.transport.events import ArrivalReport, StreamDone, StreamFailed

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from minprfaas.cluster.messages import Goodbye
 from minprfaas.cluster.topology import PD_SITE
-from minprfaas.engine.paced import Pace
 from minprfaas.scheduling.profiles import Profile, Scale
 
 MOST_LATE = 0.05  # of the emulated time, of any node: beyond it a run says nothing about the machines
@@ -22,11 +21,6 @@ class Emulation:
     def profile_at(self, site: str) -> Profile:
         """The machine of a node of this datacenter, in the run's units."""
         return self.scale.profile(self.pd if site == PD_SITE else self.prfaas)
-
-    def pace_at(self, site: str) -> Pace:
-        """The pace of a node there that has done nothing yet."""
-        profile = self.profile_at(site)
-        return Pace(profile.prefill_s, profile.decode_step_s)
 
 
 def verdict(goodbyes: Mapping[str, Goodbye]) -> tuple[str, bool]:

@@ -9,10 +9,9 @@ from dataclasses import asdict
 
 from minprfaas.cluster import messages, recovery
 from minprfaas.cluster.journey import Journey, Update
-from minprfaas.cluster.mail import FRONT, Mail
+from minprfaas.cluster.mail import Mail
 from minprfaas.cluster.node import Happening, PeerLost
-from minprfaas.config import LinkSample, Role
-from minprfaas.engine.sampling import SamplingParams
+from minprfaas.config import FRONT, LinkSample, Role, SamplingParams
 from minprfaas.errors import RequestError, UserError
 from minprfaas.scheduling import control
 from minprfaas.scheduling.control import ControlPlane

@@ -3,8 +3,7 @@
 from dataclasses import dataclass, field
 
 from minprfaas.cluster import messages
-from minprfaas.config import Role
-from minprfaas.engine.sampling import SamplingParams
+from minprfaas.config import Role, SamplingParams
 from minprfaas.errors import RequestError
 from minprfaas.scheduling.router import Decision
 

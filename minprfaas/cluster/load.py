@@ -12,9 +12,9 @@ from functools import lru_cache
 from itertools import islice
 from math import ceil
 
+from minprfaas.config import SamplingParams
 from minprfaas.documents import EVALUATION_SEEDS, MIN_TOKENS, Question, make_document
 from minprfaas.engine.prompts import Prompt
-from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import UserError, require_number, shown
 from minprfaas.model.tokenizer import Tokenizer
 from minprfaas.scheduling import paper_case

@@ -15,8 +15,6 @@ from minprfaas.transport.encoding import Wire
 from minprfaas.transport.loopback import Loopback
 from minprfaas.transport.wan.monitor import LinkStats
 
-FRONT = "front"  # the front end's name
-
 
 class Connection(KVTransport, MessageChannel, Protocol):
     """What leads to another process: KVCache and messages, and how it is doing. A link is one."""

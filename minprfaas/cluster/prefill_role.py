@@ -13,8 +13,8 @@ from minprfaas.cluster.node import Happening, PeerLost
 from minprfaas.cluster.prefix_shipping import Fetch
 from minprfaas.cluster.stream_plans import snapshot_plan, stream_plan
 from minprfaas.cluster.upkeep import Upkeep
+from minprfaas.config import SamplingParams
 from minprfaas.engine.request import Request, Status, TokenUpdate
-from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import UserError
 from minprfaas.kvcache.request_cache import RequestCache
 from minprfaas.transport.base import StreamPlan

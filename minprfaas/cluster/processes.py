@@ -18,13 +18,12 @@ from minprfaas.cluster.prefill_role import PrefillRole
 from minprfaas.cluster.relay import RelayedDecodeRole, RelayingPrefillRole
 from minprfaas.cluster.upkeep import Upkeep
 from minprfaas.cluster.worker import Worker
-from minprfaas.config import Role, StateKind
+from minprfaas.config import UNTHROTTLED_GBPS, Role, StateKind
 from minprfaas.engine.engine import Engine
 from minprfaas.kvcache.layout import Layout
 from minprfaas.scheduling.control import ControlPlane, ControlSettings
 from minprfaas.scheduling.router import ShippingCosts
 
-UNTHROTTLED_GBPS = 100.0  # the paper's link; a first guess that the monitor corrects from what it observes
 COLLECT_AFTER = 20_000  # new containers, not 700: each look goes through every token of the prompts under way
 ASSUMED_S_PER_TOKEN = 1e-4  # of prefill, until one was seen
 REST_S = 0.25  # that a node with nothing under way waits for news: only samples of its links are due before

@@ -8,8 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from minprfaas.cluster.mail import FRONT
-from minprfaas.config import Role
+from minprfaas.config import FRONT, Role
 from minprfaas.errors import UserError, shown
 
 PRFAAS_SITE, PD_SITE = "prfaas", "pd"  # the two datacenters

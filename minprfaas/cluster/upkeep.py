@@ -9,10 +9,10 @@ import torch
 
 from minprfaas.cluster import messages
 from minprfaas.cluster.kv_send import Outgoing
-from minprfaas.cluster.mail import FRONT, Mail
+from minprfaas.cluster.mail import Mail
 from minprfaas.cluster.node import Happening, PeerLost, PeerReturned
 from minprfaas.cluster.prefix_shipping import PrefixShipping
-from minprfaas.config import LinkSample, Role
+from minprfaas.config import FRONT, LinkSample, Role
 from minprfaas.engine.engine import Engine
 
 TIMELINE_PART = 4096  # events a message

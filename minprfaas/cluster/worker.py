@@ -7,11 +7,10 @@ from collections.abc import Callable
 
 from minprfaas.cluster import messages
 from minprfaas.cluster.decode_role import DecodeRole
-from minprfaas.cluster.mail import FRONT
 from minprfaas.cluster.node import Happening
 from minprfaas.cluster.prefill_role import PrefillRole
 from minprfaas.cluster.upkeep import Upkeep
-from minprfaas.config import Role
+from minprfaas.config import FRONT, Role
 
 
 class Worker:

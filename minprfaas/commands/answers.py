@@ -1,11 +1,14 @@
 """What a run of the cluster shows and keeps: answers as they come, the table, the JSON lines, the check. Chapter 13."""
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
 from minprfaas.cluster.journey import TTFT_PARTS, Journey
-from minprfaas.config import Role, StateKind
+from minprfaas.cluster.topology import PD_SITE, PRFAAS_SITE
+from minprfaas.commands.machines import machine_at
+from minprfaas.config import Encoding, Role, StateKind
 from minprfaas.engine.prompts import Prompt
 from minprfaas.engine.reference import answer_prompts, logit_gap
 from minprfaas.kvcache.layout import Layout
@@ -13,7 +16,7 @@ from minprfaas.model.spec import kv_bytes
 from minprfaas.model.tokenizer import Tokenizer
 from minprfaas.model.transformer import Transformer
 from minprfaas.observe.tables import human_bytes, table
-from minprfaas.transport.encoding import Encoding, Wire, row_codec
+from minprfaas.transport.encoding import Wire, row_codec
 
 HEADERS = ("request", "tokens", "cached", "route", "KV crossed", "prefill s", "transfer s*", "hidden*", "TTFT s*",
            "tokens/s")
@@ -82,6 +85,13 @@ def notes(journeys: Sequence[Journey], layout: Layout) -> list[str]:
             lines.append(f"{journey.id} began with a cached prefix from {journey.decision.shipment.source} "
                          f"({human_bytes(journey.prefix_bytes)})")
     return lines
+
+
+def wire_between(args: argparse.Namespace) -> Wire:
+    """How KVCache crosses from the PrfaaS datacenter to the PD one."""
+    away, here = machine_at(args, PRFAAS_SITE), machine_at(args, PD_SITE)
+    formats = f"{away.dtype} in datacenter A and {here.dtype} in B" if away.dtype != here.dtype else ""
+    return Wire(Encoding(args.wire), formats, away.block_tokens == here.block_tokens, Encoding(args.wire_state))
 
 
 def wire_share(layout: Layout, wire: Wire) -> float:

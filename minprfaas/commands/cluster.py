@@ -6,15 +6,11 @@ Chapter 13; paper 3.1.
 import argparse
 from dataclasses import replace
 
-from minprfaas.cluster.launch import Launch, StoreAddress, watch_parent
-from minprfaas.cluster.processes import UNTHROTTLED_GBPS
 from minprfaas.cluster.topology import Place, Topology
-from minprfaas.commands.live_options import Run, add_options, checked
-from minprfaas.commands.live_run import Seat, play, start
-from minprfaas.config import LineConfig
+from minprfaas.commands.live_options import Run, add_options, checked, weather
+from minprfaas.config import UNTHROTTLED_GBPS, LineConfig
 from minprfaas.errors import ArgumentParser, UserError, require_number, shown
 from minprfaas.scheduling.roles import SUSTAIN_S
-from minprfaas.transport.wan.line import load_weather
 
 EPILOG = """
 the processes are the front end (rank 0), prfaas-0 …, pd-0 …: with
@@ -78,8 +74,11 @@ def main(argv: list[str]) -> int:
     if apart != (args.store is not None):
         raise UserError("--store says where processes meet that are started apart, by --node or --datacenter; "
                         f"{'it is missing' if apart else 'neither is given'}")
-    store = StoreAddress.parse(args.store) if apart else None
     chosen = _chosen(args, places)
+    # Here, because they wait for torch, and neither --help nor a mistake above is to wait with them.
+    from minprfaas.cluster.launch import Launch, StoreAddress, watch_parent
+    from minprfaas.commands.live_run import Seat, play, start
+    store = StoreAddress.parse(args.store) if apart else None
     launch = Launch.from_environment(world_size=len(chosen)) if args.node is None else None
     if launch is None and args.node is None:
         restart = f"--node {{name}} --store {args.store or '127.0.0.1:{port}'}"
@@ -98,7 +97,7 @@ def with_site_lines(run: Run, texts: list[str]) -> Run:
     lines = {}
     for text in texts:
         site, _, rest = text.partition("=")
-        gbps, _, weather = rest.partition(":")
+        gbps, _, path = rest.partition(":")
         if site not in run.topology.prfaas_sites or site in lines:
             sites = ", ".join(run.topology.prfaas_sites)
             raise UserError(f"--site-line is {shown(text)}; it must be about one of {sites}, and once")
@@ -107,7 +106,7 @@ def with_site_lines(run: Run, texts: list[str]) -> Run:
         except ValueError:
             raise UserError(f"--site-line is {shown(text)}; it must be like prfaas-a=0.02:WEATHER.json") from None
         rate = run.emulation.scale.run_gbps(rate) if run.emulation is not None else rate
-        lines[site] = LineConfig(rate, run.line.rtt_ms, load_weather(weather) if weather else ())
+        lines[site] = LineConfig(rate, run.line.rtt_ms, weather(path))
     run = replace(run, site_lines=lines)
     if run.fleet is None or len(run.lines) == 1:
         return run

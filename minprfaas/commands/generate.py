@@ -8,12 +8,11 @@ from dataclasses import asdict
 import torch
 
 from minprfaas.commands.options import generate as add_arguments  # noqa: F401
-from minprfaas.config import CacheConfig
+from minprfaas.config import CacheConfig, SamplingParams
 from minprfaas.engine.pieces import compile_and_warm_up
 from minprfaas.engine.prompts import Prompt, read_prompts
 from minprfaas.engine.reference import answer_prompts
 from minprfaas.engine.request import TokenUpdate
-from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import UserError
 from minprfaas.model.checkpoint import load
 from minprfaas.observe.tables import table

@@ -10,20 +10,15 @@ from statistics import fmean
 
 from minprfaas.cluster.emulation import Emulation
 from minprfaas.cluster.load import LENGTH_SCALE, REQUESTS, Load
-from minprfaas.cluster.processes import UNTHROTTLED_GBPS
 from minprfaas.cluster.topology import PD_SITE, PRFAAS_SITE, Topology
 from minprfaas.commands.machines import add_machine_options, machine_at
-from minprfaas.commands.options import add_http_arguments
-from minprfaas.commands.serve import check_http_arguments
-from minprfaas.config import LineConfig, LinkConfig
+from minprfaas.commands.options import add_http_arguments, check_http_arguments
+from minprfaas.config import UNTHROTTLED_GBPS, Encoding, LineConfig, LinkConfig, SamplingParams, WeatherChange
 from minprfaas.engine.prompts import Prompt, read_prompts
-from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import UserError, require_number
 from minprfaas.scheduling.control import ControlPlane, ControlSettings
 from minprfaas.scheduling.planner import Fleet
 from minprfaas.scheduling.profiles import Profile, Scale
-from minprfaas.transport.encoding import Encoding
-from minprfaas.transport.wan.line import load_weather
 
 
 def add_options(p: argparse.ArgumentParser, may_serve: bool = False) -> None:
@@ -124,7 +119,6 @@ def checked(args: argparse.Namespace, topology: Topology) -> Run:
         value = getattr(args, option)
         if value is not None:
             require_number(f"--{option.replace('_', '-')}", value, least=1, whole=True)
-    weather = load_weather(args.weather) if args.weather else ()
     # On GPUs each chunk costs a copy and a few launches at either end: fewer, larger ones.
     sizes = dict(chunk_bytes=16 * 2**20, max_inflight_bytes=256 * 2**20) if "cuda" in args.device else {}
     link = LinkConfig(args.lanes, timeout_s=args.link_timeout_s, **sizes)
@@ -147,9 +141,17 @@ def checked(args: argparse.Namespace, topology: Topology) -> Run:
         answer_tokens = fmean([prompt.params.max_tokens for prompt in prompts] or [otherwise])
         fleet = Fleet(topology.prfaas, max(topology.pd, 2), line_gbps or UNTHROTTLED_GBPS, *profiles, answer_tokens,
                       args.relay)
-    line = LineConfig(line_gbps, args.rtt_ms, weather)
+    line = LineConfig(line_gbps, args.rtt_ms, weather(args.weather))
     policy = dict(adaptive=fleet is not None)  # the threshold follows the link
     return Run(args, topology, link, line, prompts, load, fleet, emulation, policy)
+
+
+def weather(path: str | None) -> tuple[WeatherChange, ...]:
+    """An emulated line's, from its file. UserError when that is no schedule."""
+    if not path:
+        return ()
+    from minprfaas.transport import load_weather  # waits for torch, as all of that room does
+    return load_weather(path)
 
 
 def _checked_emulation(args: argparse.Namespace) -> Emulation | None:

@@ -20,7 +20,7 @@ from minprfaas.cluster.upkeep import peak_memory_bytes
 from minprfaas.commands import answers
 from minprfaas.commands.live_options import Run
 from minprfaas.commands.live_status import Watch
-from minprfaas.commands.machines import machine_at, wire_between
+from minprfaas.commands.machines import machine_at
 from minprfaas.commands.serve import serve_until_signal
 from minprfaas.config import Role
 from minprfaas.engine.engine import Engine, token_ids_of
@@ -49,7 +49,7 @@ class Program:
         self.emulation = run.emulation
         self.outputs, self.here, self.places, self.neighbours = outputs, here, places, neighbours
         self.process, self.front, self.engine = made, made.front, engine
-        self.lossy = answers.lossy_wire(engine.layout, wire_between(run.args))
+        self.lossy = answers.lossy_wire(engine.layout, answers.wire_between(run.args))
         self.journeys: dict[str, Journey] = {}
         self.prompts, self.due = self._asked(run)
         self.board = Board()

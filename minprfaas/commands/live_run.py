@@ -12,16 +12,16 @@ from minprfaas.cluster.launch import (StoreAddress, emulated_line, link_identity
                                       start_processes, threads_of)
 from minprfaas.cluster.mail import Mail
 from minprfaas.cluster.neighbours import Neighbours
-from minprfaas.cluster.processes import UNTHROTTLED_GBPS, Process, control_settings, front_end, process, worker
+from minprfaas.cluster.processes import Process, control_settings, front_end, process, worker
 from minprfaas.cluster.topology import Place
-from minprfaas.commands.answers import wire_share
+from minprfaas.commands.answers import wire_between, wire_share
 from minprfaas.commands.live_options import Run
 from minprfaas.commands.live_program import Program
-from minprfaas.commands.machines import machine_at, wire_between
+from minprfaas.commands.machines import machine_at
 from minprfaas.commands.options import FULL_CONTEXTS
-from minprfaas.config import CacheConfig, LinkConfig
+from minprfaas.config import UNTHROTTLED_GBPS, CacheConfig, LinkConfig
 from minprfaas.engine.engine import Engine
-from minprfaas.engine.paced import PacedEngine
+from minprfaas.engine.paced import Pace, PacedEngine
 from minprfaas.engine.pieces import compile_and_warm_up
 from minprfaas.engine.reference import longest_prompts, pool_for
 from minprfaas.errors import UserError
@@ -169,8 +169,10 @@ def engines_of(run: Run, seat: Seat, timeline: Timeline | None) -> list[Engine]:
         pool_for(model, needed, machine.block_tokens)
     kind = Engine if run.emulation is None else PacedEngine
     engines = [kind(model, tokenizer, cache, args.prefill_chunk, timeline=timeline) for _ in seat.here.roles or [None]]
-    for engine in engines if run.emulation is not None else []:
-        engine.emulate(run.emulation.pace_at(seat.here.site), run.emulation.profile_at(seat.here.site).bs_max)
+    if run.emulation is not None:
+        profile = run.emulation.profile_at(seat.here.site)
+        for engine in engines:
+            engine.emulate(Pace(profile.prefill_s, profile.decode_step_s), profile.bs_max)
     for prompt in run.prompts:
         engines[0].check_length(prompt.id, lengths[prompt.id])
     if seat.here.roles:

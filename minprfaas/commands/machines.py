@@ -4,10 +4,8 @@ import argparse
 from dataclasses import dataclass
 
 from minprfaas.cluster.topology import PD_SITE, PRFAAS_SITE
+from minprfaas.commands.options import DTYPES
 from minprfaas.errors import UserError, require_number, shown
-from minprfaas.transport.encoding import Encoding, Wire
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_machine_options(p: argparse.ArgumentParser) -> None:
@@ -36,13 +34,6 @@ def machine_at(args: argparse.Namespace, site: str) -> Machine:
     block_tokens = int(tokens[:9]) if tokens.isascii() and tokens.isdigit() else tokens
     require_number("--block-tokens", block_tokens, least=1, whole=True)
     return Machine(_said_of(site, "--device", args.device), dtype, block_tokens)
-
-
-def wire_between(args: argparse.Namespace) -> Wire:
-    """How KVCache crosses from the PrfaaS datacenter to the PD one."""
-    away, here = machine_at(args, PRFAAS_SITE), machine_at(args, PD_SITE)
-    formats = f"{away.dtype} in datacenter A and {here.dtype} in B" if away.dtype != here.dtype else ""
-    return Wire(Encoding(args.wire), formats, away.block_tokens == here.block_tokens, Encoding(args.wire_state))
 
 
 def _said_of(site: str, option: str, text: str) -> str:

@@ -1,7 +1,9 @@
 """What the commands that need torch can be told, without torch: `--help` waits for nothing. Chapter 13."""
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
+
+from minprfaas.errors import require_number
 
 FULL_CONTEXTS = 8  # a server's pool has room for so many requests as long as the context
 TEMPLATES = ("chatml", "llama3", "qwen3")  # of a chat: what `serving/chat.py` knows
@@ -53,6 +55,13 @@ def add_http_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--drain-s", type=float, default=30.0, metavar="S", help="seconds that requests get to end "
                         "once the server is told to (30)")
     parser.add_argument("--chat-template", choices=TEMPLATES, help="for a model whose own is missing or unknown")
+
+
+def check_http_arguments(args: Namespace, port_option: str, port: int) -> None:
+    """UserError names the first option that is out of range."""
+    require_number(port_option, port, least=0, most=65_535, whole=True)
+    require_number("--max-requests", args.max_requests, least=1, most=10_000, whole=True)
+    require_number("--drain-s", args.drain_s, least=0)
 
 
 def inspect(parser: ArgumentParser) -> None:

@@ -13,7 +13,7 @@ import torch
 from minprfaas.cluster.mail import Mail
 from minprfaas.cluster.processes import Process, control_settings, front_end, process, worker
 from minprfaas.cluster.topology import Topology
-from minprfaas.commands.options import FULL_CONTEXTS
+from minprfaas.commands.options import FULL_CONTEXTS, check_http_arguments
 from minprfaas.commands.options import serve as add_arguments  # noqa: F401
 from minprfaas.config import CacheConfig
 from minprfaas.engine.engine import Engine
@@ -63,13 +63,6 @@ def serve_until_signal(args: argparse.Namespace, listener: socket.socket, served
     were = "request was" if cut == 1 else "requests were"
     print("ended: " + (f"{cut} {were} cut short" if cut else "every request has its answer"), flush=True)
     return 1 if cut else 0
-
-
-def check_http_arguments(args: argparse.Namespace, port_option: str, port: int) -> None:
-    """UserError names the first option that is out of range."""
-    require_number(port_option, port, least=0, most=65_535, whole=True)
-    require_number("--max-requests", args.max_requests, least=1, most=10_000, whole=True)
-    require_number("--drain-s", args.drain_s, least=0)
 
 
 def one_process(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer) -> Process:

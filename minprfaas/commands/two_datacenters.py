@@ -2,10 +2,8 @@
 
 import argparse
 
-from minprfaas.cluster.launch import Launch, watch_parent
 from minprfaas.cluster.topology import Topology
 from minprfaas.commands.live_options import add_options, checked
-from minprfaas.commands.live_run import Seat, play, start
 from minprfaas.errors import ArgumentParser
 
 
@@ -23,6 +21,9 @@ def main(argv: list[str]) -> int:
     """Play this process's part, or start both processes when there is no torchrun; returns the exit status."""
     topology = Topology(prfaas=1, pd=1)
     run, places = checked(parser().parse_args(argv), topology), topology.two_places()
+    # Here, because they wait for torch, and neither --help nor a mistake above is to wait with them.
+    from minprfaas.cluster.launch import Launch, watch_parent
+    from minprfaas.commands.live_run import Seat, play, start
     launch = Launch.from_environment(world_size=2)
     if launch is None:
         return start(run, places, main, argv)

@@ -8,10 +8,9 @@ running request, so a long prompt delays the others' next token by one chunk at 
 import time
 from collections.abc import Callable
 
-from minprfaas.config import CacheConfig
+from minprfaas.config import CacheConfig, SamplingParams
 from minprfaas.engine.fast_runner import chunk_for, runner_for, shared_tokens_for
 from minprfaas.engine.request import KVListener, Request, Status, TokenUpdate
-from minprfaas.engine.sampling import SamplingParams
 from minprfaas.engine.scheduler import PrefillChunk, Scheduler
 from minprfaas.engine.text import StreamedText
 from minprfaas.errors import UserError

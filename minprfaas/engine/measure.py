@@ -7,9 +7,9 @@ from statistics import median
 import torch
 from tqdm import tqdm
 
+from minprfaas.config import SamplingParams
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.reference import pool_for
-from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import UserError
 from minprfaas.model.spec import kv_bytes
 from minprfaas.model.tokenizer import Tokenizer

@@ -12,8 +12,8 @@ from functools import cache, partial
 import torch
 from tqdm import tqdm
 
+from minprfaas.config import SamplingParams
 from minprfaas.engine.reference import generate
-from minprfaas.engine.sampling import SamplingParams
 from minprfaas.model.tokenizer import Tokenizer
 from minprfaas.model.transformer import Transformer
 

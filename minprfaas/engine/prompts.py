@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from types import NoneType
 
-from minprfaas.engine.sampling import SamplingParams
+from minprfaas.config import SamplingParams
 from minprfaas.errors import UserError, require_unicode, shown
 from minprfaas.files import read_lines
 

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from minprfaas.config import CacheConfig
+from minprfaas.config import CacheConfig, SamplingParams
 from minprfaas.engine.engine import Engine, model_layout, token_ids_of
 from minprfaas.engine.prompts import Prompt
 from minprfaas.engine.request import Request, TokenUpdate
-from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import UserError
 from minprfaas.model.state import ContiguousState
 from minprfaas.model.tokenizer import Tokenizer

@@ -4,7 +4,7 @@ import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from minprfaas.engine.sampling import SamplingParams
+from minprfaas.config import SamplingParams
 from minprfaas.kvcache.request_cache import RequestCache
 
 

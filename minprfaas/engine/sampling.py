@@ -2,42 +2,11 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from minprfaas.errors import UserError, require_number, require_unicode, shown
-
-MAX_OUTPUT_TOKENS = 2**20  # far beyond any context; a larger number is a slip of the finger, and is better said so
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How to continue a prompt. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 keep every token."""
-
-    max_tokens: int = 64
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
-        require_number("max_tokens", self.max_tokens, least=1, most=MAX_OUTPUT_TOKENS, whole=True)
-        require_number("temperature", self.temperature, least=0, most=100)
-        require_number("top_k", self.top_k, least=0, whole=True)
-        require_number("top_p", self.top_p, above=0, most=1)
-        require_number("seed", self.seed, above=-2**63, most=2**63 - 1, whole=True)
-        if not all(isinstance(text, str) and text for text in stop):
-            raise UserError(f"stop is {shown(stop)}; it must be one or more non-empty strings")
-        for text in stop:
-            require_unicode("stop", text)
-        if not isinstance(self.ignore_eos, bool):
-            raise UserError(f"ignore_eos is {shown(self.ignore_eos)}; it must be true or false")
+from minprfaas.config import SamplingParams
 
 
 def sample(logits: Tensor, params: SamplingParams, position: int) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from minprfaas.cluster.front_end import FrontEnd
 from minprfaas.cluster.journey import Journey, Update
-from minprfaas.engine.sampling import SamplingParams
+from minprfaas.config import SamplingParams
 from minprfaas.errors import RequestError, UserError
 from minprfaas.serving.metrics import Metrics
 from minprfaas.transport.events import EventQueue

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from minprfaas.config import ModelConfig
+from minprfaas.config import MAX_OUTPUT_TOKENS, ModelConfig, SamplingParams
 from minprfaas.engine.engine import token_ids_of
-from minprfaas.engine.sampling import MAX_OUTPUT_TOKENS, SamplingParams
 from minprfaas.errors import RequestError, UserError, shown
 from minprfaas.model.tokenizer import Tokenizer
 from minprfaas.serving.chat import ChatTemplate, find_template

@@ -11,29 +11,18 @@ and 2^-7 of `top`. Besides that the element is rounded to the cache's own format
 """
 
 from dataclasses import dataclass
-from enum import Enum
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minprfaas.config import StateKind
+from minprfaas.config import Encoding, StateKind
 from minprfaas.model.spec import StateSpec
 from minprfaas.transport.base import LayerPlan, StreamPlan
 
 FP8_TOP, INT8_TOP, INT4_TOP = 448.0, 127, 15
 SCALE = torch.bfloat16  # float32's range in two bytes
 RECAST = ", recast"  # in a plan: the caches at the two ends have different number formats
-
-
-class Encoding(str, Enum):
-    """How the rows of token state cross a link."""
-
-    EXACT = "exact"
-    BF16 = "bf16"
-    FP8 = "fp8"
-    INT8 = "int8"
-    INT4 = "int4"
 
 
 @dataclass(frozen=True)

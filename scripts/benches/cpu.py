@@ -17,9 +17,9 @@ import torch
 
 from benches.peers import Peer
 from benches.reading import Machine, Reading, measure_machine, print_readings, write_readings
+from minprfaas.config import SamplingParams
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.reference import pool_for
-from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import exit_on_user_error, require_number
 from minprfaas.model.families import config_from_hf
 from minprfaas.model.spec import model_state_specs

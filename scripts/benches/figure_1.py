@@ -22,10 +22,9 @@ from minprfaas.cluster.kv_receive import KVReceive
 from minprfaas.cluster.kv_send import KVSend
 from minprfaas.cluster.launch import own_device
 from minprfaas.cluster.stream_plans import stream_plan
-from minprfaas.config import LineConfig, LinkConfig
+from minprfaas.config import LineConfig, LinkConfig, SamplingParams
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.reference import pool_for
-from minprfaas.engine.sampling import SamplingParams
 from minprfaas.model.checkpoint import EMBEDDED, load
 from minprfaas.observe.tables import human_bytes, table
 from minprfaas.transport import (EmulatedLine, KVTransport, Link, MessageReceived, StreamDone, StreamPlan,

@@ -15,11 +15,10 @@ import time
 from minprfaas.cluster import messages
 from minprfaas.cluster.envelope import Envelope, decode, encode
 from minprfaas.cluster.front_end import FrontEnd
-from minprfaas.cluster.mail import FRONT, Mail
+from minprfaas.cluster.mail import Mail
 from minprfaas.cluster.node import Node
 from minprfaas.cluster.processes import COLLECT_AFTER
-from minprfaas.config import Role
-from minprfaas.engine.sampling import SamplingParams
+from minprfaas.config import FRONT, Role, SamplingParams
 from minprfaas.kvcache.ledger import chain_keys
 from minprfaas.observe.tables import table
 from minprfaas.scheduling.control import ControlPlane, ControlSettings

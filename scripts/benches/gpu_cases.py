@@ -15,13 +15,12 @@ from benches.peers import OF_FAMILY, Peer
 from benches.reading import Machine, Reading, median_ms
 from minprfaas.cluster.kv_send import KVSend
 from minprfaas.cluster.stream_plans import stream_plan
-from minprfaas.config import CacheConfig
+from minprfaas.config import CacheConfig, SamplingParams
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.pieces import compile_pieces
 from minprfaas.engine.prefill_graphs import graph_delta_rules
 from minprfaas.engine.reference import pool_for
 from minprfaas.engine.request import Request, Status
-from minprfaas.engine.sampling import SamplingParams
 from minprfaas.model.delta import delta_rule, delta_rule_recurrent
 from minprfaas.model.families import config_from_hf
 from minprfaas.model.kda import KDA, KDAConfig

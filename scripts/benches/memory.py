@@ -20,9 +20,8 @@ from random_checkpoint import SHAPES
 from minprfaas.cluster.kv_receive import KVReceive
 from minprfaas.cluster.kv_send import KVSend
 from minprfaas.cluster.stream_plans import stream_plan
-from minprfaas.config import CacheConfig, LineConfig, LinkConfig, StateKind
+from minprfaas.config import CacheConfig, LineConfig, LinkConfig, SamplingParams, StateKind
 from minprfaas.engine.request import Request
-from minprfaas.engine.sampling import SamplingParams
 from minprfaas.kvcache.layout import Layout, plan_layout
 from minprfaas.kvcache.manager import KVCacheManager
 from minprfaas.model.families import config_from_hf

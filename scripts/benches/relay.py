@@ -21,10 +21,9 @@ from minprfaas.cluster.topology import Topology
 from minprfaas.commands import two_datacenters
 from minprfaas.commands.live_options import Run
 from minprfaas.commands.live_run import Seat, play
-from minprfaas.config import LineConfig, LinkConfig
+from minprfaas.config import LineConfig, LinkConfig, SamplingParams
 from minprfaas.documents import EVALUATION_SEEDS, make_document
 from minprfaas.engine.reference import generate
-from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import UserError, exit_on_user_error
 from minprfaas.observe.tables import table
 

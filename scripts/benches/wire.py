@@ -15,15 +15,15 @@ from statistics import fmean, median
 import torch
 
 from minprfaas import load
+from minprfaas.config import Encoding, SamplingParams
 from minprfaas.documents import EVALUATION_SEEDS, make_document
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.reference import pool_for
 from minprfaas.engine.request import Request
-from minprfaas.engine.sampling import SamplingParams
 from minprfaas.errors import UserError, exit_on_user_error, require_number
 from minprfaas.observe.tables import table
 from minprfaas.scheduling.throughput import kv_throughput_gbps
-from minprfaas.transport.encoding import Encoding, Wire, codec_of
+from minprfaas.transport.encoding import Wire, codec_of
 
 PARAMS = SamplingParams(max_tokens=16)
 HEADERS = ["wire", "bytes a token", "KV, MiB", "Gbps", "encode ms", "decode ms", "right", "changed",

@@ -31,7 +31,6 @@ from minprfaas.simulator.arrivals import from_trace, read_trace, write_conversat
 from minprfaas.simulator.nodes import BLOCK_TOKENS, SimRequest
 from minprfaas.simulator.simulation import Setup, Simulation
 
-SEEDS = 3
 SECONDS = 300.0  # of arrivals, of the emulated machines
 DROP_S, DROPPED = (60.0, 200.0), 0.1  # from when to when the line is down to a tenth
 SHIFT_S, STRETCH = 40.0, 0.4  # from then on prompts are that much shorter, and decode has too much to do

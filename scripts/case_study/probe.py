@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from case_study.sustained import Reading, reading
 from minprfaas.cluster.journey import Journey
 from minprfaas.cluster.processes import Process
-from minprfaas.config import Role
+from minprfaas.config import Role, SamplingParams
 from minprfaas.engine.reference import generate, logit_gap
-from minprfaas.engine.sampling import SamplingParams
 from minprfaas.model.tokenizer import Tokenizer
 from minprfaas.model.transformer import Transformer
 from minprfaas.scheduling.control import Action

@@ -1,6 +1,5 @@
 """Runs side by side: each in a process of its own, as many at once as the cores carry. Chapter 13."""
 
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +12,6 @@ from tqdm import tqdm
 from minprfaas.cluster.launch import watch_parent
 from minprfaas.errors import UserError, exit_on_user_error
 
-CORES_A_RUN = 4  # of 7 or 13 processes, most of which wait
 LOOK_EVERY_S = 1.0
 BAR = "{percentage:3.0f}%|{bar}| {elapsed}, about {remaining} to go"
 
@@ -25,11 +23,6 @@ class Job:
     name: str
     do: Callable[[], object]
     expected_s: float
-
-
-def jobs_here() -> int:
-    """How many runs this machine carries at once."""
-    return max(1, (os.cpu_count() or 1) // CORES_A_RUN)
 
 
 def expected_s(jobs: Sequence[Job], at_once: int) -> float:

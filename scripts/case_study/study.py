@@ -5,21 +5,21 @@ decisions are real; the machines' pace and the line between the datacenters are 
 """
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from case_study.loops import SEEDS, loops, run_loops
+from case_study.loops import loops, run_loops
+from case_study.options import NAMES, POINTS, default_scale
 from case_study.probe import ask, read, sampled, settle, wrong_answers
 from case_study.results import Results
 from case_study.runs import Emulated, judged
-from case_study.side_by_side import Job, expected_s, jobs_here, run_all
+from case_study.side_by_side import Job, expected_s, run_all
 from case_study.soak import LOAD, soak
 from case_study.sustained import Reading, highest_sustained, reading, stratified
 from minprfaas.cluster.processes import Process
 from minprfaas.engine.engine import Engine
-from minprfaas.errors import ArgumentParser, UserError, require_number
+from minprfaas.errors import UserError
 from minprfaas.observe.cores import Cores
 from minprfaas.observe.plots import draw_sweeps, prepare_plots
 from minprfaas.observe.tables import table
@@ -29,13 +29,6 @@ from minprfaas.scheduling.profiles import Scale
 from minprfaas.simulator.nodes import SimRequest
 from minprfaas.simulator.simulation import Setup, Simulation
 
-NAMES = {"prfaas_pd": "PrfaaS-PD", "homogeneous": "homogeneous PD", "naive": "naive heterogeneous PD",
-         "least_loaded": "least-loaded"}
-POINTS = {"N_p = 2": (2, 19_400), "N_p = 5": (5, 19_400), "t = 8,000": (3, 8000), "t = 40,000": (3, 40_000)}
-# Seconds that took 1.2 kept two quiet cores 52 to 59% busy, about half of that by what is there when nothing is asked;
-# the other half is the less, the longer seconds take. Four runs at once kept sixteen cores 22% busy.
-MANY_CORES, SCALE, SCALE_OF_FEW = 4, "1,128,0.00056", "1.1,128,0.00056"
-FULL_REQUESTS, QUICK_REQUESTS = 384, 96
 # A rate that must be sustained, for TTFT, and one that cannot be, at which Lambda is read, of the plan; and how many
 # requests of the mean each has. Simulated over 20 seeds, Lambda spreads by 3 to 5% with 128, by 3 to 7% with 96.
 QUICK_LOADS, QUICK_SHARES = (0.8, 1.25), (2 / 3, 4 / 3)
@@ -83,43 +76,11 @@ def deployments() -> dict[str, Deployment]:
     return {name: Deployment(name, *of) for name, of in {**paper.paper_plans(), **points}.items()}
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    p = ArgumentParser(description=__doc__.splitlines()[0], epilog="example: python scripts/live_case_study.py --quick")
-    p.add_argument("--deployment", choices=(*NAMES, *POINTS), metavar="NAME", action="append", help="only this one: "
-                   f"{', '.join(NAMES)} (all four), or a point of the figures: {', '.join(map(repr, POINTS))}")
-    p.add_argument("--quick", action="store_true", help="two rates a deployment near the plan instead of a search: "
-                   "the fewest that say something")
-    p.add_argument("--requests", type=int, metavar="N", help=f"of a rate, of quick ones in the mean ({FULL_REQUESTS}; "
-                   f"quick {QUICK_REQUESTS})")
-    p.add_argument("--scale", metavar="TIME,LENGTH,BYTES", help=f"seconds times TIME, one token for LENGTH, bytes "
-                   f"times BYTES (here {default_scale()}; each loop has its own); undone in every figure")
-    p.add_argument("--results", default="case_study.jsonl", metavar="FILE.jsonl", help="what was measured; a run that "
-                   "was interrupted goes on from it (case_study.jsonl)")
-    p.add_argument("--plots", metavar="DIR", help="draw figures 5(a) and 5(b) into DIR, with what was measured on the "
-                   "modelled lines; four more points are run for them (needs the `plots` extra)")
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the requests (0)")
-    p.add_argument("--loops", nargs="*", metavar="LOOP", help="instead: each scheduling loop with and without, "
-                   "simulated and live: line, lengths, cache (all three)")
-    p.add_argument("--soak", type=float, metavar="MINUTES", help="instead: PrfaaS-PD at 90%% of its measured rate, "
-                   "while the weather changes, nodes are killed and roles change")
-    p.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help=f"of each loop ({SEEDS})")
-    p.add_argument("--jobs", type=int, default=jobs_here(), metavar="N", help="runs at once, each of 7 or 13 processes "
-                   f"(one for four cores: here {jobs_here()})")
-    p.add_argument("--trace", metavar="FILE.jsonl", help="conversations for --loops cache (made-up ones)")
-    return p
-
-
-def main(argv: list[str]) -> int:
+def run(args: argparse.Namespace) -> int:
     """Plan, simulate, run, compare; 1 if an emulation was not valid or an answer wrong."""
-    args = parser().parse_args(argv)
-    require_number("--seed", args.seed, least=0, whole=True)
-    require_number("--jobs", args.jobs, least=1, most=64, whole=True)
     if args.loops is not None:
         return _loops(args)
-    requests = args.requests if args.requests is not None else QUICK_REQUESTS if args.quick else FULL_REQUESTS
-    require_number("--requests", requests, least=16, most=100_000, whole=True)
-    text = args.scale or default_scale()
+    requests, text = args.requests, args.scale or default_scale()
     study = Study(Scale.parse(text), requests, args.seed, args.quick)
     results = Results(args.results, f"scale {text}, {requests} requests, seed {args.seed}, quick {args.quick}")
     if args.soak is not None:
@@ -146,13 +107,7 @@ def main(argv: list[str]) -> int:
     return 0 if all(one is not None and one["is_valid"] and not one["wrong"] for one in verdicts) else 1
 
 
-def default_scale() -> str:
-    """The one that this machine's cores can keep up with."""
-    return SCALE if (os.cpu_count() or 1) >= MANY_CORES else SCALE_OF_FEW
-
-
 def _soak(args: argparse.Namespace, study: "Study", results: Results) -> int:
-    require_number("--soak", args.soak, least=1, most=24 * 60)
     deployment = deployments()["prfaas_pd"]
     measured = results.readings(deployment.name)
     # What a quick run measures beyond the plan is the luck of its draw; with weather and kills it would be too much.
@@ -165,7 +120,6 @@ def _soak(args: argparse.Namespace, study: "Study", results: Results) -> int:
 
 
 def _loops(args: argparse.Namespace) -> int:
-    require_number("--seeds", args.seeds, least=1, most=100, whole=True)
     known = loops(args.trace)
     for name in args.loops:
         if name not in [loop.name for loop in known]:

@@ -2,10 +2,9 @@
 
 from exercises.checking import first_wrong
 
-from minprfaas.config import CacheConfig, LayerConfig, ModelConfig, RopeConfig
+from minprfaas.config import CacheConfig, LayerConfig, ModelConfig, RopeConfig, SamplingParams
 from minprfaas.engine.engine import model_layout
 from minprfaas.engine.request import Request
-from minprfaas.engine.sampling import SamplingParams
 from minprfaas.engine.scheduler import Scheduler
 from minprfaas.kvcache.manager import KVCacheManager
 from minprfaas.model.gqa import GQAConfig

@@ -4,9 +4,8 @@ import math
 
 from exercises.checking import first_wrong
 
-from minprfaas.config import CacheConfig, RopeConfig
+from minprfaas.config import CacheConfig, RopeConfig, SamplingParams
 from minprfaas.engine.request import Request
-from minprfaas.engine.sampling import SamplingParams
 from minprfaas.engine.scheduler import Scheduler
 from minprfaas.engine.text import StreamedText
 from minprfaas.kvcache.layout import plan_layout

@@ -4,7 +4,7 @@ from exercises.checking import first_wrong
 
 from minprfaas.cluster.journey import Journey
 from minprfaas.cluster.stream_plans import stream_plan
-from minprfaas.engine.sampling import SamplingParams
+from minprfaas.config import SamplingParams
 from minprfaas.kvcache.layout import plan_layout
 from minprfaas.model.kda import KDAConfig
 from minprfaas.model.mla import MLAConfig

@@ -40,7 +40,8 @@ def check_2() -> str | None:
     """Against the package's codecs."""
     import torch
 
-    from minprfaas.transport.encoding import Encoding, RowCodec
+    from minprfaas.config import Encoding
+    from minprfaas.transport.encoding import RowCodec
 
     cases = []
     for width in (64, 128, 576, 7):
