@@ -308,6 +308,20 @@ def test_a_process_that_comes_late_is_met_and_one_that_was_refused_is_named_unti
     one.close()
 
 
+def test_two_links_that_are_made_at_the_same_moment_are_both_known():
+    mail, ends = Mail(queue.SimpleQueue()), [End(name, queue.SimpleQueue()) for name in ("one", "other")]
+    other = threading.Thread(target=mail.add_link, args=(ends[1], ["pd-1"]))
+
+    def names():  # in the middle of the first one's book-keeping the second one comes
+        other.start()
+        other.join(0.1)
+        yield "pd-0"
+
+    mail.add_link(ends[0], names())
+    other.join(DEADLINE_S)
+    assert mail.links == {"pd-0": ends[0], "pd-1": ends[1]} and len(mail.links_between_sites) == 2
+
+
 def test_a_switchboard_knows_who_is_where_and_which_way_crosses_to_another_datacenter():
     mail = Mail(queue.SimpleQueue(), Wire(Encoding.INT8))
     far, near = End("far", queue.SimpleQueue()), End("near", queue.SimpleQueue())

@@ -4,6 +4,7 @@ A *part* (front end, prefill role, decode role) has a name. Parts of one process
 and KVCache over the loopback; to parts elsewhere both go over the link that leads there.
 """
 
+import threading
 from collections import deque
 from typing import Protocol
 
@@ -36,6 +37,7 @@ class Mail:
         self._here: set[str] = set()
         self._link_to: dict[str, Connection] = {}  # by the name of a part elsewhere
         self._crosses_sites: set[str] = set()  # links, by their names
+        self._adding = threading.Lock()
 
     def add_local(self, name: str) -> None:
         """A part of this process."""
@@ -47,9 +49,10 @@ class Mail:
 
     def add_link(self, link: Connection, names: list[str], crosses_sites: bool = True) -> None:
         """The parts called `names` are at the other end of `link`, from now on of this one. Any thread may call it."""
-        if crosses_sites:
-            self._crosses_sites = self._crosses_sites | {link.name}
-        self._link_to = {**self._link_to, **{name: link for name in names}}  # replaced: the loop may be reading it
+        with self._adding:  # of two that change it at the same moment one would be lost, and nobody would hear of it
+            if crosses_sites:
+                self._crosses_sites = self._crosses_sites | {link.name}
+            self._link_to = {**self._link_to, **{name: link for name in names}}  # replaced: the loop may be reading it
 
     def send(self, sender: str, to: str, message: Message) -> None:
         """Send a message. To whom there is no way any more it is not sent: the loss of the link has its own event."""
