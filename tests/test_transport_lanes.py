@@ -7,7 +7,7 @@ import pytest
 from transport_support import DEADLINE_S, IDENTITY, connected, in_parallel, new_store, wait_until
 
 from minprfaas.config import LinkConfig
-from minprfaas.transport import Link
+from minprfaas.transport import Link, LinkDown
 from minprfaas.transport.wan.frames import Kind, control_frame
 from minprfaas.transport.wan.lanes import Lane
 
@@ -78,3 +78,34 @@ def test_an_end_that_meets_nobody_under_a_number_tries_the_next(monkeypatch):
     in_parallel(lambda: ends[0].connect(DEADLINE_S), connect_late)
     assert [end.epoch for end in ends] == [2, 2]
     in_parallel(*(end.close for end in ends))
+
+
+class Dying:
+    """The store of a process that is killed when it has read a knock, before it has answered."""
+
+    def __init__(self, store):
+        self._store = store
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+    def clone(self):
+        return self
+
+    def set(self, key, value):
+        raise RuntimeError("killed")
+
+
+def test_who_knocked_at_an_end_that_died_before_its_answer_is_answered_by_its_successor():
+    store = new_store()
+    dying, waiting, successor = (Link("a-b", at, rank, LinkConfig(), IDENTITY)
+                                 for rank, at in ((0, Dying(store)), (1, store), (0, store)))
+
+    def serve():
+        with pytest.raises(LinkDown, match="killed"):
+            dying.connect(DEADLINE_S)
+        successor.connect(DEADLINE_S)
+
+    in_parallel(serve, lambda: waiting.connect(DEADLINE_S))
+    assert successor.epoch == waiting.epoch == 2
+    in_parallel(successor.close, waiting.close)

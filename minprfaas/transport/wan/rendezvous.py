@@ -84,9 +84,10 @@ class Rendezvous:
             if not _poll(lambda: self._store.check([knock]) and self._store.get(knock), until, given_up):
                 return None
             word = self._store.get(knock).decode()
-            self._store.compare_set(knock, word, "")  # answered; a newer knock stays
             epoch = self._store.add(f"{self._name}/epoch", 1)
             self._store.set(f"{self._name}/answer/{word}", str(epoch))
+            # Last: a knock that is gone without an answer, because this end died here, would be awaited in vain.
+            self._store.compare_set(knock, word, "")  # answered; a newer knock stays
             return epoch
         except RuntimeError as error:
             raise LinkDown(f"link {self._name}: its store does not answer: {one_line(error)}") from None
