@@ -1,5 +1,6 @@
 """What leaves, in which order, and until when it is kept: `transport.wan.outbox` and `send_queue`. Chapter 07."""
 
+import sys
 import threading
 import time
 
@@ -334,6 +335,28 @@ def test_a_lane_of_an_epoch_that_is_over_gets_no_frame():
     thread.join(DEADLINE_S)
     assert got == [None] and outbox.next_frame(1) is None
     assert Outbox("a-b", LinkConfig(), None, None).next_frame(1) is None, "nor before the first has begun"
+
+
+def test_a_thread_of_an_epoch_that_is_over_keeps_the_time_for_no_lane_of_the_next():
+    """It may wake only when the new lanes have looked at the line already, and relied on it."""
+    line, stream = EmulatedLine(LineConfig(rtt_ms=100.0)), StreamRecord(1)
+    line.begin(0.0)
+    outbox, before_s = open_outbox(line=line), sys.getswitchinterval()
+    send(outbox, stream)
+    late = threading.Thread(target=lambda: outbox.next_frame(1), daemon=True)
+    late.start()
+    late.join(0.02)  # it waits for the arrival
+    given_up = threading.Timer(DEADLINE_S, outbox.end_epoch)
+    given_up.start()
+    sys.setswitchinterval(DEADLINE_S)  # it is woken, and gets no turn before this thread waits as well
+    try:
+        outbox.end_epoch()
+        outbox.begin_epoch(2)
+        frame = outbox.next_frame(2)
+    finally:
+        sys.setswitchinterval(before_s)
+        given_up.cancel()
+    assert frame is not None and frame.header.seq == 1
 
 
 def test_what_the_emulated_line_carries_is_drawn_as_long_as_it_occupies_it():

@@ -192,6 +192,7 @@ class Outbox:
         """Lanes of `epoch` may pull; what no peer acknowledged leaves first, in its old order."""
         with self._lock:
             self._epoch = epoch
+            self._timed_until = None  # a thread of the old epoch that has not woken yet keeps the time for nobody
             self._on_line.clear()
             self._queue.begin_epoch(time.monotonic())
             self._sendable.notify_all()
