@@ -25,15 +25,15 @@ class Side:
         self.outbox.begin_epoch(1)
         self.inbox = Inbox("a-b", self.outbox, self.events)
 
-    def take(self, header, payload=b"", damaged=False):
-        """One frame as a lane would bring it."""
+    def take(self, header, payload=b"", damaged=False, parts=None):
+        """One frame as a lane would bring it; one that began when the messages' `parts` were others, or began now."""
         slot = Slot(max(len(payload), 1))
         slot.view[HEADER_BYTES:HEADER_BYTES + len(payload)] = payload
         header.nbytes = len(payload)
         CODEC.seal(header, slot.view)
         if damaged:
             slot.view[HEADER_BYTES + len(payload) // 2] ^= 1
-        self.inbox.handle(CODEC.open(slot.view), slot, CODEC)
+        self.inbox.handle(CODEC.open(slot.view), slot, CODEC, parts or self.inbox.parts)
 
     def answer(self):
         """What the side says next: (kind, the sequence numbers that it names)."""
@@ -150,6 +150,20 @@ def test_a_new_peer_begins_to_count_anew():
         side.take(Header(Kind.MESSAGE, 2, stream=1), encode_message({"text": text}))
         assert [next_event(side).message for _ in range(2)] == [{"text": text}] * 2
         side.inbox.forget_peer()
+
+
+def test_what_a_late_thread_still_brings_of_an_old_peer_does_not_count_as_the_new_ones():
+    side, cargo = Side(), Cargo()
+    old = side.inbox.parts
+    side.inbox.streams.expect(cargo.plan, cargo.sink)
+    side.inbox.forget_peer()
+    for seq, number in ((7, 0), (8, 1)):
+        side.take(Header(Kind.MESSAGE, seq, stream=number), encode_message({"text": "of the old one"}), parts=old)
+    side.take(*rows_of(cargo, 9, 0, 64, 128), parts=old)
+    for number in (0, 1):
+        side.take(Header(Kind.MESSAGE, number + 1, stream=number), encode_message({"number": number}))
+        assert next_event(side).message == {"number": number} and side.answer() == (Kind.ACK, [number + 1])
+    assert cargo.calls == []
 
 
 @pytest.mark.parametrize("kind", [Kind.MESSAGE, Kind.ACK, Kind.ABORT])

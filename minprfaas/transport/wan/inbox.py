@@ -26,10 +26,14 @@ class Inbox:
     def forget_peer(self) -> None:
         """The peer is a new process: its messages begin again."""
         with self._lock:
-            self._parts = PartsIn()
+            self.parts = PartsIn()  # of its messages
 
-    def handle(self, header: Header, slot: Slot, codec: Codec) -> None:
-        """Take one frame. Raises FrameError when it cannot come from a sound peer."""
+    def handle(self, header: Header, slot: Slot, codec: Codec, parts: PartsIn) -> None:
+        """Take one frame, of a peer whose `parts` were this inbox's when its lane began: a thread may be so late that
+        they are not any more, and what the old peer has numbered is not to count as the new one's. Raises FrameError
+        when it cannot come from a sound peer."""
+        if parts is not self.parts:
+            return
         intact = codec.payload_is_intact(header, slot.view)
         payload = slot.view[HEADER_BYTES:HEADER_BYTES + header.nbytes]
         if header.kind == Kind.CHUNK:
@@ -46,7 +50,7 @@ class Inbox:
             self.streams.fail(header.stream, "aborted by the sender")
             self._outbox.acknowledge(header.seq)
         elif header.kind == Kind.MESSAGE:
-            self._take_part(header, bytes(payload))
+            self._take_part(header, bytes(payload), parts)
             self._outbox.acknowledge(header.seq)
 
     def _take_chunk(self, header: Header, slot: Slot, intact: bool) -> None:
@@ -58,7 +62,7 @@ class Inbox:
             return self._outbox.send_control(Kind.REFUSE, header.seq)
         self._outbox.acknowledge(header.seq)
 
-    def _take_part(self, header: Header, payload: bytes) -> None:
+    def _take_part(self, header: Header, payload: bytes, parts: PartsIn) -> None:
         with self._lock:  # also while events are put: two lanes must not swap two messages
-            for message in self._parts.add(header.stream, header.start, payload):
+            for message in parts.add(header.stream, header.start, payload) if parts is self.parts else []:
                 self._events.put(MessageReceived(message, self._name))

@@ -11,6 +11,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 import torch.distributed as dist
 
@@ -25,6 +26,7 @@ from minprfaas.transport.wan.lanes import Lane, threads_per_lane
 from minprfaas.transport.wan.line import EmulatedLine
 from minprfaas.transport.wan.monitor import SAMPLE_EVERY_S
 from minprfaas.transport.wan.outbox import Outbox
+from minprfaas.transport.wan.parts import PartsIn
 from minprfaas.transport.wan.rendezvous import LANE_TIMEOUT_S, Meeting, Rendezvous
 
 log = logging.getLogger(__name__)
@@ -112,6 +114,7 @@ class Supervisor:
         self._outbox.begin_epoch(meeting.epoch)
         if returned:  # said first: what a new peer sends must not be heard as the old one's
             self._events.put(LinkRestored(meeting.epoch, restarted, self._name))
+        received = partial(self._received, self._inbox.parts)
         senders, receivers = threads_per_lane(len(meeting.lanes))
         for lane in meeting.lanes:
             lane.heard_at = time.monotonic()
@@ -119,7 +122,7 @@ class Supervisor:
                 self._start_thread(lane, "send", lambda lane=lane: lane.send_frames(
                     lambda: self._outbox.next_frame(meeting.epoch), self._sent))
             for _ in range(receivers):
-                self._start_thread(lane, "receive", lambda lane=lane: lane.receive_frames(self._received))
+                self._start_thread(lane, "receive", lambda lane=lane: lane.receive_frames(received))
 
     def _start_thread(self, lane: Lane, role: str, work: Callable[[], None]) -> None:
         def run() -> None:
@@ -179,13 +182,13 @@ class Supervisor:
         if self._timeline is not None and frame.header.kind == Kind.CHUNK:
             self._timeline.span(f"{self._name} lane {lane.index} send", frame.header.label, began, time.monotonic())
 
-    def _received(self, lane: Lane, slot: Slot) -> None:
+    def _received(self, parts: PartsIn, lane: Lane, slot: Slot) -> None:
         began = time.monotonic()
         header = lane.codec.open(slot.view)
         if header.kind == Kind.BYE:
             self._closing.set()
             return self._break("closed by the peer", lane)
-        self._inbox.handle(header, slot, lane.codec)
+        self._inbox.handle(header, slot, lane.codec, parts)
         if self._timeline is not None and header.kind == Kind.CHUNK:
             self._timeline.span(f"{self._name} lane {lane.index} receive", header.label, began, time.monotonic())
 
