@@ -5,6 +5,7 @@ Chapter 14. All 200 seeded faults, with their tally: python -m pytest -m heavy -
 
 import collections
 import random
+import threading
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from fault_support import DEADLINE_S, KINDS, PARAMS, Site, outcome, process_star
 from transport_support import in_parallel, new_store
 
 from minprfaas import SamplingParams, UserError, generate
+from minprfaas.cluster import messages
 from minprfaas.config import LineConfig, LinkConfig
 from minprfaas.transport.wan.frames import FrameError
 from minprfaas.transport.wan.frames import Kind, control_frame, encode_acks
@@ -59,19 +61,21 @@ def test_two_hundred_seeded_faults(kind, models, checkpoints, processes, tally):
 # ---- what had arrived is kept where that is sound
 
 
-def broken_site(models, family, kind, at, gbps=None):
-    """Both nodes up; at the prefill node's frame number `at`, `kind` happens."""
+def broken_site(models, family, kind, at, gbps=None, layers=range(9)):
+    """Both nodes up; at the prefill node's frame number `at` of these layers' state, `kind` happens."""
     site = Site(*models[family], random.Random(1), LinkConfig(lanes=2, chunk_bytes=2048, timeout_s=1.0), b"secret",
                 LineConfig(gbps) if gbps is not None else None)
     site.start_prefill_node()
     site.start_local_node()
     site.fault = seeded_fault(kind, site.draw)
     site.fault.at = at
+    site.fault.counts = lambda frame: frame[5] == Kind.CHUNK and int(frame[6]) in layers
     return site
 
 
 def test_a_dense_model_goes_on_from_the_last_full_block_that_arrived_in_every_layer(models):
     site = broken_site(models, "qwen3", "cut for good", at=12)
+    site.fault.is_ready = lambda: all(site.arrived_end(layer) >= 16 for layer in range(2))
     (journey,) = site.serve(site.prompt(330))
     whole = min(site.arrived_end(layer) for layer in range(2))
     assert "did not connect" in journey.fallback and whole >= 16
@@ -81,7 +85,16 @@ def test_a_dense_model_goes_on_from_the_last_full_block_that_arrived_in_every_la
 
 def test_a_hybrid_goes_on_from_the_snapshot_if_that_arrived(models):
     site = broken_site(models, "kimi_linear", "node dies", at=10**9, gbps=2e-4)
-    local, prompt = site.local, site.prompt(330)
+    local, prompt, is_killed = site.local, site.prompt(330), threading.Event()
+    pool = local.decode.engine.kvcache.pool
+    write = pool.write_bytes
+
+    def write_all_but_the_last(layer, table, start, end, data):
+        if end == 330 and layer < 3:
+            assert is_killed.wait(DEADLINE_S)
+        write(layer, table, start, end, data)
+
+    pool.write_bytes = write_all_but_the_last
     journey = local.front.submit("0", prompt, PARAMS)
 
     def snapshot_and_rows_have_arrived():
@@ -90,6 +103,7 @@ def test_a_hybrid_goes_on_from_the_snapshot_if_that_arrived(models):
 
     step_until(local, snapshot_and_rows_have_arrived)
     site.kill_prefill_node()
+    is_killed.set()
     step_until(local, lambda: not local.front.has_work)
     assert "did not connect" in journey.fallback and journey.cached_tokens == journey.held_tokens == 320
     assert journey.output_ids == generate(*models["kimi_linear"], [prompt], PARAMS)[0].token_ids
@@ -97,7 +111,8 @@ def test_a_hybrid_goes_on_from_the_snapshot_if_that_arrived(models):
 
 
 def test_a_hybrid_without_its_snapshot_starts_over_because_rows_alone_are_no_state(models):
-    site = broken_site(models, "kimi_linear", "cut for good", at=9)  # of some twenty: rows by then, and no state
+    site = broken_site(models, "kimi_linear", "cut for good", at=0, layers=range(3))  # rows are ahead of the first state
+    site.fault.is_ready = lambda: site.arrived_end(layer=3) >= 16
     for part in (site.local.prefill, site.local.decode):  # the half-arrived state would be taken, if any
         snapshots = part.engine.kvcache.snapshots
         snapshots.config = replace(snapshots.config, snapshot_every=1)
@@ -110,12 +125,27 @@ def test_a_hybrid_without_its_snapshot_starts_over_because_rows_alone_are_no_sta
 # ---- clients that go away
 
 
+def computes_on_once_told(role, tokens):
+    """The prefill role computes so many tokens and no further before it is told of a client that went away."""
+    hear, step, told = role.hear, role.engine.step, threading.Event()
+
+    def heard(sender, message):
+        hear(sender, message)
+        if isinstance(message, messages.Abort):
+            told.set()
+
+    role.hear = heard
+    role.engine.step = lambda **options: step(**options) if told.is_set() or role.engine.prefilled_tokens < tokens else []
+
+
 @pytest.mark.parametrize("stage", ["queued", "away", "decoding", "finished"])
 def test_a_client_that_goes_away_frees_everything_on_both_sides(hybrid, stage):
     gone, stays = [random.Random(2).choices(range(1, 257), k=size) for size in (450, 150)]
     with two_datacenters(*hybrid, threshold=100, overlap=False) as (local, remote):
         journeys = [local.front.submit(*each, LONG) for each in (("gone", gone), ("stays", stays))]
         prefills = remote.prefill.prefills
+        if stage == "away":
+            computes_on_once_told(remote.prefill, tokens=48)
         reached = {"queued": lambda: True, "away": lambda: prefills, "decoding": lambda: journeys[0].output_ids,
                    "finished": lambda: journeys[0].finish_reason}[stage]
         step_until(local, reached)

@@ -83,6 +83,8 @@ def test_a_store_is_served_by_whom_it_is_to_be_and_awaited_for_so_long(monkeypat
     address = StoreAddress("127.0.0.1", port, "here", agent_serves)
     with pytest.raises(UserError, match="no store at here: nobody answers there; " + re.escape(who)):
         address.open(serves=agent_serves)  # torchrun's agent serves its own
+    for name in ("STORE_DEADLINE_S", "AGENT_DEADLINE_S"):
+        monkeypatch.setattr(f"minprfaas.cluster.launch.{name}", DEADLINE_S)
     served = StoreAddress("127.0.0.1", port, "here").open(serves=True)
     assert [each for each in listening() if each.endswith(f":{port:04X}")] == [f"0100007F:{port:04X}"]
     address.open().set("said", "by one")

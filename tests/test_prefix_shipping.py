@@ -1,5 +1,7 @@
 """A cached prefix is shipped to the node that will compute; whatever goes wrong, the answer is right. Chapter 11."""
 
+import threading
+
 import pytest
 from cluster_support import DEADLINE_S, kill, nothing_in_use, serve, step_until, two_datacenters
 from desk import PEER, PROMPT, Desk, expecting, ordered, prefilled, ship
@@ -195,8 +197,15 @@ def test_a_prefix_that_takes_too_long_or_is_wanted_no_more_is_given_up_on_both_s
             receiver.upkeep.prefixes.deadline_s = 0.05
         elif end == "sender":
             sender.upkeep.prefixes.deadline_s = 0.05
+        fetch, begun = receiver.upkeep.prefixes.fetch, threading.Event()
+
+        def noted(*order):
+            begun.set()
+            return fetch(*order)
+
+        receiver.upkeep.prefixes.fetch = noted
         journey = local.front.submit("last", LONGER, GREEDY)
-        step_until(local, lambda: receiver.upkeep.prefixes)
+        step_until(local, begun.is_set)
         assert journey.decision.shipment is not None
         if end == "client":
             local.front.abort("last")

@@ -1,7 +1,7 @@
 """Relay decode: first tokens that do not wait for the KVCache, and a handover that nobody can see. Chapter 15."""
 
 import pytest
-from desk import PEER, PROMPT, Desk, expecting, ordered, prefilled, served, ship, step_until
+from desk import HERE, PEER, PROMPT, Desk, expecting, ordered, prefilled, served, ship, step_until
 from test_two_datacenters import prompts_of, reference
 from world import World
 
@@ -273,6 +273,16 @@ def test_relayed_tokens_beyond_what_this_node_could_hold_end_the_answer_as_its_o
     desk.role.hear(PEER, relay_of(answer[11]))
     assert desk.said()[-1] == messages.TokenDrawn("a#1", answer[11], f"t{answer[11]}", "length", "pool")
     assert not desk.role.has_work
+
+
+def test_a_prompt_that_was_prefilled_beside_its_decode_role_is_relayed_to_nobody(hybrid):
+    """Its KVCache is there with the first token: to draw the next ones here, too, would be work for nothing."""
+    desk, order = Desk(hybrid, Role.PDP, relay=True), ordered(sampling=TWELVE, snapshot_at=0)
+    desk.mail.transport(HERE).expect(stream_plan(desk.engine.layout, order.stream_id, order.start, 100), lambda *_: None)
+    desk.role.hear(HERE, order)
+    step_until(desk, lambda: not desk.role.has_work)
+    words = desk.said(messages.CacheNews, messages.NodeFigures, messages.PrefillProgress)
+    assert [type(word) for word in words] == [messages.PrefillDone] and desk.engine.decoded_tokens == 0
 
 
 def test_a_relay_goes_on_until_the_decode_node_takes_over_and_at_nobody_elses_word(hybrid):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from serving_support import (  # noqa: F401
-    COMPLETIONS, GREEDY, Response, call, connect, house, open_house, reference, request_bytes,
+    COMPLETIONS, DEADLINE_S, GREEDY, Response, call, connect, house, open_house, reference, request_bytes,
     still_house, streamed_text, wait_until)
 
 from minprfaas import SamplingParams, generate
@@ -186,11 +186,11 @@ def test_a_client_that_does_not_read_its_answer_is_given_up(hybrid, checkpoints)
 # ---- clients that are slow, and clients that are many
 
 
-@pytest.mark.parametrize("sent, answer", [
-    (b"", b""), (b"GET / HT", b"HTTP/1.1 408 "),
-    (request_bytes(COMPLETIONS, b"{" + b" " * 50)[:-20], b"HTTP/1.1 408 ")])
-def test_a_request_that_does_not_come_to_its_end_is_given_up(hybrid, checkpoints, sent, answer):
-    limits = Limits(9, idle_s=0.2, head_s=0.2, body_s=0.2, linger_s=0.2)
+@pytest.mark.parametrize("limit, sent, answer", [
+    ("idle_s", b"", b""), ("head_s", b"GET / HT", b"HTTP/1.1 408 "),
+    ("body_s", request_bytes(COMPLETIONS, b"{" + b" " * 50)[:-20], b"HTTP/1.1 408 ")])
+def test_a_request_that_does_not_come_to_its_end_is_given_up(hybrid, checkpoints, limit, sent, answer):
+    limits = Limits(9, **{limit: 0.2})
     with house(*hybrid, checkpoints["kimi_linear"], limits=limits) as one, connect(one.port) as connection:
         connection.sendall(sent)
         assert connection.makefile("rb").read(13) == answer
@@ -214,7 +214,7 @@ def test_a_full_house_says_when_to_come_again(still_house, hybrid):
 
 
 def test_more_connections_than_the_house_takes_are_turned_away(hybrid, checkpoints):
-    with house(*hybrid, checkpoints["kimi_linear"], limits=Limits(2, linger_s=0.2)) as one:
+    with house(*hybrid, checkpoints["kimi_linear"], limits=Limits(2, linger_s=DEADLINE_S)) as one:
         with connect(one.port) as first, connect(one.port):
             first.sendall(request_bytes("/v1/models"))
             assert Response(first).status == 200
@@ -224,7 +224,7 @@ def test_more_connections_than_the_house_takes_are_turned_away(hybrid, checkpoin
 
 
 def test_large_bodies_have_a_limit_that_all_of_them_share(hybrid, checkpoints):
-    limits, body = Limits(9, bodies_bytes=1000, linger_s=0.2), json.dumps({"prompt": "x" * 300, **GREEDY}).encode()
+    limits, body = Limits(9, bodies_bytes=1000, linger_s=DEADLINE_S), json.dumps({"prompt": "x" * 300, **GREEDY}).encode()
     body += b" " * (600 - len(body))
     with house(*hybrid, checkpoints["kimi_linear"], limits=limits) as one, connect(one.port) as first:
         first.sendall(request_bytes(COMPLETIONS, body)[:-1])

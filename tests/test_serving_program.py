@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -111,20 +112,28 @@ def test_the_models_endpoint_names_the_model(open_house):
 @pytest.mark.parametrize("signals, drain_s, cut", [
     ([signal.SIGTERM], 60, 0), ([signal.SIGTERM], 0, 2), ([signal.SIGTERM, signal.SIGINT], 60, 2)])
 def test_a_signal_lets_requests_end_or_ends_them_in_a_named_error(hybrid, checkpoints, signals, drain_s, cut):
-    """The test's thread is the program's; the client is a thread."""
+    """The test's thread is the program's; the client is a thread. Whoever is to be cut off does not end before that."""
     body = {"prompt": [[3, 4, 5] * 20, [6, 7]], "max_tokens": 60, "ignore_eos": True, "temperature": 0, "stream": True}
     with house(*hybrid, checkpoints["kimi_linear"], starts=False) as one, ThreadPoolExecutor(1) as client:
+
+        has_begun, are_sent = threading.Event(), threading.Event()
 
         def stream():
             with connect(one.port) as connection:
                 connection.sendall(request_bytes(COMPLETIONS, body))
-                connection.recv(1, socket.MSG_PEEK)  # the stream has begun
+                connection.recv(1, socket.MSG_PEEK)
+                has_begun.set()
                 for number in signals:
                     os.kill(os.getpid(), number)
+                are_sent.set()
                 return Response(connection)
 
+        def look():
+            if has_begun.is_set() or any(len(journey.output_ids) > 20 for journey in one.front.journeys.values()):
+                assert are_sent.wait(DEADLINE_S)
+
         response = client.submit(stream)
-        assert serve(one.service, one.process, drain_s, lambda: None) == cut
+        assert serve(one.service, one.process, drain_s, look) == cut
         response = response.result(DEADLINE_S)
     if cut:
         *_, error, end = response.body.decode().split("\n\n")

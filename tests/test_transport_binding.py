@@ -29,8 +29,10 @@ def nothing_said(monkeypatch):
 
 def listening() -> set[str]:
     """The local addresses (hexadecimal, with port) on which this process listens, as the kernel tells."""
-    mine = {os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()}
-    found = set()
+    mine, found = set(), set()
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # it was closed meanwhile
+            mine.add(os.readlink(entry))
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         rows = [line.split() for line in Path(table).read_text().splitlines()[1:]]
         found |= {row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in mine}

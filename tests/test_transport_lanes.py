@@ -66,13 +66,22 @@ def test_heartbeats_come_five_in_a_silence_and_no_more_often():
 
 def test_an_end_that_meets_nobody_under_a_number_tries_the_next(monkeypatch):
     """Somebody knocked and died: whoever answers connects to nobody, once."""
-    monkeypatch.setattr("minprfaas.transport.wan.rendezvous.LANE_TIMEOUT_S", 0.3)
+    timeout = "minprfaas.transport.wan.rendezvous.LANE_TIMEOUT_S"
+    monkeypatch.setattr(timeout, 0.3)
     store = new_store()
     store.set("a-b/knock", "of the dead")
-    ends = [Link("a-b", store, rank, LinkConfig(), IDENTITY) for rank in (0, 1)]
+    tried = threading.Event()
+
+    def new_lane(*arguments):
+        tried.set()
+        return Lane(*arguments)
+
+    ends = [Link("a-b", store, rank, LinkConfig(), IDENTITY, lane_type=new_lane) for rank in (0, 1)]
 
     def connect_late():
         wait_until(lambda: store.check(["a-b/answer/of the dead"]))
+        assert tried.wait(DEADLINE_S)
+        monkeypatch.setattr(timeout, DEADLINE_S)  # for the two who live
         ends[1].connect(DEADLINE_S)
 
     in_parallel(lambda: ends[0].connect(DEADLINE_S), connect_late)

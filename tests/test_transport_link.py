@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transport_support import DEADLINE_S, IDENTITY, Cargo, connected, event, new_store, wait_until
+from transport_support import (DEADLINE_S, IDENTITY, Cargo, connected, event, gated, new_store, stands_in,
+                               wait_until)
 
 from minprfaas.config import LineConfig, LinkConfig, StateKind
 from minprfaas.observe.timeline import Timeline
 from minprfaas.transport import (LayerPlan, Link, LinkDown, LinkLost, MessageReceived, StreamAborted, StreamDone,
                                  StreamFailed, StreamPlan)
-from minprfaas.transport.wan.frames import HEADER_BYTES
+from minprfaas.transport.wan.frames import HEADER_BYTES, Kind
 from minprfaas.transport.wan.lanes import Lane
 
 HERE = Path(__file__).resolve().parent
@@ -89,8 +90,8 @@ def test_put_pushes_back_while_nothing_is_acknowledged():
         stream = sender.open(cargo.plan)
         putting = threading.Thread(target=cargo.put_all, args=(stream,), daemon=True)
         putting.start()
-        wait_until(lambda: sender.stats().queued_bytes + sender.stats().inflight_bytes > 30_000)
-        putting.join(1.0)
+        wait_until(lambda: stands_in(putting))
+        putting.join(0.5)
         assert putting.is_alive(), "put returned although nothing had been acknowledged"
         stats = sender.stats()
         assert 0 < stats.queued_bytes + stats.inflight_bytes <= 40_000
@@ -100,51 +101,56 @@ def test_put_pushes_back_while_nothing_is_acknowledged():
     assert cargo.is_identical
 
 
-class GatedLane(Lane):
-    """Lane 0 sends nothing until the gate opens."""
+class SlowLane(Lane):
+    """Lane 0 takes a frame and sends it when the gate opens; the others begin once it has one."""
 
+    has_one: threading.Event
     gate: threading.Event
 
     def post(self, frame):
-        if self.index == 0:
-            assert self.gate.wait(DEADLINE_S)
+        if frame.header.kind != Kind.HEARTBEAT:
+            if self.index == 0:
+                self.has_one.set()
+            assert (self.gate if self.index == 0 else self.has_one).wait(DEADLINE_S)
         return super().post(frame)
 
 
 def test_a_slow_lane_does_not_stall_the_others():
-    GatedLane.gate = threading.Event()
+    SlowLane.has_one, SlowLane.gate = threading.Event(), threading.Event()
     cargo = Cargo(tokens=2000)
-    with connected(LinkConfig(lanes=3, chunk_bytes=4096), sender_lanes=GatedLane) as (sender, receiver):
+    with connected(LinkConfig(lanes=3, chunk_bytes=4096), sender_lanes=SlowLane) as (sender, receiver):
         receiver.expect(cargo.plan, cargo.sink)
         stream = sender.open(cargo.plan)
         cargo.put_all(stream)
         wait_until(lambda: sender.stats().queued_bytes + sender.stats().inflight_bytes <= HEADER_BYTES + 4096)
         with pytest.raises(TimeoutError, match="1 chunks are not acknowledged"):
             stream.finish(0.1)
-        GatedLane.gate.set()
+        SlowLane.gate.set()
         stream.finish(DEADLINE_S)
     assert cargo.is_identical
 
 
 def test_a_control_message_overtakes_queued_bulk():
-    """On a slow line the whole stream is queued first; the message leaves after at most the chunk on the line."""
-    cargo = Cargo(tokens=2000)
-    with connected(LinkConfig(chunk_bytes=4096), LineConfig(gbps=0.002)) as (sender, receiver):
+    """The whole stream is queued first; the message leaves after at most the chunk on the line."""
+    cargo, lane = Cargo(tokens=2000), gated()
+    with connected(LinkConfig(chunk_bytes=4096), sender_lanes=lane) as (sender, receiver):
         receiver.expect(cargo.plan, cargo.sink)
         stream = sender.open(cargo.plan)
         cargo.put_all(stream)
         sender.send_message({"first": True})
+        lane.permits.release(1000)
         assert isinstance(receiver.receive(DEADLINE_S), MessageReceived), "the stream was done before the message came"
         event(receiver, StreamDone)
 
 
 def test_streams_share_a_line_in_turns():
-    long, short = Cargo(1, tokens=3000), Cargo(2, tokens=60, state_bytes=100)
-    with connected(LinkConfig(chunk_bytes=4096), LineConfig(gbps=0.004)) as (sender, receiver):
+    long, short, lane = Cargo(1, tokens=3000), Cargo(2, tokens=60, state_bytes=100), gated()
+    with connected(LinkConfig(chunk_bytes=4096), sender_lanes=lane) as (sender, receiver):
         for cargo in (long, short):
             receiver.expect(cargo.plan, cargo.sink)
         for cargo in (long, short):
             cargo.put_all(sender.open(cargo.plan))
+        lane.permits.release(1000)
         assert [event(receiver, StreamDone).stream_id for _ in range(2)] == [2, 1]
     assert long.is_identical and short.is_identical
 
@@ -166,13 +172,15 @@ def test_a_stream_that_nobody_expects_is_refused_and_writes_nothing():
 
 
 def test_a_forgotten_stream_is_never_written_again():
-    cargo = Cargo(tokens=3000)
-    with connected(LinkConfig(chunk_bytes=4096), LineConfig(gbps=0.004)) as (sender, receiver):
+    cargo, lane = Cargo(tokens=3000), gated(20)
+    with connected(LinkConfig(chunk_bytes=4096), sender_lanes=lane) as (sender, receiver):
         receiver.expect(cargo.plan, cargo.sink)
         stream = sender.open(cargo.plan)
         cargo.put_all(stream)
+        wait_until(lambda: cargo.calls)
         receiver.forget(1)
         written = len(cargo.calls)
+        lane.permits.release(1000)
         with pytest.raises(StreamAborted):
             stream.finish(DEADLINE_S)
         assert len(cargo.calls) == written

@@ -3,9 +3,9 @@
 import random
 
 import pytest
-from transport_support import DEADLINE_S, Cargo, connected, event
+from transport_support import DEADLINE_S, Cargo, connected, event, gated
 
-from minprfaas.config import LineConfig, LinkConfig
+from minprfaas.config import LinkConfig
 from minprfaas.transport import LinkDown, LinkRestored, MessageReceived, StreamDone
 from minprfaas.transport.wan.frames import HEADER_BYTES, Frame, FrameError, Header, Kind, Slot, StreamRecord
 from minprfaas.transport.wan import parts as parts_module
@@ -27,11 +27,12 @@ def test_a_prompt_of_600_000_tokens_and_an_inventory_of_60_000_prefixes_cross():
 
 
 def test_a_message_of_64_mib_shares_the_line_with_a_stream_and_overruns_nothing():
-    cargo, text = Cargo(tokens=20_000), "x" * 64 * 2**20
-    with connected(LinkConfig(lanes=3), LineConfig(gbps=0.25)) as (sender, receiver):
+    cargo, text, lanes = Cargo(tokens=20_000), "x" * 64 * 2**20, gated(3)
+    with connected(LinkConfig(lanes=3), sender_lanes=lanes) as (sender, receiver):
         receiver.expect(cargo.plan, cargo.sink)
         sender.send_message({"text": text})
         cargo.put_all(sender.open(cargo.plan), chunk_tokens=5000)
+        lanes.permits.release(10_000)
         found = []
         while not any(isinstance(one, MessageReceived) for one in found):
             found.append(receiver.receive(DEADLINE_S))

@@ -8,10 +8,12 @@ import threading
 
 import pytest
 import torch
-from transport_support import DEADLINE_S, Cargo, connected, connected_fabric, event, next_event, wait_until
+from transport_support import (DEADLINE_S, Cargo, connected, connected_fabric, event, next_event, stands_in,
+                               wait_until)
 
 from minprfaas.config import LinkConfig
 from minprfaas.transport import Loopback, MessageReceived, StreamAborted, StreamDone, StreamFailed
+from minprfaas.transport.streams import IncomingStream
 
 
 @contextlib.contextmanager
@@ -231,7 +233,8 @@ def test_forget_waits_for_a_sink_that_is_writing(ends):
     putting.start()
     assert writing.wait(DEADLINE_S)
     forgetting.start()
-    forgetting.join(0.2)
+    wait_until(lambda: stands_in(forgetting, IncomingStream.close))
+    forgetting.join(0.05)
     assert forgetting.is_alive(), "forget returned while the sink was writing"
     may_end.set()
     forgetting.join(DEADLINE_S)

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from transport_support import stands_in, wait_until
 
 from minprfaas.config import StateKind
 from minprfaas.transport import LayerPlan, StreamAborted, StreamPlan
@@ -153,7 +154,8 @@ def test_a_piece_that_waits_for_its_turn_while_the_stream_is_given_up_is_not_wri
     for target, arguments in ((accept, (9,)), (stream.close, ())):  # the piece was there before
         threads.append(threading.Thread(target=target, args=arguments, daemon=True))
         threads[-1].start()
-        threads[-1].join(0.2)
+        wait_until(lambda: stands_in(threads[-1], IncomingStream.close if target == stream.close else stream.accept))
+        threads[-1].join(0.05)
         assert threads[-1].is_alive()
     may_end.set()
     for thread in threads:

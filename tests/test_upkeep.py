@@ -191,7 +191,8 @@ def test_a_process_serves_until_it_is_dismissed_and_has_no_work_or_was_alone_for
             front_says(messages.Abort("a#1"))
         else:
             desk.events.put(LinkLost("gone", "line"))
-            for seconds in (0.0, 4.9, 0.1):
+            wait_until(lambda: made.workers[0].upkeep.front_gone_at_s is not None)
+            for seconds in (4.9, 0.1):
                 serves.join(0.1)
                 assert serves.is_alive(), "the front end may come back"
                 desk.now_s += seconds

@@ -2,6 +2,7 @@
 
 import contextlib
 import queue
+import sys
 import threading
 import time
 from datetime import timedelta
@@ -13,6 +14,7 @@ from minprfaas.config import LineConfig, LinkConfig, StateKind
 from minprfaas.transport import (EmulatedLine, Fabric, LayerPlan, Link, LinkDown, LinkIdentity, LinkLost,
                                  StreamPlan)
 from minprfaas.transport.pair_group import PairGroup
+from minprfaas.transport.wan.frames import Kind
 from minprfaas.transport.wan.lanes import Lane
 
 DEADLINE_S = 30.0
@@ -102,6 +104,29 @@ def wait_until(reached, deadline_s: float = DEADLINE_S) -> None:
     while not reached():
         assert time.monotonic() < until, "not reached by its deadline"
         time.sleep(0.005)
+
+
+def stands_in(thread: threading.Thread, function=threading.Condition.wait) -> bool:
+    """Whether that is what the thread is doing, when it will not go on by itself: it may have only not come so far."""
+    frame = sys._current_frames().get(thread.ident)
+    return frame is not None and frame.f_code is function.__code__
+
+
+class GatedLane(Lane):
+    """Heartbeats leave; of other frames as many as there are permits (`gated` gives each test its own)."""
+
+    permits: threading.Semaphore
+
+    def post(self, frame):
+        if frame.header.kind != Kind.HEARTBEAT:
+            assert self.permits.acquire(timeout=DEADLINE_S)
+        return super().post(frame)
+
+
+def gated(frames: int = 0) -> type[GatedLane]:
+    """A lane that lets so many frames pass, and more after `permits.release(count)`: however slow the machine is, it is
+    the test that says what has left by when."""
+    return type("GatedLane", (GatedLane,), {"permits": threading.Semaphore(frames)})
 
 
 def next_event(transport, timeout_s: float = 0.0):

@@ -32,7 +32,7 @@ from minprfaas.transport.wan.rendezvous import LANE_TIMEOUT_S, Meeting, Rendezvo
 log = logging.getLogger(__name__)
 BEATS_IN_SILENCE = 5  # so many heartbeats must be lost before a lane is taken for dead
 KEPT_BEATS = 4 * BEATS_IN_SILENCE  # of a lane: one that has not left by then is of a dead lane
-GOODBYE_S = 1.0  # for the last messages to be acknowledged
+GOODBYE_S = 5.0  # for the last messages to be acknowledged, by a peer that is alive and busy
 
 
 class Supervisor:
