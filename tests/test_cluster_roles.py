@@ -5,9 +5,10 @@ Chapter 13.
 
 import pytest
 import torch
-from desk import (DEADLINE_S, PEER, PROMPT, SAMPLING, Desk, expecting, ordered, prefilled, served, serving, ship,
+from desk import (PEER, PROMPT, SAMPLING, Desk, expecting, ordered, prefilled, served, serving, ship,
                   step_until, taken)
 from test_two_datacenters import reference
+from transport_support import wait_until
 
 from minprfaas import SamplingParams
 from minprfaas.cluster import messages
@@ -255,9 +256,16 @@ def test_a_prefill_role_computes_ships_reports_and_says_where_the_time_went(hybr
     assert desk.told() == [messages.PrefillProgress("a#1", 96)]
     desk.after(1.0)
     words = []
-    while not any(isinstance(word, messages.PrefillDone) for word in words):
-        words.append(decode(event.message).message) if isinstance(
-            event := desk.far.get(timeout=DEADLINE_S), MessageReceived) else desk.events.put(event)
+
+    def has_said_its_last():
+        for event in taken(desk.far):
+            if isinstance(event, MessageReceived):
+                words.append(decode(event.message).message)
+            else:
+                desk.events.put(event)
+        return any(isinstance(word, messages.PrefillDone) for word in words)
+
+    wait_until(has_said_its_last)
     assert words == [messages.PrefillDone("a#1", sent.token_ids[-1], 0, 2.0, 2.0, 0, True)]
     step_until(desk, lambda: not role.has_work)
     assert desk.said() == [], "it has nothing to say to the front end"

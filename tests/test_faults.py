@@ -12,11 +12,12 @@ import pytest
 from cluster_support import nothing_in_use, serve, step_until, two_datacenters
 from fault_lanes import DECODE, PREFILL
 from fault_support import DEADLINE_S, KINDS, PARAMS, Site, outcome, process_starter, run_fault, seeded_fault
-from transport_support import in_parallel, new_store
+from transport_support import in_parallel, new_store, stands_in, wait_until
 
 from minprfaas import SamplingParams, UserError, generate
 from minprfaas.cluster import messages
 from minprfaas.config import LineConfig, LinkConfig
+from minprfaas.transport.streams import IncomingStream
 from minprfaas.transport.wan.frames import FrameError
 from minprfaas.transport.wan.frames import Kind, control_frame, encode_acks
 from minprfaas.transport.wan.lanes import Lane
@@ -103,6 +104,10 @@ def test_a_hybrid_goes_on_from_the_snapshot_if_that_arrived(models):
 
     step_until(local, snapshot_and_rows_have_arrived)
     site.kill_prefill_node()
+    loses = threading.Thread(target=site.links[DECODE].wait_until_lost, daemon=True)
+    loses.start()
+    wait_until(lambda: not loses.is_alive() or
+               any(stands_in(thread, IncomingStream.close) for thread in threading.enumerate()))
     is_killed.set()
     step_until(local, lambda: not local.front.has_work)
     assert "did not connect" in journey.fallback and journey.cached_tokens == journey.held_tokens == 320
@@ -111,7 +116,7 @@ def test_a_hybrid_goes_on_from_the_snapshot_if_that_arrived(models):
 
 
 def test_a_hybrid_without_its_snapshot_starts_over_because_rows_alone_are_no_state(models):
-    site = broken_site(models, "kimi_linear", "cut for good", at=0, layers=range(3))  # rows are ahead of the first state
+    site = broken_site(models, "kimi_linear", "cut for good", at=0, layers=range(3))  # the first state, after rows
     site.fault.is_ready = lambda: site.arrived_end(layer=3) >= 16
     for part in (site.local.prefill, site.local.decode):  # the half-arrived state would be taken, if any
         snapshots = part.engine.kvcache.snapshots
@@ -135,7 +140,8 @@ def computes_on_once_told(role, tokens):
             told.set()
 
     role.hear = heard
-    role.engine.step = lambda **options: step(**options) if told.is_set() or role.engine.prefilled_tokens < tokens else []
+    role.engine.step = lambda **options: (
+        step(**options) if told.is_set() or role.engine.prefilled_tokens < tokens else [])
 
 
 @pytest.mark.parametrize("stage", ["queued", "away", "decoding", "finished"])

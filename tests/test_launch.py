@@ -161,6 +161,18 @@ def test_who_refuses_a_users_mistake_ends_all_at_once(start, tmp_path):
     assert start(["a", "b"], "a", lambda name, _: 2 if name == "b" else time.sleep(600)) == 2
 
 
+def test_who_outlives_the_front_end_has_time_to_tidy_up(start, tmp_path):
+    def does(name, _):
+        if name == "front":
+            (tmp_path / "front ended").write_text(str(os.getpid()))
+        else:
+            wait_until(lambda: has_ended(tmp_path / "front ended"))
+            (tmp_path / "tidied").touch()
+        return 0
+
+    assert start(["front", "a"], "front", does) == 0 and (tmp_path / "tidied").exists()
+
+
 def test_a_process_that_ends_is_told_once_with_how_to_start_it_again(start, tmp_path, capfd):
     def does(name, _):
         if name != "front":

@@ -114,13 +114,15 @@ def no_memory(monkeypatch):
 
 def test_a_regime_lasts_its_time_before_bandwidth_is_abundant_again(no_memory):
     monitor = CongestionMonitor(100.0)
-    feed(monitor, 0, 1, 0.95, 95.0)
-    feed(monitor, 1, 9, 0.2, 20.0)
-    assert monitor.regime(9) == "scarce", "it has been so for nine seconds, and holds for ten"
-    feed(monitor, 10, 1, 0.2, 20.0)
-    assert monitor.regime(10) == "abundant"
-    feed(monitor, 11, 1, 0.95, 95.0)
-    assert monitor.regime(11) == "scarce", "the other way it turns at once"
+    for began_s in (0, 100):
+        feed(monitor, began_s, 1, 0.95, 95.0)
+        feed(monitor, began_s + 1, 9, 0.2, 20.0)
+        assert monitor.regime(began_s + 9) == "scarce", "it has been so for nine seconds, and holds for ten"
+        feed(monitor, began_s + 10, 1, 0.2, 20.0)
+        assert monitor.regime(began_s + 10) == "abundant"
+        feed(monitor, began_s + 11, 1, 0.95, 95.0)
+        assert monitor.regime(began_s + 11) == "scarce", "the other way it turns at once"
+        feed(monitor, began_s + 12, 11, 0.2, 20.0)
 
 
 def test_bandwidth_is_abundant_again_only_when_the_queue_is_short_too(no_memory):

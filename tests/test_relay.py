@@ -278,7 +278,8 @@ def test_relayed_tokens_beyond_what_this_node_could_hold_end_the_answer_as_its_o
 def test_a_prompt_that_was_prefilled_beside_its_decode_role_is_relayed_to_nobody(hybrid):
     """Its KVCache is there with the first token: to draw the next ones here, too, would be work for nothing."""
     desk, order = Desk(hybrid, Role.PDP, relay=True), ordered(sampling=TWELVE, snapshot_at=0)
-    desk.mail.transport(HERE).expect(stream_plan(desk.engine.layout, order.stream_id, order.start, 100), lambda *_: None)
+    plan = stream_plan(desk.engine.layout, order.stream_id, order.start, 100)
+    desk.mail.transport(HERE).expect(plan, lambda *_: None)
     desk.role.hear(HERE, order)
     step_until(desk, lambda: not desk.role.has_work)
     words = desk.said(messages.CacheNews, messages.NodeFigures, messages.PrefillProgress)

@@ -224,7 +224,8 @@ def test_more_connections_than_the_house_takes_are_turned_away(hybrid, checkpoin
 
 
 def test_large_bodies_have_a_limit_that_all_of_them_share(hybrid, checkpoints):
-    limits, body = Limits(9, bodies_bytes=1000, linger_s=DEADLINE_S), json.dumps({"prompt": "x" * 300, **GREEDY}).encode()
+    limits = Limits(9, bodies_bytes=1000, linger_s=DEADLINE_S)
+    body = json.dumps({"prompt": "x" * 300, **GREEDY}).encode()
     body += b" " * (600 - len(body))
     with house(*hybrid, checkpoints["kimi_linear"], limits=limits) as one, connect(one.port) as first:
         first.sendall(request_bytes(COMPLETIONS, body)[:-1])

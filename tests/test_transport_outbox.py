@@ -5,7 +5,7 @@ import threading
 import time
 
 import pytest
-from transport_support import DEADLINE_S, in_parallel
+from transport_support import DEADLINE_S, in_parallel, stands_in, wait_until
 
 from minprfaas.config import LineConfig, LinkConfig
 from minprfaas.observe.timeline import Timeline
@@ -13,7 +13,7 @@ from minprfaas.transport import LinkDown, StreamAborted
 from minprfaas.transport.wan.frames import HEADER_BYTES, Frame, Header, Kind, Slot, StreamRecord, control_frame
 from minprfaas.transport.wan.line import EmulatedLine
 from minprfaas.transport.wan.outbox import Outbox
-from minprfaas.transport.wan.parts import encode_message
+from minprfaas.transport.wan.parts import CONTROL_LIMIT_BYTES, MESSAGE_WINDOW, encode_message
 from minprfaas.transport.wan.send_queue import SendQueue
 
 CHUNK = 1000  # bytes in all, header included
@@ -326,6 +326,18 @@ def test_a_lane_that_waits_is_woken_by_whatever_may_leave(tell, kind):
     tell(outbox)
     waiting.join(DEADLINE_S)
     assert [frame.header.kind for frame in got] == [kind]
+
+
+def test_a_lane_that_waits_for_the_receivers_window_of_messages_is_woken_when_it_moves():
+    outbox, got = open_outbox(), []
+    outbox.send_message(encode_message({"text": "x" * (MESSAGE_WINDOW * CONTROL_LIMIT_BYTES)}))
+    under_way = [outbox.next_frame(1) for _ in range(MESSAGE_WINDOW)]
+    waiting = threading.Thread(target=lambda: got.append(outbox.next_frame(1)), daemon=True)
+    waiting.start()
+    wait_until(lambda: stands_in(waiting))
+    outbox.settle([under_way[0].header.seq])
+    waiting.join(DEADLINE_S)
+    assert [frame.header.kind for frame in got] == [Kind.MESSAGE]
 
 
 def test_a_lane_of_an_epoch_that_is_over_gets_no_frame():

@@ -6,7 +6,7 @@ This runs on CPUs, where Gloo carries the bytes; between two GPUs the same code 
 marked so: nothing in this run measures it.
 
 Modules: transport/fabric.py, transport/fabric_sending.py, transport/pair_group.py
-Tests: test_transport_fabric.py, test_transport_seam.py
+Tests: test_transport_fabric.py, test_transport_fabric_parts.py, test_transport_seam.py
 Paper: 3.1
 """
 import helper
