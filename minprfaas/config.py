@@ -228,11 +228,11 @@ class LinkConfig:
 
 @dataclass(frozen=True)
 class LinkSample:
-    """One direction of a link over the interval that ends at `time_s`. `utilization` is the share of the time in which
+    """One direction of a link over the interval that ends at `at_s`. `utilization` is the share of the time in which
     it was busy (or of its known rate), so `gbps` over it is the capacity; `queued_bytes` wait to leave. `link` names it
     where there may be several."""
 
-    time_s: float
+    at_s: float
     gbps: float
     utilization: float
     queued_bytes: float

@@ -30,7 +30,7 @@ def test_a_link_that_carries_nothing_says_so_once_a_second_and_when_that_changes
     class Recording(ControlPlane):
         def hear(self, event, now_s):
             if isinstance(event, LinkMeasured):
-                heard.append((event.sample.time_s, event.sample.utilization))
+                heard.append((event.sample.at_s, event.sample.utilization))
             return super().hear(event, now_s)
 
     with World(*hybrid, prfaas=1, pd=2, split=1, plane=Recording(ControlSettings(100, 1.0))) as world:

@@ -4,6 +4,7 @@
 """
 
 import ast
+import re
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -29,6 +30,22 @@ def test_no_two_classes_of_the_package_have_one_name():
 def test_no_two_files_of_the_package_have_one_name():
     names = Counter(path.name for path in PACKAGE if path.name != "__init__.py")
     assert len(names) > 100 and [name for name, count in names.items() if count > 1] == []
+
+
+def test_a_moment_is_named_by_its_unit():
+    """What a clock gave, alone or with seconds added: `now_s`, or `…_at_s` (seconds)."""
+    moments = {f"{path.name}: {name}" for path in PACKAGE for node in ast.walk(tree(path))
+               if isinstance(node, ast.Assign) for target in node.targets for name in moments_of(target, node.value)}
+    assert len(moments) > 40 and [one for one in moments if not one.endswith(("_at_s", " now_s"))] == []
+
+
+def moments_of(target: ast.expr, value: ast.expr) -> list[str]:
+    if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+        return [name for pair in zip(target.elts, value.elts) for name in moments_of(*pair)]
+    if isinstance(value, ast.BinOp) and isinstance(value.op, ast.Add):
+        value = value.left
+    is_moment = isinstance(value, ast.Call) and re.search(r"(clock|monotonic|perf_counter)$", ast.unparse(value.func))
+    return [ast.unparse(target)] if is_moment else []
 
 
 def test_no_test_or_script_is_long():

@@ -21,7 +21,7 @@ def nodes(prefix: str, loads) -> list[NodeView]:
 def first_change(loop: RoleLoop, lengths, start_s: int = 0, seconds: int = 600, seen: Observation = BUSY, pdp=(9, 5, 7),
                  pdd=(4, 2, 8, 6, 3)):
     for second in range(start_s, start_s + seconds):
-        now = replace(seen, time_s=float(second))
+        now = replace(seen, at_s=float(second))
         change = loop.update(now, lambda: lengths, 1024, nodes("p", pdp), nodes("d", pdd))
         if change:
             return second, change
@@ -51,8 +51,8 @@ def test_an_idle_bottleneck_is_left_alone():
 def test_it_looks_every_ten_seconds_and_sorts_no_lengths_in_between():
     loop, looked_at_s = RoleLoop(FLEET), []
     for second in range(100):
-        now = replace(BUSY, time_s=float(second))
-        loop.update(now, lambda: looked_at_s.append(now.time_s), 1024, nodes("p", (9, 5)), nodes("d", (4, 2)))
+        now = replace(BUSY, at_s=float(second))
+        loop.update(now, lambda: looked_at_s.append(now.at_s), 1024, nodes("p", (9, 5)), nodes("d", (4, 2)))
     assert looked_at_s == list(range(0, 100, 10))
 
 

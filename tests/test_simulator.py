@@ -42,7 +42,7 @@ def as_planned(**changes) -> Setup:
 
 
 def waiting_in(report, start_s: float, end_s: float) -> float:
-    return statistics.mean(tick.waiting for tick in report.series if start_s <= tick.time_s < end_s)
+    return statistics.mean(tick.waiting for tick in report.series if start_s <= tick.at_s < end_s)
 
 
 @pytest.mark.parametrize("deployment", ["prfaas_pd", "homogeneous", "naive"])
@@ -81,7 +81,7 @@ def test_every_request_ends_once_and_every_decision_is_seen_with_its_reason():
     assert report.requests == len(seen) == sum(ended) == 1000 and report.failed == 0
     assert all("t=19,400" in request.decision.reason for _, request in seen)
     assert all((request.decision.route == "prfaas") == (request.input_tokens > 19_400) for _, request in seen)
-    assert all(time_s <= request.first_token_at_s < request.finished_at_s for time_s, request in seen)
+    assert all(at_s <= request.first_token_at_s < request.finished_at_s for at_s, request in seen)
     loads = run.control.loads()
     assert len(loads) == 12 and set(loads.values()) == {0}
 
@@ -113,8 +113,8 @@ def test_while_the_link_is_down_new_requests_stay_local():
     seen = []
     outage = as_planned(weather=((50.0, 0.0), (150.0, 100.0)))
     simulation(outage, 1.0, 200, seed=1, on_decision=lambda *decided: seen.append(decided)).run()
-    assert {request.decision.route for time_s, request in seen if 52 < time_s < 150} == {"pdp"}
-    assert {request.decision.route for time_s, request in seen if time_s > 152} == {"pdp", "prfaas"}
+    assert {request.decision.route for at_s, request in seen if 52 < at_s < 150} == {"pdp"}
+    assert {request.decision.route for at_s, request in seen if at_s > 152} == {"pdp", "prfaas"}
     assert simulation(as_planned(fleet=replace(FLEET, link_gbps=0.0)), 1.0, 50, seed=1).run().offloaded_fraction == 0
 
 

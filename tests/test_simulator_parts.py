@@ -150,10 +150,10 @@ def test_arrivals_are_seeded_rising_and_as_many_as_asked_for(process):
 def test_bursts_are_burstier_than_poisson_and_days_have_a_noon():
     def per_window(process):
         counts = [0] * 400
-        for time_s in process:
-            if time_s >= 4000:
+        for at_s in process:
+            if at_s >= 4000:
                 return counts
-            counts[int(time_s // 10)] += 1
+            counts[int(at_s // 10)] += 1
     calm = per_window(poisson(5.0, random.Random(1)))
     burst = per_window(bursty(5.0, random.Random(1)))
     day = per_window(diurnal(5.0, random.Random(1), 4000.0))

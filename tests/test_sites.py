@@ -146,12 +146,12 @@ def simulated(a, b, requests=600, rate=2.0):
     setup = Setup(fleet, n_p=3, threshold=19_400, adaptive=False, sites=(a, b))
     rng, seen = random.Random(1), []
     source = drawn(poisson(rate, rng), requests, paper_lengths(), FLEET.output_tokens, rng)
-    run = Simulation(setup, source, lambda time_s, request: seen.append((time_s, site_of(request.decision.node))))
+    run = Simulation(setup, source, lambda at_s, request: seen.append((at_s, site_of(request.decision.node))))
     return run.run(), seen
 
 
 def between(seen, first_s, last_s):
-    return Counter(site for time_s, site in seen if first_s <= time_s < last_s and site.startswith("prfaas"))
+    return Counter(site for at_s, site in seen if first_s <= at_s < last_s and site.startswith("prfaas"))
 
 
 def test_the_slow_line_loses_requests_to_the_fast_one_and_weather_turns_that_round():
@@ -173,7 +173,7 @@ def test_a_datacenter_that_fails_is_made_up_for_by_the_other():
     setup = Setup(fleet, 3, 19_400, adaptive=False, sites=(a, b), failures=(("prfaas-a-0", 30.0, 60.0),))
     rng, seen = random.Random(1), []
     source = drawn(poisson(1.0, rng), 100, paper_lengths(), FLEET.output_tokens, rng)
-    report = Simulation(setup, source, lambda time_s, one: seen.append((time_s, site_of(one.decision.node)))).run()
+    report = Simulation(setup, source, lambda at_s, one: seen.append((at_s, site_of(one.decision.node)))).run()
     assert between(seen, 31, 60).keys() == {"prfaas-b"} and between(seen, 0, 30)["prfaas-a"] > 0
     assert report.requests == 100 and report.failed == 0
     with pytest.raises(UserError, match="failure of 'prfaas0'"):

@@ -22,8 +22,8 @@ def loop_with_traffic(threshold: float, count: int = 2048) -> ThresholdLoop:
     return loop
 
 
-def seen(time_s: float, **changes) -> Observation:
-    return Observation(**{**dict(time_s=time_s, prfaas_instances=4, n_p=3, n_d=5, egress_gbps=100.0), **changes})
+def seen(at_s: float, **changes) -> Observation:
+    return Observation(**{**dict(at_s=at_s, prfaas_instances=4, n_p=3, n_d=5, egress_gbps=100.0), **changes})
 
 
 def moves(loop: ThresholdLoop, observations) -> list[float]:

@@ -167,7 +167,7 @@ def test_a_message_is_a_json_object_and_nothing_else():
             decode_message(data)
     out, parts = PartsOut(), []
     out.push(encode_message({"tokens": [1] * 50_000}), 0.0)
-    while out.queued_at is not None:
+    while out.queued_at_s is not None:
         parts.append(bytes(out.pop().slot.view[HEADER_BYTES:]))
     assert len(parts) > 1 and max(map(len, parts)) <= CONTROL_LIMIT_BYTES
     assert decode_message(b"".join(parts)) == {"tokens": [1] * 50_000}

@@ -74,9 +74,9 @@ def test_a_line_says_how_old_its_weather_is_and_when_it_is_free():
     assert (line.age_s(7.0), line.rate(7.0)) == (0.0, 1e6)
     line.begin(5.0)
     line.begin(6.0)  # by another link: it is up already
-    assert line.age_s(7.0) == 2.0 and line.free_at() == 5.0
+    assert line.age_s(7.0) == 2.0 and line.free_at_s() == 5.0
     line.carry(10_000, 7.0, 7.0)
-    assert line.free_at() == pytest.approx(7.01)
+    assert line.free_at_s() == pytest.approx(7.01)
     assert begun(gbps=1e-6).chunk_limit(0.0) == 1024, "a chunk has a kilobyte at least"
 
 

@@ -32,7 +32,7 @@ def test_a_stream_arrives_identical_and_both_sides_report_it():
         done = event(receiver, StreamDone)
     assert cargo.is_identical
     assert report.bytes == done.report.bytes == cargo.plan.total_bytes == 3 * 1000 * 96 + 20_001
-    assert report.first_put_s <= report.last_put_s <= report.acked_s
+    assert report.first_put_at_s <= report.last_put_at_s <= report.acked_at_s
     assert report.chunks > 70, "chunks of at most 4096 bytes"
 
 
@@ -340,7 +340,7 @@ def test_the_timeline_shows_each_chunk_on_its_lane():
         event(receiver, MessageReceived)
     spans = [entry for entry in timeline.events() if entry["ph"] == "X" and "layer" in entry["name"]]
     assert len(spans) == report.chunks
-    assert all(report.first_put_s <= span["ts"] / 1e6 <= report.acked_s for span in spans)
+    assert all(report.first_put_at_s <= span["ts"] / 1e6 <= report.acked_at_s for span in spans)
 
 
 BUSY = """

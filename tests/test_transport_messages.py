@@ -56,7 +56,7 @@ def test_never_more_parts_are_under_way_than_the_receiver_takes_ahead_of_a_missi
     out.push(encode_message({"text": "x" * (3 * MESSAGE_WINDOW * CONTROL_LIMIT_BYTES)}), 0.0)
     waiting, messages, generator = [], [], random.Random(2)
     while not messages:
-        while out.queued_at is not None:
+        while out.queued_at_s is not None:
             waiting.append(out.pop())
         assert 0 < len(waiting) <= MESSAGE_WINDOW
         in_order = len(waiting) == 1 or generator.random() < 0.1
@@ -81,7 +81,7 @@ def test_a_message_may_be_as_long_as_the_limit_and_no_longer_at_either_end(monke
     out, received = PartsOut(), PartsIn()
     out.push(encode_message(longest), 0.0)
     frames = [out.pop() for _ in range(3)]
-    assert out.queued_at is None and not out.is_settled
+    assert out.queued_at_s is None and not out.is_settled
     heard = [received.add(one.header.stream, one.header.start, bytes(one.slot.view[HEADER_BYTES:])) for one in frames]
     assert heard == [[], [], [longest]]
     for part in range(3):
@@ -104,7 +104,7 @@ def test_a_short_message_overtakes_chunks_and_a_long_one_takes_turns_with_them()
     queue.push_message(encode_message({"long": "x" * 2**20}), 3.0)
     queue.push_ack(7, 4.0)
     left = []
-    while queue.queued_at() is not None:
+    while queue.queued_at_s() is not None:
         left.append(queue.pop(5.0))
     assert [frame.header.kind for frame in left[:2]] == [Kind.ACK, Kind.MESSAGE]
     ahead = 0

@@ -25,7 +25,7 @@ def test_utilization_is_the_share_of_the_emulated_rate_that_left():
 
 
 def figures(sample):
-    return [sample.time_s, sample.gbps, sample.utilization, sample.queued_bytes, sample.inflight_bytes,
+    return [sample.at_s, sample.gbps, sample.utilization, sample.queued_bytes, sample.inflight_bytes,
             sample.ack_delay_s]
 
 
@@ -53,9 +53,9 @@ def test_a_link_has_made_progress_when_it_had_nothing_to_do_and_when_something_w
     for now in (2.0, 3.0):
         monitor.queued(1000, now)
         monitor.sent(1000, now)
-    assert monitor.progress_at == 2.0, "what was put meanwhile is no progress"
+    assert monitor.progress_at_s == 2.0, "what was put meanwhile is no progress"
     monitor.settled(1000, 1.0, 5.0)
-    assert monitor.progress_at == 5.0
+    assert monitor.progress_at_s == 5.0
 
 
 def test_the_ring_keeps_the_latest_minute():
@@ -63,7 +63,7 @@ def test_the_ring_keeps_the_latest_minute():
     for step in range(1, 1000):
         monitor.tick(step * 0.25, None)
     samples = monitor.stats().samples
-    assert len(samples) == RING_SAMPLES and samples[-1].time_s == 999 * 0.25
+    assert len(samples) == RING_SAMPLES and samples[-1].at_s == 999 * 0.25
 
 
 def test_a_full_emulated_link_reports_itself_as_full():

@@ -31,7 +31,7 @@ def chunk(stream, nbytes=CHUNK):
 
 def pop_all(queue, now=1.0):
     left = []
-    while queue.queued_at() is not None:
+    while queue.queued_at_s() is not None:
         left.append(queue.pop(now))
     assert queue.pop(now) is None
     return left
@@ -57,19 +57,19 @@ def test_streams_take_turns_chunk_by_chunk_and_everything_else_goes_first():
 
 def test_the_queue_says_since_when_what_leaves_next_has_waited():
     queue, stream = SendQueue(10**6, 0.0), StreamRecord(1)
-    assert queue.queued_at() is None and queue.pop(0.5) is None
+    assert queue.queued_at_s() is None and queue.pop(0.5) is None
     push(queue, stream, 1, now=1.0)
-    assert queue.queued_at() == 1.0
+    assert queue.queued_at_s() == 1.0
     queue.push_message(encode_message({"a": 1}), 2.0)
-    assert queue.queued_at() == 2.0
+    assert queue.queued_at_s() == 2.0
     queue.push_control(control_frame(Kind.REFUSE, seq=9), 3.0)
-    assert queue.queued_at() == 3.0
+    assert queue.queued_at_s() == 3.0
     queue.push_ack(7, 4.0), queue.push_ack(8, 5.0)
-    assert queue.queued_at() == 4.0
-    left = [(queue.queued_at(), queue.pop(6.0)) for _ in range(4)]
-    assert [since for since, _ in left] == [4.0, 3.0, 2.0, 1.0] and {frame.sent_at for _, frame in left} == {6.0}
+    assert queue.queued_at_s() == 4.0
+    left = [(queue.queued_at_s(), queue.pop(6.0)) for _ in range(4)]
+    assert [since for since, _ in left] == [4.0, 3.0, 2.0, 1.0] and {frame.sent_at_s for _, frame in left} == {6.0}
     queue.send_again(2, 7.0)
-    assert queue.queued_at() == 1.0, "it has waited since it first came"
+    assert queue.queued_at_s() == 1.0, "it has waited since it first came"
 
 
 def test_a_new_epoch_begins_with_what_was_not_acknowledged_in_its_old_order():

@@ -56,11 +56,11 @@ def test_a_stream_arrives_identical_in_any_order_and_both_sides_report_it(ends):
     done = event(receiver, StreamDone)
     assert cargo.is_identical and done.stream_id == cargo.plan.stream_id
     assert report.bytes == done.report.bytes == cargo.plan.total_bytes
-    assert report.first_put_s < report.last_put_s <= report.acked_s and report.resent_chunks == 0
-    assert 0 <= report.stalled_s <= report.acked_s - report.first_put_s
+    assert report.first_put_at_s < report.last_put_at_s <= report.acked_at_s and report.resent_chunks == 0
+    assert 0 <= report.stalled_s <= report.acked_at_s - report.first_put_at_s
     # Seven puts; of at most 42 rows or 4,096 bytes on the link, of 256 rows or 24,576 bytes on the fabric.
     assert report.chunks == {"Loopback": 7, "Link": 5 + 3 * 7 + 3 * 6, "Fabric": 1 + 3 * 2 + 3}[type(sender).__name__]
-    assert report.first_put_s <= done.report.first_byte_s < done.report.last_byte_s <= report.acked_s
+    assert report.first_put_at_s <= done.report.first_byte_at_s < done.report.last_byte_at_s <= report.acked_at_s
     assert [call for call in cargo.calls if call[0] == 3] == [(3, 64, 564)], "request-level state comes whole, once"
 
 

@@ -54,7 +54,7 @@ def test_processes_and_threads_that_send_at_once_together_carry_the_rate_of_the_
     for user in users:
         user.join(DEADLINE_S)
     assert found == pytest.approx([0.001 * number for number in range(1, 4 * FRAMES + 1)], rel=1e-6)
-    assert mine.free_at() == pytest.approx(0.001 * 4 * FRAMES)
+    assert mine.free_at_s() == pytest.approx(0.001 * 4 * FRAMES)
     mine.close()
 
 
@@ -176,7 +176,7 @@ def test_two_links_over_one_line_take_at_least_as_long_as_it_needs_for_both(tmp_
 
     reports = in_parallel(*(lambda pair=pair, cargo=cargo: send(pair, cargo) for pair, cargo in zip(links, cargos)))
     in_parallel(*(end.close for pair in links for end in pair))
-    elapsed_s = max(report.acked_s for report in reports) - min(report.first_put_s for report in reports)
+    elapsed_s = max(report.acked_at_s for report in reports) - min(report.first_put_at_s for report in reports)
     assert elapsed_s >= sum(report.bytes for report in reports) / (1.01 * 0.02e9 / 8)
     assert all(cargo.is_identical for cargo in cargos)
     for sender, _ in links:

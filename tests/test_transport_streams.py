@@ -46,7 +46,7 @@ def test_the_stream_is_complete_with_the_last_byte_in_any_order():
     assert not stream.accept(chunk(layer=1, group=1, start=8, end=16, offset=0, nbytes=4), rows[:4], 3.0)
     assert stream.accept(chunk(layer=0, start=8, end=12, nbytes=16), rows[:16], 4.0)
     assert calls[1:] == [(1, 8, 16, list(range(10))), (0, 8, 12, list(range(16)))]
-    assert (stream.report().bytes, stream.report().first_byte_s, stream.report().last_byte_s) == (42, 1.0, 4.0)
+    assert (stream.report().bytes, stream.report().first_byte_at_s, stream.report().last_byte_at_s) == (42, 1.0, 4.0)
 
 
 def test_the_same_tokens_twice_are_written_once_and_beside_others_refused():

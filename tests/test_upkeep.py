@@ -106,20 +106,20 @@ def test_a_node_tells_what_its_cache_gains_and_loses_and_all_of_it_when_asked(hy
 def test_a_node_tells_of_its_lines_what_carries_something_and_of_others_now_and_then(hybrid):
     desk = Desk(hybrid, Role.PRFAAS)
 
-    def told(time_s, utilization=0.0, queued=0, inflight=0):
-        old, now = LinkSample(0.0, 9.0, 1.0, 0), LinkSample(time_s, 1.0, utilization, queued, inflight)
+    def told(at_s, utilization=0.0, queued=0, inflight=0):
+        old, now = LinkSample(0.0, 9.0, 1.0, 0), LinkSample(at_s, 1.0, utilization, queued, inflight)
         desk.line.samples = (old, old, now)
         desk.upkeep.tell_news()
-        return [(sample.time_s, sample.link) for sample in desk.said()]
+        return [(sample.at_s, sample.link) for sample in desk.said()]
 
     desk.upkeep.tell_news()
     assert desk.said() == [], "there is no sample yet"
     assert told(1.0) == [(1.0, "line")]
     assert told(1.0, utilization=0.5) == [], "it was told"
     assert told(1.25) == [] and told(1.0 + FIGURES_S) == [(1.0 + FIGURES_S, "line")]
-    for time_s, change in ((2.25, dict(utilization=0.1)), (2.5, {}), (2.75, dict(queued=1)), (3.0, {}),
+    for at_s, change in ((2.25, dict(utilization=0.1)), (2.5, {}), (2.75, dict(queued=1)), (3.0, {}),
                            (3.25, dict(inflight=1)), (3.5, {})):
-        assert told(time_s, **change) == [(time_s, "line")], "it carries something, or did when it was told last"
+        assert told(at_s, **change) == [(at_s, "line")], "it carries something, or did when it was told last"
     assert told(3.75) == []
     desk.upkeep.tells_of_links = False
     assert told(4.0, utilization=1.0) == [], "the other role of this process tells of the line"

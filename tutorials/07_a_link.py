@@ -100,12 +100,12 @@ print(f"\n   Then the rest: {human_bytes(report.bytes)} in {report.chunks} piece
 # %%
 config = LineConfig(gbps=0.1, rtt_ms=80)
 line, chunk = EmulatedLine(config), 64 * 1024
-line.begin(now=0.0)
+line.begin(now_s=0.0)
 free_s, by_hand, by_package = 0.0, [], []
 for number in range(len(rows) * ROW_BYTES // chunk):
     free_s = max(free_s, 0.0) + chunk * 8 / (config.gbps * 1e9)
     by_hand.append(free_s + config.rtt_ms / 2e3)
-    by_package.append(line.carry(chunk, queued_at=0.0, now=0.0))
+    by_package.append(line.carry(chunk, queued_at_s=0.0, now_s=0.0))
 line.close()
 differs_s = max(abs(a - b) for a, b in zip(by_hand, by_package))
 print("2. A line\n")
@@ -143,7 +143,7 @@ for line, lanes in zip(LINES, LANES):
     report = stream.finish(deadline_s=helper.DEADLINE_S)
     answer, took_s = ask(link, "what have you got?")
     link.close()
-    acked_ms = (report.acked_s - report.first_put_s) * 1e3
+    acked_ms = (report.acked_at_s - report.first_put_at_s) * 1e3
     mbps = report.bytes * 8e-3 / (acked_ms - line.rtt_ms)  # the round trip is delay, not rate
     goodputs += [mbps / (line.gbps * 1e3)] if line.gbps else []
     extras_ms.append(statistics.median(pings_ms) - line.rtt_ms)
@@ -263,12 +263,12 @@ for start in range(0, MANY, 64):
     if time.monotonic() > began_s + 3.8:
         break
     stream.put(0, start, start + 64, piece)  # holds back when too much is queued or on its way
-samples = [sample for sample in link.stats().samples if sample.time_s > began_s]
+samples = [sample for sample in link.stats().samples if sample.at_s > began_s]
 stream.abort()
 link.close()
 print("6. Weather\n")
 print(table(["second", "egress", "queued + in flight", "acknowledged after"], [
-    [f"{sample.time_s - began_s:.2f}", f"{sample.gbps * 1e3:.1f} Mbps",
+    [f"{sample.at_s - began_s:.2f}", f"{sample.gbps * 1e3:.1f} Mbps",
      f"{(sample.queued_bytes + sample.inflight_bytes) / 1e6:.2f} MB", f"{sample.ack_delay_s * 1e3:.0f} ms"]
     for sample in samples]))
 most = max(sample.queued_bytes + sample.inflight_bytes for sample in samples)

@@ -221,7 +221,8 @@ def run(share: float, overlap: bool) -> Run:
     report = sending.outcome.result(helper.DEADLINE_S)
     answer, _ = ask(link, "what have you got?")
     link.close()
-    return Run(prefilled_s, report.acked_s - began_s, answer["answer"] == contents(kvcache, request, TOKENS), timeline)
+    is_right = answer["answer"] == contents(kvcache, request, TOKENS)
+    return Run(prefilled_s, report.acked_at_s - began_s, is_right, timeline)
 
 
 rows, runs, sooner = [], {}, 0

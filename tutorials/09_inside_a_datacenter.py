@@ -263,7 +263,7 @@ def next_of(kind: type, events: EventQueue = fabric.events):
 
 first = ask(1)
 done = next_of(StreamDone)
-took_s = done.report.last_byte_s - done.report.first_byte_s
+took_s = done.report.last_byte_at_s - done.report.first_byte_at_s
 print("5. A stream from another process\n")
 print(f"   epoch {fabric.epoch}: {human_bytes(done.report.bytes)} in {first.calls} pieces, "
       f"by {Counted.received} operations, in {took_s * 1e3:.0f} ms, at most {WINDOW} of them posted at a time;\n"

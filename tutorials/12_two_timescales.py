@@ -54,7 +54,7 @@ if args.plots:
 
 # %%
 rng = random.Random(1)
-arrivals_s = [time_s for time_s, _ in zip(poisson(0.9, rng), range(5000))]
+arrivals_s = [at_s for at_s, _ in zip(poisson(0.9, rng), range(5000))]
 SERVICE_S = 1.0
 
 done_s, waits_s = 0.0, []
@@ -129,8 +129,8 @@ rows, verdicts = [], []
 for load in (0.9, 1.1):
     rate_rps = load * planned.lambda_max
     report = simulate(rate_rps, 1500, adaptive=False)
-    settled = [tick for tick in report.series if 375 < tick.time_s < 1500]  # the queues as a line over time
-    growth_rps = statistics.linear_regression([tick.time_s for tick in settled],
+    settled = [tick for tick in report.series if 375 < tick.at_s < 1500]  # the queues as a line over time
+    growth_rps = statistics.linear_regression([tick.at_s for tick in settled],
                                               [tick.waiting for tick in settled]).slope
     predicted = max(0.0, (rate_rps - planned.lambda_max) * 60)
     rows.append([f"{load:.0%} of {planned.lambda_max:.2f} req/s", f"{predicted:+.0f}", f"{growth_rps * 60:+.1f}",
@@ -196,8 +196,8 @@ print("3. Short term\n")
 print(table(HEADERS, [measures("fixed threshold", fixed), measures("adaptive", adaptive)]))
 print(f"\n   {rate_rps:.2f} requests/s. Each move of t while the line was thin, and the minute after:\n")
 print(table(["s", "t", "line thought to carry", "because"], [
-    [f"{time_s:.0f}", f"{t:,.0f}", f"{gbps:.1f} Gbps", reason.partition(":")[0]]
-    for time_s, t, gbps, reason in watched.moves if 300 <= time_s <= 660]))
+    [f"{at_s:.0f}", f"{t:,.0f}", f"{gbps:.1f} Gbps", reason.partition(":")[0]]
+    for at_s, t, gbps, reason in watched.moves if 300 <= at_s <= 660]))
 thin = plan(replace(fleet, link_gbps=4.0), lengths, n_p=planned.n_p)
 inside = [move for move in watched.moves if 300 <= move[0] < 600]
 causes = Counter(reason.partition(":")[0] for *_, reason in inside)
@@ -254,8 +254,8 @@ for name, convert_roles in (("fixed split 3 : 5", False), ("role conversion", Tr
 print("4. Long term\n")
 print(table(HEADERS, [measures(name, report) for name, report in reports.items()]) + "\n")
 converted = reports["role conversion"]
-for time_s, node, role, reason in converted.role_changes:
-    print(f"   {time_s:5.0f} s  {node} becomes {role}: {reason}")
+for at_s, node, role, reason in converted.role_changes:
+    print(f"   {at_s:5.0f} s  {node} becomes {role}: {reason}")
 gain = converted.goodput_rps / reports["fixed split 3 : 5"].goodput_rps
 print(f"\n   {len(converted.role_changes)} conversions; {gain:.2f} times as many first tokens came in time. "
       f"(A conversion needs {MIN_GAIN:.0%} more, {BUSY:.0%} busy, {SUSTAIN_S:g} s.)\n")

@@ -53,17 +53,17 @@ far = FarEnd()  # it imports torch meanwhile
 left, acknowledged, waiting = [1, 2, 3, 4, 5, 6], {1, 2, 4}, [7, 8]
 by_hand = [number for number in left if number not in acknowledged] + waiting
 
-queue, record = SendQueue(max_inflight_bytes=2**20, now=0.0), StreamRecord(1)
+queue, record = SendQueue(max_inflight_bytes=2**20, now_s=0.0), StreamRecord(1)
 for _ in range(8):
     frame = Frame(Header(Kind.CHUNK, stream=1, nbytes=1024), Slot(1024), record)
-    queue.monitor.queued(frame.nbytes, now=0.0)
-    queue.push_chunk(frame, now=0.0)
+    queue.monitor.queued(frame.nbytes, now_s=0.0)
+    queue.push_chunk(frame, now_s=0.0)
 for _ in left:
-    queue.pop(now=0.0)
+    queue.pop(now_s=0.0)
 for number in acknowledged:
-    queue.settle(number, written=True, now=0.1)
-queue.begin_epoch(now=0.2)
-by_package = [queue.pop(now=0.3).header.seq for _ in by_hand]
+    queue.settle(number, written=True, now_s=0.1)
+queue.begin_epoch(now_s=0.2)
+by_package = [queue.pop(now_s=0.3).header.seq for _ in by_hand]
 print("1. What must be kept\n")
 print(f"   They leave in the order {by_hand}; the package's queue: "
       f"{'the same' if by_package == by_hand else 'DIFFERENT'}. {record.resent_chunks} cross twice.\n")
@@ -137,8 +137,9 @@ for what, strike in (("nothing", nothing), ("a lane is cut", cut), ("a bit is fl
     answer, _ = ask(link, "what have you got?")
     again[what] = report.resent_chunks
     sound.append(answer["answer"] == right)
-    lines.append([what, link.epoch, report.chunks, report.resent_chunks, f"{report.acked_s - report.first_put_s:.2f} s",
-                  f"{report.acked_s - TroubledLane.struck_s:.2f} s", "identical" if sound[-1] else "DAMAGED"])
+    took_s, after_s = report.acked_at_s - report.first_put_at_s, report.acked_at_s - TroubledLane.struck_s
+    lines.append([what, link.epoch, report.chunks, report.resent_chunks, f"{took_s:.2f} s", f"{after_s:.2f} s",
+                  "identical" if sound[-1] else "DAMAGED"])
     link.close()
 print("2. A line on which something happens\n")
 print(table(["what happens", "epoch", "chunks", "sent again", "took", "of it after chunk 40", "bytes"], lines))

@@ -234,8 +234,8 @@ class DecodeRole:
         exposed_s = ready_at_s - serving.ordered_at_s - done.queue_s - done.prefill_s
         transfer_s = hidden_s = 0.0
         if report is not None:
-            transfer_s = report.last_byte_s - report.first_byte_s
-            hidden_s = min(max(serving.done_at_s - report.first_byte_s, 0.0), transfer_s)
+            transfer_s = report.last_byte_at_s - report.first_byte_at_s
+            hidden_s = min(max(serving.done_at_s - report.first_byte_at_s, 0.0), transfer_s)
         self._tell(messages.Started(request.id, request.cached_tokens, kv_bytes, queue_s, done.prefill_s, exposed_s,
                                     self._clock() - ready_at_s, transfer_s, hidden_s))
 

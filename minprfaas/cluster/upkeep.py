@@ -113,10 +113,10 @@ class Upkeep:
 
     def _is_news(self, sample: LinkSample, told: LinkSample | None) -> bool:
         """In a large cluster most links carry nothing at most times: each sample of each would be most of the mail."""
-        if told is None or sample.time_s <= told.time_s:
+        if told is None or sample.at_s <= told.at_s:
             return told is None
         carries = any(one.utilization or one.queued_bytes or one.inflight_bytes for one in (sample, told))
-        return carries or sample.time_s - told.time_s >= FIGURES_S
+        return carries or sample.at_s - told.at_s >= FIGURES_S
 
     def _tell_figures(self) -> None:
         engine, stats = self.engine, self.engine.kvcache.stats()

@@ -72,12 +72,12 @@ class Program:
         """Serve every prompt; 1 if one has no answer, a node's books are wrong, an emulated machine came late or
         `--check` finds a wrong answer, else 0."""
         self._begin(self.journeys.values())
-        started_s, cores = self.engine.clock(), Cores()
+        started_at_s, cores = self.engine.clock(), Cores()
         while self.due or self.front.has_work:
-            self._submit_due(started_s)
+            self._submit_due(started_at_s)
             self.process.node.step()
             self._show(self.front.take_updates())
-        elapsed_s = self.engine.clock() - started_s
+        elapsed_s = self.engine.clock() - started_at_s
         journeys = [self.journeys[id] for id in self.prompts if id in self.journeys]  # in the file's order
         self.watch.end()
         self.process.shut_down(GOODBYE_DEADLINE_S)
@@ -134,11 +134,11 @@ class Program:
                             f"{self.args.wait_s:g} s; of {', '.join(sorted(parts))} there are "
                             f"{', '.join(sorted(self.front.ready)) or 'none'}")
 
-    def _submit_due(self, started_s: float) -> None:
+    def _submit_due(self, started_at_s: float) -> None:
         """Submit what is due. It counts from that moment, however late this loop comes to it."""
-        while self.due and self.due[0].due_s <= self.engine.clock() - started_s:
+        while self.due and self.due[0].due_s <= self.engine.clock() - started_at_s:
             arrival = self.due.popleft()
-            self._submit(arrival.prompt, []).arrived_at_s = started_s + arrival.due_s
+            self._submit(arrival.prompt, []).arrived_at_s = started_at_s + arrival.due_s
 
     def _submit_after(self, finished: Journey) -> None:
         """Submit the prompts that continue `finished`."""

@@ -90,8 +90,8 @@ def run(args: argparse.Namespace) -> None:
 def _run(args: argparse.Namespace, setup: Setup, requests: Iterator[SimRequest], count: int) -> Report:
     lines: list[str] = []
 
-    def note(time_s: float, request: SimRequest) -> None:
-        decision = {"time_s": round(time_s, 3), "prompt_tokens": request.input_tokens, "attempt": request.attempts,
+    def note(at_s: float, request: SimRequest) -> None:
+        decision = {"at_s": round(at_s, 3), "prompt_tokens": request.input_tokens, "attempt": request.attempts,
                     **request.decision._asdict()}
         lines.append(json.dumps(decision) + "\n")
 
@@ -222,8 +222,8 @@ def _print(setup: Setup, report: Report) -> None:
         there = sum(report.prefilled_at.get(node, 0) for node, name in setup.prfaas_names.items() if name == site.name)
         rows.append((f"prefilled at {site.name} ({site.instances} at {site.gbps:g} Gbps)", f"{there:,}"))
     print(table([f"{report.requests:,} requests in {report.duration_s:,.0f} s", "simulated"], rows))
-    for time_s, node, role, reason in report.role_changes:
-        print(f"  at {time_s:,.0f} s {node} → {role}: {reason}")
+    for at_s, node, role, reason in report.role_changes:
+        print(f"  at {at_s:,.0f} s {node} → {role}: {reason}")
 
 
 def _cache_only(args: argparse.Namespace, requests: list) -> None:

@@ -97,7 +97,7 @@ class Engine:
     def step(self, on_kv: KVListener | None = None) -> list[TokenUpdate]:
         """One prefill pass and one decode step; returns the tokens that they drew. `on_kv` hears between the layers
         of the prefill pass what a layer's state now holds: it can be shipped while the next layer computes."""
-        updates, began_s = [], self.clock()
+        updates, began_at_s = [], self.clock()
         chunks = self.scheduler.next_chunks()
         if chunks:
             self.prefilled_tokens += sum(chunk.end - chunk.start for chunk in chunks)
@@ -107,7 +107,7 @@ class Engine:
             for request, token in zip(batch, self.runner.decode(batch)):
                 updates.append(self._accept_token(request, token))
         self.decoded_tokens += len(batch)
-        self.computed_s += self.clock() - began_s
+        self.computed_s += self.clock() - began_at_s
         return updates
 
     def abort(self, request: Request) -> None:

@@ -28,11 +28,11 @@ def measure_prefill(model: Transformer, tokenizer: Tokenizer, lengths: list[int]
                 prompt = _random_prompt(model, tokens)
                 engine.add(engine.request(f"{tokens}/{run}", prompt, SamplingParams(max_tokens=1)))
                 _settle(model)
-                began = time.perf_counter()
+                began_at_s = time.perf_counter()
                 while engine.has_work:
                     engine.step()
                 _settle(model)
-                seconds.append(time.perf_counter() - began)
+                seconds.append(time.perf_counter() - began_at_s)
                 bar.update()
             points.append((tokens, kv_bytes(engine.layout.specs, tokens), median(seconds[1:])))
     return points
@@ -50,10 +50,10 @@ def measure_decode(model: Transformer, tokenizer: Tokenizer, batch: int, context
     for _ in tqdm(range(steps), desc="decode", unit="step", disable=None, leave=False):
         if not engine.running:
             break
-        began = time.perf_counter()
+        began_at_s = time.perf_counter()
         engine.step()
         _settle(model)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - began_at_s)
     if not seconds:
         raise UserError(f"decode of {batch} requests ended before a step could be timed; take fewer requests")
     return median(seconds)

@@ -69,7 +69,7 @@ class PacedRunner:
 
     def decode(self, batch: list[Request]) -> list[int]:
         """See `Runner.decode`. It is computed at once, and done when its time has passed."""
-        worked_from_s, allowed_s = self._clock(), self.pace.decode_step_s(len(batch))
+        work_began_at_s, allowed_s = self._clock(), self.pace.decode_step_s(len(batch))
         due_at_s = self.begin_step(len(batch))
         self._waited_s = 0.0
         tokens = self._runner.decode(batch)
@@ -77,7 +77,7 @@ class PacedRunner:
         self.step_due_at_s = None
         # The next step can make up for a lag; one of a whole step is none of a step's beginning any more.
         lag_s = self._clock() - due_at_s
-        self._note(worked_from_s, allowed_s, lag_s if lag_s > allowed_s else 0.0)
+        self._note(work_began_at_s, allowed_s, lag_s if lag_s > allowed_s else 0.0)
         return tokens
 
     def _wait_until(self, due_at_s: float) -> None:
@@ -86,9 +86,9 @@ class PacedRunner:
             self._wait(remaining_s)
             self._waited_s += remaining_s
 
-    def _note(self, worked_from_s: float, allowed_s: float, late_s: float) -> None:
+    def _note(self, work_began_at_s: float, allowed_s: float, late_s: float) -> None:
         self.pace.allowed_s += allowed_s
-        self.pace.needed_s += max(self._clock() - worked_from_s - self._waited_s, 0.0)
+        self.pace.needed_s += max(self._clock() - work_began_at_s - self._waited_s, 0.0)
         self.pace.late_s += max(late_s, 0.0)
 
 
@@ -101,7 +101,7 @@ class PacedEngine(Engine):
         """From now on, take the time of `pace`; at most so many requests are in a decode step."""
         self.runner = PacedRunner(self.runner, pace, len(self.model.config.layers), self.clock)
         self.scheduler.max_batch, self.scheduler.shared_tokens = max_batch, 0  # a profile's times are of one prompt
-        self._step_from_s: float | None = None  # the next one begins
+        self._step_begins_at_s: float | None = None  # the next one begins
         self._late: list[Request] = []  # joined in the second half of the step
 
     @property
@@ -113,7 +113,7 @@ class PacedEngine(Engine):
 
     def step(self, on_kv: KVListener | None = None) -> list[TokenUpdate]:
         """See `Engine.step`; nothing happens while a decode step takes its time."""
-        if self._only_decodes() and self.clock() < self.runner.begin_step(self._batch_size(), self._step_from_s):
+        if self._only_decodes() and self.clock() < self.runner.begin_step(self._batch_size(), self._step_begins_at_s):
             return []
         due_at_s = self.runner.step_due_at_s
         late, self._late = [request for request in self._late if request in self.running], []
@@ -123,7 +123,7 @@ class PacedEngine(Engine):
         self.running += late
         # The next step begins when this one was due, with who has joined by then: looking late must not add up.
         is_late = due_at_s is None or self.clock() >= due_at_s + self.runner.pace.decode_step_s(1)
-        self._step_from_s = due_at_s if self.running and not is_late else None
+        self._step_begins_at_s = due_at_s if self.running and not is_late else None
         return updates
 
     def admit_remote(self, request: Request, first_token: int) -> TokenUpdate:
@@ -136,7 +136,7 @@ class PacedEngine(Engine):
         """See `Engine.abort`. A step in which nobody takes part any more is none."""
         super().abort(request)
         if not any(one not in self._late for one in self.running):
-            self.runner.step_due_at_s = self._step_from_s = None
+            self.runner.step_due_at_s = self._step_begins_at_s = None
 
     def _only_decodes(self) -> bool:
         return bool(self.running) and not (self.prefilling or self.waiting)

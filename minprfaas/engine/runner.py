@@ -63,17 +63,17 @@ class Runner:
         """What happens when a layer's state holds the chunks: marks on the timeline, and word to `on_kv`."""
         if self.timeline is None and on_kv is None:
             return None
-        since_s = self.clock()
+        began_at_s = self.clock()
 
         def on_layer(layer: int) -> None:
-            nonlocal since_s
-            ended_s = self.clock()
+            nonlocal began_at_s
+            ended_at_s = self.clock()
             for chunk in chunks:
                 if self.timeline is not None:
-                    self.timeline.span("prefill", f"layer {layer}", since_s, ended_s, request=chunk.request.id,
+                    self.timeline.span("prefill", f"layer {layer}", began_at_s, ended_at_s, request=chunk.request.id,
                                        tokens=f"{chunk.start}-{chunk.end}")
                 if on_kv is not None:
                     on_kv(chunk.request, layer, chunk.start, chunk.end)
-            since_s = self.clock()  # a span is the layer's own time, without the listener's
+            began_at_s = self.clock()  # a span is the layer's own time, without the listener's
 
         return on_layer

@@ -21,17 +21,17 @@ def draw_simulation(directory: str | Path, report: Report) -> list[Path]:
         "link": ("Gbps", {"egress": over.egress_gbps}, "GB", {"queued": [count / 1e9 for count in over.queued_bytes]}),
         "policy": ("tokens", {"threshold t": over.threshold}, "nodes", {"N_p": over.n_p}),
     }
-    return [_draw(directory, name, over.time_s, *about) for name, about in curves.items()]
+    return [_draw(directory, name, over.at_s, *about) for name, about in curves.items()]
 
 
-def _draw(directory: str | Path, name: str, time_s: Sequence[float], left_unit: str, left: dict[str, Sequence[float]],
+def _draw(directory: str | Path, name: str, at_s: Sequence[float], left_unit: str, left: dict[str, Sequence[float]],
           right_unit: str, right: dict[str, Sequence[float]]) -> Path:
     figure, axes = new_figure(8.0, 3.2)
     other = axes.twinx()
     for label, values in left.items():
-        axes.plot(time_s, values, label=label, color="black", linewidth=1)
+        axes.plot(at_s, values, label=label, color="black", linewidth=1)
     for number, (label, values) in enumerate(right.items()):
-        other.plot(time_s, values, label=label, color=f"C{number}", linewidth=1, alpha=0.8)
+        other.plot(at_s, values, label=label, color=f"C{number}", linewidth=1, alpha=0.8)
     axes.set(xlabel="simulated seconds", ylabel=left_unit, title=f"{name}, simulated", ylim=(0, None))
     other.set(ylabel=right_unit, ylim=(0, None))
     figure.legend(loc="outside lower center", ncols=4, frameon=False)

@@ -34,18 +34,18 @@ class CongestionMonitor(LinkView):
     def hear(self, sender: str, sample: LinkSample, now_s: float) -> None:
         """Take a sample of one sender's link. What all put on the line adds up; one that was silent counts no more.
         A sender's clock may be another machine's: it is not looked at."""
-        self._samples[sender, sample.link] = replace(sample, time_s=now_s)
-        recent = [one for one in self._samples.values() if now_s - one.time_s <= STALE_S]
+        self._samples[sender, sample.link] = replace(sample, at_s=now_s)
+        recent = [one for one in self._samples.values() if now_s - one.at_s <= STALE_S]
         utilization = min(sum(one.utilization for one in recent), 1.0)
         queued_bytes = sum(one.queued_bytes for one in recent)
         self.observe(LinkSample(now_s, sum(one.gbps for one in recent), utilization, queued_bytes))
 
     def observe(self, sample: LinkSample) -> None:
         """Take a sample of the whole line; one that is not younger than the last is ignored."""
-        elapsed_s = sample.time_s - self._observed_at_s  # infinite for the first one, which then counts alone
+        elapsed_s = sample.at_s - self._observed_at_s  # infinite for the first one, which then counts alone
         if elapsed_s <= 0:
             return
-        self._observed_at_s, self.queued_bytes = sample.time_s, sample.queued_bytes
+        self._observed_at_s, self.queued_bytes = sample.at_s, sample.queued_bytes
         weight = 1 - math.exp(-elapsed_s / SMOOTH_S)
         self.utilization += weight * (sample.utilization - self.utilization)
         if sample.utilization > 0.02 or sample.queued_bytes:
@@ -55,17 +55,17 @@ class CongestionMonitor(LinkView):
         else:  # an idle link says nothing about its capacity, but is more and more worth trying
             weight = 1 - math.exp(-elapsed_s / FORGET_S)
             self.gbps += weight * (self.nominal_gbps - self.gbps)
-        self._settle(sample.time_s)
+        self._settle(sample.at_s)
 
-    def _settle(self, time_s: float) -> None:
+    def _settle(self, at_s: float) -> None:
         queue_s = self.queued_bytes * 8e-9 / self.gbps if self.queued_bytes else 0.0  # at the observed capacity
         if self.utilization >= HIGH_UTILIZATION or queue_s >= HIGH_QUEUE_S:
             if self._regime != "scarce":
-                self._regime, self._since_s = "scarce", time_s
+                self._regime, self._since_s = "scarce", at_s
         elif self.utilization < LOW_UTILIZATION and queue_s <= LOW_QUEUE_S:
-            if self._regime != "abundant" and time_s - self._since_s >= HOLD_S:
-                self._regime, self._since_s = "abundant", time_s
+            if self._regime != "abundant" and at_s - self._since_s >= HOLD_S:
+                self._regime, self._since_s = "abundant", at_s
 
-    def regime(self, time_s: float) -> str:
-        """"scarce" or "abundant" at `time_s`."""
-        return self._regime if time_s - self._observed_at_s <= STALE_S else "scarce"
+    def regime(self, at_s: float) -> str:
+        """"scarce" or "abundant" at `at_s`."""
+        return self._regime if at_s - self._observed_at_s <= STALE_S else "scarce"

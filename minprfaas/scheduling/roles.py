@@ -32,16 +32,16 @@ class RoleLoop:
 
     def __init__(self, fleet: Fleet, sustain_s: float = SUSTAIN_S):
         self.fleet, self.sustain_s = fleet, sustain_s
-        self._looked_at = self._settled_at = -math.inf  # settled: infinite while a node drains
+        self._looked_at_s = self._settled_at_s = -math.inf  # settled: infinite while a node drains
         self._wanted_since: tuple[Role, float] | None = None
 
     def update(self, now: Observation, recent_lengths: Callable[[], LengthDistribution | None], output_tokens: float,
                pdp: Sequence[NodeView], pdd: Sequence[NodeView]) -> RoleChange | None:
         """The conversion to begin now, or None: the least-loaded node of the role with too many; each keeps one.
         `recent_lengths` is `ThresholdLoop.lengths`; `output_tokens`: of the mean answer."""
-        if now.time_s - self._looked_at < INTERVAL_S:
+        if now.at_s - self._looked_at_s < INTERVAL_S:
             return None
-        self._looked_at = now.time_s
+        self._looked_at_s = now.at_s
         lengths = recent_lengths() if now.n_d else None  # while nobody decodes there is nothing to compare
         role, reason = self._wanted(now, lengths, output_tokens) if lengths else (None, "")
         donors = pdd if role is Role.PDP else pdp
@@ -49,16 +49,16 @@ class RoleLoop:
             self._wanted_since = None
             return None
         if self._wanted_since is None or self._wanted_since[0] != role:
-            self._wanted_since = (role, now.time_s)
-        sustained = now.time_s - self._wanted_since[1] >= self.sustain_s
-        if not sustained or now.time_s - self._settled_at < COOLDOWN_S:
+            self._wanted_since = (role, now.at_s)
+        sustained = now.at_s - self._wanted_since[1] >= self.sustain_s
+        if not sustained or now.at_s - self._settled_at_s < COOLDOWN_S:
             return None
-        self._settled_at, self._wanted_since = math.inf, None
+        self._settled_at_s, self._wanted_since = math.inf, None
         return RoleChange(min(donors, key=lambda node: node.load).name, role, reason)
 
-    def converted(self, time_s: float) -> None:
+    def converted(self, at_s: float) -> None:
         """The node plays its new role (or died on the way): the cool-down begins."""
-        self._settled_at = time_s
+        self._settled_at_s = at_s
 
     def _wanted(self, now: Observation, lengths: LengthDistribution, output_tokens: float) -> tuple[Role | None, str]:
         fleet = replace(self.fleet, prfaas_instances=now.prfaas_instances, pd_instances=now.n_p + now.n_d,

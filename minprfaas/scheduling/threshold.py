@@ -31,7 +31,7 @@ class Observation:
     """The cluster as it is now. Instances take work; queues are seconds of prefill that wait, summed over a cluster's
     nodes; utilizations are the share of time (or of batch slots) in use."""
 
-    time_s: float
+    at_s: float
     prfaas_instances: float
     n_p: int
     n_d: int
@@ -50,11 +50,11 @@ class ThresholdLoop:
     def __init__(self, fleet: Fleet, threshold: float) -> None:
         self.fleet, self.threshold = fleet, threshold
         self._recent: deque[int] = deque(maxlen=WINDOW_REQUESTS)
-        self._searched_at, self._moved_at, self._direction = -math.inf, -math.inf, 0
+        self._searched_at_s, self._moved_at_s, self._direction = -math.inf, -math.inf, 0
         self._seen: tuple | None = None  # capacity at the last search
         self._fell_short = False  # of what that search found
         self.reason = ""  # of the last search
-        self._rate_rps, self._arrived, self._counted_at = 0.0, 0, None
+        self._rate_rps, self._arrived, self._counted_at_s = 0.0, 0, None
 
     def record(self, uncached_tokens: int) -> None:
         """One more request, by the length that the router judged."""
@@ -67,28 +67,28 @@ class ThresholdLoop:
 
     def update(self, now: Observation) -> float:
         """Search if there is reason to; returns the threshold to route by. Call about once a second."""
-        self._count(now.time_s)
+        self._count(now.at_s)
         cause = self._cause(now)
         lengths = self.lengths() if cause is not None else None  # sorting them at each look would cost the most
         if lengths is not None:
-            self._searched_at, self._seen = now.time_s, _capacity(now)
-            self._move(self._search(now, lengths), now.time_s)
+            self._searched_at_s, self._seen = now.at_s, _capacity(now)
+            self._move(self._search(now, lengths), now.at_s)
             self.reason = (f"{cause}: {now.prfaas_instances:g} PrfaaS and {now.n_p} PD-P nodes, "
                            f"{now.egress_gbps:.3g} Gbps, {self._rate_rps:.2f} req/s")
         return self.threshold
 
-    def _count(self, time_s: float) -> None:
+    def _count(self, at_s: float) -> None:
         """The observed arrival rate, smoothed."""
-        elapsed = time_s - self._counted_at if self._counted_at is not None else 0.0
-        if elapsed > 0:
-            self._rate_rps += (1 - math.exp(-elapsed / RATE_SMOOTH_S)) * (self._arrived / elapsed - self._rate_rps)
-        self._counted_at, self._arrived = time_s, 0
+        elapsed_s = at_s - self._counted_at_s if self._counted_at_s is not None else 0.0
+        if elapsed_s > 0:
+            self._rate_rps += (1 - math.exp(-elapsed_s / RATE_SMOOTH_S)) * (self._arrived / elapsed_s - self._rate_rps)
+        self._counted_at_s, self._arrived = at_s, 0
 
     def _cause(self, now: Observation) -> str | None:
         """Why to search now, or None."""
         if not now.n_d:
             return None  # no threshold helps while nobody decodes
-        waited_s = now.time_s - self._searched_at
+        waited_s = now.at_s - self._searched_at_s
         if waited_s >= REFRESH_S:
             return "lengths drift"
         if waited_s < INTERVAL_S:
@@ -118,16 +118,16 @@ class ThresholdLoop:
         shortest = bisect_right(local_s, LOCAL_LOAD * n_p / self._rate_rps) - 1
         return min(best.threshold, values[max(shortest - 1, 0)])
 
-    def _move(self, wanted: float, time_s: float) -> None:
+    def _move(self, wanted: float, at_s: float) -> None:
         current, wanted = max(self.threshold, 1.0), max(wanted, 1.0)
         self._fell_short = False
         if abs(wanted / current - 1) <= DEADBAND:
             return
         direction = 1 if wanted > current else -1
-        if direction == -self._direction and time_s - self._moved_at < HOLD_S:
+        if direction == -self._direction and at_s - self._moved_at_s < HOLD_S:
             return
         self.threshold = min(max(wanted, current / MAX_STEP), current * MAX_STEP)
-        self._moved_at, self._direction, self._fell_short = time_s, direction, self.threshold != wanted
+        self._moved_at_s, self._direction, self._fell_short = at_s, direction, self.threshold != wanted
 
 
 def _capacity(now: Observation) -> tuple[float, int, int]:

@@ -27,10 +27,10 @@ DAY_STRETCH = 0.6  # and the logarithm of its lengths, the other way
 def poisson(rate_rps: float, rng: random.Random) -> Iterator[float]:
     """Arrival times without memory, `rate_rps` a second."""
     require_number("arrival rate", rate_rps, above=0)
-    time_s = 0.0
+    at_s = 0.0
     while True:
-        time_s += rng.expovariate(rate_rps)
-        yield time_s
+        at_s += rng.expovariate(rate_rps)
+        yield at_s
 
 
 def bursty(rate_rps: float, rng: random.Random) -> Iterator[float]:
@@ -42,33 +42,33 @@ def bursty(rate_rps: float, rng: random.Random) -> Iterator[float]:
     while True:
         end_s = start_s + rng.expovariate(1 / (BURST_MEAN_S if burst else calm_mean_s))
         phase_rps = BURST_FACTOR * rate_rps if burst else calm_rps
-        time_s = start_s + rng.expovariate(phase_rps)
-        while time_s < end_s:
-            yield time_s
-            time_s += rng.expovariate(phase_rps)
+        at_s = start_s + rng.expovariate(phase_rps)
+        while at_s < end_s:
+            yield at_s
+            at_s += rng.expovariate(phase_rps)
         start_s, burst = end_s, not burst
 
 
 def diurnal(rate_rps: float, rng: random.Random, period_s: float) -> Iterator[float]:
     """A day of `period_s`: the rate begins at its mean, rises, and falls below it."""
-    for time_s in poisson(rate_rps * (1 + DAY_SWING), rng):
-        if rng.random() * (1 + DAY_SWING) < 1 + DAY_SWING * math.sin(2 * math.pi * time_s / period_s):
-            yield time_s
+    for at_s in poisson(rate_rps * (1 + DAY_SWING), rng):
+        if rng.random() * (1 + DAY_SWING) < 1 + DAY_SWING * math.sin(2 * math.pi * at_s / period_s):
+            yield at_s
 
 
 def day_lengths(period_s: float) -> Callable[[float], float]:
     """What lengths are multiplied by as the day goes: 0.55 in the busiest hour, 1.8 in the quietest."""
-    return lambda time_s: math.exp(-DAY_STRETCH * math.sin(2 * math.pi * time_s / period_s))
+    return lambda at_s: math.exp(-DAY_STRETCH * math.sin(2 * math.pi * at_s / period_s))
 
 
 def drawn(times: Iterable[float], count: int, lengths: LengthDistribution, output_tokens: int, rng: random.Random,
           scale: Callable[[float], float] | None = None) -> Iterator[SimRequest]:
-    """`count` requests at `times`, with lengths drawn from the planner's own distribution; `scale(time_s)` stretches
+    """`count` requests at `times`, with lengths drawn from the planner's own distribution; `scale(at_s)` stretches
     them as the day goes."""
     values = lengths.values
-    for time_s in islice(times, count):
+    for at_s in islice(times, count):
         length = values[int(rng.random() * len(values))]
-        yield SimRequest(time_s, max(1, round(length * scale(time_s) if scale else length)), output_tokens)
+        yield SimRequest(at_s, max(1, round(length * scale(at_s) if scale else length)), output_tokens)
 
 
 def from_trace(trace: Iterable[SimRequest], speed: float = 1.0) -> Iterator[SimRequest]:

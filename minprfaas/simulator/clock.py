@@ -12,10 +12,10 @@ class Clock:
         self._events: list[tuple[float, int, Callable, tuple]] = []
         self._planned = 0
 
-    def at(self, time_s: float, event: Callable, *args) -> None:
-        """Plan `event(*args)` for `time_s`, or for now if that is past."""
+    def at(self, at_s: float, event: Callable, *args) -> None:
+        """Plan `event(*args)` for `at_s`, or for now if that is past."""
         self._planned += 1
-        heapq.heappush(self._events, (max(time_s, self.now_s), self._planned, event, args))
+        heapq.heappush(self._events, (max(at_s, self.now_s), self._planned, event, args))
 
     def after(self, delay_s: float, event: Callable, *args) -> None:
         """Plan `event(*args)` for `delay_s` from now."""

@@ -20,7 +20,7 @@ class FluidLink:
         self.gbps, self.bytes_sent, self.queued_bytes = gbps, 0.0, 0.0
         self._clock, self._half_rtt_s = clock, rtt_s / 2
         self._inflow = 0.0  # bytes per second that prefill puts in
-        self._updated_s = self._sampled_s = 0.0
+        self._updated_at_s = self._sampled_at_s = 0.0
         self._busy_s = self._sampled_bytes = 0.0
         self._waiting: deque[tuple[float, Callable, tuple]] = deque()  # (`bytes_sent` when it is across, …)
         self._plan = 0
@@ -56,27 +56,27 @@ class FluidLink:
     def sample(self) -> LinkSample:
         """What happened since the last sample."""
         self._advance()
-        now, sent = self._clock.now_s, self.bytes_sent - self._sampled_bytes
-        elapsed = max(now - self._sampled_s, 1e-9)  # a first sample at once: nothing was sent
-        gbps, utilization = sent * 8e-9 / elapsed, self._busy_s / elapsed
-        self._sampled_s, self._sampled_bytes, self._busy_s = now, self.bytes_sent, 0.0
-        return LinkSample(now, gbps, utilization, self.queued_bytes)
+        now_s, sent = self._clock.now_s, self.bytes_sent - self._sampled_bytes
+        elapsed_s = max(now_s - self._sampled_at_s, 1e-9)  # a first sample at once: nothing was sent
+        gbps, utilization = sent * 8e-9 / elapsed_s, self._busy_s / elapsed_s
+        self._sampled_at_s, self._sampled_bytes, self._busy_s = now_s, self.bytes_sent, 0.0
+        return LinkSample(now_s, gbps, utilization, self.queued_bytes)
 
     def _advance(self) -> None:
-        elapsed = self._clock.now_s - self._updated_s
-        if elapsed <= 0:
+        elapsed_s = self._clock.now_s - self._updated_at_s
+        if elapsed_s <= 0:
             return
-        self._updated_s = self._clock.now_s
-        rate, available = self.gbps * 1.25e8, self.queued_bytes + self._inflow * elapsed
+        self._updated_at_s = self._clock.now_s
+        rate, available = self.gbps * 1.25e8, self.queued_bytes + self._inflow * elapsed_s
         shrink = rate - self._inflow  # bytes per second by which a backlog becomes less
         full_s = 0.0  # of the time that has passed, how long the link was full
         if self.queued_bytes or shrink <= 0:
-            full_s = elapsed if shrink <= 0 else min(elapsed, self.queued_bytes / shrink)
+            full_s = elapsed_s if shrink <= 0 else min(elapsed_s, self.queued_bytes / shrink)
         # After that the backlog is gone, and what flows in leaves at once.
-        left = min(rate * elapsed, available) if full_s == elapsed else available
+        left = min(rate * elapsed_s, available) if full_s == elapsed_s else available
         if available > 0:
             share = self._inflow / rate if rate else 1.0
-            self._busy_s += full_s + (elapsed - full_s) * share
+            self._busy_s += full_s + (elapsed_s - full_s) * share
         self.queued_bytes = available - left
         self.bytes_sent += left
 

@@ -119,7 +119,7 @@ class DecodeNode:
         self.alive = True
         self.running: list[tuple[float, int, SimRequest]] = []  # a heap by the step at which the last token is drawn
         self._clock, self._profile, self._done = clock, profile, done
-        self._steps, self._updated_s, self._joined, self._plan = 0.0, 0.0, 0, 0
+        self._steps, self._updated_at_s, self._joined, self._plan = 0.0, 0.0, 0, 0
 
     def admit(self, request: SimRequest) -> None:
         """The request's KVCache is here."""
@@ -139,10 +139,10 @@ class DecodeNode:
         return self._profile.decode_step_s(len(self.running))
 
     def _advance(self) -> None:
-        now = self._clock.now_s
+        now_s = self._clock.now_s
         if self.running:
-            self._steps += (now - self._updated_s) / self._step_s()
-        self._updated_s = now
+            self._steps += (now_s - self._updated_at_s) / self._step_s()
+        self._updated_at_s = now_s
 
     def _plan_next(self) -> None:
         self._plan += 1

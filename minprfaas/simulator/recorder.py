@@ -19,7 +19,7 @@ class Tick(NamedTuple):
     """The cluster at one moment. Shares: of nodes that compute, of decode places in use; `waiting`: requests without a
     first token."""
 
-    time_s: float
+    at_s: float
     egress_gbps: float
     egress_utilization: float
     queued_bytes: float

@@ -81,7 +81,7 @@ class Setup:
                 raise UserError(f"failure of {node!r} from {fails_s:g} s to {returns_s:g} s is not possible; nodes are "
                                 f"prfaas0… and pd0…, and a node fails before it returns")
         for weather in (self.weather, *(site.weather for site in self.sites)):
-            if any(time_s < 0 or gbps < 0 for time_s, gbps in weather):
+            if any(at_s < 0 or gbps < 0 for at_s, gbps in weather):
                 raise UserError(f"weather {weather} has a negative time or bandwidth")
             if weather and max(weather)[1] == 0:
                 raise UserError("weather ends with a link at 0 Gbps; what is on its way would never arrive")
@@ -99,7 +99,7 @@ class Setup:
 
 
 class Simulation:
-    """Runs `requests` (in order of arrival) through the cluster of `setup`. `on_decision(time_s, request)` sees each
+    """Runs `requests` (in order of arrival) through the cluster of `setup`. `on_decision(at_s, request)` sees each
     request as it is routed; `on_progress(count)` hears of each that ends; `control` may be one that records."""
 
     def __init__(self, setup: Setup, requests: Iterator[SimRequest],
@@ -125,8 +125,8 @@ class Simulation:
     def run(self) -> Report:
         """Until every request has ended. Raises UserError when that takes more than `MAX_SIMULATED_S`."""
         for site, weather in self._weather.items():
-            for time_s, gbps in weather:
-                self.clock.at(time_s, self._change_weather, site, gbps)
+            for at_s, gbps in weather:
+                self.clock.at(at_s, self._change_weather, site, gbps)
         for node, fails_s, returns_s in self.setup.failures:
             self.clock.at(fails_s, self._fail, node, returns_s)
         self.clock.after(TICK_S, self._tick)

@@ -10,9 +10,9 @@ class StreamReport:
 
     bytes: int
     chunks: int
-    first_put_s: float
-    last_put_s: float
-    acked_s: float  # when the last byte was acknowledged: written into the receiver's blocks
+    first_put_at_s: float
+    last_put_at_s: float
+    acked_at_s: float  # when the last byte was acknowledged: written into the receiver's blocks
     stalled_s: float  # how long `put` was held back because too many bytes were in flight
     resent_chunks: int
 
@@ -22,8 +22,8 @@ class ArrivalReport:
     """What a receiver saw of one stream; times are the receiver's `time.monotonic()`."""
 
     bytes: int
-    first_byte_s: float
-    last_byte_s: float
+    first_byte_at_s: float
+    last_byte_at_s: float
 
 
 @dataclass(frozen=True)

@@ -114,12 +114,13 @@ class Fabric:
     def close(self) -> None:
         """Say goodbye and end; the peer's fabric is lost at once."""
         self._link.close()  # its LinkLost ends the rest
-        until_s = time.monotonic() + CLOSING_S
-        while time.monotonic() < until_s:  # a thread that is in C++ when its process ends makes that end by a signal
+        give_up_at_s = time.monotonic() + CLOSING_S
+        # A thread that is in C++ when its process ends makes that end by a signal.
+        while time.monotonic() < give_up_at_s:
             alive = [thread for thread in self._threads if thread.is_alive()]
             if not alive:
                 return
-            alive[-1].join(max(0.0, until_s - time.monotonic()))  # the oldest; it may start another
+            alive[-1].join(max(0.0, give_up_at_s - time.monotonic()))  # the oldest; it may start another
 
     def _check(self, plan: StreamPlan) -> None:
         for entry in plan.entries:
@@ -167,12 +168,12 @@ class Fabric:
     # Epochs: begun and joined here by rank 0's word, ended by whoever sees a reason to
 
     def _watch(self) -> None:
-        now, group = time.monotonic(), self._group
+        now_s, group = time.monotonic(), self._group
         if not self._link.is_up:
             self._end_epoch(self._epoch, PEER_IS_GONE)
-        elif group is not None and group.oldest_s(now) > self._deadline_s:
+        elif group is not None and group.oldest_s(now_s) > self._deadline_s:
             self._end_epoch(group.epoch, f"an operation took longer than {self._deadline_s:g} s")
-        elif group is None and now >= self._due_at_s:
+        elif group is None and now_s >= self._due_at_s:
             if self._epoch:
                 self._end_epoch(self._epoch, f"the groups did not come up within {CONNECT_S:g} s")
             elif self._rank == 0:

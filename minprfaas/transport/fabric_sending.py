@@ -72,13 +72,13 @@ class FabricOutbox:
              read: Callable[[Piece, torch.Tensor], object]) -> float:
         """Send a batch, once there is room for it; returns the seconds that took. `read` writes a piece's bytes to
         where they shall be. Raises StreamAborted, LinkDown, and what `read` raises."""
-        began_s = time.monotonic()
+        began_at_s = time.monotonic()
         group = self._wait_for_epoch(stream)
         with self._turn:
             at, last = batch[-1]
             with self._ends_epoch(group, stream):
                 data = group.new_batch(at + last.nbytes)
-            waited_s = time.monotonic() - began_s
+            waited_s = time.monotonic() - began_at_s
             for at, piece in batch:
                 read(piece, data[at:at + piece.nbytes])
             with self._changed:
@@ -105,11 +105,11 @@ class FabricOutbox:
             raise StreamAborted(f"stream {stream.plan.stream_id}: {one_line(error)}") from None
 
     def _wait_for_epoch(self, stream: "FabricStream") -> PairGroup:
-        until_s = time.monotonic() + CONNECT_S
+        give_up_at_s = time.monotonic() + CONNECT_S
         with self._changed:
             self.check(stream)
             while self._group is None:
-                left_s = until_s - time.monotonic()
+                left_s = give_up_at_s - time.monotonic()
                 if left_s <= 0:
                     raise LinkDown(f"fabric {self._name}: no epoch within {CONNECT_S:g} s")
                 self._changed.wait(left_s)
@@ -125,11 +125,11 @@ class FabricOutbox:
 
     def wait_until_written(self, stream: "FabricStream", deadline_s: float) -> None:
         """Block until every piece is acknowledged. Raises TimeoutError, StreamAborted, LinkDown."""
-        until_s = time.monotonic() + deadline_s
+        give_up_at_s = time.monotonic() + deadline_s
         with self._changed:
             self.check(stream)
             while stream.unwritten:
-                left_s = until_s - time.monotonic()
+                left_s = give_up_at_s - time.monotonic()
                 if left_s <= 0:
                     raise TimeoutError(f"stream {stream.plan.stream_id}: {stream.unwritten} pieces are not "
                                        f"acknowledged after {deadline_s} s")
@@ -153,7 +153,7 @@ class FabricOutbox:
             group.written(number)
             stream = self._unwritten.pop(number)
             stream.unwritten -= 1
-            stream.acked_s = time.monotonic()
+            stream.acked_at_s = time.monotonic()
             if is_refused and stream.failure is None:
                 self._fail(stream, "refused by the receiver")
             self._changed.notify_all()
@@ -185,7 +185,7 @@ class FabricStream(SendStream):
         self.plan = plan
         self.failure: str | None = None
         self.unwritten = 0  # batches
-        self.acked_s = 0.0
+        self.acked_at_s = 0.0
         self._outbox, self._limit_bytes = outbox, limit_bytes
         self._put_log, self._next = PutLog(plan), next_in_group(plan)
         self._stalled_s, self._chunks = 0.0, 0
@@ -233,7 +233,7 @@ class FabricStream(SendStream):
         self._put_log.check_complete()
         self._outbox.wait_until_written(self, deadline_s)
         log = self._put_log
-        return StreamReport(self.plan.total_bytes, self._chunks, log.first_put_s, log.last_put_s, self.acked_s,
+        return StreamReport(self.plan.total_bytes, self._chunks, log.first_put_at_s, log.last_put_at_s, self.acked_at_s,
                             self._stalled_s, resent_chunks=0)
 
     def abort(self, reason: str = "aborted by the sender") -> None:

@@ -58,8 +58,8 @@ class LoopbackStream(SendStream):
         self._check()
         self._put_log.check_complete()
         log = self._put_log
-        return StreamReport(self.plan.total_bytes, log.puts, log.first_put_s, log.last_put_s, acked_s=time.monotonic(),
-                            stalled_s=0.0, resent_chunks=0)
+        return StreamReport(self.plan.total_bytes, log.puts, log.first_put_at_s, log.last_put_at_s,
+                            acked_at_s=time.monotonic(), stalled_s=0.0, resent_chunks=0)
 
     def abort(self, reason: str = "aborted by the sender") -> None:
         """See `SendStream.abort`."""

@@ -112,14 +112,14 @@ class PairGroup:
     def _carry_one(self, is_sender: bool) -> None:
         """A direction's first batch, while nothing else is on its way. With their first operation NCCL connects two
         GPUs, for which both sides have to call it; and to load a kernel may wait for those that run."""
-        until_s = time.monotonic() + CONNECT_S
+        give_up_at_s = time.monotonic() + CONNECT_S
         with torch.cuda.stream(self._lands):  # None: where this thread is anyway
             batch = torch.zeros(ALIGN_BYTES + DIGEST_BYTES, dtype=torch.uint8, device=self.device)
             if is_sender:
                 seal(batch, self.epoch)
             work = (self._out.send if is_sender else self._in.recv)([batch], self._peer, 0)
             while self._lands is not None and not work.is_completed():  # a stream that waits for it could not be freed
-                if time.monotonic() > until_s:
+                if time.monotonic() > give_up_at_s:
                     raise RuntimeError(f"nothing crossed within {CONNECT_S:g} s")
                 time.sleep(0.001)
             if self._lands is None:
@@ -207,10 +207,10 @@ class PairGroup:
         else:
             transfer.work.wait(_FOREVER)
 
-    def oldest_s(self, now: float) -> float:
+    def oldest_s(self, now_s: float) -> float:
         """How long the oldest operation that has not ended has taken; 0 without one."""
         transfers = [*list(self._unwritten.values()), *list(self._landing)]
-        return max([now - transfer.began_at_s for transfer in transfers], default=0.0)
+        return max([now_s - transfer.began_at_s for transfer in transfers], default=0.0)
 
     def abort(self) -> None:
         """Break every operation of this group, here and at the peer."""

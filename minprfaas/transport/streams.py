@@ -152,7 +152,7 @@ class PutLog:
     def __init__(self, plan: StreamPlan):
         self.plan = plan
         self.puts = 0
-        self.first_put_s = self.last_put_s = 0.0
+        self.first_put_at_s = self.last_put_at_s = 0.0
         self._coverage = PlanCoverage(plan)
 
     def add(self, layer: int, start: int, end: int, data: torch.Tensor) -> Piece:
@@ -169,9 +169,9 @@ class PutLog:
             start = self.plan.start  # whatever the caller says: such state has no first token
         piece = Piece(layer, entry.group, start, end, nbytes, layers=layers)
         self._coverage.add(piece)
-        self.last_put_s = time.monotonic()
+        self.last_put_at_s = time.monotonic()
         if not self.puts:
-            self.first_put_s = self.last_put_s
+            self.first_put_at_s = self.last_put_at_s
         self.puts += 1
         return piece
 
@@ -218,9 +218,9 @@ class IncomingStream:
         self._closed = False
         self._coverage = PlanCoverage(plan)
         self._assembling: dict[int, torch.Tensor] = {}  # request-level state that is longer than a piece
-        self._first_byte_s = self._last_byte_s = 0.0
+        self._first_byte_at_s = self._last_byte_at_s = 0.0
 
-    def accept(self, piece: Piece, data: torch.Tensor, now: float) -> bool:
+    def accept(self, piece: Piece, data: torch.Tensor, now_s: float) -> bool:
         """Write one piece, unless it is there already; True if it was the last. Raises StreamAborted: it is not in the
         plan, or the sink failed."""
         with self._lock:
@@ -242,8 +242,8 @@ class IncomingStream:
             except Exception as error:
                 self._coverage = PlanCoverage(self.plan)  # what the blocks hold now is anyone's guess
                 raise StreamAborted(f"the sink failed on layer {piece.layer}: {error!r}") from error
-            self._first_byte_s = min(self._first_byte_s or now, now)  # threads of several lanes come in any order
-            self._last_byte_s = max(self._last_byte_s, now)
+            self._first_byte_at_s = min(self._first_byte_at_s or now_s, now_s)  # lanes come in any order
+            self._last_byte_at_s = max(self._last_byte_at_s, now_s)
             return not self._coverage.missing
 
     def _write(self, entry: LayerPlan, piece: Piece, data: torch.Tensor) -> None:
@@ -268,7 +268,7 @@ class IncomingStream:
 
     def report(self) -> ArrivalReport:
         """Of a complete stream."""
-        return ArrivalReport(self.plan.total_bytes, self._first_byte_s, self._last_byte_s)
+        return ArrivalReport(self.plan.total_bytes, self._first_byte_at_s, self._last_byte_at_s)
 
 
 class ExpectedStreams:

@@ -115,7 +115,7 @@ def _speed(rank, store, report, args) -> None:
         raw_gb_per_s, gb_per_s = raw.gb_per_s(plan.total_bytes), 0.0
         if rank == 0:
             shipped, _ = node.send_and_compare(plan, fabric, overlap=False)
-            gb_per_s = plan.total_bytes / (shipped.report.acked_s - shipped.ended_at_s) / 1e9
+            gb_per_s = plan.total_bytes / (shipped.report.acked_at_s - shipped.ended_at_s) / 1e9
         else:
             node.receive(plan, fabric)
         readings.append((raw_gb_per_s, gb_per_s))
@@ -135,7 +135,7 @@ def _put_whole(fabric: Fabric, plan: StreamPlan, memory: torch.Tensor) -> float:
     stream = fabric.open(plan)
     stream.put(0, 0, plan.end, memory.view(-1))
     report = stream.finish(DEADLINE_S)
-    return plan.total_bytes / (report.acked_s - report.first_put_s) / 1e9
+    return plan.total_bytes / (report.acked_at_s - report.first_put_at_s) / 1e9
 
 
 def _take_whole(fabric: Fabric, plan: StreamPlan, memory: torch.Tensor) -> float:

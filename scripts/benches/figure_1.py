@@ -134,7 +134,7 @@ def _ship_over_a_line(rank, store, args, node: "KVNode", plan: StreamPlan, gbps:
         numbered = replace(plan, stream_id=plan.stream_id + number)
         if rank == 0:
             shipped, arrived_at_s = node.send_and_compare(numbered, link)
-            began_at_s = shipped.report.first_put_s
+            began_at_s = shipped.report.first_put_at_s
             transfer_s, hidden_s = arrived_at_s - began_at_s, shipped.ended_at_s - began_at_s
             readings.append({"arrived_s": arrived_at_s - shipped.ended_at_s + shipped.prefill_s,
                              "transfer_s": transfer_s, "hidden": max(0.0, min(1.0, hidden_s / transfer_s))})

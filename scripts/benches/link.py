@@ -145,7 +145,7 @@ def _send_beside_messages(link: Link, plan: StreamPlan, line: LineConfig) -> dic
     link.send_message({"kind": "summary"})
     summary = _expect(link, "summary")
     # the first byte needs half a round trip to arrive, and so does the last acknowledgement: not the line's rate
-    elapsed = done.report.acked_s - done.report.first_put_s - line.rtt_ms / 1e3
+    elapsed = done.report.acked_at_s - done.report.first_put_at_s - line.rtt_ms / 1e3
     chunk = min(link.config.chunk_bytes, line.gbps * 1e9 / 8 * 0.01) if line.gbps else link.config.chunk_bytes
     return {"gbps": plan.total_bytes * 8 / 1e9 / elapsed, "busiest_gbps": summary["busiest_bytes"] * 8 / 1e9,
             "bound_ms": line.rtt_ms + chunk * 8 / line.gbps / 1e6 if line.gbps else None,
@@ -305,7 +305,7 @@ def _send_all(link, plans, memory) -> float:
     with ThreadPoolExecutor(len(plans)) as pool:
         reports = list(pool.map(send, plans))
     link.send_message({"kind": "done"})
-    elapsed = max(report.acked_s for report in reports) - min(report.first_put_s for report in reports)
+    elapsed = max(report.acked_at_s for report in reports) - min(report.first_put_at_s for report in reports)
     return sum(report.bytes for report in reports) / elapsed / 1e9
 
 

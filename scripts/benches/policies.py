@@ -89,8 +89,8 @@ def waiting_by_quarter(report: Report, arrivals_s: float) -> list[float]:
     """Mean number of requests without a first token in each quarter of the time in which requests arrive."""
     quarters = [[], [], [], []]
     for row in report.series:
-        if row.time_s < arrivals_s:
-            quarters[int(4 * row.time_s / arrivals_s)].append(row.waiting)
+        if row.at_s < arrivals_s:
+            quarters[int(4 * row.at_s / arrivals_s)].append(row.waiting)
     return [statistics.mean(quarter) for quarter in quarters]
 
 

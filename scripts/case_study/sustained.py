@@ -76,8 +76,8 @@ def stratified(rate_rps: float, count: int, lengths: LengthDistribution, output_
     while len(made) < count:
         parts = rng.sample(range(STRATUM), STRATUM)
         times_s = sorted((len(made) + STRATUM * rng.random()) / rate_rps for _ in parts)
-        made += [SimRequest(time_s, max(1, round(lengths.quantile((part + rng.random()) / STRATUM))), output_tokens)
-                 for time_s, part in zip(times_s, parts)]
+        made += [SimRequest(at_s, max(1, round(lengths.quantile((part + rng.random()) / STRATUM))), output_tokens)
+                 for at_s, part in zip(times_s, parts)]
     return made[:count]
 
 

@@ -32,7 +32,7 @@ def check_1() -> str | None:
     def expected(frames: list[tuple[float, int]], gbps: float, rtt_ms: float) -> list[float]:
         line = EmulatedLine(LineConfig(gbps=gbps, rtt_ms=rtt_ms))
         line.begin(0.0)
-        arrived = [line.carry(nbytes, queued_at=ready_s, now=ready_s) for ready_s, nbytes in frames]
+        arrived = [line.carry(nbytes, queued_at_s=ready_s, now_s=ready_s) for ready_s, nbytes in frames]
         line.close()
         return arrived
 

@@ -56,7 +56,7 @@ def check_2() -> str | None:
     def expected(pieces: list[tuple[float, int]], gbps: float, rtt_s: float) -> float:
         line = EmulatedLine(LineConfig(gbps=gbps, rtt_ms=rtt_s * 1e3))
         line.begin(0.0)
-        arrived_s = [line.carry(nbytes, queued_at=final_s, now=final_s) for final_s, nbytes in pieces]
+        arrived_s = [line.carry(nbytes, queued_at_s=final_s, now_s=final_s) for final_s, nbytes in pieces]
         line.close()
         return arrived_s[-1] + rtt_s / 2
 

@@ -31,7 +31,7 @@ def check_1() -> str | None:
     """Against the package's send queue."""
 
     def expected(left: int, acknowledged: set[int], damaged: list[int], waiting: int) -> list[int]:
-        queue, record = SendQueue(2**20, now=0.0), StreamRecord(1)
+        queue, record = SendQueue(2**20, now_s=0.0), StreamRecord(1)
         for _ in range(left + waiting):
             frame = Frame(Header(Kind.CHUNK, stream=1, nbytes=8), Slot(8), record)
             queue.monitor.queued(frame.nbytes, 0.0)

@@ -115,7 +115,7 @@ class StreamRecord:
     chunks: int = 0
     outstanding: int = 0  # chunks that are queued or not yet acknowledged
     resent_chunks: int = 0
-    acked_s: float = 0.0
+    acked_at_s: float = 0.0
     failure: str | None = None
 
 
@@ -125,7 +125,7 @@ class Frame:
     def __init__(self, header: Header, slot: Slot, stream: StreamRecord | None = None):
         self.header, self.slot, self.stream = header, slot, stream
         self.ready: torch.cuda.Event | None = None
-        self.queued_at = self.sent_at = 0.0
+        self.queued_at_s = self.sent_at_s = 0.0
 
     @property
     def nbytes(self) -> int:

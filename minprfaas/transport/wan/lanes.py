@@ -45,7 +45,7 @@ class Lane:
         """Connect; blocks until the peer does the same. Raises LinkDown."""
         self.index, self.rank, self._peer = index, rank, 1 - rank
         self.codec = Codec(payload_limit)
-        self.heard_at = time.monotonic()  # when something last arrived, or was dealt with
+        self.heard_at_s = time.monotonic()  # when something last arrived, or was dealt with
         self._waiting: set[int] = set()  # receiving threads that could hear something
         self._timeout = timedelta(seconds=timeout_s)
         self._device = binding.gloo_device(index)  # of all lanes of this process that have this number
@@ -83,9 +83,9 @@ class Lane:
                     sent: Callable[["Lane", Frame, float], None]) -> None:
         """Pull and send until `next_frame` returns None. Raises RuntimeError when the lane breaks."""
         while (frame := next_frame()) is not None:
-            began = time.monotonic()
+            began_at_s = time.monotonic()
             self.post(frame).wait(_FOREVER)
-            sent(self, frame, began)
+            sent(self, frame, began_at_s)
 
     def receive_frames(self, handle: Callable[["Lane", Slot], None]) -> None:
         """Receive and handle, one frame at a time, until the connection breaks (RuntimeError) or `handle` raises."""
@@ -94,16 +94,16 @@ class Lane:
         while True:
             slot.view[:HEADER_BYTES] = bytes(HEADER_BYTES)  # a truncated frame must not be completed by the one before
             work = self._group.recv([slot.tensor], self._peer, _FRAMES_TAG)
-            self.heard_at = time.monotonic()
+            self.heard_at_s = time.monotonic()
             self._waiting.add(me)
             work.wait(_FOREVER)
             self._waiting.discard(me)
-            self.heard_at = time.monotonic()
+            self.heard_at_s = time.monotonic()
             handle(self, slot)
 
     def silent_since(self) -> float | None:
         """When something last arrived; None while nothing can, because every receiving thread is at a frame."""
-        return self.heard_at if self._waiting else None
+        return self.heard_at_s if self._waiting else None
 
     def cut(self) -> None:
         """Break the connection under every pending operation of this lane, here and at the peer."""
@@ -151,7 +151,7 @@ class PatientStore(dist.Store):
 
     def __init__(self, store: dist.Store, timeout_s: float):
         super().__init__()
-        self._store, self._until = store, time.monotonic() + timeout_s
+        self._store, self._give_up_at_s = store, time.monotonic() + timeout_s
 
     def set(self, key: str, value: str | bytes) -> None:
         self._store.set(key, value)
@@ -162,6 +162,6 @@ class PatientStore(dist.Store):
     def wait(self, keys: list[str], timeout: timedelta = _FOREVER) -> None:
         """Until all of `keys` are there. Raises RuntimeError after the store's own timeout."""
         while not self._store.check(keys):
-            if time.monotonic() >= self._until:
+            if time.monotonic() >= self._give_up_at_s:
                 raise RuntimeError(_IN_VAIN)
             time.sleep(STORE_POLL_S)

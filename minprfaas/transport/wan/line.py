@@ -46,7 +46,7 @@ class EmulatedLine:
         use for a line of another configuration."""
         self.config = config
         self._skies = _forecast(config)
-        self._begun_at: float | None = None  # known once it is; it never changes
+        self._begun_at_s: float | None = None  # known once it is; it never changes
         self._words = SharedWords(6, share)
         digest = float(zlib.crc32(repr(config).encode()) + 1)
         with self._words as words:
@@ -56,48 +56,48 @@ class EmulatedLine:
             self.close()
             raise UserError(f"{share} is in use for an emulated line of another rate, round trip or weather")
 
-    def begin(self, now: float) -> None:
+    def begin(self, now_s: float) -> None:
         """The line is up: its weather begins, unless it did when another link came up."""
         with self._words as words:
             if not words[_IS_BEGUN]:
                 words[_IS_BEGUN] = 1.0
-                words[_BEGUN_AT] = words[_FREE_AT] = words[_PACED_AT] = words[_LAST_ARRIVAL] = now
-            self._begun_at = words[_BEGUN_AT]
+                words[_BEGUN_AT] = words[_FREE_AT] = words[_PACED_AT] = words[_LAST_ARRIVAL] = now_s
+            self._begun_at_s = words[_BEGUN_AT]
 
-    def start_of(self, queued_at: float, now: float) -> float:
-        """When a frame that has waited since `queued_at` may start; it may start now if that is not after `now`."""
+    def start_of(self, queued_at_s: float, now_s: float) -> float:
+        """When a frame that has waited since `queued_at_s` may start; it may start now if that is not after `now_s`."""
         with self._words as words:
-            return max(words[_FREE_AT], words[_PACED_AT], self._stalled_until(now), queued_at)
+            return max(words[_FREE_AT], words[_PACED_AT], self._stalled_until(now_s), queued_at_s)
 
-    def carry(self, nbytes: int, queued_at: float, now: float) -> float:
+    def carry(self, nbytes: int, queued_at_s: float, now_s: float) -> float:
         """Occupy the line with a frame; returns when its last bit arrives at the far end. If another user has taken the
         line since `start_of`, the frame goes behind that one's: the rate holds whoever comes first."""
-        sky = self._sky(now)
+        sky = self._sky(now_s)
         with self._words as words:
             # What a stall cost is not caught up, nor what nobody wanted to send, nor a lag of more than a second.
-            free_at = max(words[_FREE_AT], self._stalled_until(now), queued_at, now - MAX_LAG_S)
+            free_at_s = max(words[_FREE_AT], self._stalled_until(now_s), queued_at_s, now_s - MAX_LAG_S)
             if sky.bytes_per_s is not None:
-                paced_from = max(words[_PACED_AT], now - TOLERANCE_S)
-                words[_PACED_AT] = paced_from + nbytes / (CATCH_UP * sky.bytes_per_s)
-                free_at += nbytes / sky.bytes_per_s
-            words[_FREE_AT] = free_at
-            words[_LAST_ARRIVAL] = max(words[_LAST_ARRIVAL], free_at + sky.half_rtt_s)  # bits do not overtake
+                paced_from_s = max(words[_PACED_AT], now_s - TOLERANCE_S)
+                words[_PACED_AT] = paced_from_s + nbytes / (CATCH_UP * sky.bytes_per_s)
+                free_at_s += nbytes / sky.bytes_per_s
+            words[_FREE_AT] = free_at_s
+            words[_LAST_ARRIVAL] = max(words[_LAST_ARRIVAL], free_at_s + sky.half_rtt_s)  # bits do not overtake
             return words[_LAST_ARRIVAL]
 
-    def age_s(self, now: float) -> float:
+    def age_s(self, now_s: float) -> float:
         """Seconds since its weather began; 0 before that."""
-        return 0.0 if self._begun_at is None else now - self._begun_at
+        return 0.0 if self._begun_at_s is None else now_s - self._begun_at_s
 
-    def rate(self, now: float) -> float | None:
-        """Bytes per second at `now`; None when the rate is not limited."""
-        return self._sky(now).bytes_per_s
+    def rate(self, now_s: float) -> float | None:
+        """Bytes per second at `now_s`; None when the rate is not limited."""
+        return self._sky(now_s).bytes_per_s
 
-    def chunk_limit(self, now: float) -> int | None:
-        """The most bytes that a chunk should have at the rate of `now`; None when the rate is not limited."""
-        rate = self.rate(now)
+    def chunk_limit(self, now_s: float) -> int | None:
+        """The most bytes that a chunk should have at the rate of `now_s`; None when the rate is not limited."""
+        rate = self.rate(now_s)
         return None if rate is None else max(1024, int(rate * CHUNK_TIME_S))
 
-    def free_at(self) -> float:
+    def free_at_s(self) -> float:
         """When everything that it carries so far has left."""
         with self._words as words:
             return words[_FREE_AT]
@@ -106,11 +106,11 @@ class EmulatedLine:
         """Use it no more. Harmless twice; the end of the process does the same."""
         self._words.close()
 
-    def _sky(self, now: float) -> _Sky:
-        return self._skies[max(0, bisect_right(self._skies, self.age_s(now), key=lambda sky: sky.at_s) - 1)]
+    def _sky(self, now_s: float) -> _Sky:
+        return self._skies[max(0, bisect_right(self._skies, self.age_s(now_s), key=lambda sky: sky.at_s) - 1)]
 
-    def _stalled_until(self, now: float) -> float:
-        return (self._begun_at or 0.0) + self._sky(now).stalled_until_s
+    def _stalled_until(self, now_s: float) -> float:
+        return (self._begun_at_s or 0.0) + self._sky(now_s).stalled_until_s
 
 
 def _forecast(config: LineConfig) -> list[_Sky]:

@@ -22,55 +22,55 @@ class LinkStats:
 class Monitor:
     """Counts what leaves and what is acknowledged, and turns it into samples."""
 
-    def __init__(self, now: float):
+    def __init__(self, now_s: float):
         self.egress_bytes = 0
         self.queued_bytes = self.inflight_bytes = 0  # waiting to leave; left and not yet acknowledged
-        self.progress_at = now  # when the link last had nothing to do, or something was settled
+        self.progress_at_s = now_s  # when the link last had nothing to do, or something was settled
         self._samples: deque[LinkSample] = deque(maxlen=RING_SAMPLES)
         self._ack_delay_s = 0.0
-        self._sampled_at, self._sampled_bytes = now, 0
-        self._busy_since: float | None = None
+        self._sampled_at_s, self._sampled_bytes = now_s, 0
+        self._busy_since_s: float | None = None
         self._busy_s = 0.0
 
-    def queued(self, nbytes: int, now: float) -> None:
+    def queued(self, nbytes: int, now_s: float) -> None:
         """`nbytes` wait to leave."""
         if not self.queued_bytes and not self.inflight_bytes:
-            self.progress_at = now
+            self.progress_at_s = now_s
         self.queued_bytes += nbytes
 
-    def sent(self, nbytes: int, now: float) -> None:
+    def sent(self, nbytes: int, now_s: float) -> None:
         """`nbytes` of a chunk left for the line."""
         if self.inflight_bytes == 0:
-            self._busy_since = now
+            self._busy_since_s = now_s
         self.egress_bytes += nbytes
         self.queued_bytes -= nbytes
         self.inflight_bytes += nbytes
 
-    def settled(self, nbytes: int, delay_s: float | None, now: float) -> None:
+    def settled(self, nbytes: int, delay_s: float | None, now_s: float) -> None:
         """`nbytes` are in flight no more: acknowledged after `delay_s`, or given up (None)."""
         self.inflight_bytes -= nbytes
-        self.progress_at = now
+        self.progress_at_s = now_s
         if delay_s is not None:
             self._ack_delay_s += (delay_s - self._ack_delay_s) / 8 if self._ack_delay_s else delay_s
-        if self.inflight_bytes == 0 and self._busy_since is not None:
-            self._busy_s += now - self._busy_since
-            self._busy_since = None
+        if self.inflight_bytes == 0 and self._busy_since_s is not None:
+            self._busy_s += now_s - self._busy_since_s
+            self._busy_since_s = None
 
-    def tick(self, now: float, rate_bytes_per_s: float | None) -> LinkSample | None:
+    def tick(self, now_s: float, rate_bytes_per_s: float | None) -> LinkSample | None:
         """Call often; returns the new sample when one was due. Utilization: of the emulated rate if there is one, else
         the share of the time in which bytes were in flight."""
-        elapsed = now - self._sampled_at
-        if elapsed < SAMPLE_EVERY_S:
+        elapsed_s = now_s - self._sampled_at_s
+        if elapsed_s < SAMPLE_EVERY_S:
             return None
-        if self._busy_since is not None:
-            self._busy_s += now - self._busy_since
-            self._busy_since = now
+        if self._busy_since_s is not None:
+            self._busy_s += now_s - self._busy_since_s
+            self._busy_since_s = now_s
         sent = self.egress_bytes - self._sampled_bytes
-        share = self._busy_s / elapsed if rate_bytes_per_s is None else sent / (rate_bytes_per_s * elapsed)
-        sample = LinkSample(now, sent * 8 / elapsed / 1e9, min(share, 1.0), self.queued_bytes, self.inflight_bytes,
+        share = self._busy_s / elapsed_s if rate_bytes_per_s is None else sent / (rate_bytes_per_s * elapsed_s)
+        sample = LinkSample(now_s, sent * 8 / elapsed_s / 1e9, min(share, 1.0), self.queued_bytes, self.inflight_bytes,
                             self._ack_delay_s)
         self._samples.append(sample)
-        self._sampled_at, self._sampled_bytes, self._busy_s = now, self.egress_bytes, 0.0
+        self._sampled_at_s, self._sampled_bytes, self._busy_s = now_s, self.egress_bytes, 0.0
         return sample
 
     def stats(self) -> LinkStats:

@@ -29,7 +29,7 @@ class Outbox:
         self._progress = threading.Condition(self._lock)  # and who waits for the last acknowledgement, here
         self._queue = SendQueue(config.max_inflight_bytes, time.monotonic())
         self._on_line: deque[tuple[float, Frame]] = deque()  # (arrival time, frame)
-        self._timed_until: float | None = None  # the earliest moment for which a lane's wait is timed
+        self._timed_until_s: float | None = None  # the earliest moment for which a lane's wait is timed
         self._epoch = 0
         self._closed: str | None = None  # why nothing leaves any more
 
@@ -62,21 +62,21 @@ class Outbox:
 
         Raises StreamAborted, and LinkDown when the link is gone or nothing is acknowledged for `timeout_s`.
         """
-        began = time.monotonic()
+        began_at_s = time.monotonic()
         monitor = self._queue.monitor
         with self._lock:
             while not self._queue.has_room(nbytes):
                 self._check(stream)
-                patience_s = max(began, monitor.progress_at) + self._config.timeout_s - time.monotonic()
+                patience_s = max(began_at_s, monitor.progress_at_s) + self._config.timeout_s - time.monotonic()
                 if patience_s <= 0:
                     raise LinkDown(f"nothing was acknowledged for {self._config.timeout_s} s")
                 self._room.wait(patience_s)
             self._check(stream)
-            now = time.monotonic()
-            monitor.queued(nbytes, now)
+            now_s = time.monotonic()
+            monitor.queued(nbytes, now_s)
             if self._queue.has_room(nbytes):
                 self._room.notify()
-            return now - began
+            return now_s - began_at_s
 
     def send_chunk(self, frame: Frame) -> None:
         """Queue a chunk for which `wait_for_room` made room. Raises StreamAborted, LinkDown."""
@@ -92,11 +92,11 @@ class Outbox:
 
     def wait_until_settled(self, stream: StreamRecord, deadline_s: float) -> None:
         """Block until every chunk of a stream is acknowledged. Raises TimeoutError, StreamAborted, LinkDown."""
-        until = time.monotonic() + deadline_s
+        give_up_at_s = time.monotonic() + deadline_s
         with self._lock:
             while stream.outstanding:
                 self._check(stream)
-                left_s = until - time.monotonic()
+                left_s = give_up_at_s - time.monotonic()
                 if left_s <= 0:
                     raise TimeoutError(f"stream {stream.stream_id}: {stream.outstanding} chunks are not acknowledged "
                                        f"after {deadline_s} s")
@@ -125,51 +125,51 @@ class Outbox:
         """The next frame to hand to Gloo: waits for one. None when `epoch` is over."""
         with self._lock:
             while self._epoch == epoch:
-                frame, wake_at = self._pull(time.monotonic())
+                frame, wake_at_s = self._pull(time.monotonic())
                 if frame is not None:
-                    if self._on_line or self._queue.queued_at() is not None:
+                    if self._on_line or self._queue.queued_at_s() is not None:
                         self._sendable.notify()  # another lane looks at what comes next
                     return frame
-                if wake_at is None or (self._timed_until is not None and self._timed_until <= wake_at):
+                if wake_at_s is None or (self._timed_until_s is not None and self._timed_until_s <= wake_at_s):
                     self._sendable.wait()
                 else:  # one lane keeps the time for all
-                    self._timed_until = wake_at
-                    self._sendable.wait(max(0.0, wake_at - time.monotonic()))
-                    self._timed_until = None
+                    self._timed_until_s = wake_at_s
+                    self._sendable.wait(max(0.0, wake_at_s - time.monotonic()))
+                    self._timed_until_s = None
             return None
 
-    def _pull(self, now: float) -> tuple[Frame | None, float | None]:
+    def _pull(self, now_s: float) -> tuple[Frame | None, float | None]:
         """A frame that may be handed to Gloo now, or the moment at which to look again."""
         if self._line is None:
-            return self._queue.pop(now), None
-        may_start_at = self._load_line(now)
+            return self._queue.pop(now_s), None
+        may_start_at_s = self._load_line(now_s)
         if not self._on_line:
-            return None, may_start_at
-        arrives_at = self._on_line[0][0]
-        if arrives_at <= now:
+            return None, may_start_at_s
+        arrives_at_s = self._on_line[0][0]
+        if arrives_at_s <= now_s:
             return self._on_line.popleft()[1], None
-        return None, arrives_at if may_start_at is None else min(arrives_at, may_start_at)
+        return None, arrives_at_s if may_start_at_s is None else min(arrives_at_s, may_start_at_s)
 
-    def _load_line(self, now: float) -> float | None:
+    def _load_line(self, now_s: float) -> float | None:
         """Put on the line what may start by now; returns when the next frame may, None when none waits."""
         while True:
-            queued_at = self._queue.queued_at()
-            if queued_at is None:
+            queued_at_s = self._queue.queued_at_s()
+            if queued_at_s is None:
                 return None
-            start_at = self._line.start_of(queued_at, now)
-            if start_at > now:
-                return start_at
-            frame = self._queue.pop(now)
-            self._on_line.append((self._line.carry(frame.nbytes, queued_at, now), frame))
+            start_at_s = self._line.start_of(queued_at_s, now_s)
+            if start_at_s > now_s:
+                return start_at_s
+            frame = self._queue.pop(now_s)
+            self._on_line.append((self._line.carry(frame.nbytes, queued_at_s, now_s), frame))
             if self._timeline is not None:
-                self._timeline.span(f"{self._name} line (emulated)", frame.header.kind.name, now,
-                                    max(now, self._line.free_at()), waited_ms=(now - queued_at) * 1e3)
+                self._timeline.span(f"{self._name} line (emulated)", frame.header.kind.name, now_s,
+                                    max(now_s, self._line.free_at_s()), waited_ms=(now_s - queued_at_s) * 1e3)
 
     def settle(self, seqs: list[int], written: bool = True) -> None:
         """`seqs` were acknowledged, or refused (not `written`): their memory is free."""
         with self._lock:
-            now = time.monotonic()
-            for frame in [self._queue.settle(seq, written, now) for seq in seqs]:
+            now_s = time.monotonic()
+            for frame in [self._queue.settle(seq, written, now_s) for seq in seqs]:
                 if frame is None:
                     continue
                 stream = frame.stream
@@ -178,8 +178,8 @@ class Outbox:
                 else:
                     self._room.notify()  # one: as many as wait would wake for each chunk, to find the room taken
                 if self._timeline is not None and stream is not None:
-                    self._timeline.instant(f"{self._name} acknowledgements", frame.header.label, now)
-            if self._queue.queued_at() is not None:
+                    self._timeline.instant(f"{self._name} acknowledgements", frame.header.label, now_s)
+            if self._queue.queued_at_s() is not None:
                 self._sendable.notify()  # the receiver's window for messages may have moved
 
     def send_again(self, seq: int) -> None:
@@ -192,7 +192,7 @@ class Outbox:
         """Lanes of `epoch` may pull; what no peer acknowledged leaves first, in its old order."""
         with self._lock:
             self._epoch = epoch
-            self._timed_until = None  # a thread of the old epoch that has not woken yet keeps the time for nobody
+            self._timed_until_s = None  # a thread of the old epoch that has not woken yet keeps the time for nobody
             self._on_line.clear()
             self._queue.begin_epoch(time.monotonic())
             self._sendable.notify_all()
@@ -218,21 +218,21 @@ class Outbox:
             self._sendable.notify_all()
             self._wake_waiters()
 
-    def wait_until_messages_are_acknowledged(self, until: float) -> None:
+    def wait_until_messages_are_acknowledged(self, give_up_at_s: float) -> None:
         """Block until then at the latest, or until the link is closed."""
         with self._lock:
-            while self._closed is None and time.monotonic() < until and self._queue.owes_messages:
-                self._progress.wait(max(0.0, until - time.monotonic()))
+            while self._closed is None and time.monotonic() < give_up_at_s and self._queue.owes_messages:
+                self._progress.wait(max(0.0, give_up_at_s - time.monotonic()))
 
-    def tick(self, now: float) -> None:
+    def tick(self, now_s: float) -> None:
         """Take a sample when one is due."""
-        rate = None if self._line is None else self._line.rate(now)
+        rate = None if self._line is None else self._line.rate(now_s)
         with self._lock:
-            sample = self._queue.monitor.tick(now, rate)
+            sample = self._queue.monitor.tick(now_s, rate)
         if sample is not None and self._timeline is not None:
             values = {"egress Gbps": sample.gbps, "queued MB": sample.queued_bytes / 1e6,
                       "acknowledged after ms": sample.ack_delay_s * 1e3}
-            self._timeline.counter(self._name, values, now)
+            self._timeline.counter(self._name, values, now_s)
 
     def stats(self) -> LinkStats:
         """What has left, what waits, and the samples of the last minute."""

@@ -45,9 +45,9 @@ class PartsOut:
         self._next_part = 0
         self._unacked: dict[int, None] = {}  # part numbers in order, the oldest first
 
-    def push(self, data: bytes, now: float) -> None:
+    def push(self, data: bytes, now_s: float) -> None:
         """Queue an encoded message."""
-        self._waiting.append((memoryview(data), now))
+        self._waiting.append((memoryview(data), now_s))
 
     @property
     def is_settled(self) -> bool:
@@ -55,7 +55,7 @@ class PartsOut:
         return not self._waiting and not self._unacked
 
     @property
-    def queued_at(self) -> float | None:
+    def queued_at_s(self) -> float | None:
         """Since when the next part has waited; None when there is none, or the receiver's window is full."""
         oldest = next(iter(self._unacked), self._next_part)
         if not self._waiting or self._next_part >= oldest + MESSAGE_WINDOW:
@@ -63,11 +63,11 @@ class PartsOut:
         return self._waiting[0][1]
 
     def pop(self) -> Frame:
-        """The next part, when `queued_at` says that there is one."""
-        data, since = self._waiting.popleft()
+        """The next part, when `queued_at_s` says that there is one."""
+        data, queued_at_s = self._waiting.popleft()
         rest = data[CONTROL_LIMIT_BYTES:]
         if rest:
-            self._waiting.appendleft((rest, since))
+            self._waiting.appendleft((rest, queued_at_s))
         parts_left = -(-len(rest) // CONTROL_LIMIT_BYTES)
         frame = control_frame(Kind.MESSAGE, data[:CONTROL_LIMIT_BYTES], stream=self._next_part, start=parts_left)
         self._unacked[self._next_part] = None

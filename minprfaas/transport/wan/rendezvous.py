@@ -50,12 +50,12 @@ class Rendezvous:
         self._incarnation = secrets.token_bytes(INCARNATION_BYTES)
         self._binding = choose_binding(store)
 
-    def meet(self, until: float, given_up: threading.Event, bear_refusals: bool) -> Meeting:
-        """Raises LinkDown when `until` passes or `given_up` is set; LinkRefused at once unless refusals are borne: a
-        stranger may come while the peer is away, and the peer may come after it."""
+    def meet(self, give_up_at_s: float, given_up: threading.Event, bear_refusals: bool) -> Meeting:
+        """Raises LinkDown when `give_up_at_s` passes or `given_up` is set; LinkRefused at once unless refusals are
+        borne: a stranger may come while the peer is away, and the peer may come after it."""
         failure = "the peer did not come"
-        while time.monotonic() < until and not given_up.is_set():
-            epoch = self._agree_on_epoch(until, given_up)
+        while time.monotonic() < give_up_at_s and not given_up.is_set():
+            epoch = self._agree_on_epoch(give_up_at_s, given_up)
             if epoch is None:
                 break
             lanes: list[Lane] = []
@@ -71,17 +71,17 @@ class Rendezvous:
                 failure = str(error)
         raise LinkDown(f"link {self._name} did not connect: {failure}")
 
-    def _agree_on_epoch(self, until: float, given_up: threading.Event) -> int | None:
-        """None when the peer does not come by `until`."""
+    def _agree_on_epoch(self, give_up_at_s: float, given_up: threading.Event) -> int | None:
+        """None when the peer does not come by `give_up_at_s`."""
         knock = f"{self._name}/knock"
         try:
             if self._rank == 1:
                 word = secrets.token_hex(8)
                 self._store.set(knock, word)
                 answer = f"{self._name}/answer/{word}"
-                came = _poll(lambda: self._store.check([answer]), until, given_up)
+                came = _poll(lambda: self._store.check([answer]), give_up_at_s, given_up)
                 return int(self._store.get(answer)) if came else None
-            if not _poll(lambda: self._store.check([knock]) and self._store.get(knock), until, given_up):
+            if not _poll(lambda: self._store.check([knock]) and self._store.get(knock), give_up_at_s, given_up):
                 return None
             word = self._store.get(knock).decode()
             epoch = self._store.add(f"{self._name}/epoch", 1)
@@ -113,10 +113,10 @@ class Rendezvous:
         return peer
 
 
-def _poll(arrived: Callable[[], object], until: float, given_up: threading.Event) -> bool:
+def _poll(arrived: Callable[[], object], give_up_at_s: float, given_up: threading.Event) -> bool:
     pause_s = STORE_POLL_S
     while not arrived():
-        if time.monotonic() >= until or given_up.wait(pause_s):
+        if time.monotonic() >= give_up_at_s or given_up.wait(pause_s):
             return False
         pause_s = min(pause_s * 1.2, SLOW_POLL_S)  # one who is late need not be asked for often
     return True

@@ -21,8 +21,8 @@ MESSAGE_LEAD_BYTES = 256 * 1024
 class SendQueue:
     """The books of one sending side. Chunks that are queued or in flight hold at most `max_inflight_bytes`."""
 
-    def __init__(self, max_inflight_bytes: int, now: float):
-        self.monitor = Monitor(now)
+    def __init__(self, max_inflight_bytes: int, now_s: float):
+        self.monitor = Monitor(now_s)
         self._max_inflight_bytes = max_inflight_bytes
         self._acks: list[tuple[int, float]] = []  # (sequence number, since when)
         self._control: deque[Frame] = deque()
@@ -38,47 +38,47 @@ class SendQueue:
         held = self.monitor.queued_bytes + self.monitor.inflight_bytes
         return held == 0 or held + nbytes <= self._max_inflight_bytes
 
-    def push_ack(self, seq: int, now: float) -> bool:
+    def push_ack(self, seq: int, now_s: float) -> bool:
         """Acknowledge `seq` to the peer; True if no other acknowledgement waits."""
-        self._acks.append((seq, now))
+        self._acks.append((seq, now_s))
         return len(self._acks) == 1
 
-    def push_control(self, frame: Frame, now: float) -> None:
+    def push_control(self, frame: Frame, now_s: float) -> None:
         """Queue a control frame that is no message."""
-        frame.queued_at = now
+        frame.queued_at_s = now_s
         self._control.append(frame)
 
-    def push_message(self, data: bytes, now: float) -> None:
+    def push_message(self, data: bytes, now_s: float) -> None:
         """Queue an encoded message."""
-        self._messages.push(data, now)
+        self._messages.push(data, now_s)
 
-    def push_chunk(self, frame: Frame, now: float) -> None:
+    def push_chunk(self, frame: Frame, now_s: float) -> None:
         """Queue a chunk behind the others of its stream. The monitor knows it as queued since it has room."""
-        frame.queued_at = now
+        frame.queued_at_s = now_s
         frame.stream.chunks += 1
         frame.stream.outstanding += 1
         self._streams.setdefault(frame.stream, deque()).append(frame)
 
-    def queued_at(self) -> float | None:
+    def queued_at_s(self) -> float | None:
         """Since when the frame that `pop` would take has waited; None when nothing may leave."""
         next_one = self._next()
         return None if next_one is None else next_one[0]
 
-    def pop(self, now: float) -> Frame | None:
+    def pop(self, now_s: float) -> Frame | None:
         """Let the next frame leave; None when nothing may."""
         next_one = self._next()
         if next_one is None:
             return None
         _, take = next_one
         frame = take()
-        frame.sent_at = now
+        frame.sent_at_s = now_s
         if frame.header.kind in RELIABLE:
             if not frame.header.seq:  # else it leaves again, under the number that it has
                 frame.header.seq = self._next_seq
                 self._next_seq += 1
             self._unacked[frame.header.seq] = frame
         if frame.header.kind == Kind.CHUNK:
-            self.monitor.sent(frame.nbytes, now)
+            self.monitor.sent(frame.nbytes, now_s)
         return frame
 
     def _next(self) -> tuple[float, Callable[[], Frame]] | None:
@@ -86,15 +86,15 @@ class SendQueue:
         if self._acks:
             return self._acks[0][1], self._take_acks
         if self._control:
-            return self._control[0].queued_at, self._control.popleft
+            return self._control[0].queued_at_s, self._control.popleft
         if self._again:
             seq, frame = next(iter(self._again.items()))
-            return frame.queued_at, lambda: self._again.pop(seq)
-        waits_since = self._messages.queued_at
-        if waits_since is not None and (not self._streams or self._lead_bytes < MESSAGE_LEAD_BYTES):
-            return waits_since, self._take_message
+            return frame.queued_at_s, lambda: self._again.pop(seq)
+        waits_since_s = self._messages.queued_at_s
+        if waits_since_s is not None and (not self._streams or self._lead_bytes < MESSAGE_LEAD_BYTES):
+            return waits_since_s, self._take_message
         if self._streams:
-            return next(iter(self._streams.values()))[0].queued_at, self._take_chunk
+            return next(iter(self._streams.values()))[0].queued_at_s, self._take_chunk
         return None
 
     def _take_acks(self) -> Frame:
@@ -115,7 +115,7 @@ class SendQueue:
         self._lead_bytes = max(0, self._lead_bytes - frame.nbytes)
         return frame
 
-    def settle(self, seq: int, written: bool, now: float) -> Frame | None:
+    def settle(self, seq: int, written: bool, now_s: float) -> Frame | None:
         """`seq` needs no more: acknowledged, or (not `written`) refused or given up. None if it was settled before."""
         frame = self._unacked.pop(seq, None)
         if frame is None:
@@ -125,22 +125,22 @@ class SendQueue:
             self._messages.settled(frame.header.stream)
         if frame.header.kind == Kind.CHUNK:
             if waits_again:
-                self.monitor.sent(frame.nbytes, now)
-            self.monitor.settled(frame.nbytes, now - frame.sent_at if written else None, now)
+                self.monitor.sent(frame.nbytes, now_s)
+            self.monitor.settled(frame.nbytes, now_s - frame.sent_at_s if written else None, now_s)
             frame.stream.outstanding -= 1
-            frame.stream.acked_s = now
+            frame.stream.acked_at_s = now_s
             if not written:
                 self.fail(frame.stream, "refused by the receiver")
         return frame
 
-    def send_again(self, seq: int, now: float) -> None:
+    def send_again(self, seq: int, now_s: float) -> None:
         """Queue an unacknowledged frame once more, under the number that it has."""
         frame = self._unacked.get(seq)
         if frame is None or seq in self._again:
             return
         if frame.header.kind == Kind.CHUNK:
-            self.monitor.settled(frame.nbytes, None, now)
-            self.monitor.queued(frame.nbytes, now)
+            self.monitor.settled(frame.nbytes, None, now_s)
+            self.monitor.queued(frame.nbytes, now_s)
             frame.stream.resent_chunks += 1
         self._again[seq] = frame
 
@@ -160,23 +160,23 @@ class SendQueue:
         """Whether control frames wait to leave, or messages to leave or to be acknowledged."""
         return bool(self._control) or not self._messages.is_settled
 
-    def begin_epoch(self, now: float) -> None:
+    def begin_epoch(self, now_s: float) -> None:
         """Old lanes are gone: only what must arrive is kept, and what left before leaves first, in its old order."""
         for seq, frame in list(self._unacked.items()):
             if frame.stream is not None and frame.stream.failure is not None:
-                self.settle(seq, False, now)
+                self.settle(seq, False, now_s)
             else:
-                self.send_again(seq, now)
+                self.send_again(seq, now_s)
         self._acks.clear()  # the peer sends again what it has no acknowledgement for
         self._control = deque(frame for frame in self._control if frame.header.kind == Kind.ABORT)
         self._again = dict(sorted(self._again.items()))
 
-    def forget_peer(self, reason: str, now: float) -> None:
+    def forget_peer(self, reason: str, now_s: float) -> None:
         """The peer is a new process: nothing that the old one has, or was meant to get, is of use."""
         unacked = list(self._unacked.values())
         for stream in {*self._streams, *(frame.stream for frame in unacked if frame.stream is not None)}:
             self.fail(stream, reason)
         for frame in unacked:
-            self.settle(frame.header.seq, False, now)
+            self.settle(frame.header.seq, False, now_s)
         self._control.clear()
         self._messages = PartsOut()

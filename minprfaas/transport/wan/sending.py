@@ -63,8 +63,8 @@ class LinkStream(SendStream):
         self._put_log.check_complete()
         self._outbox.wait_until_settled(self._record, deadline_s)
         log, record = self._put_log, self._record
-        return StreamReport(self.plan.total_bytes, record.chunks, log.first_put_s, log.last_put_s, record.acked_s,
-                            self._stalled_s, record.resent_chunks)
+        return StreamReport(self.plan.total_bytes, record.chunks, log.first_put_at_s, log.last_put_at_s,
+                            record.acked_at_s, self._stalled_s, record.resent_chunks)
 
     def abort(self, reason: str = "aborted by the sender") -> None:
         """See `SendStream.abort`."""

@@ -56,8 +56,8 @@ class Supervisor:
         """Begin the first epoch. Raises LinkRefused, LinkDown."""
         if self._thread is not None:
             raise LinkDown(f"link {self._name} was connected before; a lost link is replaced by a new one")
-        until = time.monotonic() + deadline_s
-        meeting = self._rendezvous.meet(until, self._closing, bear_refusals=False)
+        give_up_at_s = time.monotonic() + deadline_s
+        meeting = self._rendezvous.meet(give_up_at_s, self._closing, bear_refusals=False)
         met()
         self._begin_epoch(meeting)
         thread = threading.Thread(target=self._run, name=f"{self._name} supervisor", daemon=True)
@@ -78,10 +78,11 @@ class Supervisor:
         self._closing.set()
         if self._thread is not None and self._lanes:
             rtt_s = self._line.config.rtt_ms / 1e3 if self._line is not None else 0.0
-            until = time.monotonic() + GOODBYE_S + rtt_s
-            self._outbox.wait_until_messages_are_acknowledged(until)
+            give_up_at_s = time.monotonic() + GOODBYE_S + rtt_s
+            self._outbox.wait_until_messages_are_acknowledged(give_up_at_s)
             self._outbox.send_control(Kind.BYE)
-            self._broken.wait(max(0.0, until - time.monotonic()))  # the peer cuts the lanes when it reads the goodbye
+            # The peer cuts the lanes when it reads the goodbye.
+            self._broken.wait(max(0.0, give_up_at_s - time.monotonic()))
         self._break("closed on this side")
         if self._thread is not None:
             self._thread.join(LANE_TIMEOUT_S)
@@ -95,8 +96,8 @@ class Supervisor:
                 return self._lose(self._reason)
             log.warning("link %s: epoch %d ended: %s", self._name, self.epoch, self._reason)
             try:
-                until = time.monotonic() + self._config.timeout_s
-                self._begin_epoch(self._rendezvous.meet(until, self._closing, bear_refusals=True))
+                give_up_at_s = time.monotonic() + self._config.timeout_s
+                self._begin_epoch(self._rendezvous.meet(give_up_at_s, self._closing, bear_refusals=True))
             except Exception as error:  # whatever it is: nobody else would tell the owner that the link is gone
                 return self._lose(one_line(error))
 
@@ -117,7 +118,7 @@ class Supervisor:
         received = partial(self._received, self._inbox.parts)
         senders, receivers = threads_per_lane(len(meeting.lanes))
         for lane in meeting.lanes:
-            lane.heard_at = time.monotonic()
+            lane.heard_at_s = time.monotonic()
             for _ in range(senders):
                 self._start_thread(lane, "send", lambda lane=lane: lane.send_frames(
                     lambda: self._outbox.next_frame(meeting.epoch), self._sent))
@@ -137,15 +138,15 @@ class Supervisor:
 
     def _watch(self) -> None:
         """Send heartbeats and take samples until the epoch breaks, or a lane is silent for too long."""
-        beat_at, beat_every_s = 0.0, self._config.silence_s / BEATS_IN_SILENCE
+        beat_at_s, beat_every_s = 0.0, self._config.silence_s / BEATS_IN_SILENCE
         # Gloo forgets a send whose handle is dropped, and says of none that it has ended unless somebody waits for it.
         beats: deque[tuple[dist.Work, Frame]] = deque(maxlen=KEPT_BEATS * len(self._lanes))
         while not self._broken.wait(min(SAMPLE_EVERY_S, beat_every_s)):  # no more often: an idle process has many links
-            now = time.monotonic()
-            self._outbox.tick(now)
-            beat_is_due = now >= beat_at
+            now_s = time.monotonic()
+            self._outbox.tick(now_s)
+            beat_is_due = now_s >= beat_at_s
             if beat_is_due:
-                beat_at = now + beat_every_s
+                beat_at_s = now_s + beat_every_s
             for lane in self._lanes:
                 if beat_is_due:  # not through the queue: a line that is slow or stalled is not dead
                     frame = control_frame(Kind.HEARTBEAT)
@@ -153,8 +154,8 @@ class Supervisor:
                         beats.append((lane.post(frame), frame))
                     except RuntimeError as error:
                         self._break(one_line(error), lane)
-                since = lane.silent_since()
-                if since is not None and now - since > self._config.silence_s:
+                heard_at_s = lane.silent_since()
+                if heard_at_s is not None and now_s - heard_at_s > self._config.silence_s:
                     self._break(f"lane {lane.index} was silent for {self._config.silence_s} s", lane)
 
     def _break(self, reason: str, lane: Lane | None = None) -> None:
@@ -168,9 +169,9 @@ class Supervisor:
         self._outbox.end_epoch()
         for lane in self._lanes:
             lane.cut()
-        until = time.monotonic() + 1.0
+        give_up_at_s = time.monotonic() + 1.0
         for thread in self._lane_threads:  # one may still be in a sink; what it takes counts in the next epoch as well
-            thread.join(max(0.0, until - time.monotonic()))
+            thread.join(max(0.0, give_up_at_s - time.monotonic()))
         self._lane_threads, self._lanes = [], []
 
     def _lose(self, reason: str) -> None:
@@ -178,19 +179,20 @@ class Supervisor:
         self._inbox.streams.fail_all(reason)
         self._events.put(LinkLost(reason, self._name))
 
-    def _sent(self, lane: Lane, frame: Frame, began: float) -> None:
+    def _sent(self, lane: Lane, frame: Frame, began_at_s: float) -> None:
         if self._timeline is not None and frame.header.kind == Kind.CHUNK:
-            self._timeline.span(f"{self._name} lane {lane.index} send", frame.header.label, began, time.monotonic())
+            label, ended_at_s = frame.header.label, time.monotonic()
+            self._timeline.span(f"{self._name} lane {lane.index} send", label, began_at_s, ended_at_s)
 
     def _received(self, parts: PartsIn, lane: Lane, slot: Slot) -> None:
-        began = time.monotonic()
+        began_at_s = time.monotonic()
         header = lane.codec.open(slot.view)
         if header.kind == Kind.BYE:
             self._closing.set()
             return self._break("closed by the peer", lane)
         self._inbox.handle(header, slot, lane.codec, parts)
         if self._timeline is not None and header.kind == Kind.CHUNK:
-            self._timeline.span(f"{self._name} lane {lane.index} receive", header.label, began, time.monotonic())
+            self._timeline.span(f"{self._name} lane {lane.index} receive", header.label, began_at_s, time.monotonic())
 
 
 _of_this_process: "weakref.WeakSet[Supervisor]" = weakref.WeakSet()
