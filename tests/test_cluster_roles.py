@@ -187,6 +187,41 @@ def test_a_prefill_whose_last_word_is_here_is_not_lost_with_its_node(hybrid, las
     assert not any(isinstance(word, messages.Failed) for word in words) and words[-1].finish_reason == "length"
 
 
+def test_what_is_all_here_and_waits_for_a_place_is_not_lost_when_its_sender_missed_the_last_acknowledgement(hybrid):
+    desk, order = served(hybrid)
+    sender, sent = prefilled(hybrid)
+    desk.engine.scheduler.max_batch = 0
+    ship(desk.there.open(stream_plan(desk.engine.layout, order.stream_id, 0, 100)), sender, sent.cache.block_tables)
+    desk.role.hear(PEER, messages.PrefillDone("a#1", sent.token_ids[-1], 0, 0.5, 2.0, 0, False))
+    desk.notice()
+    desk.role.hear(PEER, messages.Failed("a#1", "its epoch ended before it was acknowledged", "lost"))
+    desk.engine.scheduler.max_batch = 8
+    desk.after(0.0)
+    desk.after(0.0)
+    drawn = [word.token_id for word in desk.said() if isinstance(word, messages.TokenDrawn)]
+    assert drawn == reference(*hybrid, [PROMPT], SamplingParams(**SAMPLING))[0]
+
+
+def test_a_snapshot_that_comes_when_its_rows_are_gone_holds_no_block_and_keeps_no_node_at_work(hybrid):
+    desk, order = served(hybrid, pool=30)
+    sender, sent = prefilled(hybrid)
+    ship(desk.there.open(stream_plan(desk.engine.layout, order.stream_id, 0, 100)), sender, sent.cache.block_tables)
+    desk.role.hear(PEER, messages.PrefillDone("a#1", sent.token_ids[-1], 0, 0.5, 2.0, 0, True))
+    desk.notice()
+    desk.after(0.0)
+    desk.after(0.0)
+    cache, layout = desk.engine.kvcache, desk.engine.layout
+    other, blocks = cache.open([7]), cache.ledger.available - layout.state_blocks
+    assert desk.said()[-1].finish_reason and cache.reserve(other, blocks // len(layout.token_groups) * 16)
+    cache.close(other)
+    assert cache.ledger.common(cache.keys(PROMPT)) < 6 and desk.role.has_work
+    plan = snapshot_plan(layout, order.snapshot_stream_id, 96)
+    ship(desk.there.open(plan), sender, sender.kvcache.snapshots.hold(sent.cache, 96))
+    desk.notice()
+    desk.after(0.0)
+    assert not desk.role.has_work and cache.stats().in_use == 0
+
+
 @pytest.mark.parametrize("arrives", ["rows and snapshot", "rows", "snapshot"])
 def test_of_a_request_that_is_given_up_what_has_arrived_is_kept(hybrid, arrives):
     desk, order = served(hybrid)

@@ -73,7 +73,8 @@ class DecodeRole:
                 self._forget(self.servings[id])
             case messages.PrefillProgress(id=id) | messages.PrefillDone(id=id) | messages.Failed(id=id):
                 serving = self.servings.get(id)
-                if serving is not None and serving.kv is not None and serving.serve.prefill_node == sender:
+                is_awaited = serving is not None and serving.kv is not None and not serving.ready_at_s
+                if is_awaited and serving.serve.prefill_node == sender:
                     self._hear_prefill_node(serving, message)
 
     def notice(self, happening: Happening) -> None:

@@ -13,7 +13,7 @@ from minprfaas.cluster.kv_receive import KVReceive
 from minprfaas.cluster.mail import Mail
 from minprfaas.cluster.node import Happening, PeerLost
 from minprfaas.cluster.stream_plans import snapshot_plan
-from minprfaas.engine.request import Request
+from minprfaas.engine.request import Request, Status
 from minprfaas.kvcache.manager import KVCacheManager
 from minprfaas.kvcache.snapshots import ExpectedSnapshot
 from minprfaas.transport.events import StreamDone, StreamFailed
@@ -75,11 +75,13 @@ class SnapshotArrivals:
                 self._drop(self._arrivals[stream_id])
 
     def step(self) -> None:
-        """Index what has arrived, once its request's rows are in the index; give up what is overdue."""
+        """Index what has arrived, once its request's rows are in the index; give up what is overdue, or came when they
+        had left the index again."""
         for stream_id, arrival in list(self._arrivals.items()):
-            if arrival.stream.has_arrived and self._kvcache.snapshots.index_expected(arrival.expected):
+            has_arrived, rows_were_there = arrival.stream.has_arrived, arrival.request.status is not Status.REMOTE
+            if has_arrived and self._kvcache.snapshots.index_expected(arrival.expected):
                 del self._arrivals[stream_id]
-            elif self._clock() > arrival.deadline_at_s:
+            elif self._clock() > arrival.deadline_at_s or (has_arrived and rows_were_there):
                 self._drop(arrival)
 
     def _drop(self, arrival: _Arrival) -> None:
