@@ -1,13 +1,12 @@
-"""The other node of a pair, a process of its own: `fabric_peer.py PORT DEVICE` sends each stream it is asked for."""
+"""The other node of a pair, a process of its own: sends each stream it is asked for."""
 
+import contextlib
 import os
 import signal
-import subprocess
-import sys
 from datetime import timedelta
-from pathlib import Path
 
 import torch
+from programs import process_starter
 from torch.distributed import TCPStore
 from transport_support import DEADLINE_S, Cargo, event, new_fabric
 
@@ -23,22 +22,29 @@ class Peer:
     """Starts the process, which is rank 1; `tell` it through a fabric, `stop`, `go_on`, `kill`."""
 
     def __init__(self, store: TCPStore, device: str = "cpu"):
-        self._process = subprocess.Popen([sys.executable, str(Path(__file__)), str(store.port), device],
-                                         env={**os.environ, "OMP_NUM_THREADS": "1"})
+        self._process = process_starter().Process(target=_peer, args=(store.port, device), daemon=True)
+        self._process.start()
 
     def stop(self) -> None:
-        self._process.send_signal(signal.SIGSTOP)
+        os.kill(self._process.pid, signal.SIGSTOP)
 
     def go_on(self) -> None:
-        self._process.send_signal(signal.SIGCONT)
+        if self._process.is_alive():
+            os.kill(self._process.pid, signal.SIGCONT)
 
     def kill(self) -> None:
         self._process.kill()
-        self._process.wait(DEADLINE_S)
+        self._process.join(DEADLINE_S)
 
 
-def main(port: str, device: str) -> None:
-    store = TCPStore("127.0.0.1", int(port), None, False, timedelta(seconds=DEADLINE_S))
+def _peer(port: int, device: str) -> None:
+    torch.set_num_threads(1)
+    with contextlib.suppress(AssertionError, LinkDown):  # whoever asks has gone
+        _send_what_is_asked_for(port, device)
+
+
+def _send_what_is_asked_for(port: int, device: str) -> None:
+    store = TCPStore("127.0.0.1", port, None, False, timedelta(seconds=DEADLINE_S))
     fabric = new_fabric(store, 1, device, LINK)
     fabric.connect(DEADLINE_S)
     while True:
@@ -50,11 +56,3 @@ def main(port: str, device: str) -> None:
             stream.finish(DEADLINE_S)
         except StreamAborted as error:
             fabric.send_message({"aborted": str(error)})
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    try:
-        main(*sys.argv[1:])
-    except (AssertionError, LinkDown):  # whoever asks has gone
-        pass

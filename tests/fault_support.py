@@ -10,7 +10,6 @@ import collections
 import contextlib
 import functools
 import itertools
-import multiprocessing
 import queue
 import random
 import threading
@@ -299,10 +298,3 @@ def _victim(rank: int, port: int, directory, config, line, secret, prompt) -> No
     process.front.submit("0", prompt, PARAMS)
     step_until(process, lambda: not process.front.has_work)
     threading.Event().wait(DEADLINE_S)
-
-
-def process_starter() -> multiprocessing.context.BaseContext:
-    """Processes that start fast, because what they need is imported already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["minprfaas.commands.two_datacenters"])
-    return context

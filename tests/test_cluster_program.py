@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from programs import Program
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = [sys.executable, str(ROOT / "scripts" / "cluster.py")]
@@ -38,9 +39,9 @@ def test_six_processes_and_three_more_beside_them_answer_as_one_process_would(ch
     runs = []
     for seed, topology in enumerate(("prfaas=2,pd=3", "prfaas=1,pd=1")):
         prompts = write_prompts(tmp_path / f"prompts{seed}.jsonl", (400, 20, 300, 60, 350, 90, 310, 30), seed)
-        command = PROGRAM + arguments(checkpoints, prompts, topology, "--json", str(tmp_path / f"out{seed}.jsonl"),
-                                      "--link-gbps", "0.01", "--rtt-ms", "5")
-        runs.append(start(command))
+        out = str(tmp_path / f"out{seed}.jsonl")
+        runs.append(Program(PROGRAM[1], *arguments(checkpoints, prompts, topology, "--json", out, "--link-gbps", "0.01",
+                                                   "--rtt-ms", "5")))
     for seed, running in enumerate(runs):
         said, errors = running.communicate(timeout=DEADLINE_S)
         assert running.returncode == 0, errors
@@ -72,9 +73,9 @@ def test_killed_prefill_nodes_of_both_datacenters_cost_prefills_and_no_answer(ch
               "max_tokens": 8} for number in range(2)]
     prompts = write_prompts(tmp_path / "prompts.jsonl", (400, 20, 350), more=turns)
     # 50 kbit/s: the long prompts' KVCache is under way for many seconds when the short answer is printed
-    command = PROGRAM + arguments(checkpoints, prompts, "prfaas=2,pd=3", "--json", str(tmp_path / "out.jsonl"),
-                                  "--link-gbps", "0.00005", "--link-timeout-s", "2", "--threshold", "340")
-    running = start(command)
+    running = Program(PROGRAM[1], *arguments(
+        checkpoints, prompts, "prfaas=2,pd=3", "--json", str(tmp_path / "out.jsonl"), "--link-gbps", "0.00005",
+        "--link-timeout-s", "2", "--threshold", "340"))
     try:
         wait_for_line(running, "[p1]")
         for name in ("prfaas-0", "pd-0"):

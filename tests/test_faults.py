@@ -11,7 +11,8 @@ from dataclasses import replace
 import pytest
 from cluster_support import nothing_in_use, serve, step_until, two_datacenters
 from fault_lanes import DECODE, PREFILL
-from fault_support import DEADLINE_S, KINDS, PARAMS, Site, outcome, process_starter, run_fault, seeded_fault
+from fault_support import DEADLINE_S, KINDS, PARAMS, Site, outcome, run_fault, seeded_fault
+from programs import process_starter
 from transport_support import in_parallel, new_store, stands_in, wait_until
 
 from minprfaas import SamplingParams, UserError, generate

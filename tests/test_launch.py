@@ -13,6 +13,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 import torch.distributed as dist
@@ -214,15 +215,16 @@ def test_with_restarts_a_process_that_was_killed_begins_anew_and_one_that_failed
 def test_a_port_that_is_taken_gets_one_line(checkpoints, prompts_file):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        done = run(PROGRAM + arguments(checkpoints, prompts_file), **{**TORCHRUN, "MASTER_PORT": port})
+        done = programs.run(PROGRAM[1], *arguments(checkpoints, prompts_file), timeout=DEADLINE_S,
+                            **{**TORCHRUN, "MASTER_PORT": port})
     one_line(done, f"MASTER_PORT {port}: Address already in use")
 
 
 def test_a_left_over_agent_store_gets_one_line_and_soon(checkpoints, prompts_file):
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = str(probe.getsockname()[1])
-    done = run(PROGRAM + arguments(checkpoints, prompts_file), TORCHELASTIC_USE_AGENT_STORE="True",
-               **{**TORCHRUN, "MASTER_PORT": port})
+    done = programs.run(PROGRAM[1], *arguments(checkpoints, prompts_file), timeout=DEADLINE_S,
+                        TORCHELASTIC_USE_AGENT_STORE="True", **{**TORCHRUN, "MASTER_PORT": port})
     one_line(done, "TORCHELASTIC_USE_AGENT_STORE")
 
 
@@ -235,7 +237,8 @@ def test_what_listens_where_the_store_should_be_and_never_answers_gets_one_line(
 
 
 def test_an_interface_that_does_not_exist_gets_one_line(checkpoints, prompts_file):
-    done = run(PROGRAM + arguments(checkpoints, prompts_file), GLOO_SOCKET_IFNAME="nope0")
+    done = programs.run(PROGRAM[1], *arguments(checkpoints, prompts_file), timeout=DEADLINE_S,
+                        GLOO_SOCKET_IFNAME="nope0")
     one_line(done, "nope0")
 
 
@@ -281,9 +284,8 @@ def wait_until(reached, deadline_s=60):
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
 def test_whoever_started_the_processes_takes_them_along(checkpoints, prompts_file, number):
-    command = PROGRAM + arguments(checkpoints, prompts_file, "--link-gbps", "0.00001")  # it would take minutes
-    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                start_new_session=True)
+    options = arguments(checkpoints, prompts_file, "--link-gbps", "0.00001")  # it would take minutes
+    launcher = programs.Program(PROGRAM[1], *options)
     try:
         for line in launcher.stdout:
             if line.startswith("routing"):
@@ -334,7 +336,7 @@ def test_a_closed_output_is_no_reason_to_die(checkpoints, prompts_file):
 
 
 def test_a_full_disk_is_one_line_after_the_answers(checkpoints, prompts_file):
-    done = run(PROGRAM + arguments(checkpoints, prompts_file, "--json", "/dev/full"))
+    done = programs.run(PROGRAM[1], *arguments(checkpoints, prompts_file, "--json", "/dev/full"), timeout=DEADLINE_S)
     one_line(done, "/dev/full cannot be written")
     assert "[p20]" in done.stdout and "3 answers in" in done.stdout, "the answers stay on the screen"
     assert not Path("/dev/full").is_file(), "a device is not replaced by a file"

@@ -2,11 +2,10 @@
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from programs import run
 
 from minprfaas import generate, load
 from minprfaas.cluster.load import LENGTH_SCALE, Load
@@ -15,7 +14,7 @@ from minprfaas.scheduling.paper_case import OUTPUT_TOKENS, paper_lengths
 from minprfaas.simulator.arrivals import bursty, drawn, poisson, read_trace, write_conversations
 from minprfaas.simulator.nodes import BLOCK_TOKENS
 
-PROGRAM = [sys.executable, str(Path(__file__).resolve().parent.parent / "scripts" / "cluster.py")]
+PROGRAM = Path(__file__).resolve().parent.parent / "scripts" / "cluster.py"
 CONTEXT = 16_384
 
 
@@ -114,10 +113,10 @@ def test_a_cluster_under_load_answers_as_one_process_does_and_says_where_the_tim
     """A trace, so that the caches of the nodes are warm for some of it."""
     trace, rows = tmp_path / "trace.jsonl", tmp_path / "out.jsonl"
     write_conversations(trace, requests=10, rate_rps=20.0, seed=2)
-    command = [*PROGRAM, "--topology", "prfaas=1,pd=1", "--model", str(checkpoints["kimi_linear"]), "--threshold", "60",
+    options = ["--topology", "prfaas=1,pd=1", "--model", str(checkpoints["kimi_linear"]), "--threshold", "60",
                "--load", f"trace:{trace}:1", "--block-tokens", "4", "--prefill-chunk", "64", "--link-gbps", "0.05",
                "--check", "--json", str(rows)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = run(PROGRAM, *options, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "10 of 10 answers are identical" in done.stdout
     rows = [json.loads(line) for line in rows.read_text().splitlines()]

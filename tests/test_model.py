@@ -122,7 +122,8 @@ def test_on_layer_is_called_once_the_layers_state_holds_the_tokens(hybrid):
 
 @pytest.mark.parametrize("before", [0, 37])
 def test_a_snapshot_inside_a_pass_is_the_state_of_a_pass_that_ends_there(hybrid, before):
-    """Within float32 rounding: passes of other lengths multiply matrices of other shapes."""
+    """Within float32 rounding: passes of other lengths multiply matrices of other shapes, with whatever kernels this
+    machine has for them. That is little beside what one token more or less changes."""
     model, token_ids = hybrid[0], prompt(before + 200, batch=2)
     state = through_contiguous_state(model, token_ids[:, :before], 100)[1] if before else (
         ContiguousState(model.config, "float32", batch=2))
@@ -133,11 +134,12 @@ def test_a_snapshot_inside_a_pass_is_the_state_of_a_pass_that_ends_there(hybrid,
     model(token_ids[:, before:], state)
     assert linear and all(set(layer.snapshots) == {64, 192, 200} for layer in linear)
     for offset in (64, 192, 200):
-        ended_there = through_contiguous_state(model, token_ids[:, : before + offset], before or 1000)[1]
-        for layer, expected in zip(linear, ended_there.layers):
-            for tensor, expected_tensor in zip(layer.snapshots[offset], expected.tensors, strict=True):
-                torch.testing.assert_close(tensor, expected_tensor, atol=2e-6, rtol=1e-5)
-                assert tensor.abs().max() > 0.01
+        ended_there, ended_before = (through_contiguous_state(model, token_ids[:, :end], before or 1000)[1].layers
+                                     for end in (before + offset, before + offset - 1))
+        for layer, *expected in zip(linear, ended_there, ended_before):
+            for tensor, there, earlier in zip(layer.snapshots[offset], *(one.tensors for one in expected), strict=True):
+                torch.testing.assert_close(tensor, there, **CLOSE)
+                assert (there - earlier).abs().max() > 0.1
 
 
 def test_contiguous_pages_hold_the_rows_of_each_request():

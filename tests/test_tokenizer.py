@@ -6,12 +6,11 @@ Chapter 01.
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 
 import pytest
 from conftest import END_OF_TEXT
+from programs import run
 
 from minprfaas import load
 from minprfaas.engine.text import StreamedText
@@ -63,7 +62,8 @@ def test_a_regular_expression_without_end_is_given_up(checkpoints, tmp_path, cap
                "print(len(words.encode('a1')))\n"
                "tokenizer.ENCODE_DEADLINE_S = 0.5\n"
                "words.encode('a' * 4000 + '1')\n")
-    done = subprocess.run([sys.executable, "-c", program, str(directory)], capture_output=True, text=True, timeout=60)
+    (tmp_path / "program.py").write_text(program)
+    done = run(tmp_path / "program.py", directory, timeout=60)
     assert done.stdout == "2\n"
     assert done.stderr.endswith("cannot encode a text: 4,001 characters take its regular expressions over 0.5 s\n")
 

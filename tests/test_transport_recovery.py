@@ -4,7 +4,6 @@ Chapter 14.
 """
 
 import collections
-import multiprocessing
 import os
 import random
 import signal
@@ -15,6 +14,7 @@ from datetime import timedelta
 
 import pytest
 import torch
+from programs import process_starter
 from torch.distributed import TCPStore
 from transport_support import (DEADLINE_S, IDENTITY, Cargo, Impostor, Lanes, connected, emulated, event, in_parallel,
                                new_fabric, new_store, wait_until)
@@ -219,9 +219,7 @@ def _peer(port: int, rank: int, started, config: LinkConfig, is_doomed: bool) ->
 
 @pytest.fixture(scope="module")
 def processes():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["minprfaas.transport", "transport_support"])
-    return context
+    return process_starter()
 
 
 class Peer:

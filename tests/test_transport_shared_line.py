@@ -4,12 +4,12 @@ Chapter 07.
 """
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import threading
 
 import pytest
+from programs import process_starter
 from transport_support import DEADLINE_S, IDENTITY, Cargo, in_parallel, new_store
 
 from minprfaas.config import LineConfig, LinkConfig
@@ -23,9 +23,7 @@ FRAMES = 400
 
 @pytest.fixture(scope="module")
 def processes():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["minprfaas.transport"])
-    return context
+    return process_starter()
 
 
 def carry_frames(path, begin_at: float, ready, arrivals) -> None:

@@ -1,7 +1,6 @@
 """The main program as a user runs it: processes, files, exit statuses, and a datacenter that dies. Chapter 13."""
 
 import json
-import os
 import random
 import re
 import signal
@@ -11,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from programs import Program, run
 
 from minprfaas.commands.two_datacenters import main
 from minprfaas.errors import UserError
@@ -55,8 +55,7 @@ def test_a_second_turn_continues_the_first_and_crosses_as_an_increment(checkpoin
     out = tmp_path / "out.jsonl"
     with prompts_file.open("a") as file:
         file.write("\n" + json.dumps({"id": "next", "after": "p300", "prompt": "abc " * 33, "max_tokens": 8}))
-    done = subprocess.run(PROGRAM + arguments(checkpoints, prompts_file, "--check", "--json", str(out)),
-                          capture_output=True, text=True, timeout=DEADLINE_S)
+    done = run(PROGRAM[1], *arguments(checkpoints, prompts_file, "--check", "--json", str(out)), timeout=DEADLINE_S)
     assert done.returncode == 0, done.stderr
     assert "4 of 4 answers are identical" in done.stdout
     turn = {row["id"]: row for row in map(json.loads, out.read_text().splitlines())}["next"]
@@ -70,15 +69,13 @@ def test_a_prefill_datacenter_killed_in_the_middle_costs_a_prefill_and_no_answer
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     # 10 kbit/s: the long prompts' KVCache is under way for many seconds when the short answer is printed
-    command = PROGRAM + arguments(checkpoints, prompts_file, "--check", "--json", str(out), "--link-gbps", "0.00001",
-                                  "--link-timeout-s", "2")
+    options = arguments(checkpoints, prompts_file, "--check", "--json", str(out), "--link-gbps", "0.00001",
+                        "--link-timeout-s", "2")
     nodes = []
     try:
         for rank in (0, 1):
-            environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                           "MASTER_PORT": str(port)}
-            nodes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                          text=True))
+            nodes.append(Program(PROGRAM[1], *options, RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                                 MASTER_PORT=str(port)))
         for line in nodes[1].stdout:
             if line.startswith("[p20]"):
                 nodes[0].send_signal(signal.SIGKILL)
@@ -118,8 +115,7 @@ def test_a_mistake_on_the_command_line_is_named_before_any_process_is_started(ch
 def test_a_mistake_that_the_processes_find_gets_one_line_and_status_2(
         checkpoints, prompts_file, tmp_path, change, said):
     out = tmp_path / "out.jsonl"
-    done = subprocess.run(PROGRAM + arguments(checkpoints, prompts_file, "--json", str(out), *change),
-                          capture_output=True, text=True, timeout=DEADLINE_S)
+    done = run(PROGRAM[1], *arguments(checkpoints, prompts_file, "--json", str(out), *change), timeout=DEADLINE_S)
     assert done.returncode == 2
     assert said in done.stderr and done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
     assert not out.exists()
