@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from minprfaas.errors import UserError
+from minprfaas.errors import UserError, require_number
 
 END_OF_TEXT = "<|end|>"
 MIN_TOKENS, MAX_FACTS, TOKENS_A_FACT = 128, 64, 96
@@ -65,11 +65,9 @@ def make_document(seed: int, tokens: int, encode: Callable[[str], list], facts: 
     sentence and ends with names that it spells itself. The same arguments give the same document. Raises UserError
     when `tokens` cannot hold the facts.
     """
-    if tokens < MIN_TOKENS:
-        raise UserError(f"a document of {tokens} tokens is too short; it must be at least {MIN_TOKENS}")
+    require_number("length of a document in tokens", tokens, least=MIN_TOKENS)
     facts = min(MAX_FACTS, max(4, tokens // TOKENS_A_FACT)) if facts is None else facts
-    if not 1 <= facts <= MAX_FACTS:
-        raise UserError(f"a document with {facts} facts cannot be written; it must have 1 to {MAX_FACTS}")
+    require_number("number of facts in a document", facts, least=1, most=MAX_FACTS)
     rng = random.Random(seed)
     towns = _names(rng, "town", rng.randint(2 + facts // 16, 2 + facts // 2), respell)
     count = facts + min(MAX_FACTS, 1 + tokens // 64)  # office holders, then strangers

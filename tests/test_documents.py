@@ -80,9 +80,9 @@ def test_an_answer_is_tokenized_alike_with_and_without_its_prompt(tokenizer):
 
 
 def test_a_document_that_cannot_be_written_is_refused_in_one_line(tokenizer):
-    with pytest.raises(UserError, match="64 tokens is too short; it must be at least 128"):
+    with pytest.raises(UserError, match="in tokens is 64; it must be a number of at least 128"):
         make_document(0, 64, tokenizer.encode)
-    with pytest.raises(UserError, match=f"65 facts cannot be written; it must have 1 to {MAX_FACTS}"):
+    with pytest.raises(UserError, match=f"facts in a document is 65; .* at least 1 and of at most {MAX_FACTS}"):
         make_document(0, 4096, tokenizer.encode, facts=65)
     with pytest.raises(UserError, match="40 facts do not fit in a document of 256 tokens"):
         make_document(0, 256, tokenizer.encode, facts=40)

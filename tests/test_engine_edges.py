@@ -98,7 +98,7 @@ def test_a_prompt_that_can_never_be_answered_is_refused_with_the_numbers(hybrid,
 
 
 def test_a_prefill_chunk_of_nothing_is_refused(hybrid):
-    with pytest.raises(UserError, match="prefill chunk of 0 tokens"):
+    with pytest.raises(UserError, match="prefill chunk in tokens is 0; it must be a whole number of at least 1"):
         new_engine(hybrid, prefill_chunk=0)
 
 

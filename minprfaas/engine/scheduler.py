@@ -9,7 +9,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from minprfaas.engine.request import Request, Status
-from minprfaas.errors import UserError
+from minprfaas.errors import require_number
 from minprfaas.kvcache.manager import KVCacheManager
 
 
@@ -26,8 +26,7 @@ class Scheduler:
     """The requests of one engine, in three queues: `waiting`, `prefilling` and `running`, each oldest first."""
 
     def __init__(self, kvcache: KVCacheManager, prefill_chunk: int, max_batch: int, shared_tokens: int = 0):
-        if prefill_chunk < 1:
-            raise UserError(f"prefill chunk of {prefill_chunk} tokens is out of range; it must be at least 1")
+        require_number("prefill chunk in tokens", prefill_chunk, least=1, whole=True)
         self.kvcache, self.prefill_chunk, self.max_batch = kvcache, prefill_chunk, max_batch
         self.shared_tokens = shared_tokens  # of a pass that prompts may share, padding included
         self.waiting: deque[Request] = deque()

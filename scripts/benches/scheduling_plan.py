@@ -13,7 +13,7 @@ from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.lengths import LengthDistribution
 from minprfaas.scheduling.planner import plan, sensitivity
 
-RECENT = 4096  # incremental lengths that the short-term loop keeps
+RECENT = 4096  # uncached lengths that the short-term loop keeps
 GOAL_S = 0.2
 
 
