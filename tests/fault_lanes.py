@@ -160,7 +160,7 @@ ABSURD_MESSAGES = {
         messages.Failed("nobody", "", "lost"), messages.PrefixOrder(-1, [], -1),
         messages.PrefixOrder(1, [2**63 - 1], 0), messages.PrefixAbort(7), messages.Abort("0"),
         messages.Serve("1", [1], 0, {}, "x", 1.0, "", 0), messages.Shutdown(),
-        messages.PrefillDone("0", first_token=10**6, cached_tokens=0, queue_s=0.0, prefill_s=0.0, prefix_bytes=0,
+        messages.PrefillDone("0", first_token=10**6, cached_tokens=0, prefill_s=0.0, prefix_bytes=0,
                               sends_snapshot=False))]
     + [_said(message, "front") for message in (
         messages.Started("0", -1, -1, -1.0, -1.0, 9e99, -1.0, transfer_s=-1.0, hidden_s=9e99),

@@ -53,7 +53,7 @@ def test_a_decode_role_orders_hands_on_admits_and_says_where_the_time_went(hybri
     ship(stream, sender, sent.cache.block_tables, [entry for entry in plan.entries if entry not in rows])
     state = desk.there.open(snapshot_plan(layout, order.snapshot_stream_id, 96))
     ship(state, sender, sender.kvcache.snapshots.hold(sent.cache, 96))
-    role.hear(PEER, messages.PrefillDone("a#1", sent.token_ids[-1], 32, 0.5, 2.0, 77, True))
+    role.hear(PEER, messages.PrefillDone("a#1", sent.token_ids[-1], 32, 2.0, 77, True))
     assert desk.said() == [messages.Prefilled("a#1", 100 - 32, 2.0, 77)]
     desk.engine.scheduler.max_batch = 0  # there is no place in the batch
     desk.now_s = 1010.0
@@ -66,8 +66,8 @@ def test_a_decode_role_orders_hands_on_admits_and_says_where_the_time_went(hybri
     desk.now_s, desk.engine.scheduler.max_batch = 1011.0, 8
     desk.after(0.0)
     started, *drawn = desk.said()
-    assert started == messages.Started("a#1", 0, plan.total_bytes + state.plan.total_bytes, 2.0 + 0.5, 2.0,
-                                       1010.0 - 1002.0 - 0.5 - 2.0, 1.0, transfer_s=6.0, hidden_s=1.0)
+    assert started == messages.Started("a#1", 0, plan.total_bytes + state.plan.total_bytes, 1004.0 - 1000.0 - 2.0, 2.0,
+                                       1010.0 - 1004.0, 1.0, transfer_s=6.0, hidden_s=1.0)
     assert role.is_ready
     desk.after(0.0)
     drawn += desk.said()
@@ -127,7 +127,7 @@ def test_the_last_tokens_of_a_prompt_may_be_answer_already(hybrid):
     assert (order.answered_tokens, order.token_ids, order.sampling) == (6, tokens, sampling)
     sender, sent = prefilled(hybrid, tokens)
     ship(desk.there.open(stream_plan(desk.engine.layout, order.stream_id, 0, 106)), sender, sent.cache.block_tables)
-    desk.role.hear(PEER, messages.PrefillDone("a#1", sent.token_ids[-1], 0, 0.0, 1.0, 0, False))
+    desk.role.hear(PEER, messages.PrefillDone("a#1", sent.token_ids[-1], 0, 1.0, 0, False))
     desk.notice()
     desk.after(0.0)
     drawn = [word for word in desk.said() if isinstance(word, messages.TokenDrawn)]
@@ -151,7 +151,7 @@ def test_an_attempt_that_comes_to_nothing_frees_what_it_held_and_its_prefill_nod
     assert [(word.id, word.reason) for word in words] == [("a#1", "it broke")] * is_told
     assert desk.told() == [messages.Abort("a#1")]
     assert not desk.role.has_work and desk.engine.kvcache.stats().in_use == 0
-    desk.role.hear(PEER, messages.PrefillDone("a#1", 5, 0, 0.5, 2.0, 0, False))  # a late word
+    desk.role.hear(PEER, messages.PrefillDone("a#1", 5, 0, 2.0, 0, False))  # a late word
     desk.after(0.0)
     assert desk.said() == []
 
@@ -161,7 +161,7 @@ def test_a_first_token_that_is_none_is_a_prefill_that_failed(hybrid):
         desk, order = served(hybrid)
         sender, sent = prefilled(hybrid)
         ship(desk.there.open(stream_plan(desk.engine.layout, order.stream_id, 0, 100)), sender, sent.cache.block_tables)
-        desk.role.hear(PEER, messages.PrefillDone("a#1", token, 0, 0.5, 2.0, 0, False))
+        desk.role.hear(PEER, messages.PrefillDone("a#1", token, 0, 2.0, 0, False))
         desk.notice()
         desk.after(0.0)
         assert desk.said()[-1] == messages.Failed("a#1", f"first token {token} is outside the vocabulary", "lost")
@@ -173,7 +173,7 @@ def test_a_prefill_whose_last_word_is_here_is_not_lost_with_its_node(hybrid, las
     """Whatever came last: all of it is heard before anything is computed."""
     desk, order = served(hybrid)
     sender, sent = prefilled(hybrid)
-    done = messages.PrefillDone("a#1", sent.token_ids[-1], 0, 0.5, 2.0, 0, False)
+    done = messages.PrefillDone("a#1", sent.token_ids[-1], 0, 2.0, 0, False)
     if last == "the last byte":
         desk.role.hear(PEER, done)
     ship(desk.there.open(stream_plan(desk.engine.layout, order.stream_id, 0, 100)), sender, sent.cache.block_tables)
@@ -192,7 +192,7 @@ def test_what_is_all_here_and_waits_for_a_place_is_not_lost_when_its_sender_miss
     sender, sent = prefilled(hybrid)
     desk.engine.scheduler.max_batch = 0
     ship(desk.there.open(stream_plan(desk.engine.layout, order.stream_id, 0, 100)), sender, sent.cache.block_tables)
-    desk.role.hear(PEER, messages.PrefillDone("a#1", sent.token_ids[-1], 0, 0.5, 2.0, 0, False))
+    desk.role.hear(PEER, messages.PrefillDone("a#1", sent.token_ids[-1], 0, 2.0, 0, False))
     desk.notice()
     desk.role.hear(PEER, messages.Failed("a#1", "its epoch ended before it was acknowledged", "lost"))
     desk.engine.scheduler.max_batch = 8
@@ -206,7 +206,7 @@ def test_a_snapshot_that_comes_when_its_rows_are_gone_holds_no_block_and_keeps_n
     desk, order = served(hybrid, pool=30)
     sender, sent = prefilled(hybrid)
     ship(desk.there.open(stream_plan(desk.engine.layout, order.stream_id, 0, 100)), sender, sent.cache.block_tables)
-    desk.role.hear(PEER, messages.PrefillDone("a#1", sent.token_ids[-1], 0, 0.5, 2.0, 0, True))
+    desk.role.hear(PEER, messages.PrefillDone("a#1", sent.token_ids[-1], 0, 2.0, 0, True))
     desk.notice()
     desk.after(0.0)
     desk.after(0.0)
@@ -227,7 +227,7 @@ def test_of_a_request_that_is_given_up_what_has_arrived_is_kept(hybrid, arrives)
     desk, order = served(hybrid)
     sender, sent = prefilled(hybrid)
     desk.engine.scheduler.max_batch = 0
-    desk.role.hear(PEER, messages.PrefillDone("a#1", sent.token_ids[-1], 0, 0.5, 2.0, 0, True))
+    desk.role.hear(PEER, messages.PrefillDone("a#1", sent.token_ids[-1], 0, 2.0, 0, True))
     layout, cache = desk.engine.layout, desk.engine.kvcache
     if "rows" in arrives:
         ship(desk.there.open(stream_plan(layout, order.stream_id, 0, 100)), sender, sent.cache.block_tables)
@@ -248,7 +248,7 @@ def test_a_snapshot_that_does_not_come_is_awaited_after_its_request_has_its_answ
     desk, order = served(hybrid)
     sender, sent = prefilled(hybrid)
     ship(desk.there.open(stream_plan(desk.engine.layout, order.stream_id, 0, 100)), sender, sent.cache.block_tables)
-    desk.role.hear(PEER, messages.PrefillDone("a#1", sent.token_ids[-1], 0, 0.5, 2.0, 0, True))
+    desk.role.hear(PEER, messages.PrefillDone("a#1", sent.token_ids[-1], 0, 2.0, 0, True))
     desk.notice()
     desk.after(0.0)
     desk.after(0.0)
@@ -301,7 +301,7 @@ def test_a_prefill_role_computes_ships_reports_and_says_where_the_time_went(hybr
         return any(isinstance(word, messages.PrefillDone) for word in words)
 
     wait_until(has_said_its_last)
-    assert words == [messages.PrefillDone("a#1", sent.token_ids[-1], 0, 2.0, 2.0, 0, True)]
+    assert words == [messages.PrefillDone("a#1", sent.token_ids[-1], 0, 2.0, 0, True)]
     step_until(desk, lambda: not role.has_work)
     assert desk.said() == [], "it has nothing to say to the front end"
     assert desk.engine.kvcache.stats().in_use == 0 and not role.is_ready

@@ -200,12 +200,12 @@ def with_relayed(hybrid, count, **change):
     desk.now_s = 1010.0
     desk.role.hear(PEER, relay_of(answer[0]))
     assert desk.said() == [], "no token before the word that the prompt is prefilled"
-    desk.role.hear(PEER, messages.PrefillDone("a#1", answer[0], 32, 0.5, 2.0, 0, False))
+    desk.role.hear(PEER, messages.PrefillDone("a#1", answer[0], 32, 2.0, 0, False))
     assert desk.said() == [messages.Prefilled("a#1", 68, 2.0, 0)]
     for number, token in enumerate(answer[:count]):
         for sender in ("pd-9", PEER):
             desk.role.hear(sender, relay_of(token))
-        started = [messages.Started("a#1", 0, 0, 2.5, 2.0, 1010.0 - 1002.0 - 2.5, 0.0)]
+        started = [messages.Started("a#1", 0, 0, 1010.0 - 1000.0 - 2.0, 2.0, 0.0, 0.0)]
         assert desk.said() == started * (number == 0) + [relay_of(token)]
     return desk, order, answer
 
@@ -237,7 +237,7 @@ def test_relayed_tokens_are_handed_on_and_once_the_kvcache_is_here_the_next_are_
         words += [word for word in desk.said() if not isinstance(word, messages.Progress)]
     started, *drawn = words
     assert started == messages.Started(
-        "a#1", 0, plan.total_bytes, 2.5, 2.0, 1011.0 - 1002.0 - 2.5, 0.0, transfer_s=started.transfer_s)
+        "a#1", 0, plan.total_bytes, 8.0, 2.0, 1011.0 - 1010.0, 0.0, transfer_s=started.transfer_s)
     assert started.transfer_s > 0
     assert [one.token_id for one in drawn] == answer[count:] and drawn[-1].finish_reason == "length"
     assert desk.told() == [] and not desk.role.is_ready

@@ -153,9 +153,10 @@ print(f"   The KVCache of {turn.prompt_tokens:,} tokens is {human_bytes(whole_by
 # %% [markdown]
 # ## 4. Where the time to the first token went
 #
-# A [TTFT](../docs/glossary.md#ttft) is measured at the front end, its parts where they happen: waiting for a place
-# (queue), computing (prefill), what of the transfer prefill could not hide (exposed), being taken into the running
-# batch (admit). What no part claims is called route: deciding, and the messages to and fro.
+# A [TTFT](../docs/glossary.md#ttft) is measured at the front end, its parts where they happen: waiting for room and for
+# one's turn, with the words' way there and back (queue), computing (prefill), what still had to arrive when the word
+# came that prefill is done (exposed), being taken into the running batch (admit). What no part claims is called route:
+# deciding, and the words between front end and decode node.
 #
 # *Guess first:* what part of the long one's TTFT is the transfer?
 
@@ -178,8 +179,8 @@ print(f"""
 """)
 
 # %% [markdown]
-# *Why is a part of the transfer always exposed?* What prefill makes last cannot leave before it is made, and a round
-# trip is a round trip.
+# *Why is a part of the transfer always exposed?* What prefill makes last cannot leave before it is made: the last rows,
+# and all of the linear layers' state (chapter 08). The word that prefill is done is shorter, and overtakes it.
 #
 # *Change this line:* `gbps=0.05` → `0.01`: the line is now slower than prefill makes KVCache, and nothing can hide
 # that.

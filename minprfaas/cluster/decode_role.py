@@ -31,7 +31,6 @@ class Serving:
     serve: messages.Serve
     served_at_s: float
     deadline_at_s: float  # of what it waits for at present: room, or its prefill
-    ordered_at_s: float = 0.0
     kv: KVReceive | None = None  # while it is being prefilled
     done: messages.PrefillDone | None = None
     done_at_s: float = 0.0
@@ -132,8 +131,7 @@ class DecodeRole:
     def _order(self, serving: Serving) -> None:
         """The blocks are reserved: expect the streams that will fill them, and order the prefill."""
         request, serve, layout = serving.request, serving.serve, self.engine.layout
-        serving.ordered_at_s = self._clock()
-        serving.deadline_at_s = serving.ordered_at_s + serve.deadline_s
+        serving.deadline_at_s = self._clock() + serve.deadline_s
         stream_id, snapshot_id = next(self._stream_ids), next(self._stream_ids)
         wire = self._mail.wire_to(serve.prefill_node)
         plan = stream_plan(layout, stream_id, request.cached_tokens, len(request.token_ids), wire)
@@ -229,15 +227,17 @@ class DecodeRole:
 
     def _tell_started(self, serving: Serving, kv_bytes: int, ready_at_s: float,
                       report: ArrivalReport | None = None) -> None:
-        """Of the time since `Serve` came, `admit_s` has passed since KVCache and first token were here."""
-        request, done = serving.request, serving.done
-        queue_s = serving.ordered_at_s - serving.served_at_s + done.queue_s
-        exposed_s = ready_at_s - serving.ordered_at_s - done.queue_s - done.prefill_s
+        """Of the time since `Serve` came, `admit_s` has passed since KVCache and first token were here, and what went
+        before it since the prefill was said to be done is the exposed transfer. Before that, all but the prefill was
+        waiting: for room here; and there, where who computes does not listen, to be heard and to have its turn."""
+        request, prefill_s = serving.request, serving.done.prefill_s
+        queue_s = serving.done_at_s - serving.served_at_s - prefill_s
+        exposed_s = ready_at_s - serving.done_at_s
         transfer_s = hidden_s = 0.0
         if report is not None:
             transfer_s = report.last_byte_at_s - report.first_byte_at_s
             hidden_s = min(max(serving.done_at_s - report.first_byte_at_s, 0.0), transfer_s)
-        self._tell(messages.Started(request.id, request.cached_tokens, kv_bytes, queue_s, done.prefill_s, exposed_s,
+        self._tell(messages.Started(request.id, request.cached_tokens, kv_bytes, queue_s, prefill_s, exposed_s,
                                     self._clock() - ready_at_s, transfer_s, hidden_s))
 
     def _tell_token(self, update: TokenUpdate) -> None:

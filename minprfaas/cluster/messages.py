@@ -136,13 +136,11 @@ class PrefillProgress:
 @dataclass(frozen=True)
 class PrefillDone:
     """Prefill node -> decode node: the prompt is prefilled; this is its first token. Its last KVCache may still be on
-    the way, and so may the snapshot that was asked for, if `sends_snapshot`. The order waited for `queue_s` before its
-    prefill began."""
+    the way, and so may the snapshot that was asked for, if `sends_snapshot`."""
 
     id: str
     first_token: int
     cached_tokens: int
-    queue_s: float
     prefill_s: float
     prefix_bytes: int
     sends_snapshot: bool

@@ -37,7 +37,6 @@ class Prefill:
     snapshot_plan: StreamPlan | None
     decode_node: str
     request: Request
-    arrived_at_s: float
     deadline_at_s: float
     stage: Stage = Stage.COMPUTING
     fetch: Fetch | None = None  # of a prefix that is to be here before the prefill begins
@@ -105,8 +104,7 @@ class PrefillRole:
             snapshot = snapshot_plan(layout, order.snapshot_stream_id, order.snapshot_at) if order.snapshot_at else None
         except (UserError, TypeError, ValueError) as error:  # of another process, whose fields may hold anything
             return self._mail.send(self.name, sender, messages.Failed(order.id, str(error), "refused"))
-        now_s = self._clock()
-        prefill = Prefill(order, plan, snapshot, sender, request, now_s, now_s + order.deadline_s)
+        prefill = Prefill(order, plan, snapshot, sender, request, self._clock() + order.deadline_s)
         self.prefills[order.id] = prefill
         if 0 < order.prefix_tokens < len(order.token_ids):
             prefill.fetch = self.upkeep.prefixes.fetch(order.token_ids[:order.prefix_tokens + 1], order.prefix_source)
@@ -171,14 +169,14 @@ class PrefillRole:
             prefill.snapshot.finish()
 
     def _prefilled(self, prefill: Prefill) -> None:
-        request, queue_s = prefill.request, prefill.request.prefill_started_at_s - prefill.arrived_at_s
+        request = prefill.request
         prefill.stage = Stage.SENDING
         prefill.stream.finish()
         if self._mail.is_here(prefill.decode_node):  # a copy in memory is all that is left: decoding begins
             # before this node goes into the next prompt
             wait([prefill.stream.outcome], timeout=self.upkeep.transfer_deadline_s)
         self._tell(prefill, messages.PrefillDone(
-            request.id, request.token_ids[-1], request.cached_tokens, queue_s,
+            request.id, request.token_ids[-1], request.cached_tokens,
             request.prefill_ended_at_s - request.prefill_started_at_s, prefill.fetch.nbytes if prefill.fetch else 0,
             prefill.snapshot is not None))
 
