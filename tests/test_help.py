@@ -96,19 +96,21 @@ def test_the_list_of_commands_and_that_of_benchmarks(help_of, run_script):
     assert status == 2 and errors.count("\n") == 1 and "'nothing' is not one of: " in errors
 
 
-MISTAKES = {  # of each program whose work needs torch: what is said wrong, and what the one line about it names
-    "minprfaas.__main__": ("generate --no-such-option", "--no-such-option"),
-    "minprfaas.commands.two_datacenters": ("--prompts P", "prompts file P"),
-    "minprfaas.commands.cluster": ("--topology prfaas=2,pd=3 --split 7 --serve 0", "split is 7"),
-    "case_study.command": ("--soak 0", "--soak is 0"), "random_checkpoint": ("OUT --shape huge", "'huge'"),
-    "demo_prompts": ("OUT --seed x", "'x'")}
+MISTAKES = (  # of programs whose work needs torch: what is said wrong, and what the one line about it names
+    ("minprfaas.__main__", "serve --no-such-option", "--no-such-option"),
+    ("minprfaas.__main__", "generate", "no prompt was given"),
+    ("minprfaas.__main__", "profile --lengths 7", "--lengths [7]"),
+    ("minprfaas.commands.two_datacenters", "--prompts P", "prompts file P"),
+    ("minprfaas.commands.cluster", "--topology prfaas=2,pd=3 --split 7 --serve 0", "split is 7"),
+    ("case_study.command", "--soak 0", "--soak is 0"), ("random_checkpoint", "OUT --shape huge", "'huge'"),
+    ("demo_prompts", "OUT --seed x", "'x'"))
 
 
 def test_neither_help_nor_a_mistake_waits_for_torch():
     """That `plan` and `simulate` run without it is tested where they are; `inspect` reads mixers, which are torch's."""
-    asked = [(module, ["--help"]) for module in MISTAKES]
+    asked = [(module, ["--help"]) for module, _, _ in MISTAKES]
     asked += [("minprfaas.__main__", [command, "--help"]) for command in COMMANDS]
-    asked += [(module, words.split()) for module, (words, _) in MISTAKES.items()]
+    asked += [(module, words.split()) for module, words, _ in MISTAKES]
     code = ("import contextlib, importlib, sys\nfrom minprfaas.errors import exit_on_user_error\n"
             f"programs = {PROGRAMS!r}\n"
             f"for module, words in {asked!r}:\n"
@@ -122,7 +124,7 @@ def test_neither_help_nor_a_mistake_waits_for_torch():
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
     assert len(lines) == len(MISTAKES)
-    assert [named for line, (_, named) in zip(lines, MISTAKES.values()) if named not in line] == [], lines
+    assert [named for line, (_, _, named) in zip(lines, MISTAKES) if named not in line] == [], lines
 
 
 @pytest.mark.parametrize("command", COMMANDS)

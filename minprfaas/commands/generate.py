@@ -5,22 +5,23 @@ import json
 import sys
 from dataclasses import asdict
 
-import torch
-
 from minprfaas.commands.options import generate as add_arguments  # noqa: F401
 from minprfaas.config import CacheConfig, SamplingParams
-from minprfaas.engine.pieces import compile_and_warm_up
 from minprfaas.engine.prompts import Prompt, read_prompts
-from minprfaas.engine.reference import answer_prompts
 from minprfaas.engine.request import TokenUpdate
 from minprfaas.errors import UserError
-from minprfaas.model.checkpoint import load
 from minprfaas.observe.tables import table
 
 
 def run(args: argparse.Namespace) -> None:
     """Answer the prompts; a single prompt's answer streams as it is drawn."""
     prompts = _prompts(args)
+    # Here, because they wait for torch, and no mistake above is to wait with them.
+    import torch
+
+    from minprfaas.engine.pieces import compile_and_warm_up
+    from minprfaas.engine.reference import answer_prompts
+    from minprfaas.model.checkpoint import load
     model, tokenizer = load(args.model, getattr(torch, args.dtype), args.device)
     if args.compile:
         compile_and_warm_up(model, tokenizer)

@@ -9,14 +9,9 @@ import sys
 from contextlib import closing, nullcontext
 from pathlib import Path
 
-import torch
-
 from minprfaas.commands.options import profile as add_arguments  # noqa: F401
-from minprfaas.engine.measure import measure_decode, measure_prefill
-from minprfaas.engine.pieces import compile_and_warm_up
 from minprfaas.errors import UserError, require_number
 from minprfaas.files import OutputFile
-from minprfaas.model.checkpoint import EMBEDDED, load
 from minprfaas.observe.tables import human_bytes, table
 from minprfaas.scheduling.profiles import Profile, ProfilePoint
 
@@ -38,6 +33,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _measure(args: argparse.Namespace) -> Profile:
+    # Here, because they wait for torch, and no mistake in the arguments is to wait with them.
+    import torch
+
+    from minprfaas.engine.measure import measure_decode, measure_prefill
+    from minprfaas.engine.pieces import compile_and_warm_up
+    from minprfaas.model.checkpoint import EMBEDDED, load
     torch.manual_seed(0)
     model, tokenizer = load(args.model, getattr(torch, args.dtype), args.device)
     if args.compile:
