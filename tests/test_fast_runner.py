@@ -5,6 +5,7 @@ Chapter 05.
 
 import copy
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,10 @@ from minprfaas.config import CacheConfig
 from minprfaas.engine.cpu_runner import CPURunner, InPlaceLayer
 from minprfaas.engine.decode_graphs import bucket_of
 from minprfaas.engine.engine import Engine
-from minprfaas.engine.fast_runner import FastRunner, chunk_for, shared_tokens_for, what_must_run_eagerly
+from minprfaas.engine.fast_runner import FastRunner, chunk_for, runner_for, shared_tokens_for, what_must_run_eagerly
 from minprfaas.engine.reference import pool_for
 from minprfaas.engine.request import Request
+from minprfaas.engine.runner import Runner
 from minprfaas.kvcache.layout import KVGroup
 from minprfaas.model.attention import attend
 from minprfaas.model.checkpoint import load, load_checkpoint
@@ -350,11 +352,17 @@ def test_joined_projections_give_what_they_gave_and_share_their_weights(models, 
     assert len(joined) > len(model.model.layers)
 
 
+def runner_beside_no_cpu(model):
+    """What a model gets that is on another device: here "meta", which has shapes and computes nothing."""
+    kvcache = Engine(model, None, CacheConfig(20, 8)).kvcache
+    return runner_for(copy.deepcopy(model).to("meta"), kvcache, time.monotonic, None, fast=None, max_batch=4)
+
+
 def test_a_model_with_a_part_that_is_not_known_runs_eagerly(models):
     model = models["llama"][0]
-    assert what_must_run_eagerly(model) == set()
+    assert what_must_run_eagerly(model) == set() and type(runner_beside_no_cpu(model)) is FastRunner
     known, model.model.layers[0].mlp = model.model.layers[0].mlp, torch.nn.Identity()
     try:
-        assert what_must_run_eagerly(model) == {"Identity"}
+        assert what_must_run_eagerly(model) == {"Identity"} and type(runner_beside_no_cpu(model)) is Runner
     finally:
         model.model.layers[0].mlp = known

@@ -50,6 +50,21 @@ def test_prompt_and_answer_share_the_context_in_halves_where_both_are_longer(emb
     assert {(arrival.prompt.params.max_tokens, len(arrival.prompt.text)) for arrival in short} == {(8, 1)}
 
 
+class Words:
+    """The fewest tokens that a text can have: each word is one."""
+
+    def encode(self, text, add_special_tokens):
+        return text.split()
+
+    def decode(self, token_ids):
+        return " ".join(token_ids)
+
+
+def test_prompts_are_of_the_length_that_is_asked_for_in_a_vocabulary_of_whole_words_too():
+    for arrival in Load.parse("poisson:5", 20, 0, 1.0, 64).arrivals(Words(), 482):
+        assert len(arrival.prompt.text) == 482 - 241
+
+
 def test_the_embedded_model_knows_the_answers_that_are_expected(embedded):
     model, tokenizer = embedded
     prompts = [arrival.prompt for arrival in Load.parse("poisson:5", 6, 0, None, 64).arrivals(tokenizer, 240)]

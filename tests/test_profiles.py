@@ -54,6 +54,8 @@ def test_kv_bytes_are_linear_between_points_and_continue_beyond_them():
 def test_what_any_request_costs_beside_its_tokens_is_given_in_tokens():
     line = profile_of([0.3 + 1e-4 * tokens for tokens in (1024, 2048, 4096, 8192)])
     assert line.overhead_tokens == 3000 and profile_of([1.024, 2.048, 4.096, 8.192]).overhead_tokens == 0
+    curve = profile_of([0.3 + 1e-4 * tokens + 1e-8 * tokens**2 for tokens in (1024, 2048, 4096, 8192)])
+    assert curve.overhead_tokens == round(0.3 / (1e-4 + 1e-8 * (1024 + 8192))), "of its tokens from end to end"
 
 
 def test_a_full_batch_takes_the_profiles_step_and_a_lone_request_half_of_it_and_its_share():

@@ -78,6 +78,23 @@ class RecordingLane(Lane):
         return super().exchange(data)
 
 
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_a_stranger_on_any_lane_is_a_stranger(index):
+    class Stranger(Lane):
+        def exchange(self, data: bytes) -> bytes:
+            return super().exchange(b"let me in" if self.index == index else data)
+
+    store, config = new_store(), LinkConfig(lanes=3)
+    ends = [Link("a-b", store, rank, config, IDENTITY, lane_type=(Lane, Stranger)[rank]) for rank in (0, 1)]
+
+    def connect(end):
+        with pytest.raises(LinkRefused):
+            end.connect(5.0)
+
+    in_parallel(*(lambda end=end: connect(end) for end in ends))
+    in_parallel(*(end.close for end in ends))
+
+
 def victim(store, impostor):
     """Rank 0 meets the impostor; returns what connect raised."""
     link = Link("a-b", store, 0, LinkConfig(timeout_s=5), IDENTITY)

@@ -25,7 +25,7 @@ class PrefillChunk:
 class Scheduler:
     """The requests of one engine, in three queues: `waiting`, `prefilling` and `running`, each oldest first."""
 
-    def __init__(self, kvcache: KVCacheManager, prefill_chunk: int, max_batch: int, shared_tokens: int = 0):
+    def __init__(self, kvcache: KVCacheManager, prefill_chunk: int, max_batch: int, shared_tokens: int):
         require_number("prefill chunk in tokens", prefill_chunk, least=1, whole=True)
         self.kvcache, self.prefill_chunk, self.max_batch = kvcache, prefill_chunk, max_batch
         self.shared_tokens = shared_tokens  # of a pass that prompts may share, padding included

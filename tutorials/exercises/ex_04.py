@@ -69,7 +69,7 @@ def check_3() -> str | None:
             kvcache.reserve(earlier, cached)
             kvcache.advance(earlier, prompt[:cached])
             kvcache.close(earlier)
-        scheduler, chunks = Scheduler(kvcache, chunk, max_batch=1), []
+        scheduler, chunks = Scheduler(kvcache, chunk, max_batch=1, shared_tokens=0), []
         request = Request("exercise", prompt, SamplingParams())
         scheduler.waiting.append(request)
         while not chunks or chunks[-1][1] < tokens:

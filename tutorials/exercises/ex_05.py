@@ -42,7 +42,7 @@ def check_1() -> str | None:
     for prompts, free, places in waiting:
         cache = CacheConfig(free, block_tokens=16, prefix_cache=False)
         kvcache = KVCacheManager(layout, cache, "cpu", root=b"exercise")
-        scheduler = Scheduler(kvcache, prefill_chunk=64, max_batch=places)
+        scheduler = Scheduler(kvcache, prefill_chunk=64, max_batch=places, shared_tokens=0)
         for number, tokens in enumerate(prompts):
             scheduler.waiting.append(Request(str(number), list(range(tokens)), SamplingParams()))
         scheduler.next_chunks()
