@@ -4,7 +4,7 @@ import queue
 import time
 
 from test_two_datacenters import prompts_of
-from world import End
+from world import End, open_books
 
 from minprfaas import SamplingParams
 from minprfaas.cluster import messages
@@ -53,6 +53,11 @@ class Desk:
         """What has happened on the line reaches the role."""
         for event in taken(self.events):
             self.role.notice(event)
+
+    @property
+    def is_empty(self):
+        """Whether it has nothing to do, holds no block, and keeps nothing of a request or a stream that has ended."""
+        return not (self.role.has_work or self.engine.kvcache.stats().in_use or open_books(self.role))
 
     def after(self, seconds):
         self.now_s += seconds

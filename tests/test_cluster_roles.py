@@ -16,6 +16,7 @@ from minprfaas.cluster.envelope import decode
 from minprfaas.cluster.node import PeerLost
 from minprfaas.cluster.stream_plans import snapshot_plan, stream_plan
 from minprfaas.config import FRONT, Role, StateKind
+from minprfaas.transport import StreamAborted
 from minprfaas.transport.events import ArrivalReport, MessageReceived, StreamDone, StreamFailed
 
 
@@ -85,7 +86,7 @@ def test_a_prefill_may_take_as_long_as_was_said_and_then_is_given_up_on_both_sid
     desk.after(0.1)
     assert desk.said() == [messages.Failed("a#1", "deadline of 30 s passed", "lost")]
     assert desk.told() == [messages.Abort("a#1")]
-    assert not desk.role.has_work and desk.engine.kvcache.stats().in_use == 0
+    assert desk.is_empty
 
 
 def test_a_request_waits_for_room_behind_those_that_came_before_and_so_long_and_no_longer(hybrid):
@@ -150,7 +151,7 @@ def test_an_attempt_that_comes_to_nothing_frees_what_it_held_and_its_prefill_nod
     words = desk.said()
     assert [(word.id, word.reason) for word in words] == [("a#1", "it broke")] * is_told
     assert desk.told() == [messages.Abort("a#1")]
-    assert not desk.role.has_work and desk.engine.kvcache.stats().in_use == 0
+    assert desk.is_empty
     desk.role.hear(PEER, messages.PrefillDone("a#1", 5, 0, 2.0, 0, False))  # a late word
     desk.after(0.0)
     assert desk.said() == []
@@ -165,7 +166,7 @@ def test_a_first_token_that_is_none_is_a_prefill_that_failed(hybrid):
         desk.notice()
         desk.after(0.0)
         assert desk.said()[-1] == messages.Failed("a#1", f"first token {token} is outside the vocabulary", "lost")
-        assert desk.engine.kvcache.stats().in_use == 0
+        assert desk.is_empty
 
 
 @pytest.mark.parametrize("last", ["the last byte", "the first token"])
@@ -219,7 +220,7 @@ def test_a_snapshot_that_comes_when_its_rows_are_gone_holds_no_block_and_keeps_n
     ship(desk.there.open(plan), sender, sender.kvcache.snapshots.hold(sent.cache, 96))
     desk.notice()
     desk.after(0.0)
-    assert not desk.role.has_work and cache.stats().in_use == 0
+    assert desk.is_empty
 
 
 @pytest.mark.parametrize("arrives", ["rows and snapshot", "rows", "snapshot"])
@@ -239,7 +240,7 @@ def test_of_a_request_that_is_given_up_what_has_arrived_is_kept(hybrid, arrives)
     desk.role.hear(FRONT, messages.Abort("a#1"))
     assert cache.ledger.common(cache.keys(PROMPT)) == (6 if "rows" in arrives else 0)
     assert cache.match(PROMPT) == (96 if arrives == "rows and snapshot" else 0)
-    assert not desk.role.has_work and cache.stats().in_use == 0
+    assert desk.is_empty
     cache.check()
 
 
@@ -264,7 +265,12 @@ def test_a_snapshot_that_does_not_come_is_awaited_after_its_request_has_its_answ
     else:
         desk.there.open(snapshot_plan(desk.engine.layout, order.snapshot_stream_id, 96)).abort()
         desk.notice()
-    assert not desk.role.has_work and desk.engine.kvcache.stats().in_use == 0
+    assert desk.is_empty
+    pool, plan = desk.engine.kvcache.pool, snapshot_plan(desk.engine.layout, order.snapshot_stream_id, 96)
+    before = pool.bytes.clone()
+    with pytest.raises(StreamAborted):
+        ship(desk.there.open(plan), sender, sender.kvcache.snapshots.hold(sent.cache, 96))
+    assert torch.equal(pool.bytes, before), "others may have its blocks now"
     assert desk.engine.kvcache.match(PROMPT) == 0
 
 
@@ -273,7 +279,7 @@ def test_a_way_that_is_lost_while_a_request_waits_for_room_is_a_failed_attempt(h
     desk.role.hear(FRONT, serving(prefill_node="pd-9"))
     desk.after(0.0)
     assert desk.said() == [messages.Failed("a#1", "there is no way to 'pd-9'", "lost")]
-    assert not desk.role.has_work and desk.engine.kvcache.stats().in_use == 0
+    assert desk.is_empty
 
 
 # ---- the prefill role
@@ -341,7 +347,7 @@ def test_an_order_may_take_as_long_as_it_says_and_then_fails(hybrid):
     desk.after(0.1)
     assert messages.Failed("a#1", "deadline of 30 s passed", "lost") in desk.told()
     step_until(desk, lambda: not desk.role.has_work)
-    assert desk.engine.kvcache.stats().in_use == 0
+    assert desk.is_empty
 
 
 @pytest.mark.parametrize("end", [lambda role: role.hear(PEER, messages.Abort("a#1")),
@@ -371,7 +377,7 @@ def test_a_prefill_without_a_way_to_its_decode_node_fails(hybrid):
     desk.after(0.0)
     assert [decode(raw).message for raw in sent][-1] == messages.Failed(
         "a#1", "there is no way to the decode node", "lost")
-    assert not desk.role.has_work and desk.engine.kvcache.stats().in_use == 0
+    assert desk.is_empty
 
 
 def test_a_stream_that_the_receiver_refuses_ends_its_prefill(hybrid):
@@ -380,4 +386,4 @@ def test_a_stream_that_the_receiver_refuses_ends_its_prefill(hybrid):
     words = []
     step_until(desk, lambda: words.extend(desk.told()) or not desk.role.has_work)
     assert words[-1] == messages.Failed("a#1", "stream 7: refused by the receiver", "lost")
-    assert desk.engine.kvcache.stats().in_use == 0
+    assert desk.is_empty

@@ -9,7 +9,7 @@ from minprfaas import SamplingParams, generate
 from minprfaas.cluster import messages
 from minprfaas.cluster.node import PeerLost
 from minprfaas.cluster.stream_plans import stream_plan
-from minprfaas.config import Role
+from minprfaas.config import FRONT, Role
 
 LONG = SamplingParams(max_tokens=40, ignore_eos=True)
 
@@ -241,7 +241,7 @@ def test_relayed_tokens_are_handed_on_and_once_the_kvcache_is_here_the_next_are_
     assert started.transfer_s > 0
     assert [one.token_id for one in drawn] == answer[count:] and drawn[-1].finish_reason == "length"
     assert desk.told() == [] and not desk.role.is_ready
-    assert desk.engine.kvcache.stats().in_use == 0
+    assert desk.is_empty
 
 
 def test_an_answer_whose_last_token_was_relayed_ends_here_without_its_kvcache(hybrid):
@@ -253,7 +253,7 @@ def test_an_answer_whose_last_token_was_relayed_ends_here_without_its_kvcache(hy
     started, last = desk.said()
     assert last == relay_of(answer[2], "stop") and started.kv_bytes == stream.plan.entries[0].row_bytes
     assert desk.told() == [messages.Abort("a#1")]
-    assert not desk.role.has_work and desk.engine.kvcache.stats().in_use == 0
+    assert desk.is_empty
     desk.after(0.0)
     desk.role.hear(PEER, relay_of(5))
     assert desk.said() == []
@@ -264,6 +264,17 @@ def test_a_relayed_token_that_is_none_is_a_prefill_that_failed(hybrid):
         desk, _, _ = with_relayed(hybrid, 1)
         desk.role.hear(PEER, relay_of(token))
         assert desk.said() == [messages.Failed("a#1", f"relayed token {token} is outside the vocabulary", "lost")]
+
+
+def test_a_client_that_goes_away_while_relayed_rows_are_computed_leaves_nothing_behind(hybrid):
+    desk, order, _ = with_relayed(hybrid, 11)
+    sender, sent = prefilled(hybrid)
+    ship(desk.there.open(stream_plan(desk.engine.layout, order.stream_id, 0, 100)), sender, sent.cache.block_tables)
+    desk.notice()
+    desk.after(0.0)
+    assert desk.role.is_ready and desk.told() == [], "after one pass of several"
+    desk.role.hear(FRONT, messages.Abort("a#1"))
+    assert desk.is_empty
 
 
 def test_relayed_tokens_beyond_what_this_node_could_hold_end_the_answer_as_its_own_would(hybrid):

@@ -75,6 +75,9 @@ def connected_fabric(devices=("cpu", "cpu"), sender_group=PairGroup, receiver_gr
         yield ends
     finally:
         in_parallel(*(end.close for end in ends))
+    for end in ends:
+        left = (end._outbox._streams, end._outbox._unwritten, end._expected._streams)
+        assert not any(left), f"of streams that have ended: {left}"
 
 
 def new_fabric(store, rank: int, device="cpu", config: LinkConfig = LinkConfig(), **options) -> Fabric:

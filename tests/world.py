@@ -10,6 +10,7 @@ import json
 import queue
 import threading
 import time
+from collections import deque
 
 import pytest
 from kv_oracle import KVOracle
@@ -264,3 +265,17 @@ class World:
         self.step_until(lambda: self.is_empty)
         for name in self.machines.keys() - {FRONT}:
             self.part(name).engine.kvcache.check()
+            assert not open_books(self.part(name)), name
+        if not self.front.has_work:
+            assert not {**self.front._attempts, **self.front.plane._books._bookings}
+
+
+def open_books(part):
+    """Of a node that has nothing to do: where a request or a stream that has ended is still written down, and what."""
+    upkeep, engine = part.upkeep, part.engine
+    owners = (part, getattr(part, "_snapshots", None), upkeep.prefixes, engine, engine.scheduler, engine.kvcache,
+              engine.kvcache.snapshots)
+    books = {f"{type(owner).__name__}.{name}": book for owner in owners if owner is not None
+             for name, book in vars(owner).items() if isinstance(book, dict | set | deque)}
+    assert len(books) >= 6
+    return {name: book for name, book in books.items() if book}
