@@ -211,11 +211,12 @@ def _wait_for(awaited: list[ForkProcess], workers: dict[str, ForkProcess], resta
     """The worst exit status of those that are awaited; or 2, as soon as any process has refused a user's mistake and
     said so. What else ends before that is told, and with `start` begins anew if a signal has ended it."""
     gone: set[str] = set()
+    done = False
     while True:
-        done = all(worker.exitcode is not None for worker in awaited)  # asked first: whoever failed before it is told
         statuses = {name: worker.exitcode for name, worker in workers.items()}
         if 2 in statuses.values():
             return 2
+        was_done, done = done, all(statuses[worker.name] is not None for worker in awaited)
         for name in [name for name, status in statuses.items() if status and name not in gone]:
             if done and workers[name] in awaited:
                 continue  # its status is the answer
@@ -228,10 +229,11 @@ def _wait_for(awaited: list[ForkProcess], workers: dict[str, ForkProcess], resta
             gone.add(name)
             again = f"; {restart.replace('{name}', name)} starts it again" if restart else ""
             print(f"{name} has ended with status {statuses[name]}{again}", file=sys.stderr)
-        if done:
+        if was_done:  # and so has been looked at once more: whoever failed before the last of them has been told
             _give_time(workers)
             return max(worker.exitcode % 256 for worker in awaited)
-        wait([worker.sentinel for name, worker in workers.items() if statuses[name] is None])
+        if not done:
+            wait([worker.sentinel for name, worker in workers.items() if statuses[name] is None])
 
 
 def _give_time(workers: dict[str, ForkProcess]) -> None:
