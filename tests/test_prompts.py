@@ -28,6 +28,7 @@ def test_a_file_is_read_in_order_with_everything_it_says(tmp_path):
     ('{"prompt": ""}', "prompt is ''"),
     ('{"prompt": 5}', "prompt is 5"),
     ('{"prompt": "x", "max_token": 3}', "unknown key 'max_token'"),
+    ('{"prompt": "x", "e": 3, "d": 3, "c": 3, "b": 3, "f": 3, "g": 3, "h": 3, "a": 3}', "unknown key 'a'"),
     ('{"prompt": "x", "max_tokens": 0}', "max_tokens is 0"),
     ('{"prompt": "x", "max_tokens": null}', "max_tokens is None"),
     ('{"prompt": "x", "temperature": -1}', "temperature is -1"),

@@ -137,7 +137,8 @@ def test_a_malformed_weather_file_is_one_line_that_names_the_change(tmp_path, co
 
 def test_a_weather_file_is_read_in_order(tmp_path):
     path = tmp_path / "weather.json"
-    path.write_text(json.dumps([{"at_s": 1, "gbps": 0.5, "rtt_ms": 20}, {"at_s": 4, "stall_s": 1.5}]))
-    assert load_weather(path) == (WeatherChange(1, 0.5, 20), WeatherChange(4, stall_s=1.5))
+    path.write_text(json.dumps([{"at_s": 1, "gbps": 0.5, "rtt_ms": 20}, {"at_s": 4, "stall_s": 1.5},
+                                {"at_s": 5.5, "gbps": 1}]))
+    assert load_weather(path) == (WeatherChange(1, 0.5, 20), WeatherChange(4, stall_s=1.5), WeatherChange(5.5, 1))
     with pytest.raises(UserError, match="missing.json is missing"):
         load_weather(tmp_path / "missing.json")
