@@ -103,7 +103,7 @@ def test_a_peer_that_stands_still_or_is_killed_ends_its_streams_and_is_met_again
 
         its_stream_ends(1, peer.stop)
         peer.go_on()
-        said = [next_event(here, DEADLINE_S) for _ in range(2)]  # in either order: lanes that are cut may still bring it
+        said = [next_event(here, DEADLINE_S) for _ in range(2)]  # in either order: lanes may bring it as they are cut
         restored, told = sorted(said, key=lambda found: isinstance(found, MessageReceived))
         assert not restored.peer_restarted and "aborted" in told.message, "the peer knows that its epoch is over"
         it_is_met_again(2)
