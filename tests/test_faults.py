@@ -179,7 +179,7 @@ def test_an_unknown_id_can_be_aborted_and_one_in_use_not_be_used_again(hybrid):
 
 def test_acknowledgements_that_are_overdue_end_a_transfer_and_not_the_node(hybrid):
     prompts = [random.Random(3).choices(range(1, 257), k=200) for _ in range(2)]
-    slow = LineConfig(gbps=1e-3, rtt_ms=600)
+    slow = LineConfig(gbps=5e-5, rtt_ms=600)  # three seconds: what is all across by its deadline is not lost
     with two_datacenters(*hybrid, threshold=100, line=slow) as (local, remote):
         remote.prefill.upkeep.outgoing.finish_deadline_s = 0.1
         (overdue,) = serve(local, prompts[:1], PARAMS)
