@@ -203,14 +203,20 @@ def test_what_is_all_here_and_waits_for_a_place_is_not_lost_when_its_sender_miss
     assert drawn == reference(*hybrid, [PROMPT], SamplingParams(**SAMPLING))[0]
 
 
-def test_a_snapshot_that_comes_when_its_rows_are_gone_holds_no_block_and_keeps_no_node_at_work(hybrid):
-    desk, order = served(hybrid, pool=30)
+def answered_without_its_snapshot(hybrid, **options):
+    """A decode role that has answered and still awaits the snapshot, and whom it is to come from."""
+    desk, order = served(hybrid, **options)
     sender, sent = prefilled(hybrid)
     ship(desk.there.open(stream_plan(desk.engine.layout, order.stream_id, 0, 100)), sender, sent.cache.block_tables)
     desk.role.hear(PEER, messages.PrefillDone("a#1", sent.token_ids[-1], 0, 2.0, 0, True))
     desk.notice()
     desk.after(0.0)
     desk.after(0.0)
+    return desk, order, sender, sent
+
+
+def test_a_snapshot_that_comes_when_its_rows_are_gone_holds_no_block_and_keeps_no_node_at_work(hybrid):
+    desk, order, sender, sent = answered_without_its_snapshot(hybrid, pool=30)
     cache, layout = desk.engine.kvcache, desk.engine.layout
     other, blocks = cache.open([7]), cache.ledger.available - layout.state_blocks
     assert desk.said()[-1].finish_reason and cache.reserve(other, blocks // len(layout.token_groups) * 16)
@@ -246,13 +252,7 @@ def test_of_a_request_that_is_given_up_what_has_arrived_is_kept(hybrid, arrives)
 
 @pytest.mark.parametrize("end", ["deadline", "peer", "stream"])
 def test_a_snapshot_that_does_not_come_is_awaited_after_its_request_has_its_answer_and_then_given_up(hybrid, end):
-    desk, order = served(hybrid)
-    sender, sent = prefilled(hybrid)
-    ship(desk.there.open(stream_plan(desk.engine.layout, order.stream_id, 0, 100)), sender, sent.cache.block_tables)
-    desk.role.hear(PEER, messages.PrefillDone("a#1", sent.token_ids[-1], 0, 2.0, 0, True))
-    desk.notice()
-    desk.after(0.0)
-    desk.after(0.0)
+    desk, order, sender, sent = answered_without_its_snapshot(hybrid)
     assert desk.said()[-1].finish_reason == "length" and not desk.role.servings and desk.role.has_work
     if end == "deadline":
         desk.after(30.0)

@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 import time
 from dataclasses import replace
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import programs
@@ -20,7 +21,8 @@ import torch.distributed as dist
 from test_transport_binding import listening
 from test_two_datacenters_program import PROGRAM, arguments, prompts_file  # noqa: F401 (a fixture)
 
-from minprfaas.cluster.launch import Launch, StoreAddress, emulated_line, own_device, start_processes, threads_of
+from minprfaas.cluster.launch import (Launch, StoreAddress, _wait_for, emulated_line, own_device, start_processes,
+                                      threads_of)
 from minprfaas.cluster.topology import Place
 from minprfaas.config import LineConfig, Role, WeatherChange
 from minprfaas.errors import UserError
@@ -210,6 +212,15 @@ def test_with_restarts_a_process_that_was_killed_begins_anew_and_one_that_failed
     said = sorted(capfd.readouterr().err.splitlines())
     assert re.fullmatch(r"a has ended with status -9; it is process \d+ now", said[0])
     assert said[1:] == ["b has ended with status 1"]
+
+
+def test_who_failed_before_the_front_end_ended_is_told_however_late_anybody_looks(capfd):
+    processes = {"b": ForkProcess(target=os._exit, args=(1,), name="b"), "front": ForkProcess(name="front")}
+    for process in processes.values():
+        process.start()
+        process.join(DEADLINE_S)
+    assert _wait_for([processes["front"]], processes, "", None) == 0
+    assert capfd.readouterr().err == "b has ended with status 1\n"
 
 
 def test_a_port_that_is_taken_gets_one_line(checkpoints, prompts_file):

@@ -211,12 +211,13 @@ def _wait_for(awaited: list[ForkProcess], workers: dict[str, ForkProcess], resta
     """The worst exit status of those that are awaited; or 2, as soon as any process has refused a user's mistake and
     said so. What else ends before that is told, and with `start` begins anew if a signal has ended it."""
     gone: set[str] = set()
-    done = False
     while True:
-        statuses = {name: worker.exitcode for name, worker in workers.items()}
+        # Those that are awaited first: where they have ended, whoever failed before them is seen to have, too.
+        looked_at = [*awaited, *(worker for worker in workers.values() if worker not in awaited)]
+        statuses = {worker.name: worker.exitcode for worker in looked_at}
         if 2 in statuses.values():
             return 2
-        was_done, done = done, all(statuses[worker.name] is not None for worker in awaited)
+        done = all(statuses[worker.name] is not None for worker in awaited)
         for name in [name for name, status in statuses.items() if status and name not in gone]:
             if done and workers[name] in awaited:
                 continue  # its status is the answer
@@ -229,11 +230,10 @@ def _wait_for(awaited: list[ForkProcess], workers: dict[str, ForkProcess], resta
             gone.add(name)
             again = f"; {restart.replace('{name}', name)} starts it again" if restart else ""
             print(f"{name} has ended with status {statuses[name]}{again}", file=sys.stderr)
-        if was_done:  # and so has been looked at once more: whoever failed before the last of them has been told
+        if done:
             _give_time(workers)
             return max(worker.exitcode % 256 for worker in awaited)
-        if not done:
-            wait([worker.sentinel for name, worker in workers.items() if statuses[name] is None])
+        wait([worker.sentinel for name, worker in workers.items() if statuses[name] is None])
 
 
 def _give_time(workers: dict[str, ForkProcess]) -> None:

@@ -64,5 +64,7 @@ class Inbox:
 
     def _take_part(self, header: Header, payload: bytes, parts: PartsIn) -> None:
         with self._lock:  # also while events are put: two lanes must not swap two messages
-            for message in parts.add(header.stream, header.start, payload) if parts is self.parts else []:
+            if parts is not self.parts:  # forgotten meanwhile
+                return
+            for message in parts.add(header.stream, header.start, payload):
                 self._events.put(MessageReceived(message, self._name))
