@@ -78,8 +78,7 @@ def test_killed_prefill_nodes_of_both_datacenters_cost_prefills_and_no_answer(ch
         "--link-timeout-s", "2", "--threshold", "340"))
     try:
         wait_for_line(running, "[p1]")
-        for name in ("prfaas-0", "pd-0"):
-            kill(running.pid, name)
+        kill(running.pid, "prfaas-0", "pd-0")
         said, errors = running.communicate(timeout=DEADLINE_S)
     finally:
         end(running)
@@ -168,8 +167,11 @@ def wait_for_line(process, beginning):
     raise AssertionError(process.communicate()[1])
 
 
-def kill(launcher, name, number=signal.SIGKILL):
-    """Send a signal to the process of the run that plays `name`: rank by rank they are the launcher's children."""
-    rank = ["front", "prfaas-0", "prfaas-1", "pd-0", "pd-1", "pd-2"].index(name)
+def kill(launcher, *names):
+    """Kill the processes of the run that play `names`: rank by rank they are the launcher's children, as long
+    as none has ended."""
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    os.kill(int(children[rank]), number)
+    ranks = ["front", "prfaas-0", "prfaas-1", "pd-0", "pd-1", "pd-2"]
+    assert len(children) == len(ranks)
+    for name in names:
+        os.kill(int(children[ranks.index(name)]), signal.SIGKILL)
