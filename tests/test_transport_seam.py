@@ -127,14 +127,19 @@ def test_what_is_not_in_the_plan_cannot_be_put(ends):
     assert all(layer == 0 and 64 <= start < end <= 128 for layer, start, end in cargo.calls)
 
 
-def test_a_stream_can_be_expected_once_at_a_time(ends):
-    _, receiver = ends
+def test_a_stream_can_be_expected_once_at_a_time_and_not_again_when_it_is_done(ends):
+    sender, receiver = ends
     cargo = Cargo()
     receiver.expect(cargo.plan, cargo.sink)
     with pytest.raises(ValueError, match="stream 1 is expected already"):
         receiver.expect(cargo.plan, cargo.sink)
     receiver.forget(1)
     receiver.expect(cargo.plan, cargo.sink)
+    stream = sender.open(cargo.plan)
+    cargo.put_all(stream)
+    stream.finish(DEADLINE_S)
+    with pytest.raises(ValueError, match="or was received"):  # it would be acknowledged, and not written
+        receiver.expect(cargo.plan, cargo.sink)
 
 
 def test_a_stream_that_nobody_expects_is_refused_and_writes_nothing(ends):

@@ -107,7 +107,7 @@ class KVTransport(Protocol):
 
     def expect(self, plan: StreamPlan, sink: Sink) -> None:
         """Accept `plan` from now on; ends in StreamDone or StreamFailed. `sink` runs on threads of the transport, one
-        call at a time for one stream. Raises LinkDown, or ValueError when the stream is expected already."""
+        call at a time for one stream. Raises LinkDown, or ValueError when the stream is expected already, or done."""
 
     def open(self, plan: StreamPlan) -> SendStream:
         """Begin to send what the receiver expects. Raises LinkDown, or ValueError for a plan that cannot cross."""

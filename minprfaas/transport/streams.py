@@ -283,8 +283,8 @@ class ExpectedStreams:
     def expect(self, plan: StreamPlan, sink: Sink) -> None:
         """See `KVTransport.expect`."""
         with self._lock:
-            if plan.stream_id in self._streams:
-                raise ValueError(f"stream {plan.stream_id} is expected already")
+            if plan.stream_id in self._streams or plan.stream_id in self._done:  # it would be acknowledged, not written
+                raise ValueError(f"stream {plan.stream_id} is expected already, or was received")
             self._streams[plan.stream_id] = IncomingStream(plan, sink)
 
     def forget(self, stream_id: int) -> int | None:

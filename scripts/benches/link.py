@@ -14,6 +14,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -219,6 +220,9 @@ class PeakMemory:
 
 # ---- lanes
 
+_stream_ids = count()  # one that is used again is taken for what has come already, and not written
+
+
 def measure_lanes(lane_counts: list[int], chunk: int, total: int, repeats: int) -> list[dict]:
     """For each number of lanes the medians of raw Gloo and of the link in GB/s, taken in turns."""
     places = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -286,8 +290,7 @@ def _raw_gloo(rank, groups, total, chunk) -> float:
 def _link_goodput(link, rank, memory, total) -> float:
     """A stream for each row of `memory`; GB/s from the first put to the last acknowledgement."""
     tokens = total // len(memory) // ROW_BYTES
-    plans = [StreamPlan(number, (LayerPlan(0, 0, StateKind.TOKEN, ROW_BYTES),), 0, tokens)
-             for number in range(len(memory))]
+    plans = [StreamPlan(next(_stream_ids), (LayerPlan(0, 0, StateKind.TOKEN, ROW_BYTES),), 0, tokens) for _ in memory]
     return _send_all(link, plans, memory) if rank == 0 else _receive_all(link, plans, memory)
 
 
@@ -295,15 +298,15 @@ def _send_all(link, plans, memory) -> float:
     _expect(link, "ready")
     step = memory.shape[1] // ROW_BYTES  # tokens that the memory holds
 
-    def send(plan):
+    def send(plan, slab):
         stream = link.open(plan)
         for start in range(0, plan.end, step):
             end = min(start + step, plan.end)
-            stream.put(0, start, end, memory[plan.stream_id, :(end - start) * ROW_BYTES])
+            stream.put(0, start, end, slab[:(end - start) * ROW_BYTES])
         return stream.finish(DEADLINE_S)
 
     with ThreadPoolExecutor(len(plans)) as pool:
-        reports = list(pool.map(send, plans))
+        reports = list(pool.map(send, plans, memory))
     link.send_message({"kind": "done"})
     elapsed = max(report.acked_at_s for report in reports) - min(report.first_put_at_s for report in reports)
     return sum(report.bytes for report in reports) / elapsed / 1e9
@@ -319,8 +322,8 @@ def _receive_all(link, plans, memory) -> float:
 
         return sink
 
-    for plan in plans:
-        link.expect(plan, write_into(memory[plan.stream_id]))
+    for plan, slab in zip(plans, memory):
+        link.expect(plan, write_into(slab))
     link.send_message({"kind": "ready"})
     while not isinstance(link.receive(DEADLINE_S), MessageReceived):
         pass
