@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from programs import Program
+from programs import Program, run
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = [sys.executable, str(ROOT / "scripts" / "cluster.py")]
@@ -68,29 +68,46 @@ def test_two_prfaas_datacenters_on_unequal_lines_share_the_work_and_every_answer
     assert all("expected: prfaas-a in " in row["reason"] for row in away)
 
 
-def test_killed_prefill_nodes_of_both_datacenters_cost_prefills_and_no_answer(checkpoints, tmp_path):
+DYING = """
+import os, signal
+
+from minprfaas.cluster.prefill_role import PrefillRole
+from minprfaas.errors import run_program
+
+ship = PrefillRole._ship
+
+
+def ship_or_die(self, request, layer, start, end):
+    ship(self, request, layer, start, end)
+    if layer == 1 and (self.name == "prfaas-0" or (self.name == "pd-0" and request.id.startswith("turn"))):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+PrefillRole._ship = ship_or_die
+run_program("minprfaas.commands.cluster")
+"""
+
+
+def test_prefill_nodes_of_both_datacenters_that_are_killed_cost_prefills_and_no_answer(checkpoints, tmp_path):
+    """Each dies between two layers of a prefill: the PrfaaS node in its first, the PD-P node in a second turn's."""
+    program = tmp_path / "dying.py"
+    program.write_text(DYING)
     turns = [{"id": f"turn{number}", "after": f"turn{number - 1}" if number else "p1", "prompt": "abc " * 10,
               "max_tokens": 8} for number in range(2)]
     prompts = write_prompts(tmp_path / "prompts.jsonl", (400, 20, 350), more=turns)
-    # 50 kbit/s: the long prompts' KVCache is under way for many seconds when the short answer is printed
-    running = Program(PROGRAM[1], *arguments(
-        checkpoints, prompts, "prfaas=2,pd=3", "--json", str(tmp_path / "out.jsonl"), "--link-gbps", "0.00005",
-        "--link-timeout-s", "2", "--threshold", "340"))
-    try:
-        wait_for_line(running, "[p1]")
-        kill(running.pid, "prfaas-0", "pd-0")
-        said, errors = running.communicate(timeout=DEADLINE_S)
-    finally:
-        end(running)
-    assert running.returncode == 0, errors
-    assert "5 of 5 answers are identical" in said
-    assert "prfaas-0 has ended with status -9; --node prfaas-0 --store 127.0.0.1:" in errors
+    done = run(program, *arguments(
+        checkpoints, prompts, "prfaas=2,pd=3", "--json", str(tmp_path / "out.jsonl"), "--link-gbps", "0.01",
+        "--link-timeout-s", "2", "--threshold", "340"), timeout=DEADLINE_S)
+    assert done.returncode == 0, done.stderr
+    assert "5 of 5 answers are identical" in done.stdout
+    for name in ("prfaas-0", "pd-0"):
+        assert f"{name} has ended with status -9; --node {name} --store 127.0.0.1:" in done.stderr
     rows = rows_of(tmp_path / "out.jsonl")
     reasons = [rows[id]["reason"] for id in ("p0", "p2")]
     assert any("PrfaaS prfaas-1" in reason and "avoiding prfaas-0" in reason for reason in reasons)
-    told = str(rows)
-    assert "avoiding pd-0" in told or "no PD-P node" in told, "a turn was to be prefilled where nobody was left"
-    assert rows["p1"]["route"] == "pdp" and rows["turn1"]["route"] == "prfaas"
+    assert rows["p1"]["route"] == "pdp", "the PD-P node had answered before"
+    assert [rows[f"turn{number}"]["route"] for number in range(2)] == ["prfaas"] * 2
+    assert "no PD-P node" in rows["turn0"]["reason"] or "avoiding pd-0" in rows["turn0"]["reason"]
 
 
 @pytest.mark.heavy

@@ -253,11 +253,40 @@ def test_an_interface_that_does_not_exist_gets_one_line(checkpoints, prompts_fil
     one_line(done, "nope0")
 
 
+HELD_BACK = """
+import os, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+
+from minprfaas.commands import live_run, two_datacenters
+from minprfaas.errors import run_program
+
+seen, program, sleep = Path(sys.argv.pop(1)), two_datacenters.main, time.sleep
+
+
+def main(argv):
+    while os.environ.get("RANK") == "1" and not seen.exists():
+        sleep(0.01)
+    return program(argv)
+
+
+def stand_back(seconds):
+    seen.touch()
+    sleep(seconds)
+
+
+two_datacenters.main, live_run.time = main, SimpleNamespace(sleep=stand_back)
+run_program("minprfaas.commands.two_datacenters")
+"""
+
+
 def test_a_mistake_that_one_process_sees_first_is_said_by_the_other(checkpoints, prompts_file, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os, time\nif os.environ.get('RANK') == '1': time.sleep(1)\n")
-    done = run(PROGRAM + arguments(checkpoints, prompts_file, "--pool-blocks", "2"), PYTHONPATH=path_with(tmp_path))
+    """The front end's process begins only when the other one has seen the mistake, and stands back."""
+    program, seen = tmp_path / "held_back.py", tmp_path / "seen"
+    program.write_text(HELD_BACK)
+    done = programs.run(program, seen, *arguments(checkpoints, prompts_file, "--pool-blocks", "2"), timeout=DEADLINE_S)
     one_line(done, "KVCache pool")
+    assert seen.exists(), "the process that saw it first spoke itself"
 
 
 def children_of(pid):

@@ -10,7 +10,7 @@ import pytest
 
 from minprfaas.scheduling.paper_case import paper_fleet, paper_lengths
 from minprfaas.scheduling.planner import plan
-from minprfaas.scheduling.threshold import DRAIN_S, HOLD_S, MAX_STEP, Observation, ThresholdLoop
+from minprfaas.scheduling.threshold import DRAIN_S, HOLD_S, LOCAL_LOAD, MAX_STEP, Observation, ThresholdLoop
 
 FLEET, LENGTHS = paper_fleet(), paper_lengths()
 
@@ -109,6 +109,23 @@ def test_beyond_any_capacity_the_local_nodes_are_kept_below_saturation():
     local_s = LENGTHS.mean(FLEET.pd_profile.prefill_s, loop.threshold)
     assert loop.threshold < best(4.0) / 1.5
     assert 0.75 < 5 * local_share * local_s / 3 < 1.0
+
+
+def test_what_a_backlog_takes_of_prefill_is_no_decode_capacity():
+    """3.25 requests/s, and a backlog that takes two of five PD-P nodes: with five decode nodes the fleet carries them;
+    three decode nodes take 2.3, so that the PD-P nodes are kept below saturation."""
+    busy = {}
+    for n_d in (5, 3):
+        loop, rng = loop_with_traffic(best(100.0)), random.Random(1)
+        for second in range(0, 600, 20):
+            for _ in range(65):
+                loop.record(round(rng.choice(LENGTHS.values)))
+            loop.threshold = 1.4 * best(100.0)  # so far away that the deadband hides nothing
+            loop.update(seen(second, n_p=5, n_d=n_d, pdp_queue_s=2 * DRAIN_S))
+        lengths = loop.lengths()
+        local_s = lengths.mean(FLEET.pd_profile.prefill_s, loop.threshold)
+        busy[n_d] = 3.25 * (1 - lengths.tail(loop.threshold)) * local_s / 3
+    assert busy[3] < LOCAL_LOAD + 0.02 < 0.95 < busy[5] < 1
 
 
 def test_a_handful_of_requests_says_nothing():

@@ -112,7 +112,8 @@ class ThresholdLoop:
         values = lengths.values
         grid = [0.0, *values[::max(1, len(values) // GRID_THRESHOLDS)], values[-1]]  # all away … all local
         best = plan(fleet, lengths, n_p=n_p, grid=grid)
-        if best.lambda_max >= self._rate_rps:
+        # Decode has all of its nodes: what a backlog takes of PD-P is none of theirs.
+        if min(best.lambda_max, fleet.theta_pdd(now.n_p)) >= self._rate_rps:
             return best.threshold
         local_s = lengths.running_means(fleet.pd_profile.prefill_s)  # PD-P work a request, if the k shortest are local
         shortest = bisect_right(local_s, LOCAL_LOAD * n_p / self._rate_rps) - 1
