@@ -40,7 +40,8 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList(Layer(layer, config) for layer in config.layers)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
-    def forward(self, token_ids: Tensor, state: ModelState | None, on_layer: OnLayer | None) -> Tensor:
+    def forward(self, token_ids: Tensor, state: ModelState | None, on_layer: OnLayer | None,
+                last_only: bool) -> Tensor:
         """The last hidden states `[batch, new, hidden]`; see `Transformer.forward`."""
         start = token_ids.new_zeros(token_ids.shape[0]) if state is None else state.start
         positions = Positions(start, token_ids.shape[1], None if state is None else state.new)
@@ -51,6 +52,8 @@ class Stack(nn.Module):
             mixed = layer.self_attn(normed, positions, layer_state)
             if on_layer is not None:
                 on_layer(index)
+            if last_only and index == len(self.layers) - 1:  # no later layer mixes the others in
+                x, normed, mixed = (_last_tokens(of_all, state) for of_all in (x, normed, mixed))
             x = layer.feed(x, normed, mixed)
         return self.norm(x)
 
@@ -85,7 +88,11 @@ class Transformer(nn.Module):
         Without `state` the tokens are the whole context. With it, they follow what it holds, and it holds them
         afterwards. `on_layer(i)` is called as soon as layer i's state holds the new tokens.
         """
-        hidden = self.model(token_ids, state, on_layer)
-        if last_only and state is not None and state.new is not None:  # rows end in padding: each one's last token
-            hidden = hidden[torch.arange(len(hidden), device=hidden.device), state.new - 1][:, None]
-        return self.lm_head(hidden[:, -1:] if last_only else hidden)
+        return self.lm_head(self.model(token_ids, state, on_layer, last_only))
+
+
+def _last_tokens(rows: Tensor, state: ModelState | None) -> Tensor:
+    """Of `rows` `[batch, new, hidden]` each request's last, `[batch, 1, hidden]`; what comes behind it is padding."""
+    if state is None or state.new is None:
+        return rows[:, -1:]
+    return rows[torch.arange(len(rows), device=rows.device), state.new - 1][:, None]
