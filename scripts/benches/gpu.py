@@ -15,6 +15,7 @@ import argparse
 import torch
 
 from benches import gpu_cases
+from benches.peers import MODULES
 from benches.reading import measure_machine, print_readings, write_readings
 from minprfaas.errors import UserError, exit_on_user_error
 
@@ -30,6 +31,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--no-compile", action="store_true", help="leave the models' pieces as they are")
     parser.add_argument("--peers", metavar="DIR",
                         help="folder with checkouts of gpt-fast, flash-linear-attention, nano-vllm, transformers")
+    parser.add_argument("--without", nargs="+", default=[], choices=sorted(MODULES), metavar="PEER",
+                        help=f"of {', '.join(sorted(MODULES))}: those that are not to be timed")
     parser.add_argument("--json", metavar="FILE", help="write the readings, and what the card can do, to a file")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -37,7 +40,8 @@ def main(argv: list[str]) -> int:
     machine = measure_machine(torch.cuda.get_device_name(), "cuda")
     torch.cuda.empty_cache()
     print(machine, flush=True)
-    readings, chosen = [], gpu_cases.Chosen(args.models, args.batches, not args.no_compile, args.peers)
+    chosen = gpu_cases.Chosen(args.models, args.batches, not args.no_compile, args.peers, args.without)
+    readings = []
     for name in args.cases:
         for reading in gpu_cases.CASES[name](machine, chosen):
             readings.append(reading)

@@ -44,6 +44,7 @@ class Chosen:
     batches: list[int]
     compiled: bool
     peers: str | None  # the folder with their checkouts
+    without: list[str]  # peers that are left out
 
 
 def random_model(shape: dict, compiled: bool, device: str = "cuda") -> Transformer:
@@ -86,6 +87,8 @@ def beside_peers(found: list[tuple[Reading, dict]], shape: dict, names: tuple[st
     gc.collect()
     torch.cuda.empty_cache()
     for name in names:
+        if name in chosen.without:
+            continue
         with Peer(name, shape, "cuda", chosen.peers) as peer:
             for reading, case in found:
                 if (ms := peer.ms(case)) is not None:
