@@ -103,9 +103,22 @@ def test_a_later_token_changes_no_earlier_logit(models, family):
     assert (before[-1] - after[-1]).abs().max() > 1e-2  # and the last token does see token 70
 
 
-def test_last_only_gives_the_last_logits(hybrid):
-    model, token_ids = hybrid[0], prompt(20)
-    torch.testing.assert_close(model(token_ids, last_only=True), model(token_ids)[:, -1:], **CLOSE)
+def test_last_only_gives_the_last_logits_and_feeds_the_last_mlp_nothing_else(hybrid):
+    """The prompts of a pass may end in padding, too."""
+    model, token_ids, fed = hybrid[0], prompt(20, batch=2), []
+    expected = model(token_ids)
+    manager = new_manager(model)
+    caches = [manager.open(token_ids[0].tolist()), manager.open(token_ids[1, :13].tolist())]
+    assert manager.reserve(caches[0], 20) and manager.reserve(caches[1], 13)
+    hook = model.model.layers[-1].mlp.register_forward_hook(lambda mlp, given, out: fed.append(given[0].shape[1]))
+    try:
+        torch.testing.assert_close(model(token_ids, last_only=True), expected[:, -1:], **CLOSE)
+        padded = model(token_ids, manager.state(caches, [20, 13]), last_only=True)
+    finally:
+        hook.remove()
+    torch.testing.assert_close(padded[0, 0], expected[0, 19], **CLOSE)
+    torch.testing.assert_close(padded[1, 0], expected[1, 12], **CLOSE)
+    assert fed == [1, 1]
 
 
 def test_on_layer_is_called_once_the_layers_state_holds_the_tokens(hybrid):
