@@ -127,6 +127,17 @@ def test_neither_help_nor_a_mistake_waits_for_torch():
     assert [named for line, (_, _, named) in zip(lines, MISTAKES) if named not in line] == [], lines
 
 
+def test_a_first_answer_waits_for_no_compiler():
+    """PyTorch's takes as long to import as PyTorch itself, and nobody has asked for it."""
+    code = ("import sys\nfrom minprfaas import SamplingParams, generate, load\n"
+            "from minprfaas.commands import live_run\n"
+            "generate(*load(), ['Once upon a time ' * 30], SamplingParams(max_tokens=3))\n"
+            "assert 'torch._dynamo' not in sys.modules")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_example_of_a_command_is_one_that_it_takes(command):
     """Parsed, not run."""

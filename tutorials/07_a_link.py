@@ -34,7 +34,7 @@ from minprfaas.transport.wan.digest import Digest
 from minprfaas.transport.wan.frames import HEADER_BYTES, Codec, FrameError, Header, Kind, Slot
 
 torch.set_num_threads(1)
-far = FarEnd()  # it imports torch meanwhile
+far = FarEnd()
 
 # %% [markdown]
 # ## 1. What a transport is

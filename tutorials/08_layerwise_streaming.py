@@ -33,7 +33,7 @@ from minprfaas.transport import Loopback
 from minprfaas.transport.streams import Coverage
 
 torch.set_num_threads(1)
-far = FarEnd()  # it imports torch meanwhile
+far = FarEnd()
 
 # %% [markdown]
 # ## 1. What is final, and when

@@ -17,7 +17,8 @@ if __name__ == "__main__":
 import time
 
 import torch
-from nodes import DEADLINE_S, STREAM_TOKENS, cargo, new_store, pair_end, plan
+from helper import Process
+from nodes import DEADLINE_S, STARTER, STREAM_TOKENS, cargo, new_store, pair_end, plan, serve_streams
 
 from minprfaas.observe.tables import human_bytes, table
 from minprfaas.transport import EventQueue, LinkRestored, StreamDone, StreamFailed
@@ -27,7 +28,7 @@ from minprfaas.transport.pair_group import (ALIGN_BYTES, BATCH_BYTES, DIGEST_BYT
 from minprfaas.transport.wan.binding import LOOPBACK
 
 torch.set_num_threads(1)
-CPU, NODES_PY = torch.device("cpu"), helper.path_of("nodes.py")
+CPU = torch.device("cpu")
 
 # %% [markdown]
 # ## 1. Two runners in one building
@@ -213,7 +214,7 @@ require_error_handling()
 
 # %%
 store = new_store()
-peer = helper.start(NODES_PY, "fabric", str(store.port))
+peer = Process(STARTER, serve_streams, store.port)
 
 
 class Counted(PairGroup):
@@ -297,7 +298,7 @@ known_s = time.monotonic() - killed_s
 arrived, before = failed.arrived_end, second.rows.clone()
 is_unharmed = torch.equal(second.rows[:arrived], cargo(2)[:arrived])
 
-peer = helper.start(NODES_PY, "fabric", str(store.port))
+peer = Process(STARTER, serve_streams, store.port)
 while not (restored := next_of(LinkRestored)).peer_restarted:
     pass  # on a busy machine a link may also blink
 helper.wait_until(lambda: fabric.epoch > epoch, "the next epoch")
@@ -308,7 +309,7 @@ is_untouched = torch.equal(before, second.rows)
 print("6. A peer is killed, and the next epoch\n")
 print(table(["what happened", "s after the kill"], [
     [f"the stream failed: {failed.reason}", f"{known_s:.2f}"],
-    [f"a new process is met, epoch {epoch} → {fabric.epoch} (it had to import torch first)", f"{met_s:.2f}"]]))
+    [f"a new process is met, epoch {epoch} → {fabric.epoch}", f"{met_s:.2f}"]]))
 print(f"\n   Of {STREAM_TOKENS:,} tokens {arrived:,} had arrived, and they are "
       f"{'sound' if is_unharmed else 'DAMAGED'}; nothing was written once the stream\n   had failed: "
       f"{'true' if is_untouched else 'FALSE'}. A stream of the next epoch: "

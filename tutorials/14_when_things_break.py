@@ -36,7 +36,7 @@ from minprfaas.transport.wan.lanes import Lane
 from minprfaas.transport.wan.send_queue import SendQueue
 
 torch.set_num_threads(1)
-far = FarEnd()  # it imports torch meanwhile
+far = FarEnd()
 
 # %% [markdown]
 # ## 1. What must be kept, and for how long

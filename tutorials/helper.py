@@ -4,29 +4,23 @@ import argparse
 import atexit
 import contextlib
 import logging
-import multiprocessing
+import multiprocessing.util
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import IO, NoReturn
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkProcess
+from typing import NoReturn
 
 from exercises.checking import exercises_of, numbers_of, run_check
 
 from minprfaas.errors import ArgumentParser, UserError
 
-DEADLINE_S = 240.0  # of any wait: on a busy machine a process takes its time to import torch
-_started: list[subprocess.Popen] = []
-
-
-def path_of(name: str) -> str:
-    """The path of a file beside the chapters."""
-    return str(Path(__file__).resolve().parent / name)
+DEADLINE_S = 240.0  # of any wait: on a busy machine everything takes its time
 
 
 # Beginning and ending
@@ -52,7 +46,6 @@ def begin(doc: str | None, options: Mapping[str, dict] | None = None) -> argpars
     if getattr(arguments, "check", None) is not None:
         _check(chapter, arguments.check)
     logging.disable(logging.WARNING)  # what a link would log is told by the chapter
-    atexit.register(_end_processes)
     if sys.stdout is not None and not sys.stdout.isatty():
         sys.stdout.reconfigure(line_buffering=True)  # so that a reader who has left is noticed at the next line
     return arguments
@@ -78,15 +71,14 @@ def _on_exception(kind: type, error: BaseException, trace: object) -> None:
 
 
 def _end(status: int, line: str | None) -> None:
-    _end_processes()
+    for starter in _starters:
+        starter.end()
     if line is not None:
         print(line, file=sys.stderr)
     os._exit(status)  # from any state: threads may be in C++
 
 
-def _end_processes() -> None:
-    for process in [*_started, *multiprocessing.active_children()]:
-        process.kill()
+# Other processes
 
 
 @contextlib.contextmanager
@@ -100,13 +92,84 @@ def out_of_reach_of_the_keyboard() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def start(*arguments: str, errors: IO | None = None) -> subprocess.Popen:
-    """A Python process, which ends with this one. What it says on stderr goes into `errors`."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with out_of_reach_of_the_keyboard():
-        process = subprocess.Popen([sys.executable, *arguments], env=environment, stderr=errors)
-    _started.append(process)
-    return process
+class Starter:
+    """A process from which a chapter's others are forked, as it is itself forked from the chapter's: when torch is
+    imported, and before there are threads. So each of them starts in a tenth of the time that the import takes."""
+
+    def __init__(self) -> None:
+        self._here, there = multiprocessing.Pipe()
+        self._one_at_a_time = threading.Lock()
+        self._process = ForkProcess(target=_do_as_told, args=(there, self._here))
+        with out_of_reach_of_the_keyboard():
+            self._process.start()
+        os.setpgid(self._process.pid, self._process.pid)  # one group with all that will be forked from it
+        there.close()
+        _starters.append(self)
+        atexit.register(self.end)  # before multiprocessing's own, which would wait for it: the last one goes first
+
+    def ask(self, order: Callable, *arguments: object) -> object:
+        """What `order(processes, *arguments)` returns there."""
+        with self._one_at_a_time:
+            self._here.send((order, arguments))
+            return self._here.recv()
+
+    def end(self) -> None:
+        """With all that was forked from it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+
+_starters: list[Starter] = []
+
+
+def _do_as_told(here: Connection, there: Connection) -> None:
+    """Until the chapter's process is gone, even by kill -9."""
+    there.close()  # or the pipe would stay open without the chapter
+    processes: dict[int, ForkProcess] = {}
+    with contextlib.suppress(EOFError):
+        while True:
+            order, arguments = here.recv()
+            here.send(order(processes, *arguments))
+    os.killpg(0, signal.SIGKILL)
+
+
+def _start(processes: dict[int, ForkProcess], call: Callable, arguments: tuple) -> int:
+    process = ForkProcess(target=call, args=arguments)
+    process.start()
+    processes[process.pid] = process
+    return process.pid
+
+
+def _send_signal(processes: dict[int, ForkProcess], pid: int, number: int) -> None:
+    if processes[pid].is_alive():
+        os.kill(pid, number)
+
+
+def _status(processes: dict[int, ForkProcess], pid: int, patience_s: float) -> int | None:
+    processes[pid].join(patience_s)
+    return processes[pid].exitcode
+
+
+class Process:
+    """`call(*arguments)` in a process of its own, which ends with the chapter's."""
+
+    def __init__(self, starter: Starter, call: Callable, *arguments: object):
+        self._starter, self.pid = starter, starter.ask(_start, call, arguments)
+
+    def send_signal(self, number: int) -> None:
+        self._starter.ask(_send_signal, self.pid, number)
+
+    def kill(self) -> None:
+        """kill -9; returns when it is gone."""
+        self.send_signal(signal.SIGKILL)
+        self.status(DEADLINE_S)
+
+    def status(self, patience_s: float = 0.0) -> int | None:
+        """Its exit status; None if it still runs when patience is over."""
+        return self._starter.ask(_status, self.pid, patience_s)
+
+
+# Waiting
 
 
 def in_parallel(*calls: Callable) -> list:

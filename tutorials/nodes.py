@@ -1,24 +1,20 @@
-"""Other processes for chapters 07, 08, 09, 13 and 14: the far end of a line, of a fabric, and a live cluster.
-
-As a program this is one of them: `python tutorials/nodes.py line PORT NUMBER`, or `fabric PORT`.
-"""
+"""Other processes for chapters 07, 08, 09, 13 and 14: the far end of a line, of a fabric, and a live cluster."""
 
 import contextlib
 import hashlib
 import json
 import logging
-import subprocess
+import os
 import sys
 import tempfile
 import time
 from dataclasses import asdict
 from datetime import timedelta
-from pathlib import Path
 
-from helper import DEADLINE_S, start
+from helper import DEADLINE_S, Process, Starter
 
 import torch
-from torch.distributed import DistNetworkError, TCPStore
+from torch.distributed import TCPStore
 
 from minprfaas import load
 from minprfaas.cluster.front_end import FrontEnd
@@ -29,9 +25,11 @@ from minprfaas.cluster.neighbours import Neighbours
 from minprfaas.cluster.processes import control_settings, front_end, process
 from minprfaas.cluster.stream_plans import stream_plan
 from minprfaas.cluster.topology import PD_SITE, PRFAAS_SITE, Place, Topology
+from minprfaas.commands import cluster
 from minprfaas.commands.live_run import link_config
 from minprfaas.config import CacheConfig, LineConfig, LinkConfig, StateKind, WeatherChange
 from minprfaas.engine.engine import Engine
+from minprfaas.errors import exit_on_user_error
 from minprfaas.kvcache.layout import plan_layout
 from minprfaas.kvcache.manager import KVCacheManager
 from minprfaas.kvcache.request_cache import RequestCache
@@ -39,11 +37,10 @@ from minprfaas.model.kda import KDAConfig
 from minprfaas.model.mla import MLAConfig
 from minprfaas.observe.timeline import Timeline
 from minprfaas.scheduling.control import ControlPlane
-from minprfaas.transport import (EmulatedLine, EventQueue, Fabric, LayerPlan, Link, LinkDown, LinkIdentity, LinkLost,
+from minprfaas.transport import (EmulatedLine, EventQueue, Fabric, LayerPlan, Link, LinkIdentity, LinkLost,
                                  LinkRefused, MessageReceived, StreamAborted, StreamPlan)
 from minprfaas.transport.wan.lanes import Lane
 
-HERE = Path(__file__).resolve().parent
 READER_S = 12 * 3600.0  # how long a process waits for a reader who goes from cell to cell; it ends with the reader's
 STREAM_TOKENS, ROW_BYTES = 4096, 2048  # of what the other node of a pair sends: 8 MiB in one layer
 SECRET = b"what both datacenters were given"
@@ -110,12 +107,11 @@ class FarEnd:
         self._start()
 
     def _start(self) -> None:
-        self.process = start(str(HERE / "nodes.py"), "line", str(self.store.port), str(max(self._meetings - 1, 0)))
+        self.process = Process(STARTER, serve_lines, self.store.port, max(self._meetings - 1, 0))
 
     def kill(self) -> None:
         """kill -9."""
         self.process.kill()
-        self.process.wait()
 
     def start_again(self) -> None:
         """A new process, which takes the dead one's place at the last link and expects the same stream."""
@@ -154,6 +150,7 @@ def ask(link: Link, question: str) -> tuple[dict, float]:
 
 def serve_lines(port: int, number: int) -> None:
     """Meet, expect, answer; from order `number` on, again and again."""
+    logging.disable(logging.WARNING)  # what a link would log is told by the chapter
     store = TCPStore("127.0.0.1", port, None, False)
     while True:
         store.wait([f"order {number}"], timedelta(seconds=READER_S))
@@ -197,6 +194,7 @@ def pair_end(store: TCPStore, rank: int, **options) -> Fabric:
 
 def serve_streams(port: int) -> None:
     """Send each stream whose number comes in a message, in pieces of 64 tokens: all at once, or one after a pause."""
+    logging.disable(logging.WARNING)
     fabric = pair_end(TCPStore("127.0.0.1", port, None, False), 1)
     fabric.connect(DEADLINE_S)
     while True:
@@ -225,7 +223,7 @@ def serve_streams(port: int) -> None:
 
 
 class LiveCluster:
-    """The processes of `scripts/cluster.py`: each node is one, started as that program's `--node NAME`; the front end
+    """The processes of `scripts/cluster.py`: each node is one, as that program's `--node NAME` makes it; the front end
     lives in the chapter's process. `line` is emulated."""
 
     OPTIONS = ("--serve", "0", "--pool-blocks", "120", "--prefill-chunk", "256", "--lanes", "2")
@@ -240,11 +238,9 @@ class LiveCluster:
                          "--link-timeout-s", str(link_timeout_s), "--wait-s", str(DEADLINE_S), *self.OPTIONS]
         self._link_timeout_s = link_timeout_s
         self._here, *self.nodes = topology.places()
-        self._errors = tempfile.TemporaryFile("w+")  # what the nodes log, too
-        self.processes: dict[str, subprocess.Popen] = {}
+        self.processes: dict[str, Process] = {}
         for node in self.nodes:
             self.start(node.name)
-        torch.set_num_threads(1)
         self.model, self.tokenizer = load()
         engine = Engine(self.model, self.tokenizer, CacheConfig(1), prefill_chunk=256)  # for its keys and its clock
         self._identity = link_identity(self.model, engine.layout)
@@ -262,13 +258,11 @@ class LiveCluster:
 
     def start(self, name: str) -> None:
         """Start a node, for the first time or again."""
-        self.processes[name] = start(str(HERE.parent / "scripts" / "cluster.py"), "--node", name, *self._options,
-                                     errors=self._errors)
+        self.processes[name] = Process(STARTER, run_node, ["--node", name, *self._options])
 
     def kill(self, name: str) -> None:
         """kill -9."""
         self.processes[name].kill()
-        self.processes[name].wait()
 
     def step(self) -> None:
         """Hear what has happened; route what waits."""
@@ -279,27 +273,32 @@ class LiveCluster:
         dead: list[str] = []
 
         def is_over() -> bool:
-            dead[:] = [name for name in names if self.processes[name].poll() is not None]
+            dead[:] = [name for name in names if self.processes[name].status() is not None]
             return bool(dead) or {*names} <= {*self.front.ready}
 
         if not self._process.run_until(is_over, DEADLINE_S) or dead:
-            self._errors.seek(0)
+            ERRORS.seek(0)
             raise RuntimeError(f"of {', '.join(names)} only {', '.join(self.front.ready) or 'none'} came, and "
-                               f"{', '.join(dead) or 'none'} ended:\n{self._errors.read()}")
+                               f"{', '.join(dead) or 'none'} ended:\n{ERRORS.read()}")
 
     def close(self) -> None:
         """Dismiss the nodes that are there."""
         self._process.shut_down(deadline_s=5.0)
         self._neighbours.close()
         for node in self.processes.values():
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                node.wait(5.0)
+            node.status(patience_s=5.0)
         if self._line is not None:
             self._line.close()
 
 
-if __name__ == "__main__":
-    logging.disable(logging.WARNING)  # what a link would log is told by the chapter
-    torch.set_num_threads(1)
-    with contextlib.suppress(LinkDown, DistNetworkError):  # the chapter's process is gone, and its store with it
-        {"line": serve_lines, "fabric": serve_streams}[sys.argv[1]](*map(int, sys.argv[2:]))
+def run_node(options: list[str]) -> None:
+    """What `python scripts/cluster.py` does with these options, and says on stderr: that goes to `ERRORS`."""
+    sys.stderr = ERRORS
+    os.dup2(ERRORS.fileno(), 2)
+    logging.disable(logging.NOTSET)
+    sys.exit(exit_on_user_error(cluster.main)(options))
+
+
+ERRORS = tempfile.TemporaryFile("w+", buffering=1)
+torch.set_num_threads(1)  # here and in what is forked from here: they share the cores
+STARTER = Starter()  # at the end, so that it knows what it is told to run

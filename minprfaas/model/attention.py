@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 
 from minprfaas.model.layers import Positions
 
@@ -39,7 +38,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, positions: Positions, scale: float) 
     if new == context:
         is_causal = new > 1
     elif batch == 1:
-        mask = None if new == 1 else causal_lower_right(new, context)
+        mask = None if new == 1 else _lower_right(new, context)
     else:
         mask = (torch.arange(context, device=q.device) <= positions.index[..., None])[:, None]
     out = fused(queries, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=is_causal, scale=scale,
@@ -52,6 +51,13 @@ def fused(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
     more, and fails on some masks."""
     with sdpa_kernel(NOT_CUDNN) if q.is_cuda else nullcontext():
         return F.scaled_dot_product_attention(q, k, v, **options)
+
+
+def _lower_right(new: int, context: int) -> Tensor:
+    """A causal mask, aligned to the last new token, that names itself to the fused kernels. Its import brings PyTorch's
+    compiler, which takes as long as PyTorch itself, and most runs never come here."""
+    from torch.nn.attention.bias import causal_lower_right
+    return causal_lower_right(new, context)
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -3,12 +3,14 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
+from torch.overrides import TorchFunctionMode
 
 from minprfaas.config import ModelConfig
 from minprfaas.errors import UserError
@@ -158,12 +160,26 @@ def _opened(file: Path) -> safe_open:
         raise UserError(f"{file} is too large for this machine: {error}") from None
 
 
+class _NoValues(TorchFunctionMode):
+    """A new model draws its parameters' values. Where they have none, on the meta device, PyTorch imports its compiler
+    to work that out, which takes as long as PyTorch itself; so what leaves a tensor's shape as it is is left out."""
+
+    LEFT_OUT = {torch.nn.init.normal_, torch.Tensor.mul, torch.Tensor.add, torch.Tensor.neg, torch.Tensor.log,
+                torch.Tensor.exp, torch.expm1}
+
+    def __torch_function__(self, function: Callable, types: tuple, args: tuple = (),
+                           kwargs: dict | None = None) -> object:
+        if function in self.LEFT_OUT:
+            return args[0] if args else None
+        return function(*args, **(kwargs or {}))
+
+
 def _without_memory(directory: Path, config: ModelConfig, stored: dict[str, _Stored]) -> Transformer:
     """The model on the meta device; UserError unless the files hold exactly its tensors."""
     found = {name: list(tensor.file.get_slice(tensor.name).get_shape()) for name, tensor in stored.items()}
     # Never more than one layer beyond those of the files: a configuration of thousands of layers costs nothing then.
     stored_layers = {name.split(".")[2] for name in found if name.startswith("model.layers.")}
-    with torch.device("meta"):
+    with torch.device("meta"), _NoValues():
         model = Transformer(replace(config, layers=config.layers[: len(stored_layers) + 1]))
     expected = {name: list(place.shape) for name, place in places(model, found)}
     for name, shape in expected.items():
