@@ -81,7 +81,6 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse, but a wrong command line is a `UserError` like any other mistake: one line instead of the usage."""
 
     def error(self, message: str) -> NoReturn:
-        """See `argparse.ArgumentParser.error`."""
         shortened = message if len(message) <= 300 else message[:297] + "..."  # it may quote a number of 5,000 digits
         raise UserError(f"{shortened} (see {self.prog} --help)")
 

@@ -263,17 +263,14 @@ from minprfaas.errors import run_program
 
 seen, program, sleep = Path(sys.argv.pop(1)), two_datacenters.main, time.sleep
 
-
 def main(argv):
     while os.environ.get("RANK") == "1" and not seen.exists():
         sleep(0.01)
     return program(argv)
 
-
 def stand_back(seconds):
     seen.touch()
     sleep(seconds)
-
 
 two_datacenters.main, live_run.time = main, SimpleNamespace(sleep=stand_back)
 run_program("minprfaas.commands.two_datacenters")
@@ -361,11 +358,11 @@ def test_an_interrupt_during_the_start_is_one_line_at_most(checkpoints, prompts_
 
 
 def test_an_environment_a_terminal_and_a_prompt_that_are_odd_are_no_reason_to_die(checkpoints, prompts_file):
-    """All at once: torchrun's left-over variable (our own launcher does not hand it on), a terminal without arrows, and
-    a prompt of spaces only."""
+    """All at once: torchrun's left-over variable (our own launcher does not hand it on), a secret that is no text, a
+    terminal without arrows, and a prompt of spaces only."""
     prompts_file.write_text('{"id": "blank", "prompt": "   ", "max_tokens": 3}\n')
     done = run(PROGRAM + arguments(checkpoints, prompts_file, "--check"), PYTHONIOENCODING="ascii",
-               TORCHELASTIC_USE_AGENT_STORE="True")
+               TORCHELASTIC_USE_AGENT_STORE="True", MINPRFAAS_SECRET=os.fsdecode(b"\xff"))
     assert done.returncode == 0 and "link A ? B" in done.stdout, done.stderr
     assert "1 of 1 answers are identical" in done.stdout
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from minprfaas.cluster import messages
 from minprfaas.cluster.kv_receive import KVReceive
-from minprfaas.cluster.node import Happening, PeerLost
+from minprfaas.cluster.node import Happening, Part, PeerLost
 from minprfaas.cluster.snapshot_arrivals import SnapshotArrivals
 from minprfaas.cluster.stream_plans import stream_plan
 from minprfaas.cluster.upkeep import Upkeep
@@ -39,7 +39,7 @@ class Serving:
     told: tuple[int, int] = (0, 0)  # progress that the front end knows: tokens, bytes
 
 
-class DecodeRole:
+class DecodeRole(Part):
     """Serves `Serve`s. `room_deadline_s` is how long a request may wait for blocks here."""
 
     def __init__(self, upkeep: Upkeep, room_deadline_s: float):
@@ -55,7 +55,6 @@ class DecodeRole:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the next step will compute something."""
         return self.engine.is_ready
 
     @property
@@ -64,7 +63,6 @@ class DecodeRole:
         return bool(self.servings or self.upkeep.has_streams or self._snapshots or self.engine.has_work)
 
     def hear(self, sender: str, message: messages.Message) -> None:
-        """Take a message."""
         match message:
             case messages.Serve() if sender == FRONT:
                 self._accept(message)
@@ -77,7 +75,6 @@ class DecodeRole:
                     self._hear_prefill_node(serving, message)
 
     def notice(self, happening: Happening) -> None:
-        """Take what has happened to a stream or to a peer."""
         match happening:
             case PeerLost(name=name, reason=reason):
                 for serving in list(self.servings.values()):

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from minprfaas.cluster import messages, recovery
 from minprfaas.cluster.journey import Journey, Update
 from minprfaas.cluster.mail import Mail
-from minprfaas.cluster.node import Happening, PeerLost
+from minprfaas.cluster.node import Happening, Part, PeerLost
 from minprfaas.config import FRONT, LinkSample, Role, SamplingParams
 from minprfaas.errors import RequestError, UserError
 from minprfaas.scheduling import control
@@ -22,7 +22,7 @@ from minprfaas.scheduling.router import RouteRequest
 LOCAL_DEADLINE_S = 3600.0  # for a prefill inside the PD cluster
 
 
-class FrontEnd:
+class FrontEnd(Part):
     """Takes requests, routes each once (and again after a failure), and gathers what the nodes say.
 
     `block_keys` makes the chain keys of a prompt's full blocks of `block_tokens` tokens, with which the directory is
@@ -123,7 +123,6 @@ class FrontEnd:
                     self._begin_again(journey)
 
     def hear(self, sender: str, message: messages.Message) -> None:
-        """Take a message."""
         match message:
             case messages.NodeReady(role=role) if role in {one.value for one in Role}:
                 self.ready[sender] = message

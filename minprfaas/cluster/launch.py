@@ -271,7 +271,7 @@ def link_identity(model: Transformer, layout: Layout, wire: Wire = Wire()) -> Li
         sizes = {entry.group: entry.row_bytes for entry in stream_plan(layout, 0, 0, 1, wire).entries}
     shape = ";".join(f"{group.index}:{group.layers}:{sizes[group.index]}:{group.spec.kind.value}"
                      for group in layout.groups)
-    return LinkIdentity(fingerprint, dtype, shape, secret.encode() if secret else None, wire.name)
+    return LinkIdentity(fingerprint, dtype, shape, os.fsencode(secret) if secret else None, wire.name)
 
 
 def _variable(name: str) -> str:

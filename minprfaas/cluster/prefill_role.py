@@ -9,7 +9,7 @@ from enum import Enum
 
 from minprfaas.cluster import messages
 from minprfaas.cluster.kv_send import KVSend
-from minprfaas.cluster.node import Happening, PeerLost
+from minprfaas.cluster.node import Happening, Part, PeerLost
 from minprfaas.cluster.prefix_shipping import Fetch
 from minprfaas.cluster.stream_plans import snapshot_plan, stream_plan
 from minprfaas.cluster.upkeep import Upkeep
@@ -45,7 +45,7 @@ class Prefill:
     snapshot: KVSend | None = None  # once the prefill has passed the boundary
 
 
-class PrefillRole:
+class PrefillRole(Part):
     """Serves `PrefillOrder`s. `overlap` False ships KVCache only after prefill, for comparison."""
 
     def __init__(self, upkeep: Upkeep, overlap: bool = True):
@@ -57,7 +57,6 @@ class PrefillRole:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the next step will compute something."""
         return self.engine.is_ready
 
     @property
@@ -66,7 +65,6 @@ class PrefillRole:
         return bool(self.prefills or self.upkeep.has_streams or self.engine.has_work)
 
     def hear(self, sender: str, message: messages.Message) -> None:
-        """Take a message."""
         match message:
             case messages.PrefillOrder():
                 self._accept(sender, message)
@@ -74,7 +72,6 @@ class PrefillRole:
                 self._drop(self.prefills[id])
 
     def notice(self, happening: Happening) -> None:
-        """Take what has happened to a stream or to a peer."""
         if isinstance(happening, PeerLost):
             for prefill in list(self.prefills.values()):
                 if prefill.decode_node == happening.name:

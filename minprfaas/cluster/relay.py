@@ -52,13 +52,11 @@ class RelayingPrefillRole(PrefillRole):
                                                         update.finish_reason or "", request.length_limit or ""))
 
     def hear(self, sender: str, message: messages.Message) -> None:
-        """See `PrefillRole.hear`."""
         super().hear(sender, message)
         if isinstance(message, messages.RelayOver | messages.Abort):
             self._end_relays(lambda prefill: (prefill.order.id, prefill.decode_node) == (message.id, sender))
 
     def notice(self, happening: Happening) -> None:
-        """See `PrefillRole.notice`."""
         super().notice(happening)
         if isinstance(happening, PeerLost):
             self._end_relays(lambda prefill: prefill.decode_node == happening.name)
@@ -107,7 +105,6 @@ class RelayedDecodeRole(DecodeRole):
 
     @property
     def is_ready(self) -> bool:
-        """See `DecodeRole.is_ready`."""
         return super().is_ready or any(serving.kv.has_arrived for serving in self._relayed.values())
 
     def hear(self, sender: str, message: messages.Message) -> None:

@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 from minprfaas.cluster import messages
 from minprfaas.cluster.decode_role import DecodeRole
-from minprfaas.cluster.node import Happening
+from minprfaas.cluster.node import Happening, Part
 from minprfaas.cluster.prefill_role import PrefillRole
 from minprfaas.cluster.upkeep import Upkeep
 from minprfaas.config import FRONT, Role
 
 
-class Worker:
+class Worker(Part):
     """Plays the upkeep's role and, once nothing is left to do in it, the one that the front end wants instead. Its
     cache stays, and is told anew with the new role. `plays` makes the object for a role."""
 
@@ -24,7 +24,6 @@ class Worker:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the next step will compute something."""
         return self.playing.is_ready
 
     @property
@@ -47,7 +46,6 @@ class Worker:
                 self.playing.hear(sender, message)
 
     def notice(self, happening: Happening) -> None:
-        """Take what has happened to a stream or to a peer."""
         self.upkeep.notice(happening)
         self.playing.notice(happening)
 

@@ -36,7 +36,7 @@ from minprfaas.transport.wan.link import Link
 
 Drive = Callable[[Process, Engine], int]
 MEET_ALL_S = 5.0  # until all processes of a run are there, for a node that is
-FRONT_END_GRACE_S = 60.0  # then what only this process has seen is said after all
+FRONT_END_GRACE_S = 15.0  # then what only this process has seen is said after all
 FABRIC_TIMEOUT_S = 2.0  # inside a datacenter there is no weather: a connection that breaks is a process that died
 
 

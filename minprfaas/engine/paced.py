@@ -106,7 +106,6 @@ class PacedEngine(Engine):
 
     @property
     def is_ready(self) -> bool:
-        """See `Engine.is_ready`."""
         due_at_s = self.runner.step_due_at_s
         is_stepping = self._only_decodes() and due_at_s is not None and self.clock() < due_at_s
         return super().is_ready and not is_stepping
@@ -127,7 +126,6 @@ class PacedEngine(Engine):
         return updates
 
     def admit_remote(self, request: Request, first_token: int) -> TokenUpdate:
-        """See `Engine.admit_remote`."""
         if self.runner.step_due_at_s is not None and self.clock() > self.runner.middle_at_s:
             self._late.append(request)
         return super().admit_remote(request, first_token)

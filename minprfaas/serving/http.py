@@ -136,12 +136,10 @@ class ClientProtocol(asyncio.StreamReaderProtocol):
         self.hung_up = asyncio.get_running_loop().create_future()
 
     def eof_received(self) -> bool | None:
-        """See `asyncio.Protocol`."""
         self._hang_up()
         return super().eof_received()
 
     def connection_lost(self, error: Exception | None) -> None:
-        """See `asyncio.BaseProtocol`."""
         self._hang_up()
         super().connection_lost(error)
 

@@ -8,13 +8,13 @@ import time
 
 import torch
 
-from minprfaas.transport.base import SendStream, Sink, StreamAborted, StreamPlan
+from minprfaas.transport.base import KVTransport, SendStream, Sink, StreamAborted, StreamPlan
 from minprfaas.transport.events import EventQueue, StreamReport
 from minprfaas.transport.streams import ExpectedStreams, PutLog
 
 
-class Loopback:
-    """A KVTransport from this process to itself, which reports to `events`. Any thread may call any method."""
+class Loopback(KVTransport):
+    """From this process to itself; reports to `events`. Any thread may call any method."""
 
     def __init__(self, events: EventQueue | None = None):
         self.events = EventQueue() if events is None else events
@@ -25,11 +25,9 @@ class Loopback:
         self._expected.expect(plan, sink)
 
     def open(self, plan: StreamPlan) -> "LoopbackStream":
-        """See `KVTransport.open`."""
         return LoopbackStream(plan, self._expected)
 
     def forget(self, stream_id: int) -> int | None:
-        """See `KVTransport.forget`."""
         return self._expected.forget(stream_id)
 
 
@@ -62,7 +60,6 @@ class LoopbackStream(SendStream):
                             acked_at_s=time.monotonic(), stalled_s=0.0, resent_chunks=0)
 
     def abort(self, reason: str = "aborted by the sender") -> None:
-        """See `SendStream.abort`."""
         if self._failure is None:
             self._failure = reason
             self._expected.fail(self.plan.stream_id, "aborted by the sender")
