@@ -107,6 +107,11 @@ def test_a_chunk_ends_at_a_wanted_boundary_at_which_the_layers_do_not_hold_their
     assert chunk_ends(manager(strided, 800, snapshot_every=6), PROMPT, 1000) == [42]  # 24 and 40 are multiples of 8
     assert chunk_ends(manager(strided, 800, snapshot_every=6), PROMPT[:39], 1000) == [36, 39]
     assert chunk_ends(manager(strided, 800, snapshot_every=3), PROMPT, 7) == [7, 12, 19, 24, 31, 36, 40, 42]
+    strided = [replace(spec, snapshot_stride=16) if spec is LINEAR else spec for spec in HYBRID]
+    kvcache = manager(strided, 800, snapshot_every=5)  # 20 and 40 are wanted
+    cache = kvcache.open(PROMPT)
+    cache.num_tokens = 4
+    assert kvcache.plan_chunk(cache, 42, 1000) == 40, "20 is 16 tokens on, 40 is 36"
 
 
 @pytest.mark.parametrize("stride", [1, 4, 8])

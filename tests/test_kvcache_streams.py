@@ -198,6 +198,8 @@ def test_an_expected_snapshot_needs_a_boundary_and_outlives_its_request():
     kvcache.snapshots.forget(expected)
     kvcache.check()
     assert kvcache.stats().free == 200
+    taken = kvcache.ledger.allocate(200 - len(expected.blocks) + 1)
+    assert kvcache.snapshots.expect(cache.keys, 40) is None and kvcache.stats().free == 200 - len(taken), "no room"
     dense = manager(DENSE, 200)
     assert dense.snapshots.expect(dense.open(PROMPT).keys, 40) is None
 

@@ -136,6 +136,8 @@ def test_least_loaded_routing_stands_between_naive_offloading_and_the_threshold(
 
 def test_least_loaded_routing_sends_no_more_than_the_link_carries():
     assert plan_least_loaded(replace(FLEET, link_gbps=3), LENGTHS).egress_gbps == pytest.approx(3)
+    nobody = plan_least_loaded(replace(FLEET, link_gbps=0, pd_instances=1), LENGTHS)  # the one PD instance decodes
+    assert (nobody.lambda_max, nobody.offloaded_fraction) == (0, 0)
 
 
 def test_sensitivity_says_what_more_of_each_kind_would_buy():

@@ -8,7 +8,7 @@ from world import World
 from minprfaas import SamplingParams, generate
 from minprfaas.cluster import messages
 from minprfaas.cluster.node import PeerLost
-from minprfaas.cluster.stream_plans import stream_plan
+from minprfaas.cluster.stream_plans import snapshot_plan, stream_plan
 from minprfaas.config import FRONT, Role
 
 LONG = SamplingParams(max_tokens=40, ignore_eos=True)
@@ -284,6 +284,22 @@ def test_relayed_tokens_beyond_what_this_node_could_hold_end_the_answer_as_its_o
     desk.role.hear(PEER, relay_of(answer[11]))
     assert desk.said()[-1] == messages.TokenDrawn("a#1", answer[11], f"t{answer[11]}", "length", "pool")
     assert not desk.role.has_work
+
+
+def test_an_answer_that_ends_before_its_kvcache_came_says_all_that_had_crossed(hybrid):
+    """Of the rows, and of the snapshot that was to come after them."""
+    desk, order = served(hybrid, relay=True, sampling=TWELVE)
+    sender, sent = prefilled(hybrid)
+    desk.role.hear(PEER, messages.PrefillDone("a#1", 5, 32, 2.0, 0, True))
+    layout, tables = desk.engine.layout, sent.cache.block_tables
+    rows = stream_plan(layout, order.stream_id, 0, 100)
+    ship(desk.there.open(rows), sender, tables, end=32, entries=rows.entries[-1:])
+    state = snapshot_plan(layout, order.snapshot_stream_id, order.snapshot_at)
+    ship(desk.there.open(state), sender, sender.kvcache.snapshots.hold(sent.cache, 96), entries=state.entries[:1])
+    desk.role.hear(PEER, relay_of(5))
+    desk.role.hear(PEER, relay_of(6, reason="stop"))
+    told = [word.kv_bytes for word in desk.said() if isinstance(word, messages.Started)]
+    assert told == [0, 32 * rows.entries[-1].row_bytes + state.entries[0].row_bytes]
 
 
 def test_a_prompt_that_was_prefilled_beside_its_decode_role_is_relayed_to_nobody(hybrid):

@@ -190,6 +190,23 @@ def test_an_aborted_stream_fails_on_the_receiver_with_what_had_arrived(ends):
         cargo.put_all(sender_that_was_aborted(sender, cargo))
 
 
+def test_a_stream_that_was_aborted_writes_nothing_into_the_one_that_is_expected_in_its_place(ends):
+    sender, receiver = ends
+    first, second = Cargo(), Cargo()
+    receiver.expect(first.plan, first.sink)
+    stream = sender.open(first.plan)
+    stream.abort("the client went away")
+    event(receiver, StreamFailed)
+    receiver.expect(second.plan, second.sink)
+    with pytest.raises(StreamAborted, match="the client went away"):
+        first.put_all(stream)
+    assert first.calls == second.calls == []
+    again = sender.open(second.plan)
+    second.put_all(again)
+    again.finish(DEADLINE_S)
+    assert second.is_identical and first.calls == []
+
+
 def sender_that_was_aborted(sender, cargo):
     stream = sender.open(cargo.plan)
     stream.abort("the client went away")
