@@ -9,8 +9,8 @@ from datetime import timedelta
 import torch.distributed as dist
 from kv_oracle import KVOracle
 
-from minprfaas.cluster.launch import link_identity
 from minprfaas.cluster.decode_role import DecodeRole
+from minprfaas.cluster.launch import link_identity
 from minprfaas.cluster.mail import Mail
 from minprfaas.cluster.prefill_role import PrefillRole
 from minprfaas.cluster.processes import Process, control_settings, front_end, process, worker
@@ -18,9 +18,9 @@ from minprfaas.cluster.topology import Topology
 from minprfaas.config import CacheConfig, LineConfig, LinkConfig, Role
 from minprfaas.engine.engine import Engine
 from minprfaas.scheduling.control import ControlPlane
-from minprfaas.transport import Link
 from minprfaas.transport.encoding import Wire
 from minprfaas.transport.wan.line import EmulatedLine
+from minprfaas.transport.wan.link import Link
 
 DEADLINE_S = 60
 FAST = LinkConfig(lanes=2, chunk_bytes=4096)

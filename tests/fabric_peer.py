@@ -11,7 +11,8 @@ from torch.distributed import TCPStore
 from transport_support import DEADLINE_S, Cargo, event, new_fabric
 
 from minprfaas.config import LinkConfig
-from minprfaas.transport import LinkDown, MessageReceived, StreamAborted
+from minprfaas.transport.base import LinkDown, StreamAborted
+from minprfaas.transport.events import MessageReceived
 
 # Of both ends: a heartbeat leaves every fifth of `silence_s`, so an end that allows less than the other one sends would
 # take a peer that has nothing to say for dead.

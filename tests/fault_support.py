@@ -29,8 +29,9 @@ from minprfaas.cluster.processes import control_settings
 from minprfaas.config import CacheConfig, LineConfig, LinkConfig, StateKind
 from minprfaas.engine.engine import Engine
 from minprfaas.scheduling.control import ControlPlane
-from minprfaas.transport import Link, LinkDown
+from minprfaas.transport.base import LinkDown
 from minprfaas.transport.wan.line import EmulatedLine
+from minprfaas.transport.wan.link import Link
 
 DEADLINE_S = 60.0
 HEALED = ("cut", "stall", "silence", "duplicate", "reorder", "flip payload", "flip header", "truncate", "garbage",

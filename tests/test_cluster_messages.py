@@ -13,7 +13,8 @@ from minprfaas.cluster import messages
 from minprfaas.cluster.envelope import FIELDS, BadMessage, Envelope, decode, encode
 from minprfaas.cluster.mail import Mail
 from minprfaas.config import FRONT
-from minprfaas.transport import Link, MessageReceived
+from minprfaas.transport.events import MessageReceived
+from minprfaas.transport.wan.link import Link
 
 ORDER = messages.PrefillOrder("a", 7, [1, 2, 3], 0, 8, 0, "", 0, 0, {"max_tokens": 3}, 60.0)
 

@@ -35,7 +35,8 @@ from minprfaas.scheduling.directory import CacheChanged
 from minprfaas.scheduling.paper_case import paper_fleet
 from minprfaas.simulator.arrivals import from_trace, read_trace, write_conversations
 from minprfaas.simulator.simulation import Setup, Simulation
-from minprfaas.transport import Link, LinkLost, LinkRestored, MessageReceived
+from minprfaas.transport.events import LinkLost, LinkRestored, MessageReceived
+from minprfaas.transport.wan.link import Link
 
 
 # ---- the loop

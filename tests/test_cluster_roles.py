@@ -16,7 +16,7 @@ from minprfaas.cluster.envelope import decode
 from minprfaas.cluster.node import PeerLost
 from minprfaas.cluster.stream_plans import snapshot_plan, stream_plan
 from minprfaas.config import FRONT, Role, StateKind
-from minprfaas.transport import StreamAborted
+from minprfaas.transport.base import StreamAborted
 from minprfaas.transport.events import ArrivalReport, MessageReceived, StreamDone, StreamFailed
 
 

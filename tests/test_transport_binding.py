@@ -16,9 +16,9 @@ from transport_support import DEADLINE_S, IDENTITY, connected, in_parallel, new_
 
 from minprfaas.config import LinkConfig
 from minprfaas.errors import UserError, one_line
-from minprfaas.transport import Link
 from minprfaas.transport.wan.binding import LOOPBACK, Binding, choose_binding
 from minprfaas.transport.wan.lanes import connect_pair
+from minprfaas.transport.wan.link import Link
 
 
 @pytest.fixture(autouse=True)

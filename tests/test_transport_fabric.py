@@ -14,8 +14,9 @@ from transport_support import (DEADLINE_S, IDENTITY, Cargo, connected_fabric, ev
 
 from minprfaas.config import LinkConfig, StateKind
 from minprfaas.errors import UserError
-from minprfaas.transport import (Fabric, LayerPlan, LinkDown, LinkLost, LinkRestored, MessageReceived, StreamAborted,
-                                 StreamDone, StreamFailed, StreamPlan)
+from minprfaas.transport.base import LayerPlan, LinkDown, StreamAborted, StreamPlan
+from minprfaas.transport.events import LinkLost, LinkRestored, MessageReceived, StreamDone, StreamFailed
+from minprfaas.transport.fabric import Fabric
 from minprfaas.transport.pair_group import ANNOUNCED, WINDOW, PairGroup
 
 BIG = 50_000  # tokens: hundreds of batches

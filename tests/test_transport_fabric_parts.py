@@ -7,7 +7,7 @@ import pytest
 import torch
 from transport_support import Cargo, in_parallel
 
-from minprfaas.transport import LinkDown, StreamAborted
+from minprfaas.transport.base import LinkDown, StreamAborted
 from minprfaas.transport.fabric_sending import PIECES, FabricOutbox, batches_of
 from minprfaas.transport.pair_group import ALIGN_BYTES, DIGEST_BYTES, digest, is_sound, seal
 from minprfaas.transport.streams import Piece

@@ -7,10 +7,12 @@ import pytest
 from transport_support import DEADLINE_S, IDENTITY, Cargo, Impostor, connected, event, in_parallel, new_store
 
 from minprfaas.config import LinkConfig
-from minprfaas.transport import Link, LinkDown, LinkRefused, MessageReceived
+from minprfaas.transport.base import LinkDown, LinkRefused
+from minprfaas.transport.events import MessageReceived
 from minprfaas.transport.wan.frames import Codec, FrameError, Kind, control_frame
 from minprfaas.transport.wan.handshake import INCARNATION_BYTES, shake_hands
 from minprfaas.transport.wan.lanes import Lane
+from minprfaas.transport.wan.link import Link
 
 
 def connect_both(mine, theirs, config=LinkConfig(), other_config=LinkConfig()) -> list[Exception | None]:

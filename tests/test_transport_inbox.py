@@ -5,8 +5,7 @@ import torch
 from transport_support import Cargo, next_event
 
 from minprfaas.config import LinkConfig
-from minprfaas.transport import MessageReceived, StreamDone, StreamFailed
-from minprfaas.transport.events import EventQueue
+from minprfaas.transport.events import EventQueue, MessageReceived, StreamDone, StreamFailed
 from minprfaas.transport.wan.frames import (
     HEADER_BYTES, Codec, Frame, FrameError, Header, Kind, Slot, StreamRecord, decode_acks, encode_acks)
 from minprfaas.transport.wan.inbox import Inbox

@@ -7,9 +7,10 @@ import pytest
 from transport_support import DEADLINE_S, IDENTITY, connected, in_parallel, new_store, wait_until
 
 from minprfaas.config import LinkConfig
-from minprfaas.transport import Link, LinkDown
+from minprfaas.transport.base import LinkDown
 from minprfaas.transport.wan.frames import Kind, control_frame
 from minprfaas.transport.wan.lanes import Lane
+from minprfaas.transport.wan.link import Link
 
 
 def two_lanes():

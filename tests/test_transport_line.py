@@ -9,9 +9,10 @@ import random
 import pytest
 
 from minprfaas.config import LineConfig
+from minprfaas.config import WeatherChange
 from minprfaas.errors import UserError
-from minprfaas.transport import EmulatedLine, WeatherChange, load_weather
 from minprfaas.transport.wan import line as line_module
+from minprfaas.transport.wan.line import EmulatedLine, load_weather
 
 
 def begun(*arguments, **options) -> EmulatedLine:

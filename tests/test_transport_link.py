@@ -14,10 +14,11 @@ from transport_support import (DEADLINE_S, IDENTITY, Cargo, connected, event, ga
 
 from minprfaas.config import LineConfig, LinkConfig, StateKind
 from minprfaas.observe.timeline import Timeline
-from minprfaas.transport import (LayerPlan, Link, LinkDown, LinkLost, MessageReceived, StreamAborted, StreamDone,
-                                 StreamFailed, StreamPlan)
+from minprfaas.transport.base import LayerPlan, LinkDown, StreamAborted, StreamPlan
+from minprfaas.transport.events import LinkLost, MessageReceived, StreamDone, StreamFailed
 from minprfaas.transport.wan.frames import HEADER_BYTES, Kind
 from minprfaas.transport.wan.lanes import Lane
+from minprfaas.transport.wan.link import Link
 
 HERE = Path(__file__).resolve().parent
 

@@ -6,9 +6,10 @@ import pytest
 from transport_support import DEADLINE_S, Cargo, connected, event, gated
 
 from minprfaas.config import LinkConfig
-from minprfaas.transport import LinkDown, LinkRestored, MessageReceived, StreamDone
-from minprfaas.transport.wan.frames import HEADER_BYTES, Frame, FrameError, Header, Kind, Slot, StreamRecord
+from minprfaas.transport.base import LinkDown
+from minprfaas.transport.events import LinkRestored, MessageReceived, StreamDone
 from minprfaas.transport.wan import parts as parts_module
+from minprfaas.transport.wan.frames import HEADER_BYTES, Frame, FrameError, Header, Kind, Slot, StreamRecord
 from minprfaas.transport.wan.parts import (CONTROL_LIMIT_BYTES, MESSAGE_LIMIT_BYTES, MESSAGE_WINDOW, PartsIn, PartsOut,
                                            encode_message)
 from minprfaas.transport.wan.send_queue import MESSAGE_LEAD_BYTES, SendQueue

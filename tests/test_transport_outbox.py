@@ -9,7 +9,7 @@ from transport_support import DEADLINE_S, in_parallel, stands_in, wait_until
 
 from minprfaas.config import LineConfig, LinkConfig
 from minprfaas.observe.timeline import Timeline
-from minprfaas.transport import LinkDown, StreamAborted
+from minprfaas.transport.base import LinkDown, StreamAborted
 from minprfaas.transport.wan.frames import HEADER_BYTES, Frame, Header, Kind, Slot, StreamRecord, control_frame
 from minprfaas.transport.wan.line import EmulatedLine
 from minprfaas.transport.wan.outbox import Outbox

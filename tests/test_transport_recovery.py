@@ -20,13 +20,15 @@ from transport_support import (DEADLINE_S, IDENTITY, Cargo, Impostor, Lanes, con
                                new_fabric, new_store, wait_until)
 
 from minprfaas.config import LineConfig, LinkConfig
-from minprfaas.transport import (Link, LinkDown, LinkIdentity, LinkLost, LinkRestored, MessageReceived, StreamAborted,
-                                 StreamDone, StreamFailed)
+from minprfaas.transport.base import LinkDown, StreamAborted
+from minprfaas.transport.events import LinkLost, LinkRestored, MessageReceived, StreamDone, StreamFailed
 from minprfaas.transport.pair_group import PairGroup
 from minprfaas.transport.wan import supervision
 from minprfaas.transport.wan.digest import Digest
 from minprfaas.transport.wan.frames import HEADER_BYTES, Kind
+from minprfaas.transport.wan.handshake import LinkIdentity
 from minprfaas.transport.wan.lanes import Lane
+from minprfaas.transport.wan.link import Link
 
 CONFIG = LinkConfig(lanes=3, chunk_bytes=4096, timeout_s=10, silence_s=3)
 

@@ -12,7 +12,9 @@ from transport_support import (DEADLINE_S, Cargo, connected, connected_fabric, e
                                wait_until)
 
 from minprfaas.config import LinkConfig
-from minprfaas.transport import Loopback, MessageReceived, StreamAborted, StreamDone, StreamFailed
+from minprfaas.transport.base import StreamAborted
+from minprfaas.transport.events import MessageReceived, StreamDone, StreamFailed
+from minprfaas.transport.loopback import Loopback
 from minprfaas.transport.streams import IncomingStream
 
 

@@ -13,8 +13,10 @@ from programs import process_starter
 from transport_support import DEADLINE_S, IDENTITY, Cargo, in_parallel, new_store
 
 from minprfaas.config import LineConfig, LinkConfig
+from minprfaas.config import WeatherChange
 from minprfaas.errors import UserError
-from minprfaas.transport import EmulatedLine, Link, WeatherChange
+from minprfaas.transport.wan.line import EmulatedLine
+from minprfaas.transport.wan.link import Link
 from minprfaas.transport.wan.shared_words import SharedWords, remove_abandoned
 
 LINE = LineConfig(gbps=0.008, weather=(WeatherChange(5.0, gbps=0.004, rtt_ms=100),))  # a kilobyte takes a millisecond

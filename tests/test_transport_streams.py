@@ -8,7 +8,7 @@ import torch
 from transport_support import stands_in, wait_until
 
 from minprfaas.config import StateKind
-from minprfaas.transport import LayerPlan, StreamAborted, StreamPlan
+from minprfaas.transport.base import LayerPlan, StreamAborted, StreamPlan
 from minprfaas.transport.streams import Coverage, IncomingStream, Piece
 
 PLAN = StreamPlan(5, (LayerPlan(0, 0, StateKind.TOKEN, 4), LayerPlan(1, 1, StateKind.REQUEST, 10)), 8, 16)

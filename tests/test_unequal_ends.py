@@ -25,8 +25,9 @@ from minprfaas.config import CacheConfig, Encoding, LinkConfig, StateKind
 from minprfaas.engine.engine import Engine
 from minprfaas.model.checkpoint import load
 from minprfaas.scheduling.directory import CacheChanged, Directory
-from minprfaas.transport import Link, LinkRefused
+from minprfaas.transport.base import LinkRefused
 from minprfaas.transport.encoding import Wire
+from minprfaas.transport.wan.link import Link
 
 ROOT = Path(__file__).resolve().parent.parent
 RECAST = Wire(recast="float32 in datacenter A and bfloat16 in B", same_blocks=False)

@@ -29,10 +29,13 @@ from minprfaas.cluster.upkeep import FIGURES_S, TIMELINE_PART, Upkeep
 from minprfaas.config import FRONT, CacheConfig, Encoding, LinkSample, Role
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.paced import Pace
+from minprfaas.errors import UserError
 from minprfaas.observe.timeline import Timeline
-from minprfaas.transport import Link, LinkDown, LinkRefused
+from minprfaas.transport.base import LinkDown, LinkRefused
 from minprfaas.transport.encoding import Wire
 from minprfaas.transport.events import LinkLost, MessageReceived
+from minprfaas.transport.wan.lanes import Lane
+from minprfaas.transport.wan.link import Link
 
 
 def heard_by(desk, message, sender=FRONT):
@@ -305,6 +308,29 @@ def test_a_process_that_comes_late_is_met_and_one_that_was_refused_is_named_unti
     one.wait_for_all(DEADLINE_S)
     assert one.met == {there.name} and not one.refused and len(made) > 1
     assert made[0] is not made[-1]
+    friend.close()
+    one.close()
+
+
+def test_a_process_that_cannot_be_met_for_want_of_ports_is_named_until_there_are_some(monkeypatch):
+    monkeypatch.setattr("minprfaas.cluster.neighbours.PAUSE_S", 0.01)
+    monkeypatch.setattr("minprfaas.transport.wan.rendezvous.LANE_TIMEOUT_S", 0.5)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=DEADLINE_S))
+    (there, here), has_ports = Topology(1, 1).two_places(), threading.Event()
+
+    def lane(*arguments):
+        if not has_ports.is_set():
+            raise UserError("too many open files")
+        return Lane(*arguments)
+
+    friend = Link("a-b", store, 0, FAST, IDENTITY)
+    threading.Thread(target=friend.connect, args=(DEADLINE_S,), daemon=True).start()
+    one = Neighbours(here, [there], lambda _: Link("a-b", store, 1, FAST, IDENTITY, lane_type=lane),
+                     Mail(queue.SimpleQueue()))
+    wait_until(lambda: one.refused.get(there.name) == "too many open files")
+    has_ports.set()
+    one.wait_for_all(DEADLINE_S)
+    assert one.met == {there.name} and not one.refused
     friend.close()
     one.close()
 

@@ -16,15 +16,15 @@ from test_two_datacenters import GREEDY, prompts_of, reference, tokens
 
 from minprfaas.cluster.kv_receive import KVReceive
 from minprfaas.cluster.kv_send import KVSend, SendingThreads
-from minprfaas.cluster.stream_plans import snapshot_plan, stream_plan
 from minprfaas.cluster.launch import link_identity
+from minprfaas.cluster.stream_plans import snapshot_plan, stream_plan
 from minprfaas.commands.answers import wire_share
 from minprfaas.config import CacheConfig, Encoding, StateKind
 from minprfaas.engine.engine import Engine
 from minprfaas.model.checkpoint import load
 from minprfaas.model.spec import kv_bytes
-from minprfaas.transport import Loopback
 from minprfaas.transport.encoding import Wire, row_codec
+from minprfaas.transport.loopback import Loopback
 from minprfaas.transport.wan.frames import HEADER_BYTES, Codec, Header, Kind, Slot
 
 ROUNDED = [Encoding.BF16, Encoding.FP8, Encoding.INT8, Encoding.INT4]

@@ -11,11 +11,15 @@ import torch
 from torch.distributed import PrefixStore, TCPStore
 
 from minprfaas.config import LineConfig, LinkConfig, StateKind
-from minprfaas.transport import (EmulatedLine, Fabric, LayerPlan, Link, LinkDown, LinkIdentity, LinkLost,
-                                 StreamPlan)
+from minprfaas.transport.base import LayerPlan, LinkDown, StreamPlan
+from minprfaas.transport.events import LinkLost
+from minprfaas.transport.fabric import Fabric
 from minprfaas.transport.pair_group import PairGroup
 from minprfaas.transport.wan.frames import Kind
+from minprfaas.transport.wan.handshake import LinkIdentity
 from minprfaas.transport.wan.lanes import Lane
+from minprfaas.transport.wan.line import EmulatedLine
+from minprfaas.transport.wan.link import Link
 
 DEADLINE_S = 30.0
 IDENTITY = LinkIdentity(bytes(32), "float32", "64 tokens", b"a shared secret")

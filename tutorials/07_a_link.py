@@ -26,12 +26,12 @@ from nodes import ROW_BYTES, FarEnd, as_bytes, ask, cargo, plan
 
 from minprfaas.config import LineConfig, LinkConfig, WeatherChange
 from minprfaas.observe.tables import human_bytes, table
-from minprfaas.transport import EmulatedLine
 from minprfaas.transport.base import LinkRefused, StreamAborted
 from minprfaas.transport.events import StreamDone
 from minprfaas.transport.loopback import Loopback
 from minprfaas.transport.wan.digest import Digest
 from minprfaas.transport.wan.frames import HEADER_BYTES, Codec, FrameError, Header, Kind, Slot
+from minprfaas.transport.wan.line import EmulatedLine
 
 torch.set_num_threads(1)
 far = FarEnd()

@@ -29,7 +29,7 @@ from minprfaas.config import LineConfig, LinkConfig, StateKind
 from minprfaas.files import write_whole
 from minprfaas.observe.tables import human_bytes, table
 from minprfaas.observe.timeline import Timeline, timeline_json
-from minprfaas.transport import Loopback
+from minprfaas.transport.loopback import Loopback
 from minprfaas.transport.streams import Coverage
 
 torch.set_num_threads(1)

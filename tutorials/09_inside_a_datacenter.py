@@ -21,7 +21,7 @@ from helper import Process
 from nodes import DEADLINE_S, STARTER, STREAM_TOKENS, cargo, new_store, pair_end, plan, serve_streams
 
 from minprfaas.observe.tables import human_bytes, table
-from minprfaas.transport import EventQueue, LinkRestored, StreamDone, StreamFailed
+from minprfaas.transport.events import EventQueue, LinkRestored, StreamDone, StreamFailed
 from minprfaas.transport.fabric import Fabric
 from minprfaas.transport.pair_group import (ALIGN_BYTES, BATCH_BYTES, DIGEST_BYTES, WINDOW, PairGroup, digest, is_sound,
                                             require_error_handling, seal)

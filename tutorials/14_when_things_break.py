@@ -30,9 +30,11 @@ from minprfaas.cluster.topology import Topology
 from minprfaas.config import LineConfig, LinkConfig
 from minprfaas.documents import EVALUATION_SEEDS, make_document
 from minprfaas.observe.tables import table
-from minprfaas.transport import Link, LinkRefused, LinkRestored, MessageReceived, StreamAborted
+from minprfaas.transport.base import LinkRefused, StreamAborted
+from minprfaas.transport.events import LinkRestored, MessageReceived
 from minprfaas.transport.wan.frames import HEADER_BYTES, Frame, Header, Kind, Slot, StreamRecord
 from minprfaas.transport.wan.lanes import Lane
+from minprfaas.transport.wan.link import Link
 from minprfaas.transport.wan.send_queue import SendQueue
 
 torch.set_num_threads(1)

@@ -37,9 +37,13 @@ from minprfaas.model.kda import KDAConfig
 from minprfaas.model.mla import MLAConfig
 from minprfaas.observe.timeline import Timeline
 from minprfaas.scheduling.control import ControlPlane
-from minprfaas.transport import (EmulatedLine, EventQueue, Fabric, LayerPlan, Link, LinkIdentity, LinkLost,
-                                 LinkRefused, MessageReceived, StreamAborted, StreamPlan)
+from minprfaas.transport.base import LayerPlan, LinkRefused, StreamAborted, StreamPlan
+from minprfaas.transport.events import EventQueue, LinkLost, MessageReceived
+from minprfaas.transport.fabric import Fabric
+from minprfaas.transport.wan.handshake import LinkIdentity
 from minprfaas.transport.wan.lanes import Lane
+from minprfaas.transport.wan.line import EmulatedLine
+from minprfaas.transport.wan.link import Link
 
 READER_S = 12 * 3600.0  # how long a process waits for a reader who goes from cell to cell; it ends with the reader's
 STREAM_TOKENS, ROW_BYTES = 4096, 2048  # of what the other node of a pair sends: 8 MiB in one layer

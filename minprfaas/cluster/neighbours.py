@@ -38,7 +38,7 @@ class Neighbours:
         while True:
             try:
                 self._meet(peer)
-            except LinkRefused as error:
+            except (LinkRefused, UserError) as error:  # a machine without descriptors has no ports either
                 self.refused[peer.name] = str(error)
             except LinkDown:
                 pass  # it did not come, or came and went

@@ -19,6 +19,7 @@ from minprfaas.errors import UserError, require_number
 from minprfaas.scheduling.control import ControlPlane, ControlSettings
 from minprfaas.scheduling.planner import Fleet
 from minprfaas.scheduling.profiles import Profile, Scale
+from minprfaas.transport.wan.line import load_weather
 
 
 def add_options(p: argparse.ArgumentParser, may_serve: bool = False) -> None:
@@ -148,10 +149,7 @@ def checked(args: argparse.Namespace, topology: Topology) -> Run:
 
 def weather(path: str | None) -> tuple[WeatherChange, ...]:
     """An emulated line's, from its file. UserError when that is no schedule."""
-    if not path:
-        return ()
-    from minprfaas.transport import load_weather  # waits for torch, as all of that room does
-    return load_weather(path)
+    return load_weather(path) if path else ()
 
 
 def _checked_emulation(args: argparse.Namespace) -> Emulation | None:

@@ -26,6 +26,7 @@ from minprfaas.simulator.arrivals import bursty, day_lengths, diurnal, drawn, fr
 from minprfaas.simulator.nodes import SimRequest
 from minprfaas.simulator.recorder import TTFT_OBJECTIVE_S, Report
 from minprfaas.simulator.simulation import MAX_SIMULATED_S, PrfaaSSite, Setup, Simulation
+from minprfaas.transport.wan.line import load_weather
 
 LIMITS = (("requests", 1, 10_000_000), ("day-s", 1, 1e6), ("cache-blocks", 0, None), ("speed", 1e-6, 1e9))
 
@@ -188,7 +189,6 @@ def _weather(path: str | None, gbps: float) -> tuple[tuple[float, float], ...]:
     """A live link's schedule as (seconds, Gbps): a stall is a bandwidth of 0."""
     if not path:
         return ()
-    from minprfaas.transport import load_weather
     steps = []
     for change in load_weather(path):
         gbps = gbps if change.gbps is None else change.gbps

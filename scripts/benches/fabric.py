@@ -22,8 +22,9 @@ from benches.link import IDENTITY, in_two_processes
 from minprfaas.config import LinkConfig, StateKind
 from minprfaas.engine.fast_runner import chunk_for
 from minprfaas.observe.tables import table
-from minprfaas.transport import (Fabric, LayerPlan, LinkRestored, StreamAborted, StreamDone, StreamFailed,
-                                 StreamPlan)
+from minprfaas.transport.base import LayerPlan, StreamAborted, StreamPlan
+from minprfaas.transport.events import LinkRestored, StreamDone, StreamFailed
+from minprfaas.transport.fabric import Fabric
 
 DEADLINE_S = 60.0
 OPERATION_DEADLINE_S = 2.0  # of a fabric whose peer is killed

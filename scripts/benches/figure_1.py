@@ -27,8 +27,10 @@ from minprfaas.engine.engine import Engine
 from minprfaas.engine.reference import pool_for
 from minprfaas.model.checkpoint import EMBEDDED, load
 from minprfaas.observe.tables import human_bytes, table
-from minprfaas.transport import (EmulatedLine, KVTransport, Link, MessageReceived, StreamDone, StreamPlan,
-                                 StreamReport)
+from minprfaas.transport.base import KVTransport, StreamPlan
+from minprfaas.transport.events import MessageReceived, StreamDone, StreamReport
+from minprfaas.transport.wan.line import EmulatedLine
+from minprfaas.transport.wan.link import Link
 
 DEADLINE_S = 120.0
 RTT_MS = 20.0

@@ -23,7 +23,11 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 from tqdm import tqdm
 
 from minprfaas.config import LineConfig, LinkConfig, StateKind
-from minprfaas.transport import EmulatedLine, LayerPlan, Link, LinkIdentity, MessageReceived, StreamDone, StreamPlan
+from minprfaas.transport.base import LayerPlan, StreamPlan
+from minprfaas.transport.events import MessageReceived, StreamDone
+from minprfaas.transport.wan.handshake import LinkIdentity
+from minprfaas.transport.wan.line import EmulatedLine
+from minprfaas.transport.wan.link import Link
 
 RTT_MS = 20.0
 ROW_BYTES = 4096

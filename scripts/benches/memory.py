@@ -27,7 +27,9 @@ from minprfaas.kvcache.manager import KVCacheManager
 from minprfaas.model.families import config_from_hf
 from minprfaas.model.spec import model_state_specs
 from minprfaas.observe.tables import human_bytes, table
-from minprfaas.transport import EmulatedLine, Link, StreamDone
+from minprfaas.transport.events import StreamDone
+from minprfaas.transport.wan.line import EmulatedLine
+from minprfaas.transport.wan.link import Link
 
 LIMIT_MIB = 64
 CHUNK_TOKENS = 1024

@@ -30,7 +30,9 @@ from minprfaas.kvcache.request_cache import RequestCache
 from minprfaas.model.families import config_from_hf
 from minprfaas.model.spec import model_state_specs
 from minprfaas.observe.tables import table
-from minprfaas.transport import EmulatedLine, Link, MessageReceived, StreamDone
+from minprfaas.transport.events import MessageReceived, StreamDone
+from minprfaas.transport.wan.line import EmulatedLine
+from minprfaas.transport.wan.link import Link
 
 LIMIT = 0.05  # of a step
 MOST = 0.8  # of what should arrive

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from exercises.checking import first_wrong
 
 from minprfaas.config import LineConfig, StateKind
-from minprfaas.transport import LayerPlan, StreamPlan
+from minprfaas.transport.base import LayerPlan, StreamPlan
 from minprfaas.transport.streams import Piece, PlanCoverage
 from minprfaas.transport.wan.line import EmulatedLine
 
