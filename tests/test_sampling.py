@@ -23,6 +23,11 @@ def test_temperature_zero_takes_the_likeliest_whatever_the_seed():
     assert {sample(LOGITS, SamplingParams(seed=seed), seed) for seed in range(20)} == {1}
 
 
+def test_a_seed_draws_tomorrow_what_it_draws_today():
+    drawn = [sample(torch.zeros(1000), SamplingParams(temperature=1.0, seed=7), position) for position in range(6)]
+    assert drawn == [155, 285, 904, 171, 771, 933]
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_tokens_are_drawn_as_often_as_the_softmax_says(temperature):
     torch.testing.assert_close(shares(temperature=temperature), (LOGITS / temperature).softmax(0), atol=0.03, rtol=0)
