@@ -220,8 +220,10 @@ print(f"   The impostor {met}.\n   The stream {ended}.\n"
 
 # %%
 THRESHOLD, ANSWER = 512, SamplingParams(max_tokens=30, ignore_eos=True)
-cluster = LiveCluster(Topology(prfaas=1, pd=3, split=1), THRESHOLD, LINE)
+PATIENCE_S = 2.0  # for a link that has broken to come back
+cluster = LiveCluster(Topology(prfaas=1, pd=3, split=1), THRESHOLD, LINE, PATIENCE_S)
 cluster.wait_for(*(node.name for node in cluster.nodes))
+silences_s: list[float] = []
 
 
 def nobody(journey: Journey) -> str | None:
@@ -259,7 +261,11 @@ def serve(tokens: int, whom: Callable[[Journey], str | None]) -> tuple[Journey, 
     if journey.error is not None:
         raise journey.error
     (alone,) = generate(cluster.model, cluster.tokenizer, [prompt], ANSWER)
-    silence = f"{seen[before][0] - killed_s:.2f} s" if victim and before < len(seen) else "–"
+    if victim is not None and before < len(seen):
+        silences_s.append(seen[before][0] - killed_s)
+        silence = f"{silences_s[-1]:.2f} s"
+    else:
+        silence = "–"
     sound.append(journey.output_ids == alone.token_ids and [token for _, token in seen] == journey.output_ids)
     return journey, [victim or "nobody", f"{journey.prompt_tokens:,}", f"{first_route} → {journey.route}",
                      journey.attempts, before, silence, f"{seen[-1][0] - journey.arrived_at_s:.2f} s",
@@ -281,6 +287,7 @@ print(f"""
    silence: from the kill to the next token that the client got. prfaas-0 had returned when the last one was killed.
    Of the third request the front end says: {offloaded.fallback!r}.
    The last was routed anew: {local.reason}.
+   The longest silence took {max(silences_s):.1f} s, where a link that has broken is given {PATIENCE_S:g} s to come back.
 """)
 
 # %% [markdown]
@@ -291,6 +298,10 @@ print(f"""
 #
 # *Why is not even a part of the broken stream used?* A dense model would go on after the last full block that arrived.
 # This hybrid needs the state of its linear layers as well, and that comes last (chapter 08).
+#
+# *What are the seconds of silence?* A connection that breaks may come back (section 2), so a link waits before its peer
+# counts as dead; only then is the request routed anew, and prefilled. The fabric between two PD nodes does not wait: its
+# streams fail with the connection (chapter 09), and the decode node reports the lost prefill at once.
 #
 # *And if it goes on dying?* An *attempt* is one pair of nodes; nodes that failed a request are avoided, and after 64
 # attempts (`MOST_ATTEMPTS`) it ends in an error that says so. No request disappears.
