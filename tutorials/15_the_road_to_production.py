@@ -352,11 +352,11 @@ while engine.has_work:
 took_s = request.first_token_at_s - request.arrived_at_s
 stands_for = round(scale.tokens(prompt.shape[1]))
 print("8. Rehearse before you buy\n")
-profile_s = paper.h200_profile().prefill_s(stands_for)
+profile_s, late = paper.h200_profile().prefill_s(stands_for), pace.late_s / pace.allowed_s
 print(f"   {prompt.shape[1]:,} tokens stand for {stands_for:,}. They took {took_s:.2f} s here, which stand for "
       f"{scale.seconds(took_s):.2f} s;\n   the profile says {profile_s:.2f} s. This machine needed "
-      f"{pace.needed_s / pace.allowed_s:.0%} of the time allowed, and was late by {pace.late_share:.1%}:\n   "
-      f"{'a valid rehearsal' if pace.late_share < 0.05 else 'not valid, it was too slow or too busy for this pace'}.\n")
+      f"{pace.needed_s / pace.allowed_s:.0%} of the time allowed, and was late by {late:.1%}:\n   "
+      f"{'a valid rehearsal' if late < 0.05 else 'not valid, it was too slow or too busy for this pace'}.\n")
 
 # %% [markdown]
 # *Why can a rehearsal be invalid?* Where real work takes longer than the profile allows, nothing can be waited out. So

@@ -27,11 +27,6 @@ class Pace:
     needed_s: float = 0.0  # by the real work
     late_s: float = 0.0  # by which it came too late
 
-    @property
-    def late_share(self) -> float:
-        """How much longer the emulated machine took than its profile says, as a share of that."""
-        return self.late_s / self.allowed_s if self.allowed_s else 0.0
-
 
 class PacedRunner:
     """A runner that takes the time of `pace`. `wait(seconds)` lets that time pass."""
