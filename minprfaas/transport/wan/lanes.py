@@ -8,6 +8,7 @@
 - A send whose `Work` is dropped before it is done never arrives, and silences the lane.
 """
 
+import ctypes
 import threading
 import time
 from collections.abc import Callable
@@ -35,6 +36,15 @@ def threads_per_lane(lanes: int) -> tuple[int, int]:
     """How many send and how many receive, each with a frame of its own: while one is on its way another is sealed, or
     checked and written. With many lanes that happens anyway, and more threads only wait for the interpreter lock."""
     return (2, 3) if lanes <= 2 else (1, 2)
+
+
+def compute_alone() -> None:
+    """Let torch start no OpenMP threads for the calling one. Each lane would digest with a team of its own, and the
+    teams fight over the cores: on 16 of them 16 threads with teams of 8 digested half as fast as 16 threads alone."""
+    torch.get_num_threads()  # a thread takes over the process's number when it first asks; from now on it may differ
+    openmp = ctypes.CDLL(None)  # `torch.set_num_threads` would set the number of every later thread as well
+    if hasattr(openmp, "omp_set_num_threads"):
+        openmp.omp_set_num_threads(1)
 
 
 class Lane:

@@ -22,7 +22,7 @@ from minprfaas.transport.base import LinkDown
 from minprfaas.transport.events import EventQueue, LinkLost, LinkRestored
 from minprfaas.transport.wan.frames import Frame, Kind, Slot, control_frame
 from minprfaas.transport.wan.inbox import Inbox
-from minprfaas.transport.wan.lanes import Lane, threads_per_lane
+from minprfaas.transport.wan.lanes import Lane, compute_alone, threads_per_lane
 from minprfaas.transport.wan.line import EmulatedLine
 from minprfaas.transport.wan.monitor import SAMPLE_EVERY_S
 from minprfaas.transport.wan.outbox import Outbox
@@ -128,6 +128,7 @@ class Supervisor:
 
     def _start_thread(self, lane: Lane, role: str, work: Callable[[], None]) -> None:
         def run() -> None:
+            compute_alone()
             try:
                 work()
             except Exception as error:  # whatever it is, the lane is dead and the supervisor must know
