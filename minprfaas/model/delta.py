@@ -126,23 +126,26 @@ def _carry_through(parts: ChunkParts, memory: Tensor) -> tuple[Tensor, Tensor, T
 
 
 def _carry_in_place(parts: ChunkParts, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`_carry_through` where no gradient is wanted: every product lands in its place, with no copy before or after."""
-    heads, chunks = memory.shape[:2], parts.keys.shape[2]
+    """`_carry_through` where no gradient is wanted: every product lands in its place, with no copy before or after.
+    The values take that of `parts.new_values`."""
+    values = parts.new_values.flatten(0, 1)
     reads, keys, kept = (part.flatten(0, 1).unbind(1) for part in (parts.reads, parts.keys, parts.kept))
-    values = parts.new_values.flatten(0, 1).transpose(0, 1).contiguous()  # [chunks, heads, chunk, value_dim]
-    memories = memory.new_empty(chunks + 1, *memory.flatten(0, 1).shape)
-    memories[0] = memory.flatten(0, 1)
-    for chunk, (value, before, after) in enumerate(zip(values.unbind(), memories.unbind(), memories[1:].unbind())):
+    befores = memory.new_empty(len(values), len(keys), *memory.shape[2:])
+    memories = [*befores.unbind(1), torch.empty_like(befores[:, 0])]
+    memories[0].copy_(memory.flatten(0, 1))
+    for chunk, (value, before, after) in enumerate(zip(values.unbind(1), memories, memories[1:])):
         value.baddbmm_(reads[chunk], before, alpha=-1)
         torch.mul(kept[chunk], before, out=after)
         after.baddbmm_(keys[chunk], value)
-    before, values = (x.transpose(0, 1).unflatten(0, heads) for x in (memories[:-1], values))
-    return before, values, memories[-1].unflatten(0, heads)
+    befores, values, after = (x.unflatten(0, memory.shape[:2]) for x in (befores, values, memories[-1]))
+    return befores, values, after
 
 
 def chunk_outputs(parts: ChunkParts, before: Tensor, values: Tensor) -> Tensor:
     """What the tokens read, of the memory before their chunk and of each other: `[batch, tokens, heads, value_dim]`."""
-    return (parts.queries @ before + parts.q_by_k @ values).permute(0, 2, 3, 1, 4).flatten(1, 2)
+    out = parts.queries @ before
+    out.flatten(0, 2).baddbmm_(parts.q_by_k.flatten(0, 2), values.flatten(0, 2))
+    return out.permute(0, 2, 3, 1, 4).flatten(1, 2)
 
 
 def _solve(q: Tensor, k: Tensor, decay: Tensor, beta: Tensor, size: int) -> tuple[Tensor, Tensor]:
