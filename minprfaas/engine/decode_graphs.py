@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from minprfaas.config import StateKind
 from minprfaas.engine.request import Request
 from minprfaas.kvcache.layout import KVGroup
 from minprfaas.kvcache.pool import BlockPool, put_rows
 from minprfaas.kvcache.request_cache import RequestCache
 from minprfaas.model.paged_attention import (
     PageIndex, PageOutputs, attend_to_copied_pages, attend_to_pages, flash_can_read, page_index, pieces_of_pages)
-from minprfaas.model.spec import Pages, TokenContext
+from minprfaas.model.spec import Pages, TensorSpec, TokenContext
 from minprfaas.model.transformer import Transformer
 
 LEAST_PAGES = 4
@@ -89,8 +90,7 @@ class LiveState:
     def __init__(self, pool: BlockPool, most_requests: int):
         self.pool = pool
         self.tensors = {
-            layer: tuple(torch.zeros(most_requests, *tensor.shape, dtype=tensor.torch_dtype, device=pool.device)
-                         for tensor, _ in places)
+            layer: tuple(_zeros(most_requests, group, tensor, pool.device) for tensor, _ in places)
             for group in pool.layout.request_groups for layer, places in group.places.items()}
         self._caches: list[RequestCache] = []
 
@@ -130,6 +130,16 @@ class LiveState:
             on_device = torch.tensor(rows, device=self.pool.device)
             for layer in group.layers:
                 yield layer, places, on_device
+
+
+def _zeros(most_requests: int, group: KVGroup, tensor: TensorSpec, device: torch.device) -> torch.Tensor:
+    """`[most_requests, *shape]`. A memory `[heads, key_dim, value_dim]` lies with a value's channels of the key side by
+    side: what a step sums over them and what it then adds to each is one kernel, which reads the memory once. So lie a
+    convolution's last inputs `[channels, kernel - 1]` as they come."""
+    *outer, rows, columns = tensor.shape
+    if group.spec.kind is StateKind.WINDOW:
+        return torch.zeros(most_requests, *tensor.shape, dtype=tensor.torch_dtype, device=device)
+    return torch.zeros(most_requests, *outer, columns, rows, dtype=tensor.torch_dtype, device=device).transpose(-1, -2)
 
 
 class StepState:

@@ -59,11 +59,19 @@ def delta_rule_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, me
     `(diag(exp(g)) S)^T x = S^T (exp(g) x)`: nothing waits for the new memory, which is written once, and in the old
     one's place unless a gradient is wanted."""
     q, k, v, kept = q[:, 0], k[:, 0], v[:, 0], g[:, 0].exp()
-    delta = (v - torch.einsum("bhkv,bhk->bhv", memory, kept * k)) * beta[:, 0, :, None]
-    out = torch.einsum("bhkv,bhk->bhv", memory, kept * q) + (q * k).sum(dim=-1, keepdim=True) * delta
+    delta = (v - _read(memory, kept * k)) * beta[:, 0, :, None]
+    out = _read(memory, kept * q) + (q * k).sum(dim=-1, keepdim=True) * delta
     if any(tensor.requires_grad for tensor in (q, k, v, kept, delta, memory)):
         return out[:, None], torch.addcmul(kept[..., None] * memory, k[..., None], delta[:, :, None])
     return out[:, None], memory.mul_(kept[..., None]).addcmul_(k[..., None], delta[:, :, None])
+
+
+def _read(memory: Tensor, x: Tensor) -> Tensor:
+    """`S^T x` of each head, `[batch, heads, value_dim]`. A compiler is given the sum, which it can make one kernel of
+    with what else goes over S; else that would be a copy of S."""
+    if torch.compiler.is_compiling() and memory.is_cuda:
+        return (memory * x[..., None]).sum(dim=-2)
+    return torch.einsum("bhkv,bhk->bhv", memory, x)
 
 
 def delta_rule_chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, memory: Tensor,
