@@ -357,3 +357,18 @@ def test_a_snapshot_that_another_request_is_about_to_begin_from_does_not_give_wa
     kvcache.check()
     decode(kvcache, answer, tokens, [58, 59, 60, 61])
     assert kvcache.match([*tokens, 1]) == 12, "that of sixteen tokens gave way: nobody held it"
+
+
+def test_the_check_recounts_what_requests_own_and_hold():
+    kvcache = manager(HYBRID, 800)
+    cache = prefill(kvcache, PROMPT)
+    kvcache.check()
+    taken = kvcache.ledger.allocate(1)
+    with pytest.raises(RuntimeError, match="of 800 blocks, 1 leaked"):
+        kvcache.check()
+    kvcache.ledger.give_back(taken)
+    kvcache.ledger.hold(cache.entries[0])
+    with pytest.raises(RuntimeError, match="counts 2 holders and has 1"):
+        kvcache.check()
+    kvcache.ledger.release(cache.entries[0])
+    kvcache.check()
