@@ -9,7 +9,7 @@ from transport_support import DEADLINE_S, IDENTITY, connected, in_parallel, new_
 from minprfaas.config import LinkConfig
 from minprfaas.transport.base import LinkDown
 from minprfaas.transport.wan.frames import Kind, control_frame
-from minprfaas.transport.wan.lanes import Lane
+from minprfaas.transport.wan.lanes import Lane, in_time
 from minprfaas.transport.wan.link import Link
 
 
@@ -119,3 +119,16 @@ def test_who_knocked_at_an_end_that_died_before_its_answer_is_answered_by_its_su
     in_parallel(serve, lambda: waiting.connect(DEADLINE_S))
     assert successor.epoch == waiting.epoch == 2
     in_parallel(successor.close, waiting.close)
+
+
+def test_what_connecting_returns_or_raises_comes_at_once_and_its_deadline_is_kept():
+    def refused():
+        raise ConnectionError("refused")
+
+    assert in_time(lambda: "connected", DEADLINE_S) == "connected"
+    with pytest.raises(ConnectionError, match="refused"):
+        in_time(refused, 5.0)
+    never = threading.Event()
+    with pytest.raises(TimeoutError):
+        in_time(never.wait, 0.01)
+    never.set()
