@@ -183,8 +183,8 @@ def _inverse(below: Tensor, size: int) -> Tensor:
 
 
 def _times(left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right` of square blocks. Small ones are sums of products on a GPU, which a compiler makes one kernel of: a
-    library's took 65 us on an H100 for as much as is read in 5."""
+    """`left @ right` of square blocks. Small ones are sums of products on a GPU, which a compiler makes one kernel of:
+    a library's took 65 us on an H100 for as much as is read in 5."""
     if left.is_cuda and left.shape[-1] <= SMALL_BLOCK:
         return (left[..., None] * right[..., None, :, :]).sum(dim=-2)
     return left @ right
