@@ -271,12 +271,12 @@ print(f"   epoch {fabric.epoch}: {human_bytes(done.report.bytes)} in {first.call
       f"   {'every byte is the same' if first.is_identical else 'the bytes are NOT the same'}.\n")
 
 # %% [markdown]
-# *Why did nobody say "go" in between?* A batch is sent, then announced: its size, its key and what is in it; and the
+# *Why did nobody say "go" in between?* A batch is announced, then sent: its size, its key and what is in it; and the
 # next one is announced while this one is on its way. The receiver posts exactly that receive. NCCL matches operations
 # by their order alone, so both sides must make the same ones in the same order; the announcements are that order. And
-# what is announced is on its way already: a receive that waited for a sender's kernels could keep them from loading.
-# Only the first batch each way goes unannounced, before any stream: NCCL connects two GPUs in their first operation,
-# and whoever calls it waits until the other does too.
+# what is announced needs nothing more of its sender than the send itself: a receive that waited for a sender's kernels
+# could keep them from loading. Only the first batch each way goes unannounced, before any stream: NCCL connects two
+# GPUs in their first operation, and whoever calls it waits until the other does too.
 #
 # *Change this line:* `ask(1, pause_s=0.005)`, as if a layer were computed in between. Are there more operations now?
 

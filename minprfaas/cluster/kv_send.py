@@ -127,6 +127,7 @@ class KVSend:
         beside_prefill = _beside_prefill(self._device) if self._device.type == "cuda" else None
         try:
             with torch.inference_mode(), torch.cuda.stream(beside_prefill):
+                self._blocks.prepare()
                 while (handed_over := self._handed_over.get()) is not None:
                     pieces, written = handed_over
                     if written is not None:

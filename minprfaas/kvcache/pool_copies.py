@@ -23,6 +23,11 @@ class WholeBlocks:
         self._is_fast = pool.device.type == "cuda" if is_fast is None else is_fast  # a CPU gains nothing by it
         self._words: dict[int, torch.Tensor | None] = {}  # by group
 
+    def prepare(self) -> None:
+        """Bring the block tables to the device, for what follows on this CUDA stream: the first `read` is then short."""
+        for group in self._pool.layout.token_groups if self._is_fast else []:
+            self._blocks(group.layers[0], 0, 0)
+
     def read(self, layer: int, start: int, end: int, out: torch.Tensor | None) -> torch.Tensor:
         """What `read_bytes` gives, uint8 `[bytes]`, in `out` if there is one; of as many layers as it has room for,
         `layer` and those behind it in its group."""

@@ -3,7 +3,8 @@
 Chapters 08 and 09; paper 3.1.
 
 Of the GPU that thread waits for memory alone: pieces are copied into a batch, sealed and sent in the order of one CUDA
-stream. The batch is announced last: whoever receives it then waits for nothing that is not on its way.
+stream. The batch is announced when the GPU has all that fills it, and before it is sent: the peer's threads wake and
+post its receive meanwhile, and that waits for no kernel that may still have to be loaded.
 """
 
 import contextlib
@@ -89,9 +90,9 @@ class FabricOutbox:
                 stream.unwritten += 1
             with self._ends_epoch(group, stream):
                 seal(data, key)
-                group.send(number, data)
                 group.say(ANNOUNCED, number, data.numel(), key, stream.plan.stream_id,
                           [[at, *vars(piece).values()] for at, piece in batch])
+                group.send(number, data)
         return waited_s
 
     @contextlib.contextmanager

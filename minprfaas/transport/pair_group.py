@@ -153,12 +153,17 @@ class PairGroup:
         if len(self._sent) < WINDOW:
             self._filling = self._new_memory()
         else:
-            with torch.cuda.stream(self._leaves):  # None: where this thread is anyway
-                self.wait(self._sent[0])
-            if self._leaves is not None:
-                self._leaves.synchronize()
-            self._filling = self._sent.popleft().memory
+            oldest = self._sent.popleft()
+            if self._leaves is None or not oldest.work.is_completed():
+                self._wait_until_sent(oldest)
+            self._filling = oldest.memory
         return self._filling[:_padded(nbytes) + DIGEST_BYTES]
+
+    def _wait_until_sent(self, transfer: Transfer) -> None:
+        with torch.cuda.stream(self._leaves):  # None: where this thread is anyway
+            self.wait(transfer)
+        if self._leaves is not None:
+            self._leaves.synchronize()
 
     def send(self, number: int, batch: torch.Tensor) -> None:
         """Start to send what `new_batch` gave. Raises RuntimeError."""
