@@ -9,8 +9,9 @@
 #   figure    figure 1: dense and hybrid over emulated lines of 1, 10, 100 Gbps
 #   lanes     1, 2, 4, 8, 16 lanes GPU to GPU beside raw Gloo
 #
-# Each part writes $OUT/PART.txt (OUT: out/two_gpus) and a failing one stops no other. --cpu rehearses every line with
-# tiny models and Gloo in NCCL's place; its figures mean nothing.
+# Each part writes $OUT/PART.txt (OUT: out/two_gpus) and a failing one stops no other. Where MODELS names a folder, the
+# checkpoints stay there for the next time. --cpu rehearses every line with tiny models and Gloo in NCCL's place; its
+# figures mean nothing.
 set -u
 cd "$(dirname "$0")/.."
 where=cuda
@@ -20,7 +21,7 @@ OUT="${OUT:-out/two_gpus}"; mkdir -p "$OUT"
 work="$(mktemp -d)"; trap 'rm -rf "$work"' EXIT
 export PYTHONPATH=. TOKENIZERS_PARALLELISM=false NCCL_NVLS_ENABLE=0  # NVLink multicast stays off
 export MINPRFAAS_SECRET="$(head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \n')"
-dense="$work/dense" hybrid="$work/hybrid" began=$SECONDS
+dense="${MODELS:-$work}/dense" hybrid="${MODELS:-$work}/hybrid" began=$SECONDS
 
 if [ $where = cuda ]; then
     patience=1
@@ -96,8 +97,9 @@ EOF
 python3 scripts/demo_prompts.py "$work/prompts.jsonl" --next-turn 0 --tokens $lengths
 if [[ $parts =~ demo|topology|kill|fabric|figure ]]; then
     read -r dense_shape hybrid_shape <<<"$shapes"
-    python3 scripts/random_checkpoint.py --shape "$dense_shape" "$dense" &
-    [ -z "$hybrid_shape" ] || python3 scripts/random_checkpoint.py --shape "$hybrid_shape" "$hybrid" &
+    [ -e "$dense/config.json" ] || python3 scripts/random_checkpoint.py --shape "$dense_shape" "$dense" &
+    [ -z "$hybrid_shape" ] || [ -e "$hybrid/config.json" ] ||
+        python3 scripts/random_checkpoint.py --shape "$hybrid_shape" "$hybrid" &
     wait
     [ -n "$hybrid_shape" ] || hybrid="$dense"
 fi
