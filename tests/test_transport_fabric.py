@@ -17,7 +17,7 @@ from minprfaas.errors import UserError
 from minprfaas.transport.base import LayerPlan, LinkDown, StreamAborted, StreamPlan
 from minprfaas.transport.events import LinkLost, LinkRestored, MessageReceived, StreamDone, StreamFailed
 from minprfaas.transport.fabric import Fabric
-from minprfaas.transport.pair_group import ANNOUNCED, WINDOW, PairGroup
+from minprfaas.transport.pair_group import WINDOW, PairGroup
 
 BIG = 50_000  # tokens: hundreds of batches
 GPUS = [pytest.param(devices, marks=pytest.mark.gpu) for devices in (("cuda:0", "cuda:1"), ("cuda:0", "cuda:0"))]
@@ -206,12 +206,14 @@ class Stalling(PairGroup):
         super().send(number, batch)
 
 
+@places
 @pytest.mark.parametrize("sender_group, deadline_s, reason", [
     (BreakingOff, DEADLINE_S, "the wire was pulled"), (Stalling, 0.5, "an operation took longer than 0.5 s")])
-def test_an_operation_that_was_broken_off_without_a_word_is_never_used(sender_group, deadline_s, reason):
-    with connected_fabric(sender_group=sender_group, receiver_group=LikeNCCL, deadline_s=deadline_s) as ends:
+def test_an_operation_that_was_broken_off_without_a_word_is_never_used(devices, sender_group, deadline_s, reason):
+    with connected_fabric(devices, sender_group, receiver_group=LikeNCCL, deadline_s=deadline_s) as ends:
         sender, receiver = ends
-        cargo = Cargo(1)
+        cargo = Cargo(1, device=devices[1])
+        cargo.sent = {layer: data.to(devices[0]) for layer, data in cargo.sent.items()}
         receiver.expect(cargo.plan, cargo.sink)
         stream = sender.open(cargo.plan)
         with pytest.raises(StreamAborted, match=reason):

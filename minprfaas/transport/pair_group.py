@@ -10,6 +10,7 @@ at the interpreter in between, and that takes longer than a batch.
 import json
 import os
 import queue
+import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -219,17 +220,26 @@ class PairGroup:
 
     def abort(self) -> None:
         """Break every operation of this group, here and at the peer."""
-        for group in (self._out, self._in, self._words):
-            try:
-                if isinstance(group, dist.ProcessGroupGloo):
-                    # Gloo's abort leaves operations pending; one whose deadline passes takes the others with it.
-                    scrap = torch.empty(1, dtype=torch.uint8)
-                    group.recv([scrap], self._peer, _CUT_TAG).wait(timedelta(milliseconds=1))
-                else:
-                    group.abort()
-            except RuntimeError:
-                pass  # it was broken already, or it is now
+        # All at once: to free one communicator waits for the GPU, and so for an operation of another until that is told.
+        breaking = [threading.Thread(target=_break, args=(group, self._peer), daemon=True)
+                    for group in (self._out, self._in, self._words)]
+        for thread in breaking:
+            thread.start()
+        for thread in breaking:
+            thread.join()
         self._free.put(None)  # whoever waits for memory
+
+
+def _break(group: dist.ProcessGroup, peer: int) -> None:
+    try:
+        if isinstance(group, dist.ProcessGroupGloo):
+            # Gloo's abort leaves operations pending; one whose deadline passes takes the others with it.
+            scrap = torch.empty(1, dtype=torch.uint8)
+            group.recv([scrap], peer, _CUT_TAG).wait(timedelta(milliseconds=1))
+        else:
+            group.abort()
+    except RuntimeError:
+        pass  # it was broken already, or it is now
 
 
 def _padded(nbytes: int) -> int:
