@@ -29,7 +29,7 @@ if [ $where = cuda ]; then
     gpu0=cuda:0 gpu1=cuda:1 shapes="qwen3-0.6b hybrid-1b"
     lengths="8192 8192 512 4096" threshold=4097 chunk=1024
     dtype=bfloat16 rounds=${ROUNDS:-12}
-    tests="-m gpu" figure="--models $dense $hybrid" fabric="" lanes=""
+    tests="-m gpu" figure="--models $dense $hybrid --prefill-chunk 8192" fabric="" lanes=""
 else
     patience=4  # with a busy machine
     export OMP_NUM_THREADS=1
