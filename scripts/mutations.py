@@ -163,6 +163,8 @@ GUARDS: dict[str, tuple[str, ...]] = {
     "cluster/upkeep.py": ("test_upkeep.py", "test_cluster_parts.py", "test_cluster_lines.py", "test_front_end.py",
                           "test_prefix_shipping.py", "test_two_datacenters.py"),
     "engine/decode_graphs.py": ("test_fast_runner.py",),
+    "engine/decode_layers.py": ("test_fast_runner.py",),
+    "engine/decode_state.py": ("test_fast_runner.py",),
     "engine/measure.py": ("test_profile_command.py",),
     "engine/paced.py": ("test_paced.py", "test_case_study.py"),
     "scheduling/profiles.py": ("test_profiles.py", "test_case_study.py", "test_paced.py"),

@@ -16,8 +16,10 @@ from minprfaas import SamplingParams
 from minprfaas.config import CacheConfig
 from minprfaas.engine.cpu_runner import CPURunner, InPlaceLayer
 from minprfaas.engine.decode_graphs import bucket_of
+from minprfaas.engine.decode_layers import in_two_pieces
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.fast_runner import FastRunner, chunk_for, runner_for, shared_tokens_for, what_must_run_eagerly
+from minprfaas.engine.pieces import compile_pieces
 from minprfaas.engine.reference import pool_for
 from minprfaas.engine.request import Request
 from minprfaas.engine.runner import Runner
@@ -156,6 +158,30 @@ def test_every_family_is_captured_and_a_replay_is_the_step_it_was_captured_from(
             assert turn or not torch.equal(theirs, earlier), "the first step has changed every layer's state"
         step.logits = captured
         step_logits(engine, requests)
+
+
+@pytest.mark.parametrize("name, whole", [("qwen3", 0), ("qwen3_next", 3), ("mimo_v2_flash", 2), ("minimax", 4)])
+def test_layers_with_attention_to_pages_run_in_two_pieces_and_the_others_whole(name, whole):
+    """A window, a state of one size, or a residual sum that wants more than a layer's result is beyond the pieces."""
+    engine, requests = decoding(name, True, torch.float32, "cpu")
+    layers, called = engine.model.model.layers, []
+    for layer in layers:
+        layer.self_attn.register_forward_hook(lambda *_: called.append(1))
+    step_logits(engine, requests)
+    assert len(called) == whole == sum(not in_two_pieces(layer) for layer in layers)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["llama", "llama-scaled_biased_tied", "qwen3", "qwen3_5_text"])
+def test_a_captured_step_in_two_pieces_gives_the_eager_runners_logits(name, compiled):
+    """In bfloat16, in which the flash kernel reads the pages; the same tokens in both, whatever was drawn."""
+    eager, fast = (decoding(name, is_fast, torch.bfloat16, "cuda") for is_fast in (False, True))
+    if compiled:
+        compile_pieces(fast[0].model)
+    for _ in range(4):
+        expected, found = (step_logits(*each).float() for each in (eager, fast))
+        assert ((found - expected).norm() / expected.norm()).item() < 3e-2
 
 
 def test_a_conversation_goes_on_from_the_state_that_a_decode_step_left_at_a_blocks_end(models):

@@ -22,8 +22,8 @@ from minprfaas.commands.options import FULL_CONTEXTS
 from minprfaas.config import UNTHROTTLED_GBPS, CacheConfig, LinkConfig
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.paced import Pace, PacedEngine
-from minprfaas.engine.pieces import compile_and_warm_up
 from minprfaas.engine.reference import longest_prompts, pool_for
+from minprfaas.engine.warm_up import compile_and_warm_up
 from minprfaas.errors import UserError
 from minprfaas.files import OutputFile
 from minprfaas.model.checkpoint import load

@@ -37,7 +37,7 @@ def _measure(args: argparse.Namespace) -> Profile:
     import torch
 
     from minprfaas.engine.measure import measure_decode, measure_prefill
-    from minprfaas.engine.pieces import compile_and_warm_up
+    from minprfaas.engine.warm_up import compile_and_warm_up
     from minprfaas.model.checkpoint import EMBEDDED, load
     torch.manual_seed(0)
     model, tokenizer = load(args.model, getattr(torch, args.dtype), args.device)

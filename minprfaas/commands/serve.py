@@ -17,8 +17,8 @@ from minprfaas.commands.options import FULL_CONTEXTS, check_http_arguments
 from minprfaas.commands.options import serve as add_arguments  # noqa: F401
 from minprfaas.config import CacheConfig
 from minprfaas.engine.engine import Engine
-from minprfaas.engine.pieces import compile_and_warm_up
 from minprfaas.engine.reference import pool_for
+from minprfaas.engine.warm_up import compile_and_warm_up
 from minprfaas.errors import require_number
 from minprfaas.model.checkpoint import EMBEDDED, load
 from minprfaas.model.tokenizer import Tokenizer

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 
 from minprfaas.engine.cpu_runner import CPURunner
-from minprfaas.engine.decode_graphs import DecodeStep, LiveState, bucket_of
+from minprfaas.engine.decode_graphs import DecodeStep, bucket_of
+from minprfaas.engine.decode_state import LiveState
 from minprfaas.engine.prefill_graphs import graph_delta_rules
 from minprfaas.engine.request import Request
 from minprfaas.engine.runner import Runner

@@ -4,18 +4,10 @@ What lies between the pieces (pages, snapshots, attention kernels) stays as it i
 traced which depends on a request, and a piece is compiled once for all layers that are alike.
 """
 
-import sys
-import time
 from collections.abc import Callable
 from functools import cache, partial
 
 import torch
-from tqdm import tqdm
-
-from minprfaas.config import SamplingParams
-from minprfaas.engine.reference import generate
-from minprfaas.model.tokenizer import Tokenizer
-from minprfaas.model.transformer import Transformer
 
 # One new token makes a product a reduction over one weight, which a generated kernel reads at the speed of a copy; the
 # option that lets it do so also tunes the kernels.
@@ -40,12 +32,8 @@ def compile_pieces(model: torch.nn.Module) -> None:
                 setattr(module, name, partial(compiled(getattr(type(module), name), tune), module))
 
 
-def compile_and_warm_up(model: Transformer, tokenizer: Tokenizer) -> None:
-    """Compile the pieces by running each phase in the shapes that give them different code; says how long it took."""
-    compile_pieces(model)
-    began_at_s = time.monotonic()
-    rounds = [(1, 65), (1, 130), (2, 65)]  # requests, tokens of a prompt: one token at once, several, a batch
-    for requests, tokens in tqdm(rounds, desc="compiling", unit="shape", disable=None, leave=False):
-        prompts = [[number] * min(tokens, model.config.max_context_tokens - 4) for number in range(requests)]
-        generate(model, tokenizer, prompts, SamplingParams(max_tokens=3, ignore_eos=True))
-    print(f"compiled in {time.monotonic() - began_at_s:.1f} s", file=sys.stderr)
+def compiled_like(module: torch.nn.Module, function: Callable) -> Callable:
+    """`function` compiled, if the pieces of `module` are."""
+    if any(name in vars(module) for name in module.PIECES):
+        return compiled(function, next(module.parameters()).is_cuda)
+    return function

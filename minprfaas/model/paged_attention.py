@@ -67,17 +67,28 @@ def flash_can_read(view: Tensor, head_dim: int, kv_heads: int) -> bool:
 
 def attend_to_pages(q: Tensor, view: Tensor, index: PageIndex, scale: float) -> PageOutputs:
     """`q` `[batch, 1, heads, dim]` over every page by itself, without a copy of any."""
+    kv_heads = view.shape[2] // (2 * q.shape[3])
+    return flash_over_pages(queries_of_pages(q, kv_heads, index.row_counts.shape[1]), view, index, scale)
+
+
+def queries_of_pages(q: Tensor, kv_heads: int, pages: int) -> Tensor:
+    """`q` `[batch, 1, heads, dim]` once for each of a request's `pages`, `[batch * pages * groups, kv_heads, dim]`: the
+    heads that share a KV head are its queries, one after another."""
+    by_kv_head = q.unflatten(2, (kv_heads, -1)).transpose(2, 3)
+    return by_kv_head.expand(-1, pages, -1, -1, -1).flatten(0, 2)
+
+
+def flash_over_pages(queries: Tensor, view: Tensor, index: PageIndex, scale: float) -> PageOutputs:
+    """The `queries_of_pages` over every page by itself."""
     batch, count = index.row_counts.shape
-    heads, dim = q.shape[2:]
-    kv_heads = view.shape[2] // (2 * dim)
-    groups = heads // kv_heads
+    _, kv_heads, dim = queries.shape
+    groups = len(queries) // (batch * count)
     length = (view.shape[0] - 1) * (view.stride(0) // view.stride(1)) + view.shape[1]
     rows = view.as_strided((length, view.shape[2]), (view.stride(1), 1), view.storage_offset())  # all from here on
     k, v = rows.unflatten(-1, (2, kv_heads, dim)).unbind(1)
-    per_page = q.view(batch, 1, kv_heads, groups, dim).transpose(2, 3).expand(-1, count, -1, -1, -1)
     out, log_sum = torch.ops.aten._flash_attention_forward(
-        per_page.reshape(-1, kv_heads, dim), k, v, index.first_queries, index.first_rows, groups, view.shape[1], 0.0,
-        False, False, scale=scale, seqused_k=index.row_counts.view(-1))[:2]
+        queries, k, v, index.first_queries, index.first_rows, groups, view.shape[1], 0.0, False, False, scale=scale,
+        seqused_k=index.row_counts.view(-1))[:2]
     return PageOutputs(out.view(batch, count, groups, kv_heads, dim), log_sum.view(kv_heads, batch, count, groups),
                        index.row_counts)
 
