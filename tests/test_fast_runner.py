@@ -181,7 +181,7 @@ def test_a_captured_step_in_two_pieces_gives_the_eager_runners_logits(name, comp
         compile_pieces(fast[0].model)
     for _ in range(4):
         expected, found = (step_logits(*each).float() for each in (eager, fast))
-        assert ((found - expected).norm() / expected.norm()).item() < 3e-2
+        assert ((found - expected).norm() / expected.norm()).item() < 5e-2
 
 
 def test_a_conversation_goes_on_from_the_state_that_a_decode_step_left_at_a_blocks_end(models):

@@ -1,4 +1,4 @@
-"""The layers of a decode step in two pieces each, one on either side of attention to pages. Chapter 05.
+"""The layers of a decode step in two pieces each, one on either side of attention to pages. Chapters 04, 05.
 
 The pieces that modules name (`engine/pieces.py`) end where a module does. Here they reach from one attention to the
 next one's layer, so that a compiler makes one kernel of what lies side by side: a step of Qwen3-0.6B's shape on an H100
@@ -59,6 +59,6 @@ def before_attention(layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, view: Te
 
 
 def after_attention(layer: Layer, x: Tensor, gate: Tensor | None, *attended: Tensor) -> Tensor:
-    """The layer's output `[batch, 1, hidden]`: what `merge_pages` takes is merged, and the rest of the layer follows."""
+    """The layer's output `[batch, 1, hidden]`: what `merge_pages` takes is merged, and the rest follows."""
     mixed = GQA.output(layer.self_attn, gate, *attended)
     return Layer.feed(layer, x, x, mixed)

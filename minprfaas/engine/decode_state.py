@@ -1,4 +1,4 @@
-"""What a decode step of fixed shape is told, and what its layers see of pages and state. Chapter 05.
+"""What a decode step of fixed shape is told, and what its layers see of pages and state. Chapters 04, 05.
 
 Everything that changes from step to step (tokens, lengths, block tables) is one small tensor on the device, which the
 host overwrites; rows without a request point at the pool's scratch block.

@@ -1,4 +1,4 @@
-"""Compile a model's pieces before the first request comes (`--compile`). Chapter 15."""
+"""Compile a model's pieces before the first request comes (`--compile`). Chapters 04, 15."""
 
 import sys
 import time
