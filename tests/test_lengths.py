@@ -81,7 +81,8 @@ def test_observations_of_a_formula_come_back_to_it():
     (lambda: LengthDistribution(["100"]), "'100'"),
     (lambda: TruncatedLogNormal(9.9, 0, 128, 1000), "sigma is 0"),
     (lambda: TruncatedLogNormal(9.9, 1, -1, 1000), "-1"),
-    (lambda: TruncatedLogNormal(9.9, 1, 1000, 128), "128"),
+    (lambda: TruncatedLogNormal(9.9, 1, 1000, 128), "longest request is 128"),
+    (lambda: TruncatedLogNormal(-9.9, 9, 128, 1000), "mu is -9.9"),
     (lambda: TruncatedLogNormal(2.0, 0.1, 10_000, 20_000), "no mass"),
 ])
 def test_bad_lengths_are_refused_by_name(build, named):
