@@ -3,6 +3,7 @@
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from transport_support import DEADLINE_S, in_parallel, stands_in, wait_until
@@ -231,6 +232,22 @@ def test_who_waits_for_room_while_nothing_is_acknowledged_has_a_link_that_is_dow
     send(outbox, stream, 4096)
     with pytest.raises(LinkDown, match="nothing was acknowledged for 0.1 s"):
         outbox.wait_for_room(1, stream)
+
+
+def test_who_comes_to_a_link_that_has_long_stood_still_waits_as_long_as_anybody(monkeypatch):
+    now_s = 0.0
+    monkeypatch.setattr("minprfaas.transport.wan.outbox.time", SimpleNamespace(monotonic=lambda: now_s))
+    outbox = open_outbox(LinkConfig(chunk_bytes=4096, max_inflight_bytes=4096, timeout_s=DEADLINE_S))
+    stream, rooms = StreamRecord(1), []
+    send(outbox, stream, 4096)
+    assert outbox.next_frame(1).header.seq == 1
+    now_s = 10 * DEADLINE_S
+    waiting = threading.Thread(target=lambda: rooms.append(outbox.wait_for_room(CHUNK, stream)))
+    waiting.start()
+    wait_until(lambda: stands_in(waiting) or not waiting.is_alive())
+    outbox.settle([1])
+    waiting.join(DEADLINE_S)
+    assert rooms == [0.0]
 
 
 def test_room_that_was_claimed_for_a_stream_that_has_ended_is_given_back():
