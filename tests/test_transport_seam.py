@@ -154,6 +154,14 @@ def test_a_stream_that_nobody_expects_is_refused_and_writes_nothing(ends):
     assert cargo.calls == []
 
 
+def test_over_the_loopback_the_very_put_that_is_refused_says_so_and_its_end_again():
+    stream, cargo = Loopback().open(Cargo().plan), Cargo()
+    with pytest.raises(StreamAborted, match="stream 1: refused by the receiver"):
+        stream.put(0, 64, 128, cargo.sent[0][:64].reshape(-1))
+    with pytest.raises(StreamAborted, match="stream 1: refused by the receiver"):
+        stream.finish(1.0)
+
+
 def test_a_forgotten_stream_is_written_no_more_and_no_event_names_it(ends):
     sender, receiver = ends
     cargo = Cargo()
