@@ -7,16 +7,19 @@ import errno
 import json
 import os
 import threading
+import time
 
 import pytest
+from test_transport_outbox import CHUNK, open_outbox, send
 from transport_support import DEADLINE_S, Cargo, connected, wait_until
 
-from minprfaas.config import LinkConfig
+from minprfaas.config import LineConfig, LinkConfig
 from minprfaas.errors import UserError
 from minprfaas.files import OutputFile, write_whole, written_whole
 from minprfaas.observe.timeline import Timeline, timeline_json
-from minprfaas.transport.wan.frames import Kind
+from minprfaas.transport.wan.frames import Kind, StreamRecord
 from minprfaas.transport.wan.lanes import Lane
+from minprfaas.transport.wan.line import EmulatedLine
 
 
 def test_spans_instants_and_counters_become_trace_events_with_named_tracks(tmp_path):
@@ -93,3 +96,32 @@ def test_a_chunk_is_drawn_on_the_lane_that_sent_it():
     assert drawn(timeline) <= Turns.sent
     wait_until(lambda: {track for track, _ in drawn(timeline)} == {"a-b lane 0 send", "a-b lane 1 send"})
     wait_until(lambda: drawn(there) == {(track.replace("send", "receive"), name) for track, name in Turns.sent})
+
+
+def test_a_sample_is_drawn_beside_the_spans():
+    timeline, stream = Timeline("a"), StreamRecord(1)
+    outbox = open_outbox(timeline=timeline)
+    send(outbox, stream)
+    send(outbox, stream)
+    outbox.next_frame(1)
+    outbox.settle([1])
+    later_s = time.monotonic() + 1000.0
+    outbox.tick(later_s)
+    outbox.tick(later_s)  # none is due
+    (sample,) = outbox.stats().samples
+    (counter,) = (event for event in timeline.events() if event["ph"] == "C")
+    assert counter["args"] == {"egress Gbps": sample.gbps, "queued MB": CHUNK / 1e6,
+                               "acknowledged after ms": sample.ack_delay_s * 1e3}
+    assert sample.gbps == pytest.approx(CHUNK * 8 / 1000 / 1e9, rel=0.02) and sample.ack_delay_s > 0
+
+
+def test_what_the_emulated_line_carries_is_drawn_as_long_as_it_occupies_it():
+    timeline, line, stream = Timeline("a"), EmulatedLine(LineConfig(gbps=0.008)), StreamRecord(1)  # 1 MB/s
+    line.begin(0.0)
+    outbox = open_outbox(line=line, timeline=timeline)
+    send(outbox, stream)
+    frame = outbox.next_frame(1)
+    outbox.settle([frame.header.seq])
+    span, instant = (event for event in timeline.events() if event["ph"] in "Xi")
+    assert (span["name"], span["args"].keys()) == ("CHUNK", {"waited_ms"}) and 0 < span["dur"] <= 1001
+    assert instant["name"] == frame.header.label

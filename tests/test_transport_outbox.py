@@ -9,7 +9,6 @@ import pytest
 from transport_support import DEADLINE_S, in_parallel, stands_in, wait_until
 
 from minprfaas.config import LineConfig, LinkConfig
-from minprfaas.observe.timeline import Timeline
 from minprfaas.transport.base import LinkDown, StreamAborted
 from minprfaas.transport.wan.frames import HEADER_BYTES, Frame, Header, Kind, Slot, StreamRecord, control_frame
 from minprfaas.transport.wan.line import EmulatedLine
@@ -299,23 +298,6 @@ def test_what_was_on_the_line_when_an_epoch_broke_leaves_once_in_the_next():
         (Kind.CHUNK, 1), (Kind.MESSAGE, 2), (Kind.CHUNK, 3)]
 
 
-def test_a_sample_is_drawn_beside_the_spans():
-    timeline, stream = Timeline("a"), StreamRecord(1)
-    outbox = open_outbox(timeline=timeline)
-    send(outbox, stream)
-    send(outbox, stream)
-    outbox.next_frame(1)
-    outbox.settle([1])
-    later_s = time.monotonic() + 1000.0
-    outbox.tick(later_s)
-    outbox.tick(later_s)  # none is due
-    (sample,) = outbox.stats().samples
-    (counter,) = (event for event in timeline.events() if event["ph"] == "C")
-    assert counter["args"] == {"egress Gbps": sample.gbps, "queued MB": CHUNK / 1e6,
-                               "acknowledged after ms": sample.ack_delay_s * 1e3}
-    assert sample.gbps == pytest.approx(CHUNK * 8 / 1000 / 1e9, rel=0.02) and sample.ack_delay_s > 0
-
-
 def test_a_stream_is_settled_with_its_last_acknowledgement_and_not_before():
     outbox, stream = open_outbox(), StreamRecord(1)
     send(outbox, stream)
@@ -326,6 +308,18 @@ def test_a_stream_is_settled_with_its_last_acknowledgement_and_not_before():
         outbox.wait_until_settled(stream, 0.0)
     in_parallel(lambda: outbox.wait_until_settled(stream, DEADLINE_S), lambda: outbox.settle([2]))
     assert stream.outstanding == 0
+    send(outbox, stream)
+    outbox.close("closed")
+    with pytest.raises(LinkDown, match="closed"):
+        outbox.wait_until_settled(stream, 1.0)
+
+
+def test_where_there_is_room_a_stream_that_has_ended_gets_none():
+    outbox, stream = open_outbox(), StreamRecord(1)
+    outbox.abort(stream, "the client left")
+    with pytest.raises(StreamAborted, match="the client left"):
+        outbox.wait_for_room(CHUNK, stream)
+    assert outbox.stats().queued_bytes == 0
 
 
 @pytest.mark.parametrize("tell, kind", [
@@ -387,15 +381,3 @@ def test_a_thread_of_an_epoch_that_is_over_keeps_the_time_for_no_lane_of_the_nex
         sys.setswitchinterval(before_s)
         given_up.cancel()
     assert frame is not None and frame.header.seq == 1
-
-
-def test_what_the_emulated_line_carries_is_drawn_as_long_as_it_occupies_it():
-    timeline, line, stream = Timeline("a"), EmulatedLine(LineConfig(gbps=0.008)), StreamRecord(1)  # 1 MB/s
-    line.begin(0.0)
-    outbox = open_outbox(line=line, timeline=timeline)
-    send(outbox, stream)
-    frame = outbox.next_frame(1)
-    outbox.settle([frame.header.seq])
-    span, instant = (event for event in timeline.events() if event["ph"] in "Xi")
-    assert (span["name"], span["args"].keys()) == ("CHUNK", {"waited_ms"}) and 0 < span["dur"] <= 1001
-    assert instant["name"] == frame.header.label
