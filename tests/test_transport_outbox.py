@@ -314,11 +314,13 @@ def test_a_stream_is_settled_with_its_last_acknowledgement_and_not_before():
         outbox.wait_until_settled(stream, 1.0)
 
 
-def test_where_there_is_room_a_stream_that_has_ended_gets_none():
+def test_a_stream_that_has_ended_gets_no_room_where_there_is_some_and_is_not_settled():
     outbox, stream = open_outbox(), StreamRecord(1)
     outbox.abort(stream, "the client left")
     with pytest.raises(StreamAborted, match="the client left"):
         outbox.wait_for_room(CHUNK, stream)
+    with pytest.raises(StreamAborted, match="the client left"):
+        outbox.wait_until_settled(stream, 1.0)
     assert outbox.stats().queued_bytes == 0
 
 

@@ -24,7 +24,7 @@ class WholeBlocks:
         self._words: dict[int, torch.Tensor | None] = {}  # by group
 
     def prepare(self) -> None:
-        """Bring the block tables to the device, for what follows on this CUDA stream: the first `read` is then short."""
+        """Bring block tables to the device, for what follows on this CUDA stream: the first `read` is then short."""
         for group in self._pool.layout.token_groups if self._is_fast else []:
             self._blocks(group.layers[0], 0, 0)
 
