@@ -97,6 +97,12 @@ def common(first, second):
     return same.index(False) if False in same else len(same)
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32 + 1, 1.5])
+def test_a_seed_that_is_none_is_named(seed):
+    with pytest.raises(UserError, match=f"--seed is {seed}"):
+        Load.parse("poisson:1", 5, seed, None, 64)
+
+
 @pytest.mark.parametrize("text, requests, message", [
     ("poisson", None, "rate of --load poisson is ''; it must be a number above 0"),
     ("poisson:-1", None, "rate of --load poisson is -1.0"), ("bursty:nan", None, "rate of --load bursty is nan"),
