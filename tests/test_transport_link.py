@@ -17,7 +17,7 @@ from minprfaas.observe.timeline import Timeline
 from minprfaas.transport.base import LayerPlan, LinkDown, StreamAborted, StreamPlan
 from minprfaas.transport.events import LinkLost, MessageReceived, StreamDone, StreamFailed
 from minprfaas.transport.wan.frames import HEADER_BYTES, Kind
-from minprfaas.transport.wan.lanes import Lane
+from minprfaas.transport.wan.lanes import SENDERS, Lane
 from minprfaas.transport.wan.link import Link
 
 HERE = Path(__file__).resolve().parent
@@ -103,28 +103,32 @@ def test_put_pushes_back_while_nothing_is_acknowledged():
 
 
 class SlowLane(Lane):
-    """Lane 0 takes a frame and sends it when the gate opens; the others begin once it has one."""
+    """Each sending thread of lane 0 takes a frame and sends it when the gate opens; the others begin once all have."""
 
-    has_one: threading.Event
+    held: list[int]
+    all_hold: threading.Event
     gate: threading.Event
 
     def post(self, frame):
         if frame.header.kind != Kind.HEARTBEAT:
             if self.index == 0:
-                self.has_one.set()
-            assert (self.gate if self.index == 0 else self.has_one).wait(DEADLINE_S)
+                self.held.append(frame.header.seq)
+                if len(self.held) == SENDERS:
+                    self.all_hold.set()
+            assert (self.gate if self.index == 0 else self.all_hold).wait(DEADLINE_S)
         return super().post(frame)
 
 
 def test_a_slow_lane_does_not_stall_the_others():
-    SlowLane.has_one, SlowLane.gate = threading.Event(), threading.Event()
+    SlowLane.held, SlowLane.all_hold, SlowLane.gate = [], threading.Event(), threading.Event()
     cargo = Cargo(tokens=2000)
     with connected(LinkConfig(lanes=3, chunk_bytes=4096), sender_lanes=SlowLane) as (sender, receiver):
         receiver.expect(cargo.plan, cargo.sink)
         stream = sender.open(cargo.plan)
         cargo.put_all(stream)
-        wait_until(lambda: sender.stats().queued_bytes + sender.stats().inflight_bytes <= HEADER_BYTES + 4096)
-        with pytest.raises(TimeoutError, match="1 chunks are not acknowledged"):
+        held_bytes = SENDERS * (HEADER_BYTES + 4096)
+        wait_until(lambda: sender.stats().queued_bytes + sender.stats().inflight_bytes <= held_bytes)
+        with pytest.raises(TimeoutError, match=f"{SENDERS} chunks are not acknowledged"):
             stream.finish(0.1)
         SlowLane.gate.set()
         stream.finish(DEADLINE_S)

@@ -28,14 +28,10 @@ STORE_POLL_S = 0.01  # while the other side is awaited
 _FRAMES_TAG, _HANDSHAKE_TAG, _CUT_TAG = 0, 1, 2
 _HANDSHAKE_BYTES = 2048
 _FOREVER = timedelta(days=1)  # silence is noticed by heartbeats, not by Gloo
+# Threads of a lane, each with a frame of its own: while one is on its way another is sealed, or checked and written.
+SENDERS, RECEIVERS = 2, 3
 _IN_VAIN = "the peer's end of the connection did not come"
 Connected = TypeVar("Connected")
-
-
-def threads_per_lane(lanes: int) -> tuple[int, int]:
-    """How many send and how many receive, each with a frame of its own: while one is on its way another is sealed, or
-    checked and written. With many lanes that happens anyway, and more threads only wait for the interpreter lock."""
-    return (2, 3) if lanes <= 2 else (1, 2)
 
 
 def compute_alone() -> None:

@@ -22,7 +22,7 @@ from minprfaas.transport.base import LinkDown
 from minprfaas.transport.events import EventQueue, LinkLost, LinkRestored
 from minprfaas.transport.wan.frames import Frame, Kind, Slot, control_frame
 from minprfaas.transport.wan.inbox import Inbox
-from minprfaas.transport.wan.lanes import Lane, compute_alone, threads_per_lane
+from minprfaas.transport.wan.lanes import RECEIVERS, SENDERS, Lane, compute_alone
 from minprfaas.transport.wan.line import EmulatedLine
 from minprfaas.transport.wan.monitor import SAMPLE_EVERY_S
 from minprfaas.transport.wan.outbox import Outbox
@@ -117,13 +117,12 @@ class Supervisor:
         if returned:  # said first: what a new peer sends must not be heard as the old one's
             self._events.put(LinkRestored(meeting.epoch, restarted, self._name))
         received = partial(self._received, self._inbox.parts)
-        senders, receivers = threads_per_lane(len(meeting.lanes))
         for lane in meeting.lanes:
             lane.heard_at_s = time.monotonic()
-            for _ in range(senders):
+            for _ in range(SENDERS):
                 self._start_thread(lane, "send", lambda lane=lane: lane.send_frames(
                     lambda: self._outbox.next_frame(meeting.epoch), self._sent))
-            for _ in range(receivers):
+            for _ in range(RECEIVERS):
                 self._start_thread(lane, "receive", lambda lane=lane: lane.receive_frames(received))
 
     def _start_thread(self, lane: Lane, role: str, work: Callable[[], None]) -> None:
