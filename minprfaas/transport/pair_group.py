@@ -220,7 +220,7 @@ class PairGroup:
 
     def abort(self) -> None:
         """Break every operation of this group, here and at the peer."""
-        # All at once: to free one communicator waits for the GPU, so for an operation of another until that is told.
+        # All at once: one after the other stood still between two GPUs, with a receive that no send would ever meet.
         breaking = [threading.Thread(target=_break, args=(group, self._peer), daemon=True)
                     for group in (self._out, self._in, self._words)]
         for thread in breaking:
