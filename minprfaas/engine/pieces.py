@@ -25,7 +25,7 @@ def compile_pieces(model: torch.nn.Module) -> None:
     torch._dynamo.config.recompile_limit = 64  # a piece meets as many shapes as there are kinds of layer and phases
     tune = next(model.parameters()).is_cuda
     for module in list(model.modules()):
-        for name in getattr(type(module), "PIECES", ()):
+        for name in getattr(type(module), "PIECES", ()) + (getattr(type(module), "GPU_PIECES", ()) if tune else ()):
             if isinstance(part := getattr(module, name), torch.nn.Module):
                 part.compile(options=OPTIONS if tune else None)
             else:

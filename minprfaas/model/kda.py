@@ -49,7 +49,8 @@ class KDAConfig:
 class KDA(Projecting):
     """The whole mixer: projections, short convolutions, decay and beta gates, the delta rule, gated output norm."""
 
-    PIECES = ("project", "step", "parts", "output")
+    PIECES = ("project", "step", "output")
+    GPU_PIECES = ("parts",)  # for a CPU, PyTorch 2.13 takes longer to compile it than a demo has
 
     def __init__(self, config: KDAConfig, hidden_size: int, norm_eps: float):
         super().__init__()
