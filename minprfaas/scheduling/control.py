@@ -329,9 +329,12 @@ class ControlPlane:
             change = self._role_loop.update(seen, self._threshold_loop.lengths, self._output_tokens, self._view.pdp,
                                             self._view.pdd)
             if change is not None:
-                self._conversion = change
-                self._stop_work(change.node)  # it drains; what it holds can still be fetched
+                self._begin_conversion(change)
         return actions
+
+    def _begin_conversion(self, change: RoleChange) -> None:
+        self._conversion = change
+        self._stop_work(change.node)  # it drains; what it holds can still be fetched
 
     def _finish_drain(self) -> list[Action]:
         """The node changes its role when it has finished what it was given."""
