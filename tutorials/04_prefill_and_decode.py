@@ -3,7 +3,7 @@
     python tutorials/04_prefill_and_decode.py [DIRECTORY]     (no directory: the embedded model, in sections 4 and 5)
 
 Modules: engine/engine.py, engine/runner.py, engine/request.py, engine/reference.py, engine/
-Tests: test_engine.py, test_engine_edges.py, test_generate.py, test_bench_peers.py
+Tests: test_engine.py, test_engine_edges.py, test_generate.py, test_warm_up.py, test_bench_peers.py
 Paper: 2.1
 """
 import helper

@@ -23,14 +23,14 @@ def run(args: argparse.Namespace) -> None:
     from minprfaas.engine.reference import answer_prompts
     from minprfaas.model.checkpoint import load
     model, tokenizer = load(args.model, getattr(torch, args.dtype), args.device)
+    cache = CacheConfig(args.pool_blocks) if args.pool_blocks is not None else None
     if args.compile:
-        compile_and_warm_up(model, tokenizer)
+        compile_and_warm_up(model, tokenizer, cache.block_tokens if cache else None)
     streams = len(prompts) == 1 and not args.json
 
     def show(update: TokenUpdate) -> None:
         print(update.new_text, end="", flush=True)
 
-    cache = CacheConfig(args.pool_blocks) if args.pool_blocks is not None else None
     outputs = answer_prompts(model, tokenizer, prompts, cache, args.prefill_chunk, progress=not streams,
                              on_token=show if streams else None)
     if args.json:

@@ -178,7 +178,7 @@ def engines_of(run: Run, seat: Seat, timeline: Timeline | None) -> list[Engine]:
     if seat.here.roles:
         _set_threads(run, seat, device)
         if args.compile:
-            compile_and_warm_up(model, tokenizer)
+            compile_and_warm_up(model, tokenizer, cache.block_tokens)
     return engines
 
 

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     listener = listen(args.host, args.port)  # before the model is loaded: a port that is taken is said at once
     model, tokenizer = load(args.model, getattr(torch, args.dtype), args.device)
     if args.compile:
-        compile_and_warm_up(model, tokenizer)
+        compile_and_warm_up(model, tokenizer, args.block_tokens)
     served = Served.of(args.model or EMBEDDED, model.config, tokenizer, args.chat_template)
     made = one_process(args, model, tokenizer)
     print(f"two pools of {human_bytes(made.workers[0].engine.kvcache.pool.bytes.nbytes)}, for prefill and for decode")

@@ -1,0 +1,53 @@
+"""The warm-up of `--compile`: what requests need is compiled before the first of them. Chapters 04, 15."""
+
+import copy
+import functools
+import random
+
+import pytest
+import torch
+
+from minprfaas import SamplingParams
+from minprfaas.config import CacheConfig
+from minprfaas.engine.engine import Engine
+from minprfaas.engine.pieces import compiled
+from minprfaas.engine.warm_up import compile_and_warm_up
+from minprfaas.model.gqa import GQA
+from minprfaas.model.transformer import Layer
+
+
+@pytest.fixture
+def graphs(monkeypatch, caplog):
+    """How many graphs were traced so far. They are run as they are: a backend adds none."""
+    caplog.set_level("CRITICAL", "torch.__trace")  # else it writes down every step for the log
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    compiled.cache_clear()  # of other tests, which had a backend
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    compiled.cache_clear()
+    torch._dynamo.reset()
+
+
+ALL = [(family, fast, True) for family in ("qwen3", "kimi_linear") for fast in (True, None)]
+
+
+@pytest.mark.parametrize("family, fast, whole", [
+    ("qwen3", True, False), *(pytest.param(*case, marks=pytest.mark.heavy) for case in ALL)])
+def test_after_the_warm_up_no_request_compiles_anything(models, graphs, monkeypatch, family, fast, whole):
+    """Prompts of a token, of several chunks, side by side, from a cached prefix; steps of many batches and pages."""
+    if not whole:  # a graph takes a third of a second
+        monkeypatch.setattr(GQA, "PIECES", ())
+        monkeypatch.setattr(Layer, "PIECES", ("feed",))
+    model, tokenizer = copy.deepcopy(models[family][0]), models[family][1]
+    compile_and_warm_up(model, tokenizer, block_tokens=16, fast=fast)
+    engine = Engine(model, tokenizer, CacheConfig(300, 16), prefill_chunk=64, fast=fast)
+    before, rng = graphs(), random.Random(0)
+    for lengths in [[1], [20, 30], [64], [100, 180, 200], [1, 40], [17] * 8, [300] * 2, [5, 6, 7]]:
+        prompts = [[rng.randrange(1, 257) for _ in range(length)] for length in lengths]
+        for tail in ([], [2] * 7):
+            for number, prompt in enumerate(prompts):
+                engine.add(engine.request(str(number), prompt + tail, SamplingParams(max_tokens=9, ignore_eos=True)))
+            while engine.has_work:
+                engine.step()
+        assert graphs() == before > 5, f"prompts of {lengths} tokens compiled {graphs() - before} graphs"
