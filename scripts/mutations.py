@@ -170,7 +170,7 @@ GUARDS: dict[str, tuple[str, ...]] = {
     "scheduling/profiles.py": ("test_profiles.py", "test_case_study.py", "test_paced.py"),
     "scheduling/books.py": ("test_control.py", "test_sites.py"),
     "scheduling/sites.py": ("test_sites.py",),
-    "engine/pieces.py": ("test_fast_runner.py",),
+    "engine/pieces.py": ("test_fast_runner.py", "test_warm_up.py"),
     "engine/sampling.py": ("test_sampling.py", "test_engine.py"),
     "engine/text.py": ("test_text.py", "test_engine_edges.py"),
     "scheduling/paper_case.py": ("test_throughput.py", "test_planner.py", "test_profiles.py", "test_plan_command.py"),

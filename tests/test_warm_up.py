@@ -10,9 +10,10 @@ import torch
 from minprfaas import SamplingParams
 from minprfaas.config import CacheConfig
 from minprfaas.engine.engine import Engine
-from minprfaas.engine.pieces import compiled
+from minprfaas.engine.pieces import compile_pieces, compiled
 from minprfaas.engine.warm_up import compile_and_warm_up
 from minprfaas.model.gqa import GQA
+from minprfaas.model.kda import KDA
 from minprfaas.model.transformer import Layer
 
 
@@ -51,3 +52,11 @@ def test_after_the_warm_up_no_request_compiles_anything(models, graphs, monkeypa
             while engine.has_work:
                 engine.step()
         assert graphs() == before > 5, f"prompts of {lengths} tokens compiled {graphs() - before} graphs"
+
+
+def test_what_takes_a_cpu_minutes_to_compile_is_compiled_for_a_gpu_alone(models, graphs):
+    model = copy.deepcopy(models["kimi_linear"][0])
+    compile_pieces(model)
+    mixers = [module for module in model.modules() if isinstance(module, KDA)]
+    assert mixers and all({*KDA.PIECES} <= vars(mixer).keys() for mixer in mixers)
+    assert not any(name in vars(mixer) for mixer in mixers for name in KDA.GPU_PIECES)

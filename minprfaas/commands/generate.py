@@ -19,8 +19,8 @@ def run(args: argparse.Namespace) -> None:
     # Here, because they wait for torch, and no mistake above is to wait with them.
     import torch
 
-    from minprfaas.engine.warm_up import compile_and_warm_up
     from minprfaas.engine.reference import answer_prompts
+    from minprfaas.engine.warm_up import compile_and_warm_up
     from minprfaas.model.checkpoint import load
     model, tokenizer = load(args.model, getattr(torch, args.dtype), args.device)
     cache = CacheConfig(args.pool_blocks) if args.pool_blocks is not None else None

@@ -155,6 +155,7 @@ class PairGroup:
             self._filling = self._new_memory()
         else:
             oldest = self._sent.popleft()
+            # Gloo's sends are completed by nothing but a wait; NCCL's by the GPU, and then a wait costs a wake-up.
             if self._leaves is None or not oldest.work.is_completed():
                 self._wait_until_sent(oldest)
             self._filling = oldest.memory
