@@ -33,7 +33,6 @@ log = logging.getLogger(__name__)
 BEATS_IN_SILENCE = 5  # so many heartbeats must be lost before a lane is taken for dead
 KEPT_BEATS = 4 * BEATS_IN_SILENCE  # of a lane: one that has not left by then is of a dead lane
 GOODBYE_S = 5.0  # for the last messages to be acknowledged, by a peer that is alive and busy
-AWAY_S = 1.0  # the same, by one that is away at present
 
 
 class Supervisor:
@@ -77,9 +76,9 @@ class Supervisor:
     def close(self) -> None:
         """Say goodbye and end. Harmless twice."""
         self._closing.set()
-        if self._thread is not None and self._lanes:
+        if self._thread is not None and self.is_up:  # else no epoch comes any more in which the peer could answer
             rtt_s = self._line.config.rtt_ms / 1e3 if self._line is not None else 0.0
-            give_up_at_s = time.monotonic() + (GOODBYE_S if self.is_up else AWAY_S) + rtt_s
+            give_up_at_s = time.monotonic() + GOODBYE_S + rtt_s
             self._outbox.wait_until_messages_are_acknowledged(give_up_at_s)
             self._outbox.send_control(Kind.BYE)
             # The peer cuts the lanes when it reads the goodbye.
