@@ -15,7 +15,7 @@ from minprfaas.kvcache.manager import KVCacheManager
 from minprfaas.model import families
 from minprfaas.model.checkpoint import load_checkpoint
 from minprfaas.model.families import read_config
-from minprfaas.model.gqa import GQAConfig
+from minprfaas.model.gqa import GQA, GQAConfig
 from minprfaas.model.layers import DenseConfig, Positions, RMSNorm, rope_frequencies
 from minprfaas.model.mla import MLA, MLAConfig
 from minprfaas.model.spec import StateSpec, TensorSpec, model_state_specs
@@ -119,6 +119,25 @@ def test_last_only_gives_the_last_logits_and_feeds_the_last_mlp_nothing_else(hyb
     torch.testing.assert_close(padded[0, 0], expected[0, 19], **CLOSE)
     torch.testing.assert_close(padded[1, 0], expected[1, 12], **CLOSE)
     assert fed == [1, 1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_the_last_layer_one_prompt_attends_for_its_last_token_alone(models, family):
+    model, token_ids, widths = models[family][0], prompt(100), []
+    mixers = [layer.self_attn for layer in model.model.layers]
+    state, expected = ContiguousState(model.config, "float32"), model(token_ids)[:, -1:]
+    hooks = [mixer.o_proj.register_forward_hook(lambda _, given, out: widths.append(given[0].shape[1]))
+             for mixer in (mixers[0], mixers[-1])]
+    try:
+        torch.testing.assert_close(model(token_ids, last_only=True), expected, **CLOSE)
+        model(token_ids[:, :70], state, last_only=True)
+        state.advance(70)
+        torch.testing.assert_close(model(token_ids[:, 70:], state, last_only=True), expected, **CLOSE)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    attends = isinstance(mixers[-1], MLA) or isinstance(mixers[-1], GQA) and mixers[-1].config.window is None
+    assert widths == [100, 1, 70, 1, 30, 1] if attends else widths[-2:] == [30, 30]
 
 
 def test_on_layer_is_called_once_the_layers_state_holds_the_tokens(hybrid):

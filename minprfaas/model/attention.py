@@ -17,8 +17,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, positions: Positions, scale: float) 
     """Causal attention of new tokens over the whole context.
 
     `q` `[batch, new, heads, dim]`, `k` and `v` `[batch, context, kv_heads, dim]` -> `[batch, new, heads, v_dim]`.
-    Request b's new token t stands at `positions.index[b, t]` and sees the context up to there.
+    Request b's new token t stands at `positions.index[b, t]` and sees the context up to there. Where only the last is
+    wanted, one request gets only that, `[1, 1, heads, v_dim]`.
     """
+    if positions.only_last and len(q) == 1:  # of a prefill's attention this is what its last layer needs
+        q = q[:, -1:]
     batch, new, heads = q.shape[:3]
     context, v_dim = k.shape[1], v.shape[-1]
     if q.is_cuda:

@@ -90,6 +90,8 @@ class Positions:
     """Where the new tokens of a forward pass stand: `index` `[batch, new]`, `start` `[batch]` tokens came before. Where
     only the first `new` `[batch]` tokens of each row are, and the others padding, `is_token` `[batch, new]` says so."""
 
+    only_last = False  # whether of a mixer's output only the last token's is wanted: it may give that alone
+
     def __init__(self, start: Tensor, new_tokens: int, new: Tensor | None = None):
         offsets = torch.arange(new_tokens, device=start.device)
         self.index, self.new = start[:, None] + offsets, new

@@ -49,10 +49,11 @@ class Stack(nn.Module):
         for index, layer in enumerate(self.layers):
             layer_state = None if state is None else state.layer(index)
             normed = layer.input_layernorm(x)
+            positions.only_last = last_only and index == len(self.layers) - 1  # no later layer mixes the others in
             mixed = layer.self_attn(normed, positions, layer_state)
             if on_layer is not None:
                 on_layer(index)
-            if last_only and index == len(self.layers) - 1:  # no later layer mixes the others in
+            if positions.only_last:
                 x, normed, mixed = (_last_tokens(of_all, state) for of_all in (x, normed, mixed))
             x = layer.feed(x, normed, mixed)
         return self.norm(x)
