@@ -34,7 +34,8 @@ class Runner:
         for row in rows:
             numbers.fromlist(row + [0] * (max(new) - len(row)))
         # Of 8,192 numbers in a list a tensor is made six times as slowly as of those in an array.
-        token_ids = torch.frombuffer(numbers, dtype=torch.int64).view(len(rows), -1).to(self.model.device)
+        token_ids = torch.frombuffer(numbers, dtype=torch.int64).view(len(rows), -1)
+        token_ids = token_ids.to(self.model.device, non_blocking=True)
         state = self.kvcache.state([chunk.request.cache for chunk in chunks], new)
         logits = self.model(token_ids, state, on_layer=self._layer_listener(chunks, on_kv), last_only=True)[:, -1]
         for chunk in chunks:

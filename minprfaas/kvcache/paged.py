@@ -24,7 +24,7 @@ class PagedState:
         self.pool = pool
         self.starts, self.counts = list(starts), list(new)
         self.new = torch.tensor(self.counts, device=pool.device) if len(set(new)) > 1 else None
-        self.start = torch.tensor(self.starts, dtype=torch.int64, device=pool.device)
+        self.start = torch.tensor(self.starts).to(pool.device, non_blocking=True)  # a pass begins without a wait
         self.snapshot_offsets = tuple(sorted({offset for planned in snapshots for offset in planned}))
         self.snapshots, self._block_tables = snapshots, block_tables
         self._token_indexes: dict[int, _TokenIndex] = {}  # by group: built once, shared by its layers
@@ -49,7 +49,7 @@ class PagedState:
             blocks = table.gather(1, positions // size)
             if self.new is not None:  # padding is written where nobody reads
                 blocks = blocks.masked_fill(offsets >= self.new[:, None], self.pool.scratch_block)
-            self._token_indexes[group.index] = _TokenIndex(blocks, positions % size, table)
+            self._token_indexes[group.index] = _TokenIndex(blocks, positions % size, table, self.start + new)
         return self._token_indexes[group.index]
 
     def _table(self, group: KVGroup, lengths: list[int], width: int) -> torch.Tensor:
@@ -60,7 +60,8 @@ class PagedState:
             if length > len(blocks):
                 raise ValueError(f"a request needs {length} blocks in group {group.index}; {len(blocks)} are reserved")
             row[:length] = torch.frombuffer(blocks, dtype=torch.int64, count=length)
-        return table.to(self.pool.device)  # built on the host, so that a device gets one copy and not one a request
+        # Built on the host, so that a device gets one copy and not one a request.
+        return table.to(self.pool.device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class _TokenIndex:
     new_blocks: torch.Tensor  # [batch, new]
     new_offsets: torch.Tensor  # [batch, new]
     block_table: torch.Tensor  # [batch, blocks]
+    lengths: torch.Tensor  # [batch]: tokens of each request, the new ones included
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class PagedLayer:
         where = self.state.token_index(self.group, new)
         put_rows(view, where.new_blocks, where.new_offsets, rows)
         longest = max(self.state.starts) + new
-        return TokenContext(Pages(view, where.block_table, self.state.start + new), longest)
+        return TokenContext(Pages(view, where.block_table, where.lengths), longest)
 
     def load(self) -> tuple[torch.Tensor, ...]:
         """The layer's tensors, each `[batch, *shape]`; a request at its beginning starts from zeros."""

@@ -14,7 +14,7 @@ from minprfaas.model.spec import ModelState, OnLayer
 class Layer(nn.Module):
     """One layer's parts. The stack calls them, because a layer's KVCache is shipped between its mixer and its MLP."""
 
-    PIECES = ("feed", "input_layernorm")  # what `engine/pieces.py` may compile
+    PIECES = ("feed", "pass_on", "input_layernorm")  # what `engine/pieces.py` may compile
 
     def __init__(self, layer: LayerConfig, config: ModelConfig):
         super().__init__()
@@ -29,6 +29,11 @@ class Layer(nn.Module):
         x = join(x, normed, mixed, self.config.mixer_residual)
         normed = self.post_attention_layernorm(x)
         return join(x, normed, self.mlp(normed), self.config.mlp_residual)
+
+    def pass_on(self, x: Tensor, normed: Tensor, mixed: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        """`feed`, and the `norm` of it that comes next: in one piece, and so by one kernel."""
+        x = Layer.feed(self, x, normed, mixed)
+        return x, RMSNorm.forward(norm, x)
 
 
 class Stack(nn.Module):
@@ -45,18 +50,19 @@ class Stack(nn.Module):
         """The last hidden states `[batch, new, hidden]`; see `Transformer.forward`."""
         start = token_ids.new_zeros(token_ids.shape[0]) if state is None else state.start
         positions = Positions(start, token_ids.shape[1], None if state is None else state.new)
+        norms = [layer.input_layernorm for layer in self.layers] + [self.norm]
         x = self.embed_tokens(token_ids)
+        normed = norms[0](x)
         for index, layer in enumerate(self.layers):
             layer_state = None if state is None else state.layer(index)
-            normed = layer.input_layernorm(x)
             positions.only_last = last_only and index == len(self.layers) - 1  # no later layer mixes the others in
             mixed = layer.self_attn(normed, positions, layer_state)
             if on_layer is not None:
                 on_layer(index)
             if positions.only_last:
                 x, normed, mixed = (_last_tokens(of_all, state) for of_all in (x, normed, mixed))
-            x = layer.feed(x, normed, mixed)
-        return self.norm(x)
+            x, normed = layer.pass_on(x, normed, mixed, norms[index + 1])
+        return normed
 
 
 class Transformer(nn.Module):
