@@ -29,8 +29,8 @@ from minprfaas.model.checkpoint import load, load_checkpoint
 from minprfaas.model.families import read_config
 from minprfaas.model.layers import Positions, Projecting
 from minprfaas.model.paged_attention import (
-    attend_to_copied_pages, attend_to_pages, attend_to_runs, flash_can_read, merge_pages, page_index, page_runs,
-    pieces_of_pages)
+    attend_to_copied_pages, attend_to_each_page, attend_to_pages, attend_to_runs, flash_can_read, merge_pages,
+    page_index, page_runs, pieces_of_pages)
 from minprfaas.model.spec import Pages, TokenContext
 from minprfaas.observe.timeline import Timeline
 
@@ -322,7 +322,8 @@ def test_attention_to_pages_where_they_lie_is_attention(heads, kv_heads):
     runs = page_runs(pages)
     assert sum(count for _, count in runs.runs) == 1 + 1 + 2 + 4
     expected = attend(q, k, v, Positions(torch.tensor(lengths) - 1, 1), 0.3)
-    torch.testing.assert_close(attend_to_runs(q, pages.view, runs, 0.3), expected)
+    for by_page in (None, attend_to_each_page):
+        torch.testing.assert_close(attend_to_runs(q, pages.view, runs, 0.3, by_page), expected)
 
 
 def test_small_or_scattered_pages_are_copied_and_large_neighbours_are_not():

@@ -8,7 +8,7 @@ from tqdm import tqdm
 from minprfaas.config import SamplingParams
 from minprfaas.engine.decode_graphs import LEAST_PAGES
 from minprfaas.engine.engine import Engine
-from minprfaas.engine.pieces import compile_pieces
+from minprfaas.engine.pieces import ROWS, compile_pieces
 from minprfaas.engine.reference import pool_for
 from minprfaas.model.attention import PLANNED_TOKENS
 from minprfaas.model.recurrent import CHUNK_TOKENS
@@ -29,6 +29,8 @@ def compile_and_warm_up(model: Transformer, tokenizer: Tokenizer, block_tokens: 
     # The tokens of each round's prompts. One request, one token and one chunk have code of their own; other sizes
     # become symbolic when a second one is met. Sizes that are equal by chance would be taken for one.
     rounds = [[65], [130], [long], [1], [long] + [block + 50] * 7, [40, 30, 20], [block + 1] * 3, [1] * 2]
+    if model.device.type == "cpu":
+        rounds.append([1] * (ROWS + 1))  # a step whose products are no sums any more
     params = SamplingParams(max_tokens=4, ignore_eos=True)
     for lengths in tqdm(rounds, desc="compiling", unit="round", disable=None, leave=False):
         lengths = [min(tokens, model.config.max_context_tokens - 5) for tokens in lengths]

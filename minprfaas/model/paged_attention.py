@@ -6,9 +6,11 @@ So however long a context is, its pages are read side by side, and each of them 
 
 On a GPU the kernel for sequences of unequal length is told where in the pool each page begins and how many of its rows
 are filled. On a CPU the kernel wants pages at equal distances: pages that are neighbours in the pool are, so one call
-takes each run of neighbours, with a mask for rows that are not filled.
+takes each run of neighbours, with a mask for rows that are not filled. Where a compiler makes loops of plain sums
+(`--compile`), those take any pages.
 """
 
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -97,6 +99,7 @@ class PageRuns(NamedTuple):
     """The pages of a batch in the order in which they lie in the pool; the layers of a KVCache group share it."""
 
     runs: list[tuple[int, int]]  # first block and number of blocks of each run of neighbours
+    blocks: Tensor  # [pages] int64
     owners: Tensor  # [pages] int64: the request of each page
     mask: Tensor  # [pages, 1, 1, block_tokens] float32: minus infinity for a row that is not filled, else 0
     places: Tensor  # [batch * blocks] int64: which page each entry of the block table is; any for padding
@@ -119,23 +122,53 @@ def page_runs(pages: Pages) -> PageRuns:
     is_filled = torch.arange(size) < row_counts.flatten()[entries, None]
     mask = torch.zeros(is_filled.shape).masked_fill(~is_filled, float("-inf"))
     places = torch.zeros_like(row_counts).flatten().index_copy(0, entries, numbers)
-    return PageRuns(runs, entries // row_counts.shape[1], mask[:, None, None], places, row_counts)
+    return PageRuns(runs, path % round_blocks, entries // row_counts.shape[1], mask[:, None, None], places, row_counts)
 
 
-def attend_to_runs(q: Tensor, view: Tensor, pages: PageRuns, scale: float) -> Tensor:
-    """The attention of `q` `[batch, 1, heads, dim]` to all pages, merged, on a CPU; values are as wide as keys."""
+def attend_to_runs(q: Tensor, view: Tensor, pages: PageRuns, scale: float, by_page: Callable | None = None) -> Tensor:
+    """The attention of `q` `[batch, 1, heads, dim]` to all pages, merged, on a CPU; values are as wide as keys. By the
+    flash kernel, or by `by_page`, which is `attend_to_each_page` compiled."""
     batch, dim = q.shape[0], q.shape[3]
-    kv_heads = view.shape[2] // (2 * dim)
+    queries = q.view(batch, view.shape[2] // (2 * dim), -1, dim).index_select(0, pages.owners)
+    if by_page is None:
+        of_pages = _flash_over_runs(queries, view, pages, scale)
+    else:
+        of_pages = by_page(queries * scale, view, pages.blocks, pages.mask[:, 0])
+    out, log_sum = (part.flatten(1, 2).index_select(0, pages.places).unflatten(0, (batch, -1))
+                    for part in of_pages)  # [batch, blocks, heads, dim], [batch, blocks, heads]
+    weights = log_sum.masked_fill((pages.row_counts == 0)[..., None], float("-inf")).softmax(dim=1)
+    return torch.einsum("bph,bphd->bhd", weights.to(out.dtype), out)[:, None]
+
+
+def _flash_over_runs(queries: Tensor, view: Tensor, pages: PageRuns, scale: float) -> Iterator[Tensor]:
+    """What `attend_to_each_page` returns."""
+    kv_heads, dim = queries.shape[1], queries.shape[3]
     k, v = view.unflatten(-1, (2, kv_heads, dim)).permute(2, 0, 3, 1, 4).unbind()  # [blocks, kv_heads, rows, dim]
-    queries = q.view(batch, kv_heads, -1, dim).index_select(0, pages.owners)
     counts, parts = [count for _, count in pages.runs], []
     for (first, count), own, mask in zip(pages.runs, queries.split(counts), pages.mask.split(counts)):
         parts.append(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             own, k[first:first + count], v[first:first + count], attn_mask=mask, scale=scale))
-    out, log_sum = (torch.cat(part).flatten(1, 2).index_select(0, pages.places).unflatten(0, (batch, -1))
-                    for part in zip(*parts))  # [batch, blocks, heads, dim], [batch, blocks, heads]
-    weights = log_sum.masked_fill((pages.row_counts == 0)[..., None], float("-inf")).softmax(dim=1)
-    return torch.einsum("bph,bphd->bhd", weights.to(out.dtype), out)[:, None]
+    return (torch.cat(part) for part in zip(*parts))
+
+
+def attend_to_each_page(queries: Tensor, view: Tensor, blocks: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Scaled `queries` `[pages, kv_heads, groups, dim]` over every page of `blocks` by itself: the outputs, alike, and
+    the logarithms of the denominators `[pages, kv_heads, groups]`. `mask` is `[pages, 1, rows]`.
+
+    Written for a compiler, whose loops fit the registers of a CPU's core: sums of one extent become one loop, so that
+    those of four rows (or four parts of a value) and of all heads that share a KV head read it once, head by head.
+    """
+    kv_heads, dim = queries.shape[1], queries.shape[3]
+    k, v = view[blocks].unflatten(-1, (2, kv_heads, dim)).transpose(1, 3).unbind(2)  # [pages, kv_heads, rows, dim]
+    outs, log_sums = [], []
+    for query in queries.unbind(2):
+        scores = torch.cat([(rows * query[:, :, None]).sum(dim=-1) for rows in k.chunk(4, dim=2)], dim=-1) + mask
+        most = scores.amax(dim=-1, keepdim=True)
+        weights = (scores - most).exp()[..., None]
+        total = weights.sum(dim=2)  # [pages, kv_heads, 1]
+        outs.append(torch.cat([(weights * part).sum(dim=2) for part in v.chunk(4, dim=3)], dim=-1) / total)
+        log_sums.append((most + total.log()).squeeze(-1))
+    return torch.stack(outs, dim=2), torch.stack(log_sums, dim=2)
 
 
 def attend_to_copied_pages(q: Tensor, pages: Pages, row_counts: Tensor, scale: float, kv_heads: int) -> PageOutputs:

@@ -69,6 +69,8 @@ class Transformer(nn.Module):
     """A causal language model. The loader sets `weights`, a digest of the checkpoint, and `fingerprint`, a digest of
     that and of the number format, in which every block key is rooted."""
 
+    CPU_PIECES = ("lm_head",)
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config

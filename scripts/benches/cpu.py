@@ -2,6 +2,7 @@
 
     python scripts/bench.py cpu                        a dense and a hybrid model, float32
     python scripts/bench.py cpu --peers DIR            and with Transformers' checkout, where it is not installed
+    python scripts/bench.py cpu --compile              and decode once more, compiled (minutes)
 
 First the cores' ceilings, as in `bench.py gpu`: floors are what they would need for the same bytes and products. Ours
 and the peer's runs take turns, and each reading is the median.
@@ -19,6 +20,7 @@ from benches.peers import Peer
 from benches.reading import Machine, Reading, measure_machine, print_readings, write_readings
 from minprfaas.config import SamplingParams
 from minprfaas.engine.engine import Engine
+from minprfaas.engine.pieces import compile_pieces
 from minprfaas.engine.reference import pool_for
 from minprfaas.errors import exit_on_user_error, require_number
 from minprfaas.model.families import config_from_hf
@@ -46,6 +48,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--context", type=int, default=1024, help="of a decoding request (1024)")
     parser.add_argument("--repeats", type=int, default=3, help="turns that each takes (3)")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="the models (both)")
+    parser.add_argument("--compile", action="store_true", help="decode with compiled pieces, too: rows of their own")
     parser.add_argument("--peers", metavar="DIR", help="folder with checkouts of other libraries")
     parser.add_argument("--json", metavar="FILE", help="write the readings")
     args = parser.parse_args(argv)
@@ -69,6 +72,20 @@ def read(name: str, model: Transformer, machine: Machine, peer: Peer, args: argp
     found = [in_turns(f"{name} prefill, {args.tokens} tokens", machine.prefill_floor_ms(model, args.tokens),
                       lambda: prefill_ms(model, args.tokens), peer, {"phase": "prefill", "tokens": args.tokens},
                       args.repeats)]
+    found += read_decode(name, model, machine, peer, args)
+    if args.compile:
+        began = time.perf_counter()
+        compile_pieces(model)
+        for batch in (1, 8):
+            decode_ms(model, batch, args.context)
+        print(f"  {name}: compiled in {time.perf_counter() - began:.0f} s", flush=True)
+        found += read_decode(f"{name} compiled", model, machine, peer, args)
+    return found
+
+
+def read_decode(name: str, model: Transformer, machine: Machine, peer: Peer, args: argparse.Namespace) -> list[Reading]:
+    """Decode of one request and of eight."""
+    found = []
     for batch in (1, 8):
         floor_ms = machine.decode_floor_ms(model, model_state_specs(model.config, "float32"), batch, args.context)
         found.append(in_turns(f"{name} decode, batch {batch} at {args.context}", floor_ms,
