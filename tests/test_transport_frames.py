@@ -6,11 +6,13 @@ from array import array
 from operator import mul
 
 import pytest
+import torch
 
 from minprfaas.transport.wan import frames
-from minprfaas.transport.wan.digest import Digest
+from minprfaas.transport.wan.digest import Digest, row_sums
 from minprfaas.transport.wan.frames import (CONTROL_LIMIT_BYTES, HEADER_BYTES, Codec, FrameError, Header, Kind, Slot,
                                             SlotPool, control_frame, decode_acks, encode_acks)
+from minprfaas.transport.wan.gpu_sums import LEAST_ROWS, queue_sums
 from minprfaas.transport.wan.parts import PartsOut, decode_message, encode_message
 
 LIMIT = 32 * 1024
@@ -74,13 +76,13 @@ def test_absurd_fields_are_refused_although_their_checksum_is_right(header, comp
         codec.open(sealed(codec, header, b"").view)
 
 
-@pytest.mark.parametrize("name, value", [("MAGIC", b"HTTP"), ("VERSION", 3)])
+@pytest.mark.parametrize("name, value", [("MAGIC", b"HTTP"), ("VERSION", 2)])
 def test_a_frame_of_another_protocol_or_version_is_refused_although_its_checksum_is_right(monkeypatch, name, value):
     codec = Codec(LIMIT)
     with monkeypatch.context() as patched:
         patched.setattr(frames, name, value)
         slot = sealed(codec, Header(Kind.ACK), b"")
-    with pytest.raises(FrameError, match="this side speaks b'PFKV' version 2"):
+    with pytest.raises(FrameError, match="this side speaks b'PFKV' version 3"):
         codec.open(slot.view)
 
 
@@ -121,7 +123,7 @@ def test_ten_thousand_mutated_frames_raise_a_frame_error_or_parse_within_the_lim
 def test_the_digest_of_much_data_is_that_of_its_sums_as_they_are_defined(by_bytes, beyond):
     """Written out: both ends of a link must come to the same, whatever machine they run on."""
     key, data = b"k" * 32, random.Random(6).randbytes(2 * 16_384 + beyond)
-    secret = hashlib.shake_256(b"keys of the sums: " + key).digest(16_384 * (16 if by_bytes else 2))
+    secret = hashlib.shake_256(b"keys of the sums: " + b"the link's").digest(16_384 * (16 if by_bytes else 2))
     if by_bytes:
         keys = [number >> 1 for number in array("b", secret)]
         rows = [array("b", data[at:at + 16_384]) for at in (0, 16_384)]
@@ -132,15 +134,16 @@ def test_the_digest_of_much_data_is_that_of_its_sums_as_they_are_defined(by_byte
                 for half in (0, 1) for at in (0, 16_384)]
         sums = array("Q", (sum(map(mul, *row)) % 2**64 for row in rows))
     expected = hashlib.blake2b(sums.tobytes() + data[2 * 16_384:], key=key, digest_size=16).digest()
-    assert Digest(key, by_bytes).of(memoryview(bytearray(data))) == expected
+    digest = Digest(key, row_sums(b"the link's", by_bytes)).of
+    assert digest(memoryview(bytearray(data))) == expected
     little = data[:16_384 - by_bytes]  # of a row alone there are no four bytes more; it is hashed as it is
-    assert Digest(key, by_bytes).of(little) == hashlib.blake2b(little, key=key, digest_size=16).digest()
+    assert digest(little) == hashlib.blake2b(little, key=key, digest_size=16).digest()
 
 
 @pytest.mark.parametrize("key", [None, b"k" * 32], ids=["public", "keyed"])
 @pytest.mark.parametrize("by_bytes", [False, True], ids=["by words", "by bytes"])
 def test_the_digest_of_much_data_notices_every_flipped_bit_and_everything_that_is_swapped(key, by_bytes):
-    generator, digest = random.Random(5), Digest(key, by_bytes).of
+    generator, digest = random.Random(5), Digest(key, row_sums(key, by_bytes)).of
     data = bytearray(generator.randbytes(20 * 8192 + 5000))
     true = digest(memoryview(data))
     for at in [0, 7, 8191, 8192, 20 * 8192, len(data) - 1, *(generator.randrange(len(data)) for _ in range(200))]:
@@ -159,6 +162,38 @@ def test_the_digest_of_much_data_notices_every_flipped_bit_and_everything_that_i
         swapped[second:second + size] = data[first:first + size]
         assert swapped == data or digest(memoryview(swapped)) != true, f"{size} swapped bytes went unnoticed"
     assert digest(memoryview(data)) == true
+
+
+@pytest.mark.parametrize("rows, beyond", [(LEAST_ROWS, 0), (LEAST_ROWS, 16_383), (LEAST_ROWS + 1, 1)])
+def test_sums_that_are_made_where_the_bytes_lie_seal_a_frame_as_a_core_would(rows, beyond):
+    """By what a GPU runs, on a CPU. They are made before it is known on which lane, or in which epoch, they leave."""
+    payload, sums = random.Random(8).randbytes(rows * 16_384 + beyond), row_sums(b"the link's", by_bytes=True)
+    known, slot = queue_sums(torch.tensor(list(payload), dtype=torch.uint8), sums), Slot(len(payload))
+    slot.view[HEADER_BYTES:] = payload
+    assert known.shape == (rows, 16) and torch.equal(known, sums.of(slot.view[HEADER_BYTES:], rows))
+    for key in (b"of one epoch", b"of the next"):
+        codec = Codec(len(payload), key, key, sums)
+        codec.seal(Header(Kind.CHUNK, nbytes=len(payload)), slot.view, known)
+        header = codec.open(slot.view)
+        assert codec.payload_is_intact(header, slot.view) and codec.payload_is_intact(header, slot.view, known)
+        assert not codec.payload_is_intact(header, slot.view, known + 1), "sums that are known are not made again"
+    for at in (0, rows * 16_384 - 1, len(payload) - 1):
+        slot.view[HEADER_BYTES + at] ^= 1
+        landed = torch.frombuffer(slot.view[HEADER_BYTES:], dtype=torch.uint8)
+        assert not codec.payload_is_intact(header, slot.view, queue_sums(landed, sums)), f"bit {at} went unnoticed"
+        slot.view[HEADER_BYTES + at] ^= 1
+
+
+def test_sums_are_made_by_a_core_of_few_rows_and_for_a_peer_that_digests_by_words():
+    data = torch.randint(0, 256, (LEAST_ROWS * 16_384 + 16,), dtype=torch.uint8)
+    by_bytes, by_words = (row_sums(b"the link's", form) for form in (True, False))
+    assert queue_sums(data[:-17], by_bytes) is None and queue_sums(data, by_words) is None
+    assert queue_sums(data[1:], by_bytes) is None, "a GPU multiplies nothing that begins anywhere"
+    known, slot = queue_sums(data, by_bytes), Slot(len(data))
+    slot.payload.copy_(data)
+    codec, header = Codec(len(data), sums=by_words), Header(Kind.CHUNK, nbytes=len(data))
+    codec.seal(header, slot.view, known)
+    assert codec.payload_is_intact(codec.open(slot.view), slot.view)
 
 
 def test_a_message_is_a_json_object_and_nothing_else():

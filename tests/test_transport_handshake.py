@@ -4,7 +4,8 @@ import dataclasses
 import logging
 
 import pytest
-from transport_support import DEADLINE_S, IDENTITY, Cargo, Impostor, connected, event, in_parallel, new_store
+from transport_support import (DEADLINE_S, IDENTITY, Cargo, Impostor, Lanes, connected, event, in_parallel,
+                               new_store)
 
 from minprfaas.config import LinkConfig
 from minprfaas.transport.base import LinkDown, LinkRefused
@@ -68,6 +69,19 @@ def test_without_a_secret_on_either_side_only_compatibility_is_checked():
         cargo.put_all(stream)
         stream.finish(DEADLINE_S)
     assert cargo.is_identical
+
+
+@pytest.mark.parametrize("quick", [(True, True), (True, False), (False, False)])
+def test_digests_are_by_bytes_if_both_processors_are_quick_by_bytes(monkeypatch, quick):
+    said, lanes, cargo = iter(quick), (Lanes(), Lanes()), Cargo(tokens=4000)
+    monkeypatch.setattr("minprfaas.transport.wan.handshake.multiplies_bytes", lambda: next(said))
+    with connected(sender_lanes=lanes[0], receiver_lanes=lanes[1]) as (sender, receiver):
+        receiver.expect(cargo.plan, cargo.sink)
+        stream = sender.open(cargo.plan)
+        cargo.put_all(stream, chunk_tokens=4000)
+        stream.finish(DEADLINE_S)
+    assert cargo.is_identical
+    assert [side.made[0].codec.row_sums.by_bytes for side in lanes] == [all(quick)] * 2
 
 
 class RecordingLane(Lane):
@@ -154,7 +168,7 @@ def test_with_a_secret_frames_are_sealed_under_keys_of_this_meeting_and_directio
 def test_an_impostor_that_repeats_what_it_hears_is_refused():
     class Mirror(Impostor):
         def __call__(self):
-            self._words = _Echo(self.heard, b"minprfaas link" + bytes(40) + b"version 2, link a-b, epoch 1, 1 lanes, "
+            self._words = _Echo(self.heard, b"minprfaas link" + bytes(40) + b"version 3, link a-b, epoch 1, 1 lanes, "
                                 b"frames of 262144 bytes, lane 0")
             super().__call__()
 

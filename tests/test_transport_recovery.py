@@ -24,7 +24,7 @@ from minprfaas.transport.base import LinkDown, StreamAborted
 from minprfaas.transport.events import LinkLost, LinkRestored, MessageReceived, StreamDone, StreamFailed
 from minprfaas.transport.pair_group import PairGroup
 from minprfaas.transport.wan import supervision
-from minprfaas.transport.wan.digest import Digest
+from minprfaas.transport.wan.digest import Digest, row_sums
 from minprfaas.transport.wan.frames import HEADER_BYTES, Kind
 from minprfaas.transport.wan.handshake import LinkIdentity
 from minprfaas.transport.wan.lanes import Lane
@@ -154,7 +154,8 @@ class FaultyLane(Lane):
         """A right checksum over a wrong range or length: what an enemy can send where there is no secret."""
         header = bytearray(frame[:HEADER_BYTES - 16].tolist())
         struct.pack_into("<I", header, 12 + 4 * generator.randrange(4), generator.randrange(2**31, 2**32))
-        frame[:HEADER_BYTES] = torch.tensor(list(header + Digest(None).of(header)), dtype=torch.uint8)
+        tag = Digest(None, row_sums(None, False)).of(header)
+        frame[:HEADER_BYTES] = torch.tensor(list(header + tag), dtype=torch.uint8)
         return self.keep(frame)
 
     def _replay(self, frame, _):

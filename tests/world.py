@@ -47,7 +47,7 @@ class End:
         self._check()
         self.peer.events.put(MessageReceived(json.loads(json.dumps(message)), self.name))
 
-    def expect(self, plan, sink):
+    def expect(self, plan, sink, device=None):
         self._check()
         self.expected.expect(plan, sink)
 

@@ -29,7 +29,7 @@ from minprfaas.observe.tables import human_bytes, table
 from minprfaas.transport.base import LinkRefused, StreamAborted
 from minprfaas.transport.events import StreamDone
 from minprfaas.transport.loopback import Loopback
-from minprfaas.transport.wan.digest import Digest
+from minprfaas.transport.wan.digest import Digest, row_sums
 from minprfaas.transport.wan.frames import HEADER_BYTES, Codec, FrameError, Header, Kind, Slot
 from minprfaas.transport.wan.line import EmulatedLine
 
@@ -208,7 +208,7 @@ in_header = sum(is_noticed(bit) for bit in range(HEADER_BYTES * 8))
 in_payload = sum(is_noticed(bit) for bit in range(HEADER_BYTES * 8, (HEADER_BYTES + 64) * 8))
 (seq,) = struct.unpack_from("<Q", slot.view, 28)  # the header is plain numbers: this is where the sequence number lies
 by_hand = hashlib.blake2b(bytes(slot.view[HEADER_BYTES:HEADER_BYTES + 64]), key=KEY, digest_size=16).digest()
-same = by_hand == Digest(KEY).of(slot.view[HEADER_BYTES:HEADER_BYTES + 64]) == read.payload_digest
+same = by_hand == Digest(KEY, row_sums(KEY, False)).of(slot.view[HEADER_BYTES:HEADER_BYTES + 64]) == read.payload_digest
 print("4. A frame\n")
 print(f"   {HEADER_BYTES} bytes say: {read.kind.name} {read.seq} of stream {read.stream}, layer {read.layer}, "
       f"tokens {read.start}-{read.end}, {read.nbytes} bytes follow.\n"

@@ -29,7 +29,7 @@ class KVReceive:
         if self._pool.device.type == "cuda":
             self._beside_model = torch.cuda.Stream(self._pool.device, priority=-1)
             self._reserved = torch.cuda.current_stream(self._pool.device).record_event()  # and zeroed
-        transport.expect(plan, self._write)
+        transport.expect(plan, self._write, self._pool.device)
 
     @property
     def is_exact(self) -> bool:
@@ -46,7 +46,7 @@ class KVReceive:
 
     def _write_beside_model(self, layer: int, start: int, end: int, data: torch.Tensor) -> None:
         """On the model's CUDA stream each copy would wait for the decode step that runs, so that KVCache would arrive
-        no faster than a few pieces a step. What lies on a GPU comes in a stream of its sender's."""
+        no faster than a few pieces a step. What lies on a GPU comes in a stream of its transport's."""
         is_on_host = not data.is_cuda
         with torch.cuda.stream(self._beside_model if is_on_host else None):
             stream = torch.cuda.current_stream(self._pool.device)

@@ -105,9 +105,11 @@ class SendStream(Protocol):
 class KVTransport(Protocol):
     """Moves KV from one node to another."""
 
-    def expect(self, plan: StreamPlan, sink: Sink) -> None:
+    def expect(self, plan: StreamPlan, sink: Sink, device: torch.device | None = None) -> None:
         """Accept `plan` from now on; ends in StreamDone or StreamFailed. `sink` runs on threads of the transport, one
-        call at a time for one stream. Raises LinkDown, or ValueError when the stream is expected already, or done."""
+        call at a time for one stream. Where it writes to a GPU and says so by `device`, a transport may bring the bytes
+        there itself, to check them there; `sink` then works on its thread's current CUDA stream, and need not wait.
+        Raises LinkDown, or ValueError when the stream is expected already, or done."""
 
     def open(self, plan: StreamPlan) -> SendStream:
         """Begin to send what the receiver expects. Raises LinkDown, or ValueError for a plan that cannot cross."""

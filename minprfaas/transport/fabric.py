@@ -99,7 +99,7 @@ class Fabric:
         self._check(plan)
         return self._outbox.open(plan, self._batch_bytes)
 
-    def expect(self, plan: StreamPlan, sink: Sink) -> None:
+    def expect(self, plan: StreamPlan, sink: Sink, device: torch.device | None = None) -> None:
         """See `KVTransport.expect`."""
         self._check(plan)
         self._expected.expect(plan, sink)

@@ -20,7 +20,7 @@ class Loopback(KVTransport):
         self.events = EventQueue() if events is None else events
         self._expected = ExpectedStreams(self.events)
 
-    def expect(self, plan: StreamPlan, sink: Sink) -> None:
+    def expect(self, plan: StreamPlan, sink: Sink, device: torch.device | None = None) -> None:
         """See `KVTransport.expect`. The sink runs in the thread that calls `put`."""
         self._expected.expect(plan, sink)
 

@@ -34,6 +34,11 @@ class Piece:
     layers: int = 1
 
 
+def wait_for_gpu(device: torch.device) -> None:
+    """Until the current CUDA stream has come here. A wait that spins would take a core from whoever computes."""
+    torch.cuda.current_stream(device).record_event(torch.cuda.Event(blocking=True)).synchronize()
+
+
 class Coverage:
     """Which parts of `[start, end)` are there: sorted, disjoint, merged intervals.
 
@@ -209,10 +214,11 @@ class PutLog:
 
 
 class IncomingStream:
-    """The receiving side of a plan: checks each piece against it and hands it to the sink, one call at a time."""
+    """The receiving side of a plan: checks each piece against it and hands it to the sink, one call at a time. `gpu`:
+    where its transport brings the pieces, each by any CUDA stream."""
 
-    def __init__(self, plan: StreamPlan, sink: Sink):
-        self.plan = plan
+    def __init__(self, plan: StreamPlan, sink: Sink, gpu: torch.device | None = None):
+        self.plan, self.gpu = plan, gpu
         self._sink = sink
         self._lock = threading.Lock()
         self._closed = False
@@ -239,6 +245,8 @@ class IncomingStream:
                 raise StreamAborted(f"layer {piece.layer}: {error}") from None
             try:
                 self._write(entry, piece, data)
+                if self.gpu is not None:  # others come by other CUDA streams, and `close` says that no more is written
+                    wait_for_gpu(self.gpu)
             except Exception as error:
                 self._coverage = PlanCoverage(self.plan)  # what the blocks hold now is anyone's guess
                 raise StreamAborted(f"the sink failed on layer {piece.layer}: {error!r}") from error
@@ -280,12 +288,18 @@ class ExpectedStreams:
         self._streams: dict[int, IncomingStream] = {}
         self._done: deque[int] = deque(maxlen=DONE_KNOWN)
 
-    def expect(self, plan: StreamPlan, sink: Sink) -> None:
-        """See `KVTransport.expect`."""
+    def expect(self, plan: StreamPlan, sink: Sink, device: torch.device | None = None) -> None:
+        """See `KVTransport.expect`; a transport that brings bytes to no GPU keeps `device` to itself."""
+        gpu = device if device is not None and device.type == "cuda" else None
         with self._lock:
             if plan.stream_id in self._streams or plan.stream_id in self._done:  # it would be acknowledged, not written
                 raise ValueError(f"stream {plan.stream_id} is expected already, or was received")
-            self._streams[plan.stream_id] = IncomingStream(plan, sink)
+            self._streams[plan.stream_id] = IncomingStream(plan, sink, gpu)
+
+    def gpu_of(self, stream_id: int) -> torch.device | None:
+        """The GPU to which the bytes of a stream are to be brought; None when there is none, or nobody wants them."""
+        stream = self._streams.get(stream_id)
+        return None if stream is None else stream.gpu
 
     def forget(self, stream_id: int) -> int | None:
         """See `KVTransport.forget`."""

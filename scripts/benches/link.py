@@ -327,7 +327,7 @@ def _receive_all(link, plans, memory) -> float:
         return sink
 
     for plan, slab in zip(plans, memory):
-        link.expect(plan, write_into(slab))
+        link.expect(plan, write_into(slab), slab.device)
     link.send_message({"kind": "ready"})
     while not isinstance(link.receive(DEADLINE_S), MessageReceived):
         pass

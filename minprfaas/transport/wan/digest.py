@@ -1,4 +1,4 @@
-"""Digests of sixteen bytes: without the key nobody can make one, and changed data does not fit it. Chapter 07.
+"""Digests of sixteen bytes: without the keys nobody can make one, and changed data does not fit it. Chapter 07.
 
 They are a keyed BLAKE2b. That does half a GB/s a core and a link should carry twenty times as much, so long data is
 first shrunk by a universal hash, and BLAKE2b vouches for the sums (Carter and Wegman 1979). Two forms, both exact:
@@ -11,16 +11,21 @@ first shrunk by a universal hash, and BLAKE2b vouches for the sums (Carter and W
   summed twice, under two sets of keys, the second time in words that begin four bytes later. Each byte is in the lower
   half of one of its two words, t is at most 31, and a change passes with a probability of at most 2^-33.
 
-That is a try; an enemy on the line hears of it only that it failed, because BLAKE2b hides the sums. Without a secret
-the keys are known to all: then this finds accidents and stops nobody.
+That is a try; an enemy on the line hears of it only that it failed, because BLAKE2b hides the sums. So the keys of the
+sums need not change: they come from the link's secret, once, and whoever holds the bytes can sum them, be it a GPU, and
+before it is known on which lane they leave (`gpu_sums`). BLAKE2b's key is another for each lane, direction and epoch,
+and no digest fits anywhere else. A fresh try is worth no more than the first; but a change that has passed would pass
+again while the secret lives. Without a secret all keys are known: then this finds accidents and stops nobody.
 """
 
+import ctypes
 import hashlib
+from functools import lru_cache
 
 import torch
 
 DIGEST_BYTES = 16
-_ROW_BYTES = 16384
+ROW_BYTES = 16384
 _COLUMNS = 16
 
 
@@ -29,38 +34,49 @@ def multiplies_bytes() -> bool:
     return torch.cpu._is_vnni_supported()
 
 
+class RowSums:
+    """The universal hash with `keys` of `secret`: int8 [ROW_BYTES, 16] by bytes, int64 [2, ROW_BYTES / 8] by words."""
+
+    def __init__(self, secret: bytes | None, by_bytes: bool):
+        self.by_bytes = by_bytes
+        nbytes = ROW_BYTES * (_COLUMNS if by_bytes else 2)
+        keys = bytearray(hashlib.shake_256(b"keys of the sums: " + (secret or b"")).digest(nbytes))
+        if by_bytes:
+            self.keys = (torch.frombuffer(keys, dtype=torch.int8) >> 1).view(ROW_BYTES, _COLUMNS)
+        else:
+            self.keys = torch.frombuffer(keys, dtype=torch.int64).view(2, -1)
+
+    def rows_of(self, nbytes: int) -> int:
+        """How many rows of so much data are summed; what is behind them is not."""
+        return max(0, nbytes - (0 if self.by_bytes else 4)) // ROW_BYTES
+
+    def of(self, data: memoryview, rows: int) -> torch.Tensor:
+        """The sums of the first `rows` rows: int32 [rows, 16] or int64 [2, rows]."""
+        if self.by_bytes:
+            matrix = torch.frombuffer(data, dtype=torch.int8, count=rows * ROW_BYTES)
+            return torch._int_mm(matrix.view(rows, -1), self.keys)
+        sums, words = torch.empty(2, rows, dtype=torch.int64), rows * ROW_BYTES // 8
+        for offset, keys, into in zip((0, 4), self.keys, sums):
+            matrix = torch.frombuffer(data, dtype=torch.int64, count=words, offset=offset).view(rows, -1)
+            torch.mv(matrix, keys, out=into)
+        return sums
+
+
+row_sums = lru_cache(maxsize=16)(RowSums)  # all lanes of a link have one
+
+
 class Digest:
     """Of one key, of at most 64 bytes. Little data is done without letting go of the interpreter lock: on a busy link a
     thread waits longer to have it back than its sixteen bytes take."""
 
-    def __init__(self, key: bytes | None, by_bytes: bool = False):
-        self._key, self._by_bytes = key or b"", by_bytes
-        nbytes = _ROW_BYTES * (_COLUMNS if by_bytes else 2)
-        secret = bytearray(hashlib.shake_256(b"keys of the sums: " + self._key).digest(nbytes))
-        if by_bytes:
-            self._keys = (torch.frombuffer(secret, dtype=torch.int8) >> 1).view(_ROW_BYTES, _COLUMNS)
-        else:
-            self._keys = torch.frombuffer(secret, dtype=torch.int64).view(2, -1)
+    def __init__(self, key: bytes | None, row_sums: RowSums):
+        self._key, self._row_sums = key or b"", row_sums
 
-    def of(self, data: bytes | memoryview) -> bytes:
-        """DIGEST_BYTES for `data`, of any length; only what is shorter than a row may be read-only."""
-        rows = max(0, len(data) - (0 if self._by_bytes else 4)) // _ROW_BYTES
+    def of(self, data: bytes | memoryview, sums: torch.Tensor | None = None) -> bytes:
+        """DIGEST_BYTES for `data`, of any length; only what is shorter than a row may be read-only. `sums`: its rows'
+        by bytes, in CPU memory, if they are known; a peer that needs them by words gets others."""
+        rows = self._row_sums.rows_of(len(data))
         if rows:
-            sums = self._sums_by_bytes(data, rows) if self._by_bytes else self._sums_by_words(data, rows)
-            data = sums + data[rows * _ROW_BYTES:]
+            sums = sums if sums is not None and self._row_sums.by_bytes else self._row_sums.of(data, rows)
+            data = ctypes.string_at(sums.data_ptr(), sums.nbytes) + data[rows * ROW_BYTES:]
         return hashlib.blake2b(data, key=self._key, digest_size=DIGEST_BYTES).digest()
-
-    def _sums_by_bytes(self, data: memoryview, rows: int) -> bytearray:
-        memory = bytearray(rows * _COLUMNS * 4)
-        sums = torch.frombuffer(memory, dtype=torch.int32).view(rows, _COLUMNS)
-        matrix = torch.frombuffer(data, dtype=torch.int8, count=rows * _ROW_BYTES).view(rows, -1)
-        torch._int_mm(matrix, self._keys, out=sums)
-        return memory
-
-    def _sums_by_words(self, data: memoryview, rows: int) -> bytearray:
-        memory = bytearray(rows * 2 * 8)
-        sums, words = torch.frombuffer(memory, dtype=torch.int64).view(2, rows), rows * _ROW_BYTES // 8
-        for offset, keys, into in zip((0, 4), self._keys, sums):
-            matrix = torch.frombuffer(data, dtype=torch.int64, count=words, offset=offset).view(rows, -1)
-            torch.mv(matrix, keys, out=into)
-        return memory

@@ -15,10 +15,10 @@ from enum import IntEnum
 import torch
 
 from minprfaas.transport.streams import Piece
-from minprfaas.transport.wan.digest import DIGEST_BYTES, Digest
+from minprfaas.transport.wan.digest import DIGEST_BYTES, Digest, RowSums, row_sums
 
 MAGIC = b"PFKV"
-VERSION = 2
+VERSION = 3
 CONTROL_LIMIT_BYTES = 16 * 2**10  # payload of one control frame; a longer message travels in parts
 ACKS_PER_FRAME = CONTROL_LIMIT_BYTES // 8
 
@@ -120,11 +120,13 @@ class StreamRecord:
 
 
 class Frame:
-    """One frame on its way out. `ready` is a CUDA event to wait for before the bytes are there."""
+    """One frame on its way out. `ready` is a CUDA event to wait for before the bytes are there, and the `sums` of their
+    rows where the GPU has made them."""
 
     def __init__(self, header: Header, slot: Slot, stream: StreamRecord | None = None):
         self.header, self.slot, self.stream = header, slot, stream
         self.ready: torch.cuda.Event | None = None
+        self.sums: torch.Tensor | None = None
         self.queued_at_s = self.sent_at_s = 0.0
 
     @property
@@ -141,7 +143,7 @@ def control_frame(kind: Kind, payload: bytes | memoryview = b"", **fields: int) 
 
 
 class Codec:
-    """Seals and opens the frames of one lane in one epoch. Keys are per direction; None is no secret.
+    """Seals and opens the frames of one lane in one epoch. Keys are per direction, `sums` the link's; None: no secret.
 
     >>> codec, frame = Codec(1024), control_frame(Kind.MESSAGE, b"hello", seq=7)
     >>> codec.seal(frame.header, frame.slot.view)
@@ -154,15 +156,16 @@ class Codec:
     """
 
     def __init__(self, payload_limit: int, send_key: bytes | None = None, receive_key: bytes | None = None,
-                 by_bytes: bool = False):
-        self.payload_limit = payload_limit
-        self._sent, self._received = Digest(send_key, by_bytes), Digest(receive_key, by_bytes)
+                 sums: RowSums = row_sums(None, False)):
+        self.payload_limit, self.row_sums = payload_limit, sums
+        self._sent, self._received = Digest(send_key, sums), Digest(receive_key, sums)
 
-    def seal(self, header: Header, view: memoryview) -> None:
-        """Write `header` in front of the payload that `view` already holds, with both digests."""
+    def seal(self, header: Header, view: memoryview, sums: torch.Tensor | None = None) -> None:
+        """Write `header` in front of the payload that `view` already holds, with both digests. `sums`: the payload's,
+        if they are known; see `Digest.of`."""
         payload = view[HEADER_BYTES:HEADER_BYTES + header.nbytes]
         fields = _FIELDS.pack(MAGIC, VERSION, header.kind, header.layer, header.group, header.start, header.end,
-                              header.offset, header.nbytes, header.seq, header.stream, self._sent.of(payload))
+                              header.offset, header.nbytes, header.seq, header.stream, self._sent.of(payload, sums))
         view[:HEADER_BYTES] = fields + self._sent.of(fields)
 
     def open(self, view: memoryview) -> Header:
@@ -185,10 +188,10 @@ class Codec:
             raise FrameError(f"token range [{start}, {end}) is reversed")
         return Header(kind, seq, stream, layer, group, start, end, offset, nbytes, digest)
 
-    def payload_is_intact(self, header: Header, view: memoryview) -> bool:
-        """Whether the bytes behind `header` are the ones that it was sealed with."""
+    def payload_is_intact(self, header: Header, view: memoryview, sums: torch.Tensor | None = None) -> bool:
+        """Whether the bytes behind `header` are the ones that it was sealed with. `sums`: theirs, if they are known."""
         payload = view[HEADER_BYTES:HEADER_BYTES + header.nbytes]
-        return hmac.compare_digest(header.payload_digest, self._received.of(payload))
+        return hmac.compare_digest(header.payload_digest, self._received.of(payload, sums))
 
 
 def encode_acks(seqs: list[int]) -> bytes:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from minprfaas.transport.base import LinkRefused
 from minprfaas.transport.encoding import Wire
-from minprfaas.transport.wan.digest import multiplies_bytes
+from minprfaas.transport.wan.digest import multiplies_bytes, row_sums
 from minprfaas.transport.wan.frames import VERSION, Codec, FrameError
 from minprfaas.transport.wan.lanes import Lane
 from minprfaas.transport.wan.parts import decode_message
@@ -103,5 +103,6 @@ def shake_hands(lane: Lane, terms: str, incarnation: bytes, identity: LinkIdenti
     if not hmac.compare_digest(verdict[1:], mac("yes", peer_rank, peer_skill)):
         raise LinkRefused("the peer refused")
     keys = (mac("frames", lane.rank), mac("frames", peer_rank)) if identity.secret is not None else (None, None)
-    lane.codec = Codec(lane.codec.payload_limit, *keys, by_bytes=skill == peer_skill == b"\1")
+    sums = row_sums(identity.secret, by_bytes=skill == peer_skill == b"\1")
+    lane.codec = Codec(lane.codec.payload_limit, *keys, sums)
     return peer_hello[len(_GREETING):len(_GREETING) + INCARNATION_BYTES]

@@ -2,9 +2,12 @@
 
 import threading
 
+import torch
+
 from minprfaas.transport.base import StreamAborted
 from minprfaas.transport.events import EventQueue, MessageReceived
 from minprfaas.transport.streams import ExpectedStreams
+from minprfaas.transport.wan import gpu_sums
 from minprfaas.transport.wan.frames import HEADER_BYTES, Codec, FrameError, Header, Kind, Slot, decode_acks
 from minprfaas.transport.wan.outbox import Outbox
 from minprfaas.transport.wan.parts import PartsIn
@@ -34,13 +37,12 @@ class Inbox:
         when it cannot come from a sound peer."""
         if parts is not self.parts:
             return
-        intact = codec.payload_is_intact(header, slot.view)
-        payload = slot.view[HEADER_BYTES:HEADER_BYTES + header.nbytes]
         if header.kind == Kind.CHUNK:
-            self._take_chunk(header, slot, intact)
-        elif not intact:
+            return self._take_chunk(header, slot, codec)
+        if not codec.payload_is_intact(header, slot.view):
             raise FrameError(f"{header.kind.name} arrived with a wrong payload digest")
-        elif header.kind == Kind.ACK:
+        payload = slot.view[HEADER_BYTES:HEADER_BYTES + header.nbytes]
+        if header.kind == Kind.ACK:
             self._outbox.settle(decode_acks(payload))
         elif header.kind == Kind.DAMAGED:
             self._outbox.send_again(header.seq)
@@ -53,11 +55,19 @@ class Inbox:
             self._take_part(header, bytes(payload), parts)
             self._outbox.acknowledge(header.seq)
 
-    def _take_chunk(self, header: Header, slot: Slot, intact: bool) -> None:
-        if not intact:
+    def _take_chunk(self, header: Header, slot: Slot, codec: Codec) -> None:
+        gpu, payload = self.streams.gpu_of(header.stream), slot.payload[:header.nbytes]
+        if gpu is None:
+            return self._check_and_take(header, payload, codec.payload_is_intact(header, slot.view))
+        with gpu_sums.on_own_stream(gpu):
+            payload, sums = gpu_sums.land(payload, gpu, codec.row_sums)
+            self._check_and_take(header, payload, codec.payload_is_intact(header, slot.view, sums))
+
+    def _check_and_take(self, header: Header, payload: torch.Tensor, is_intact: bool) -> None:
+        if not is_intact:
             return self._outbox.send_control(Kind.DAMAGED, header.seq)
         try:
-            self.streams.take(header.stream, header.piece, slot.payload[:header.nbytes])
+            self.streams.take(header.stream, header.piece, payload)
         except StreamAborted:
             return self._outbox.send_control(Kind.REFUSE, header.seq)
         self._outbox.acknowledge(header.seq)

@@ -78,7 +78,7 @@ class Lane:
         """Seal a frame and start sending it."""
         if frame.ready is not None:
             frame.ready.synchronize()
-        self.codec.seal(frame.header, frame.slot.view)
+        self.codec.seal(frame.header, frame.slot.view, frame.sums)
         return self.transmit(frame.slot.tensor[:frame.nbytes])
 
     def transmit(self, tensor: torch.Tensor) -> dist.Work:

@@ -7,6 +7,7 @@ replaces them when they break; `rendezvous` and `handshake` find the peer and ma
 import queue
 from collections.abc import Callable
 
+import torch
 import torch.distributed as dist
 
 from minprfaas.config import LinkConfig, StateKind
@@ -35,6 +36,7 @@ class Link:
         """`rank` is 0 on one side and 1 on the other; `line` is what this side's egress crosses (None: the wire as it
         is). Raises UserError for an impossible interface."""
         self.name, self.rank, self.config, self.line = name, rank, config, line
+        self._secret = identity.secret
         self.events = EventQueue() if events is None else events
         self._payload_limit = max(config.chunk_bytes, CONTROL_LIMIT_BYTES)
         self._slots = SlotPool(config.chunk_bytes)
@@ -77,12 +79,12 @@ class Link:
     def open(self, plan: StreamPlan) -> LinkStream:
         """See `KVTransport.open`."""
         self._check(plan)
-        return LinkStream(plan, self._outbox, self._slots, self.config.chunk_bytes, self.line)
+        return LinkStream(plan, self._outbox, self._slots, self.config.chunk_bytes, self.line, self._secret)
 
-    def expect(self, plan: StreamPlan, sink: Sink) -> None:
+    def expect(self, plan: StreamPlan, sink: Sink, device: torch.device | None = None) -> None:
         """See `KVTransport.expect`."""
         self._check(plan)
-        self._inbox.streams.expect(plan, sink)
+        self._inbox.streams.expect(plan, sink, device)
 
     def forget(self, stream_id: int) -> int | None:
         """See `KVTransport.forget`."""

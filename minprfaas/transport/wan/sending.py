@@ -10,6 +10,8 @@ import torch
 from minprfaas.transport.base import SendStream, StreamPlan
 from minprfaas.transport.events import StreamReport
 from minprfaas.transport.streams import PutLog
+from minprfaas.transport.wan import gpu_sums
+from minprfaas.transport.wan.digest import multiplies_bytes, row_sums
 from minprfaas.transport.wan.frames import HEADER_BYTES, Frame, Header, Kind, SlotPool, StreamRecord
 from minprfaas.transport.wan.line import EmulatedLine
 from minprfaas.transport.wan.outbox import Outbox
@@ -19,8 +21,8 @@ class LinkStream(SendStream):
     """A SendStream, made by `Link.open`. One thread calls `put` and `finish`; any may call `abort`."""
 
     def __init__(self, plan: StreamPlan, outbox: Outbox, slots: SlotPool, chunk_bytes: int,
-                 line: EmulatedLine | None):
-        self.plan = plan
+                 line: EmulatedLine | None, secret: bytes | None):
+        self.plan, self._secret = plan, secret
         self._outbox, self._slots, self._chunk_bytes, self._line = outbox, slots, chunk_bytes, line
         self._put_log = PutLog(plan)
         self._record = StreamRecord(plan.stream_id)
@@ -37,7 +39,7 @@ class LinkStream(SendStream):
             frame = Frame(header, self._slots.take(piece.nbytes, pinned=data.is_cuda), self._record)
             into = frame.slot.payload[:piece.nbytes]
             if data.is_cuda:
-                frame.ready = self._copy_beside_prefill(into, part)
+                self._copy_beside_prefill(frame, into, part)
             else:
                 into.copy_(part)
             self._outbox.send_chunk(frame)
@@ -47,16 +49,17 @@ class LinkStream(SendStream):
         line_limit = None if self._line is None else self._line.chunk_limit(time.monotonic())
         return self._chunk_bytes if line_limit is None else min(self._chunk_bytes, line_limit)
 
-    def _copy_beside_prefill(self, into: torch.Tensor, rows: torch.Tensor) -> torch.cuda.Event:
-        """Copy to pinned memory on a side stream, behind the work queued so far; prefill goes on."""
+    def _copy_beside_prefill(self, frame: Frame, into: torch.Tensor, rows: torch.Tensor) -> None:
+        """Copy to pinned memory on a side stream, behind the work queued so far, and sum; prefill goes on."""
         if self._copies is None:
             self._copies = torch.cuda.Stream(rows.device)
         self._copies.wait_stream(torch.cuda.current_stream(rows.device))
         with torch.cuda.stream(self._copies):
             into.copy_(rows, non_blocking=True)
-            event = self._copies.record_event()
+            if multiplies_bytes():  # else the two ends digest by words
+                frame.sums = gpu_sums.queue_sums(rows, row_sums(self._secret, by_bytes=True))
+            frame.ready = self._copies.record_event(torch.cuda.Event(blocking=True))  # who waits does not spin
         rows.record_stream(self._copies)  # the allocator must not hand the memory out before the copy is done
-        return event
 
     def finish(self, deadline_s: float) -> StreamReport:
         """See `SendStream.finish`."""
