@@ -98,8 +98,10 @@ class KVCacheManager:
 
     def reserve(self, cache: RequestCache, num_tokens: int) -> bool:
         """Make room for `num_tokens` tokens in every group, evicting by policy. False changes nothing."""
-        # All or nothing: half of what a request needs would only be missing elsewhere.
         more = self._more_blocks(cache, num_tokens)
+        if not more and not self._state_need(cache):  # so it is with most tokens of an answer
+            return True
+        # All or nothing: half of what a request needs would only be missing elsewhere.
         token_need = more * len(self.layout.token_groups)
         blocks = self.ledger.allocate(token_need + self._state_need(cache))
         if blocks is None and self.snapshots.has_own_origin(cache):
