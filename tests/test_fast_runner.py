@@ -6,27 +6,22 @@ Chapter 05.
 import copy
 import random
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from kv_oracle import KVOracle
+from step_support import FIXTURES, decoding, rows_of, step_logits
 
 from minprfaas import SamplingParams
 from minprfaas.config import CacheConfig
 from minprfaas.engine.cpu_runner import CPURunner, InPlaceLayer
 from minprfaas.engine.decode_graphs import bucket_of
-from minprfaas.engine.decode_layers import in_two_pieces
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.fast_runner import FastRunner, chunk_for, runner_for, shared_tokens_for, what_must_run_eagerly
-from minprfaas.engine.pieces import compile_pieces
-from minprfaas.engine.reference import pool_for
-from minprfaas.engine.request import Request
 from minprfaas.engine.runner import Runner
 from minprfaas.kvcache.layout import KVGroup
 from minprfaas.model.attention import attend
-from minprfaas.model.checkpoint import load, load_checkpoint
-from minprfaas.model.families import read_config
+from minprfaas.model.checkpoint import load
 from minprfaas.model.layers import Positions, Projecting
 from minprfaas.model.paged_attention import (
     attend_to_copied_pages, attend_to_each_page, attend_to_pages, attend_to_runs, flash_can_read, merge_pages,
@@ -36,8 +31,6 @@ from minprfaas.observe.timeline import Timeline
 
 SAMPLED = dict(temperature=1.0, top_k=20, top_p=0.9)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-PARITY = Path(__file__).parent / "fixtures" / "parity"
-FIXTURES = sorted(path.parent.name for path in PARITY.glob("*/config.json"))
 
 
 def answers(model, tokenizer, fast: bool | None, blocks: int = 60) -> tuple[list[list[int]], Engine]:
@@ -79,45 +72,10 @@ def test_delta_rules_by_graphs_draw_the_eager_runners_tokens(checkpoints, monkey
     assert answers(*load(checkpoints["kimi_linear"], device="cuda"), fast=True)[0] == expected
 
 
-def decoding(name: str, fast: bool | None, dtype: torch.dtype, device: str) -> tuple[Engine, list[Request]]:
-    """A fixture's model after the prefill of three prompts."""
-    directory = PARITY / name
-    model = load_checkpoint(directory, read_config(directory), dtype, device)
-    engine = Engine(model, None, pool_for(model, [64] * 3, block_tokens=16), prefill_chunk=64, fast=fast)
-    rng, requests = random.Random(0), []
-    for number, length in enumerate((5, 40, 17)):
-        prompt = [rng.randrange(1, model.config.vocab_size) for _ in range(length)]
-        requests.append(engine.add(engine.request(str(number), prompt, SamplingParams(1), prefill_only=True)))
-    while engine.has_work:
-        engine.step()
-    for request in requests:
-        engine.kvcache.reserve(request.cache, 64)
-    return engine, requests
-
-
 def read_in_place(monkeypatch) -> None:
     """On a CPU, however small and scattered the pages are."""
     monkeypatch.setattr("minprfaas.engine.cpu_runner.PAGE_BYTES", 0)
     monkeypatch.setattr("minprfaas.engine.cpu_runner.RUN_BYTES", 0)
-
-
-def rows_of(engine: Engine, requests: list[Request]) -> list[torch.Tensor]:
-    """Every layer's state of every request, flat."""
-    pool, layout = engine.kvcache.pool, engine.layout
-    return [pool.read_bytes(layer, request.cache.block_tables[layout.group_of_layer[layer].index], 0,
-                            request.cache.num_tokens).view(torch.float32).flatten()
-            for request in requests for layer in range(len(layout.specs))]
-
-
-def step_logits(engine: Engine, requests: list[Request]) -> torch.Tensor:
-    """The logits of a decode step, `[batch, vocab]`; every request gets the same next token."""
-    seen = []
-    engine.runner._finish_step = lambda batch, logits, greedy: seen.append(logits.clone()) or [0] * len(batch)
-    engine.runner.decode(requests)
-    for request in requests:
-        engine.kvcache.advance(request.cache, request.token_ids)
-        request.token_ids.append(5)
-    return seen[0]
 
 
 @pytest.mark.parametrize("name", FIXTURES)
@@ -158,30 +116,6 @@ def test_every_family_is_captured_and_a_replay_is_the_step_it_was_captured_from(
             assert turn or not torch.equal(theirs, earlier), "the first step has changed every layer's state"
         step.logits = captured
         step_logits(engine, requests)
-
-
-@pytest.mark.parametrize("name, whole", [("qwen3", 0), ("qwen3_next", 3), ("mimo_v2_flash", 2), ("minimax", 4)])
-def test_layers_with_attention_to_pages_run_in_two_pieces_and_the_others_whole(name, whole):
-    """A window, a state of one size, or a residual sum that wants more than a layer's result is beyond the pieces."""
-    engine, requests = decoding(name, True, torch.float32, "cpu")
-    layers, called = engine.model.model.layers, []
-    for layer in layers:
-        layer.self_attn.register_forward_hook(lambda *_: called.append(1))
-    step_logits(engine, requests)
-    assert len(called) == whole == sum(not in_two_pieces(layer) for layer in layers)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("name", ["llama", "llama-scaled_biased_tied", "qwen3", "qwen3_5_text"])
-def test_a_captured_step_in_two_pieces_gives_the_eager_runners_logits(name, compiled):
-    """In bfloat16, in which the flash kernel reads the pages; the same tokens in both, whatever was drawn."""
-    eager, fast = (decoding(name, is_fast, torch.bfloat16, "cuda") for is_fast in (False, True))
-    if compiled:
-        compile_pieces(fast[0].model)
-    for _ in range(4):
-        expected, found = (step_logits(*each).float() for each in (eager, fast))
-        assert ((found - expected).norm() / expected.norm()).item() < 5e-2
 
 
 def test_a_conversation_goes_on_from_the_state_that_a_decode_step_left_at_a_blocks_end(models):

@@ -5,7 +5,7 @@
 Modules: engine/engine.py, engine/scheduler.py, engine/sampling.py, engine/text.py, engine/prompts.py,
          engine/fast_runner.py, engine/cpu_runner.py, engine/decode_graphs.py, commands/generate.py
 Tests: test_engine.py, test_engine_edges.py, test_sampling.py, test_text.py, test_prompts.py,
-       test_fast_runner.py, test_prefill_together.py
+       test_fast_runner.py, test_decode_layers.py, test_prefill_together.py
 Paper: 2.1; the scheduler of any serving engine
 """
 import helper

@@ -2,15 +2,18 @@
 
 The pieces that modules name (`engine/pieces.py`) end where a module does. Here they reach from one attention to the
 next one's layer, so that a compiler makes one kernel of what lies side by side: a step of Qwen3-0.6B's shape on an H100
-takes 1.46 ms where it took 1.69, and 5.9 where it took 6.3 for 64 requests. `Stack.forward` is the reference.
+takes 1.46 ms where it took 1.69, and 5.9 where it took 6.3 for 64 requests. One request's norms are sums beside its
+products' and need no kernel of their own (`normed_products`). `Stack.forward` is the reference.
 """
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minprfaas.engine.decode_state import StepLayer, StepState
 from minprfaas.engine.pieces import compiled_like
 from minprfaas.model.gqa import GQA
-from minprfaas.model.layers import Positions, RMSNorm
+from minprfaas.model.layers import MLP, Positions, RMSNorm
 from minprfaas.model.paged_attention import flash_over_pages, queries_of_pages
 from minprfaas.model.transformer import Layer, Transformer
 
@@ -24,7 +27,7 @@ def step_logits(model: Transformer, tokens: Tensor, state: StepState) -> Tensor:
         else:
             normed = layer.input_layernorm(x)
             x = layer.feed(x, normed, layer.self_attn(normed, positions, state.layer(index)))
-    return model.lm_head(model.model.norm(x))
+    return compiled_like(model.model.layers[0], head)(model, x)
 
 
 def in_two_pieces(layer: Layer) -> bool:
@@ -52,13 +55,45 @@ def before_attention(layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, view: Te
                      copies: int | None) -> tuple[Tensor, Tensor | None]:
     """Put the new rows of `x` `[batch, 1, hidden]` into their `blocks` at their `offsets`, `[batch]` each. Returns the
     queries `[batch, 1, heads, dim]`, or `copies` of them as `queries_of_pages` lays them, and the output's gate."""
-    normed = RMSNorm.forward(layer.input_layernorm, x)
-    q, rows, gate = GQA.project(layer.self_attn, normed, cos, sin)
+    mixer = layer.self_attn
+    if alone(x) and mixer.joined is not None:
+        (joined,) = normed_products(layer.input_layernorm, x, mixer.joined)
+        sizes = [each.out_features for each in (mixer.q_proj, mixer.k_proj, mixer.v_proj)]
+        q, rows, gate = GQA.heads(mixer, *joined.split(sizes, dim=-1), cos, sin)
+    else:
+        q, rows, gate = GQA.project(mixer, RMSNorm.forward(layer.input_layernorm, x), cos, sin)
     view.index_put_((blocks, offsets), rows[:, 0])
-    return q if copies is None else queries_of_pages(q, layer.self_attn.config.num_kv_heads, copies), gate
+    return q if copies is None else queries_of_pages(q, mixer.config.num_kv_heads, copies), gate
 
 
 def after_attention(layer: Layer, x: Tensor, gate: Tensor | None, *attended: Tensor) -> Tensor:
     """The layer's output `[batch, 1, hidden]`: what `merge_pages` takes is merged, and the rest follows."""
-    mixed = GQA.output(layer.self_attn, gate, *attended)
-    return Layer.feed(layer, x, x, mixed)
+    mixed, mlp = GQA.output(layer.self_attn, gate, *attended), layer.mlp
+    if not alone(x) or not isinstance(mlp, MLP) or layer.config.mlp_residual is not None:
+        return Layer.feed(layer, x, x, mixed)
+    x = x + mixed
+    opened, up = normed_products(layer.post_attention_layernorm, x, mlp.gate_proj.weight, mlp.up_proj.weight)
+    return x + mlp.down_proj(F.silu(opened) * up)
+
+
+def head(model: Transformer, x: Tensor) -> Tensor:
+    """The logits `[batch, 1, vocab]` of what the last layer gave."""
+    if alone(x):
+        return normed_products(model.model.norm, x, model.lm_head.weight)[0]
+    return model.lm_head(RMSNorm.forward(model.model.norm, x))
+
+
+def alone(x: Tensor) -> bool:
+    """Whether a piece is compiled for the token of one request: its products are sums then, and take others in."""
+    return len(x) == 1 and torch.compiler.is_compiling()
+
+
+def normed_products(norm: RMSNorm, x: Tensor, *weights: Tensor) -> list[Tensor]:
+    """What each of `weights` `[out, hidden]` makes of `norm(x)`, `x` `[1, 1, hidden]`. A kernel for the norm alone
+    takes as long to start as a weight takes to be read: its root is one more sum beside each of a product's, and scales
+    what comes of that."""
+    wide, products = x[0].float(), []
+    for weight in weights:
+        root = torch.rsqrt(wide.square().expand_as(weight).mean(dim=-1) + norm.eps)
+        products.append(((wide * norm.weight * weight).sum(dim=-1) * root).to(x.dtype)[None, None])
+    return products

@@ -1,8 +1,10 @@
 """Grouped-query attention (GQA): one key and one value for each token and KV head. Chapter 01; paper 2.1, table 2."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minprfaas.config import MAX_HEAD_SIZE, RopeConfig, StateKind, require_sizes
@@ -100,18 +102,29 @@ class GQA(Projecting):
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """The queries `[batch, new, heads, dim]`, the rows to store, and the output's gate."""
+        return self.heads(*self.projected(x, *self.JOINED), cos, sin)
+
+    def heads(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What `project` returns, of the three projections."""
         config = self.config
-        q, k, v = self.projected(x, *self.JOINED)
         q, k, gate = q.unflatten(-1, (config.num_heads, -1)), k.unflatten(-1, (-1, config.head_dim)), None
         if config.output_gate:
             q, gate = q.split([config.head_dim, config.v_dim], dim=-1)
         v = v if config.v_scale == 1.0 else v * config.v_scale
-        if config.qk_norm == "head":
-            q, k = self.q_norm(q), self.k_norm(k)
-        elif config.qk_norm == "projection":
-            q, k = self.q_norm(q.flatten(2)).view_as(q), self.k_norm(k.flatten(2)).view_as(k)
-        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        q, k = (apply_rotary(x, cos, sin) for x in self._normed(q, k))
         return q, torch.cat([k.flatten(2), v], dim=-1), gate
+
+    def _normed(self, q: Tensor, k: Tensor) -> Sequence[Tensor]:
+        if self.config.qk_norm is None:
+            return q, k
+        if self.config.qk_norm == "projection":
+            return self.q_norm(q.flatten(2)).view_as(q), self.k_norm(k.flatten(2)).view_as(k)
+        if self.joined is None:
+            return self.q_norm(q), self.k_norm(k)
+        both = torch.cat([q, k], dim=2)  # on a GPU a kernel for each would take as long to start as to run
+        weights = torch.cat([self.q_norm.weight.expand_as(q[0, 0]), self.k_norm.weight.expand_as(k[0, 0])])
+        normed = weights * F.rms_norm(both.float(), both.shape[-1:], eps=self.q_norm.eps).to(both.dtype)
+        return normed.split([q.shape[2], k.shape[2]], dim=2)
 
     def output(self, gate: Tensor | None, out: Tensor, *of_pages: Tensor) -> Tensor:
         """The heads' outputs `[batch, new, heads, dim]`, or what `merge_pages` merges -> `[batch, new, hidden]`."""

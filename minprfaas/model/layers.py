@@ -102,8 +102,7 @@ class Positions:
         """Cosine and sine tables `[batch, new, 1, channels]` of the channels that are rotated, computed once for all
         layers that share a RoPE."""
         if (rope, head_dim) not in self._tables:
-            angles = self.index[..., None].float() * _frequencies_on(self.index.device, rope, head_dim)
-            angles = torch.cat([angles, angles], dim=-1)[:, :, None]
+            angles = self.index[..., None, None].float() * _frequencies_on(self.index.device, rope, head_dim)
             cos, sin = angles.cos() * rope.amplitude, angles.sin() * rope.amplitude
             self._tables[rope, head_dim] = (cos.to(dtype), sin.to(dtype))
         return self._tables[rope, head_dim]
@@ -119,9 +118,10 @@ def rows_from(rows: Tensor, first: int | Tensor, count: int) -> Tensor:
 
 @cache
 def _frequencies_on(device: torch.device, rope: RopeConfig, head_dim: int) -> Tensor:
-    """Copied to a device once: a copy from the host would make a pass wait, and a captured one fail."""
+    """Each rotated channel's, copied to a device once: a copy from the host would make a pass wait, and a captured one
+    fail."""
     with torch.inference_mode(False):  # what is kept must serve passes with gradients too
-        return rope_frequencies(rope, head_dim).to(device)
+        return rope_frequencies(rope, head_dim).repeat(2).to(device)
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:

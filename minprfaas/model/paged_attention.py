@@ -45,8 +45,9 @@ def page_index(pages: Pages, groups: int, pieces: int = 1) -> PageIndex:
     batch, count = pages.block_table.shape
     rows, device = pages.view.shape[1] // pieces, pages.view.device
     before = torch.arange(0, count * pieces * rows, rows, device=device)
-    first_rows = pages.block_table.repeat_interleave(pieces, dim=1) * (pages.view.stride(0) // pages.view.stride(1))
-    first_rows = (first_rows + before % pages.view.shape[1]).flatten().int()
+    inside = torch.arange(0, pieces * rows, rows, device=device)
+    blocks = pages.block_table[..., None]  # a block's first row is as far from the next one's as blocks are apart
+    first_rows = inside.add(blocks, alpha=pages.view.stride(0) // pages.view.stride(1)).flatten().int()
     row_counts = (pages.lengths[:, None] - before).clamp(0, rows).int()
     first_queries = torch.arange(batch * count * pieces + 1, device=device, dtype=torch.int32) * groups
     return PageIndex(torch.cat([first_rows, first_rows[-1:]]), row_counts, first_queries)

@@ -1,0 +1,74 @@
+"""The two pieces of a decode step's layer: the eager layer's logits, compiled or not. Chapters 04, 05."""
+
+from collections import Counter
+from functools import partial
+
+import pytest
+import torch
+from step_support import decoding, rows_of, step_logits
+
+from minprfaas.engine import decode_layers
+from minprfaas.engine.decode_layers import in_two_pieces
+from minprfaas.engine.pieces import compile_pieces, compiled
+from minprfaas.model.layers import Projecting
+
+
+@pytest.mark.parametrize("name, whole", [("qwen3", 0), ("qwen3_next", 3), ("mimo_v2_flash", 2), ("minimax", 4)])
+def test_layers_with_attention_to_pages_run_in_two_pieces_and_the_others_whole(name, whole):
+    """A window, a state of one size, or a residual sum that wants more than a layer's result is beyond the pieces."""
+    engine, requests = decoding(name, True, torch.float32, "cpu")
+    layers, called = engine.model.model.layers, []
+    for layer in layers:
+        layer.self_attn.register_forward_hook(lambda *_: called.append(1))
+    step_logits(engine, requests)
+    assert len(called) == whole == sum(not in_two_pieces(layer) for layer in layers)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("name", ["llama", "llama-scaled_biased_tied", "qwen3", "qwen3_5_text"])
+def test_a_captured_step_in_two_pieces_gives_the_eager_runners_logits(name, is_compiled):
+    """In bfloat16, in which the flash kernel reads the pages; the same tokens in both, whatever was drawn."""
+    eager, fast = (decoding(name, is_fast, torch.bfloat16, "cuda") for is_fast in (False, True))
+    if is_compiled:
+        compile_pieces(fast[0].model)
+    for count in (3, 3, 1, 1):
+        expected, found = (step_logits(engine, requests[:count]).float() for engine, requests in (eager, fast))
+        assert ((found - expected).norm() / expected.norm()).item() < 5e-2
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """What is compiled is traced, and run as it is."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    compiled.cache_clear()  # of other tests, which had a backend
+    torch._dynamo.reset()
+    yield
+    compiled.cache_clear()
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name, is_joined", [("qwen3", True), ("llama-scaled_biased_tied", False)])
+def test_a_compiled_step_of_one_request_sums_its_norms_beside_its_products(name, is_joined, traced, monkeypatch):
+    """Each layer's first where its projections are one weight, its MLP's beside two, and the logits'; the norms of more
+    requests come before their products."""
+    beside, inner = [], decode_layers.normed_products
+
+    def counted(*given):
+        beside.append(len(given) - 2)
+        return inner(*given)
+
+    monkeypatch.setattr(decode_layers, "normed_products", counted)
+    eager, fast = (decoding(name, is_fast, torch.float32, "cpu") for is_fast in (False, True))
+    for module in fast[0].model.modules():
+        if isinstance(module, Projecting):
+            module.join(*module.JOINED)
+    compile_pieces(fast[0].model)
+    layers = len(fast[0].model.model.layers)
+    for count in (3, 1, 1):
+        expected, found = (step_logits(engine, requests[:count]) for engine, requests in (eager, fast))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        assert Counter(beside) == ({1: layers * is_joined + 1, 2: layers} if count == 1 else {})
+        beside.clear()
+    fast[0].runner.settle()
+    torch.testing.assert_close(*(torch.cat(rows_of(*each)) for each in (eager, fast)), atol=1e-5, rtol=0)
