@@ -38,7 +38,8 @@ def in_two_pieces(layer: Layer) -> bool:
 
 def _by_pages(layer: Layer, x: Tensor, positions: Positions, state: StepLayer) -> Tensor:
     config = layer.self_attn.config
-    before, after = (compiled_like(layer, piece) for piece in (before_attention, after_attention))
+    # One request's row is put into its page by the kernel that copies its queries, which would take as long alone.
+    before = compiled_like(layer, before_attention, combine=len(x) == 1)
     pages, scale = state.pages(), config.head_dim**-0.5
     index = state.flash_index(pages, config.head_dim, config.num_heads, config.num_kv_heads)
     copies = None if index is None else index.row_counts.shape[1]
@@ -48,7 +49,7 @@ def _by_pages(layer: Layer, x: Tensor, positions: Positions, state: StepLayer) -
         attended = state.attend(pages, q, scale, config.num_kv_heads)
     else:
         attended = flash_over_pages(q, pages.view, index, scale)
-    return after(layer, x, gate, *attended)
+    return compiled_like(layer, after_attention)(layer, x, gate, *attended)
 
 
 def before_attention(layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, view: Tensor, blocks: Tensor, offsets: Tensor,

@@ -14,6 +14,8 @@ from torch import Tensor
 # On a GPU one new token makes a product a reduction over one weight, which a generated kernel reads at the speed of a
 # copy; the option that lets it do so also tunes the kernels. On a CPU a product and a sum may be one instruction.
 OPTIONS = {"cuda": {"coordinate_descent_tuning": True}, "cpu": {"cpp.enable_floating_point_contract_flag": "fast"}}
+# Kernels without a sum that do not wait for each other become one.
+OPTIONS["cuda, combined"] = {**OPTIONS["cuda"], "combo_kernels": True, "combo_kernels_pointwise_only": True}
 ROWS = 8  # of a decode step on a CPU, whose sums a core's registers hold
 
 
@@ -56,6 +58,9 @@ def is_compiled(module: torch.nn.Module) -> bool:
     return any(name in vars(module) for name in module.PIECES)
 
 
-def compiled_like(module: torch.nn.Module, function: Callable) -> Callable:
-    """`function` compiled, if the pieces of `module` are."""
-    return compiled(function, next(module.parameters()).device.type) if is_compiled(module) else function
+def compiled_like(module: torch.nn.Module, function: Callable, combine: bool = False) -> Callable:
+    """`function` compiled, if the pieces of `module` are; with `combine` a GPU gets fewer kernels."""
+    device = next(module.parameters()).device.type
+    if not is_compiled(module):
+        return function
+    return compiled(function, "cuda, combined" if combine and device == "cuda" else device)
