@@ -6,6 +6,7 @@ traced which depends on a request, and a piece is compiled once for all layers t
 
 from collections.abc import Callable
 from functools import cache, partial
+from types import MethodType
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ def compile_pieces(model: torch.nn.Module) -> None:
             else:
                 setattr(module, name, partial(compiled(getattr(type(module), name), device), module))
         if isinstance(module, torch.nn.Linear) and device == "cpu":
-            module.forward = partial(linear_of_a_step, module)
+            module.forward = MethodType(linear_of_a_step, module)  # of a partial, each layer would have its own graph
 
 
 def linear_of_a_step(layer: torch.nn.Linear, x: Tensor) -> Tensor:
