@@ -30,10 +30,12 @@ class WholeBlocks:
 
     def read(self, layer: int, start: int, end: int, out: torch.Tensor | None) -> torch.Tensor:
         """What `read_bytes` gives, uint8 `[bytes]`, in `out` if there is one; of as many layers as it has room for,
-        `layer` and those behind it in its group."""
-        table = self._tables[self._groups[layer].index]
+        `layer` and those behind it in its group. The block table crosses to a GPU once, and not for each layer."""
+        table, spec = self._tables[self._groups[layer].index], self._groups[layer].spec
         if out is None:
-            return self._pool.read_bytes(layer, table, start, end).reshape(-1)
+            if not self._is_fast or spec.kind is not StateKind.TOKEN:
+                return self._pool.read_bytes(layer, table, start, end).reshape(-1)
+            out = torch.empty((end - start) * spec.nbytes, dtype=torch.uint8, device=self._pool.device)
         words, rows, whole_end = self._whole_blocks(layer, start, end, out)
         if whole_end > start:
             torch.index_select(words, 1, self._blocks(layer, start, whole_end), out=rows)
