@@ -18,10 +18,6 @@ OPTIONS = {"cuda": {"coordinate_descent_tuning": True}, "cpu": {"cpp.enable_floa
 # Kernels without a sum that do not wait for each other become one.
 OPTIONS["cuda, combined"] = {**OPTIONS["cuda"], "combo_kernels": True, "combo_kernels_pointwise_only": True}
 ROWS = 8  # of a decode step on a CPU, whose sums a core's registers hold
-# Matrix products are generated like all else instead of being a library's: what makes their operands and what becomes
-# of them is then part of one kernel. It wants constant shapes. A kernel that changes a buffer is tuned with the time to
-# copy it first: of a few microseconds that leaves nothing to choose by (9.3 us on an H100, where 5.8 are possible).
-FUSED = {"triton.native_matmul": True, "inplace_buffers": False}
 
 
 @cache
@@ -59,8 +55,8 @@ def linear_of_a_step(layer: torch.nn.Linear, x: Tensor) -> Tensor:
 
 
 def is_compiled(module: torch.nn.Module) -> bool:
-    """Whether pieces that the module or a part of it names are compiled."""
-    return any(name in vars(part) for part in module.modules() for name in getattr(type(part), "PIECES", ()))
+    """Whether the pieces that the module names are compiled."""
+    return any(name in vars(module) for name in module.PIECES)
 
 
 def compiled_like(module: torch.nn.Module, function: Callable, combine: bool = False) -> Callable:
@@ -69,9 +65,3 @@ def compiled_like(module: torch.nn.Module, function: Callable, combine: bool = F
     if not is_compiled(module):
         return function
     return compiled(function, "cuda, combined" if combine and device == "cuda" else device)
-
-
-@cache
-def fused(function: Callable) -> Callable:
-    """`function` compiled for a GPU with its matrix products, for each shape anew."""
-    return torch.compile(function, dynamic=False, options=FUSED)

@@ -87,7 +87,7 @@ def delta_rule_chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor,
     the one loop, from chunk to chunk, is two matrix products long.
     """
     parts = (parts_of or chunk_parts)(q, k, v, g, beta, chunk, sub_chunk)
-    before, values, after = carry_through(parts, memory)
+    before, values, after = _carry_through(parts, memory)
     return chunk_outputs(parts, before, values)[:, :q.shape[1]], after, before
 
 
@@ -98,13 +98,12 @@ class ChunkParts(NamedTuple):
     q_by_k: Tensor  # [chunk, chunk]: how each token reads what the tokens up to it have written
     new_values: Tensor  # [chunk, value_dim]: what the tokens write is `new_values - reads @ S`
     reads: Tensor  # [chunk, key_dim]
-    keys: Tensor  # [chunk, key_dim], decayed to the chunk's end: writes into S
+    keys: Tensor  # [key_dim, chunk], decayed to the chunk's end: writes into S
     kept: Tensor  # [key_dim or 1, 1]: what the chunk leaves of S
 
 
-def chunk_parts(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, chunk: int = CHUNK_TOKENS,
-                sub_chunk: int = 8, products: Callable | None = None) -> ChunkParts:
-    """Everything that needs no memory, for all chunks at once. `products` may be another `products_of_channels`."""
+def chunk_parts(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, chunk: int, sub_chunk: int) -> ChunkParts:
+    """Everything that needs no memory, for all chunks at once."""
     padding = -q.shape[1] % chunk  # padding has k = 0, beta = 0, g = 0: it neither writes nor decays
     # Copied once into the order in which they are multiplied: each product would copy them anew.
     q, k, v, g, beta = (  # [batch, heads, chunks, chunk, dim]
@@ -114,47 +113,42 @@ def chunk_parts(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, chunk:
     # and the exponents inside a sub-chunk would have none.
     decay = g.clamp(min=-20.0).cumsum(dim=-2)  # from the chunk's beginning through each token
     total, from_start = decay[..., -1:, :], decay.exp()
-    inverse, q_by_k = _solve(q, k, decay, beta, sub_chunk, products or products_of_channels)
-    inverse = inverse * beta.transpose(-1, -2)
-    return ChunkParts(q * from_start, q_by_k, inverse @ v, inverse @ (k * from_start), k * (total - decay).exp(),
-                      total.exp().transpose(-1, -2))
+    inverse, q_by_k = _solve(q, k, decay, beta, sub_chunk)
+    solved = inverse @ (torch.cat([v, k * from_start], dim=-1) * beta)
+    new_values, reads = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
+    keys = (k * (total - decay).exp()).transpose(-1, -2)
+    return ChunkParts(q * from_start, q_by_k, new_values, reads, keys, total.exp().transpose(-1, -2))
 
 
-def carry_through(parts: ChunkParts, memory: Tensor,
-                  step: Callable | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The memory before each chunk, the values that each chunk's tokens write, and the memory after the last one.
-    `step` may be `carry_chunk` compiled."""
-    if step is None and not any(tensor.requires_grad for tensor in (*parts, memory)):
+def _carry_through(parts: ChunkParts, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The memory before each chunk, the values that each chunk's tokens write, and the memory after the last one."""
+    if not any(tensor.requires_grad for tensor in (*parts, memory)):
         return _carry_in_place(parts, memory)
     befores, values, after = [], [], memory.flatten(0, 1)
-    for chunk in zip(*(part.flatten(0, 1).unbind(1) for part in parts[2:])):
+    chunks = (part.flatten(0, 1).unbind(1) for part in (parts.new_values, parts.reads, parts.keys, parts.kept))
+    for new_values, reads, keys, kept in zip(*chunks):
         befores.append(after)
-        written, after = (step or carry_chunk)(*chunk, after)
-        values.append(written)
-    befores, values = (torch.stack(x).transpose(0, 1).unflatten(0, memory.shape[:2]) for x in (befores, values))
-    return befores, values, after.unflatten(0, memory.shape[:2])
-
-
-def carry_chunk(new_values: Tensor, reads: Tensor, keys: Tensor, kept: Tensor,
-                before: Tensor) -> tuple[Tensor, Tensor]:
-    """What the tokens of one chunk write, and the memory after it: `[heads, …]` each."""
-    values = torch.baddbmm(new_values, reads, before, alpha=-1)
-    return values, torch.baddbmm(kept * before, keys.transpose(-1, -2), values)
+        values.append(torch.baddbmm(new_values, reads, after, alpha=-1))
+        after = torch.baddbmm(kept * after, keys, values[-1])
+    heads = memory.shape[:2]
+    return (torch.stack(befores, dim=1).unflatten(0, heads), torch.stack(values, dim=1).unflatten(0, heads),
+            after.unflatten(0, heads))
 
 
 def _carry_in_place(parts: ChunkParts, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`carry_through` where no gradient is wanted: every product lands in its place, with no copy before or after.
+    """`_carry_through` where no gradient is wanted: every product lands in its place, with no copy before or after.
     The values take that of `parts.new_values`."""
-    values, reads, keys, kept = (part.flatten(0, 1).unbind(1) for part in parts[2:])
-    befores = memory.new_empty(len(values[0]), len(values), *memory.shape[2:])
+    values = parts.new_values.flatten(0, 1)
+    reads, keys, kept = (part.flatten(0, 1).unbind(1) for part in (parts.reads, parts.keys, parts.kept))
+    befores = memory.new_empty(len(values), len(keys), *memory.shape[2:])
     memories = [*befores.unbind(1), torch.empty_like(befores[:, 0])]
     memories[0].copy_(memory.flatten(0, 1))
-    for chunk, (value, before, after) in enumerate(zip(values, memories, memories[1:])):
+    for chunk, (value, before, after) in enumerate(zip(values.unbind(1), memories, memories[1:])):
         value.baddbmm_(reads[chunk], before, alpha=-1)
         torch.mul(kept[chunk], before, out=after)
-        after.baddbmm_(keys[chunk].transpose(-1, -2), value)
-    befores, after = (x.unflatten(0, memory.shape[:2]) for x in (befores, memories[-1]))
-    return befores, parts.new_values, after
+        after.baddbmm_(keys[chunk], value)
+    befores, values, after = (x.unflatten(0, memory.shape[:2]) for x in (befores, values, memories[-1]))
+    return befores, values, after
 
 
 def chunk_outputs(parts: ChunkParts, before: Tensor, values: Tensor) -> Tensor:
@@ -164,11 +158,11 @@ def chunk_outputs(parts: ChunkParts, before: Tensor, values: Tensor) -> Tensor:
     return out.permute(0, 2, 3, 1, 4).flatten(1, 2)
 
 
-def _solve(q: Tensor, k: Tensor, decay: Tensor, beta: Tensor, size: int,
-           of_channels: Callable) -> tuple[Tensor, Tensor]:
+def _solve(q: Tensor, k: Tensor, decay: Tensor, beta: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """`(I + A)^-1` and Q, `[…, chunk, chunk]`. With `x_by_k[i, j] = sum_d x_i[d] k_j[d] exp(decay_i[d] - decay_j[d])`
     for j <= i, and 0 for j > i, Q is q_by_k and A is beta_i k_by_k below its diagonal."""
-    k_by_k, q_by_k = _products_of_heads(q, k, decay) if decay.shape[-1] == 1 else of_channels(q, k, decay, size)
+    products = _products_of_heads(q, k, decay) if decay.shape[-1] == 1 else _products_of_channels(q, k, decay, size)
+    k_by_k, q_by_k = products
     return _inverse((k_by_k * beta).tril(-1), size), q_by_k
 
 
@@ -207,7 +201,7 @@ def _products_of_heads(q: Tensor, k: Tensor, decay: Tensor) -> tuple[Tensor, Ten
     return (k @ k.transpose(-1, -2)) * kept, (q @ k.transpose(-1, -2)) * kept
 
 
-def products_of_channels(q: Tensor, k: Tensor, decay: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def _products_of_channels(q: Tensor, k: Tensor, decay: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """k_by_k and q_by_k where each channel has a decay of its own, grown upward from blocks of `size` tokens: a block's
     decays refer to a moment between the tokens that meet in it, so that no exponent is large."""
     grown = [products.tril() for products in _products_inside(q, k, decay, size)]
@@ -240,7 +234,4 @@ def _products_across(q: Tensor, k: Tensor, decay: Tensor, size: int) -> tuple[Te
 
 def _lower_triangle(first: Tensor, across: Tensor, second: Tensor) -> Tensor:
     """`[[first, 0], [across, second]]`."""
-    size = first.shape[-1]
-    whole = first.new_zeros(*first.shape[:-2], 2 * size, 2 * size)
-    whole[..., :size, :size], whole[..., size:, :size], whole[..., size:, size:] = first, across, second
-    return whole
+    return torch.cat([F.pad(first, (0, first.shape[-1])), torch.cat([across, second], dim=-1)], dim=-2)
