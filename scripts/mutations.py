@@ -124,7 +124,7 @@ NOT_ON_A_CPU = {
     "minprfaas/engine/decode_graphs.py": ("captured",),
     "minprfaas/transport/fabric.py": ("_AfterWrites",),
     "minprfaas/transport/streams.py": ("wait_for_gpu",),
-    "minprfaas/transport/wan/gpu_sums.py": ("on_own_stream", "land"),
+    "minprfaas/transport/wan/gpu_sums.py": ("landing", "land"),
     "minprfaas/transport/wan/sending.py": ("_copy_beside_prefill",),
 }
 

@@ -8,6 +8,7 @@ from transport_support import DEADLINE_S, Cargo, Lanes, connected, event, wait_u
 
 from minprfaas.config import LinkConfig
 from minprfaas.transport.events import LinkRestored, StreamDone
+from minprfaas.transport.wan import gpu_sums
 from minprfaas.transport.wan.digest import RowSums, multiplies_bytes
 from minprfaas.transport.wan.frames import HEADER_BYTES
 from minprfaas.transport.wan.lanes import Lane
@@ -117,6 +118,22 @@ def test_what_a_cut_lane_carried_is_sent_again_with_the_sums_that_it_has(cores_s
         event(receiver, StreamDone)
     assert cargo.is_identical and not cargo.wrong and report.resent_chunks
     assert len(set(cargo.calls)) == len(cargo.calls), "each piece is written once"
+
+
+def test_a_gpu_lends_its_memory_to_a_few_pieces_at_once(monkeypatch, cores_sum_nothing):
+    monkeypatch.setattr(gpu_sums, "AT_ONCE", 1)
+    monkeypatch.setattr(gpu_sums, "_streams", {})
+    cargo, streams = Arrivals("cuda:0", "cuda:0"), set()
+
+    def sink(*arguments):
+        streams.add(torch.cuda.current_stream())
+        cargo.sink(*arguments)
+
+    with connected(CONFIG) as (sender, receiver):
+        receiver.expect(cargo.plan, sink, cargo.target)
+        send(cargo, sender)
+        event(receiver, StreamDone)
+    assert cargo.is_identical and len(streams) == 1 and torch.cuda.default_stream() not in streams
 
 
 def test_nothing_is_written_once_a_stream_is_forgotten(cores_sum_nothing):

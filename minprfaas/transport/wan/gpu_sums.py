@@ -4,7 +4,9 @@ A core digests 9 GB/s alone. But on 16 cores, two processes of eight lanes each,
 GPU memory to GPU memory when cores sum, 12.0 when the GPU does and 14.2 without digests (docs/measurements.md).
 """
 
-import threading
+import queue
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -15,20 +17,31 @@ LEAST_ROWS = 17  # that a GPU multiplies by bytes; fewer are soon summed by a co
 ALIGNED_BYTES = 16  # where data has to begin for that
 
 
-class _Streams(threading.local):
-    def __init__(self):
-        self.by_device: dict[torch.device, torch.cuda.Stream] = {}
+AT_ONCE = 8  # pieces that are landing on a GPU, of all links of a process: each takes memory there while it does
 
-
-_streams = _Streams()
+_streams: dict[torch.device, queue.LifoQueue[torch.cuda.Stream]] = {}
 _keys: dict[tuple[RowSums, torch.device], torch.Tensor] = {}
 
 
-def on_own_stream(device: torch.device) -> torch.cuda.StreamContext:
-    """What the calling thread does within waits for nothing that others do on this GPU, the model least of all."""
-    if device not in _streams.by_device:
-        _streams.by_device[device] = torch.cuda.Stream(device, priority=-1)
-    return torch.cuda.stream(_streams.by_device[device])
+@contextmanager
+def landing(device: torch.device | None) -> Iterator[None]:
+    """What the calling thread does within is done by a CUDA stream of its own, as soon as there is one: it waits for
+    nothing that others do on this GPU, the model least of all. Memory comes back to the stream that it is of, so a GPU
+    lends AT_ONCE pieces' and no more, however many lanes there are."""
+    if device is None:
+        yield
+        return
+    if device not in _streams:
+        streams = queue.LifoQueue()
+        for _ in range(AT_ONCE):
+            streams.put(torch.cuda.Stream(device, priority=-1))
+        _streams.setdefault(device, streams)
+    stream = _streams[device].get()
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        _streams[device].put(stream)
 
 
 def queue_sums(data: torch.Tensor, row_sums: RowSums) -> torch.Tensor | None:

@@ -56,21 +56,26 @@ class Inbox:
             self._outbox.acknowledge(header.seq)
 
     def _take_chunk(self, header: Header, slot: Slot, codec: Codec) -> None:
-        gpu, payload = self.streams.gpu_of(header.stream), slot.payload[:header.nbytes]
-        if gpu is None:
-            return self._check_and_take(header, payload, codec.payload_is_intact(header, slot.view))
-        with gpu_sums.on_own_stream(gpu):
-            payload, sums = gpu_sums.land(payload, gpu, codec.row_sums)
-            self._check_and_take(header, payload, codec.payload_is_intact(header, slot.view, sums))
+        gpu = self.streams.gpu_of(header.stream)
+        with gpu_sums.landing(gpu):
+            answer = self._check_and_write(header, slot, codec, gpu)
+        if answer is None:
+            self._outbox.acknowledge(header.seq)
+        else:
+            self._outbox.send_control(answer, header.seq)
 
-    def _check_and_take(self, header: Header, payload: torch.Tensor, is_intact: bool) -> None:
-        if not is_intact:
-            return self._outbox.send_control(Kind.DAMAGED, header.seq)
+    def _check_and_write(self, header: Header, slot: Slot, codec: Codec, gpu: torch.device | None) -> Kind | None:
+        """What the sender has to hear, but for an acknowledgement."""
+        payload, sums = slot.payload[:header.nbytes], None
+        if gpu is not None:
+            payload, sums = gpu_sums.land(payload, gpu, codec.row_sums)
+        if not codec.payload_is_intact(header, slot.view, sums):
+            return Kind.DAMAGED
         try:
             self.streams.take(header.stream, header.piece, payload)
         except StreamAborted:
-            return self._outbox.send_control(Kind.REFUSE, header.seq)
-        self._outbox.acknowledge(header.seq)
+            return Kind.REFUSE
+        return None
 
     def _take_part(self, header: Header, payload: bytes, parts: PartsIn) -> None:
         with self._lock:  # also while events are put: two lanes must not swap two messages
