@@ -15,8 +15,6 @@ from minprfaas.transport.wan.digest import ROW_BYTES, RowSums
 
 LEAST_ROWS = 17  # that a GPU multiplies by bytes; fewer are soon summed by a core
 ALIGNED_BYTES = 16  # where data has to begin for that
-
-
 AT_ONCE = 8  # pieces that are landing on a GPU, of all links of a process: each takes memory there while it does
 
 _streams: dict[torch.device, queue.LifoQueue[torch.cuda.Stream]] = {}
