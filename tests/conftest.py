@@ -1,6 +1,7 @@
 """Small shared things: tiny random models of every family, as objects and as checkpoint directories."""
 
 import os
+from functools import partial
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny tensors, and processes that share two cores
 
@@ -10,6 +11,7 @@ import tokenizers
 import minprfaas  # noqa: F401  (before torch: it silences what torch says of NumPy)
 import torch
 
+from minprfaas.engine.pieces import compiled
 from minprfaas.model.checkpoint import load, save_checkpoint
 from minprfaas.model.families import config_from_hf
 from minprfaas.model.transformer import Transformer
@@ -91,3 +93,14 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):  # not by keyword: a checkout may lie in a folder of that name
                 item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """What is compiled is traced, and run as it is: a backend adds nothing to count or to round."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    compiled.cache_clear()  # of other tests, which had a backend
+    torch._dynamo.reset()
+    yield
+    compiled.cache_clear()
+    torch._dynamo.reset()

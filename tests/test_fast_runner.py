@@ -272,7 +272,7 @@ def test_small_or_scattered_pages_are_copied_and_large_neighbours_are_not():
             return TokenContext(self.pages, len(rows))
 
     def is_copied(*layer) -> bool:
-        return InPlaceLayer(Layer(*layer), {}).append([]).attend is None
+        return InPlaceLayer(Layer(*layer), {}, None).append([]).attend is None
 
     assert not is_copied(128, [3, 1, 2]) and is_copied(64, [3, 1, 2])  # pages of 32 KiB, of 16
     assert is_copied(128, [3, 1, 5]) and not is_copied(1024, [3, 1, 5])  # runs of 32 and 64 KiB, of 256 and 512
@@ -305,7 +305,7 @@ def test_joined_projections_give_what_they_gave_and_share_their_weights(models, 
     with torch.no_grad():
         apart = model(token_ids)
         for module in joined:
-            module.join(*module.JOINED)
+            module.join()
         torch.testing.assert_close(model(token_ids), apart, atol=1e-4, rtol=0)
         for module in joined:
             module.get_submodule(module.JOINED[-1]).weight.zero_()

@@ -1,7 +1,6 @@
 """The warm-up of `--compile`: what requests need is compiled before the first of them. Chapters 04, 15."""
 
 import copy
-import functools
 import random
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from minprfaas import SamplingParams
 from minprfaas.config import CacheConfig
 from minprfaas.engine.engine import Engine
-from minprfaas.engine.pieces import compile_pieces, compiled
+from minprfaas.engine.pieces import compile_pieces
 from minprfaas.engine.warm_up import compile_and_warm_up
 from minprfaas.model.gqa import GQA
 from minprfaas.model.kda import KDA
@@ -18,16 +17,11 @@ from minprfaas.model.transformer import Layer
 
 
 @pytest.fixture
-def graphs(monkeypatch, caplog):
-    """How many graphs were traced so far. They are run as they are: a backend adds none."""
+def graphs(traced, caplog):
+    """How many graphs were traced so far."""
     caplog.set_level("CRITICAL", "torch.__trace")  # else it writes down every step for the log
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    compiled.cache_clear()  # of other tests, which had a backend
-    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    compiled.cache_clear()
-    torch._dynamo.reset()
+    return lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 ALL = [(family, fast, True) for family in ("qwen3", "kimi_linear") for fast in (True, None)]
@@ -39,7 +33,7 @@ def test_after_the_warm_up_no_request_compiles_anything(models, graphs, monkeypa
     """Prompts of a token, of several chunks, side by side, from a cached prefix; steps of many batches and pages."""
     if not whole:  # a graph takes a third of a second
         monkeypatch.setattr(GQA, "PIECES", ())
-        monkeypatch.setattr(Layer, "PIECES", ("feed",))
+        monkeypatch.setattr(Layer, "PIECES", ("feed", "pass_on"))
     model, tokenizer = copy.deepcopy(models[family][0]), models[family][1]
     compile_and_warm_up(model, tokenizer, block_tokens=16, fast=fast)
     engine = Engine(model, tokenizer, CacheConfig(300, 16), prefill_chunk=64, fast=fast)

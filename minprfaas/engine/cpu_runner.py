@@ -55,7 +55,7 @@ class InPlaceState:
 class InPlaceLayer:
     """One token-state layer of it (implements what a mixer of such a layer uses of `LayerState`)."""
 
-    def __init__(self, layer: PagedLayer, runs: dict[int, PageRuns], by_page: Callable | None = None):
+    def __init__(self, layer: PagedLayer, runs: dict[int, PageRuns], by_page: Callable | None):
         self._layer, self._runs, self._by_page = layer, runs, by_page
 
     def append(self, rows: torch.Tensor) -> TokenContext:

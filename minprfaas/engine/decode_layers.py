@@ -59,8 +59,7 @@ def before_attention(layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, view: Te
     mixer = layer.self_attn
     if alone(x) and mixer.joined is not None:
         (joined,) = normed_products(layer.input_layernorm, x, mixer.joined)
-        sizes = [each.out_features for each in (mixer.q_proj, mixer.k_proj, mixer.v_proj)]
-        q, rows, gate = GQA.heads(mixer, *joined.split(sizes, dim=-1), cos, sin)
+        q, rows, gate = GQA.heads(mixer, *mixer.apart(joined), cos, sin)
     else:
         q, rows, gate = GQA.project(mixer, RMSNorm.forward(layer.input_layernorm, x), cos, sin)
     view.index_put_((blocks, offsets), rows[:, 0])

@@ -75,7 +75,7 @@ class FastRunner(Runner):
             graph_delta_rules(model)
             for module in model.modules():
                 if isinstance(module, Projecting):
-                    module.join(*module.JOINED)
+                    module.join()
         self._live: LiveState | None = None  # where nothing is decoded it takes no memory
         self._steps: dict[tuple[int, int], DecodeStep] = {}
         self._memory = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None

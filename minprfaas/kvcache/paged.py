@@ -24,7 +24,8 @@ class PagedState:
         self.pool = pool
         self.starts, self.counts = list(starts), list(new)
         self.new = torch.tensor(self.counts, device=pool.device) if len(set(new)) > 1 else None
-        self.start = torch.tensor(self.starts).to(pool.device, non_blocking=True)  # a pass begins without a wait
+        # A pass begins without a wait: what is in no pinned memory CUDA has put aside when the call returns.
+        self.start = torch.tensor(self.starts).to(pool.device, non_blocking=True)
         self.snapshot_offsets = tuple(sorted({offset for planned in snapshots for offset in planned}))
         self.snapshots, self._block_tables = snapshots, block_tables
         self._token_indexes: dict[int, _TokenIndex] = {}  # by group: built once, shared by its layers

@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minprfaas.config import MAX_HEAD_SIZE, RopeConfig, StateKind, require_sizes
 from minprfaas.errors import UserError
 from minprfaas.model.attention import attend
-from minprfaas.model.layers import Positions, Projecting, RMSNorm, apply_rotary
+from minprfaas.model.layers import Positions, Projecting, RMSNorm, apply_rotary, rms_norm
 from minprfaas.model.paged_attention import merge_pages
 from minprfaas.model.spec import LayerState, StateSpec, TensorSpec
 from minprfaas.model.window import attend_window, pass_through_window, window_spec
@@ -102,7 +101,7 @@ class GQA(Projecting):
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """The queries `[batch, new, heads, dim]`, the rows to store, and the output's gate."""
-        return self.heads(*self.projected(x, *self.JOINED), cos, sin)
+        return self.heads(*self.projected(x), cos, sin)
 
     def heads(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """What `project` returns, of the three projections."""
@@ -123,8 +122,7 @@ class GQA(Projecting):
             return self.q_norm(q), self.k_norm(k)
         both = torch.cat([q, k], dim=2)  # on a GPU a kernel for each would take as long to start as to run
         weights = torch.cat([self.q_norm.weight.expand_as(q[0, 0]), self.k_norm.weight.expand_as(k[0, 0])])
-        normed = weights * F.rms_norm(both.float(), both.shape[-1:], eps=self.q_norm.eps).to(both.dtype)
-        return normed.split([q.shape[2], k.shape[2]], dim=2)
+        return rms_norm(both, weights, self.q_norm.eps).split([q.shape[2], k.shape[2]], dim=2)
 
     def output(self, gate: Tensor | None, out: Tensor, *of_pages: Tensor) -> Tensor:
         """The heads' outputs `[batch, new, heads, dim]`, or what `merge_pages` merges -> `[batch, new, hidden]`."""

@@ -92,7 +92,7 @@ class KDA(Projecting):
         """q, k, v, g and beta of the delta rule, the output's gate, and the convolutions' inputs, which begin with
         `tail`."""
         heads = (self.config.num_heads, self.config.head_dim)
-        q, k, v, decay, gate, beta = self.projected(x, *self.JOINED)
+        q, k, v, decay, gate, beta = self.projected(x)
         convolved, inputs = self.conv1d(tail, torch.cat([q, k, v], dim=-1))
         q, k, v = (part.unflatten(-1, heads) for part in convolved.float().chunk(3, dim=-1))
         q, k = unit_length(q) * self.config.head_dim**-0.5, unit_length(k)

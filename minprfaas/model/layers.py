@@ -22,7 +22,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., size]` -> the same shape."""
-        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`RMSNorm` with any `weight` that fits `x`."""
+    return weight * F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -40,14 +45,16 @@ class DenseConfig:
 
 
 class Projecting(nn.Module):
-    """A module with several projections of one input. On a GPU a decode step's products are too small to fill it: with
-    their weights end to end (`join`) they are one. The projections' own weights are then views of the whole."""
+    """A module with several projections of one input, JOINED. On a GPU a decode step's products are too small to fill
+    it: with their weights end to end (`join`) they are one. The projections' own weights are then views of the whole.
+    """
 
+    JOINED: tuple[str, ...]
     joined: Tensor | None = None
 
-    def join(self, *names: str) -> None:
-        """Lay these projections' weights end to end, unless they lie so or have biases. Harmless when repeated."""
-        layers = [self.get_submodule(name) for name in names]
+    def join(self) -> None:
+        """Lay the projections' weights end to end, unless they lie so or have biases. Harmless when repeated."""
+        layers = [self.get_submodule(name) for name in self.JOINED]
         if any(layer.bias is not None for layer in layers):
             return
         if self.joined is None or self.joined.data_ptr() != layers[0].weight.data_ptr():
@@ -56,12 +63,15 @@ class Projecting(nn.Module):
                 layer.weight.data = view
             self.joined = whole
 
-    def projected(self, x: Tensor, *names: str) -> Sequence[Tensor]:
-        """What each of these projections, all that were joined, makes of `x`."""
-        layers = [self.get_submodule(name) for name in names]
+    def projected(self, x: Tensor) -> Sequence[Tensor]:
+        """What each of the projections makes of `x`."""
         if self.joined is None or self.joined.device != x.device or torch.is_grad_enabled():
-            return [layer(x) for layer in layers]
-        return F.linear(x, self.joined).split([layer.out_features for layer in layers], dim=-1)
+            return [self.get_submodule(name)(x) for name in self.JOINED]
+        return self.apart(F.linear(x, self.joined))
+
+    def apart(self, product: Tensor) -> Sequence[Tensor]:
+        """Of what the joined weights make of an input, each projection's part."""
+        return product.split([self.get_submodule(name).out_features for name in self.JOINED], dim=-1)
 
 
 class MLP(Projecting):
@@ -77,7 +87,7 @@ class MLP(Projecting):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[batch, tokens, hidden]` -> the same shape."""
-        gate, up = self.projected(x, *self.JOINED)
+        gate, up = self.projected(x)
         return self.down_proj(F.silu(gate) * up)
 
 

@@ -69,7 +69,7 @@ class Transformer(nn.Module):
     """A causal language model. The loader sets `weights`, a digest of the checkpoint, and `fingerprint`, a digest of
     that and of the number format, in which every block key is rooted."""
 
-    CPU_PIECES = ("lm_head",)
+    CPU_PIECES = ("lm_head",)  # of a decode step; one on a GPU has it in a piece with the norm before it
 
     def __init__(self, config: ModelConfig):
         super().__init__()
