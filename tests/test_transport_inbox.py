@@ -1,11 +1,14 @@
 """What arrives is taken once, whatever a bad line does with it: `minprfaas.transport.wan.inbox`. Chapter 07."""
 
+import queue
+
 import pytest
 import torch
 from transport_support import Cargo, next_event
 
 from minprfaas.config import LinkConfig
 from minprfaas.transport.events import EventQueue, MessageReceived, StreamDone, StreamFailed
+from minprfaas.transport.wan import gpu_sums
 from minprfaas.transport.wan.frames import (
     HEADER_BYTES, Codec, Frame, FrameError, Header, Kind, Slot, StreamRecord, decode_acks, encode_acks)
 from minprfaas.transport.wan.inbox import Inbox
@@ -86,6 +89,18 @@ def test_a_chunk_that_nobody_expects_is_refused():
     side, cargo = Side(), Cargo()
     side.take(*rows_of(cargo, 1, 0, 64, 128))
     assert side.answer() == (Kind.REFUSE, [1])
+
+
+def test_a_chunk_that_finds_no_place_to_land_on_its_gpu_ends_its_stream(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(gpu_sums, "_streams", {gpu: queue.LifoQueue()})  # all are taken, by sinks that have stopped
+    monkeypatch.setattr(gpu_sums, "PLACE_WITHIN_S", 0.01)
+    side, cargo = Side(), Cargo()
+    side.inbox.streams.expect(cargo.plan, cargo.sink, gpu)
+    side.take(*rows_of(cargo, 1, 0, 64, 128))
+    assert side.answer() == (Kind.REFUSE, [1]) and not cargo.calls
+    failed = next_event(side)
+    assert isinstance(failed, StreamFailed) and "none of 8 places to land came free in 0.01 s" in failed.reason
 
 
 def test_a_stream_is_done_with_its_last_byte_whatever_the_order_of_its_chunks():

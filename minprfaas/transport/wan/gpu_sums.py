@@ -10,12 +10,14 @@ from contextlib import contextmanager
 
 import torch
 
+from minprfaas.transport.base import StreamAborted
 from minprfaas.transport.streams import wait_for_gpu
 from minprfaas.transport.wan.digest import ROW_BYTES, RowSums
 
 LEAST_ROWS = 17  # that a GPU multiplies by bytes; fewer are soon summed by a core
 ALIGNED_BYTES = 16  # where data has to begin for that
 AT_ONCE = 8  # pieces that are landing on a GPU, of all links of a process: each takes memory there while it does
+PLACE_WITHIN_S = 30.0  # a sink that works for longer has stopped
 
 _streams: dict[torch.device, queue.LifoQueue[torch.cuda.Stream]] = {}
 _keys: dict[tuple[RowSums, torch.device], torch.Tensor] = {}
@@ -25,7 +27,7 @@ _keys: dict[tuple[RowSums, torch.device], torch.Tensor] = {}
 def landing(device: torch.device | None) -> Iterator[None]:
     """What the calling thread does within is done by a CUDA stream of its own, as soon as there is one: it waits for
     nothing that others do on this GPU, the model least of all. Memory comes back to the stream that it is of, so a GPU
-    lends AT_ONCE pieces' and no more, however many lanes there are."""
+    lends AT_ONCE pieces' and no more, however many lanes there are. Raises StreamAborted when none comes back."""
     if device is None:
         yield
         return
@@ -34,7 +36,10 @@ def landing(device: torch.device | None) -> Iterator[None]:
         for _ in range(AT_ONCE):
             streams.put(torch.cuda.Stream(device, priority=-1))
         _streams.setdefault(device, streams)
-    stream = _streams[device].get()
+    try:
+        stream = _streams[device].get(timeout=PLACE_WITHIN_S)
+    except queue.Empty:
+        raise StreamAborted(f"{device}: none of {AT_ONCE} places to land came free in {PLACE_WITHIN_S:g} s") from None
     try:
         with torch.cuda.stream(stream):
             yield

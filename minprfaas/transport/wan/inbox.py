@@ -57,25 +57,25 @@ class Inbox:
 
     def _take_chunk(self, header: Header, slot: Slot, codec: Codec) -> None:
         gpu = self.streams.gpu_of(header.stream)
-        with gpu_sums.landing(gpu):
-            answer = self._check_and_write(header, slot, codec, gpu)
-        if answer is None:
+        try:
+            with gpu_sums.landing(gpu):
+                is_written = self._write_if_intact(header, slot, codec, gpu)
+        except StreamAborted as error:
+            self.streams.fail(header.stream, str(error))  # unless it has ended before
+            return self._outbox.send_control(Kind.REFUSE, header.seq)
+        if is_written:
             self._outbox.acknowledge(header.seq)
         else:
-            self._outbox.send_control(answer, header.seq)
+            self._outbox.send_control(Kind.DAMAGED, header.seq)
 
-    def _check_and_write(self, header: Header, slot: Slot, codec: Codec, gpu: torch.device | None) -> Kind | None:
-        """What the sender has to hear, but for an acknowledgement."""
+    def _write_if_intact(self, header: Header, slot: Slot, codec: Codec, gpu: torch.device | None) -> bool:
         payload, sums = slot.payload[:header.nbytes], None
         if gpu is not None:
             payload, sums = gpu_sums.land(payload, gpu, codec.row_sums)
         if not codec.payload_is_intact(header, slot.view, sums):
-            return Kind.DAMAGED
-        try:
-            self.streams.take(header.stream, header.piece, payload)
-        except StreamAborted:
-            return Kind.REFUSE
-        return None
+            return False
+        self.streams.take(header.stream, header.piece, payload)
+        return True
 
     def _take_part(self, header: Header, payload: bytes, parts: PartsIn) -> None:
         with self._lock:  # also while events are put: two lanes must not swap two messages
