@@ -191,6 +191,12 @@ def test_bad_ranges_sizes_and_blocks_are_refused_before_anything_is_written():
     assert torch.equal(pool.bytes, before)
 
 
+def test_a_pools_device_is_that_of_its_tensors():
+    """Streams compare the two: what they think lies elsewhere goes a slower way."""
+    pool = BlockPool(plan_layout(DENSE, 4), 1, "cpu:0")  # as with "cuda", what is asked for is spelled otherwise
+    assert pool.device == pool.token_view(0).device
+
+
 def test_a_pool_larger_than_the_machine_is_a_users_mistake():
     with pytest.raises(UserError, match="10,000,000,000,000 blocks"):
         BlockPool(plan_layout(DENSE, 64), 10**13, "cpu")

@@ -119,3 +119,18 @@ def test_a_mistake_that_the_processes_find_gets_one_line_and_status_2(
     assert done.returncode == 2
     assert said in done.stderr and done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
     assert not out.exists()
+
+
+LIMITED = """
+import resource, sys
+from minprfaas.errors import run_program
+resource.setrlimit(resource.RLIMIT_NOFILE, (24, int(sys.argv.pop(1))))
+run_program("minprfaas.commands.two_datacenters")
+"""
+
+
+@pytest.mark.parametrize("most, status, said", [(4096, 0, ""), (24, 2, "its limit is 24 (ulimit -n)")])
+def test_a_limit_of_open_files_is_raised_or_else_named(checkpoints, prompts_file, tmp_path, most, status, said):
+    (tmp_path / "limited.py").write_text(LIMITED)
+    done = run(tmp_path / "limited.py", most, *arguments(checkpoints, prompts_file), timeout=DEADLINE_S)
+    assert done.returncode == status and said in done.stderr and done.stderr.count("\n") == status // 2, done.stderr

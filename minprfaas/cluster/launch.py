@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -134,6 +135,18 @@ def share_arenas() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(M_ARENA_MAX, ARENAS)
+
+
+def require_open_files(needed: int) -> None:
+    """Raise this process's limit of open files, connections among them, to `needed`. UserError where that may not be:
+    without a file for each connection Gloo ends the process, or waits."""
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY in (limit, most) or needed <= limit:
+        return
+    if needed > most:
+        raise UserError(f"this process opens up to {needed} files, connections included; its limit is {most} "
+                        "(ulimit -n)")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, most))
 
 
 def own_device(kind: str, local_rank: int) -> torch.device:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from minprfaas.cluster.launch import (StoreAddress, emulated_line, link_identity, own_device, share_arenas,
-                                      start_processes, threads_of)
+from minprfaas.cluster.launch import (StoreAddress, emulated_line, link_identity, own_device, require_open_files,
+                                      share_arenas, start_processes, threads_of)
 from minprfaas.cluster.mail import Mail
 from minprfaas.cluster.neighbours import Neighbours
 from minprfaas.cluster.processes import Process, control_settings, front_end, process, worker
@@ -37,6 +37,7 @@ from minprfaas.transport.wan.link import Link
 Drive = Callable[[Process, Engine], int]
 MEET_ALL_S = 5.0  # until all processes of a run are there, for a node that is
 FRONT_END_GRACE_S = 15.0  # then what only this process has seen is said after all
+OWN_FILES, LINK_FILES, LANE_FILES = 32, 4, 5  # that a process opens at most; read from /proc/PID/fd
 FABRIC_TIMEOUT_S = 2.0  # inside a datacenter there is no weather: a connection that breaks is a process that died
 
 
@@ -84,6 +85,9 @@ def play(run: Run, seat: Seat, drive: Drive | None = None) -> int:
 
 def _play(run: Run, seat: Seat, outputs: dict[str, OutputFile], drive: Drive | None) -> int:
     args, here = run.args, seat.here
+    lanes = [link_config(run.link, here, peer).lanes for peer in seat.places if peer is not here]
+    require_open_files(OWN_FILES + LINK_FILES * len(lanes) + LANE_FILES * sum(lanes)
+                       + (args.max_requests if args.serve is not None else 0))
     timeline = Timeline(here.name) if args.timeline else None
     listener = listen(args.host, args.serve) if here.has_front and args.serve is not None else None
     engines = engines_of(run, seat, timeline)

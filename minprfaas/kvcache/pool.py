@@ -26,12 +26,12 @@ class BlockPool:
     def __init__(self, layout: Layout, num_blocks: int, device: torch.device | str):
         self.layout, self.num_blocks = layout, num_blocks
         self.null_block, self.scratch_block = num_blocks, num_blocks + 1
-        self.device = torch.device(device)
         try:
             self.bytes = torch.empty(num_blocks + 2, layout.block_bytes, dtype=torch.uint8, device=device)
         except RuntimeError as error:
             raise UserError(f"a KVCache pool of {num_blocks:,} blocks of {layout.block_bytes:,} bytes does not fit on "
                             f"{device}: {str(error).splitlines()[0]}") from None
+        self.device = self.bytes.device  # "cuda" has a number now: what is compared with a tensor's must
         self._words = self.bytes.view(torch.int64)  # a kernel that follows an index takes as long for every element
         self.bytes[num_blocks:] = 0  # the others hold whatever was there: `zero` cleans one when it is handed out
 
