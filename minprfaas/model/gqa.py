@@ -118,9 +118,9 @@ class GQA(Projecting):
             return q, k
         if self.config.qk_norm == "projection":
             return self.q_norm(q.flatten(2)).view_as(q), self.k_norm(k.flatten(2)).view_as(k)
-        if self.joined is None:
+        if self.joined is None or q.shape[1] > 1:
             return self.q_norm(q), self.k_norm(k)
-        both = torch.cat([q, k], dim=2)  # on a GPU a kernel for each would take as long to start as to run
+        both = torch.cat([q, k], dim=2)  # of one token a kernel for each would take as long to start as to run
         weights = torch.cat([self.q_norm.weight.expand_as(q[0, 0]), self.k_norm.weight.expand_as(k[0, 0])])
         return rms_norm(both, weights, self.q_norm.eps).split([q.shape[2], k.shape[2]], dim=2)
 

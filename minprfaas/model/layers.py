@@ -110,7 +110,7 @@ class Positions:
 
     def rotary(self, rope: RopeConfig, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine tables `[batch, new, 1, channels]` of the channels that are rotated, computed once for all
-        layers that share a RoPE."""
+        layers that share a RoPE. A pair's first channel turns the other way, so that its sine has a minus."""
         if (rope, head_dim) not in self._tables:
             angles = self.index[..., None, None].float() * _frequencies_on(self.index.device, rope, head_dim)
             cos, sin = angles.cos() * rope.amplitude, angles.sin() * rope.amplitude
@@ -131,7 +131,8 @@ def _frequencies_on(device: torch.device, rope: RopeConfig, head_dim: int) -> Te
     """Each rotated channel's, copied to a device once: a copy from the host would make a pass wait, and a captured one
     fail."""
     with torch.inference_mode(False):  # what is kept must serve passes with gradients too
-        return rope_frequencies(rope, head_dim).repeat(2).to(device)
+        frequencies = rope_frequencies(rope, head_dim)
+        return torch.cat([-frequencies, frequencies]).to(device)
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
@@ -168,6 +169,7 @@ def _yarn_kept(rope: RopeConfig, dim: int) -> Tensor:
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate channel i with channel i + n/2 among the first n of `x` `[batch, tokens, heads, dim]`, n as `cos` has."""
     rotated, rest = x[..., :cos.shape[-1]], x[..., cos.shape[-1]:]
-    first, second = rotated.chunk(2, dim=-1)
-    rotated = rotated * cos + torch.cat([-second, first], dim=-1) * sin
+    # The two halves of a pair are swapped by an index: a compiler would write what is put together (`cat`) to memory.
+    others = rotated.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    rotated = rotated * cos + others * sin
     return torch.cat([rotated, rest], dim=-1) if rest.shape[-1] else rotated
