@@ -7,6 +7,7 @@ tokens, whatever the model does inside. Without CUDA the same step runs uncaptur
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 
@@ -17,6 +18,7 @@ from minprfaas.kvcache.pool import BlockPool
 from minprfaas.model.transformer import Transformer
 
 LEAST_PAGES = 4
+capture_stream = cache(torch.cuda.Stream)  # by device: libraries keep 32 MiB for each stream that they have met
 
 
 def bucket_of(requests: int, pages: int) -> tuple[int, int]:
@@ -38,6 +40,7 @@ class DecodeStep:
         self.graph = captured(self._forward, pool.device, memory) if pool.device.type == "cuda" else None
 
     def _forward(self) -> None:
+        self.tables.tell()
         state = StepState(self.pool, self.tables, self.live)
         self.logits = step_logits(self.model, self.tables.tokens, state)[:, 0]
         self.greedy = self.logits.argmax(dim=-1)
@@ -54,7 +57,7 @@ class DecodeStep:
 def captured(compute: Callable[[], None], device: torch.device, memory: tuple[int, int]) -> torch.cuda.CUDAGraph:
     """`compute` as a graph, out of the pool `memory`. It is run twice beside the current stream (libraries set
     themselves up, pieces are compiled), then recorded."""
-    beside, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    beside, graph = capture_stream(device), torch.cuda.CUDAGraph()
     beside.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(beside):
         for _ in range(2):

@@ -8,6 +8,7 @@ take a step of many requests as long again as computing with it.
 """
 
 from collections.abc import Iterator, Sequence
+from ctypes import c_int64
 from functools import partial
 
 import torch
@@ -35,6 +36,8 @@ class StepTables:
         self.host = torch.full((batch, width), pool.scratch_block, dtype=torch.int64,
                                pin_memory=pool.device.type == "cuda")
         self.host[:, :2] = 0  # a row without a request: token 0 at position 0, which attends to itself
+        # The same memory, number by number: an operation of torch takes as long for one as for a thousand.
+        self._numbers = (c_int64 * width * batch).from_address(self.host.data_ptr())
         self._empty_row, self._null_block = self.host[0].clone(), pool.null_block
         self._written: list[tuple | None] = [None] * batch  # what each row's tables were last written from
         self.device = self.host.to(pool.device)
@@ -45,11 +48,10 @@ class StepTables:
         return self.device[:, self.columns[group.index]]
 
     def fill(self, requests: Sequence[Request]) -> None:
-        """Tell the device about a step of these requests."""
+        """Write down what the next step is to be told: these requests, a row each."""
         count = len(requests)
-        news = [(request.token_ids[-1], request.cache.num_tokens) for request in requests]
-        self.host[:count, :2] = torch.tensor(news)
         for row, request in enumerate(requests):
+            self._numbers[row][0], self._numbers[row][1] = request.token_ids[-1], request.cache.num_tokens
             # A table changes when a block is added to it, or indexed (an equal one may take its place).
             version = (request.cache, request.cache.num_blocks, len(request.cache.entries))
             if self._written[row] != version:
@@ -59,6 +61,9 @@ class StepTables:
             if self._written[row] is not None:  # its blocks are a request's that is not in this step, or another's now
                 self.host[row] = self._empty_row
                 self._written[row] = None
+
+    def tell(self) -> None:
+        """Tell the device: the first thing in a step. Who fills the tables again has waited for its tokens."""
         self.device.copy_(self.host, non_blocking=True)
 
     def _write_row(self, row: int, request: Request) -> None:

@@ -189,8 +189,10 @@ def attend_to_copied_pages(q: Tensor, pages: Pages, row_counts: Tensor, scale: f
 
 def merge_pages(out: Tensor, log_sum: Tensor, row_counts: Tensor) -> Tensor:
     """One attention over all pages, of `PageOutputs`: `[batch, 1, heads, v_dim]`."""
-    empty = (row_counts == 0)[:, :, None, None]
-    weights = log_sum.permute(1, 2, 3, 0).masked_fill(empty, float("-inf")).softmax(dim=1)
+    empty = (row_counts == 0)[:, :, None, None, None]
+    # For each channel anew, so that the greatest, both sums and their quotient are one kernel to a compiler.
+    log_sums = log_sum.permute(1, 2, 3, 0)[..., None].expand_as(out).masked_fill(empty, float("-inf"))
+    weights = (log_sums - log_sums.amax(dim=1, keepdim=True)).exp()
     # What stands in the output of an empty page is nobody's business, NaN included.
-    merged = (out.float().masked_fill(empty[..., None], 0) * weights[..., None]).sum(dim=1)
+    merged = (out.float().masked_fill(empty, 0) * weights).sum(dim=1) / weights.sum(dim=1)
     return merged.transpose(1, 2).flatten(1, 2)[:, None].to(out.dtype)
