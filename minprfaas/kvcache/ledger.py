@@ -11,7 +11,7 @@ Eviction policy, for entries that nobody holds:
 """
 
 import hashlib
-import sys
+import struct
 from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
@@ -38,12 +38,10 @@ def chain_keys(previous: bytes, token_ids: Sequence[int], block_tokens: int) -> 
     """
     full = len(token_ids) // block_tokens * block_tokens
     try:
-        encoded = array("q", token_ids[:full])
-    except OverflowError:
+        data = memoryview(struct.pack(f"<{full}q", *token_ids[:full]))
+    except struct.error:
         raise ValueError(f"token ids from {min(token_ids)} to {max(token_ids)} do not fit 64 bits") from None
-    if sys.byteorder == "big":
-        encoded.byteswap()
-    keys, data, size = [], memoryview(encoded).cast("B"), 8 * block_tokens
+    keys, size = [], 8 * block_tokens
     for start in range(0, len(data), size):
         digest = hashlib.blake2b(previous, digest_size=KEY_BYTES)
         digest.update(data[start:start + size])

@@ -112,8 +112,8 @@ class KVCacheManager:
             return False
         if self._state_need(cache):
             self.snapshots.begin(cache, blocks[token_need:])
-        # Attention reads a block's rows beyond the last token too, masked; what an old request left there may be NaN.
-        self.pool.zero(blocks[:token_need])
+        if more:  # attention reads the last block's other rows too, masked; what an old request left may be NaN
+            self.pool.zero(blocks[more - 1:token_need:more])
         for position, group in enumerate(self.layout.token_groups):
             cache.block_tables[group.index].extend(blocks[position * more:(position + 1) * more])
         cache.num_blocks += more
@@ -133,11 +133,12 @@ class KVCacheManager:
         needed = self._more_blocks(cache, end) * len(self.layout.token_groups) + self._state_need(cache)
         return self.snapshots.plan(cache, end, self.ledger.available - needed)
 
-    def state(self, caches: Sequence[RequestCache], new: Sequence[int] = ()) -> PagedState:
-        """What the model reads and writes in one forward pass over these requests, over `new` tokens of each."""
+    def state(self, caches: Sequence[RequestCache], new: Sequence[int] = (), width: int = 0) -> PagedState:
+        """What the model reads and writes in one forward pass over `new` tokens of each of these requests, and padding
+        up to `width` (0: up to the longest's)."""
         tables = [cache.block_tables for cache in caches]
         planned = [self.snapshots.planned(cache) for cache in caches]
-        return PagedState(self.pool, tables, [cache.num_tokens for cache in caches], planned, new)
+        return PagedState(self.pool, tables, [cache.num_tokens for cache in caches], planned, new, width)
 
     def advance(self, cache: RequestCache, token_ids: Sequence[int], has_state: bool = True) -> None:
         """The blocks now hold all of `token_ids`, and every planned snapshot up to there its state: index what

@@ -16,14 +16,15 @@ class PagedState:
 
     `block_tables[request][group]` are block ids, with room for what the pass appends; `starts[request]` tokens are
     already there; `snapshots[request]` are the block tables to store the state into at an offset of this pass. `new`
-    are the tokens of each request, where some have fewer than the pass is wide.
+    are the tokens of each request, where some have fewer than the pass is wide (`width`; 0: as the longest).
     """
 
     def __init__(self, pool: BlockPool, block_tables: Sequence[Sequence[array]], starts: Sequence[int],
-                 snapshots: Sequence[Mapping[int, Sequence[array]]] = (), new: Sequence[int] = ()):
+                 snapshots: Sequence[Mapping[int, Sequence[array]]] = (), new: Sequence[int] = (), width: int = 0):
         self.pool = pool
         self.starts, self.counts = list(starts), list(new)
-        self.new = torch.tensor(self.counts, device=pool.device) if len(set(new)) > 1 else None
+        is_padded = len({*new, width or max(new, default=0)}) > 1
+        self.new = torch.tensor(self.counts).to(pool.device, non_blocking=True) if is_padded else None
         # A pass begins without a wait: what is in no pinned memory CUDA has put aside when the call returns.
         self.start = torch.tensor(self.starts).to(pool.device, non_blocking=True)
         self.snapshot_offsets = tuple(sorted({offset for planned in snapshots for offset in planned}))
