@@ -1,4 +1,5 @@
-"""The runner for a GPU: decode steps, and the delta rules of a prefill, are replayed from captured graphs. Chapter 05.
+"""The runner for a GPU: decode steps, whole chunks of a prefill, and the delta rules of a hybrid's are replayed from
+captured graphs. Chapter 05.
 
 The eager `Runner` is what this is held against; the rest of prefill is its own.
 """
@@ -10,10 +11,13 @@ import torch
 from minprfaas.engine.cpu_runner import CPURunner
 from minprfaas.engine.decode_graphs import DecodeStep, bucket_of
 from minprfaas.engine.decode_state import LiveState
+from minprfaas.engine.pass_graphs import CHUNK_TOKENS, PassGraphs
 from minprfaas.engine.prefill_graphs import graph_delta_rules
 from minprfaas.engine.request import Request
 from minprfaas.engine.runner import Runner
+from minprfaas.engine.scheduler import PrefillChunk
 from minprfaas.kvcache.manager import KVCacheManager
+from minprfaas.kvcache.paged import PagedState
 from minprfaas.model.gdn import GDN
 from minprfaas.model.gqa import GQA
 from minprfaas.model.kda import KDA
@@ -21,6 +25,7 @@ from minprfaas.model.layers import MLP, Projecting
 from minprfaas.model.lightning import Lightning
 from minprfaas.model.mla import MLA
 from minprfaas.model.moe import MoE
+from minprfaas.model.spec import OnLayer
 from minprfaas.model.transformer import Transformer
 from minprfaas.observe.timeline import Timeline
 
@@ -42,7 +47,7 @@ def chunk_for(device: torch.device, wanted: int | None) -> int:
     512 on."""
     if wanted is not None:
         return wanted
-    return 8192 if device.type == "cuda" else 1024
+    return CHUNK_TOKENS if device.type == "cuda" else 1024
 
 
 def shared_tokens_for(device: torch.device) -> int:
@@ -79,6 +84,19 @@ class FastRunner(Runner):
         self._live: LiveState | None = None  # where nothing is decoded it takes no memory
         self._steps: dict[tuple[int, int], DecodeStep] = {}
         self._memory = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
+        self._passes: PassGraphs | None = None
+        if model.device.type == "cuda" and timeline is None:  # which would see graphs launched, not layers
+            self._passes = PassGraphs(model, kvcache.layout, self._memory)
+
+    def _width(self, chunks: list[PrefillChunk]) -> int:
+        """As the eager runner's, or what a captured pass has room for."""
+        width = super()._width(chunks)
+        return width if self._passes is None else self._passes.room(width, [chunk.start for chunk in chunks])
+
+    def _forward(self, token_ids: torch.Tensor, state: PagedState, on_layer: OnLayer | None) -> torch.Tensor:
+        """As the eager runner's."""
+        graph = None if self._passes is None else self._passes.of(token_ids, state)
+        return super()._forward(token_ids, state, on_layer) if graph is None else graph(token_ids, state, on_layer)
 
     @torch.inference_mode()
     def settle(self) -> None:

@@ -20,7 +20,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, positions: Positions, scale: float) 
     Request b's new token t stands at `positions.index[b, t]` and sees the context up to there. Where only the last is
     wanted, one request gets only that, `[1, 1, heads, v_dim]`.
     """
-    if positions.only_last and len(q) == 1:  # of a prefill's attention this is what its last layer needs
+    # This is what a prefill's last layer needs of its attention.
+    if positions.only_last and len(q) == 1 and positions.new is None:
         q = q[:, -1:]
     batch, new, heads = q.shape[:3]
     context, v_dim = k.shape[1], v.shape[-1]

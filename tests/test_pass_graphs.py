@@ -1,0 +1,69 @@
+"""The graphs of prefill passes, held against passes that are computed as they are. Chapters 04, 08."""
+
+import random
+
+import pytest
+import torch
+from step_support import PARITY, rows_of
+
+from minprfaas import SamplingParams
+from minprfaas.engine.engine import Engine
+from minprfaas.engine.pass_graphs import PassGraphs
+from minprfaas.engine.pieces import compile_pieces
+from minprfaas.engine.reference import pool_for
+from minprfaas.model.checkpoint import load_checkpoint
+from minprfaas.model.families import read_config
+
+
+def prefilled(name: str, chunk: int, is_fast: bool, dtype: torch.dtype, device: str,
+              is_compiled: bool = False) -> tuple[Engine, list, list]:
+    """The engine, what each prompt gave (first token, rows), and what listeners heard. Some requests stay, so that the
+    blocks of later ones lie elsewhere."""
+    directory = PARITY / name
+    model = load_checkpoint(directory, read_config(directory), dtype, device)
+    if is_compiled:
+        compile_pieces(model)
+    engine = Engine(model, None, pool_for(model, [4 * chunk] * 8, block_tokens=16), prefill_chunk=chunk, fast=is_fast)
+    if is_fast:
+        engine.runner._passes = PassGraphs(model, engine.layout, engine.runner._memory, unit=chunk // 4, chunk=chunk)
+    rng, given, heard = random.Random(0), [], []
+    for number, tokens in enumerate((2 * chunk, chunk + 6, 2 * chunk, chunk + 3, chunk + 5, chunk // 2, 3)):
+        prompt = [rng.randrange(1, model.config.vocab_size) for _ in range(tokens)]
+        request = engine.add(engine.request(str(number), prompt, SamplingParams(1), prefill_only=True))
+        while engine.has_work:
+            engine.step(lambda request, *what: heard.append((request.id, *what)))
+        given.append((request.output_ids, torch.cat([rows.view(dtype).float() for rows in rows_of(engine, [request])])))
+        if number % 2:
+            engine.release(request)
+    return engine, given, heard
+
+
+@pytest.mark.parametrize("name, is_captured", [
+    ("qwen3", True), ("llama", True), ("qwen3_next", False), ("qwen3_moe", False)])
+def test_passes_from_graphs_leave_what_computed_ones_leave(name, is_captured):
+    """From a shape's second time on: wherever the request's blocks lie, however much of the pass is padding, and layer
+    by layer for who listens."""
+    (_, expected, expected_heard), (engine, found, heard) = (
+        prefilled(name, 32, is_fast, torch.float32, "cpu") for is_fast in (False, True))
+    assert heard == expected_heard
+    for (tokens, rows), (expected_tokens, expected_rows) in zip(found, expected):
+        assert tokens == expected_tokens
+        torch.testing.assert_close(rows, expected_rows, atol=1e-5, rtol=0)
+    graphs = engine.runner._passes._graphs
+    assert {shape: graph is not None for shape, graph in graphs.items()} == ({
+        (32, 0, True): True, (32, 32, True): True, (8, 32, False): True, (16, 0, True): False, (8, 0, False): False,
+    } if is_captured else {})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["qwen3", "llama-scaled_biased_tied"])
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_captured_passes_leave_what_the_eager_runners_leave(name, is_compiled):
+    """As the kernels of long prompts compute it, in bfloat16."""
+    (_, expected, expected_heard), (engine, found, heard) = (
+        prefilled(name, 1024, is_fast, torch.bfloat16, "cuda", is_compiled) for is_fast in (False, True))
+    assert heard == expected_heard
+    for (_, rows), (_, expected_rows) in zip(found, expected):
+        assert ((rows - expected_rows).norm() / expected_rows.norm()).item() < 2e-2
+    assert [len(graph._graphs) for graph in engine.runner._passes._graphs.values() if graph is not None] == (
+        [len(engine.model.model.layers) + 1] * 3)
