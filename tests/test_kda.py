@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minprfaas.engine import prefill_graphs
-from minprfaas.engine.prefill_graphs import GraphedDeltaRule
+from minprfaas.engine.prefill_graphs import GraphedDeltaRule, compiled_segments, graph_delta_rules
+from minprfaas.model import delta_segments
 from minprfaas.model.delta import delta_rule_chunked, delta_rule_recurrent, delta_rule_step
+from minprfaas.model.delta_segments import delta_rule_in_segments
 from minprfaas.model.kda import KDA, KDAConfig
 from minprfaas.model.layers import Positions
 from minprfaas.model.state import ContiguousLayerState
@@ -49,6 +51,17 @@ def test_the_chunked_form_equals_the_recurrence_however_strong_the_decay(tokens,
     torch.testing.assert_close(memory_after, memory, **CLOSE)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.3, 30.0, 500.0, from_faint_to_total, memories_wiped_now_and_then])
+@pytest.mark.parametrize("tokens", [1, 127, 128, 300])
+def test_in_segments_the_rule_is_the_same_in_float32_and_nearly_in_float16(monkeypatch, tokens, decay):
+    monkeypatch.setattr(delta_segments, "SEGMENT_TOKENS", 256)
+    q, k, v, *others = inputs(tokens, decay, batch=1)
+    exact = delta_rule_recurrent(*(x.double() for x in (q, k, v, *others)))
+    torch.testing.assert_close(delta_rule_in_segments(q, k, v, *others)[:2], [x.float() for x in exact], **CLOSE)
+    for ours, expected in zip(delta_rule_in_segments(q.half(), k.half(), v.half(), *others), exact):
+        assert ((ours - expected).norm() / expected.norm()).item() < 3e-3
+
+
 @pytest.mark.parametrize("of_channels", [True, False])
 @pytest.mark.parametrize("decay", [0.0, 0.3, 30.0, from_faint_to_total, memories_wiped_now_and_then])
 def test_the_decode_form_equals_the_recurrence_of_one_token(decay, of_channels):
@@ -59,12 +72,14 @@ def test_the_decode_form_equals_the_recurrence_of_one_token(decay, of_channels):
         torch.testing.assert_close(step, recurrence, **CLOSE)
 
 
+@pytest.mark.parametrize("in_graph", [delta_rule_chunked, delta_rule_in_segments])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_a_graph_gives_the_delta_rule_of_every_pass_that_fits_into_it(monkeypatch, device):
+def test_a_graph_gives_the_delta_rule_of_every_pass_that_fits_into_it(monkeypatch, device, in_graph):
     """A shorter pass comes after a longer one in the same graph, whose tokens must be gone from it."""
     monkeypatch.setattr(prefill_graphs, "STEP_TOKENS", 128)
-    graphs = {}
-    rule = GraphedDeltaRule(delta_rule_chunked, graphs, torch.cuda.graph_pool_handle() if device == "cuda" else None)
+    monkeypatch.setattr(delta_segments, "SEGMENT_TOKENS", 128)
+    graphs, memory = {}, torch.cuda.graph_pool_handle() if device == "cuda" else None
+    rule = GraphedDeltaRule(delta_rule_chunked, in_graph, graphs, memory)
     for tokens in (128, 65, 100, 200, 64):
         arguments = inputs(tokens, 0.3, batch=1, device=device)
         outputs, after, before = delta_rule_chunked(*arguments)
@@ -72,10 +87,24 @@ def test_a_graph_gives_the_delta_rule_of_every_pass_that_fits_into_it(monkeypatc
             given = rule(*arguments)
         torch.testing.assert_close(given[0], outputs, **CLOSE)
         torch.testing.assert_close(given[1], after, **CLOSE)
-        torch.testing.assert_close(given[2][:, :, :before.shape[2]], before, **CLOSE)
+        for number, expected in enumerate(before):
+            torch.testing.assert_close(given[2][number], expected, **CLOSE)
     assert [room for _, room, *_ in graphs] == [128, 256]
     rule(*inputs(30, 0.3, batch=1)), rule(*inputs(128, 0.3, batch=2))
     assert len(graphs) == 2, "short and shared passes go as they were"
+
+
+def test_a_layer_whose_pieces_are_compiled_goes_in_segments():
+    eager, compiled = (KDA(KDAConfig(num_heads=2, head_dim=8), 16, 1e-6) for _ in range(2))
+    compiled.project = compiled.project  # as `compile_pieces` puts another in its place
+    for mixer, expected in ((eager, eager.chunked), (compiled, compiled_segments())):
+        graph_delta_rules(mixer)
+        assert mixer.chunked.in_graph == expected
+
+
+def test_the_channels_of_a_convolutions_tap_lie_together():
+    weight = KDA(KDAConfig(num_heads=2, head_dim=8), 16, 1e-6).to(torch.bfloat16).conv1d.weight
+    assert weight.shape == (48, 1, 4) and weight[:, 0, 0].is_contiguous()
 
 
 def test_a_decay_of_minus_1000_a_token_forgets_everything_but_the_token_itself():
@@ -201,3 +230,17 @@ def test_the_chunked_form_equals_the_recurrence_on_cuda(decay):
     arguments = inputs(200, decay, device="cuda")
     for chunked, recurrent in zip(delta_rule_chunked(*arguments), delta_rule_recurrent(*arguments)):
         torch.testing.assert_close(chunked, recurrent, **CLOSE)
+
+
+@pytest.mark.gpu
+def test_compiled_segments_beside_each_other_give_the_recurrence_each_time():
+    """The loop of a segment runs beside the next segment's maps: a missing order would show as answers that differ."""
+    q, k, v, *others = inputs(5000, from_faint_to_total, batch=1, key_dim=64, value_dim=64, device="cuda")
+    exact = delta_rule_recurrent(*(x.double() for x in (q, k, v, *others)))
+    rule = GraphedDeltaRule(delta_rule_chunked, compiled_segments(), {}, torch.cuda.graph_pool_handle())
+    with torch.inference_mode():
+        answers = [[x.clone() for x in rule(q.half(), k.half(), v.half(), *others)[:2]] for _ in range(5)]
+    for ours, expected in zip(answers[0], exact):
+        assert ((ours - expected).norm() / expected.norm()).item() < 3e-3
+    for again in answers[1:]:
+        assert all(map(torch.equal, again, answers[0]))

@@ -1,19 +1,22 @@
 """The delta rule of a prefill chunk as captured CUDA graphs. Chapters 02 and 04.
 
-From each 64 tokens to the next go three small products, for a chunk of 8,192 tokens 384 in every layer: launched one by
-one they take two or three times as long as they run.
+From each chunk to the next go two or three small products or sums, for a pass of 8,192 tokens hundreds in every layer:
+launched one by one they take two or three times as long as they run.
 """
 
 from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
 
 from minprfaas.engine.decode_graphs import captured
+from minprfaas.engine.pieces import is_compiled
+from minprfaas.model.delta_segments import SEGMENT_TOKENS, advance_memory, chunk_maps, delta_rule_in_segments
 from minprfaas.model.gdn import GDN
 from minprfaas.model.kda import KDA
 
-STEP_TOKENS = 2048  # a graph for each multiple: what a pass has less is padding, which neither writes nor decays
+STEP_TOKENS = SEGMENT_TOKENS  # a graph for each multiple: what a pass lacks is padding, which neither writes nor decays
 
 
 def graph_delta_rules(model: nn.Module) -> None:
@@ -22,15 +25,26 @@ def graph_delta_rules(model: nn.Module) -> None:
     memory = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
     for module in model.modules():
         if isinstance(module, (KDA, GDN)) and not isinstance(module.chunked, GraphedDeltaRule):
-            module.chunked = GraphedDeltaRule(module.chunked, graphs, memory)
+            in_segments = isinstance(module, KDA) and is_compiled(module)
+            module.chunked = GraphedDeltaRule(module.chunked, compiled_segments() if in_segments else module.chunked,
+                                              graphs, memory)
+
+
+@cache
+def compiled_segments() -> Callable:
+    """`delta_rule_in_segments` compiled, for the one length that all segments have. The products inside the blocks of
+    16 tokens are 32 sums of the same factors: one kernel, if it may have so many parts."""
+    return partial(delta_rule_in_segments, advance=torch.compile(advance_memory, dynamic=False),
+                   maps_of=torch.compile(chunk_maps, dynamic=False, options={"max_fusion_size": 256}))
 
 
 class GraphedDeltaRule:
-    """A layer's `delta_rule_chunked`: by a graph, or as it was where a pass is short, or shared, or wants gradients."""
+    """A layer's `delta_rule_chunked`: by a graph of `in_graph`, or as it was where a pass is short, or shared, or wants
+    gradients."""
 
-    def __init__(self, function: Callable, graphs: dict[tuple, "DeltaGraph"],
+    def __init__(self, function: Callable, in_graph: Callable, graphs: dict[tuple, "DeltaGraph"],
                  memory: tuple[int, int] | None):
-        self._function, self._graphs, self._memory = function, graphs, memory
+        self._function, self.in_graph, self._graphs, self._memory = function, in_graph, graphs, memory
 
     def __call__(self, q: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         requests, tokens = q.shape[:2]
@@ -39,7 +53,7 @@ class GraphedDeltaRule:
         room = -(-tokens // STEP_TOKENS) * STEP_TOKENS
         shape = (q.device, room, *(tensor.shape[2:] for tensor in (q, *others)))
         if shape not in self._graphs:
-            self._graphs[shape] = DeltaGraph(self._function, room, (q, *others), self._memory)
+            self._graphs[shape] = DeltaGraph(self.in_graph, room, (q, *others), self._memory)
         return self._graphs[shape](q, *others)
 
 

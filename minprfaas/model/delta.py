@@ -20,6 +20,9 @@ from torch import Tensor
 from minprfaas.model.recurrent import CHUNK_TOKENS
 
 SMALL_BLOCK = 16
+# exp(-20) is below float32's resolution; without the bound, sums of strong decays would lose the weak ones' digits, and
+# the exponents inside a sub-chunk would have none.
+STRONGEST_DECAY = -20.0
 
 
 def delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, memory: Tensor,
@@ -81,14 +84,15 @@ def delta_rule_chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor,
     `chunk_parts` compiled.
 
     Returns the outputs, the memory after the last token, and the memory before each chunk
-    `[batch, heads, chunks, key_dim, value_dim]`. `chunk` is `sub_chunk` times a power of two.
+    `[chunks, batch, heads, key_dim, value_dim]`. `chunk` is `sub_chunk` times a power of two.
 
     Inside a chunk the delta rule is a unit lower-triangular system. Its inverse is made for all chunks at once, so that
     the one loop, from chunk to chunk, is two matrix products long.
     """
+    q, k, v = q.float(), k.float(), v.float()
     parts = (parts_of or chunk_parts)(q, k, v, g, beta, chunk, sub_chunk)
     before, values, after = _carry_through(parts, memory)
-    return chunk_outputs(parts, before, values)[:, :q.shape[1]], after, before
+    return chunk_outputs(parts, before, values)[:, :q.shape[1]], after, before.movedim(2, 0)
 
 
 class ChunkParts(NamedTuple):
@@ -104,20 +108,21 @@ class ChunkParts(NamedTuple):
 
 def chunk_parts(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, chunk: int, sub_chunk: int) -> ChunkParts:
     """Everything that needs no memory, for all chunks at once."""
-    padding = -q.shape[1] % chunk  # padding has k = 0, beta = 0, g = 0: it neither writes nor decays
-    # Copied once into the order in which they are multiplied: each product would copy them anew.
-    q, k, v, g, beta = (  # [batch, heads, chunks, chunk, dim]
-        F.pad(x, (0, 0, 0, 0, 0, padding)).unflatten(1, (-1, chunk)).permute(0, 3, 1, 2, 4).contiguous()
-        for x in (q, k, v, g, beta[..., None]))
-    # exp(-20) is below float32's resolution; without the bound, sums of strong decays would lose the weak ones' digits,
-    # and the exponents inside a sub-chunk would have none.
-    decay = g.clamp(min=-20.0).cumsum(dim=-2)  # from the chunk's beginning through each token
+    q, k, v, g, beta = (by_chunks(x, chunk) for x in (q, k, v, g, beta[..., None]))
+    decay = g.clamp(min=STRONGEST_DECAY).cumsum(dim=-2)  # from the chunk's beginning through each token
     total, from_start = decay[..., -1:, :], decay.exp()
     inverse, q_by_k = _solve(q, k, decay, beta, sub_chunk)
     solved = inverse @ (torch.cat([v, k * from_start], dim=-1) * beta)
     new_values, reads = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
     keys = (k * (total - decay).exp()).transpose(-1, -2)
     return ChunkParts(q * from_start, q_by_k, new_values, reads, keys, total.exp().transpose(-1, -2))
+
+
+def by_chunks(x: Tensor, chunk: int) -> Tensor:
+    """`[batch, tokens, heads, dim]` -> `[batch, heads, chunks, chunk, dim]`, copied once into the order in which it is
+    multiplied: each product would copy it anew. Padding has k = 0, beta = 0, g = 0: it neither writes nor decays."""
+    padding = -x.shape[1] % chunk
+    return F.pad(x, (0, 0, 0, 0, 0, padding)).unflatten(1, (-1, chunk)).permute(0, 3, 1, 2, 4).contiguous()
 
 
 def _carry_through(parts: ChunkParts, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,10 +168,10 @@ def _solve(q: Tensor, k: Tensor, decay: Tensor, beta: Tensor, size: int) -> tupl
     for j <= i, and 0 for j > i, Q is q_by_k and A is beta_i k_by_k below its diagonal."""
     products = _products_of_heads(q, k, decay) if decay.shape[-1] == 1 else _products_of_channels(q, k, decay, size)
     k_by_k, q_by_k = products
-    return _inverse((k_by_k * beta).tril(-1), size), q_by_k
+    return inverse_of_lower((k_by_k * beta).tril(-1), size), q_by_k
 
 
-def _inverse(below: Tensor, size: int) -> Tensor:
+def inverse_of_lower(below: Tensor, size: int = 8) -> Tensor:
     """`(I + below)^-1`, grown upward from blocks of `size` tokens, two neighbours becoming one. Powers are taken in the
     smallest blocks only, because with keys that resemble each other those of a whole chunk would overflow."""
     power = -_blocks(below, size)
@@ -177,7 +182,7 @@ def _inverse(below: Tensor, size: int) -> Tensor:
     while size < below.shape[-1]:
         across = _blocks(below, size, row=1)[..., ::2, :, :]
         first, second = inverse.unflatten(-3, (-1, 2)).unbind(-3)
-        inverse = _lower_triangle(first, -_times(_times(second, across), first), second)
+        inverse = lower_triangle(first, -_times(_times(second, across), first), second)
         size *= 2
     return inverse.squeeze(-3)
 
@@ -208,7 +213,7 @@ def _products_of_channels(q: Tensor, k: Tensor, decay: Tensor, size: int) -> tup
     while size < q.shape[-2]:
         pairs = (products.unflatten(-3, (-1, 2)).unbind(-3) for products in grown)
         across = _products_across(q, k, decay, size)
-        grown = [_lower_triangle(first, between, second) for (first, second), between in zip(pairs, across)]
+        grown = [lower_triangle(first, between, second) for (first, second), between in zip(pairs, across)]
         size *= 2
     k_by_k, q_by_k = grown
     return k_by_k.squeeze(-3), q_by_k.squeeze(-3)
@@ -232,6 +237,7 @@ def _products_across(q: Tensor, k: Tensor, decay: Tensor, size: int) -> tuple[Te
     return (k * left) @ right, (q * left) @ right
 
 
-def _lower_triangle(first: Tensor, across: Tensor, second: Tensor) -> Tensor:
-    """`[[first, 0], [across, second]]`."""
-    return torch.cat([F.pad(first, (0, first.shape[-1])), torch.cat([across, second], dim=-1)], dim=-2)
+def lower_triangle(first: Tensor, across: Tensor, second: Tensor) -> Tensor:
+    """`[[first, 0], [across, second]]`, as a sum: a compiler makes one kernel of it, and of that of their halves."""
+    size = first.shape[-1]
+    return F.pad(first, (0, size, 0, size)) + F.pad(across, (0, size, size, 0)) + F.pad(second, (size, 0, size, 0))

@@ -96,6 +96,8 @@ class KDA(Projecting):
         convolved, inputs = self.conv1d(tail, torch.cat([q, k, v], dim=-1))
         q, k, v = (part.unflatten(-1, heads) for part in convolved.float().chunk(3, dim=-1))
         q, k = unit_length(q) * self.config.head_dim**-0.5, unit_length(k)
+        if x.is_cuda and x.dtype != torch.float32 and x.shape[1] > 1:  # as many digits as TF32 has, in half the bytes
+            q, k, v = q.half(), k.half(), v.half()
         return q, k, v, self._log_decay(decay), beta.float().sigmoid(), self._second_step("g", gate), inputs
 
     def step(self, *arguments: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -78,7 +78,7 @@ def lightning_chunked(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, memory: T
     `[batch]`, only so many tokens of each row are, and the others padding, which neither writes nor decays.
 
     Returns the outputs, the memory after the last token, and the memory before each chunk
-    `[batch, heads, chunks, head_dim, head_dim]`.
+    `[chunks, batch, heads, head_dim, head_dim]`.
     """
     tokens = q.shape[1]
     padding = -tokens % CHUNK_TOKENS
@@ -103,7 +103,7 @@ def lightning_chunked(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, memory: T
 
     between = (decay - decay.transpose(-1, -2)).clamp(max=0).exp()
     out = (q * decay.exp()) @ before + (q @ k.transpose(-1, -2) * between).tril() @ v
-    return out.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :tokens], after, before
+    return out.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :tokens], after, before.movedim(2, 0)
 
 
 class Lightning(nn.Module):

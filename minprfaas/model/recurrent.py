@@ -1,6 +1,6 @@
 """What mixers share whose state has one size: a short convolution before it, and where it is kept. Chapter 02."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,8 @@ class ShortConvolution(nn.Module):
 
     def __init__(self, channels: int, kernel: int, parts_of: tuple[str, ...] = ()):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(channels, 1, kernel) * kernel**-0.5)
+        weight = torch.randn(channels, 1, kernel) * kernel**-0.5
+        self.weight = nn.Parameter(weight.movedim(-1, 0).contiguous().movedim(0, -1))  # a tap's channels lie together
         self._parts_of = parts_of
 
     def parts(self, name: str) -> Iterator[tuple[str, Tensor]]:
@@ -46,17 +47,17 @@ class ShortConvolution(nn.Module):
         return F.silu(convolved), inputs
 
 
-def store_memory(state: LayerState, positions: Positions, memory: Tensor, before: Tensor | None,
+def store_memory(state: LayerState, positions: Positions, memory: Tensor, before: Sequence[Tensor] | None,
                  inputs: Tensor | None = None) -> None:
     """The state after a pass, and at the wanted offsets inside it.
 
-    `memory` is the one after the pass, `before` `[batch, heads, chunks, …]` the one before each `CHUNK_TOKENS`. The
+    `memory` is the one after the pass, `before` `[chunks, batch, heads, …]` the one before each `CHUNK_TOKENS`. The
     `inputs` of a short convolution begin with the tail that the pass began with, so the kernel - 1 rows from `offset`
     on are the tail after `offset` tokens.
     """
     new = positions.index.shape[1]
     for offset in sorted({*state.snapshot_offsets, new}):
-        tensors = (memory if offset == new else before[:, :, offset // CHUNK_TOKENS],)
+        tensors = (memory if offset == new else before[offset // CHUNK_TOKENS],)
         if inputs is not None:
             after = positions.new if offset == new and positions.new is not None else offset
             tensors += (rows_from(inputs, after, inputs.shape[1] - new).transpose(1, 2),)
