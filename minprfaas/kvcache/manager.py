@@ -112,10 +112,11 @@ class KVCacheManager:
             return False
         if self._state_need(cache):
             self.snapshots.begin(cache, blocks[token_need:])
-        if more:  # attention reads the last block's other rows too, masked; what an old request left may be NaN
-            self.pool.zero(blocks[more - 1:token_need:more])
+        filled = max(cache.prompt_tokens // self.layout.block_tokens - cache.num_blocks, 0)  # of a group, by the prompt
         for position, group in enumerate(self.layout.token_groups):
-            cache.block_tables[group.index].extend(blocks[position * more:(position + 1) * more])
+            own = blocks[position * more:(position + 1) * more]
+            cache.block_tables[group.index].extend(own)
+            self.pool.zero(own[filled:])  # attention reads beyond the last token too, masked; what is there may be NaN
         cache.num_blocks += more
         return True
 
