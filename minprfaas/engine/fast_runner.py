@@ -17,7 +17,6 @@ from minprfaas.engine.request import Request
 from minprfaas.engine.runner import Runner
 from minprfaas.engine.scheduler import PrefillChunk
 from minprfaas.kvcache.manager import KVCacheManager
-from minprfaas.kvcache.paged import PagedState
 from minprfaas.model.gdn import GDN
 from minprfaas.model.gqa import GQA
 from minprfaas.model.kda import KDA
@@ -86,17 +85,14 @@ class FastRunner(Runner):
         self._memory = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
         self._passes: PassGraphs | None = None
         if model.device.type == "cuda" and timeline is None:  # which would see graphs launched, not layers
-            self._passes = PassGraphs(model, kvcache.layout, self._memory)
+            self._passes = PassGraphs(model, kvcache.pool, self._memory)
 
-    def _width(self, chunks: list[PrefillChunk]) -> int:
-        """As the eager runner's, or what a captured pass has room for."""
-        width = super()._width(chunks)
-        return width if self._passes is None else self._passes.room(width, [chunk.start for chunk in chunks])
-
-    def _forward(self, token_ids: torch.Tensor, state: PagedState, on_layer: OnLayer | None) -> torch.Tensor:
+    def _forward(self, chunks: list[PrefillChunk], on_layer: OnLayer | None, width: int = 0) -> torch.Tensor:
         """As the eager runner's."""
-        graph = None if self._passes is None else self._passes.of(token_ids, state)
-        return super()._forward(token_ids, state, on_layer) if graph is None else graph(token_ids, state, on_layer)
+        if self._passes is None or (room := self._passes.room(chunks)) is None:
+            return super()._forward(chunks, on_layer)
+        graph = self._passes.of(chunks[0], room)
+        return super()._forward(chunks, on_layer, room) if graph is None else graph(chunks[0], on_layer)
 
     @torch.inference_mode()
     def settle(self) -> None:

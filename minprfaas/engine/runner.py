@@ -13,7 +13,6 @@ from minprfaas.engine.request import KVListener, Request
 from minprfaas.engine.sampling import sample, sample_batch
 from minprfaas.engine.scheduler import PrefillChunk
 from minprfaas.kvcache.manager import KVCacheManager
-from minprfaas.kvcache.paged import PagedState
 from minprfaas.model.spec import ModelState, OnLayer
 from minprfaas.model.transformer import Transformer
 from minprfaas.observe.timeline import Timeline
@@ -30,25 +29,23 @@ class Runner:
     def prefill(self, chunks: list[PrefillChunk], on_kv: KVListener | None) -> list[int | None]:
         """Compute chunks of as many requests; for each the token drawn after it if it completes the prompt, else None.
         `on_kv` is called between the layers of the pass, so what it does delays the pass."""
-        rows = [chunk.request.token_ids[chunk.start:chunk.end] for chunk in chunks]
-        new, width = [len(row) for row in rows], self._width(chunks)
-        # Of 8,192 numbers in a list a tensor is made ten times as slowly as of packed ones.
-        numbers = bytearray().join(struct.pack(f"{width}q", *row, *bytes(width - len(row))) for row in rows)
-        token_ids = torch.frombuffer(numbers, dtype=torch.int64).view(len(rows), -1)
-        token_ids = token_ids.to(self.model.device, non_blocking=True)
-        state = self.kvcache.state([chunk.request.cache for chunk in chunks], new, width)
-        logits = self._forward(token_ids, state, self._layer_listener(chunks, on_kv))[:, -1]
+        logits = self._forward(chunks, self._layer_listener(chunks, on_kv))[:, -1]
         for chunk in chunks:
             self.kvcache.advance(chunk.request.cache, chunk.request.token_ids[:chunk.end])
         return [sample(row, chunk.request.params, len(chunk.request.output_ids))
                 if chunk.end == len(chunk.request.token_ids) else None for chunk, row in zip(chunks, logits)]
 
-    def _width(self, chunks: list[PrefillChunk]) -> int:
-        """Tokens of a pass over chunks, padding included."""
-        return max(chunk.end - chunk.start for chunk in chunks)
-
-    def _forward(self, token_ids: torch.Tensor, state: PagedState, on_layer: OnLayer | None) -> torch.Tensor:
-        """The logits of each request's last token in a prefill pass, `[batch, 1, vocab]`."""
+    def _forward(self, chunks: list[PrefillChunk], on_layer: OnLayer | None, width: int = 0) -> torch.Tensor:
+        """The logits of each chunk's last token, `[batch, 1, vocab]`, of a pass of `width` tokens, padding included (0:
+        as many as the longest has)."""
+        rows = [chunk.request.token_ids[chunk.start:chunk.end] for chunk in chunks]
+        new = [len(row) for row in rows]
+        width = width or max(new)
+        # Of 8,192 numbers in a list a tensor is made ten times as slowly as of packed ones.
+        numbers = bytearray().join(struct.pack(f"{width}q", *row, *bytes(width - len(row))) for row in rows)
+        token_ids = torch.frombuffer(numbers, dtype=torch.int64).view(len(rows), -1)
+        token_ids = token_ids.to(self.model.device, non_blocking=True)
+        state = self.kvcache.state([chunk.request.cache for chunk in chunks], new, width)
         return self.model(token_ids, state, on_layer, last_only=True)
 
     @torch.inference_mode()

@@ -125,8 +125,8 @@ class BlockPool:
 
     def zero(self, blocks: Sequence[int]) -> None:
         """Fill blocks with zeros: a fresh token block is read beyond its last row, and old bytes may read as NaN."""
-        if blocks:
-            self._words.index_fill_(0, self.index(blocks), 0)
+        for block in blocks:  # they are few, and an index would first be copied to the device
+            self._words[block].zero_()
 
     def copy(self, source: Sequence[int], target: Sequence[int]) -> None:
         """Copy whole blocks, pairwise."""
@@ -142,9 +142,9 @@ class BlockPool:
 def put_rows(view: torch.Tensor, blocks: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor) -> None:
     """`view[blocks, offsets] = rows`, by words of eight bytes where rows are whole words (32 MiB on an H100: 34 us, and
     111 by elements of bfloat16)."""
-    if all(tensor.shape[-1] * tensor.element_size() % 8 == 0 == tensor.storage_offset() * tensor.element_size() % 8
-           for tensor in (view, rows)):
-        view, rows = view.view(torch.int64), rows.contiguous().view(torch.int64)
+    if rows.stride(-1) == 1 and all(number * rows.element_size() % 8 == 0 for tensor in (view, rows) for number in (
+            tensor.shape[-1], tensor.storage_offset(), *tensor.stride()[:-1])):
+        view, rows = view.view(torch.int64), rows.view(torch.int64)
     view[blocks, offsets] = rows
 
 
