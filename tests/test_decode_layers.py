@@ -4,12 +4,16 @@ from collections import Counter
 
 import pytest
 import torch
-from step_support import decoding, rows_of, step_logits
+from step_support import PARITY, decoding, rows_of, step_logits
 
+from minprfaas.config import RopeConfig
 from minprfaas.engine import decode_layers
 from minprfaas.engine.decode_layers import in_two_pieces
 from minprfaas.engine.pieces import choose_by_kernels, compile_pieces
-from minprfaas.model.layers import Projecting
+from minprfaas.model.checkpoint import load_checkpoint
+from minprfaas.model.families import read_config
+from minprfaas.model.gqa import GQAConfig
+from minprfaas.model.layers import Positions, Projecting, heads_at_once
 
 
 @pytest.mark.parametrize("name, whole", [("qwen3", 0), ("qwen3_next", 3), ("mimo_v2_flash", 2), ("minimax", 4)])
@@ -60,6 +64,40 @@ def test_a_compiled_step_of_one_request_sums_its_norms_beside_its_products(name,
         beside.clear()
     fast[0].runner.settle()
     torch.testing.assert_close(*(torch.cat(rows_of(*each)) for each in (eager, fast)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("qk_norm", [None, "head"])
+def test_all_heads_at_once_are_those_of_the_three_projections(qk_norm):
+    """The values to the last bit, because nothing is done to them."""
+    torch.manual_seed(0)
+    config = GQAConfig(num_heads=6, num_kv_heads=2, head_dim=16, rope=RopeConfig(fraction=0.5), qk_norm=qk_norm)
+    mixer = config.build(32, 1e-6)
+    norms = None if qk_norm is None else (mixer.q_norm, mixer.k_norm)
+    for norm in norms or ():
+        norm.weight.data.uniform_(0.5, 1.5)
+    cos, sin = Positions(torch.tensor([7, 0]), 5).rotary(config.rope, 16, torch.float32)
+    product = torch.randn(2, 5, 10 * 16)
+    q, rows, _ = mixer.heads(*mixer.apart(product), cos, sin)
+    found_q, found_rows = heads_at_once(product, 6, 16, norms, cos, sin)
+    torch.testing.assert_close(found_q, q)
+    torch.testing.assert_close(found_rows, rows)
+    assert torch.equal(found_rows[..., 32:], product[..., 128:])
+
+
+@torch.inference_mode()
+def test_a_compiled_pass_takes_all_heads_at_once(traced, monkeypatch):
+    """And it gives the logits of one that does not."""
+    taken = []
+    monkeypatch.setattr("minprfaas.model.gqa.heads_at_once", lambda *given: taken.append(1) or heads_at_once(*given))
+    model = load_checkpoint(PARITY / "qwen3", read_config(PARITY / "qwen3"), torch.float32, "cpu")
+    token_ids = torch.arange(1, 20)[None]
+    expected = model(token_ids)
+    for module in model.modules():
+        if isinstance(module, Projecting):
+            module.join()
+    compile_pieces(model)
+    torch.testing.assert_close(model(token_ids), expected, atol=1e-5, rtol=0)
+    assert taken
 
 
 def test_before_a_kernel_is_timed_a_gpu_fills_more_than_it_has_done_before_the_launch():

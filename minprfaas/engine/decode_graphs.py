@@ -7,12 +7,13 @@ tokens, whatever the model does inside. Without CUDA the same step runs uncaptur
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 
 import torch
 
 from minprfaas.engine.decode_layers import step_logits
 from minprfaas.engine.decode_state import LiveState, StepState, StepTables
+from minprfaas.engine.pieces import compiled_like
 from minprfaas.engine.request import Request
 from minprfaas.kvcache.pool import BlockPool
 from minprfaas.model.transformer import Transformer
@@ -41,7 +42,7 @@ class DecodeStep:
 
     def _forward(self) -> None:
         self.tables.tell()
-        state = StepState(self.pool, self.tables, self.live)
+        state = StepState(self.pool, self.tables, self.live, partial(compiled_like, self.model.model.layers[0]))
         self.logits = step_logits(self.model, self.tables.tokens, state)[:, 0]
         self.greedy = self.logits.argmax(dim=-1)
 

@@ -20,11 +20,12 @@ from minprfaas.model.transformer import Layer, Transformer
 
 def step_logits(model: Transformer, tokens: Tensor, state: StepState) -> Tensor:
     """`model(tokens, state)` of one token a request: `[batch, 1]` int64 -> `[batch, 1, vocab]`."""
-    positions, x = Positions(state.start, 1), model.model.embed_tokens(tokens)
+    positions, x = None, model.model.embed_tokens(tokens)
     for index, layer in enumerate(model.model.layers):
         if in_two_pieces(layer):
-            x = _by_pages(layer, x, positions, state.layer(index))
+            x = _by_pages(layer, x, state.layer(index))
         else:
+            positions = positions or Positions(state.start, 1)
             normed = layer.input_layernorm(x)
             x = layer.feed(x, normed, layer.self_attn(normed, positions, state.layer(index)))
     return compiled_like(model.model.layers[0], head)(model, x)
@@ -36,14 +37,14 @@ def in_two_pieces(layer: Layer) -> bool:
             and layer.config.mixer_residual is None)
 
 
-def _by_pages(layer: Layer, x: Tensor, positions: Positions, state: StepLayer) -> Tensor:
+def _by_pages(layer: Layer, x: Tensor, state: StepLayer) -> Tensor:
     config = layer.self_attn.config
     # One request's row is put into its page by the kernel that copies its queries, which would take as long alone.
     before = compiled_like(layer, before_attention, combine=len(x) == 1)
     pages, scale = state.pages(), config.head_dim**-0.5
     index = state.flash_index(pages, config.head_dim, config.num_heads, config.num_kv_heads)
     copies = None if index is None else index.row_counts.shape[1]
-    cos, sin = positions.rotary(config.rope, config.head_dim, x.dtype)
+    cos, sin = state.state.rotary(config.rope, config.head_dim, x.dtype)
     q, gate = before(layer, x, cos, sin, pages.view, *state.slots(), copies)
     if index is None:
         attended = state.attend(pages, q, scale, config.num_kv_heads)

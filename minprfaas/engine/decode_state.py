@@ -7,17 +7,18 @@ State of one size is kept out of its blocks while its request decodes: reading i
 take a step of many requests as long again as computing with it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from ctypes import c_int64
 from functools import partial
 
 import torch
 
-from minprfaas.config import StateKind
+from minprfaas.config import RopeConfig, StateKind
 from minprfaas.engine.request import Request
 from minprfaas.kvcache.layout import KVGroup
 from minprfaas.kvcache.pool import BlockPool, put_rows
 from minprfaas.kvcache.request_cache import RequestCache
+from minprfaas.model.layers import frequencies_on, rotary_tables
 from minprfaas.model.paged_attention import (
     PageIndex, PageOutputs, attend_to_copied_pages, attend_to_pages, flash_can_read, page_index, pieces_of_pages)
 from minprfaas.model.spec import Pages, TensorSpec, TokenContext
@@ -140,11 +141,12 @@ class StepState:
 
     new = None
 
-    def __init__(self, pool: BlockPool, tables: StepTables, live: LiveState):
+    def __init__(self, pool: BlockPool, tables: StepTables, live: LiveState, compiled: Callable[[Callable], Callable]):
         self.pool, self.tables, self.live, self.start = pool, tables, live, tables.start
-        self.lengths = self.start + 1
+        self.lengths, self._compiled = self.start + 1, compiled  # `compiled` makes few kernels of a function
         self._slots: dict[int, tuple] = {}  # by group, made once a step and shared by its layers
         self._indexes: dict[tuple, tuple] = {}
+        self._rotary: dict[tuple, tuple] = {}
 
     def layer(self, index: int) -> "StepLayer":
         """The state of layer `index`."""
@@ -153,16 +155,28 @@ class StepState:
     def slots(self, group: KVGroup) -> tuple[torch.Tensor, torch.Tensor]:
         """Block and offset of each request's new token, `[batch]` each."""
         if group.index not in self._slots:
-            size = self.pool.layout.block_tokens
-            blocks = self.tables.table(group).gather(1, (self.start // size)[:, None])[:, 0]
-            self._slots[group.index] = (blocks, self.start % size)
+            table, size = self.tables.table(group), self.pool.layout.block_tokens
+            self._slots[group.index] = self._compiled(slots_of)(table, self.start, size)
         return self._slots[group.index]
 
     def index(self, group: KVGroup, pages: Pages, groups: int, pieces: int) -> PageIndex:
         """Where the pieces of pages lie, for mixers with `groups` query heads for each KV head."""
         if (group.index, groups, pieces) not in self._indexes:
-            self._indexes[group.index, groups, pieces] = page_index(pages, groups, pieces)
+            self._indexes[group.index, groups, pieces] = self._compiled(page_index)(pages, groups, pieces)
         return self._indexes[group.index, groups, pieces]
+
+    def rotary(self, rope: RopeConfig, head_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Positions.rotary`."""
+        if (rope, head_dim) not in self._rotary:
+            frequencies = frequencies_on(self.start.device, rope, head_dim)
+            self._rotary[rope, head_dim] = self._compiled(rotary_tables)(
+                self.start[:, None], frequencies, rope.amplitude, dtype)
+        return self._rotary[rope, head_dim]
+
+
+def slots_of(table: torch.Tensor, positions: torch.Tensor, block_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Block and offset of `positions` `[batch]` in the block table `[batch, pages]`, `[batch]` each."""
+    return table.gather(1, (positions // block_tokens)[:, None])[:, 0], positions % block_tokens
 
 
 class StepLayer:

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minprfaas.config import MAX_HEAD_SIZE, RopeConfig, StateKind, require_sizes
 from minprfaas.errors import UserError
 from minprfaas.model.attention import attend
-from minprfaas.model.layers import Positions, Projecting, RMSNorm, apply_rotary, rms_norm
+from minprfaas.model.layers import Positions, Projecting, RMSNorm, apply_rotary, heads_at_once, rms_norm
 from minprfaas.model.paged_attention import merge_pages
 from minprfaas.model.spec import LayerState, StateSpec, TensorSpec
 from minprfaas.model.window import attend_window, pass_through_window, window_spec
@@ -101,6 +102,13 @@ class GQA(Projecting):
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """The queries `[batch, new, heads, dim]`, the rows to store, and the output's gate."""
+        config = self.config
+        can_be_at_once = config.qk_norm != "projection" and not config.output_gate and config.v_scale == 1.0 and (
+            config.v_dim == config.head_dim and self.joined is not None and not torch.is_grad_enabled())
+        if can_be_at_once and x.shape[1] > 1 and torch.compiler.is_compiling():
+            norms = None if config.qk_norm is None else (self.q_norm, self.k_norm)
+            product = F.linear(x, self.joined)
+            return *heads_at_once(product, config.num_heads, config.head_dim, norms, cos, sin), None
         return self.heads(*self.projected(x), cos, sin)
 
     def heads(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
