@@ -12,7 +12,7 @@ from minprfaas.transport.wan import frames
 from minprfaas.transport.wan.digest import Digest, row_sums
 from minprfaas.transport.wan.frames import (CONTROL_LIMIT_BYTES, HEADER_BYTES, Codec, FrameError, Header, Kind, Slot,
                                             SlotPool, control_frame, decode_acks, encode_acks)
-from minprfaas.transport.wan.gpu_sums import LEAST_ROWS, queue_sums
+from minprfaas.transport.wan.gpu_sums import LEAST_ROWS, SumsOfPieces, queue_sums
 from minprfaas.transport.wan.parts import PartsOut, decode_message, encode_message
 
 LIMIT = 32 * 1024
@@ -182,6 +182,15 @@ def test_sums_that_are_made_where_the_bytes_lie_seal_a_frame_as_a_core_would(row
         landed = torch.frombuffer(slot.view[HEADER_BYTES:], dtype=torch.uint8)
         assert not codec.payload_is_intact(header, slot.view, queue_sums(landed, sums)), f"bit {at} went unnoticed"
         slot.view[HEADER_BYTES + at] ^= 1
+
+
+def test_pieces_of_what_leaves_together_have_the_sums_that_they_would_have_alone():
+    data = torch.randint(0, 256, (3 * LEAST_ROWS * 16_384 + 100,), dtype=torch.uint8)
+    sums = row_sums(b"the link's", by_bytes=True)
+    all_of_them = SumsOfPieces(data, sums)
+    for begin in (0, LEAST_ROWS * 16_384, LEAST_ROWS * 16_384 + 32, 2 * LEAST_ROWS * 16_384):
+        piece = data[begin:begin + LEAST_ROWS * 16_384 + 100]
+        assert torch.equal(all_of_them.of(piece), queue_sums(piece, sums)), f"from byte {begin}"
 
 
 def test_sums_are_made_by_a_core_of_few_rows_and_for_a_peer_that_digests_by_words():

@@ -9,8 +9,9 @@ from transport_support import DEADLINE_S, Cargo, Lanes, connected, event, wait_u
 from minprfaas.config import LinkConfig
 from minprfaas.transport.events import LinkRestored, StreamDone
 from minprfaas.transport.wan import gpu_sums
-from minprfaas.transport.wan.digest import RowSums, multiplies_bytes
+from minprfaas.transport.wan.digest import RowSums, multiplies_bytes, row_sums
 from minprfaas.transport.wan.frames import HEADER_BYTES
+from minprfaas.transport.wan.gpu_sums import SUMMERS, queue_sums
 from minprfaas.transport.wan.lanes import Lane
 
 CHUNK_BYTES = 2**20
@@ -134,6 +135,25 @@ def test_a_gpu_lends_its_memory_to_a_few_pieces_at_once(monkeypatch, cores_sum_n
         send(cargo, sender)
         event(receiver, StreamDone)
     assert cargo.is_identical and len(streams) == 1 and torch.cuda.default_stream() not in streams
+
+
+def test_many_threads_with_many_cuda_streams_take_the_memory_of_the_few_that_sum():
+    data, sums = torch.zeros(2**22, dtype=torch.uint8, device="cuda"), row_sums(b"the link's", by_bytes=True)
+    queue_sums(data, sums)  # the keys are there
+    before = torch.cuda.memory_allocated()
+
+    def sum_on_four():
+        for _ in range(4):
+            with torch.cuda.stream(torch.cuda.Stream()):
+                queue_sums(data, sums)
+
+    threads = [threading.Thread(target=sum_on_four) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE_S)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() - before <= SUMMERS * 2**25
 
 
 def test_nothing_is_written_once_a_stream_is_forgotten(cores_sum_nothing):

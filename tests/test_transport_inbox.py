@@ -94,7 +94,7 @@ def test_a_chunk_that_nobody_expects_is_refused():
 def test_a_chunk_that_finds_no_place_to_land_on_its_gpu_ends_its_stream(monkeypatch):
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(gpu_sums, "_streams", {gpu: queue.LifoQueue()})  # all are taken, by sinks that have stopped
-    monkeypatch.setattr(gpu_sums, "PLACE_WITHIN_S", 0.01)
+    monkeypatch.setattr(gpu_sums, "WITHIN_S", 0.01)
     side, cargo = Side(), Cargo()
     side.inbox.streams.expect(cargo.plan, cargo.sink, gpu)
     side.take(*rows_of(cargo, 1, 0, 64, 128))

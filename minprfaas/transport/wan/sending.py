@@ -4,6 +4,7 @@ Chapters 07 and 08, paper 3.3.
 """
 
 import time
+from functools import cache
 
 import torch
 
@@ -16,6 +17,8 @@ from minprfaas.transport.wan.frames import HEADER_BYTES, Frame, Header, Kind, Sl
 from minprfaas.transport.wan.line import EmulatedLine
 from minprfaas.transport.wan.outbox import Outbox
 
+_copies = cache(torch.cuda.Stream)  # by device: one for all streams, because one engine copies to the host
+
 
 class LinkStream(SendStream):
     """A SendStream, made by `Link.open`. One thread calls `put` and `finish`; any may call `abort`."""
@@ -27,39 +30,39 @@ class LinkStream(SendStream):
         self._put_log = PutLog(plan)
         self._record = StreamRecord(plan.stream_id)
         self._stalled_s = 0.0
-        self._copies: torch.cuda.Stream | None = None
 
     def put(self, layer: int, start: int, end: int, data: torch.Tensor) -> None:
         """See `SendStream.put`. Blocks while more than `max_inflight_bytes` are queued or unacknowledged."""
-        whole = self._put_log.add(layer, start, end, data)
-        for piece, part in self._put_log.cut(whole, data.view(-1), self._limit_bytes):
-            self._stalled_s += self._outbox.wait_for_room(HEADER_BYTES + piece.nbytes, self._record)
-            header = Header(Kind.CHUNK, 0, self.plan.stream_id, piece.layer, piece.group, piece.start, piece.end,
-                            piece.offset, piece.nbytes)
-            frame = Frame(header, self._slots.take(piece.nbytes, pinned=data.is_cuda), self._record)
-            into = frame.slot.payload[:piece.nbytes]
-            if data.is_cuda:
-                self._copy_beside_prefill(frame, into, part)
-            else:
-                into.copy_(part)
-            self._outbox.send_chunk(frame)
+        whole, data = self._put_log.add(layer, start, end, data), data.view(-1)
+        copies, sums = self._beside_prefill(data), None
+        with torch.cuda.stream(copies):
+            if copies is not None and multiplies_bytes():  # else the two ends digest by words
+                sums = gpu_sums.SumsOfPieces(data, row_sums(self._secret, by_bytes=True))
+            for piece, part in self._put_log.cut(whole, data, self._limit_bytes):
+                self._stalled_s += self._outbox.wait_for_room(HEADER_BYTES + piece.nbytes, self._record)
+                header = Header(Kind.CHUNK, 0, self.plan.stream_id, piece.layer, piece.group, piece.start, piece.end,
+                                piece.offset, piece.nbytes)
+                frame = Frame(header, self._slots.take(piece.nbytes, pinned=data.is_cuda), self._record)
+                frame.slot.payload[:piece.nbytes].copy_(part, non_blocking=True)
+                if sums is not None:
+                    frame.sums = sums.of(part)
+                if copies is not None:
+                    frame.ready = copies.record_event(torch.cuda.Event(blocking=True))  # who waits does not spin
+                self._outbox.send_chunk(frame)
 
     def _limit_bytes(self) -> int:
         """Of the next chunk: the weather may have changed since the last."""
         line_limit = None if self._line is None else self._line.chunk_limit(time.monotonic())
         return self._chunk_bytes if line_limit is None else min(self._chunk_bytes, line_limit)
 
-    def _copy_beside_prefill(self, frame: Frame, into: torch.Tensor, rows: torch.Tensor) -> None:
-        """Copy to pinned memory on a side stream, behind the work queued so far, and sum; prefill goes on."""
-        if self._copies is None:
-            self._copies = torch.cuda.Stream(rows.device)
-        self._copies.wait_stream(torch.cuda.current_stream(rows.device))
-        with torch.cuda.stream(self._copies):
-            into.copy_(rows, non_blocking=True)
-            if multiplies_bytes():  # else the two ends digest by words
-                frame.sums = gpu_sums.queue_sums(rows, row_sums(self._secret, by_bytes=True))
-            frame.ready = self._copies.record_event(torch.cuda.Event(blocking=True))  # who waits does not spin
-        rows.record_stream(self._copies)  # the allocator must not hand the memory out before the copy is done
+    def _beside_prefill(self, data: torch.Tensor) -> torch.cuda.Stream | None:
+        """The CUDA stream that copies `data` to pinned memory, behind the work queued so far; prefill goes on."""
+        if not data.is_cuda:
+            return None
+        copies = _copies(data.device)
+        copies.wait_stream(torch.cuda.current_stream(data.device))
+        data.record_stream(copies)  # the allocator must not hand the memory out before the copies are done
+        return copies
 
     def finish(self, deadline_s: float) -> StreamReport:
         """See `SendStream.finish`."""
