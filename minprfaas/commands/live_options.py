@@ -120,8 +120,8 @@ def checked(args: argparse.Namespace, topology: Topology) -> Run:
         value = getattr(args, option)
         if value is not None:
             require_number(f"--{option.replace('_', '-')}", value, least=1, whole=True)
-    # On GPUs each chunk costs a copy and a few launches at either end: fewer, larger ones.
-    sizes = dict(chunk_bytes=16 * 2**20, max_inflight_bytes=256 * 2**20) if "cuda" in args.device else {}
+    # On GPUs each chunk costs a copy and a few launches at either end, under one interpreter lock: fewer, larger ones.
+    sizes = dict(chunk_bytes=32 * 2**20, max_inflight_bytes=512 * 2**20) if "cuda" in args.device else {}
     link = LinkConfig(args.lanes, timeout_s=args.link_timeout_s, **sizes)
     prompts = _checked_prompts(args)
     load = None

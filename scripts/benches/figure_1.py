@@ -126,7 +126,7 @@ def _devices(kind: str) -> str:
 
 
 def _ship_over_a_line(rank, store, args, node: "KVNode", plan: StreamPlan, gbps: float, row: dict) -> None:
-    sizes = dict(chunk_bytes=16 * 2**20, max_inflight_bytes=256 * 2**20) if args.device == "cuda" else {}
+    sizes = dict(chunk_bytes=32 * 2**20, max_inflight_bytes=512 * 2**20) if args.device == "cuda" else {}
     link = Link(f"{row['model']} {plan.end} {gbps}", store, rank, LinkConfig(lanes=8, **sizes), IDENTITY,
                 EmulatedLine(LineConfig(gbps, RTT_MS)))
     link.connect(DEADLINE_S)

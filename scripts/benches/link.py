@@ -40,8 +40,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=5.0, help="how long each emulated rate is measured (5)")
     parser.add_argument("--table", choices=["rates", "lanes", "both"], default="both")
     parser.add_argument("--lanes", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--chunk-mib", type=float, default=16.0 if torch.cuda.is_available() else 4.0,
-                        help="size of an unthrottled chunk (16 with a GPU, as in a live cluster, else 4)")
+    parser.add_argument("--chunk-mib", type=float, default=32.0 if torch.cuda.is_available() else 4.0,
+                        help="size of an unthrottled chunk (32 with a GPU, as in a live cluster, else 4)")
     parser.add_argument("--mib", type=int, default=128 * os.cpu_count(), help="MiB a reading (128 a core)")
     parser.add_argument("--repeats", type=int, default=3, help="readings of which the median is shown (3)")
     parser.add_argument("--json", action="store_true", help="print what was measured as one JSON object")

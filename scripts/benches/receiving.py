@@ -94,8 +94,8 @@ def verdict(row: dict) -> str:
 
 
 def _measure(rank, store, report, args, rates) -> None:
-    chunk = 16 * 2**20 if args.device == "cuda" else 2**20
-    config = LinkConfig(LANES, chunk, max_inflight_bytes=4 * LANES * chunk)
+    chunk = 32 * 2**20 if args.device == "cuda" else 2**20
+    config = LinkConfig(LANES, chunk, max_inflight_bytes=2 * LANES * chunk)
     for shape in args.shapes:
         node = None
         if rank == 1:

@@ -29,7 +29,8 @@ _FRAMES_TAG, _HANDSHAKE_TAG, _CUT_TAG = 0, 1, 2
 _HANDSHAKE_BYTES = 2048
 _FOREVER = timedelta(days=1)  # silence is noticed by heartbeats, not by Gloo
 # Threads of a lane, each with a frame of its own: while one is on its way another is sealed, or checked and written.
-SENDERS, RECEIVERS = 2, 3
+# More of them only wait for the interpreter.
+SENDERS, RECEIVERS = 2, 2
 _IN_VAIN = "the peer's end of the connection did not come"
 Connected = TypeVar("Connected")
 
