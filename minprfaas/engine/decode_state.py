@@ -162,7 +162,8 @@ class StepState:
     def index(self, group: KVGroup, pages: Pages, groups: int, pieces: int) -> PageIndex:
         """Where the pieces of pages lie, for mixers with `groups` query heads for each KV head."""
         if (group.index, groups, pieces) not in self._indexes:
-            self._indexes[group.index, groups, pieces] = self._compiled(page_index)(pages, groups, pieces)
+            # Not compiled: no warm-up meets every number of pieces, and a request would wait for the compiler.
+            self._indexes[group.index, groups, pieces] = page_index(pages, groups, pieces)
         return self._indexes[group.index, groups, pieces]
 
     def rotary(self, rope: RopeConfig, head_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

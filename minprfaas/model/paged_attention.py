@@ -49,7 +49,7 @@ def page_index(pages: Pages, groups: int, pieces: int = 1) -> PageIndex:
     blocks = pages.block_table[..., None]  # a block's first row is as far from the next one's as blocks are apart
     first_rows = inside.add(blocks, alpha=pages.view.stride(0) // pages.view.stride(1)).flatten().int()
     row_counts = (pages.lengths[:, None] - before).clamp(0, rows).int()
-    first_queries = torch.arange(batch * count * pieces + 1, device=device, dtype=torch.int32) * groups
+    first_queries = torch.arange(0, (batch * count * pieces + 1) * groups, groups, device=device, dtype=torch.int32)
     return PageIndex(torch.cat([first_rows, first_rows[-1:]]), row_counts, first_queries)
 
 
