@@ -124,8 +124,8 @@ NOT_ON_A_CPU = {
     "minprfaas/engine/decode_graphs.py": ("captured",),
     "minprfaas/transport/fabric.py": ("_AfterWrites",),
     "minprfaas/transport/streams.py": ("wait_for_gpu",),
-    "minprfaas/transport/wan/gpu_sums.py": ("landing", "land"),
-    "minprfaas/transport/wan/sending.py": ("_copy_beside_prefill",),
+    "minprfaas/transport/wan/gpu_sums.py": ("landing", "land", "_sum"),
+    "minprfaas/transport/wan/sending.py": ("_beside_prefill",),
 }
 
 # The test files of a room, the fastest first. Of the others, those that import what is broken follow.
