@@ -58,8 +58,18 @@ def test_in_segments_the_rule_is_the_same_in_float32_and_nearly_in_float16(monke
     q, k, v, *others = inputs(tokens, decay, batch=1)
     exact = delta_rule_recurrent(*(x.double() for x in (q, k, v, *others)))
     torch.testing.assert_close(delta_rule_in_segments(q, k, v, *others)[:2], [x.float() for x in exact], **CLOSE)
-    for ours, expected in zip(delta_rule_in_segments(q.half(), k.half(), v.half(), *others), exact):
+    for ours, expected in zip(delta_rule_in_segments(q.half(), k.half(), v, *others), exact):
         assert ((ours - expected).norm() / expected.norm()).item() < 3e-3
+
+
+@pytest.mark.parametrize("scale", [2.0**-60, 2.0**-17, 2.0**17, 2.0**60])
+def test_in_float16_no_value_is_too_large_or_too_small(scale):
+    """The rule is linear in values and memory together: a power of two changes no digit of what comes out."""
+    q, k, v, g, beta, memory = inputs(200, from_faint_to_total, batch=1)
+    expected = delta_rule_in_segments(q.half(), k.half(), v, g, beta, memory)
+    found = delta_rule_in_segments(q.half(), k.half(), v * scale, g, beta, memory * scale)
+    for ours, other in zip([*found[:2], found[2][1]], [*expected[:2], expected[2][1]]):
+        assert torch.isfinite(ours).all() and torch.equal(ours, other * scale)
 
 
 @pytest.mark.parametrize("of_channels", [True, False])
@@ -154,19 +164,20 @@ def test_gradients_are_finite_and_those_of_the_recurrence(decay):
         torch.testing.assert_close(chunked, recurrent, atol=2e-3, rtol=2e-3, msg=lambda text: f"{name}: {text}")
 
 
-def test_every_exponent_in_the_chunked_form_is_bounded():
-    """Watch every `exp` that runs: with strong decay none may come near float32's limit, exp(88)."""
-    arguments, largest = inputs(200, 500.0), []
+@pytest.mark.parametrize("rule, most", [(delta_rule_chunked, 80.01), (delta_rule_in_segments, 0.0)])  # sums round
+def test_every_exponent_in_the_chunked_forms_is_bounded(rule, most):
+    """Watch every power that is taken: with strong decay none may come near float32's limit, exp(88)."""
+    arguments, largest = inputs(200, 500.0, batch=1), []
 
     class WatchExponents(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.overloadpacket is torch.ops.aten.exp and args[0].numel():
+            if func.overloadpacket in (torch.ops.aten.exp, torch.ops.aten.exp2) and args[0].numel():
                 largest.append(args[0].max().item())
             return func(*args, **(kwargs or {}))
 
     with WatchExponents():
-        delta_rule_chunked(*arguments)
-    assert largest and max(largest) <= 80.01  # sums round
+        rule(*arguments)
+    assert largest and max(largest) <= most
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 8, 9, 63, 64, 65, 130])
@@ -239,7 +250,7 @@ def test_compiled_segments_beside_each_other_give_the_recurrence_each_time():
     exact = delta_rule_recurrent(*(x.double() for x in (q, k, v, *others)))
     rule = GraphedDeltaRule(delta_rule_chunked, compiled_segments(), {}, torch.cuda.graph_pool_handle())
     with torch.inference_mode():
-        answers = [[x.clone() for x in rule(q.half(), k.half(), v.half(), *others)[:2]] for _ in range(5)]
+        answers = [[x.clone() for x in rule(q.half(), k.half(), v, *others)[:2]] for _ in range(5)]
     for ours, expected in zip(answers[0], exact):
         assert ((ours - expected).norm() / expected.norm()).item() < 3e-3
     for again in answers[1:]:

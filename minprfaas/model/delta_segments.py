@@ -5,15 +5,21 @@ A chunk of 128 tokens changes the memory S before it by an affine map, and reads
     S' = kept * S + moves @ S + writes;    out = own + readers @ S
 
 All but S is made for a whole segment of chunks at once. What remains from chunk to chunk, a product and a sum, is too
-small to fill a GPU: it runs beside what makes the next segment's maps.
+small to fill a GPU, and so is much of what makes the maps: each segment, and the loop, runs on a stream of its own.
 
-What is multiplied has the number format of the queries. In float16 that is as many digits as TF32 has, and half the
-bytes; decays, sums over channels and the memory itself are float32 in any case.
+What is multiplied has the number format of the queries and keys; decays, sums over channels and the memory itself are
+float32. Float16 has as many digits as TF32 in half the bytes, but it ends at 65,504. The rule is linear in values and
+memory together, so both are divided by a power of two for each head, which leaves them below 1/4. With queries and keys
+no longer than 1 and betas of at most 1, a token makes no column of S longer by more than its value: after n tokens none
+is longer than (sqrt(key_dim) + n) / 4, and no product more than twice that, which 131,000 tokens a pass would reach. At
+the other end, float16 holds nothing below 2^-22 of a head's largest value.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,53 +52,79 @@ def delta_rule_in_segments(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Ten
     segments = [tuple(x[:, start:start + SEGMENT_TOKENS] for x in (q, k, v, g, beta))
                 for start in range(0, q.shape[1], SEGMENT_TOKENS)]
     counts = [-(-segment[0].shape[1] // CHUNK) for segment in segments]
+    scale = scale_of_heads(v, memory)
     memories = memory.new_empty(sum(counts) + 1, heads, *shape)  # chunks first: no stride depends on their number
     factors = [q.new_empty(heads, count, *shape) for count in (*counts, 1)]  # the memories as they are multiplied
-    memories[0], factors[0][:, 0] = memory[0], memory[0]
+    memories[0] = memory[0] / scale
+    factors[0][:, 0] = memories[0]
+    outputs = memory.new_empty(heads, sum(counts), CHUNK, v.shape[-1])
     of_chunks = [factor for of_segment in factors for factor in of_segment.unbind(1)]
-    side = torch.cuda.Stream(q.device, priority=-1) if q.is_cuda else None
-    outputs, first, last = [], 0, None
-    for segment, count, before in zip(segments, counts, factors):
-        maps = (maps_of or chunk_maps)(*segment)
-        near = slice(first, first + count + 1)
-        done = _carry_through(maps, memories[near], of_chunks[near], advance or advance_memory, side)
-        if last is not None:  # by now its loop is over, or there is no more to do meanwhile
-            outputs.append(_outputs(*last))
-        last, first = (maps, before, done), first + count
-    outputs.append(_outputs(*last))
-    return (torch.cat(outputs, dim=1).transpose(0, 1)[None, :q.shape[1]], memories[-1][None],
-            MemoriesInside(memories, (q, k, v, g, beta)))
+    here = torch.cuda.current_stream(q.device) if q.is_cuda else None
+    loop, *streams = (_stream(q.device, number) for number in range(1 + len(segments)))
+    first = 0
+    for segment, count, before, stream in zip(segments, counts, factors, streams):
+        with _on(stream, here):
+            maps = (maps_of or chunk_maps)(*segment, scale)
+        with _on(loop, stream):
+            near = slice(first, first + count + 1)
+            _carry_through(maps, memories[near], of_chunks[near], advance or advance_memory)
+        with _on(stream, loop):
+            out = maps.own.flatten(0, 2).baddbmm_(maps.readers.flatten(0, 2), before.flatten(0, 1))
+            torch.mul(out.unflatten(0, (heads, count)), scale[:, None], out=outputs[:, first:first + count])
+        first += count
+    with _on(here, *streams):
+        return (outputs.flatten(1, 2).transpose(0, 1)[None, :q.shape[1]], (memories[-1] * scale)[None],
+                MemoriesInside(memories, scale, (q, k, v, g, beta)))
+
+
+def scale_of_heads(v: Tensor, memory: Tensor) -> Tensor:
+    """`[heads, 1, 1]`: a power of two, more than four times and at most eight times the largest value or element of the
+    memory."""
+    largest = torch.maximum(torch.linalg.vector_norm(v, math.inf, dim=(0, 1, 3), dtype=torch.float32),
+                            torch.linalg.vector_norm(memory, math.inf, dim=(0, 2, 3)))
+    exponent = largest.clamp(min=2.0**-100).view(torch.int32) & 0x7F800000  # of float32's bits
+    return 8.0 * exponent.view(torch.float32)[:, None, None]
 
 
 class MemoriesInside:
     """The memory before each `CHUNK_TOKENS` of a pass. One before a `CHUNK` is there, one inside is computed when it is
     asked for."""
 
-    def __init__(self, memories: Tensor, of_tokens: tuple[Tensor, ...]):
-        self._memories, self._of_tokens = memories, of_tokens
+    def __init__(self, memories: Tensor, scale: Tensor, of_tokens: tuple[Tensor, ...]):
+        self._memories, self._scale, self._of_tokens = memories, scale, of_tokens
 
     def __getitem__(self, number: int) -> Tensor:
         """`[1, heads, key_dim, value_dim]`"""
         end = number * CHUNK_TOKENS
         begin = end - end % CHUNK
-        memory = self._memories[begin // CHUNK][None]
+        memory = (self._memories[begin // CHUNK] * self._scale)[None]
         if begin == end:
             return memory
         return delta_rule_chunked(*(x[:, begin:end] for x in self._of_tokens), memory)[1]
 
 
-def _carry_through(maps: ChunkMaps, memories: Tensor, factors: Sequence[Tensor], advance: Callable,
-                   side: torch.cuda.Stream | None) -> torch.cuda.Event | None:
-    """From the memory before the segment to those before each later chunk, on the stream `side`; returns its end."""
-    if side is None:
-        return _loop(maps, memories, factors, advance)
-    side.wait_stream(torch.cuda.current_stream(side.device))
-    with torch.cuda.stream(side):
-        _loop(maps, memories, factors, advance)
-        return side.record_event()
+@cache
+def _stream(device: torch.device, number: int) -> Any:
+    """0: the loop's, which goes first; 1, 2, …: the segments'. They stay the same, because libraries keep 32 MiB for
+    each that they have met. PyTorch hands out the same 32 of a priority again and again, and one that is captured must
+    be nobody else's: no other part of the process has these priorities."""
+    return torch.cuda.Stream(device, priority=-2 if number else -3) if device.type == "cuda" else None
 
 
-def _loop(maps: ChunkMaps, memories: Tensor, factors: Sequence[Tensor], advance: Callable) -> None:
+@contextmanager
+def _on(stream: Any, *after: Any) -> Iterator[None]:
+    """The block's work goes on `stream`, after all that the streams `after` have been given so far."""
+    if stream is None:
+        yield
+        return
+    for other in after:
+        stream.wait_stream(other)
+    with torch.cuda.stream(stream):
+        yield
+
+
+def _carry_through(maps: ChunkMaps, memories: Tensor, factors: Sequence[Tensor], advance: Callable) -> None:
+    """From the memory before the segment to those before each later chunk."""
     chunks = zip(*(part[0].unbind(1) for part in (maps.kept, maps.writes, maps.moves)))
     for number, (kept, writes, moves) in enumerate(chunks):
         advance(kept, writes, moves @ factors[number], memories[number], memories[number + 1], factors[number + 1])
@@ -105,25 +137,19 @@ def advance_memory(kept: Tensor, writes: Tensor, moved: Tensor, before: Tensor, 
     factor.copy_(memory)
 
 
-def _outputs(maps: ChunkMaps, factors: Tensor, done: torch.cuda.Event | None) -> Tensor:
-    """`[heads, tokens, value_dim]`; takes the place of `maps.own`. From here on the maps' memory may serve another."""
-    if done is not None:
-        torch.cuda.current_stream(factors.device).wait_event(done)
-    out = maps.own.flatten(0, 2).baddbmm_(maps.readers.flatten(0, 2), factors.flatten(0, 1))
-    return out.unflatten(0, factors.shape[:2]).flatten(1, 2)
-
-
-def chunk_maps(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> ChunkMaps:
-    """The maps of all chunks of a segment. No exponent is above 0: none overflows however strong a decay is."""
+def chunk_maps(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: Tensor) -> ChunkMaps:
+    """The maps of all chunks of a segment, for memories and values divided by the `scale` `[heads, 1, 1]`. No exponent
+    is above 0: none overflows, however strong a decay is."""
     q, k, v, g, beta = (by_chunks(x, CHUNK) for x in (q, k, v, g, beta[..., None]))
-    dtype, decay = q.dtype, (g.clamp(min=STRONGEST_DECAY) / math.log(2)).cumsum(dim=-2)  # in powers of two
+    dtype, decay = q.dtype, (g.clamp(min=STRONGEST_DECAY) / math.log(2)).cumsum(dim=-2)  # of 2: its powers are cheaper
     total, from_start = decay[..., -1:, :], decay.exp2()
     inverse, q_by_k = _solve(q.float(), k.float(), decay, beta, dtype)
-    values = inverse @ (v * beta).to(dtype)
-    minus_reads = inverse @ (k * from_start * -beta).to(dtype)
-    keys = (k * (total - decay).exp2()).to(dtype).transpose(-1, -2)
-    readers = ((q * from_start) + q_by_k @ minus_reads).to(dtype)
-    return ChunkMaps(q_by_k @ values, readers, keys @ values, keys @ minus_reads, total.exp2().transpose(-1, -2))
+    # What the tokens write is `values + reads @ S`, columns of one product from here on.
+    solved = inverse @ torch.cat([(v * (beta / scale[:, None])).to(dtype), (k * from_start * -beta).to(dtype)], dim=-1)
+    keys, widths = (k * (total - decay).exp2()).to(dtype), (v.shape[-1], k.shape[-1])
+    writes, moves = (keys.transpose(-1, -2) @ solved).split(widths, dim=-1)
+    own, own_reads = (q_by_k @ solved).split(widths, dim=-1)
+    return ChunkMaps(own, (q * from_start + own_reads).to(dtype), writes, moves, total.exp2().transpose(-1, -2))
 
 
 def _solve(q: Tensor, k: Tensor, decay: Tensor, beta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -134,30 +160,31 @@ def _solve(q: Tensor, k: Tensor, decay: Tensor, beta: Tensor, dtype: torch.dtype
     inverse = inverse_of_lower((k_by_k * beta.unflatten(-2, (-1, size))).tril(-1)).to(dtype)
     q_by_k = q_by_k.tril().to(dtype)
     while size < q.shape[-2]:
-        keys, queries = _factors_at_borders(*(x.unflatten(-2, (-1, 2, size)) for x in (q, k, decay, beta)), dtype)
-        (earlier, later), (_, queries) = keys.unbind(-3), queries.unbind(-3)
-        earlier = earlier.transpose(-1, -2)
+        between, q_between = _products_across(*(x.unflatten(-2, (-1, 2, size)) for x in (q, k, decay, beta)), dtype)
         first, second = inverse.unflatten(-3, (-1, 2)).unbind(-3)
-        inverse = lower_triangle(first, -(second @ (later @ earlier) @ first), second)
+        inverse = lower_triangle(first, -(second @ between @ first), second)
         first, second = q_by_k.unflatten(-3, (-1, 2)).unbind(-3)
-        q_by_k = lower_triangle(first, queries @ earlier, second)
+        q_by_k = lower_triangle(first, q_between, second)
         size *= 2
     return inverse.squeeze(-3), q_by_k.squeeze(-3)
 
 
 def _products_inside(q: Tensor, k: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
-    """k_by_k and q_by_k inside each block, right for j <= i: sums over channels, all one kernel if compiled."""
-    columns = []
+    """k_by_k and q_by_k inside each block, right for j <= i: sums over channels, all one kernel if compiled. Sums of at
+    most 64 at a time need no loop in it, nor the places of 32 sums from one round to the next."""
+    columns, at_once = [], math.gcd(k.shape[-1], 64)
     for key, at in zip(k.unbind(-2), decay.unbind(-2)):
         kept = key[..., None, :] * (decay - at[..., None, :]).clamp(max=0.0).exp2()
-        columns.append(((k * kept).sum(dim=-1), (q * kept).sum(dim=-1)))
-    k_by_k, q_by_k = (torch.stack(column, dim=-1) for column in zip(*columns))
+        columns.append([(x * kept).unflatten(-1, (-1, at_once)).sum(dim=-1) for x in (k, q)])
+    k_by_k, q_by_k = (torch.stack(column, dim=-2).sum(dim=-1) for column in zip(*columns))
     return k_by_k, q_by_k
 
 
-def _factors_at_borders(q: Tensor, k: Tensor, decay: Tensor, beta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Keys and queries `[…, 2, size, key_dim]`, decayed from the border between two neighbours, or up to it; later keys
-    times their beta."""
+def _products_across(q: Tensor, k: Tensor, decay: Tensor, beta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The later of two neighbours' keys (times beta) and queries by the earlier's keys, of `[…, 2, size, key_dim]`:
+    the decays refer to the border between the two."""
     kept = (-(decay - decay[..., :1, -1:, :]).abs()).exp2()
     is_later = torch.arange(2, device=k.device).view(2, 1, 1) > 0
-    return (k * kept * torch.where(is_later, beta, 1.0)).to(dtype).contiguous(), (q * kept).to(dtype).contiguous()
+    factors = torch.stack([(k * kept * torch.where(is_later, beta, 1.0)).to(dtype), (q * kept).to(dtype)], dim=-3)
+    earlier, later = factors[..., 0, 0, :, :], factors[..., 1, :, :, :].flatten(-3, -2)
+    return (later @ earlier.transpose(-1, -2)).unflatten(-2, (2, -1)).unbind(-3)
