@@ -200,8 +200,8 @@ k[:, :100 - window], v[:, :100 - window] = 0, 0  # all but the last 16 tokens ar
 wiped = attend_window(q, k, v, everything, scale=0.25, window=window, sinks=None)
 
 convolution, inputs = ShortConvolution(channels=8, kernel=4), torch.randn(1, 10, 8)
-whole, _ = convolution(torch.zeros(1, 8, 3), inputs)
-resumed, _ = convolution(inputs[:, 3:6].transpose(1, 2), inputs[:, 6:])  # its tail, then the last four
+(whole,), _ = convolution(torch.zeros(1, 8, 3), inputs)
+(resumed,), _ = convolution(inputs[:, 3:6].transpose(1, 2), inputs[:, 6:])  # its tail, then the last four
 print(f"""
    A window of 16, the 84 tokens before it wiped out: the last output differs by {(out - wiped)[:, -1].abs().max():.0e}.
    A convolution resumed from its tail of three inputs: {(whole[:, 6:] - resumed).abs().max():.0e}.

@@ -76,7 +76,7 @@ class GDN(nn.Module):
         state = state_or_fresh(state, config.state_spec("float32"), x)
         memory, tail = state.load()
         qkv, z, b, a = self._projections(x)
-        convolved, inputs = self.conv1d(tail, qkv)
+        (convolved,), inputs = self.conv1d(tail, qkv)
         q, k, v = convolved.float().split(config.qkv_sizes, dim=-1)
         q, k = (unit_length(part.unflatten(-1, (-1, config.k_dim))) for part in (q, k))
         v = v.unflatten(-1, (-1, config.v_dim))

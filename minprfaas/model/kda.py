@@ -93,8 +93,10 @@ class KDA(Projecting):
         `tail`."""
         heads = (self.config.num_heads, self.config.head_dim)
         q, k, v, decay, gate, beta = self.projected(x)
-        convolved, inputs = self.conv1d(tail, torch.cat([q, k, v], dim=-1))
-        q, k, v = (part.unflatten(-1, heads) for part in convolved.chunk(3, dim=-1))
+        # Of one token the parts are put together, which is fewer kernels; of many that is a pass over all of them.
+        parts = (q, k, v) if x.shape[1] > 1 else (torch.cat([q, k, v], dim=-1),)
+        convolved, inputs = self.conv1d(tail, *parts)
+        q, k, v = (part.unflatten(-1, heads) for whole in convolved for part in whole.split(q.shape[-1], -1))
         q, k = unit_length(q.float()) * self.config.head_dim**-0.5, unit_length(k.float())
         if x.is_cuda and x.dtype != torch.float32 and x.shape[1] > 1:  # as many digits as TF32 has, in half the bytes
             q, k = q.half(), k.half()

@@ -35,32 +35,41 @@ class ShortConvolution(nn.Module):
         for letter, view in zip(self._parts_of, self.weight.chunk(len(self._parts_of) or 1)):
             yield f"{letter}.{name}", view
 
-    def forward(self, tail: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
-        """`tail` `[batch, channels, kernel - 1]` are the inputs before these, `projected` `[batch, new, channels]`.
-        Returns `[batch, new, channels]`, and tail and inputs `[batch, kernel - 1 + new, channels]`."""
-        inputs = torch.cat([tail.transpose(1, 2).to(projected.dtype), projected], dim=1)
-        new, taps = projected.shape[1], self.weight[:, 0].unbind(1)
-        # A sum over the kernel's few taps: cuDNN's depthwise convolution wants another layout, and copies twice.
-        convolved = inputs[:, :new] * taps[0]
-        for place, tap in enumerate(taps[1:], 1):
-            convolved = torch.addcmul(convolved, inputs[:, place : place + new], tap)
-        return F.silu(convolved), inputs
+    def forward(self, tail: Tensor, *projected: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """`tail` `[batch, channels, kernel - 1]` are the inputs before these, `projected` `[batch, new, …]` those of
+        the channels in one part or several. Returns as many parts, and of each tail and inputs
+        `[batch, kernel - 1 + new, …]`."""
+        sizes = [part.shape[-1] for part in projected]
+        tails = tail.transpose(1, 2).to(projected[0].dtype).split(sizes, dim=-1)
+        inputs = [torch.cat(part, dim=1) for part in zip(tails, projected)]
+        return [F.silu(_convolved(*part)) for part in zip(inputs, self.weight[:, 0].split(sizes))], inputs
+
+
+def _convolved(inputs: Tensor, weight: Tensor) -> Tensor:
+    """A sum over the kernel's few taps: cuDNN's depthwise convolution wants another layout, and copies twice."""
+    first, *taps = weight.unbind(1)
+    new = inputs.shape[1] - len(taps)
+    convolved = inputs[:, :new] * first
+    for place, tap in enumerate(taps, 1):
+        convolved = torch.addcmul(convolved, inputs[:, place : place + new], tap)
+    return convolved
 
 
 def store_memory(state: LayerState, positions: Positions, memory: Tensor, before: Sequence[Tensor] | None,
-                 inputs: Tensor | None = None) -> None:
+                 inputs: Sequence[Tensor] = ()) -> None:
     """The state after a pass, and at the wanted offsets inside it.
 
     `memory` is the one after the pass, `before` `[chunks, batch, heads, …]` the one before each `CHUNK_TOKENS`. The
-    `inputs` of a short convolution begin with the tail that the pass began with, so the kernel - 1 rows from `offset`
-    on are the tail after `offset` tokens.
+    `inputs` of a short convolution, all parts of them, begin with the tail that the pass began with, so the kernel - 1
+    rows from `offset` on are the tail after `offset` tokens.
     """
     new = positions.index.shape[1]
     for offset in sorted({*state.snapshot_offsets, new}):
         tensors = (memory if offset == new else before[offset // CHUNK_TOKENS],)
-        if inputs is not None:
+        if inputs:
             after = positions.new if offset == new and positions.new is not None else offset
-            tensors += (rows_from(inputs, after, inputs.shape[1] - new).transpose(1, 2),)
+            rows = [rows_from(part, after, part.shape[1] - new) for part in inputs]
+            tensors += ((rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)).transpose(1, 2),)
         if offset in state.snapshot_offsets:
             state.store_snapshot(offset, *tensors)
     state.store(*tensors)
