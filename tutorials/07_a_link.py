@@ -224,8 +224,8 @@ print(f"   {HEADER_BYTES} bytes say: {read.kind.name} {read.seq} of stream {read
 # acknowledged is sent again on a new one (chapter 14).
 #
 # *Who computes them?* Of long data a digest covers sums, one set for each 16 KiB, and those are exact integers, the
-# same whoever adds them up. So bytes that lie on a GPU are summed there (`transport/wan/gpu_sums.py`): on 16 cores eight
-# lanes then carry 12.0 GB/s from GPU to GPU where they carried 9.5. What they wait for after that is Python's one
+# same whoever adds them up. So bytes that lie on a GPU are summed there (`transport/wan/gpu_sums.py`): on 16 cores
+# eight lanes then carry 12.0 GB/s from GPU to GPU where they carried 9.5. What they wait for after that is Python's one
 # interpreter, some twenty times a chunk: in chunks of 32 MiB instead of 16 they carry 15 GB/s.
 #
 # *Change this line:* `key=KEY` → `key=b"guessed"`. Without the key nobody can make a digest that fits.

@@ -8,7 +8,7 @@ chunks of 32 MiB, digested (docs/measurements.md).
 import queue
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent import futures
 from contextlib import contextmanager
 
 import torch
@@ -24,7 +24,7 @@ WITHIN_S = 30.0  # a sink that works for longer has stopped, or the GPU has
 SUMMERS = 2  # threads that sum: cuBLAS keeps 32 MiB on an H100 for each thread with each CUDA stream that calls it
 
 _streams: dict[torch.device, queue.LifoQueue[torch.cuda.Stream]] = {}
-_summers, _of_this_thread = ThreadPoolExecutor(SUMMERS, "gpu sums"), threading.local()
+_summers, _of_this_thread = futures.ThreadPoolExecutor(SUMMERS, "gpu sums"), threading.local()
 _keys: dict[tuple[RowSums, torch.device], torch.Tensor] = {}
 
 
@@ -64,7 +64,7 @@ def queue_sums(data: torch.Tensor, row_sums: RowSums) -> torch.Tensor | None:
     here = torch.cuda.current_stream(data.device)
     try:
         sums, summed = _summers.submit(_sum, matrix, row_sums, here.record_event()).result(WITHIN_S)
-    except (RuntimeError, TimeoutError):
+    except (RuntimeError, futures.TimeoutError):
         return None
     here.wait_event(summed)
     return sums
