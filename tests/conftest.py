@@ -102,5 +102,6 @@ def traced(monkeypatch):
     compiled.cache_clear()  # of other tests, which had a backend
     torch._dynamo.reset()
     yield
+    torch.compiler.set_stance("default")  # after a warm-up nothing is compiled
     compiled.cache_clear()
     torch._dynamo.reset()

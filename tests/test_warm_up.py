@@ -2,14 +2,20 @@
 
 import copy
 import random
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from minprfaas import SamplingParams
+from minprfaas.cluster.topology import Topology
+from minprfaas.commands import cluster
+from minprfaas.commands.live_options import checked
+from minprfaas.commands.live_run import phases_of
 from minprfaas.config import CacheConfig
 from minprfaas.engine.engine import Engine
-from minprfaas.engine.pieces import compile_pieces
+from minprfaas.engine.pieces import Phase, compile_pieces
 from minprfaas.engine.warm_up import compile_and_warm_up
 from minprfaas.model.gqa import GQA
 from minprfaas.model.kda import KDA
@@ -24,28 +30,80 @@ def graphs(traced, caplog):
     return lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-ALL = [(family, fast, True) for family in ("qwen3", "kimi_linear") for fast in (True, None)]
+@pytest.fixture
+def traced_for(traced, monkeypatch):
+    """Of each graph that was traced, the shape of the first activation that it takes."""
+    shapes = []
+
+    def note(graph, inputs, options):
+        tensors = [one for one in inputs if isinstance(one, torch.Tensor) and not isinstance(one, torch.nn.Parameter)]
+        shapes.append(tuple(map(int, tensors[0].shape)))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=note))
+    return shapes
 
 
-@pytest.mark.parametrize("family, fast, whole", [
-    ("qwen3", True, False), *(pytest.param(*case, marks=pytest.mark.heavy) for case in ALL)])
-def test_after_the_warm_up_no_request_compiles_anything(models, graphs, monkeypatch, family, fast, whole):
-    """Prompts of a token, of several chunks, side by side, from a cached prefix; steps of many batches and pages."""
+CASES = [("qwen3", True, phase, False) for phase in Phase]
+CASES += [pytest.param(family, fast, phase, True, marks=pytest.mark.heavy)
+          for family in ("qwen3", "kimi_linear") for fast in (True, None) for phase in (*Phase, None)]
+LENGTHS = [[1], [100, 180, 200], [20, 30], [64], [1, 40], [17] * 8, [9] * 10, [300] * 2, [5, 6, 7]]
+
+
+@pytest.mark.parametrize("family, fast, phase, whole", CASES)
+def test_after_the_warm_up_no_request_compiles_anything(
+        models, graphs, traced_for, monkeypatch, family, fast, phase, whole):
+    """Prompts of a token, of several chunks, side by side, from a cached prefix; steps of many batches and pages. What
+    would be compiled if anything were is a pass over one token a request, in its last layer or as a whole."""
     if not whole:  # a graph takes a third of a second
         monkeypatch.setattr(GQA, "PIECES", ())
         monkeypatch.setattr(Layer, "PIECES", ("feed", "pass_on"))
     model, tokenizer = copy.deepcopy(models[family][0]), models[family][1]
-    compile_and_warm_up(model, tokenizer, block_tokens=16, fast=fast)
-    engine = Engine(model, tokenizer, CacheConfig(300, 16), prefill_chunk=64, fast=fast)
-    before, rng = graphs(), random.Random(0)
-    for lengths in [[1], [20, 30], [64], [100, 180, 200], [1, 40], [17] * 8, [9] * 10, [300] * 2, [5, 6, 7]]:
+    phases = {phase} if phase else {*Phase}
+    compile_and_warm_up(model, tokenizer, block_tokens=16, fast=fast, phases=phases)
+    before, engine = graphs(), Engine(model, tokenizer, CacheConfig(300, 16), prefill_chunk=64, fast=fast)
+    assert before == len(traced_for) > 0
+    ask(engine, phases, LENGTHS[:1])
+    assert graphs() == before
+    torch.compiler.set_stance("default")
+    ask(engine, phases, LENGTHS if whole else LENGTHS[:2])
+    more = traced_for[before:]
+    assert all(shape[1] == 1 for shape in more) and (phase is Phase.DECODE) == (not more), more
+
+
+def ask(engine, phases, lengths_asked):
+    """Requests of these lengths, of which the engine computes these phases."""
+    rng = random.Random(0)
+    for lengths in lengths_asked:
         prompts = [[rng.randrange(1, 257) for _ in range(length)] for length in lengths]
         for tail in ([], [2] * 7):
-            for number, prompt in enumerate(prompts):
-                engine.add(engine.request(str(number), prompt + tail, SamplingParams(max_tokens=9, ignore_eos=True)))
+            requests = [engine.request(str(number), prompt + tail, SamplingParams(max_tokens=9, ignore_eos=True),
+                                       prefill_only=Phase.DECODE not in phases)
+                        for number, prompt in enumerate(prompts)]
+            for request in requests:
+                if Phase.PREFILL in phases:
+                    engine.add(request)
+                else:
+                    assert engine.reserve_remote(request)
+                    engine.admit_remote(request, first_token=1)
             while engine.has_work:
                 engine.step()
-        assert graphs() == before > 5, f"prompts of {lengths} tokens compiled {graphs() - before} graphs"
+            for request in requests if Phase.DECODE not in phases else []:
+                engine.release(request)
+
+
+BOTH = {*Phase}
+
+
+@pytest.mark.parametrize("relay, converts, expected", [
+    ([], False, [{Phase.PREFILL}, {Phase.PREFILL}, {Phase.DECODE}]), (["--relay"], False, [BOTH, BOTH, BOTH]),
+    ([], True, [{Phase.PREFILL}, BOTH, BOTH])])
+def test_a_node_compiles_what_its_roles_compute(tmp_path, relay, converts, expected):
+    (tmp_path / "prompts.jsonl").write_text('{"id": "a", "prompt": "b", "max_tokens": 1}')
+    args = cluster.parser().parse_args(["--prompts", str(tmp_path / "prompts.jsonl"), *relay])
+    topology = Topology(prfaas=1, pd=2)
+    run = replace(checked(args, topology), policy={"convert_roles": converts})
+    assert [phases_of(run, place) for place in topology.places() if place.roles] == expected
 
 
 def test_a_compiled_step_on_a_cpu_is_sums_alone_and_gives_the_eager_runners_logits(models, graphs):

@@ -47,7 +47,8 @@ def add_options(p: argparse.ArgumentParser, may_serve: bool = False) -> None:
     add_machine_options(p)
     p.add_argument("--prefill-chunk", type=int, metavar="TOKENS", help="tokens a prefill chunk (1024; on a GPU 8192)")
     p.add_argument("--pool-blocks", type=int, metavar="N", help="blocks of each pool (default: room for the prompts)")
-    p.add_argument("--compile", action="store_true", help="every node compiles its model's pieces first: for minutes")
+    p.add_argument("--compile", action="store_true", help="every node compiles what its roles compute first: for "
+                   "a minute at most on a GPU, for minutes on two cores; the next time it is found in a cache")
     p.add_argument("--deadline-s", type=float, default=300.0, metavar="S",
                    help="seconds an offloaded prefill may take (300)")
     p.add_argument("--link-timeout-s", type=float, default=30.0, metavar="S",

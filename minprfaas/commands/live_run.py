@@ -13,15 +13,16 @@ from minprfaas.cluster.launch import (StoreAddress, emulated_line, link_identity
 from minprfaas.cluster.mail import Mail
 from minprfaas.cluster.neighbours import Neighbours
 from minprfaas.cluster.processes import Process, control_settings, front_end, process, worker
-from minprfaas.cluster.topology import Place
+from minprfaas.cluster.topology import PD_SITE, Place
 from minprfaas.commands.answers import wire_between, wire_share
 from minprfaas.commands.live_options import Run
 from minprfaas.commands.live_program import Program
 from minprfaas.commands.machines import machine_at
 from minprfaas.commands.options import FULL_CONTEXTS
-from minprfaas.config import UNTHROTTLED_GBPS, CacheConfig, LinkConfig
+from minprfaas.config import UNTHROTTLED_GBPS, CacheConfig, LinkConfig, Role
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.paced import Pace, PacedEngine
+from minprfaas.engine.pieces import Phase
 from minprfaas.engine.reference import longest_prompts, pool_for
 from minprfaas.engine.warm_up import compile_and_warm_up
 from minprfaas.errors import UserError
@@ -182,8 +183,16 @@ def engines_of(run: Run, seat: Seat, timeline: Timeline | None) -> list[Engine]:
     if seat.here.roles:
         _set_threads(run, seat, device)
         if args.compile:
-            compile_and_warm_up(model, tokenizer, cache.block_tokens)
+            compile_and_warm_up(model, tokenizer, cache.block_tokens, phases=phases_of(run, seat.here))
     return engines
+
+
+def phases_of(run: Run, here: Place) -> set[Phase]:
+    """What the process will compute. With --convert-roles PD nodes change their role; with a relay both roles have a
+    part in either phase. A decode node that was short of room prefills, too: too rarely to compile for it."""
+    if run.args.relay or (run.policy.get("convert_roles") and here.site == PD_SITE):
+        return {*Phase}
+    return {Phase.DECODE if role is Role.PDD else Phase.PREFILL for role in here.roles.values()}
 
 
 def _set_threads(run: Run, seat: Seat, device: torch.device) -> None:

@@ -43,9 +43,9 @@ def _by_pages(layer: Layer, x: Tensor, state: StepLayer) -> Tensor:
     before = compiled_like(layer, before_attention, combine=len(x) == 1)
     pages, scale = state.pages(), config.head_dim**-0.5
     index = state.flash_index(pages, config.head_dim, config.num_heads, config.num_kv_heads)
-    copies = None if index is None else index.row_counts.shape[1]
+    row_counts = None if index is None else index.row_counts
     cos, sin = state.state.rotary(config.rope, config.head_dim, x.dtype)
-    q, gate = before(layer, x, cos, sin, pages.view, *state.slots(), copies)
+    q, gate = before(layer, x, cos, sin, pages.view, *state.slots(), row_counts)
     if index is None:
         attended = state.attend(pages, q, scale, config.num_kv_heads)
     else:
@@ -54,9 +54,9 @@ def _by_pages(layer: Layer, x: Tensor, state: StepLayer) -> Tensor:
 
 
 def before_attention(layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, view: Tensor, blocks: Tensor, offsets: Tensor,
-                     copies: int | None) -> tuple[Tensor, Tensor | None]:
+                     row_counts: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Put the new rows of `x` `[batch, 1, hidden]` into their `blocks` at their `offsets`, `[batch]` each. Returns the
-    queries `[batch, 1, heads, dim]`, or `copies` of them as `queries_of_pages` lays them, and the output's gate."""
+    queries `[batch, 1, heads, dim]`, or as `queries_of_pages` lays them for `row_counts`, and the output's gate."""
     mixer = layer.self_attn
     if alone(x) and mixer.joined is not None:
         (joined,) = normed_products(layer.input_layernorm, x, mixer.joined)
@@ -64,7 +64,9 @@ def before_attention(layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, view: Te
     else:
         q, rows, gate = GQA.project(mixer, RMSNorm.forward(layer.input_layernorm, x), cos, sin)
     view.index_put_((blocks, offsets), rows[:, 0])
-    return q if copies is None else queries_of_pages(q, mixer.config.num_kv_heads, copies), gate
+    if row_counts is not None:
+        q = queries_of_pages(q, mixer.config.num_kv_heads, row_counts.shape[1])
+    return q, gate
 
 
 def after_attention(layer: Layer, x: Tensor, gate: Tensor | None, *attended: Tensor) -> Tensor:

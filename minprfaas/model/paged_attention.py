@@ -36,7 +36,7 @@ class PageOutputs(NamedTuple):
     """What each page gives; `merge_pages` makes one attention of it."""
 
     out: Tensor  # [batch, pages, groups, kv_heads, v_dim]: softmax over the page alone; anything for an empty one
-    log_sum: Tensor  # [kv_heads, batch, pages, groups]: logarithm of its denominator
+    log_sum: Tensor  # [batch, pages, groups, kv_heads]: logarithm of its denominator
     row_counts: Tensor
 
 
@@ -92,8 +92,8 @@ def flash_over_pages(queries: Tensor, view: Tensor, index: PageIndex, scale: flo
     out, log_sum = torch.ops.aten._flash_attention_forward(
         queries, k, v, index.first_queries, index.first_rows, groups, view.shape[1], 0.0, False, False, scale=scale,
         seqused_k=index.row_counts.view(-1))[:2]
-    return PageOutputs(out.view(batch, count, groups, kv_heads, dim), log_sum.view(kv_heads, batch, count, groups),
-                       index.row_counts)
+    log_sum = log_sum.view(kv_heads, batch, count, groups).permute(1, 2, 3, 0)
+    return PageOutputs(out.view(batch, count, groups, kv_heads, dim), log_sum, index.row_counts)
 
 
 class PageRuns(NamedTuple):
@@ -184,14 +184,14 @@ def attend_to_copied_pages(q: Tensor, pages: Pages, row_counts: Tensor, scale: f
     scores = scores.masked_fill(beyond[:, None, None], float("-inf"))
     log_sum = scores.logsumexp(dim=-1)
     out = torch.einsum("bkgpt,bptkd->bpgkd", scores.softmax(dim=-1).to(v.dtype), v)
-    return PageOutputs(out, log_sum.permute(1, 0, 3, 2), row_counts)
+    return PageOutputs(out, log_sum.permute(0, 3, 2, 1), row_counts)
 
 
 def merge_pages(out: Tensor, log_sum: Tensor, row_counts: Tensor) -> Tensor:
     """One attention over all pages, of `PageOutputs`: `[batch, 1, heads, v_dim]`."""
     empty = (row_counts == 0)[:, :, None, None, None]
     # For each channel anew, so that the greatest, both sums and their quotient are one kernel to a compiler.
-    log_sums = log_sum.permute(1, 2, 3, 0)[..., None].expand_as(out).masked_fill(empty, float("-inf"))
+    log_sums = log_sum[..., None].expand_as(out).masked_fill(empty, float("-inf"))
     weights = (log_sums - log_sums.amax(dim=1, keepdim=True)).exp()
     # What stands in the output of an empty page is nobody's business, NaN included.
     merged = (out.float().masked_fill(empty, 0) * weights).sum(dim=1) / weights.sum(dim=1)
