@@ -22,7 +22,6 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from minprfaas.model.delta import STRONGEST_DECAY, by_chunks, delta_rule_chunked, inverse_of_lower, lower_triangle
