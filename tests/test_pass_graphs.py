@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from step_support import PARITY, rows_of
+from step_support import PARITY, rows_of, step_logits
 
 from minprfaas import SamplingParams
 from minprfaas.engine.engine import Engine
@@ -53,6 +53,30 @@ def test_passes_from_graphs_leave_what_computed_ones_leave(name, is_captured):
     assert {shape: graph is not None for shape, graph in graphs.items()} == ({
         (32, 0, False): True, (32, 32, False): True, (8, 32, True): True, (16, 0, False): False, (8, 0, True): False,
     } if is_captured else {})
+
+
+@pytest.mark.parametrize("name", ["qwen3", "bailing_hybrid", "kimi_linear", "mimo_v2_flash", "qwen3_next", "minimax"])
+@pytest.mark.parametrize("is_fast", [False, True])
+def test_nothing_is_read_that_was_in_a_pool_before(name, is_fast):
+    """In prefill, alone and together, with and without padding, from a cached prefix, and in decode steps."""
+    model, logits = load_checkpoint(PARITY / name, read_config(PARITY / name), torch.float32, "cpu"), []
+    for byte in (0, 255):  # 255: NaN in every dtype
+        engine = Engine(model, None, pool_for(model, [120] * 8, block_tokens=16), prefill_chunk=32, fast=is_fast)
+        engine.kvcache.pool.bytes[:engine.kvcache.pool.num_blocks] = byte
+        if is_fast:
+            engine.runner._passes = PassGraphs(model, engine.kvcache.pool, engine.runner._memory, 8, 32)
+        requests = []
+        for number, tokens in enumerate((70, 70, 37, 5, 3)):
+            prompt = [1 + (number // 2 * 7 + at) % 50 for at in range(tokens)]  # two begin alike
+            requests.append(engine.add(engine.request(str(number), prompt, SamplingParams(1), prefill_only=True)))
+            while engine.has_work and number < 3:
+                engine.step()
+        while engine.has_work:
+            engine.step()
+        for request in requests:
+            engine.kvcache.reserve(request.cache, len(request.token_ids) + 40)  # further than a step needs
+        logits.append([step_logits(engine, requests[:count]) for count in (5, 1)])
+    assert all(one.isfinite().all() and torch.equal(one, other) for one, other in zip(*logits))
 
 
 @pytest.mark.gpu

@@ -190,8 +190,9 @@ def attend_to_copied_pages(q: Tensor, pages: Pages, row_counts: Tensor, scale: f
 def merge_pages(out: Tensor, log_sum: Tensor, row_counts: Tensor) -> Tensor:
     """One attention over all pages, of `PageOutputs`: `[batch, 1, heads, v_dim]`."""
     empty = (row_counts == 0)[:, :, None, None, None]
-    # For each channel anew, so that the greatest, both sums and their quotient are one kernel to a compiler.
-    log_sums = log_sum[..., None].expand_as(out).masked_fill(empty, float("-inf"))
+    log_sums = log_sum[..., None].masked_fill(empty, float("-inf"))
+    if len(out) == 1:  # for each channel anew: so the greatest, both sums and their quotient are one kernel
+        log_sums = log_sums.expand_as(out)
     weights = (log_sums - log_sums.amax(dim=1, keepdim=True)).exp()
     # What stands in the output of an empty page is nobody's business, NaN included.
     merged = (out.float().masked_fill(empty, 0) * weights).sum(dim=1) / weights.sum(dim=1)
