@@ -3,6 +3,8 @@
 Chapter 02.
 """
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -60,6 +62,27 @@ def test_in_segments_the_rule_is_the_same_in_float32_and_nearly_in_float16(monke
     torch.testing.assert_close(delta_rule_in_segments(q, k, v, *others)[:2], [x.float() for x in exact], **CLOSE)
     for ours, expected in zip(delta_rule_in_segments(q.half(), k.half(), v, *others), exact):
         assert ((ours - expected).norm() / expected.norm()).item() < 3e-3
+
+
+def test_every_segment_of_every_pass_looks_alike_to_a_compiler(monkeypatch):
+    """What is compiled for one pass must serve all: after a warm-up nothing is compiled any more."""
+    monkeypatch.setattr(prefill_graphs, "STEP_TOKENS", 256)
+    monkeypatch.setattr(delta_segments, "SEGMENT_TOKENS", 256)
+    seen = {"chunk_maps": set(), "advance_memory": set()}
+
+    def watched(name, *tensors):
+        seen[name].add(tuple((x.shape, x.stride(), x.dtype) for x in tensors))
+        return getattr(delta_segments, name)(*tensors)
+
+    in_graph = partial(delta_rule_in_segments, maps_of=partial(watched, "chunk_maps"),
+                       advance=partial(watched, "advance_memory"))
+    rule = GraphedDeltaRule(delta_rule_chunked, in_graph, {}, None)
+    with torch.inference_mode():
+        rule(*inputs(200, 0.3, batch=1))
+        first = {name: set(forms) for name, forms in seen.items()}
+        for tokens in (300, 768):
+            rule(*inputs(tokens, 0.3, batch=1))
+    assert len(seen["chunk_maps"]) == 1 and seen == first
 
 
 @pytest.mark.parametrize("scale", [2.0**-60, 2.0**-17, 2.0**17, 2.0**60])

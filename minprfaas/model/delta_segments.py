@@ -48,9 +48,10 @@ def delta_rule_in_segments(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Ten
     """The same function as `delta_rule_chunked` for one request, a decay for every channel and no gradients. q, k and v
     may have 16 bits. `maps_of` and `advance` may be `chunk_maps` and `advance_memory` compiled."""
     heads, *shape = memory.shape[1:]
-    segments = [tuple(x[:, start:start + SEGMENT_TOKENS] for x in (q, k, v, g, beta))
+    # Without the batch, whose stride is the pass's length: a compiler would compile another for each.
+    segments = [tuple(x[0, start:start + SEGMENT_TOKENS] for x in (q, k, v, g, beta))
                 for start in range(0, q.shape[1], SEGMENT_TOKENS)]
-    counts = [-(-segment[0].shape[1] // CHUNK) for segment in segments]
+    counts = [-(-len(segment[0]) // CHUNK) for segment in segments]
     scale = scale_of_heads(v, memory)
     memories = memory.new_empty(sum(counts) + 1, heads, *shape)  # chunks first: no stride depends on their number
     factors = [q.new_empty(heads, count, *shape) for count in (*counts, 1)]  # the memories as they are multiplied
@@ -137,9 +138,9 @@ def advance_memory(kept: Tensor, writes: Tensor, moved: Tensor, before: Tensor, 
 
 
 def chunk_maps(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: Tensor) -> ChunkMaps:
-    """The maps of all chunks of a segment, for memories and values divided by the `scale` `[heads, 1, 1]`. No exponent
-    is above 0: none overflows, however strong a decay is."""
-    q, k, v, g, beta = (by_chunks(x, CHUNK) for x in (q, k, v, g, beta[..., None]))
+    """The maps of all chunks of a segment, `[tokens, heads, …]`, for memories and values divided by the `scale`
+    `[heads, 1, 1]`. No exponent is above 0: none overflows, however strong a decay is."""
+    q, k, v, g, beta = (by_chunks(x[None], CHUNK) for x in (q, k, v, g, beta[..., None]))
     dtype, decay = q.dtype, (g.clamp(min=STRONGEST_DECAY) / math.log(2)).cumsum(dim=-2)  # of 2: its powers are cheaper
     total, from_start = decay[..., -1:, :], decay.exp2()
     inverse, q_by_k = _solve(q.float(), k.float(), decay, beta, dtype)
