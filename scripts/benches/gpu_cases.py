@@ -226,7 +226,7 @@ def kda(machine: Machine, chosen: Chosen) -> Readings:
 
     for count in (1, 4):
         tokens = count * 8192
-        floor_ms = (4 * q[:, :tokens].nbytes + g[:, :tokens].nbytes) / machine.copy_bytes_per_s * 1e3
+        floor_ms = (3 * q[:, :tokens].nbytes + 2 * g[:, :tokens].nbytes) / machine.copy_bytes_per_s * 1e3
         reading = said(Reading(f"KDA core, {tokens // 1024}K, error {error:.0e}",
                                median_ms(lambda: work(count), "cuda", repeats=4), floor_ms))
         found.append((reading, {"phase": "kda", "tokens": tokens}))
