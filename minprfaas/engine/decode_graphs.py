@@ -63,7 +63,7 @@ def captured(compute: Callable[[], None], device: torch.device, memory: tuple[in
     with torch.cuda.stream(beside):
         for _ in range(2):
             compute()
-    torch.cuda.current_stream(device).wait_stream(beside)
+    beside.synchronize()  # what it read of the host's memory may change from now on
     # The stream is named because the default one belongs to the first GPU. Other threads use the device meanwhile
     # (KVCache leaves and arrives): only what this one does may spoil the capture.
     with torch.cuda.graph(graph, pool=memory, stream=beside, capture_error_mode="thread_local"):
