@@ -8,7 +8,6 @@ import torch
 from tqdm import tqdm
 
 from minprfaas.config import SamplingParams
-from minprfaas.engine.decode_graphs import LEAST_PAGES
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.fast_runner import chunk_for
 from minprfaas.engine.pieces import ROWS, CompiledPiece, Phase, compile_pieces
@@ -28,10 +27,9 @@ def compile_and_warm_up(model: Transformer, tokenizer: Tokenizer, block_tokens: 
     block, on_cpu = block_tokens or pool_for(model, [1]).block_tokens, model.device.type == "cpu"
     chunk = 2 * CHUNK_TOKENS if on_cpu else chunk_for(model.device, None)
     # The tokens of each round's requests. Decoding comes first: what another process that only prefills has compiled
-    # meanwhile is then found in the cache. On a GPU few pages are read in pieces, whose number is compiled, too.
-    batches = [[block - 5] * batch for batch in ((1, ROWS - 1, ROWS + 1) if on_cpu else (24, 2))]
-    pages = [] if on_cpu else [[count * block - 5] for count in (LEAST_PAGES, 6, 32)]
-    rounds = {Phase.DECODE: pages + batches, Phase.PREFILL: [[chunk + block + 50], [40, 30, 20], [block + 50] * 3]}
+    # meanwhile is then found in the cache.
+    rounds = {Phase.DECODE: [[block - 5] * batch for batch in ((1, ROWS - 1, ROWS + 1) if on_cpu else (1, 24))],
+              Phase.PREFILL: [[chunk + block + 50], [40, 30, 20], [block + 50] * 3]}
     planned = [(phase, lengths) for phase in rounds if phase in phases for lengths in rounds[phase]]
     try:
         for CompiledPiece.phase, lengths in tqdm(planned, desc="compiling", unit="round", disable=None, leave=False):
