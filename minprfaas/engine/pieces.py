@@ -46,7 +46,7 @@ class CompiledPiece:
     def __call__(self, *arguments: object) -> object:
         if torch.compiler.is_compiling():  # a part of another piece
             return self._function(*arguments)
-        tensors = [each for each in arguments if isinstance(each, Tensor)] or list(arguments[0])  # of a named tuple
+        tensors = [each for each in arguments if isinstance(each, Tensor)]
         has_one_token = tensors[0].dim() > 2 and tensors[0].shape[1] == 1
         run = self._tuned if has_one_token else self._untuned
         if CompiledPiece.phase is Phase.PREFILL and has_one_token:
