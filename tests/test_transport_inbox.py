@@ -4,9 +4,10 @@ import queue
 
 import pytest
 import torch
-from transport_support import Cargo, next_event
+from transport_support import DEADLINE_S, Cargo, next_event
 
 from minprfaas.config import LinkConfig
+from minprfaas.transport.base import StreamAborted
 from minprfaas.transport.events import EventQueue, MessageReceived, StreamDone, StreamFailed
 from minprfaas.transport.wan import gpu_sums
 from minprfaas.transport.wan.frames import (
@@ -14,6 +15,7 @@ from minprfaas.transport.wan.frames import (
 from minprfaas.transport.wan.inbox import Inbox
 from minprfaas.transport.wan.outbox import Outbox
 from minprfaas.transport.wan.parts import CONTROL_LIMIT_BYTES, encode_message
+from minprfaas.transport.wan.send_queue import MOST_TIMES_DAMAGED
 
 CODEC = Codec(256 * 1024)
 
@@ -74,6 +76,25 @@ def test_what_the_peer_says_of_a_chunk_reaches_the_books_of_its_sender():
     assert side.outbox.next_frame(1).header.seq == 2 and stream.resent_chunks == 1
     side.take(Header(Kind.REFUSE, 3))
     assert (stream.outstanding, stream.failure) == (1, "refused by the receiver")
+
+
+def test_a_chunk_that_never_arrives_whole_ends_its_stream_and_no_other():
+    side, stream, other = Side(), StreamRecord(1), StreamRecord(2)
+    for seq, of in ((1, stream), (2, stream), (3, other)):
+        side.outbox.wait_for_room(HEADER_BYTES, of)
+        side.outbox.send_chunk(Frame(Header(Kind.CHUNK, stream=of.stream_id), Slot(1), of))
+        side.outbox.next_frame(1)
+    for _ in range(MOST_TIMES_DAMAGED - 1):
+        side.take(Header(Kind.DAMAGED, 1))
+        assert side.outbox.next_frame(1).header.kind == Kind.CHUNK and stream.failure is None
+    side.take(Header(Kind.DAMAGED, 1))
+    assert (stream.failure, other.failure) == (f"a chunk was damaged {MOST_TIMES_DAMAGED} times", None)
+    abort = side.outbox.next_frame(1).header
+    assert (abort.kind, abort.stream) == (Kind.ABORT, 1), "the receiver is told"
+    with pytest.raises(StreamAborted, match="damaged 16 times"):
+        side.outbox.wait_until_settled(stream, DEADLINE_S)
+    side.take(Header(Kind.ACK), encode_acks([2, 3, abort.seq]))
+    assert (stream.outstanding, other.outstanding, side.outbox.stats().inflight_bytes) == (0, 0, 0)
 
 
 def test_a_damaged_chunk_is_asked_for_again_and_nothing_of_it_is_written():

@@ -128,6 +128,7 @@ class Frame:
         self.ready: torch.cuda.Event | None = None
         self.sums: torch.Tensor | None = None
         self.queued_at_s = self.sent_at_s = 0.0
+        self.times_damaged = 0
 
     @property
     def nbytes(self) -> int:

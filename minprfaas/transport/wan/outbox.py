@@ -108,9 +108,12 @@ class Outbox:
         with self._lock:
             if stream.failure is None:
                 self._queue.fail(stream, reason)
-                self._queue.push_control(control_frame(Kind.ABORT, stream=stream.stream_id), time.monotonic())
-                self._sendable.notify()
-                self._wake_waiters()
+                self._tell_that_it_failed(stream)
+
+    def _tell_that_it_failed(self, stream: StreamRecord) -> None:
+        self._queue.push_control(control_frame(Kind.ABORT, stream=stream.stream_id), time.monotonic())
+        self._sendable.notify()
+        self._wake_waiters()
 
     def _wake_waiters(self) -> None:
         self._room.notify_all()
@@ -185,7 +188,9 @@ class Outbox:
     def send_again(self, seq: int) -> None:
         """The peer received `seq` damaged."""
         with self._lock:
-            self._queue.send_again(seq, time.monotonic())
+            ended = self._queue.damaged(seq, time.monotonic())
+            if ended is not None:
+                self._tell_that_it_failed(ended)
             self._sendable.notify()
 
     def begin_epoch(self, epoch: int) -> None:

@@ -16,6 +16,7 @@ RELIABLE = (Kind.CHUNK, Kind.MESSAGE, Kind.ABORT)
 # Messages overtake chunks, but one that is longer than this shares the line with them, byte for byte: an inventory of
 # many megabytes must not hold up the KV for which a request waits.
 MESSAGE_LEAD_BYTES = 256 * 1024
+MOST_TIMES_DAMAGED = 16  # of a chunk: a line that does that brings nothing, so it is the bytes or the digest
 
 
 class SendQueue:
@@ -143,6 +144,20 @@ class SendQueue:
             self.monitor.queued(frame.nbytes, now_s)
             frame.stream.resent_chunks += 1
         self._again[seq] = frame
+
+    def damaged(self, seq: int, now_s: float) -> StreamRecord | None:
+        """The peer received `seq` damaged: it leaves again. The stream is returned if this ends it, because a chunk's
+        digest does not fit however often it crosses."""
+        frame = self._unacked.get(seq)
+        if frame is None:
+            return None
+        frame.times_damaged += 1
+        if frame.times_damaged < MOST_TIMES_DAMAGED or frame.stream is None:
+            self.send_again(seq, now_s)
+            return None
+        self.fail(frame.stream, f"a chunk was damaged {MOST_TIMES_DAMAGED} times")
+        self.settle(seq, False, now_s)
+        return frame.stream
 
     def fail(self, stream: StreamRecord, reason: str) -> None:
         """End a stream: what waits of it never leaves (again). Chunks that have left settle when the peer answers."""
