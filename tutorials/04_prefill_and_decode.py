@@ -305,4 +305,4 @@ print(f"A token costs {one.seconds * 1e3:.1f} ms alone, {1e3 / many.tokens_per_s
 # Write the functions of `tutorials/exercises/ex_04.py`, then `python tutorials/04_prefill_and_decode.py --check 1`.
 # 1. `least_seconds`: the least time that a forward pass can take on a machine, by its two limits.
 # 2. `requests_that_fit`: how many requests' KVCache the memory of a decode machine holds beside the weights.
-# 3. `prefill_passes`: the chunks in which the engine reads a prompt.
+# 3. `prefill_chunks`: the chunks in which the engine reads a prompt.
