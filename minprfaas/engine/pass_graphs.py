@@ -45,9 +45,14 @@ class PassGraphs:
 
     def room(self, chunks: list[PrefillChunk]) -> int | None:
         """Tokens, padding included, of a captured pass over these; None if there can be none."""
-        if not self._can_be or len(chunks) > 1 or chunks[0].start % self._chunk:
+        chunk = chunks[0]
+        if not self._can_be or len(chunks) > 1 or chunk.start % self._chunk:
             return None
-        return -(-(chunks[0].end - chunks[0].start) // self._unit) * self._unit
+        tokens = chunk.end - chunk.start
+        padding = -tokens % self._unit
+        if padding and chunk.end < len(chunk.request.token_ids):
+            return None  # it would read what comes next in the request's blocks, which may be NaN until it is computed
+        return tokens + padding
 
     def of(self, chunk: PrefillChunk, room: int) -> "PassGraph | None":
         """The pass over `chunk`; None if this is the first of its shape, or there are shapes enough."""
