@@ -95,6 +95,15 @@ def test_in_float16_no_value_is_too_large_or_too_small(scale):
         assert torch.isfinite(ours).all() and torch.equal(ours, other * scale)
 
 
+@pytest.mark.parametrize("of_values, of_memory", [(2.0**20, 1.0), (1.0, 2.0**20)])
+def test_in_float16_neither_values_nor_a_memory_overflow_beside_small_ones_of_the_other(of_values, of_memory):
+    q, k, v, g, beta, memory = inputs(20, 0.3, batch=1)
+    v, memory = v * of_values, memory * of_memory
+    exact = delta_rule_recurrent(*(x.double() for x in (q, k, v, g, beta, memory)))
+    for ours, expected in zip(delta_rule_in_segments(q.half(), k.half(), v, g, beta, memory), exact):
+        assert ((ours - expected).norm() / expected.norm()).item() < 3e-3
+
+
 @pytest.mark.parametrize("of_channels", [True, False])
 @pytest.mark.parametrize("decay", [0.0, 0.3, 30.0, from_faint_to_total, memories_wiped_now_and_then])
 def test_the_decode_form_equals_the_recurrence_of_one_token(decay, of_channels):

@@ -8,7 +8,7 @@ import torch
 from minprfaas.config import StateKind
 from minprfaas.errors import UserError
 from minprfaas.kvcache.layout import plan_layout
-from minprfaas.kvcache.pool import BlockPool
+from minprfaas.kvcache.pool import BlockPool, put_rows
 from minprfaas.kvcache.pool_copies import WholeBlocks
 from minprfaas.model.spec import StateSpec, TensorSpec
 from kvcache_helpers import DENSE, HYBRID, KV, LATENT, LINEAR, WINDOWED
@@ -189,6 +189,17 @@ def test_bad_ranges_sizes_and_blocks_are_refused_before_anything_is_written():
     with pytest.raises(ValueError):
         pool.read_tokens(0, TABLE, 0, 13)
     assert torch.equal(pool.bytes, before)
+
+
+def test_rows_go_into_their_blocks_however_they_lie_in_memory():
+    """In words of eight bytes only where all of them are whole words."""
+    blocks, offsets = torch.tensor([2, 0, 2]), torch.tensor([1, 3, 0])
+    numbers = torch.arange(1, 37.0)
+    for rows in (numbers.view(3, 12)[:, 4:8], numbers.view(3, 12)[:, 1:5], numbers[:33].view(3, 11)[:, :4],
+                 numbers.view(3, 12)[:, :8:2], numbers.view(12, 3).T[:, :4]):
+        for view in (torch.zeros(3, 4, 4), torch.zeros(3, 4, 8)[..., 1:5], torch.zeros(3, 4, 5)[..., :4]):
+            put_rows(view, blocks, offsets, rows)
+            assert torch.equal(view[blocks, offsets], rows) and view.count_nonzero() == rows.numel()
 
 
 def test_a_pools_device_is_that_of_its_tensors():

@@ -11,6 +11,7 @@ from minprfaas.engine.engine import Engine
 from minprfaas.engine.pass_graphs import PassGraphs
 from minprfaas.engine.pieces import compile_pieces
 from minprfaas.engine.reference import pool_for
+from minprfaas.engine.scheduler import PrefillChunk
 from minprfaas.model.checkpoint import load_checkpoint
 from minprfaas.model.families import read_config
 
@@ -79,6 +80,16 @@ def test_nothing_is_read_that_was_in_a_pool_before(name, is_fast, chunk):
             engine.kvcache.reserve(request.cache, len(request.token_ids) + 40)  # further than a step needs
         logits.append([step_logits(engine, requests[:count]) for count in (6, 1)])
     assert all(one.isfinite().all() and torch.equal(one, other) for one, other in zip(*logits))
+
+
+def test_when_there_are_shapes_enough_others_are_computed_as_they_come(monkeypatch):
+    monkeypatch.setattr("minprfaas.engine.pass_graphs.MOST_SHAPES", 1)
+    model = load_checkpoint(PARITY / "qwen3", read_config(PARITY / "qwen3"), torch.float32, "cpu")
+    engine = Engine(model, None, pool_for(model, [16]))
+    passes = PassGraphs(model, engine.kvcache.pool, None, 2, 8)
+    request = engine.request("new", [1] * 16, SamplingParams(1))
+    found = [passes.of(PrefillChunk(request, start, start + 8), 8) is not None for start in (0, 8, 0, 8, 8)]
+    assert found == [False, False, True, False, False]
 
 
 @pytest.mark.gpu
