@@ -212,6 +212,9 @@ def test_attention_page_by_page_is_attention(heads, kv_heads):
     empty = (index.row_counts == 0)[:, :, None, None, None]
     outputs = outputs._replace(out=outputs.out.masked_fill(empty, float("nan")))
     torch.testing.assert_close(merge_pages(*outputs), expected)
+    large = outputs._replace(log_sum=outputs.log_sum + 300)  # whose exponentials would overflow
+    torch.testing.assert_close(merge_pages(*large), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(merge_pages(*(each[3:] for each in large)), expected[3:], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 4])
