@@ -4,8 +4,15 @@ import pytest
 import torch
 from kvcache_helpers import DENSE, HYBRID, decode, manager, prefill
 from test_kvcache_manager import PROMPT, SPECS
+from transport_support import DEADLINE_S, next_event
 
+from minprfaas.cluster.kv_send import KVSend, SendingThreads
+from minprfaas.cluster.stream_plans import stream_plan
 from minprfaas.config import StateKind
+from minprfaas.kvcache.pool_copies import WholeBlocks
+from minprfaas.transport.base import StreamAborted
+from minprfaas.transport.events import StreamFailed
+from minprfaas.transport.loopback import Loopback
 
 
 def test_blocks_that_a_stream_reads_outlive_their_request_until_the_acknowledgement():
@@ -218,3 +225,20 @@ def test_a_cached_prefix_can_be_shipped_to_another_cluster_as_it_is():
     target.close(received)
     source.close(sent)
     assert prefill(target, PROMPT).cached_tokens == len(prefix) == 40
+
+
+def test_an_error_that_nobody_foresaw_ends_a_stream_at_both_ends(monkeypatch):
+    """A GPU's, for example: a RuntimeError of several lines. The receiver does not wait until its deadline."""
+    kvcache, loopback = manager(HYBRID, 400), Loopback()
+    cache, plan = prefill(kvcache, PROMPT), stream_plan(kvcache.layout, 1, 0, 42)
+    loopback.expect(plan, lambda *_: None)
+
+    def fail(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be")
+
+    monkeypatch.setattr(WholeBlocks, "read", fail)
+    send = KVSend(kvcache, loopback, plan, cache.block_tables, SendingThreads("test"), DEADLINE_S)
+    send.finish()
+    with pytest.raises(StreamAborted, match="^CUDA error: an illegal memory access was encountered$"):
+        send.outcome.result(DEADLINE_S)
+    assert isinstance(next_event(loopback), StreamFailed)

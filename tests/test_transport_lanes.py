@@ -9,13 +9,13 @@ from transport_support import DEADLINE_S, IDENTITY, connected, in_parallel, new_
 from minprfaas.config import LinkConfig
 from minprfaas.transport.base import LinkDown
 from minprfaas.transport.wan.frames import Kind, control_frame
-from minprfaas.transport.wan.lanes import Lane, in_time
+from minprfaas.transport.wan.lanes import LOOKED_AT_BYTES, Lane, in_time
 from minprfaas.transport.wan.link import Link
 
 
 def two_lanes():
     store = new_store()
-    return in_parallel(*(lambda rank=rank: Lane(store, 0, rank, 4096, DEADLINE_S) for rank in (0, 1)))
+    return in_parallel(*(lambda rank=rank: Lane(store, 0, rank, 2 * LOOKED_AT_BYTES, DEADLINE_S) for rank in (0, 1)))
 
 
 def test_a_lane_whose_threads_are_all_at_a_frame_is_not_silent():
@@ -39,6 +39,11 @@ def test_a_lane_whose_threads_are_all_at_a_frame_is_not_silent():
     assert handling.wait(DEADLINE_S) and far.silent_since() is None
     may_end.set()
     wait_until(lambda: far.silent_since() is not None)
+    assert far.silent_since() > began
+    began = far.silent_since()
+    assert far.silent_since() == began
+    (slot,) = far._waiting.values()
+    slot.view[LOOKED_AT_BYTES] ^= 1  # Gloo writes as bytes come: a long frame that is on its way is no silence
     assert far.silent_since() > began
     sent.wait()
     near.cut()

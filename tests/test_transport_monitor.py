@@ -1,10 +1,15 @@
 """Congestion signals: utilization, queue, acknowledgement delay. Time is an argument. Chapter 07."""
 
 import pytest
+import torch
 from transport_support import DEADLINE_S, Cargo, connected
 
-from minprfaas.config import LineConfig, LinkConfig
-from minprfaas.transport.wan.monitor import RING_SAMPLES, Monitor
+from minprfaas.config import LineConfig, LinkConfig, StateKind
+from minprfaas.transport.base import LayerPlan, StreamPlan
+from minprfaas.transport.wan.frames import SlotPool
+from minprfaas.transport.wan.monitor import FIRST_CHUNK_BYTES, LEAST_CHUNK_BYTES, RING_SAMPLES, Monitor
+from minprfaas.transport.wan.outbox import Outbox
+from minprfaas.transport.wan.sending import LinkStream
 
 
 def test_utilization_is_the_share_of_the_emulated_rate_that_left():
@@ -77,3 +82,49 @@ def test_a_full_emulated_link_reports_itself_as_full():
     assert max(sample.utilization for sample in stats.samples) > 0.9
     assert max(sample.queued_bytes for sample in stats.samples) > 1_000_000
     assert stats.egress_bytes >= cargo.plan.total_bytes and stats.inflight_bytes == stats.queued_bytes == 0
+
+
+def settle(monitor, nbytes, delay_s):
+    monitor.queued(nbytes, 0.0)
+    monitor.sent(nbytes, 0.0)
+    monitor.settled(nbytes, delay_s, delay_s)
+    return monitor.chunk_bytes
+
+
+def test_chunks_grow_while_the_line_brings_them_soon_and_shrink_when_it_brings_them_late():
+    monitor, far_s = Monitor(0.0), 0.2  # a long way is no slow one
+    assert [settle(monitor, size * 2**20, far_s + 0.01 * size) for size in (1, 2, 4)] == [2**21, 2**22, 2**23]
+    assert settle(monitor, 2**20, far_s) == 2**23, "a small one says nothing of the next size"
+    assert settle(monitor, 2**23, far_s + 0.3) == 2**23, "neither soon nor late"
+    assert settle(monitor, 2**23, far_s + 0.6) == 2**22
+    assert settle(monitor, 2**23, far_s + 9.0) == 2**22, "it was cut before"
+    assert [settle(monitor, 2**14, far_s + 9.0) for _ in range(9)][-1] == LEAST_CHUNK_BYTES
+    assert settle(monitor, LEAST_CHUNK_BYTES, far_s) == 2 * LEAST_CHUNK_BYTES
+    monitor.begin_epoch()
+    assert monitor.chunk_bytes == 2 * LEAST_CHUNK_BYTES
+    for _ in range(9):
+        settle(monitor, monitor.chunk_bytes, 9.0)  # of another line, which is longer
+    assert monitor.chunk_bytes > FIRST_CHUNK_BYTES
+    monitor.begin_epoch()
+    assert monitor.chunk_bytes == FIRST_CHUNK_BYTES
+
+
+def test_the_chunks_of_a_new_epoch_are_small_until_the_line_has_shown_its_speed():
+    limit = 4 * FIRST_CHUNK_BYTES
+    outbox, row = Outbox("a-b", LinkConfig(chunk_bytes=limit, max_inflight_bytes=8 * limit), None, None), 2**18
+    outbox.begin_epoch(1)
+    plan = StreamPlan(1, (LayerPlan(0, 0, StateKind.TOKEN, row),), 0, 12 * limit // row)
+    stream = LinkStream(plan, outbox, SlotPool(limit), limit, None, None)
+
+    def sizes(put):
+        data = torch.zeros(2 * limit, dtype=torch.uint8)
+        stream.put(0, put * 2 * limit // row, (put + 1) * 2 * limit // row, data)
+        frames = [outbox.next_frame(1)]
+        while outbox.stats().queued_bytes:
+            frames.append(outbox.next_frame(1))
+        outbox.settle([frame.header.seq for frame in frames])
+        return {frame.header.nbytes for frame in frames}
+
+    assert sizes(0) == {FIRST_CHUNK_BYTES} and sizes(1) == sizes(2) == {limit}
+    outbox.begin_epoch(1)
+    assert sizes(3) == {FIRST_CHUNK_BYTES}

@@ -18,6 +18,7 @@ import torch
 
 from minprfaas.cluster.mail import Mail
 from minprfaas.config import StateKind
+from minprfaas.errors import one_line
 from minprfaas.kvcache.manager import KVCacheManager
 from minprfaas.kvcache.pool_copies import WholeBlocks
 from minprfaas.kvcache.request_cache import RequestCache
@@ -136,11 +137,11 @@ class KVSend:
                         written.synchronize()
                     self._stream.put_ready(pieces, self._read)
             return self._stream.finish(self._deadline_s)
-        except (LinkDown, StreamAborted, TimeoutError, ValueError) as error:
+        except Exception as error:  # whatever it is, a GPU's as well: the receiver would wait until its own deadline
             self._stream.abort()
             if beside_prefill is not None:
                 beside_prefill.synchronize()  # nothing reads the blocks any more
-            raise StreamAborted(str(error)) from None
+            raise StreamAborted(one_line(error)) from None
 
     def _read(self, layer: int, start: int, end: int, out: torch.Tensor | None) -> torch.Tensor:
         """The source of what is put."""

@@ -31,6 +31,7 @@ _FOREVER = timedelta(days=1)  # silence is noticed by heartbeats, not by Gloo
 # Threads of a lane, each with a frame of its own: while one is on its way another is sealed, or checked and written.
 # More of them only wait for the interpreter.
 SENDERS, RECEIVERS = 2, 2
+LOOKED_AT_BYTES = 16 * 2**10  # one byte of so many, to see whether a frame is arriving
 _IN_VAIN = "the peer's end of the connection did not come"
 Connected = TypeVar("Connected")
 
@@ -53,7 +54,8 @@ class Lane:
         self.index, self.rank, self._peer = index, rank, 1 - rank
         self.codec = Codec(payload_limit)
         self.heard_at_s = time.monotonic()  # when something last arrived, or was dealt with
-        self._waiting: set[int] = set()  # receiving threads that could hear something
+        self._waiting: dict[int, Slot] = {}  # by receiving thread, where what it could hear arrives
+        self._seen: list[bytes] = []  # of those, when they were looked at last
         self._timeout = timedelta(seconds=timeout_s)
         self._device = binding.gloo_device(index)  # of all lanes of this process that have this number
         try:
@@ -102,15 +104,20 @@ class Lane:
             slot.view[:HEADER_BYTES] = bytes(HEADER_BYTES)  # a truncated frame must not be completed by the one before
             work = self._group.recv([slot.tensor], self._peer, _FRAMES_TAG)
             self.heard_at_s = time.monotonic()
-            self._waiting.add(me)
+            self._waiting[me] = slot
             work.wait(_FOREVER)
-            self._waiting.discard(me)
+            self._waiting.pop(me, None)
             self.heard_at_s = time.monotonic()
             handle(self, slot)
 
     def silent_since(self) -> float | None:
-        """When something last arrived; None while nothing can, because every receiving thread is at a frame."""
-        return self.heard_at_s if self._waiting else None
+        """When something last arrived, a part of a frame or all of it: a long frame on a slow line is no silence. None
+        while nothing can, because every receiving thread is at a frame."""
+        # Gloo puts each byte where it belongs as it comes. What equals the byte that lay there goes unseen.
+        seen = [slot.view[::LOOKED_AT_BYTES].tobytes() for slot in list(self._waiting.values())]
+        if seen != self._seen:
+            self._seen, self.heard_at_s = seen, time.monotonic()
+        return self.heard_at_s if seen else None
 
     def cut(self) -> None:
         """Break the connection under every pending operation of this lane, here and at the peer."""

@@ -7,6 +7,10 @@ from minprfaas.config import LinkSample
 
 SAMPLE_EVERY_S = 0.25
 RING_SAMPLES = 240  # a minute
+# Heartbeats and messages wait behind the chunks that the wire is carrying. So chunks begin small, and grow with a line
+# that brings them soon: eight lanes of 32 MiB at 100 Mbit/s would be silent for 20 s.
+FIRST_CHUNK_BYTES, LEAST_CHUNK_BYTES = 2**20, 2**16
+SOON_S, LATE_S = 0.05, 0.5  # acknowledged after the shortest time that was seen
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,8 @@ class Monitor:
         self.egress_bytes = 0
         self.queued_bytes = self.inflight_bytes = 0  # waiting to leave; left and not yet acknowledged
         self.progress_at_s = now_s  # when the link last had nothing to do, or something was settled
+        self.chunk_bytes = FIRST_CHUNK_BYTES  # that the next chunk should have at most
+        self._shortest_delay_s = float("inf")
         self._samples: deque[LinkSample] = deque(maxlen=RING_SAMPLES)
         self._ack_delay_s = 0.0
         self._sampled_at_s, self._sampled_bytes = now_s, 0
@@ -52,9 +58,23 @@ class Monitor:
         self.progress_at_s = now_s
         if delay_s is not None:
             self._ack_delay_s += (delay_s - self._ack_delay_s) / 8 if self._ack_delay_s else delay_s
+            self._fit_chunks(nbytes, delay_s)
         if self.inflight_bytes == 0 and self._busy_since_s is not None:
             self._busy_s += now_s - self._busy_since_s
             self._busy_since_s = None
+
+    def _fit_chunks(self, nbytes: int, delay_s: float) -> None:
+        self._shortest_delay_s = min(self._shortest_delay_s, delay_s)
+        late_s = delay_s - self._shortest_delay_s
+        if late_s > LATE_S and nbytes <= self.chunk_bytes:  # what was cut before says nothing about smaller ones
+            self.chunk_bytes = max(LEAST_CHUNK_BYTES, self.chunk_bytes // 2)
+        elif late_s < SOON_S and nbytes > self.chunk_bytes // 2:  # a smaller one says nothing about larger ones
+            self.chunk_bytes *= 2
+
+    def begin_epoch(self) -> None:
+        """The line may be another: what was learned of its speed counts no more."""
+        self.chunk_bytes = min(self.chunk_bytes, FIRST_CHUNK_BYTES)
+        self._shortest_delay_s = float("inf")
 
     def tick(self, now_s: float, rate_bytes_per_s: float | None) -> LinkSample | None:
         """Call often; returns the new sample when one was due. Utilization: of the emulated rate if there is one, else

@@ -57,6 +57,11 @@ class Outbox:
             self._queue.push_message(data, time.monotonic())
             self._sendable.notify()
 
+    @property
+    def chunk_bytes(self) -> int:
+        """That the next chunk should have at most, as far as the line has shown its speed."""
+        return self._queue.monitor.chunk_bytes
+
     def wait_for_room(self, nbytes: int, stream: StreamRecord) -> float:
         """Block until `nbytes` more may be queued or in flight, and claim them; returns the seconds it took.
 

@@ -177,6 +177,7 @@ class SendQueue:
 
     def begin_epoch(self, now_s: float) -> None:
         """Old lanes are gone: only what must arrive is kept, and what left before leaves first, in its old order."""
+        self.monitor.begin_epoch()
         for seq, frame in list(self._unacked.items()):
             if frame.stream is not None and frame.stream.failure is not None:
                 self.settle(seq, False, now_s)

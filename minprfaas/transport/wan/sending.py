@@ -52,8 +52,9 @@ class LinkStream(SendStream):
 
     def _limit_bytes(self) -> int:
         """Of the next chunk: the weather may have changed since the last."""
+        limit_bytes = min(self._chunk_bytes, self._outbox.chunk_bytes)
         line_limit = None if self._line is None else self._line.chunk_limit(time.monotonic())
-        return self._chunk_bytes if line_limit is None else min(self._chunk_bytes, line_limit)
+        return limit_bytes if line_limit is None else min(limit_bytes, line_limit)
 
     def _beside_prefill(self, data: torch.Tensor) -> torch.cuda.Stream | None:
         """The CUDA stream that copies `data` to pinned memory, behind the work queued so far; prefill goes on."""
