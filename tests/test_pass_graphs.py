@@ -67,7 +67,7 @@ def test_nothing_is_read_that_was_in_a_pool_before(name, is_fast, chunk):
         engine = Engine(model, None, pool_for(model, [120] * 8, block_tokens=16), prefill_chunk=chunk, fast=is_fast)
         engine.kvcache.pool.bytes[:engine.kvcache.pool.num_blocks] = byte
         if is_fast:
-            engine.runner._passes = PassGraphs(model, engine.kvcache.pool, engine.runner._memory, 16, 32)
+            engine.runner._passes = PassGraphs(model, engine.kvcache.pool, engine.runner._memory, 32, 32)
         requests = []
         for number, tokens in enumerate((70, 70, 37, 40, 30, 3)):
             prompt = [1 + (number // 2 * 7 + at) % 50 for at in range(tokens)]  # two begin alike

@@ -65,7 +65,7 @@ def what_must_run_eagerly(model: Transformer) -> set[str]:
 
 
 class FastRunner(Runner):
-    """`Runner` with decode steps of fixed shape, one for each bucket that was met so far."""
+    """`Runner` with decode steps of fixed shape, one for each bucket that was met so far, and `PassGraphs` on a GPU."""
 
     def __init__(self, model: Transformer, kvcache: KVCacheManager, clock: Callable[[], float],
                  timeline: Timeline | None, max_batch: int):

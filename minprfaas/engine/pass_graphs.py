@@ -31,8 +31,8 @@ MOST_SHAPES = 64
 
 
 class PassGraphs:
-    """The captured passes of one model over one request, by shape: a multiple of `unit` tokens (what the request has
-    less is padding) that follow a multiple of `chunk`. A shape is captured when it is met for the second time: the
+    """The captured passes of one model over one request, by shape: a multiple of `unit` tokens (what a prompt's end
+    has less is padding) that follow a multiple of `chunk`. A shape is captured when it is met for the second time: the
     first time compiles and plans."""
 
     def __init__(self, model: Transformer, pool: BlockPool, memory: tuple[int, int] | None,
