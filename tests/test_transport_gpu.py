@@ -8,7 +8,7 @@ from transport_support import DEADLINE_S, Cargo, Lanes, connected, event, wait_u
 
 from minprfaas.config import LinkConfig
 from minprfaas.transport.events import LinkRestored, StreamDone
-from minprfaas.transport.wan import gpu_sums
+from minprfaas.transport.wan import gpu_sums, monitor
 from minprfaas.transport.wan.digest import RowSums, multiplies_bytes, row_sums
 from minprfaas.transport.wan.frames import HEADER_BYTES
 from minprfaas.transport.wan.gpu_sums import SUMMERS, queue_sums
@@ -19,6 +19,11 @@ CONFIG = LinkConfig(lanes=2, chunk_bytes=CHUNK_BYTES)
 TOKENS = 30_000  # in chunks of a mebibyte, of which the last is no short one
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+
+
+@pytest.fixture(autouse=True)
+def first_chunks_are_as_long_as_others(monkeypatch):
+    monkeypatch.setattr(monitor, "FIRST_CHUNK_BYTES", CHUNK_BYTES)
 
 
 @pytest.fixture

@@ -93,11 +93,11 @@ def settle(monitor, nbytes, delay_s):
 
 def test_chunks_grow_while_the_line_brings_them_soon_and_shrink_when_it_brings_them_late():
     monitor, far_s = Monitor(0.0), 0.2  # a long way is no slow one
-    assert [settle(monitor, size * 2**20, far_s + 0.01 * size) for size in (1, 2, 4)] == [2**21, 2**22, 2**23]
-    assert settle(monitor, 2**20, far_s) == 2**23, "a small one says nothing of the next size"
-    assert settle(monitor, 2**23, far_s + 0.3) == 2**23, "neither soon nor late"
-    assert settle(monitor, 2**23, far_s + 0.6) == 2**22
-    assert settle(monitor, 2**23, far_s + 9.0) == 2**22, "it was cut before"
+    assert [settle(monitor, size * 2**18, far_s + 0.01 * size) for size in (1, 2, 4)] == [2**19, 2**20, 2**21]
+    assert settle(monitor, 2**18, far_s) == 2**21, "a small one says nothing of the next size"
+    assert settle(monitor, 2**21, far_s + 0.3) == 2**21, "neither soon nor late"
+    assert settle(monitor, 2**21, far_s + 0.6) == 2**20
+    assert settle(monitor, 2**21, far_s + 9.0) == 2**20, "it was cut before"
     assert [settle(monitor, 2**14, far_s + 9.0) for _ in range(9)][-1] == LEAST_CHUNK_BYTES
     assert settle(monitor, LEAST_CHUNK_BYTES, far_s) == 2 * LEAST_CHUNK_BYTES
     monitor.begin_epoch()
@@ -111,7 +111,7 @@ def test_chunks_grow_while_the_line_brings_them_soon_and_shrink_when_it_brings_t
 
 def test_the_chunks_of_a_new_epoch_are_small_until_the_line_has_shown_its_speed():
     limit = 4 * FIRST_CHUNK_BYTES
-    outbox, row = Outbox("a-b", LinkConfig(chunk_bytes=limit, max_inflight_bytes=8 * limit), None, None), 2**18
+    outbox, row = Outbox("a-b", LinkConfig(chunk_bytes=limit, max_inflight_bytes=8 * limit), None, None), 2**16
     outbox.begin_epoch(1)
     plan = StreamPlan(1, (LayerPlan(0, 0, StateKind.TOKEN, row),), 0, 12 * limit // row)
     stream = LinkStream(plan, outbox, SlotPool(limit), limit, None, None)

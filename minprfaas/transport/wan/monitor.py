@@ -7,10 +7,10 @@ from minprfaas.config import LinkSample
 
 SAMPLE_EVERY_S = 0.25
 RING_SAMPLES = 240  # a minute
-# Heartbeats and messages wait behind the chunks that the wire is carrying. So chunks begin small, and grow with a line
-# that brings them soon: eight lanes of 32 MiB at 100 Mbit/s would be silent for 20 s.
-FIRST_CHUNK_BYTES, LEAST_CHUNK_BYTES = 2**20, 2**16
-SOON_S, LATE_S = 0.05, 0.5  # acknowledged after the shortest time that was seen
+# Heartbeats and messages, those of the other direction too, wait behind the chunks that a lane is carrying. So chunks
+# begin small and grow with a line that brings them soon: eight lanes of 32 MiB at 100 Mbit/s would be silent for 20 s.
+FIRST_CHUNK_BYTES, LEAST_CHUNK_BYTES = 2**18, 2**16
+SOON_S, LATE_S = 0.1, 0.5  # acknowledged after the shortest time that was seen
 
 
 @dataclass(frozen=True)
