@@ -214,7 +214,7 @@ class LinkConfig:
     """One link between two processes of two datacenters; what it crosses is a `LineConfig`."""
 
     lanes: int = 1
-    chunk_bytes: int = 256 * 1024
+    chunk_bytes: int = 256 * 1024  # at most; a slow line gets smaller ones
     max_inflight_bytes: int = 16 * 2**20
     timeout_s: float = 30.0  # a link that is away for longer is lost
     silence_s: float = 5.0  # a lane that brings nothing, not even a heartbeat, for this long is dead
