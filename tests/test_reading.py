@@ -11,7 +11,7 @@ PAGE = (ROOT / "docs" / "reading.md").read_text(encoding="utf-8")
 CORE_TABLE, DOOR_TABLE = PAGE.split("## Doors")
 CORE = re.findall(r"^\| `(minprfaas/[\w/]+\.py)`", CORE_TABLE, re.MULTILINE)
 DOORS = [f"minprfaas/{path}" for path in re.findall(r"^\| `([\w/]+\.py)`", DOOR_TABLE, re.MULTILINE)]
-MOST_LINES = 2800
+MOST_LINES = 2799
 ALWAYS_OPEN = {"minprfaas/config.py", "minprfaas/errors.py"}
 
 

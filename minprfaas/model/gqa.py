@@ -107,8 +107,7 @@ class GQA(Projecting):
             config.v_dim == config.head_dim and self.joined is not None and not torch.is_grad_enabled())
         if can_be_at_once and x.shape[1] > 1 and torch.compiler.is_compiling():
             norms = None if config.qk_norm is None else (self.q_norm, self.k_norm)
-            product = F.linear(x, self.joined)
-            return *heads_at_once(product, config.num_heads, config.head_dim, norms, cos, sin), None
+            return *heads_at_once(F.linear(x, self.joined), config.num_heads, config.head_dim, norms, cos, sin), None
         return self.heads(*self.projected(x), cos, sin)
 
     def heads(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
