@@ -87,7 +87,7 @@ class FastRunner(Runner):
         if model.device.type == "cuda" and timeline is None:  # which would see graphs launched, not layers
             self._passes = PassGraphs(model, kvcache.pool, self._memory)
 
-    def _forward(self, chunks: list[PrefillChunk], on_layer: OnLayer | None, width: int = 0) -> torch.Tensor:
+    def _forward(self, chunks: list[PrefillChunk], on_layer: OnLayer | None) -> torch.Tensor:
         """As the eager runner's."""
         if self._passes is None or (room := self._passes.room(chunks)) is None:
             return super()._forward(chunks, on_layer)

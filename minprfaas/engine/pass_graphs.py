@@ -123,8 +123,7 @@ class PassGraph:
 
         def begin() -> None:
             self._graphs.append(torch.cuda.CUDAGraph())
-            # Other threads use the device meanwhile: only what this one does may spoil the capture.
-            self._graphs[-1].capture_begin(memory, capture_error_mode="thread_local")
+            self._graphs[-1].capture_begin(memory, capture_error_mode="thread_local")  # why: see `captured`
 
         def next_graph(layer: int) -> None:
             self._graphs[-1].capture_end()
