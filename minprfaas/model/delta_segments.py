@@ -1,8 +1,8 @@
 """The delta rule's prefill for a GPU: products of 16 bits, and a loop that nobody waits for. Chapter 02.
 
-A chunk of 128 tokens changes the memory S before it by an affine map, and reads it by one product:
+A chunk of 128 tokens changes the memory S before it by an affine map, and what it reads is one, too:
 
-    S' = kept * S + moves @ S + writes;    out = own + readers @ S
+    S' = kept * S + moves @ S + writes;    out = queries @ S + q_by_k @ (values + reads @ S)
 
 All but S is made for a whole segment of chunks at once. What remains from chunk to chunk, a product and a sum, is too
 small to fill a GPU, and so is much of what makes the maps: each segment, and the loop, runs on a stream of its own.
@@ -22,9 +22,10 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from minprfaas.model.delta import STRONGEST_DECAY, by_chunks, delta_rule_chunked, inverse_of_lower, lower_triangle
+from minprfaas.model.delta import STRONGEST_DECAY, delta_rule_chunked, inverse_of_lower, lower_triangle
 from minprfaas.model.recurrent import CHUNK_TOKENS
 
 CHUNK = 128  # a multiple of CHUNK_TOKENS
@@ -33,12 +34,15 @@ BLOCK = 16
 
 
 class ChunkMaps(NamedTuple):
-    """`[1, heads, chunks, …]` each."""
+    """`[chunks, heads, …]` each. A chunk's tokens write `values + reads @ S` by their keys, of which they read what
+    `q_by_k` lets them, and of S what their queries ask for."""
 
-    own: Tensor  # [chunk, value_dim]: what the tokens read where S is 0
-    readers: Tensor  # [chunk, key_dim]
-    writes: Tensor  # [key_dim, value_dim]
-    moves: Tensor  # [key_dim, key_dim]: what the delta rule takes away of S
+    queries: Tensor  # [chunk, key_dim], decayed from the chunk's beginning
+    q_by_k: Tensor  # [chunk, chunk]
+    values: Tensor  # [chunk, value_dim]
+    reads: Tensor  # [chunk, key_dim]
+    writes: Tensor  # [key_dim, value_dim]: what of the values is in S at the chunk's end
+    moves: Tensor  # [key_dim, key_dim]: what the reads take away of S
     kept: Tensor  # [key_dim, 1]: what the decays leave of S; float32
 
 
@@ -51,29 +55,29 @@ def delta_rule_in_segments(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Ten
     # Without the batch, whose stride is the pass's length: a compiler would compile another for each.
     segments = [tuple(x[0, start:start + SEGMENT_TOKENS] for x in (q, k, v, g, beta))
                 for start in range(0, q.shape[1], SEGMENT_TOKENS)]
-    counts = [-(-len(segment[0]) // CHUNK) for segment in segments]
+    chunks = -(-q.shape[1] // CHUNK)
     scale = scale_of_heads(v, memory)
-    memories = memory.new_empty(sum(counts) + 1, heads, *shape)  # chunks first: no stride depends on their number
-    factors = [q.new_empty(heads, count, *shape) for count in (*counts, 1)]  # the memories as they are multiplied
+    memories = memory.new_empty(chunks + 1, heads, *shape)
+    factors = q.new_empty(memories.shape)  # the memories as they are multiplied
     memories[0] = memory[0] / scale
-    factors[0][:, 0] = memories[0]
-    outputs = memory.new_empty(heads, sum(counts), CHUNK, v.shape[-1])
-    of_chunks = [factor for of_segment in factors for factor in of_segment.unbind(1)]
+    factors[0] = memories[0]
+    outputs = q.new_empty(chunks, heads, CHUNK, v.shape[-1])
     here = torch.cuda.current_stream(q.device) if q.is_cuda else None
     loop, *streams = (_stream(q.device, number) for number in range(1 + len(segments)))
     first = 0
-    for segment, count, before, stream in zip(segments, counts, factors, streams):
+    for segment, stream in zip(segments, streams):
+        near = slice(first, first - (-len(segment[0]) // CHUNK))
         with _on(stream, here):
             maps = (maps_of or chunk_maps)(*segment, scale)
         with _on(loop, stream):
-            near = slice(first, first + count + 1)
-            _carry_through(maps, memories[near], of_chunks[near], advance or advance_memory)
+            _carry_through(maps, memories[near.start:], factors[near.start:], advance or advance_memory)
         with _on(stream, loop):
-            out = maps.own.flatten(0, 2).baddbmm_(maps.readers.flatten(0, 2), before.flatten(0, 1))
-            torch.mul(out.unflatten(0, (heads, count)), scale[:, None], out=outputs[:, first:first + count])
-        first += count
+            _read(maps, factors[near], outputs[near])
+        first = near.stop
     with _on(here, *streams):
-        return (outputs.flatten(1, 2).transpose(0, 1)[None, :q.shape[1]], (memories[-1] * scale)[None],
+        of_tokens = memory.new_empty(chunks, CHUNK, heads, v.shape[-1])
+        torch.mul(outputs.transpose(1, 2), scale[:, 0], out=of_tokens)
+        return (of_tokens.flatten(0, 1)[None, :q.shape[1]], (memories[-1] * scale)[None],
                 MemoriesInside(memories, scale, (q, k, v, g, beta)))
 
 
@@ -123,11 +127,19 @@ def _on(stream: Any, *after: Any) -> Iterator[None]:
         yield
 
 
-def _carry_through(maps: ChunkMaps, memories: Tensor, factors: Sequence[Tensor], advance: Callable) -> None:
+def _carry_through(maps: ChunkMaps, memories: Tensor, factors: Tensor, advance: Callable) -> None:
     """From the memory before the segment to those before each later chunk."""
-    chunks = zip(*(part[0].unbind(1) for part in (maps.kept, maps.writes, maps.moves)))
-    for number, (kept, writes, moves) in enumerate(chunks):
+    for number, (kept, writes, moves) in enumerate(zip(maps.kept, maps.writes, maps.moves)):
         advance(kept, writes, moves @ factors[number], memories[number], memories[number + 1], factors[number + 1])
+
+
+def _read(maps: ChunkMaps, factors: Tensor, outputs: Tensor) -> None:
+    """What the segment's tokens read of the memories before their chunks and of each other goes to `outputs`."""
+    queries, q_by_k, values, reads, before, out = (
+        x.flatten(0, 1) for x in (*maps[:4], factors, outputs))
+    values.baddbmm_(reads, before)
+    torch.bmm(queries, before, out=out)
+    out.baddbmm_(q_by_k, values)
 
 
 def advance_memory(kept: Tensor, writes: Tensor, moved: Tensor, before: Tensor, after: Tensor, factor: Tensor) -> None:
@@ -140,16 +152,21 @@ def advance_memory(kept: Tensor, writes: Tensor, moved: Tensor, before: Tensor, 
 def chunk_maps(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: Tensor) -> ChunkMaps:
     """The maps of all chunks of a segment, `[tokens, heads, …]`, for memories and values divided by the `scale`
     `[heads, 1, 1]`. No exponent is above 0: none overflows, however strong a decay is."""
-    q, k, v, g, beta = (by_chunks(x[None], CHUNK) for x in (q, k, v, g, beta[..., None]))
+    q, k, v, g, beta = (_chunks_of(x) for x in (q, k, v, g, beta[..., None]))
     dtype, decay = q.dtype, (g.clamp(min=STRONGEST_DECAY) / math.log(2)).cumsum(dim=-2)  # of 2: its powers are cheaper
     total, from_start = decay[..., -1:, :], decay.exp2()
     inverse, q_by_k = _solve(q.float(), k.float(), decay, beta, dtype)
-    # What the tokens write is `values + reads @ S`, columns of one product from here on.
-    solved = inverse @ torch.cat([(v * (beta / scale[:, None])).to(dtype), (k * from_start * -beta).to(dtype)], dim=-1)
+    # Values and reads are columns of one product from here on.
+    solved = inverse @ torch.cat([(v * (beta / scale)).to(dtype), (k * from_start * -beta).to(dtype)], dim=-1)
     keys, widths = (k * (total - decay).exp2()).to(dtype), (v.shape[-1], k.shape[-1])
-    writes, moves = (keys.transpose(-1, -2) @ solved).split(widths, dim=-1)
-    own, own_reads = (q_by_k @ solved).split(widths, dim=-1)
-    return ChunkMaps(own, (q * from_start + own_reads).to(dtype), writes, moves, total.exp2().transpose(-1, -2))
+    written = keys.transpose(-1, -2) @ solved
+    return ChunkMaps((q * from_start).to(dtype), q_by_k, *solved.split(widths, dim=-1),
+                     *written.split(widths, dim=-1), total.exp2().transpose(-1, -2))
+
+
+def _chunks_of(x: Tensor) -> Tensor:
+    """`[tokens, heads, dim]` -> `[chunks, heads, CHUNK, dim]`, as `by_chunks` for another order."""
+    return F.pad(x, (0, 0, 0, 0, 0, -len(x) % CHUNK)).unflatten(0, (-1, CHUNK)).transpose(1, 2).contiguous()
 
 
 def _solve(q: Tensor, k: Tensor, decay: Tensor, beta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
