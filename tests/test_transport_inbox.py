@@ -4,7 +4,7 @@ import queue
 
 import pytest
 import torch
-from transport_support import DEADLINE_S, Cargo, next_event
+from transport_support import DEADLINE_S, Cargo, in_parallel, next_event
 
 from minprfaas.config import LinkConfig
 from minprfaas.transport.base import StreamAborted
@@ -39,9 +39,14 @@ class Side:
             slot.view[HEADER_BYTES + len(payload) // 2] ^= 1
         self.inbox.handle(CODEC.open(slot.view), slot, CODEC, parts or self.inbox.parts)
 
+    def next_frame(self):
+        """What leaves next; it is an error when nothing does."""
+        (frame,) = in_parallel(lambda: self.outbox.next_frame(1))
+        return frame
+
     def answer(self):
         """What the side says next: (kind, the sequence numbers that it names)."""
-        frame = self.outbox.next_frame(1)
+        frame = self.next_frame()
         if frame.header.kind == Kind.ACK:
             return Kind.ACK, decode_acks(frame.slot.view[HEADER_BYTES:])
         return frame.header.kind, [frame.header.seq]
@@ -69,11 +74,11 @@ def test_what_the_peer_says_of_a_chunk_reaches_the_books_of_its_sender():
     for seq in (1, 2, 3):
         side.outbox.wait_for_room(HEADER_BYTES, stream)
         side.outbox.send_chunk(Frame(Header(Kind.CHUNK, stream=1), Slot(1), stream))
-        assert side.outbox.next_frame(1).header.seq == seq
+        assert side.next_frame().header.seq == seq
     side.take(Header(Kind.ACK), encode_acks([1]))
     assert (stream.outstanding, stream.resent_chunks, stream.failure) == (2, 0, None)
     side.take(Header(Kind.DAMAGED, 2))
-    assert side.outbox.next_frame(1).header.seq == 2 and stream.resent_chunks == 1
+    assert side.next_frame().header.seq == 2 and stream.resent_chunks == 1
     side.take(Header(Kind.REFUSE, 3))
     assert (stream.outstanding, stream.failure) == (1, "refused by the receiver")
 
@@ -83,13 +88,13 @@ def test_a_chunk_that_never_arrives_whole_ends_its_stream_and_no_other():
     for seq, of in ((1, stream), (2, stream), (3, other)):
         side.outbox.wait_for_room(HEADER_BYTES, of)
         side.outbox.send_chunk(Frame(Header(Kind.CHUNK, stream=of.stream_id), Slot(1), of))
-        side.outbox.next_frame(1)
+        side.next_frame()
     for _ in range(MOST_TIMES_DAMAGED - 1):
         side.take(Header(Kind.DAMAGED, 1))
-        assert side.outbox.next_frame(1).header.kind == Kind.CHUNK and stream.failure is None
+        assert side.next_frame().header.kind == Kind.CHUNK and stream.failure is None
     side.take(Header(Kind.DAMAGED, 1))
     assert (stream.failure, other.failure) == (f"a chunk was damaged {MOST_TIMES_DAMAGED} times", None)
-    abort = side.outbox.next_frame(1).header
+    abort = side.next_frame().header
     assert (abort.kind, abort.stream) == (Kind.ABORT, 1), "the receiver is told"
     with pytest.raises(StreamAborted, match="damaged 16 times"):
         side.outbox.wait_until_settled(stream, DEADLINE_S)

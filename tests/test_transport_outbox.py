@@ -6,15 +6,18 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 from transport_support import DEADLINE_S, in_parallel, stands_in, wait_until
 
-from minprfaas.config import LineConfig, LinkConfig
-from minprfaas.transport.base import LinkDown, StreamAborted
-from minprfaas.transport.wan.frames import HEADER_BYTES, Frame, Header, Kind, Slot, StreamRecord, control_frame
+from minprfaas.config import LineConfig, LinkConfig, StateKind
+from minprfaas.transport.base import LayerPlan, LinkDown, StreamAborted, StreamPlan
+from minprfaas.transport.wan.frames import (
+    HEADER_BYTES, Frame, Header, Kind, Slot, SlotPool, StreamRecord, control_frame)
 from minprfaas.transport.wan.line import EmulatedLine
 from minprfaas.transport.wan.outbox import Outbox
 from minprfaas.transport.wan.parts import CONTROL_LIMIT_BYTES, MESSAGE_WINDOW, encode_message
 from minprfaas.transport.wan.send_queue import SendQueue
+from minprfaas.transport.wan.sending import LinkStream
 
 CHUNK = 1000  # bytes in all, header included
 
@@ -257,6 +260,14 @@ def test_room_that_was_claimed_for_a_stream_that_has_ended_is_given_back():
     assert outbox.stats().queued_bytes == 0
     outbox.send_message(encode_message({"a": 1}))
     assert [outbox.next_frame(1).header.kind for _ in range(2)] == [Kind.ABORT, Kind.MESSAGE], "it is said once"
+
+
+def test_room_that_was_claimed_for_bytes_that_cannot_be_copied_is_given_back():
+    outbox, plan = open_outbox(), StreamPlan(1, (LayerPlan(0, 0, StateKind.TOKEN, 96),), 0, 10)
+    stream = LinkStream(plan, outbox, SlotPool(4096), 4096, None, None)
+    with pytest.raises(NotImplementedError, match="no data"):
+        stream.put(0, 0, 10, torch.empty(960, dtype=torch.uint8, device="meta"))
+    assert outbox.stats().queued_bytes == 0
 
 
 def test_a_goodbye_waits_for_the_last_message_or_for_so_long():

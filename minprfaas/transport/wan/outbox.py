@@ -89,11 +89,19 @@ class Outbox:
             try:
                 self._check(frame.stream)  # it may have ended while the bytes were copied
             except Exception:
-                self._queue.monitor.queued_bytes -= frame.nbytes
-                self._room.notify_all()
+                self._give_room_back(frame.nbytes)
                 raise
             self._queue.push_chunk(frame, time.monotonic())
             self._sendable.notify()
+
+    def give_room_back(self, nbytes: int) -> None:
+        """What `wait_for_room` claimed is not used after all."""
+        with self._lock:
+            self._give_room_back(nbytes)
+
+    def _give_room_back(self, nbytes: int) -> None:
+        self._queue.monitor.queued_bytes -= nbytes
+        self._room.notify_all()
 
     def wait_until_settled(self, stream: StreamRecord, deadline_s: float) -> None:
         """Block until every chunk of a stream is acknowledged. Raises TimeoutError, StreamAborted, LinkDown."""

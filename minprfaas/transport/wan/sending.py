@@ -10,7 +10,7 @@ import torch
 
 from minprfaas.transport.base import SendStream, StreamPlan
 from minprfaas.transport.events import StreamReport
-from minprfaas.transport.streams import PutLog
+from minprfaas.transport.streams import Piece, PutLog
 from minprfaas.transport.wan import gpu_sums
 from minprfaas.transport.wan.digest import multiplies_bytes, row_sums
 from minprfaas.transport.wan.frames import HEADER_BYTES, Frame, Header, Kind, SlotPool, StreamRecord
@@ -40,15 +40,24 @@ class LinkStream(SendStream):
                 sums = gpu_sums.SumsOfPieces(data, row_sums(self._secret, by_bytes=True))
             for piece, part in self._put_log.cut(whole, data, self._limit_bytes):
                 self._stalled_s += self._outbox.wait_for_room(HEADER_BYTES + piece.nbytes, self._record)
-                header = Header(Kind.CHUNK, 0, self.plan.stream_id, piece.layer, piece.group, piece.start, piece.end,
-                                piece.offset, piece.nbytes)
-                frame = Frame(header, self._slots.take(piece.nbytes, pinned=data.is_cuda), self._record)
-                frame.slot.payload[:piece.nbytes].copy_(part, non_blocking=True)
-                if sums is not None:
-                    frame.sums = sums.of(part)
-                if copies is not None:
-                    frame.ready = copies.record_event(torch.cuda.Event(blocking=True))  # who waits does not spin
+                try:
+                    frame = self._frame(piece, part, copies, sums)
+                except BaseException:  # there is no memory for it, or its bytes cannot be read
+                    self._outbox.give_room_back(HEADER_BYTES + piece.nbytes)
+                    raise
                 self._outbox.send_chunk(frame)
+
+    def _frame(self, piece: Piece, part: torch.Tensor, copies: torch.cuda.Stream | None,
+               sums: gpu_sums.SumsOfPieces | None) -> Frame:
+        header = Header(Kind.CHUNK, 0, self.plan.stream_id, piece.layer, piece.group, piece.start, piece.end,
+                        piece.offset, piece.nbytes)
+        frame = Frame(header, self._slots.take(piece.nbytes, pinned=part.is_cuda), self._record)
+        frame.slot.payload[:piece.nbytes].copy_(part, non_blocking=True)
+        if sums is not None:
+            frame.sums = sums.of(part)
+        if copies is not None:
+            frame.ready = copies.record_event(torch.cuda.Event(blocking=True))  # who waits does not spin
+        return frame
 
     def _limit_bytes(self) -> int:
         """Of the next chunk: the weather may have changed since the last."""
