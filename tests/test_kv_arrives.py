@@ -1,15 +1,19 @@
 """What is kept of a request's KVCache when its stream breaks off, and that a lost row is noticed. Chapters 08, 14."""
 
+import threading
+
 import pytest
 import torch
+from desk import DEADLINE_S, HERE, Desk, ordered, step_until
 from kv_oracle import KVOracle
 from test_two_datacenters import GREEDY, prompts_of
 from world import World
 
+from minprfaas.cluster import messages
 from minprfaas.cluster.kv_receive import KVReceive
 from minprfaas.cluster.messages import Abort
 from minprfaas.cluster.stream_plans import stream_plan
-from minprfaas.config import CacheConfig, StateKind
+from minprfaas.config import CacheConfig, Role, StateKind
 from minprfaas.engine.engine import Engine, model_layout
 from minprfaas.kvcache.manager import KVCacheManager
 from minprfaas.transport.loopback import Loopback
@@ -92,3 +96,16 @@ def test_a_prefill_ends_at_once_when_its_decode_node_gives_it_up_and_at_nobody_e
         world.front.abort("0")
         world.step_until(lambda: "0#1" not in prefill.prefills and not prefill.has_work)
         assert prefill.engine.prefilled_tokens < 400
+
+
+def test_a_copy_within_a_node_that_stands_still_holds_up_its_own_request_only(hybrid, monkeypatch):
+    monkeypatch.setattr("minprfaas.cluster.prefill_role.LOCAL_COPY_S", 0.01)
+    desk, may_go_on, written = Desk(hybrid, Role.PDP), threading.Event(), []
+    plan = stream_plan(desk.engine.layout, 7, 16, 100)
+    desk.mail.transport(HERE).expect(plan, lambda *_: written.append(may_go_on.wait(DEADLINE_S)))
+    desk.role.hear(HERE, ordered(snapshot_at=0))
+    step_until(desk, lambda: any(isinstance(word, messages.PrefillDone) for word in desk.said()))
+    assert written == [], "the node was held up until the copy went on"
+    may_go_on.set()
+    step_until(desk, lambda: not desk.role.has_work)
+    assert all(written) and desk.engine.kvcache.stats().in_use == 0

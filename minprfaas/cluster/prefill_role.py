@@ -19,6 +19,8 @@ from minprfaas.errors import UserError
 from minprfaas.kvcache.request_cache import RequestCache
 from minprfaas.transport.base import StreamPlan
 
+LOCAL_COPY_S = 1.0  # that a node waits for KVCache which only has to be copied from one of its roles to the other
+
 
 class Stage(Enum):
     """Where a prefill stands."""
@@ -169,9 +171,8 @@ class PrefillRole(Part):
         request = prefill.request
         prefill.stage = Stage.SENDING
         prefill.stream.finish()
-        if self._mail.is_here(prefill.decode_node):  # a copy in memory is all that is left: decoding begins
-            # before this node goes into the next prompt
-            wait([prefill.stream.outcome], timeout=self.upkeep.transfer_deadline_s)
+        if self._mail.is_here(prefill.decode_node):  # decoding begins before this node goes into the next prompt
+            wait([prefill.stream.outcome], timeout=LOCAL_COPY_S)
         self._tell(prefill, messages.PrefillDone(
             request.id, request.token_ids[-1], request.cached_tokens,
             request.prefill_ended_at_s - request.prefill_started_at_s, prefill.fetch.nbytes if prefill.fetch else 0,
