@@ -36,7 +36,9 @@ def main(argv: list[str] | None = None) -> int:
         if name == chosen:  # neither `plan` nor any --help must wait for torch
             add_arguments = getattr(options, name, None) or _module_of(name).add_arguments
             add_arguments(subparser)
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:  # a command's, and argparse would name the --help that does not list them
+        subparsers.choices[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     return _module_of(args.command).run(args) or 0
 
 

@@ -111,6 +111,10 @@ def exit_on_user_error(main: Callable[..., int]) -> Callable[..., int]:
             _end(2, f"error: the output cannot be written: {error.strerror}")
         except KeyboardInterrupt:
             _end(130, "interrupted")
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's: who made no tensor has not imported it
+                raise
+            _end(1, f"error: {one_line(error)}")
 
     return wrapped
 

@@ -150,12 +150,11 @@ def test_a_reservation_shares_the_longest_run_of_blocks_though_no_prefill_could_
     assert engine.reserve_remote(remote) and remote.cached_tokens == 24
 
 
-def test_what_can_never_fit_is_not_reserved(hybrid):
+def test_what_can_never_fit_is_refused(hybrid):
     engine = new_engine(hybrid, blocks=new_engine(hybrid).layout.blocks_for(40))
     for prompt in ([5] * 60, [5, 257], []):
         with pytest.raises(UserError, match="request 'remote' has"):
-            engine.reserve_remote(engine.request("remote", prompt, SamplingParams(max_tokens=5)))
-    assert engine.kvcache.stats().in_use == 0
+            engine.check_fits(engine.request("remote", prompt, SamplingParams(max_tokens=5)))
 
 
 def test_a_reservation_that_finds_no_room_takes_nothing(hybrid):

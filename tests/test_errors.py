@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from minprfaas.errors import exit_on_user_error
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -57,6 +60,17 @@ def test_a_full_disk_behind_the_output_is_one_line() -> None:
         line = [sys.executable, "-m", "minprfaas", "plan", "--egress"]
         done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, cwd=ROOT)
     assert (done.returncode, done.stderr) == (2, "error: the output cannot be written: No space left on device\n")
+
+
+def test_a_gpu_whose_memory_is_used_up_is_one_line(capsys) -> None:
+    @exit_on_user_error
+    def main() -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nA second line")
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr().err
+    assert (ended.value.code, said) == (1, "error: CUDA out of memory. Tried to allocate 2.00 GiB.\n")
 
 
 OPENING = """

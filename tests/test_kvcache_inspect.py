@@ -75,7 +75,8 @@ def test_the_tables_of_a_published_model_say_whose_throughput_it_is(capsys):
 
 @pytest.mark.parametrize("arguments, complaint", [
     (["no-such-directory"], "no-such-directory is not a directory"), (["--block-tokens", "0"], "block_tokens is 0"),
-    (["--config", "gpt-5"], "--config gpt-5 are both given")])
+    (["--config", "gpt-5"], "--config gpt-5 are both given"),
+    (["--model", "m"], "--model m (see python -m minprfaas inspect --help)")])
 def test_a_mistake_gets_one_line_and_status_2(directory, arguments, complaint, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["inspect", *([] if arguments[0] == "no-such-directory" else [directory]), *arguments])

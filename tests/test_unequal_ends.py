@@ -132,6 +132,12 @@ def test_a_machine_that_cannot_be_is_refused_by_the_name_of_its_option(options, 
         [machine_at(args, site) for site in ("prfaas", "pd")]
 
 
+@pytest.mark.parametrize("device, tokens", [("cpu", 64), ("cuda", 256), ("prfaas=cuda,pd=cpu", 64)])
+def test_blocks_that_nobody_sizes_are_large_on_gpus_and_equal_at_both_ends(device, tokens):
+    args = parser().parse_args(["--prompts", "P", "--device", device])
+    assert [machine_at(args, site).block_tokens for site in ("prfaas", "pd")] == [tokens] * 2
+
+
 def test_one_value_is_for_all_and_the_wire_between_equals_is_exact():
     args = parser().parse_args(["--prompts", "P", "--block-tokens", "32"])
     assert machine_at(args, "prfaas") == machine_at(args, "pd") and machine_at(args, "pd").block_tokens == 32

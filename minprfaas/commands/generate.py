@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict
 
 from minprfaas.commands.options import generate as add_arguments  # noqa: F401
-from minprfaas.config import CacheConfig, SamplingParams
+from minprfaas.config import CacheConfig, SamplingParams, block_tokens_for
 from minprfaas.engine.prompts import Prompt, read_prompts
 from minprfaas.engine.request import TokenUpdate
 from minprfaas.errors import UserError
@@ -23,9 +23,11 @@ def run(args: argparse.Namespace) -> None:
     from minprfaas.engine.warm_up import compile_and_warm_up
     from minprfaas.model.checkpoint import load
     model, tokenizer = load(args.model, getattr(torch, args.dtype), args.device)
-    cache = CacheConfig(args.pool_blocks) if args.pool_blocks is not None else None
+    cache = None
+    if args.pool_blocks is not None:
+        cache = CacheConfig(args.pool_blocks, block_tokens_for(args.device))
     if args.compile:
-        compile_and_warm_up(model, tokenizer, cache.block_tokens if cache else None)
+        compile_and_warm_up(model, tokenizer)
     streams = len(prompts) == 1 and not args.json
 
     def show(update: TokenUpdate) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from minprfaas.cluster.topology import PD_SITE, PRFAAS_SITE
 from minprfaas.commands.options import DTYPES
+from minprfaas.config import block_tokens_for
 from minprfaas.errors import UserError, require_number, shown
 
 
@@ -14,7 +15,7 @@ def add_machine_options(p: argparse.ArgumentParser) -> None:
                    "and the next two may be unequal: prfaas=cuda,pd=cpu")
     p.add_argument("--dtype", default="float32", help=f"{', '.join(DTYPES)} (float32); between unequal ones rows cross "
                    "in bf16, or as --wire says, and request-level state in float32")
-    p.add_argument("--block-tokens", default="64", metavar="TOKENS", help="tokens of a KVCache block (64)")
+    p.add_argument("--block-tokens", metavar="TOKENS", help="tokens of a KVCache block (64; where all is on cuda 256)")
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,9 @@ class Machine:
 
 def machine_at(args: argparse.Namespace, site: str) -> Machine:
     """What the options say of one datacenter. UserError when they say nothing that can be."""
-    dtype, tokens = _said_of(site, "--dtype", args.dtype), _said_of(site, "--block-tokens", args.block_tokens)
+    # Left alone, datacenters with unequal devices have equal blocks: then snapshots may cross.
+    block_tokens = args.block_tokens or str(block_tokens_for(args.device))
+    dtype, tokens = _said_of(site, "--dtype", args.dtype), _said_of(site, "--block-tokens", block_tokens)
     if dtype not in DTYPES:
         raise UserError(f"--dtype is {shown(dtype)}; it must be one of {', '.join(DTYPES)}")
     block_tokens = int(tokens[:9]) if tokens.isascii() and tokens.isdigit() else tokens

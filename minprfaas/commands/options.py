@@ -40,7 +40,7 @@ def serve(parser: ArgumentParser) -> None:
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of weights and KVCache (float32)")
     parser.add_argument("--prefill-chunk", type=int, default=512, metavar="TOKENS", help="tokens of a prefill chunk: "
                         "as long as one takes, nobody else gets a token (512)")
-    parser.add_argument("--block-tokens", type=int, default=64, metavar="N", help="tokens of a KVCache block (64)")
+    parser.add_argument("--block-tokens", type=int, metavar="N", help="tokens of a KVCache block (64; on cuda 256)")
     parser.add_argument("--pool-blocks", type=int, metavar="N", help="blocks of either pool, for prefill and decode "
                         f"(default: room for {FULL_CONTEXTS} contexts, at most 1 GiB)")
     parser.add_argument("--compile", action="store_true", help="compile the model's pieces first: minutes on two cores")

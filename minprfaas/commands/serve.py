@@ -16,7 +16,7 @@ from minprfaas.cluster.processes import Process, control_settings, front_end, pr
 from minprfaas.cluster.topology import Topology
 from minprfaas.commands.options import FULL_CONTEXTS, check_http_arguments
 from minprfaas.commands.options import serve as add_arguments  # noqa: F401
-from minprfaas.config import CacheConfig
+from minprfaas.config import CacheConfig, block_tokens_for
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.reference import pool_for
 from minprfaas.engine.warm_up import compile_and_warm_up
@@ -71,8 +71,9 @@ def serve_until_signal(args: argparse.Namespace, listener: socket.socket, served
 def one_process(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer) -> Process:
     """Front end, prefill role and decode role in this process, each role with a pool of its own."""
     context = [model.config.max_context_tokens] * FULL_CONTEXTS
-    cache = CacheConfig(args.pool_blocks, args.block_tokens) if args.pool_blocks else \
-        pool_for(model, context, args.block_tokens, limit_bytes=2**30)
+    block_tokens = args.block_tokens or block_tokens_for(args.device)
+    cache = CacheConfig(args.pool_blocks, block_tokens) if args.pool_blocks else \
+        pool_for(model, context, block_tokens, limit_bytes=2**30)
     mail, (_, place) = Mail(EventQueue()), Topology(prfaas=1, pd=1).two_places()
     workers = [worker(name, role, Engine(model, tokenizer, cache, args.prefill_chunk), mail, DEADLINE_S)
                for name, role in place.roles.items()]

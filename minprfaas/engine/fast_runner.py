@@ -85,7 +85,8 @@ class FastRunner(Runner):
         self._memory = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
         self._passes: PassGraphs | None = None
         if model.device.type == "cuda" and timeline is None:  # which would see graphs launched, not layers
-            self._passes = PassGraphs(model, kvcache.pool, self._memory)
+            # Of a memory of their own: if the only graph of one cannot be captured, it takes no other.
+            self._passes = PassGraphs(model, kvcache.pool, torch.cuda.graph_pool_handle())
 
     def _forward(self, chunks: list[PrefillChunk], on_layer: OnLayer | None) -> torch.Tensor:
         """As the eager runner's."""

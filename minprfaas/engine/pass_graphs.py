@@ -41,7 +41,9 @@ class PassGraphs:
         # A state of one size is overwritten by its pass, and experts that are counted are waited for.
         self._can_be = not pool.layout.request_groups and all(
             isinstance(layer.self_attn, (GQA, MLA)) and isinstance(layer.mlp, MLP) for layer in model.model.layers)
-        self._graphs: dict[tuple[int, int, bool], PassGraph | None] = {}
+        self._graphs: dict[tuple[int, int, bool], PassGraph] = {}
+        self._met: set[tuple[int, int, bool]] = set()
+        self._most_shapes = MOST_SHAPES
 
     def room(self, chunks: list[PrefillChunk]) -> int | None:
         """Tokens, padding included, of a captured pass over these; None if there can be none."""
@@ -57,13 +59,16 @@ class PassGraphs:
     def of(self, chunk: PrefillChunk, room: int) -> "PassGraph | None":
         """The pass over `chunk`; None if this is the first of its shape, or there are shapes enough."""
         shape = room, chunk.start, chunk.end - chunk.start < room
-        if shape not in self._graphs:
-            if len(self._graphs) == MOST_SHAPES:
-                return None
-            self._graphs[shape] = None
-        elif self._graphs[shape] is None:
+        if shape in self._graphs:
+            return self._graphs[shape]
+        if shape not in self._met or len(self._graphs) == self._most_shapes:
+            self._met.add(shape)
+            return None
+        try:
             self._graphs[shape] = PassGraph(self.model, self.pool, *shape, self._memory)
-        return self._graphs[shape]
+        except torch.OutOfMemoryError:  # in a capture the allocator cannot give back what it keeps for later
+            self._most_shapes = len(self._graphs)
+        return self._graphs.get(shape)
 
 
 class PassGraph:

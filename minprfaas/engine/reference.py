@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from minprfaas.config import CacheConfig, SamplingParams
+from minprfaas.config import CacheConfig, SamplingParams, block_tokens_for
 from minprfaas.engine.engine import Engine, model_layout, token_ids_of
 from minprfaas.engine.prompts import Prompt
 from minprfaas.engine.request import Request, TokenUpdate
@@ -115,14 +115,12 @@ def logit_gap(model: Transformer, token_ids: list[int], first: int, second: int,
 def pool_for(model: Transformer, lengths: list[int], block_tokens: int | None = None,
              limit_bytes: int | None = None) -> CacheConfig:
     """A pool in which requests of these lengths fit side by side, each with room for two snapshots of its request-level
-    state; past `limit_bytes` (None: 2 GiB, on a GPU 40% of what is free), one in which the longest fits at least.
-    Blocks hold 64 tokens, on a GPU 256: attention to pages reads them there at 2.0 TB/s instead of 1.3 (H100, 64
-    requests)."""
-    on_gpu = model.device.type == "cuda"
+    state; past `limit_bytes` (None: 2 GiB, on a GPU 40% of what is free), one in which the longest fits at least."""
     if limit_bytes is None:
+        on_gpu = model.device.type == "cuda"
         limit_bytes = torch.cuda.mem_get_info(model.device)[0] * 2 // 5 if on_gpu else 2 * 2**30
     if block_tokens is None:
-        block_tokens = 256 if on_gpu else 64
+        block_tokens = block_tokens_for(model.device.type)
     layout = model_layout(model, block_tokens)
     context = model.config.max_context_tokens
     needs = [layout.blocks_for(min(length, context)) + 2 * layout.state_blocks for length in lengths or [1]]
