@@ -322,21 +322,6 @@ def test_a_stream_is_settled_with_its_last_acknowledgement_and_not_before():
         outbox.wait_until_settled(stream, 1.0)
 
 
-def test_a_chunk_that_stays_behind_while_lanes_are_there_ends_its_stream_and_no_other():
-    """While they are away it is waited for: who comes back brings it."""
-    outbox, stream, other = open_outbox(LinkConfig(timeout_s=0.05, silence_s=0.05)), StreamRecord(1), StreamRecord(2)
-    send(outbox, stream)
-    send(outbox, other)
-    outbox.next_frame(1), outbox.next_frame(1)
-    outbox.end_epoch()
-    with pytest.raises(TimeoutError, match="after 0.2 s"):
-        outbox.wait_until_settled(stream, 0.2)
-    outbox.begin_epoch(2)
-    in_parallel(lambda: outbox.wait_until_settled(other, DEADLINE_S), lambda: outbox.settle([2]))
-    with pytest.raises(TimeoutError, match="stream 1: 1 chunks are not acknowledged after 0"):
-        outbox.wait_until_settled(stream, DEADLINE_S)
-
-
 def test_a_stream_that_has_ended_gets_no_room_where_there_is_some_and_is_not_settled():
     outbox, stream = open_outbox(), StreamRecord(1)
     outbox.abort(stream, "the client left")

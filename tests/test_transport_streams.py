@@ -5,11 +5,13 @@ import threading
 
 import pytest
 import torch
-from transport_support import stands_in, wait_until
+from test_transport_outbox import open_outbox, send
+from transport_support import DEADLINE_S, in_parallel, stands_in, wait_until
 
-from minprfaas.config import StateKind
+from minprfaas.config import LinkConfig, StateKind
 from minprfaas.transport.base import LayerPlan, StreamAborted, StreamPlan
 from minprfaas.transport.streams import Coverage, IncomingStream, Piece
+from minprfaas.transport.wan.frames import StreamRecord
 
 PLAN = StreamPlan(5, (LayerPlan(0, 0, StateKind.TOKEN, 4), LayerPlan(1, 1, StateKind.REQUEST, 10)), 8, 16)
 
@@ -161,3 +163,34 @@ def test_a_piece_that_waits_for_its_turn_while_the_stream_is_given_up_is_not_wri
     for thread in threads:
         thread.join(30)
     assert calls == [8] and refused == ["the receiver has given the stream up"]
+
+
+def test_a_chunk_that_stays_behind_while_lanes_are_there_ends_its_stream_and_no_other():
+    """While they are away it is waited for: who comes back brings it."""
+    outbox, stream, other = open_outbox(LinkConfig(timeout_s=0.05, silence_s=0.05)), StreamRecord(1), StreamRecord(2)
+    send(outbox, stream)
+    send(outbox, other)
+    outbox.next_frame(1), outbox.next_frame(1)
+    outbox.end_epoch()
+    with pytest.raises(TimeoutError, match="after 0.2 s"):
+        outbox.wait_until_settled(stream, 0.2)
+    outbox.begin_epoch(2)
+    in_parallel(lambda: outbox.wait_until_settled(other, DEADLINE_S), lambda: outbox.settle([2]))
+    with pytest.raises(TimeoutError, match="stream 1: 1 chunks are not acknowledged after 0"):
+        outbox.wait_until_settled(stream, DEADLINE_S)
+
+
+def test_a_sink_that_stands_still_is_waited_for_so_long_when_its_stream_is_given_up(monkeypatch):
+    """The blocks that it writes cannot be another's; a node that waited for ever would answer nobody any more."""
+    monkeypatch.setattr("minprfaas.transport.streams.SINK_WITHIN_S", 0.01)
+    begins, may_go_on = threading.Event(), threading.Event()
+    stream = IncomingStream(PLAN, lambda *_: begins.set() or may_go_on.wait(DEADLINE_S))
+    piece, data = chunk(layer=0, start=8, end=9, nbytes=4), torch.zeros(4, dtype=torch.uint8)
+    writing = threading.Thread(target=stream.accept, args=(piece, data, 0.0))
+    writing.start()
+    assert begins.wait(DEADLINE_S)
+    with pytest.raises(RuntimeError, match="stream 5: its sink has stood still for 0.01 s"):
+        stream.close()
+    may_go_on.set()
+    writing.join(DEADLINE_S)
+    assert stream.close() == 9

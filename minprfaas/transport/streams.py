@@ -17,6 +17,7 @@ from minprfaas.config import StateKind
 from minprfaas.transport.base import LayerPlan, Sink, StreamAborted, StreamPlan
 from minprfaas.transport.events import ArrivalReport, EventQueue, StreamDone, StreamFailed
 
+SINK_WITHIN_S = 60.0  # far more than any piece takes, in a process whose interpreter is held up as well
 DONE_KNOWN = 1024  # streams that were done last: far more than can lack an acknowledgement at a time
 
 
@@ -268,11 +269,16 @@ class IncomingStream:
             self._assembling.pop(entry.layer, None)
 
     def close(self) -> int:
-        """No sink call runs after this returns. Returns the token up to which all token state is written."""
+        """No sink call runs after this returns. Returns the token up to which all token state is written. RuntimeError
+        when one does not end: its device stands still, and a node can only end that must not use these blocks again."""
         self._closed = True  # before the wait: pieces that wait for the lock as well are written no more
-        with self._lock:
+        if not self._lock.acquire(timeout=SINK_WITHIN_S):
+            raise RuntimeError(f"stream {self.plan.stream_id}: its sink has stood still for {SINK_WITHIN_S:g} s")
+        try:
             self._assembling.clear()
             return self._coverage.prefix_end
+        finally:
+            self._lock.release()
 
     def report(self) -> ArrivalReport:
         """Of a complete stream."""
