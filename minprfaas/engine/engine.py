@@ -123,8 +123,8 @@ class Engine:
         request.status = Status.FINISHED
 
     def reserve_remote(self, request: Request) -> bool:
-        """Blocks for a prompt that `check_fits` and another node will prefill; False (and nothing taken) when there is no
-        room now. Rows of the first `request.cached_tokens` tokens are here already and need not cross."""
+        """Blocks for a prompt that `check_fits` and another node will prefill; False (and nothing taken) when there is
+        no room now. Rows of the first `request.cached_tokens` tokens are here already and need not cross."""
         if not self.scheduler.open_cache(request, to_receive=True):
             return False
         request.cached_tokens, request.status = request.cache.cached_tokens, Status.REMOTE
