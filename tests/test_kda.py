@@ -3,6 +3,7 @@
 Chapter 02.
 """
 
+from copy import deepcopy
 from functools import partial
 
 import pytest
@@ -11,10 +12,12 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minprfaas.engine import prefill_graphs
-from minprfaas.engine.prefill_graphs import GraphedDeltaRule, compiled_segments, graph_delta_rules
+from minprfaas.engine.pieces import compile_pieces
+from minprfaas.engine.prefill_graphs import (
+    DeltaGraph, GraphedDeltaRule, GraphedMixer, compiled_segments, graph_delta_rules)
 from minprfaas.model import delta_segments
 from minprfaas.model.delta import delta_rule_chunked, delta_rule_recurrent, delta_rule_step
-from minprfaas.model.delta_segments import delta_rule_in_segments
+from minprfaas.model.delta_segments import by_tokens, delta_rule_in_segments
 from minprfaas.model.kda import KDA, KDAConfig
 from minprfaas.model.layers import Positions
 from minprfaas.model.state import ContiguousLayerState
@@ -31,6 +34,12 @@ def inputs(tokens, decay, batch=2, heads=3, key_dim=16, value_dim=24, device="cp
     g = decay(q.shape) if callable(decay) else -2 * decay * torch.rand(q.shape)
     beta, memory = torch.rand(batch, tokens, heads), torch.randn(batch, heads, key_dim, value_dim)
     return tuple(x.to(device) for x in (q, k, v, g, beta, memory))
+
+
+def in_segments(*arguments):
+    """`delta_rule_in_segments` with its outputs as the other forms give them."""
+    outputs, memory, before = delta_rule_in_segments(*arguments)
+    return by_tokens(outputs, before.scale, arguments[0].shape[1]), memory, before
 
 
 def from_faint_to_total(shape):
@@ -59,14 +68,13 @@ def test_in_segments_the_rule_is_the_same_in_float32_and_nearly_in_float16(monke
     monkeypatch.setattr(delta_segments, "SEGMENT_TOKENS", 256)
     q, k, v, *others = inputs(tokens, decay, batch=1)
     exact = delta_rule_recurrent(*(x.double() for x in (q, k, v, *others)))
-    torch.testing.assert_close(delta_rule_in_segments(q, k, v, *others)[:2], [x.float() for x in exact], **CLOSE)
-    for ours, expected in zip(delta_rule_in_segments(q.half(), k.half(), v, *others), exact):
+    torch.testing.assert_close(in_segments(q, k, v, *others)[:2], [x.float() for x in exact], **CLOSE)
+    for ours, expected in zip(in_segments(q.half(), k.half(), v, *others), exact):
         assert ((ours - expected).norm() / expected.norm()).item() < 3e-3
 
 
 def test_every_segment_of_every_pass_looks_alike_to_a_compiler(monkeypatch):
     """What is compiled for one pass must serve all: after a warm-up nothing is compiled any more."""
-    monkeypatch.setattr(prefill_graphs, "STEP_TOKENS", 256)
     monkeypatch.setattr(delta_segments, "SEGMENT_TOKENS", 256)
     seen = {"chunk_maps": set(), "advance_memory": set()}
 
@@ -74,14 +82,12 @@ def test_every_segment_of_every_pass_looks_alike_to_a_compiler(monkeypatch):
         seen[name].add(tuple((x.shape, x.stride(), x.dtype) for x in tensors))
         return getattr(delta_segments, name)(*tensors)
 
-    in_graph = partial(delta_rule_in_segments, maps_of=partial(watched, "chunk_maps"),
+    watching = partial(delta_rule_in_segments, maps_of=partial(watched, "chunk_maps"),
                        advance=partial(watched, "advance_memory"))
-    rule = GraphedDeltaRule(delta_rule_chunked, in_graph, {}, None)
-    with torch.inference_mode():
-        rule(*inputs(200, 0.3, batch=1))
-        first = {name: set(forms) for name, forms in seen.items()}
-        for tokens in (300, 768):
-            rule(*inputs(tokens, 0.3, batch=1))
+    watching(*inputs(256, 0.3, batch=1))
+    first = {name: set(forms) for name, forms in seen.items()}
+    for tokens in (512, 768):
+        watching(*inputs(tokens, 0.3, batch=1))
     assert len(seen["chunk_maps"]) == 1 and seen == first
 
 
@@ -89,8 +95,8 @@ def test_every_segment_of_every_pass_looks_alike_to_a_compiler(monkeypatch):
 def test_in_float16_no_value_is_too_large_or_too_small(scale):
     """The rule is linear in values and memory together: a power of two changes no digit of what comes out."""
     q, k, v, g, beta, memory = inputs(200, from_faint_to_total, batch=1)
-    expected = delta_rule_in_segments(q.half(), k.half(), v, g, beta, memory)
-    found = delta_rule_in_segments(q.half(), k.half(), v * scale, g, beta, memory * scale)
+    expected = in_segments(q.half(), k.half(), v, g, beta, memory)
+    found = in_segments(q.half(), k.half(), v * scale, g, beta, memory * scale)
     for ours, other in zip([*found[:2], found[2][1]], [*expected[:2], expected[2][1]]):
         assert torch.isfinite(ours).all() and torch.equal(ours, other * scale)
 
@@ -100,7 +106,7 @@ def test_in_float16_neither_values_nor_a_memory_overflow_beside_small_ones_of_th
     q, k, v, g, beta, memory = inputs(20, 0.3, batch=1)
     v, memory = v * of_values, memory * of_memory
     exact = delta_rule_recurrent(*(x.double() for x in (q, k, v, g, beta, memory)))
-    for ours, expected in zip(delta_rule_in_segments(q.half(), k.half(), v, g, beta, memory), exact):
+    for ours, expected in zip(in_segments(q.half(), k.half(), v, g, beta, memory), exact):
         assert ((ours - expected).norm() / expected.norm()).item() < 3e-3
 
 
@@ -114,14 +120,15 @@ def test_the_decode_form_equals_the_recurrence_of_one_token(decay, of_channels):
         torch.testing.assert_close(step, recurrence, **CLOSE)
 
 
-@pytest.mark.parametrize("in_graph", [delta_rule_chunked, delta_rule_in_segments])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_a_graph_gives_the_delta_rule_of_every_pass_that_fits_into_it(monkeypatch, device, in_graph):
+CPU_AND_CUDA = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+@CPU_AND_CUDA
+def test_a_graph_gives_the_delta_rule_of_every_pass_that_fits_into_it(monkeypatch, device):
     """A shorter pass comes after a longer one in the same graph, whose tokens must be gone from it."""
     monkeypatch.setattr(prefill_graphs, "STEP_TOKENS", 128)
-    monkeypatch.setattr(delta_segments, "SEGMENT_TOKENS", 128)
     graphs, memory = {}, torch.cuda.graph_pool_handle() if device == "cuda" else None
-    rule = GraphedDeltaRule(delta_rule_chunked, in_graph, graphs, memory)
+    rule = GraphedDeltaRule(delta_rule_chunked, graphs, memory)
     for tokens in (128, 65, 100, 200, 64):
         arguments = inputs(tokens, 0.3, batch=1, device=device)
         outputs, after, before = delta_rule_chunked(*arguments)
@@ -136,12 +143,42 @@ def test_a_graph_gives_the_delta_rule_of_every_pass_that_fits_into_it(monkeypatc
     assert len(graphs) == 2, "short and shared passes go as they were"
 
 
+@CPU_AND_CUDA
+def test_a_layer_around_a_graph_gives_what_it_gives_without(monkeypatch, device):
+    """Two layers share the graph; a shorter pass follows a longer one, whose tokens must be gone from it."""
+    monkeypatch.setattr(prefill_graphs, "STEP_TOKENS", 128)
+    monkeypatch.setattr(delta_segments, "SEGMENT_TOKENS", 128)
+    torch.manual_seed(0)
+    on_cuda, graphs = device == "cuda", {}
+    memory = torch.cuda.graph_pool_handle() if on_cuda else None
+    layers = [KDA(KDAConfig(num_heads=2, head_dim=16), 32, 1e-6).to(device).requires_grad_(False) for _ in range(2)]
+    plain = deepcopy(layers)
+    for layer in layers:
+        layer.join()
+        if on_cuda:
+            compile_pieces(layer)
+        rule = compiled_segments() if on_cuda else delta_rule_in_segments
+        layer.mixed = GraphedMixer(layer, rule, graphs, memory)
+    for tokens in (256, 130, 200, 65, 64, 3, 1):
+        x, start = torch.randn(1, tokens, 32, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+        for pair in zip(layers, plain):
+            before, tail, found = torch.randn(1, 2, 16, 16, device=device), torch.randn(1, 96, 3, device=device), []
+            for layer in pair:
+                state = ContiguousLayerState(layer.config.state_spec("float32"), 1, device)
+                state.store(before.clone(), tail)
+                state.snapshot_offsets = tuple(offset for offset in (64, 128, 192) if offset < tokens)
+                with torch.inference_mode():
+                    found.append((layer(x, Positions(start, tokens), state), *state.load(), state.snapshots))
+            torch.testing.assert_close(*found, **CLOSE)
+    assert [room for *_, room in graphs] == [256, 128]
+
+
 def test_a_layer_whose_pieces_are_compiled_goes_in_segments():
     eager, compiled = (KDA(KDAConfig(num_heads=2, head_dim=8), 16, 1e-6) for _ in range(2))
     compiled.project = compiled.project  # as `compile_pieces` puts another in its place
-    for mixer, expected in ((eager, eager.chunked), (compiled, compiled_segments())):
+    for mixer, is_graphed in ((eager, False), (compiled, True)):
         graph_delta_rules(mixer)
-        assert mixer.chunked.in_graph == expected
+        assert isinstance(mixer.mixed, GraphedMixer) == is_graphed
 
 
 def test_the_channels_of_a_convolutions_tap_lie_together():
@@ -280,9 +317,15 @@ def test_compiled_segments_beside_each_other_give_the_recurrence_each_time():
     """The loop of a segment runs beside the next segment's maps: a missing order would show as answers that differ."""
     q, k, v, *others = inputs(5000, from_faint_to_total, batch=1, key_dim=64, value_dim=64, device="cuda")
     exact = delta_rule_recurrent(*(x.double() for x in (q, k, v, *others)))
-    rule = GraphedDeltaRule(delta_rule_chunked, compiled_segments(), {}, torch.cuda.graph_pool_handle())
+    given = q.half(), k.half(), v, *others
     with torch.inference_mode():
-        answers = [[x.clone() for x in rule(q.half(), k.half(), v, *others)[:2]] for _ in range(5)]
+        graph = DeltaGraph(compiled_segments(), 6144, given, torch.cuda.graph_pool_handle())
+        for place, tensor in zip(graph.places(5000), given):
+            place.copy_(tensor[0])
+        answers = []
+        for _ in range(5):
+            outputs, after, before = graph(given[-1])
+            answers.append([by_tokens(outputs, before.scale, 5000), after.clone()])
     for ours, expected in zip(answers[0], exact):
         assert ((ours - expected).norm() / expected.norm()).item() < 3e-3
     for again in answers[1:]:

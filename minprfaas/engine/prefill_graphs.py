@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from minprfaas.engine.decode_graphs import captured
-from minprfaas.engine.pieces import is_compiled
-from minprfaas.model.delta_segments import SEGMENT_TOKENS, advance_memory, chunk_maps, delta_rule_in_segments
+from minprfaas.engine.pieces import compiled_like, is_compiled
+from minprfaas.model.delta_segments import SEGMENT_TOKENS, advance_memory, by_tokens, chunk_maps, delta_rule_in_segments
 from minprfaas.model.gdn import GDN
 from minprfaas.model.kda import KDA
 
@@ -25,9 +25,9 @@ def graph_delta_rules(model: nn.Module) -> None:
     memory = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
     for module in model.modules():
         if isinstance(module, (KDA, GDN)) and not isinstance(module.chunked, GraphedDeltaRule):
-            in_segments = isinstance(module, KDA) and is_compiled(module)
-            module.chunked = GraphedDeltaRule(module.chunked, compiled_segments() if in_segments else module.chunked,
-                                              graphs, memory)
+            module.chunked = GraphedDeltaRule(module.chunked, graphs, memory)
+            if isinstance(module, KDA) and is_compiled(module):
+                module.mixed = GraphedMixer(module, compiled_segments(), graphs, memory)
 
 
 @cache
@@ -38,48 +38,103 @@ def compiled_segments() -> Callable:
                    maps_of=torch.compile(chunk_maps, dynamic=False, options={"max_fusion_size": 256}))
 
 
-class GraphedDeltaRule:
-    """A layer's `delta_rule_chunked`: by a graph of `in_graph`, or as it was where a pass is short, or shared, or wants
-    gradients."""
+def room_for(requests: int, tokens: int) -> int | None:
+    """Tokens of the graph for a pass; None where it is short, or shared, or wants gradients."""
+    if requests > 1 or 2 * tokens < STEP_TOKENS or not torch.is_inference_mode_enabled():
+        return None
+    return -(-tokens // STEP_TOKENS) * STEP_TOKENS
 
-    def __init__(self, function: Callable, in_graph: Callable, graphs: dict[tuple, "DeltaGraph"],
-                 memory: tuple[int, int] | None):
-        self._function, self.in_graph, self._graphs, self._memory = function, in_graph, graphs, memory
+
+class GraphedDeltaRule:
+    """A layer's `delta_rule_chunked` by a graph, or as it was."""
+
+    def __init__(self, function: Callable, graphs: dict[tuple, "DeltaGraph"], memory: tuple[int, int] | None):
+        self._function, self._graphs, self._memory = function, graphs, memory
 
     def __call__(self, q: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        requests, tokens = q.shape[:2]
-        if requests > 1 or 2 * tokens < STEP_TOKENS or not torch.is_inference_mode_enabled():
+        tokens = q.shape[1]
+        if (room := room_for(*q.shape[:2])) is None:
             return self._function(q, *others)
-        room = -(-tokens // STEP_TOKENS) * STEP_TOKENS
         shape = (q.device, room, *(tensor.shape[2:] for tensor in (q, *others)))
         if shape not in self._graphs:
-            self._graphs[shape] = DeltaGraph(self.in_graph, room, (q, *others), self._memory)
-        return self._graphs[shape](q, *others)
+            self._graphs[shape] = DeltaGraph(self._function, room, (q, *others), self._memory)
+        graph = self._graphs[shape]
+        for place, given in zip(graph.places(tokens), (q, *others)):
+            place.copy_(given[0])
+        outputs, after, before = graph(others[-1])
+        return outputs[:, :tokens], after.clone(), before
+
+
+class GraphedMixer:
+    """A layer's `mixed` with a graph of `in_segments`, or as it was. What is before the graph writes into it, and what
+    is behind it reads from it: nothing is copied."""
+
+    def __init__(self, layer: KDA, in_segments: Callable, graphs: dict[tuple, "DeltaGraph"],
+                 memory: tuple[int, int] | None):
+        self._layer, self._in_segments, self._graphs, self._memory = layer, in_segments, graphs, memory
+        self._project, self._output = compiled_like(layer, project_into), compiled_like(layer, output_of)
+
+    def __call__(self, x: Tensor, memory: Tensor, tail: Tensor, is_token: Tensor | None) -> tuple:
+        layer, tokens, room = self._layer, x.shape[1], room_for(*x.shape[:2])
+        if room is None or is_token is not None or layer.joined is None:
+            return KDA.mixed(layer, x, memory, tail, is_token)
+        kind = (x.device, x.dtype, layer.config, room)
+        if kind not in self._graphs:
+            *arguments, _, _ = layer.project(x, tail)
+            self._graphs[kind] = DeltaGraph(self._in_segments, room, (*arguments, memory), self._memory)
+        graph = self._graphs[kind]
+        # The convolutions' inputs begin with the tail: where it is, there is the product made.
+        channels, before = tail.shape[1:]
+        product = x.new_empty(before + tokens, len(layer.joined))
+        product[:before, :channels] = tail[0].t()
+        torch.mm(x[0], layer.joined.t(), out=product[before:])
+        gate = self._project(layer, product, *graph.places(tokens))
+        outputs, after, memories = graph(memory)
+        out = self._output(layer, outputs, memories.scale, gate)
+        return out, after.clone(), memories, [product[None, :, :channels]]
+
+
+def project_into(layer: KDA, product: Tensor, *places: Tensor) -> Tensor:
+    """`layer.project` of the joined projections' product `[kernel - 1 + tokens, width]`, which begins with the tail: q,
+    k, v, g and beta go to their `places`. The output's gate."""
+    before = layer.config.conv_kernel - 1
+    q, k, v, decay, gate, beta = layer.apart(product[None])
+    arguments = layer.arguments(layer.conv1d.over(q, k, v), decay[:, before:], beta[:, before:])
+    for place, argument in zip(places, arguments):
+        place.copy_(argument[0])
+    return layer.second_step("g", gate[:, before:])
+
+
+def output_of(layer: KDA, outputs: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+    """`layer.output` of what `delta_rule_in_segments` gives."""
+    return layer.output(by_tokens(outputs, scale, gate.shape[1]), gate)
 
 
 class DeltaGraph:
-    """The delta rule of up to `room` tokens. The outputs and the memories inside the pass are valid until the next
-    call. Without CUDA it is computed each time."""
+    """The delta rule of up to `room` tokens. What it gives is valid until the next call. Without CUDA it is computed
+    each time."""
 
     def __init__(self, function: Callable, room: int, arguments: tuple[Tensor, ...],
                  memory: tuple[int, int] | None):
         *of_tokens, before = arguments
-        self._function = function
-        self._inputs = [tensor.new_zeros(1, room, *tensor.shape[2:]) for tensor in of_tokens] + [before.clone()]
+        self._function, self._memory = function, before.clone()
+        self._of_tokens = [tensor.new_zeros(1, room, *tensor.shape[2:]) for tensor in of_tokens]
         self._graph = captured(self._compute, before.device, memory) if before.is_cuda else None
 
-    def __call__(self, *arguments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        tokens = arguments[0].shape[1]
-        for held, given in zip(self._inputs[:-1], arguments):
-            held[:, :tokens] = given
-            held[:, tokens:] = 0
-        self._inputs[-1].copy_(arguments[-1])
+    def places(self, tokens: int) -> list[Tensor]:
+        """Where q, k, v, g and beta of so many tokens are to be written, `[tokens, …]`. Padding follows them."""
+        if tokens < self._of_tokens[0].shape[1]:
+            for held in self._of_tokens:
+                held[:, tokens:] = 0
+        return [held[0, :tokens] for held in self._of_tokens]
+
+    def __call__(self, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self._memory.copy_(memory)
         if self._graph is None:
             self._compute()
         else:
             self._graph.replay()
-        outputs, after, before = self._outputs
-        return outputs[:, :tokens], after.clone(), before
+        return self._given
 
     def _compute(self) -> None:
-        self._outputs = self._function(*self._inputs)
+        self._given = self._function(*self._of_tokens, self._memory)

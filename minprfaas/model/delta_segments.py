@@ -49,8 +49,9 @@ class ChunkMaps(NamedTuple):
 def delta_rule_in_segments(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, memory: Tensor,
                            maps_of: Callable | None = None, advance: Callable | None = None
                            ) -> tuple[Tensor, Tensor, "MemoriesInside"]:
-    """The same function as `delta_rule_chunked` for one request, a decay for every channel and no gradients. q, k and v
-    may have 16 bits. `maps_of` and `advance` may be `chunk_maps` and `advance_memory` compiled."""
+    """The same function as `delta_rule_chunked` for one request, a decay for every channel and no gradients, but for
+    the outputs, `[chunks, heads, CHUNK, value_dim]` in q's number format: see `by_tokens`. q, k and v may have 16 bits.
+    `maps_of` and `advance` may be `chunk_maps` and `advance_memory` compiled."""
     heads, *shape = memory.shape[1:]
     # Without the batch, whose stride is the pass's length: a compiler would compile another for each.
     segments = [tuple(x[0, start:start + SEGMENT_TOKENS] for x in (q, k, v, g, beta))
@@ -75,10 +76,14 @@ def delta_rule_in_segments(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Ten
             _read(maps, factors[near], outputs[near])
         first = near.stop
     with _on(here, *streams):
-        of_tokens = memory.new_empty(chunks, CHUNK, heads, v.shape[-1])
-        torch.mul(outputs.transpose(1, 2), scale[:, 0], out=of_tokens)
-        return (of_tokens.flatten(0, 1)[None, :q.shape[1]], (memories[-1] * scale)[None],
-                MemoriesInside(memories, scale, (q, k, v, g, beta)))
+        return outputs, (memories[-1] * scale)[None], MemoriesInside(memories, scale, (q, k, v, g, beta))
+
+
+def by_tokens(outputs: Tensor, scale: Tensor, tokens: int) -> Tensor:
+    """`[1, tokens, heads, value_dim]` of what `delta_rule_in_segments` gives; `scale` is its `MemoriesInside`'s. By an
+    index, with which a compiler makes one kernel of this and a norm: of a view it made two."""
+    number = torch.arange(tokens, device=outputs.device)
+    return (outputs[number // CHUNK, :, number % CHUNK] * scale[:, 0])[None]
 
 
 def scale_of_heads(v: Tensor, memory: Tensor) -> Tensor:
@@ -95,13 +100,13 @@ class MemoriesInside:
     asked for."""
 
     def __init__(self, memories: Tensor, scale: Tensor, of_tokens: tuple[Tensor, ...]):
-        self._memories, self._scale, self._of_tokens = memories, scale, of_tokens
+        self._memories, self.scale, self._of_tokens = memories, scale, of_tokens
 
     def __getitem__(self, number: int) -> Tensor:
         """`[1, heads, key_dim, value_dim]`"""
         end = number * CHUNK_TOKENS
         begin = end - end % CHUNK
-        memory = (self._memories[begin // CHUNK] * self._scale)[None]
+        memory = (self._memories[begin // CHUNK] * self.scale)[None]
         if begin == end:
             return memory
         return delta_rule_chunked(*(x[:, begin:end] for x in self._of_tokens), memory)[1]

@@ -1,6 +1,7 @@
 """Kimi delta attention (KDA): the delta rule with a decay for every key channel. Chapter 02; paper 2.2."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,27 +81,36 @@ class KDA(Projecting):
         """`x` `[batch, new, hidden]` -> the same shape; `state` None means that nothing came before `x`."""
         state = state_or_fresh(state, self.config.state_spec("float32"), x)
         memory, tail = state.load()
+        out, memory, before, inputs = self.mixed(x, memory, tail, positions.is_token)
+        store_memory(state, positions, memory, before, inputs)
+        return out
+
+    def mixed(self, x: Tensor, memory: Tensor, tail: Tensor, is_token: Tensor | None) -> tuple:
+        """Output, memory after and inside the pass, and the convolutions' inputs."""
         *arguments, gate, inputs = self.project(x, tail)
         if x.shape[1] == 1:
             out, memory, before = self.step(*arguments, memory)
         else:
-            out, memory, before = delta_rule(*arguments, memory, positions.is_token, self.chunked)
-        store_memory(state, positions, memory, before, inputs)
-        return self.output(out, gate)
+            out, memory, before = delta_rule(*arguments, memory, is_token, self.chunked)
+        return self.output(out, gate), memory, before, inputs
 
     def project(self, x: Tensor, tail: Tensor) -> tuple[Tensor, ...]:
         """q, k, v, g and beta of the delta rule, the output's gate, and the convolutions' inputs, which begin with
         `tail`."""
-        heads = (self.config.num_heads, self.config.head_dim)
         q, k, v, decay, gate, beta = self.projected(x)
         # Of one token the parts are put together, which is fewer kernels; of many that is a pass over all of them.
         parts = (q, k, v) if x.shape[1] > 1 else (torch.cat([q, k, v], dim=-1),)
         convolved, inputs = self.conv1d(tail, *parts)
-        q, k, v = (part.unflatten(-1, heads) for whole in convolved for part in whole.split(q.shape[-1], -1))
+        return *self.arguments(convolved, decay, beta), self.second_step("g", gate), inputs
+
+    def arguments(self, convolved: Sequence[Tensor], decay: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
+        """q, k, v, g and beta of the delta rule."""
+        heads = (self.config.num_heads, self.config.head_dim)
+        q, k, v = (part.unflatten(-1, heads) for whole in convolved for part in whole.split(math.prod(heads), -1))
         q, k = unit_length(q.float()) * self.config.head_dim**-0.5, unit_length(k.float())
-        if x.is_cuda and x.dtype != torch.float32 and x.shape[1] > 1:  # as many digits as TF32 has, in half the bytes
+        if v.is_cuda and v.dtype != torch.float32 and v.shape[1] > 1:  # as many digits as TF32 has, in half the bytes
             q, k = q.half(), k.half()
-        return q, k, v, self._log_decay(decay), beta.float().sigmoid(), self._second_step("g", gate), inputs
+        return q, k, v, self._log_decay(decay), beta.float().sigmoid()
 
     def step(self, *arguments: Tensor) -> tuple[Tensor, Tensor, None]:
         """The delta rule for one token."""
@@ -121,12 +131,13 @@ class KDA(Projecting):
 
     def _log_decay(self, decay: Tensor) -> Tensor:
         """`[batch, new, heads, head_dim]`, at most 0."""
-        wanted = self._second_step("f", decay).float() + self.dt_bias.float()
+        wanted = self.second_step("f", decay).float() + self.dt_bias.float()
         wanted = wanted.unflatten(-1, (-1, self.config.head_dim))
         rate = self.A_log.float().exp().view(-1, 1)
         if self.config.lower_bound is None:
             return -rate * F.softplus(wanted)
         return self.config.lower_bound * (rate * wanted).sigmoid()
 
-    def _second_step(self, name: str, gate: Tensor) -> Tensor:
+    def second_step(self, name: str, gate: Tensor) -> Tensor:
+        """The gate f (decay, forget) or g (output), if it is made by a pair of projections."""
         return gate if self.config.one_step_gates else self.get_submodule(f"{name}_b_proj")(gate)

@@ -39,10 +39,14 @@ class ShortConvolution(nn.Module):
         """`tail` `[batch, channels, kernel - 1]` are the inputs before these, `projected` `[batch, new, …]` those of
         the channels in one part or several. Returns as many parts, and of each tail and inputs
         `[batch, kernel - 1 + new, …]`."""
-        sizes = [part.shape[-1] for part in projected]
-        tails = tail.transpose(1, 2).to(projected[0].dtype).split(sizes, dim=-1)
+        tails = tail.transpose(1, 2).to(projected[0].dtype).split([part.shape[-1] for part in projected], dim=-1)
         inputs = [torch.cat(part, dim=1) for part in zip(tails, projected)]
-        return [F.silu(_convolved(*part)) for part in zip(inputs, self.weight[:, 0].split(sizes))], inputs
+        return self.over(*inputs), inputs
+
+    def over(self, *inputs: Tensor) -> list[Tensor]:
+        """`[batch, new, …]` of each part's `[batch, kernel - 1 + new, …]`."""
+        weights = self.weight[:, 0].split([part.shape[-1] for part in inputs])
+        return [F.silu(_convolved(*part)) for part in zip(inputs, weights)]
 
 
 def _convolved(inputs: Tensor, weight: Tensor) -> Tensor:

@@ -18,12 +18,12 @@ from minprfaas.cluster.stream_plans import stream_plan
 from minprfaas.config import CacheConfig, SamplingParams
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.pieces import compile_pieces
-from minprfaas.engine.prefill_graphs import graph_delta_rules
+from minprfaas.engine.prefill_graphs import DeltaGraph, compiled_segments
 from minprfaas.engine.reference import pool_for
 from minprfaas.engine.request import Request, Status
-from minprfaas.model.delta import delta_rule, delta_rule_recurrent
+from minprfaas.model.delta import delta_rule_chunked, delta_rule_recurrent
+from minprfaas.model.delta_segments import by_tokens
 from minprfaas.model.families import config_from_hf
-from minprfaas.model.kda import KDA, KDAConfig
 from minprfaas.model.spec import model_state_specs
 from minprfaas.model.transformer import Transformer
 from minprfaas.transport.loopback import Loopback
@@ -202,46 +202,42 @@ def streams(machine: Machine, chosen: Chosen) -> Readings:
 
 @torch.inference_mode()
 def kda(machine: Machine, chosen: Chosen) -> Readings:
-    """The delta rule of KDA as the engine runs it for a bfloat16 model, 32 heads of 128, 8,192 tokens at a time, q, k
-    and v given in float16; the floor is its inputs read and its outputs written once. The error is that of the first
-    chunk against the recurrence in float64 of what float16 has not yet rounded: |difference| / |exact|."""
-    found, heads, dim, shape = [], 32, 128, (1, 32768, 32, 128)
+    """The delta rule of KDA as the engine runs it for a bfloat16 model, 32 heads of 128, 8,192 tokens at a time: q, k
+    and v lie in float16 where a layer's projections write them, and outputs are in float16 as a layer reads them. The
+    floor is all that read and written once. A further 8,192 tokens are the same ones, after another memory. The error
+    is that of the first against the recurrence in float64 of what float16 has not yet rounded:
+    |difference| / |exact|."""
+    found, heads, dim, shape = [], 32, 128, (1, 8192, 32, 128)
     torch.manual_seed(0)
     q, k = (F.normalize(torch.randn(shape, device="cuda"), dim=-1) for _ in range(2))
     v = torch.randn(shape, device="cuda")
     g = -(torch.rand(shape, device="cuda") * 8 - 7).exp()  # from forgetting in a thousand tokens to forgetting in one
     beta, before = torch.rand(shape[:3], device="cuda"), torch.zeros(1, heads, dim, dim, device="cuda")
-    exact = delta_rule_recurrent(*(tensor[:, :8192].double() for tensor in (q, k, v, g, beta)), before.double())[0]
-    q, k, v = q.half(), k.half(), v.half()
-    chunks = list(zip(*(tensor.split(8192, dim=1) for tensor in (q, k, v, g, beta))))
+    exact = delta_rule_recurrent(*(tensor.double() for tensor in (q, k, v, g, beta, before)))[0]
+    given = q.half(), k.half(), v.half(), g, beta, before
     torch.set_float32_matmul_precision("high")
-    core = kda_core(heads, dim, chosen.compiled)
-    error = float((delta_rule(*chunks[0], before, chunked=core)[0] - exact).norm() / exact.norm())
-    del exact
+    core = DeltaGraph(compiled_segments() if chosen.compiled else delta_rule_chunked, shape[1], given,
+                      torch.cuda.graph_pool_handle())
+    for place, tensor in zip(core.places(shape[1]), given):
+        place.copy_(tensor[0])
+    outputs, _, memories = core(before)
+    outputs = by_tokens(outputs, memories.scale, shape[1]) if chosen.compiled else outputs
+    error = float((outputs - exact).norm() / exact.norm())
+    del exact, outputs
 
     def work(count: int) -> None:
         memory = before
-        for chunk in chunks[:count]:
-            memory = delta_rule(*chunk, memory, chunked=core)[1]
+        for _ in range(count):
+            memory = core(memory)[1]
 
     for count in (1, 4):
-        tokens = count * 8192
-        floor_ms = (3 * q[:, :tokens].nbytes + 2 * g[:, :tokens].nbytes) / machine.copy_bytes_per_s * 1e3
-        reading = said(Reading(f"KDA core, {tokens // 1024}K, error {error:.0e}",
+        floor_ms = count * (4 * given[0].nbytes + g.nbytes) / machine.copy_bytes_per_s * 1e3
+        reading = said(Reading(f"KDA core, {8 * count}K, error {error:.0e}",
                                median_ms(lambda: work(count), "cuda", repeats=4), floor_ms))
-        found.append((reading, {"phase": "kda", "tokens": tokens}))
+        found.append((reading, {"phase": "kda", "tokens": count * shape[1]}))
     torch.set_float32_matmul_precision("highest")
-    del q, k, v, g, chunks, core
+    del q, k, v, g, given, core
     yield from beside_peers(found, {"num_heads": heads, "head_dim": dim}, ("flash-linear-attention",), chosen)
-
-
-def kda_core(heads: int, dim: int, compiled: bool) -> Callable:
-    """`delta_rule_chunked` as a layer of the fast runner computes it."""
-    layer = KDA(KDAConfig(heads, dim), 64, 1e-6).to("cuda").requires_grad_(False)
-    if compiled:
-        compile_pieces(layer)
-    graph_delta_rules(layer)
-    return layer.chunked
 
 
 CASES = {"decode": decode, "prefill": prefill, "kda": kda, "streams": streams}
