@@ -196,6 +196,8 @@ def test_what_is_all_here_and_waits_for_a_place_is_not_lost_when_its_sender_miss
     desk.role.hear(PEER, messages.PrefillDone("a#1", sent.token_ids[-1], 0, 2.0, 0, False))
     desk.notice()
     desk.role.hear(PEER, messages.Failed("a#1", "its epoch ended before it was acknowledged", "lost"))
+    for _ in range(2):  # however long it waits
+        desk.after(1e6)
     desk.engine.scheduler.max_batch = 8
     desk.after(0.0)
     desk.after(0.0)

@@ -4,13 +4,13 @@ import threading
 
 import pytest
 import torch
-from desk import DEADLINE_S, HERE, Desk, ordered, step_until
+from desk import DEADLINE_S, HERE, PEER, Desk, ordered, prefilled, served, ship, step_until
 from kv_oracle import KVOracle
 from test_two_datacenters import GREEDY, prompts_of
 from world import World
 
 from minprfaas.cluster import messages
-from minprfaas.cluster.kv_receive import KVReceive
+from minprfaas.cluster.kv_receive import STALL_S, KVReceive
 from minprfaas.cluster.messages import Abort
 from minprfaas.cluster.stream_plans import stream_plan
 from minprfaas.config import CacheConfig, Role, StateKind
@@ -98,8 +98,7 @@ def test_a_prefill_ends_at_once_when_its_decode_node_gives_it_up_and_at_nobody_e
         assert prefill.engine.prefilled_tokens < 400
 
 
-def test_a_copy_within_a_node_that_stands_still_holds_up_its_own_request_only(hybrid, monkeypatch):
-    monkeypatch.setattr("minprfaas.cluster.prefill_role.LOCAL_COPY_S", 0.01)
+def test_a_copy_within_a_node_that_stands_still_holds_up_its_own_request_only(hybrid):
     desk, may_go_on, written = Desk(hybrid, Role.PDP), threading.Event(), []
     plan = stream_plan(desk.engine.layout, 7, 16, 100)
     desk.mail.transport(HERE).expect(plan, lambda *_: written.append(may_go_on.wait(DEADLINE_S)))
@@ -109,3 +108,20 @@ def test_a_copy_within_a_node_that_stands_still_holds_up_its_own_request_only(hy
     may_go_on.set()
     step_until(desk, lambda: not desk.role.has_work)
     assert all(written) and desk.engine.kvcache.stats().in_use == 0
+
+
+def test_kvcache_of_which_nothing_arrives_is_awaited_so_long_after_its_prefill_and_then_made_elsewhere(hybrid):
+    """Whoever stands still with a piece of it: the request need not wait for its deadline."""
+    desk, order = served(hybrid, deadline_s=1e6)
+    sender, sent = prefilled(hybrid)
+    desk.after(STALL_S + 1)
+    desk.role.hear(PEER, messages.PrefillDone("a#1", sent.token_ids[-1], 0, 2.0, 0, False))
+    desk.after(STALL_S + 1)
+    stream = desk.there.open(stream_plan(desk.engine.layout, order.stream_id, 0, 100))
+    ship(stream, sender, sent.cache.block_tables, stream.plan.entries[:1])
+    desk.after(STALL_S + 1)
+    desk.after(STALL_S - 1)
+    assert not any(isinstance(word, messages.Failed) for word in desk.said()) and desk.told() == []
+    desk.after(2.0)
+    assert desk.said()[-1] == messages.Failed("a#1", "no KVCache arrived for 60 s", "lost")
+    assert desk.told() == [messages.Abort("a#1")] and desk.is_empty

@@ -5,13 +5,11 @@ import threading
 
 import pytest
 import torch
-from test_transport_outbox import open_outbox, send
-from transport_support import DEADLINE_S, in_parallel, stands_in, wait_until
+from transport_support import DEADLINE_S, stands_in, wait_until
 
-from minprfaas.config import LinkConfig, StateKind
+from minprfaas.config import StateKind
 from minprfaas.transport.base import LayerPlan, StreamAborted, StreamPlan
 from minprfaas.transport.streams import Coverage, IncomingStream, Piece
-from minprfaas.transport.wan.frames import StreamRecord
 
 PLAN = StreamPlan(5, (LayerPlan(0, 0, StateKind.TOKEN, 4), LayerPlan(1, 1, StateKind.REQUEST, 10)), 8, 16)
 
@@ -163,21 +161,6 @@ def test_a_piece_that_waits_for_its_turn_while_the_stream_is_given_up_is_not_wri
     for thread in threads:
         thread.join(30)
     assert calls == [8] and refused == ["the receiver has given the stream up"]
-
-
-def test_a_chunk_that_stays_behind_while_lanes_are_there_ends_its_stream_and_no_other():
-    """While they are away it is waited for: who comes back brings it."""
-    outbox, stream, other = open_outbox(LinkConfig(timeout_s=0.05, silence_s=0.05)), StreamRecord(1), StreamRecord(2)
-    send(outbox, stream)
-    send(outbox, other)
-    outbox.next_frame(1), outbox.next_frame(1)
-    outbox.end_epoch()
-    with pytest.raises(TimeoutError, match="after 0.2 s"):
-        outbox.wait_until_settled(stream, 0.2)
-    outbox.begin_epoch(2)
-    in_parallel(lambda: outbox.wait_until_settled(other, DEADLINE_S), lambda: outbox.settle([2]))
-    with pytest.raises(TimeoutError, match="stream 1: 1 chunks are not acknowledged after 0"):
-        outbox.wait_until_settled(stream, DEADLINE_S)
 
 
 def test_a_sink_that_stands_still_is_waited_for_so_long_when_its_stream_is_given_up(monkeypatch):

@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from minprfaas.cluster import messages
-from minprfaas.cluster.kv_receive import KVReceive
+from minprfaas.cluster.kv_receive import STALL_S, KVReceive
 from minprfaas.cluster.node import Happening, Part, PeerLost
 from minprfaas.cluster.snapshot_arrivals import SnapshotArrivals
 from minprfaas.cluster.stream_plans import stream_plan
@@ -37,6 +37,7 @@ class Serving:
     ready_at_s: float = 0.0  # all of its KVCache was here, and its first token
     prefilled_tokens: int = 0
     told: tuple[int, int] = (0, 0)  # progress that the front end knows: tokens, bytes
+    told_at_s: float = 0.0
 
 
 class DecodeRole(Part):
@@ -91,10 +92,10 @@ class DecodeRole(Part):
         self._order_where_there_is_room()
         for serving in list(self.servings.values()):
             self._admit_if_complete(serving)
-            if serving.kv is not None:
-                self._tell_progress(serving)
             if self._clock() > serving.deadline_at_s:
                 self._overdue(serving)
+            elif serving.kv is not None:
+                self._tell_progress(serving)
         if self.engine.has_work:
             for update in self.engine.step():
                 self._tell_token(update)
@@ -247,8 +248,10 @@ class DecodeRole(Part):
     def _tell_progress(self, serving: Serving) -> None:
         progress = (serving.prefilled_tokens, serving.kv.received_bytes)
         if serving.told != progress:
-            serving.told = progress
+            serving.told, serving.told_at_s = progress, self._clock()
             self._tell(messages.Progress(serving.request.id, *progress, serving.kv.plan.total_bytes))
+        elif serving.done is not None and not serving.kv.has_arrived and self._clock() - serving.told_at_s > STALL_S:
+            self._lose_prefill(serving, f"no KVCache arrived for {STALL_S:g} s")
 
     def _tell(self, message: messages.Message) -> None:
         self._mail.send(self.name, FRONT, message)

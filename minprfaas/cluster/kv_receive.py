@@ -10,6 +10,10 @@ from minprfaas.transport.base import KVTransport, StreamPlan
 from minprfaas.transport.events import ArrivalReport
 from minprfaas.transport.encoding import codecs
 
+# Nothing arrives though its prefill is done: a thread stands still with a piece, here or there, because a link that is
+# away for so long is lost.
+STALL_S = 60.0
+
 
 class KVReceive:
     """The receiving half of one stream. `tables` are block tables per group; the blocks must stay reserved until the

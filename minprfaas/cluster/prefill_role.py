@@ -19,8 +19,6 @@ from minprfaas.errors import UserError
 from minprfaas.kvcache.request_cache import RequestCache
 from minprfaas.transport.base import StreamPlan
 
-LOCAL_COPY_S = 1.0  # that a node waits for KVCache which only has to be copied from one of its roles to the other
-
 
 class Stage(Enum):
     """Where a prefill stands."""
@@ -172,7 +170,7 @@ class PrefillRole(Part):
         prefill.stage = Stage.SENDING
         prefill.stream.finish()
         if self._mail.is_here(prefill.decode_node):  # decoding begins before this node goes into the next prompt
-            wait([prefill.stream.outcome], timeout=LOCAL_COPY_S)
+            wait([prefill.stream.outcome], timeout=1.0)
         self._tell(prefill, messages.PrefillDone(
             request.id, request.token_ids[-1], request.cached_tokens,
             request.prefill_ended_at_s - request.prefill_started_at_s, prefill.fetch.nbytes if prefill.fetch else 0,

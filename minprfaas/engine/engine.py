@@ -44,7 +44,6 @@ class Engine:
         self.kvcache = KVCacheManager(self.layout, cache, model.device, root=model.fingerprint)
         chunk = chunk_for(model.device, prefill_chunk)
         self.scheduler = Scheduler(self.kvcache, chunk, max_batch, min(chunk, shared_tokens_for(model.device)))
-        # The scheduler's own queues, to look at.
         self.waiting, self.prefilling = self.scheduler.waiting, self.scheduler.prefilling
         self.running = self.scheduler.running
         self.runner = runner_for(model, self.kvcache, clock, timeline, fast, max_batch)
