@@ -25,12 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minprfaas.model.delta import STRONGEST_DECAY, delta_rule_chunked, inverse_of_lower, lower_triangle
+from minprfaas.model.delta import STRONGEST_DECAY, delta_rule_chunked
 from minprfaas.model.recurrent import CHUNK_TOKENS
 
 CHUNK = 128  # a multiple of CHUNK_TOKENS
 SEGMENT_TOKENS = 2048
-BLOCK = 16
+BLOCK = 8  # tokens whose decays are taken pair by pair
+SOLVED_BLOCK = 16  # tokens whose triangular system is solved row by row
 
 
 class ChunkMaps(NamedTuple):
@@ -156,17 +157,36 @@ def advance_memory(kept: Tensor, writes: Tensor, moved: Tensor, before: Tensor, 
 
 def chunk_maps(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: Tensor) -> ChunkMaps:
     """The maps of all chunks of a segment, `[tokens, heads, …]`, for memories and values divided by the `scale`
-    `[heads, 1, 1]`. No exponent is above 0: none overflows, however strong a decay is."""
+    `[heads, 1, 1]`.
+
+    The triangular system is `delta_rule_chunked`'s: A, Q and (I + A)^-1. `products` are A and Q, a row of each token by
+    turns: `[matrices, 2 * chunk + 1, chunk]`. A library writes a batch of products straight into such matrices, if they
+    are equally far apart. From one block on the diagonal to the next it is as many columns as rows; the row too many at
+    a matrix's end makes it the same from there to the next matrix."""
+    factors, products, solved, keys, queries, kept = _factors(q, k, v, g, beta, scale)
+    _multiply_across(factors, products)
+    inverse = _inverse_inside(products)
+    _grow(inverse, products)
+    q_by_k = products[:, :-1].unflatten(1, (CHUNK, 2))[:, :, 1]
+    inverse, q_by_k = (x.unflatten(0, solved.shape[:2]) for x in (inverse[:, :-1], q_by_k))
+    solved, widths = inverse @ solved, (v.shape[-1], k.shape[-1])
+    written = keys.transpose(-1, -2) @ solved
+    return ChunkMaps(queries, q_by_k, *solved.split(widths, dim=-1), *written.split(widths, dim=-1), kept)
+
+
+def _factors(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: Tensor) -> tuple:
+    """All that is made of tokens one by one, or inside blocks. It comes first: a compiler's code ends where a product
+    is written into place, and what was needed later would be written out before it. No exponent is above 0: none
+    overflows, however strong a decay is."""
     q, k, v, g, beta = (_chunks_of(x) for x in (q, k, v, g, beta[..., None]))
     dtype, decay = q.dtype, (g.clamp(min=STRONGEST_DECAY) / math.log(2)).cumsum(dim=-2)  # of 2: its powers are cheaper
     total, from_start = decay[..., -1:, :], decay.exp2()
-    inverse, q_by_k = _solve(q.float(), k.float(), decay, beta, dtype)
+    factors = [_factors_across(q, k, decay, beta, size, dtype) for size in _sizes()]
+    products = _products_inside(q.float(), k.float(), decay, beta, dtype)
     # Values and reads are columns of one product from here on.
-    solved = inverse @ torch.cat([(v * (beta / scale)).to(dtype), (k * from_start * -beta).to(dtype)], dim=-1)
-    keys, widths = (k * (total - decay).exp2()).to(dtype), (v.shape[-1], k.shape[-1])
-    written = keys.transpose(-1, -2) @ solved
-    return ChunkMaps((q * from_start).to(dtype), q_by_k, *solved.split(widths, dim=-1),
-                     *written.split(widths, dim=-1), total.exp2().transpose(-1, -2))
+    unsolved = torch.cat([(v * (beta / scale)).to(dtype), (k * from_start * -beta).to(dtype)], dim=-1)
+    keys, queries = (k * (total - decay).exp2()).to(dtype), (q * from_start).to(dtype)
+    return factors, products, unsolved, keys, queries, total.exp2().transpose(-1, -2)
 
 
 def _chunks_of(x: Tensor) -> Tensor:
@@ -174,39 +194,80 @@ def _chunks_of(x: Tensor) -> Tensor:
     return F.pad(x, (0, 0, 0, 0, 0, -len(x) % CHUNK)).unflatten(0, (-1, CHUNK)).transpose(1, 2).contiguous()
 
 
-def _solve(q: Tensor, k: Tensor, decay: Tensor, beta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`(I + A)^-1` and Q of `delta_rule_chunked`'s triangular system, `[…, chunk, chunk]`. Inside a block of 16 tokens
-    decays are taken pair by pair, beyond it from the border of two neighbours, which grow into one."""
-    size = BLOCK
-    k_by_k, q_by_k = _products_inside(*(x.unflatten(-2, (-1, size)) for x in (q, k, decay)))
-    inverse = inverse_of_lower((k_by_k * beta.unflatten(-2, (-1, size))).tril(-1)).to(dtype)
-    q_by_k = q_by_k.tril().to(dtype)
-    while size < q.shape[-2]:
-        between, q_between = _products_across(*(x.unflatten(-2, (-1, 2, size)) for x in (q, k, decay, beta)), dtype)
-        first, second = inverse.unflatten(-3, (-1, 2)).unbind(-3)
-        inverse = lower_triangle(first, -(second @ between @ first), second)
-        first, second = q_by_k.unflatten(-3, (-1, 2)).unbind(-3)
-        q_by_k = lower_triangle(first, q_between, second)
-        size *= 2
-    return inverse.squeeze(-3), q_by_k.squeeze(-3)
+def _sizes() -> list[int]:
+    """Of the blocks of which two neighbours become one, until there is a whole chunk."""
+    return [BLOCK << doubled for doubled in range((CHUNK // BLOCK).bit_length() - 1)]
 
 
-def _products_inside(q: Tensor, k: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
-    """k_by_k and q_by_k inside each block, right for j <= i: sums over channels, all one kernel if compiled. Sums of at
-    most 64 at a time need no loop in it, nor the places of 32 sums from one round to the next."""
-    columns, at_once = [], math.gcd(k.shape[-1], 64)
+def _factors_across(q: Tensor, k: Tensor, decay: Tensor, beta: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """What a product of two neighbours of `size` tokens is made of, `[matrices, chunk, 2, key_dim]`: keys, the later
+    block's times beta, and queries. The decays refer to the border between the two."""
+    of_pairs = decay.unflatten(-2, (-1, 2 * size))
+    kept = (-(of_pairs - of_pairs[..., size - 1:size, :]).abs()).exp2().flatten(-3, -2)
+    is_later = torch.arange(CHUNK, device=k.device)[:, None] // size % 2 > 0
+    return torch.stack([(k * kept * torch.where(is_later, beta, 1.0)).to(dtype), (q * kept).to(dtype)],
+                       dim=-2).flatten(0, -4)
+
+
+def _products_inside(q: Tensor, k: Tensor, decay: Tensor, beta: Tensor, dtype: torch.dtype) -> Tensor:
+    """The products inside each block, zeros elsewhere: sums over channels, all one kernel if compiled. Sums of at most
+    64 at a time need no loop in it, nor the places of 16 sums from one round to the next."""
+    q, k, decay, beta = (x.unflatten(-2, (-1, BLOCK)) for x in (q, k, decay, beta))
+    of_keys, of_queries, at_once = [], [], math.gcd(k.shape[-1], 64)
     for key, at in zip(k.unbind(-2), decay.unbind(-2)):
         kept = key[..., None, :] * (decay - at[..., None, :]).clamp(max=0.0).exp2()
-        columns.append([(x * kept).unflatten(-1, (-1, at_once)).sum(dim=-1) for x in (k, q)])
-    k_by_k, q_by_k = (torch.stack(column, dim=-2).sum(dim=-1) for column in zip(*columns))
-    return k_by_k, q_by_k
+        for sums, x in ((of_keys, k), (of_queries, q)):
+            sums.append((x * kept).unflatten(-1, (-1, at_once)).sum(dim=-1))
+    # Queries read up to their own token, keys before it: [..., token, 2, key].
+    products = torch.stack(of_keys + of_queries, dim=-2).sum(dim=-1).unflatten(-1, (2, BLOCK))
+    token, is_query, key = torch.meshgrid(*(torch.arange(n, device=q.device) for n in (BLOCK, 2, BLOCK)), indexing="ij")
+    products = products * torch.where(is_query > 0, 1.0, beta[..., None])
+    products = torch.where(key < token + is_query, products, 0.0).to(dtype)
+    return _on_diagonals(products.flatten(-3, -2).flatten(0, -4))
 
 
-def _products_across(q: Tensor, k: Tensor, decay: Tensor, beta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The later of two neighbours' keys (times beta) and queries by the earlier's keys, of `[…, 2, size, key_dim]`:
-    the decays refer to the border between the two."""
-    kept = (-(decay - decay[..., :1, -1:, :]).abs()).exp2()
-    is_later = torch.arange(2, device=k.device).view(2, 1, 1) > 0
-    factors = torch.stack([(k * kept * torch.where(is_later, beta, 1.0)).to(dtype), (q * kept).to(dtype)], dim=-3)
-    earlier, later = factors[..., 0, 0, :, :], factors[..., 1, :, :, :].flatten(-3, -2)
-    return (later @ earlier.transpose(-1, -2)).unflatten(-2, (2, -1)).unbind(-3)
+def _inverse_inside(products: Tensor) -> Tensor:
+    """`(I + A)^-1` inside each block of `SOLVED_BLOCK` tokens, `[matrices, chunk + 1, chunk]`: a row of it is one of I
+    minus A's by the rows before. All rows are one kernel if compiled, of which a thread has a column."""
+    rows: list[Tensor] = []
+    for of_a in _blocks(products, SOLVED_BLOCK)[:, :, 0].float().unbind(1):
+        row = -of_a
+        for place, earlier in enumerate(rows):
+            row = row - of_a[:, place, None] * earlier
+        rows.append(row)
+    inverse = torch.stack(rows, dim=1) + torch.eye(SOLVED_BLOCK, device=products.device)
+    return _on_diagonals(inverse.to(products.dtype).unflatten(0, (len(products), -1)))
+
+
+@torch.compiler.disable  # a compiler would have it written elsewhere and copied
+def _multiply_across(factors: list[Tensor], products: Tensor) -> None:
+    """The later of two neighbours' keys and queries by the earlier's keys, for neighbours of every size."""
+    for size, factor in zip(_sizes(), factors):
+        earlier, later = factor.view(-1, 2, size, 2, factor.shape[-1]).unbind(1)
+        place = _blocks(products, size, below=1)[::2].flatten(1, 2)
+        torch.bmm(later.flatten(1, 2), earlier[:, :, 0].transpose(1, 2), out=place)
+
+
+@torch.compiler.disable
+def _grow(inverse: Tensor, products: Tensor) -> None:
+    """From the inverses of two neighbours to that of both, until it is a chunk's."""
+    for size in _sizes():
+        if size >= SOLVED_BLOCK:
+            first, second = _blocks(inverse, size)[:, :, 0].unflatten(0, (-1, 2)).unbind(1)
+            between, place = (_blocks(x, size, below=1)[::2, :, 0] for x in (products, inverse))
+            place.baddbmm_(second, between @ first, beta=0, alpha=-1)
+
+
+def _on_diagonals(blocks: Tensor) -> Tensor:
+    """`[matrices, blocks, rows, size]` as the blocks on the diagonals of matrices of zeros that have a row too many."""
+    is_here = torch.eye(blocks.shape[1], dtype=torch.bool, device=blocks.device)[:, None, :, None]
+    return F.pad(torch.where(is_here, blocks[:, :, :, None], 0.0).flatten(-2).flatten(1, 2), (0, 0, 0, 1))
+
+
+def _blocks(matrices: Tensor, size: int, below: int = 0) -> Tensor:
+    """Of matrices with a row too many: those on their diagonals, or so many blocks below, one after the other as
+    `[blocks, size, rows of a token, size]`."""
+    per_token = matrices.shape[1] // CHUNK
+    row = per_token * CHUNK
+    return matrices.as_strided((len(matrices) * CHUNK // size - below, size, per_token, size),
+                               (size * (row + 1), row, CHUNK, 1), below * size * row)
