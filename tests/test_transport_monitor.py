@@ -7,8 +7,9 @@ from transport_support import DEADLINE_S, Cargo, connected
 from minprfaas.config import LineConfig, LinkConfig, StateKind
 from minprfaas.transport.base import LayerPlan, StreamPlan
 from minprfaas.transport.wan.frames import SlotPool
-from minprfaas.transport.wan.monitor import FIRST_CHUNK_BYTES, LEAST_CHUNK_BYTES, RING_SAMPLES, Monitor
+from minprfaas.transport.wan.monitor import FIRST_CHUNK_BYTES, FIRST_CHUNKS, LEAST_CHUNK_BYTES, RING_SAMPLES, Monitor
 from minprfaas.transport.wan.outbox import Outbox
+from minprfaas.transport.wan.send_queue import SendQueue
 from minprfaas.transport.wan.sending import LinkStream
 
 
@@ -107,6 +108,17 @@ def test_chunks_grow_while_the_line_brings_them_soon_and_shrink_when_it_brings_t
     assert monitor.chunk_bytes > FIRST_CHUNK_BYTES
     monitor.begin_epoch()
     assert monitor.chunk_bytes == FIRST_CHUNK_BYTES
+    assert settle(monitor, FIRST_CHUNK_BYTES, 0.002) == 50 * FIRST_CHUNK_BYTES, "such a one should take a tenth second"
+
+
+def test_little_is_on_its_way_until_the_line_has_shown_its_speed():
+    queue = SendQueue(10**9, 0.0)
+    queue.monitor.queued(FIRST_CHUNKS * FIRST_CHUNK_BYTES, 0.0)
+    assert not queue.has_room(1)
+    settle(queue.monitor, FIRST_CHUNK_BYTES, 9.0)
+    assert queue.has_room(10**8)
+    queue.begin_epoch(9.0)
+    assert not queue.has_room(10**8), "it may be another line"
 
 
 def test_the_chunks_of_a_new_epoch_are_small_until_the_line_has_shown_its_speed():

@@ -15,7 +15,7 @@ from enum import IntEnum
 import torch
 
 from minprfaas.transport.streams import Piece
-from minprfaas.transport.wan.digest import DIGEST_BYTES, Digest, RowSums, row_sums
+from minprfaas.transport.wan.digest import DIGEST_BYTES, ROW_BYTES, Digest, RowSums, row_sums
 
 MAGIC = b"PFKV"
 VERSION = 3
@@ -84,6 +84,13 @@ class Slot:
             self.view = memoryview(bytearray(nbytes))
             self.tensor = torch.frombuffer(self.view, dtype=torch.uint8)
         self.payload = self.tensor[HEADER_BYTES:]
+        rows = capacity // ROW_BYTES  # made once: each view of a tensor gives the interpreter lock up, and waits for it
+        self._rows = self.payload[:rows * ROW_BYTES].view(torch.int8).view(rows, ROW_BYTES) if rows else None
+
+    def sums(self, nbytes: int, row_sums: RowSums) -> torch.Tensor | None:
+        """Those of a payload of `nbytes`, by a core; None where there are none, or they are not by bytes."""
+        rows = row_sums.rows_of(nbytes)
+        return torch._int_mm(self._rows[:rows], row_sums.keys) if rows and row_sums.by_bytes else None
 
 
 class SlotPool:

@@ -72,6 +72,8 @@ class Inbox:
         payload, sums = slot.payload[:header.nbytes], None
         if gpu is not None:
             payload, sums = gpu_sums.land(payload, gpu, codec.row_sums)
+        if sums is None:
+            sums = slot.sums(header.nbytes, codec.row_sums)
         if not codec.payload_is_intact(header, slot.view, sums):
             return False
         self.streams.take(header.stream, header.piece, payload)

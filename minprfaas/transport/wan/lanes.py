@@ -81,7 +81,8 @@ class Lane:
         """Seal a frame and start sending it."""
         if frame.ready is not None:
             frame.ready.synchronize()
-        self.codec.seal(frame.header, frame.slot.view, frame.sums)
+        sums = frame.slot.sums(frame.header.nbytes, self.codec.row_sums) if frame.sums is None else frame.sums
+        self.codec.seal(frame.header, frame.slot.view, sums)
         return self.transmit(frame.slot.tensor[:frame.nbytes])
 
     def transmit(self, tensor: torch.Tensor) -> dist.Work:

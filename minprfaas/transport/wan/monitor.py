@@ -10,6 +10,7 @@ RING_SAMPLES = 240  # a minute
 # Heartbeats and messages, those of the other direction too, wait behind the chunks that a lane is carrying. So chunks
 # begin small and grow with a line that brings them soon: eight lanes of 32 MiB at 100 Mbit/s would be silent for 20 s.
 FIRST_CHUNK_BYTES, LEAST_CHUNK_BYTES = 2**18, 2**16
+FIRST_CHUNKS = 16  # on their way until one is acknowledged: a gigabyte of small ones took a fast line half a second
 SOON_S, LATE_S = 0.1, 0.5  # acknowledged after the shortest time that was seen
 
 
@@ -63,13 +64,19 @@ class Monitor:
             self._busy_s += now_s - self._busy_since_s
             self._busy_since_s = None
 
+    @property
+    def first_bytes(self) -> float:
+        """That may wait or be in flight while nothing is known of the line; no limit once something is."""
+        return FIRST_CHUNKS * FIRST_CHUNK_BYTES if self._shortest_delay_s == float("inf") else float("inf")
+
     def _fit_chunks(self, nbytes: int, delay_s: float) -> None:
         self._shortest_delay_s = min(self._shortest_delay_s, delay_s)
         late_s = delay_s - self._shortest_delay_s
         if late_s > LATE_S and nbytes <= self.chunk_bytes:  # what was cut before says nothing about smaller ones
             self.chunk_bytes = max(LEAST_CHUNK_BYTES, self.chunk_bytes // 2)
         elif late_s < SOON_S and nbytes > self.chunk_bytes // 2:  # a smaller one says nothing about larger ones
-            self.chunk_bytes *= 2
+            # One that is so many times larger comes soon as well, if all on their way are.
+            self.chunk_bytes = int(self.chunk_bytes * max(2.0, SOON_S / max(delay_s, 1e-3)))
 
     def begin_epoch(self) -> None:
         """The line may be another: what was learned of its speed counts no more."""

@@ -37,7 +37,7 @@ class SendQueue:
     def has_room(self, nbytes: int) -> bool:
         """Whether a chunk of `nbytes` fits. One always does, or a chunk above the limit would wait for ever."""
         held = self.monitor.queued_bytes + self.monitor.inflight_bytes
-        return held == 0 or held + nbytes <= self._max_inflight_bytes
+        return held == 0 or held + nbytes <= min(self._max_inflight_bytes, self.monitor.first_bytes)
 
     def push_ack(self, seq: int, now_s: float) -> bool:
         """Acknowledge `seq` to the peer; True if no other acknowledgement waits."""

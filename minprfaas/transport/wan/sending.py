@@ -3,6 +3,7 @@
 Chapters 07 and 08, paper 3.3.
 """
 
+import ctypes
 import time
 from functools import cache
 
@@ -52,7 +53,10 @@ class LinkStream(SendStream):
         header = Header(Kind.CHUNK, 0, self.plan.stream_id, piece.layer, piece.group, piece.start, piece.end,
                         piece.offset, piece.nbytes)
         frame = Frame(header, self._slots.take(piece.nbytes, pinned=part.is_cuda), self._record)
-        frame.slot.payload[:piece.nbytes].copy_(part, non_blocking=True)
+        if part.device.type == "cpu":  # where `copy_` takes 1.4 times as long as memmove
+            ctypes.memmove(frame.slot.payload.data_ptr(), part.data_ptr(), piece.nbytes)
+        else:
+            frame.slot.payload[:piece.nbytes].copy_(part, non_blocking=True)
         if sums is not None:
             frame.sums = sums.of(part)
         if copies is not None:
