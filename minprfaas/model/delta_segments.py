@@ -177,15 +177,22 @@ def chunk_maps(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: 
 def _factors(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: Tensor) -> tuple:
     """All that is made of tokens one by one, or inside blocks. It comes first: a compiler's code ends where a product
     is written into place, and what was needed later would be written out before it. No exponent is above 0: none
-    overflows, however strong a decay is."""
-    q, k, v, g, beta = (_chunks_of(x) for x in (q, k, v, g, beta[..., None]))
-    dtype, decay = q.dtype, (g.clamp(min=STRONGEST_DECAY) / math.log(2)).cumsum(dim=-2)  # of 2: its powers are cheaper
-    total, from_start = decay[..., -1:, :], decay.exp2()
-    factors = [_factors_across(q, k, decay, beta, size, dtype) for size in _sizes()]
-    products = _products_inside(q.float(), k.float(), decay, beta, dtype)
+    overflows, however strong a decay is.
+
+    But for the values it is one kernel, which reads q, k and decays once. For that each part of what `cat` and `stack`
+    put together must be written for itself, as all parts have the same tokens and channels, but their wholes have not.
+    PyTorch 2.11 does so where a part reads what a reduction gave: hence `amin` for the last of the decays."""
+    dtype = q.dtype
+    q, k, v, g, beta = (_chunks_of(x.float()) for x in (q, k, v, g, beta[..., None]))
+    decay = (g.clamp(min=STRONGEST_DECAY) / math.log(2)).cumsum(dim=-2)  # of 2: its powers are cheaper
+    total = decay.amin(dim=-2, keepdim=True)
+    from_start, to_end = decay.exp2(), total - decay
+    factors = [_factors_across(q, k, to_end, beta, size, dtype) for size in _sizes()]
+    products = _products_inside(q, k, decay, beta, dtype)
+    parts = v * (beta / scale), k * from_start * -beta, k * to_end.exp2(), q * from_start
     # Values and reads are columns of one product from here on.
-    unsolved = torch.cat([(v * (beta / scale)).to(dtype), (k * from_start * -beta).to(dtype)], dim=-1)
-    keys, queries = (k * (total - decay).exp2()).to(dtype), (q * from_start).to(dtype)
+    unsolved, keys, queries = torch.cat([part.to(dtype) for part in parts], dim=-1).split(
+        (v.shape[-1] + k.shape[-1], k.shape[-1], q.shape[-1]), dim=-1)
     return factors, products, unsolved, keys, queries, total.exp2().transpose(-1, -2)
 
 
@@ -199,14 +206,14 @@ def _sizes() -> list[int]:
     return [BLOCK << doubled for doubled in range((CHUNK // BLOCK).bit_length() - 1)]
 
 
-def _factors_across(q: Tensor, k: Tensor, decay: Tensor, beta: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+def _factors_across(q: Tensor, k: Tensor, to_end: Tensor, beta: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     """What a product of two neighbours of `size` tokens is made of, `[matrices, chunk, 2, key_dim]`: keys, the later
     block's times beta, and queries. The decays refer to the border between the two."""
-    of_pairs = decay.unflatten(-2, (-1, 2 * size))
-    kept = (-(of_pairs - of_pairs[..., size - 1:size, :]).abs()).exp2().flatten(-3, -2)
-    is_later = torch.arange(CHUNK, device=k.device)[:, None] // size % 2 > 0
-    return torch.stack([(k * kept * torch.where(is_later, beta, 1.0)).to(dtype), (q * kept).to(dtype)],
-                       dim=-2).flatten(0, -4)
+    at_border = to_end[..., size - 1::2 * size, :].repeat_interleave(2 * size, dim=-2)
+    kept = (-(to_end - at_border).abs()).exp2()
+    is_later = (torch.arange(CHUNK, device=k.device)[:, None] & size) > 0
+    parts = k * kept * torch.where(is_later, beta, 1.0), q * kept
+    return torch.stack([part.to(dtype) for part in parts], dim=-2).flatten(0, -4)
 
 
 def _products_inside(q: Tensor, k: Tensor, decay: Tensor, beta: Tensor, dtype: torch.dtype) -> Tensor:
