@@ -3,6 +3,7 @@
 Chapter 02.
 """
 
+from collections import defaultdict
 from copy import deepcopy
 from functools import partial
 
@@ -76,19 +77,20 @@ def test_in_segments_the_rule_is_the_same_in_float32_and_nearly_in_float16(monke
 def test_every_segment_of_every_pass_looks_alike_to_a_compiler(monkeypatch):
     """What is compiled for one pass must serve all: after a warm-up nothing is compiled any more."""
     monkeypatch.setattr(delta_segments, "SEGMENT_TOKENS", 256)
-    seen = {"chunk_maps": set(), "advance_memory": set()}
+    seen = defaultdict(set)
 
-    def watched(name, *tensors):
-        seen[name].add(tuple((x.shape, x.stride(), x.dtype) for x in tensors))
-        return getattr(delta_segments, name)(*tensors)
+    def watched(piece):
+        def watching(*tensors):
+            seen[piece.__name__].add(tuple((x.shape, x.stride(), x.dtype) for x in tensors))
+            return piece(*tensors)
+        return watching
 
-    watching = partial(delta_rule_in_segments, maps_of=partial(watched, "chunk_maps"),
-                       advance=partial(watched, "advance_memory"))
+    watching = partial(delta_rule_in_segments, compiled=watched)
     watching(*inputs(256, 0.3, batch=1))
     first = {name: set(forms) for name, forms in seen.items()}
     for tokens in (512, 768):
         watching(*inputs(tokens, 0.3, batch=1))
-    assert len(seen["chunk_maps"]) == 1 and seen == first
+    assert [len(seen[name]) for name in ("of_tokens", "inverse_inside")] == [1, 1] and seen == first
 
 
 @pytest.mark.parametrize("scale", [2.0**-60, 2.0**-17, 2.0**17, 2.0**60])

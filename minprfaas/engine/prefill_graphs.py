@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from minprfaas.engine.decode_graphs import captured
 from minprfaas.engine.pieces import compiled_like, is_compiled
-from minprfaas.model.delta_segments import SEGMENT_TOKENS, advance_memory, by_tokens, chunk_maps, delta_rule_in_segments
+from minprfaas.model.delta_segments import SEGMENT_TOKENS, by_tokens, delta_rule_in_segments
 from minprfaas.model.gdn import GDN
 from minprfaas.model.kda import KDA
 
@@ -32,10 +32,10 @@ def graph_delta_rules(model: nn.Module) -> None:
 
 @cache
 def compiled_segments() -> Callable:
-    """`delta_rule_in_segments` compiled, for the one length that all segments have. The products inside the blocks of
-    16 tokens are 32 sums of the same factors: one kernel, if it may have so many parts."""
-    return partial(delta_rule_in_segments, advance=torch.compile(advance_memory, dynamic=False),
-                   maps_of=torch.compile(chunk_maps, dynamic=False, options={"max_fusion_size": 256}))
+    """`delta_rule_in_segments` compiled, for the one length that all segments have. The products inside blocks of 8
+    tokens are 16 sums, the inverses inside blocks of 16 are 16 rows: one kernel each, if it may have so many parts."""
+    compiled = cache(partial(torch.compile, dynamic=False, options={"max_fusion_size": 256}))
+    return partial(delta_rule_in_segments, compiled=compiled)
 
 
 def room_for(requests: int, tokens: int) -> int | None:

@@ -48,11 +48,11 @@ class ChunkMaps(NamedTuple):
 
 
 def delta_rule_in_segments(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, memory: Tensor,
-                           maps_of: Callable | None = None, advance: Callable | None = None
-                           ) -> tuple[Tensor, Tensor, "MemoriesInside"]:
+                           compiled: Callable = lambda piece: piece) -> tuple[Tensor, Tensor, "MemoriesInside"]:
     """The same function as `delta_rule_chunked` for one request, a decay for every channel and no gradients, but for
     the outputs, `[chunks, heads, CHUNK, value_dim]` in q's number format: see `by_tokens`. q, k and v may have 16 bits.
-    `maps_of` and `advance` may be `chunk_maps` and `advance_memory` compiled."""
+    `compiled` may make another function of each piece between two products: `of_tokens`, `inverse_inside` and
+    `advance_memory`."""
     heads, *shape = memory.shape[1:]
     # Without the batch, whose stride is the pass's length: a compiler would compile another for each.
     segments = [tuple(x[0, start:start + SEGMENT_TOKENS] for x in (q, k, v, g, beta))
@@ -70,9 +70,9 @@ def delta_rule_in_segments(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Ten
     for segment, stream in zip(segments, streams):
         near = slice(first, first - (-len(segment[0]) // CHUNK))
         with _on(stream, here):
-            maps = (maps_of or chunk_maps)(*segment, scale)
+            maps = chunk_maps(*segment, scale, compiled)
         with _on(loop, stream):
-            _carry_through(maps, memories[near.start:], factors[near.start:], advance or advance_memory)
+            _carry_through(maps, memories[near.start:], factors[near.start:], compiled(advance_memory))
         with _on(stream, loop):
             _read(maps, factors[near], outputs[near])
         first = near.stop
@@ -155,17 +155,19 @@ def advance_memory(kept: Tensor, writes: Tensor, moved: Tensor, before: Tensor, 
     factor.copy_(memory)
 
 
-def chunk_maps(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: Tensor) -> ChunkMaps:
+def chunk_maps(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: Tensor,
+               compiled: Callable) -> ChunkMaps:
     """The maps of all chunks of a segment, `[tokens, heads, …]`, for memories and values divided by the `scale`
     `[heads, 1, 1]`.
 
     The triangular system is `delta_rule_chunked`'s: A, Q and (I + A)^-1. `products` are A and Q, a row of each token by
     turns: `[matrices, 2 * chunk + 1, chunk]`. A library writes a batch of products straight into such matrices, if they
-    are equally far apart. From one block on the diagonal to the next it is as many columns as rows; the row too many at
-    a matrix's end makes it the same from there to the next matrix."""
-    factors, products, solved, keys, queries, kept = _factors(q, k, v, g, beta, scale)
+    are equally far apart (a compiler would have them written elsewhere and copied). From one block on the diagonal to
+    the next it is as many columns as rows; the row too many at a matrix's end makes it the same from there to the next
+    matrix."""
+    factors, products, solved, keys, queries, kept = compiled(of_tokens)(q, k, v, g, beta, scale)
     _multiply_across(factors, products)
-    inverse = _inverse_inside(products)
+    inverse = compiled(inverse_inside)(products)
     _grow(inverse, products)
     q_by_k = products[:, :-1].unflatten(1, (CHUNK, 2))[:, :, 1]
     inverse, q_by_k = (x.unflatten(0, solved.shape[:2]) for x in (inverse[:, :-1], q_by_k))
@@ -174,10 +176,9 @@ def chunk_maps(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: 
     return ChunkMaps(queries, q_by_k, *solved.split(widths, dim=-1), *written.split(widths, dim=-1), kept)
 
 
-def _factors(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: Tensor) -> tuple:
-    """All that is made of tokens one by one, or inside blocks. It comes first: a compiler's code ends where a product
-    is written into place, and what was needed later would be written out before it. No exponent is above 0: none
-    overflows, however strong a decay is.
+def of_tokens(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: Tensor) -> tuple:
+    """All that is made of tokens one by one, or inside blocks: what the products are made of. No exponent is above 0:
+    none overflows, however strong a decay is.
 
     But for the values it is one kernel, which reads q, k and decays once. For that each part of what `cat` and `stack`
     put together must be written for itself, as all parts have the same tokens and channels, but their wholes have not.
@@ -233,7 +234,7 @@ def _products_inside(q: Tensor, k: Tensor, decay: Tensor, beta: Tensor, dtype: t
     return _on_diagonals(products.flatten(-3, -2).flatten(0, -4))
 
 
-def _inverse_inside(products: Tensor) -> Tensor:
+def inverse_inside(products: Tensor) -> Tensor:
     """`(I + A)^-1` inside each block of `SOLVED_BLOCK` tokens, `[matrices, chunk + 1, chunk]`: a row of it is one of I
     minus A's by the rows before. All rows are one kernel if compiled, of which a thread has a column."""
     rows: list[Tensor] = []
@@ -246,7 +247,6 @@ def _inverse_inside(products: Tensor) -> Tensor:
     return _on_diagonals(inverse.to(products.dtype).unflatten(0, (len(products), -1)))
 
 
-@torch.compiler.disable  # a compiler would have it written elsewhere and copied
 def _multiply_across(factors: list[Tensor], products: Tensor) -> None:
     """The later of two neighbours' keys and queries by the earlier's keys, for neighbours of every size."""
     for size, factor in zip(_sizes(), factors):
@@ -255,7 +255,6 @@ def _multiply_across(factors: list[Tensor], products: Tensor) -> None:
         torch.bmm(later.flatten(1, 2), earlier[:, :, 0].transpose(1, 2), out=place)
 
 
-@torch.compiler.disable
 def _grow(inverse: Tensor, products: Tensor) -> None:
     """From the inverses of two neighbours to that of both, until it is a chunk's."""
     for size in _sizes():
