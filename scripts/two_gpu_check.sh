@@ -24,6 +24,8 @@ export MINPRFAAS_SECRET="$(head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \n')"
 dense="${MODELS:-$work}/dense" hybrid="${MODELS:-$work}/hybrid" began=$SECONDS
 
 if [ $where = cuda ]; then
+    gpus="$(python3 -c 'import torch; print(torch.cuda.device_count())' 2>"$work/errors")" || { cat "$work/errors"; exit 2; } >&2
+    [ "$gpus" -ge 2 ] || { echo "error: this needs two GPUs and finds $gpus; --cpu rehearses it without" >&2; exit 2; }
     patience=1
     export OMP_NUM_THREADS=8 NCCL_DEBUG=VERSION
     gpu0=cuda:0 gpu1=cuda:1 shapes="qwen3-0.6b hybrid-1b"

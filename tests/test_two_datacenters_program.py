@@ -12,7 +12,11 @@ from pathlib import Path
 import pytest
 from programs import Program, run
 
-from minprfaas.commands.two_datacenters import main
+from minprfaas.cluster.launch import StoreAddress
+from minprfaas.cluster.topology import Topology
+from minprfaas.commands.live_options import checked
+from minprfaas.commands.live_run import Seat, play
+from minprfaas.commands.two_datacenters import main, parser
 from minprfaas.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -134,3 +138,20 @@ def test_a_limit_of_open_files_is_raised_or_else_named(checkpoints, prompts_file
     (tmp_path / "limited.py").write_text(LIMITED)
     done = run(tmp_path / "limited.py", most, *arguments(checkpoints, prompts_file), timeout=DEADLINE_S)
     assert done.returncode == status and said in done.stderr and done.stderr.count("\n") == status // 2, done.stderr
+
+
+def test_the_store_is_there_before_its_process_has_a_model(prompts_file):
+    """The others ask for it as soon as they are ready, and the front end's process may compile for minutes."""
+    topology = Topology(prfaas=1, pd=1)
+    asked = checked(parser().parse_args(["--prompts", str(prompts_file), "--model", "no such model"]), topology)
+    places = topology.two_places()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = StoreAddress("127.0.0.1", taken.getsockname()[1], "--store S")
+        with pytest.raises(UserError, match="no store at --store S: Address already in use"):
+            play(asked, Seat(places, places[1], address))
+
+
+def test_a_node_that_compiles_is_waited_for_longer(prompts_file):
+    for more, seconds in ([], 120), (["--compile"], 900), (["--compile", "--wait-s", "5"], 5):
+        args = parser().parse_args(["--prompts", str(prompts_file), *more])
+        assert checked(args, Topology(prfaas=1, pd=1)).args.wait_s == seconds

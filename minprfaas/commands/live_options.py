@@ -53,9 +53,9 @@ def add_options(p: argparse.ArgumentParser, may_serve: bool = False) -> None:
                    help="seconds an offloaded prefill may take (300)")
     p.add_argument("--link-timeout-s", type=float, default=30.0, metavar="S",
                    help="a link that is away for longer is lost (30)")
-    p.add_argument("--wait-s", type=float, default=120.0, metavar="S",
+    p.add_argument("--wait-s", type=float, metavar="S",
                    help="seconds that the front end waits for all nodes before it begins with those that are there, "
-                   "and a node for the front end (120)")
+                   "and a node for the front end (120; with --compile 900)")
     p.add_argument("--ship-prefixes", action="store_true", help="ship a cached prefix to where a request will be "
                    "prefilled, while bandwidth is abundant and that is sooner than computing it")
     p.add_argument("--relay", action="store_true", help="PrfaaS nodes draw the first tokens while the KVCache crosses; "
@@ -114,6 +114,8 @@ def checked(args: argparse.Namespace, topology: Topology) -> Run:
     """UserError names the first option that is out of range."""
     require_number("threshold", args.threshold, least=0, whole=True)
     require_number("deadline", args.deadline_s, above=0)
+    if args.wait_s is None:
+        args.wait_s = 900.0 if args.compile else 120.0
     require_number("--wait-s", args.wait_s, above=0)
     machine_at(args, PRFAAS_SITE)  # a mistake is said now, not when a model has been loaded
     block_tokens = machine_at(args, PD_SITE).block_tokens
