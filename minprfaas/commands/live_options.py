@@ -20,6 +20,7 @@ from minprfaas.scheduling.control import ControlPlane, ControlSettings
 from minprfaas.scheduling.planner import Fleet
 from minprfaas.scheduling.profiles import Profile, Scale
 from minprfaas.transport.wan.line import load_weather
+from minprfaas.transport.wan.monitor import largest_chunk_bytes
 
 
 def add_options(p: argparse.ArgumentParser, may_serve: bool = False) -> None:
@@ -124,7 +125,8 @@ def checked(args: argparse.Namespace, topology: Topology) -> Run:
         if value is not None:
             require_number(f"--{option.replace('_', '-')}", value, least=1, whole=True)
     # On GPUs each chunk costs a copy and a few launches at either end, under one interpreter lock: fewer, larger ones.
-    sizes = dict(chunk_bytes=32 * 2**20, max_inflight_bytes=512 * 2**20) if "cuda" in args.device else {}
+    is_fast = "cuda" in args.device
+    sizes = dict(chunk_bytes=largest_chunk_bytes(args.lanes), max_inflight_bytes=512 * 2**20) if is_fast else {}
     link = LinkConfig(args.lanes, timeout_s=args.link_timeout_s, **sizes)
     prompts = _checked_prompts(args)
     load = None

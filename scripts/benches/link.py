@@ -28,6 +28,7 @@ from minprfaas.transport.events import MessageReceived, StreamDone
 from minprfaas.transport.wan.handshake import LinkIdentity
 from minprfaas.transport.wan.line import EmulatedLine
 from minprfaas.transport.wan.link import Link
+from minprfaas.transport.wan.monitor import largest_chunk_bytes
 
 RTT_MS = 20.0
 ROW_BYTES = 4096
@@ -40,24 +41,28 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=5.0, help="how long each emulated rate is measured (5)")
     parser.add_argument("--table", choices=["rates", "lanes", "both"], default="both")
     parser.add_argument("--lanes", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--chunk-mib", type=float, default=32.0 if torch.cuda.is_available() else 4.0,
-                        help="size of an unthrottled chunk (32 with a GPU, as in a live cluster, else 4)")
+    parser.add_argument("--chunk-mib", type=float, help="size of an unthrottled chunk (without a GPU 4; with one as in "
+                        "a live cluster, 4 for each lane and at most 32)")
     parser.add_argument("--mib", type=int, default=128 * os.cpu_count(), help="MiB a reading (128 a core)")
     parser.add_argument("--repeats", type=int, default=3, help="readings of which the median is shown (3)")
     parser.add_argument("--json", action="store_true", help="print what was measured as one JSON object")
     args = parser.parse_args(argv)
-    found, chunk, total = {}, int(args.chunk_mib * 2**20), args.mib * 2**20
+    found, total = {}, args.mib * 2**20
+    if args.chunk_mib is None and torch.cuda.is_available():
+        chunks = [largest_chunk_bytes(lanes) for lanes in args.lanes]
+    else:
+        chunks = [int((args.chunk_mib or 4) * 2**20)] * len(args.lanes)
     if args.table != "lanes":
         found["rates"] = measure_rates(args.seconds)
     if args.table != "rates":
-        found["lanes"] = measure_lanes(args.lanes, chunk, total, args.repeats)
+        found["lanes"] = measure_lanes(list(zip(args.lanes, chunks)), total, args.repeats)
     if args.json:
-        print(json.dumps({"cores": os.cpu_count(), "torch": torch.__version__, "chunk_bytes": chunk, **found}))
+        print(json.dumps({"cores": os.cpu_count(), "torch": torch.__version__, **found}))
         return 0
     if "rates" in found:
         print_rates(found["rates"])
     if "lanes" in found:
-        print_lanes(found["lanes"], chunk, total)
+        print_lanes(found["lanes"], total)
     return 0
 
 
@@ -227,40 +232,44 @@ class PeakMemory:
 _stream_ids = count()  # one that is used again is taken for what has come already, and not written
 
 
-def measure_lanes(lane_counts: list[int], chunk: int, total: int, repeats: int) -> list[dict]:
-    """For each number of lanes the medians of raw Gloo and of the link in GB/s, taken in turns."""
+def measure_lanes(cases: list[tuple[int, int]], total: int, repeats: int) -> list[dict]:
+    """For each number of lanes, with chunks of so many bytes, the medians of raw Gloo and of the link in GB/s, taken in
+    turns."""
     places = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    rows = in_two_processes(_lanes, places, lane_counts, chunk, total, repeats, steps=len(lane_counts))
+    rows = in_two_processes(_lanes, places, cases, total, repeats, steps=len(cases))
     return [{name: statistics.median(value) if isinstance(value, list) else value for name, value in row.items()}
             for row in rows]
 
 
-def print_lanes(rows: list[dict], chunk: int, total: int) -> None:
-    print(f"\nUnthrottled goodput against lanes: {total / 2**20:g} MiB in chunks of {chunk / 2**20:g} MiB over "
-          f"loopback, {os.cpu_count()} cores, torch {torch.__version__}, medians")
+def print_lanes(rows: list[dict], total: int) -> None:
+    print(f"\nUnthrottled goodput against lanes: {total / 2**20:g} MiB over loopback, {os.cpu_count()} cores, torch "
+          f"{torch.__version__}, medians")
     places = [place for place in ("cpu", "cuda") if place in rows[0]]
-    print(f"{'lanes':>6} {'raw Gloo':>13}" + "".join(f" {f'link, {place} memory':>24}" for place in places))
+    links = "".join(f" {f'link, {place} memory':>24}" for place in places)
+    print(f"{'lanes':>6} {'chunks of':>10} {'raw Gloo':>13}{links}")
     for row in rows:
         ours = "".join(f" {row[place]:13.2f} GB/s {row[place] / row['raw']:5.0%}" for place in places)
-        print(f"{row['lanes']:>6} {row['raw']:8.2f} GB/s{ours}")
+        print(f"{row['lanes']:>6} {row['chunk_bytes'] / 2**20:6g} MiB {row['raw']:8.2f} GB/s{ours}")
     print("link: with a secret; checked, written by the sink, acknowledged. raw: sent and received, nothing else.\n"
-          "Both go through two chunks of memory a lane again and again; both ends share a GPU if there is only one.")
+          "Both go through two chunks of memory a lane again and again, touched before the first reading; both ends\n"
+          "share a GPU if there is only one.")
 
 
-def _lanes(rank, store, report, places, lane_counts, chunk, total, repeats):
-    for lanes in lane_counts:
+def _lanes(rank, store, report, places, cases, total, repeats):
+    for lanes, chunk in cases:
         streams = min(lanes, 8)  # so that their sinks write in parallel
-        memory = {place: torch.zeros(streams, 2 * chunk * lanes // streams, dtype=torch.uint8,
-                                     device=place if place == "cpu" else f"cuda:{rank % torch.cuda.device_count()}")
+        memory = {place: torch.ones(streams, 2 * chunk * lanes // streams, dtype=torch.uint8,
+                                    device=place if place == "cpu" else f"cuda:{rank % torch.cuda.device_count()}")
                   for place in places}
         groups = [ProcessGroupGloo(PrefixStore(f"raw{lanes}/{lane}", store), rank, 2, timedelta(seconds=DEADLINE_S))
                   for lane in range(lanes)]
+        buffers = [[torch.ones(chunk, dtype=torch.uint8) for _ in range(2)] for _ in groups]
         config = LinkConfig(lanes=lanes, chunk_bytes=chunk, max_inflight_bytes=max(64 * 2**20, 4 * lanes * chunk))
         link = Link(f"lanes{lanes}", store, rank, config, IDENTITY)
         link.connect(DEADLINE_S)
-        row = {"lanes": lanes, "raw": [], **{place: [] for place in places}}
+        row = {"lanes": lanes, "chunk_bytes": chunk, "raw": [], **{place: [] for place in places}}
         for number in range(1 + repeats):
-            readings = {"raw": _raw_gloo(rank, groups, total, chunk)}
+            readings = {"raw": _raw_gloo(rank, groups, buffers, total)}
             for place in places:
                 readings[place] = _link_goodput(link, rank, memory[place], total)
             if number:  # the first is to warm up
@@ -271,22 +280,22 @@ def _lanes(rank, store, report, places, lane_counts, chunk, total, repeats):
             report(row)
 
 
-def _raw_gloo(rank, groups, total, chunk) -> float:
-    """Each lane sends its share in messages of one chunk, two posted ahead; GB/s over all lanes."""
-    def pump(group):
-        buffers, posted = [torch.zeros(chunk, dtype=torch.uint8) for _ in range(2)], []
-        for number in range(total // len(groups) // chunk):
+def _raw_gloo(rank, groups, buffers, total) -> float:
+    """Each lane sends its share in messages of one of its two buffers, both posted ahead; GB/s over all lanes."""
+    def pump(group, pair):
+        posted = []
+        for number in range(total // len(groups) // pair[0].numel()):
             if len(posted) == 2:
                 posted.pop(0).wait()
             move = group.send if rank == 0 else group.recv
-            posted.append(move([buffers[number % 2]], 1 - rank, 0))
+            posted.append(move([pair[number % 2]], 1 - rank, 0))
         for work in posted:
             work.wait()
 
     groups[0].barrier().wait()
     began = time.monotonic()
     with ThreadPoolExecutor(len(groups)) as pool:
-        list(pool.map(pump, groups))
+        list(pool.map(pump, groups, buffers))
     groups[0].barrier().wait()
     return total / (time.monotonic() - began) / 1e9
 
