@@ -80,7 +80,7 @@ class GraphedMixer:
             return KDA.mixed(layer, x, memory, tail, is_token)
         kind = (x.device, x.dtype, layer.config, room)
         if kind not in self._graphs:
-            *arguments, _, _ = layer.project(x, tail)
+            *arguments, _, _ = KDA.project(layer, x[:, :2], tail)  # of their shapes and types: nothing to compile
             self._graphs[kind] = DeltaGraph(self._in_segments, room, (*arguments, memory), self._memory)
         graph = self._graphs[kind]
         # The convolutions' inputs begin with the tail: where it is, there is the product made.

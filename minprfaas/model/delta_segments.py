@@ -51,18 +51,16 @@ def delta_rule_in_segments(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Ten
                            compiled: Callable = lambda piece: piece) -> tuple[Tensor, Tensor, "MemoriesInside"]:
     """The same function as `delta_rule_chunked` for one request, a decay for every channel and no gradients, but for
     the outputs, `[chunks, heads, CHUNK, value_dim]` in q's number format: see `by_tokens`. q, k and v may have 16 bits.
-    `compiled` may make another function of each piece between two products: `of_tokens`, `inverse_inside` and
-    `advance_memory`."""
+    `compiled` may make another function of each piece between two products: `begin_memory`, `of_tokens`,
+    `inverse_inside` and `advance_memory`."""
     heads, *shape = memory.shape[1:]
     # Without the batch, whose stride is the pass's length: a compiler would compile another for each.
     segments = [tuple(x[0, start:start + SEGMENT_TOKENS] for x in (q, k, v, g, beta))
                 for start in range(0, q.shape[1], SEGMENT_TOKENS)]
     chunks = -(-q.shape[1] // CHUNK)
-    scale = scale_of_heads(v, memory)
     memories = memory.new_empty(chunks + 1, heads, *shape)
     factors = q.new_empty(memories.shape)  # the memories as they are multiplied
-    memories[0] = memory[0] / scale
-    factors[0] = memories[0]
+    scale = compiled(begin_memory)(v[0], memory[0], memories[0], factors[0])
     outputs = q.new_empty(chunks, heads, CHUNK, v.shape[-1])
     here = torch.cuda.current_stream(q.device) if q.is_cuda else None
     loop, *streams = (_stream(q.device, number) for number in range(1 + len(segments)))
@@ -87,13 +85,17 @@ def by_tokens(outputs: Tensor, scale: Tensor, tokens: int) -> Tensor:
     return (outputs[number // CHUNK, :, number % CHUNK] * scale[:, 0])[None]
 
 
-def scale_of_heads(v: Tensor, memory: Tensor) -> Tensor:
-    """`[heads, 1, 1]`: a power of two, more than four times and at most eight times the largest value or element of the
-    memory."""
-    largest = torch.maximum(torch.linalg.vector_norm(v, math.inf, dim=(0, 1, 3), dtype=torch.float32),
-                            torch.linalg.vector_norm(memory, math.inf, dim=(0, 2, 3)))
+def begin_memory(v: Tensor, memory: Tensor, first: Tensor, factor: Tensor) -> Tensor:
+    """The scale `[heads, 1, 1]`: a power of two, more than four times and at most eight times the largest value or
+    element of the memory. The memory over it is written, and as the `factor` of a product."""
+    largest = torch.maximum(torch.linalg.vector_norm(v, math.inf, dim=-1, dtype=torch.float32).amax(dim=0),
+                            torch.linalg.vector_norm(memory, math.inf, dim=-1).amax(dim=-1))
     exponent = largest.clamp(min=2.0**-100).view(torch.int32) & 0x7F800000  # of float32's bits
-    return 8.0 * exponent.view(torch.float32)[:, None, None]
+    scale = 8.0 * exponent.view(torch.float32)[:, None, None]
+    memory = memory / scale
+    first.copy_(memory)
+    factor.copy_(memory)
+    return scale
 
 
 class MemoriesInside:
