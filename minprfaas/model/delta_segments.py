@@ -60,7 +60,8 @@ def delta_rule_in_segments(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Ten
     chunks = -(-q.shape[1] // CHUNK)
     memories = memory.new_empty(chunks + 1, heads, *shape)
     factors = q.new_empty(memories.shape)  # the memories as they are multiplied
-    scale = compiled(begin_memory)(v[0], memory[0], memories[0], factors[0])
+    largest = torch.linalg.vector_norm(v[0], math.inf, dim=-1, dtype=torch.float32).amax(dim=0)  # of each head
+    scale = compiled(begin_memory)(largest, memory[0], memories[0], factors[0])
     outputs = q.new_empty(chunks, heads, CHUNK, v.shape[-1])
     here = torch.cuda.current_stream(q.device) if q.is_cuda else None
     loop, *streams = (_stream(q.device, number) for number in range(1 + len(segments)))
@@ -85,11 +86,10 @@ def by_tokens(outputs: Tensor, scale: Tensor, tokens: int) -> Tensor:
     return (outputs[number // CHUNK, :, number % CHUNK] * scale[:, 0])[None]
 
 
-def begin_memory(v: Tensor, memory: Tensor, first: Tensor, factor: Tensor) -> Tensor:
-    """The scale `[heads, 1, 1]`: a power of two, more than four times and at most eight times the largest value or
-    element of the memory. The memory over it is written, and as the `factor` of a product."""
-    largest = torch.maximum(torch.linalg.vector_norm(v, math.inf, dim=-1, dtype=torch.float32).amax(dim=0),
-                            torch.linalg.vector_norm(memory, math.inf, dim=-1).amax(dim=-1))
+def begin_memory(largest: Tensor, memory: Tensor, first: Tensor, factor: Tensor) -> Tensor:
+    """The scale `[heads, 1, 1]`: a power of two, more than four times and at most eight times the `largest` value
+    `[heads]` or element of the memory. The memory over it is written, and as the `factor` of a product."""
+    largest = torch.maximum(largest, torch.linalg.vector_norm(memory, math.inf, dim=-1).amax(dim=-1))
     exponent = largest.clamp(min=2.0**-100).view(torch.int32) & 0x7F800000  # of float32's bits
     scale = 8.0 * exponent.view(torch.float32)[:, None, None]
     memory = memory / scale
