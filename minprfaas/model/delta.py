@@ -238,6 +238,5 @@ def _products_across(q: Tensor, k: Tensor, decay: Tensor, size: int) -> tuple[Te
 
 
 def lower_triangle(first: Tensor, across: Tensor, second: Tensor) -> Tensor:
-    """`[[first, 0], [across, second]]`, as a sum: a compiler makes one kernel of it, and of that of their halves."""
-    size = first.shape[-1]
-    return F.pad(first, (0, size, 0, size)) + F.pad(across, (0, size, size, 0)) + F.pad(second, (size, 0, size, 0))
+    """`[[first, 0], [across, second]]`"""
+    return torch.cat([F.pad(first, (0, first.shape[-1])), torch.cat([across, second], dim=-1)], dim=-2)
