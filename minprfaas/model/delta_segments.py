@@ -167,9 +167,11 @@ def chunk_maps(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: 
     are equally far apart (a compiler would have them written elsewhere and copied). From one block on the diagonal to
     the next it is as many columns as rows; the row too many at a matrix's end makes it the same from there to the next
     matrix."""
-    factors, products, solved, keys, queries, kept = compiled(of_tokens)(q, k, v, g, beta, scale)
+    matrices = -(-len(q) // CHUNK) * q.shape[1]
+    products, inverse = (q.new_zeros(matrices, rows * CHUNK + 1, CHUNK) for rows in (2, 1))
+    factors, solved, keys, queries, kept = compiled(of_tokens)(q, k, v, g, beta, scale, _blocks(products, BLOCK))
     _multiply_across(factors, products)
-    inverse = compiled(inverse_inside)(products)
+    _blocks(inverse, SOLVED_BLOCK)[:, :, 0] = compiled(inverse_inside)(_blocks(products, SOLVED_BLOCK)[:, :, 0])
     _grow(inverse, products)
     q_by_k = products[:, :-1].unflatten(1, (CHUNK, 2))[:, :, 1]
     inverse, q_by_k = (x.unflatten(0, solved.shape[:2]) for x in (inverse[:, :-1], q_by_k))
@@ -178,9 +180,9 @@ def chunk_maps(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: 
     return ChunkMaps(queries, q_by_k, *solved.split(widths, dim=-1), *written.split(widths, dim=-1), kept)
 
 
-def of_tokens(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: Tensor) -> tuple:
-    """All that is made of tokens one by one, or inside blocks: what the products are made of. No exponent is above 0:
-    none overflows, however strong a decay is.
+def of_tokens(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: Tensor, inside: Tensor) -> tuple:
+    """All that is made of tokens one by one: what the products are made of; and what they are `inside` blocks, which is
+    written. No exponent is above 0: none overflows, however strong a decay is.
 
     But for the values it is one kernel, which reads q, k and decays once. For that each part of what `cat` and `stack`
     put together must be written for itself, as all parts have the same tokens and channels, but their wholes have not.
@@ -191,12 +193,12 @@ def of_tokens(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: T
     total = decay.amin(dim=-2, keepdim=True)
     from_start, to_end = decay.exp2(), total - decay
     factors = [_factors_across(q, k, to_end, beta, size, dtype) for size in _sizes()]
-    products = _products_inside(q, k, decay, beta, dtype)
+    inside.copy_(_products_inside(q, k, decay, beta))
     parts = v * (beta / scale), k * from_start * -beta, k * to_end.exp2(), q * from_start
     # Values and reads are columns of one product from here on.
     unsolved, keys, queries = torch.cat([part.to(dtype) for part in parts], dim=-1).split(
         (v.shape[-1] + k.shape[-1], k.shape[-1], q.shape[-1]), dim=-1)
-    return factors, products, unsolved, keys, queries, total.exp2().transpose(-1, -2)
+    return factors, unsolved, keys, queries, total.exp2().transpose(-1, -2)
 
 
 def _chunks_of(x: Tensor) -> Tensor:
@@ -219,38 +221,37 @@ def _factors_across(q: Tensor, k: Tensor, to_end: Tensor, beta: Tensor, size: in
     return torch.stack([part.to(dtype) for part in parts], dim=-2).flatten(0, -4)
 
 
-def _products_inside(q: Tensor, k: Tensor, decay: Tensor, beta: Tensor, dtype: torch.dtype) -> Tensor:
-    """The products inside each block, zeros elsewhere: sums over channels, all one kernel if compiled. Sums of at most
-    64 at a time need no loop in it, nor the places of 16 sums from one round to the next."""
+def _products_inside(q: Tensor, k: Tensor, decay: Tensor, beta: Tensor) -> Tensor:
+    """A and Q inside each block, `[blocks, BLOCK, 2, BLOCK]`: sums over channels, all one kernel if compiled. Sums of
+    at most 64 at a time need no loop in it, nor the places of 16 sums from one round to the next."""
     q, k, decay, beta = (x.unflatten(-2, (-1, BLOCK)) for x in (q, k, decay, beta))
     of_keys, of_queries, at_once = [], [], math.gcd(k.shape[-1], 64)
     for key, at in zip(k.unbind(-2), decay.unbind(-2)):
-        kept = key[..., None, :] * (decay - at[..., None, :]).clamp(max=0.0).exp2()
+        kept = key[..., None, :] * (-(decay - at[..., None, :]).abs()).exp2()  # right up to the token
         for sums, x in ((of_keys, k), (of_queries, q)):
             sums.append((x * kept).unflatten(-1, (-1, at_once)).sum(dim=-1))
     # Queries read up to their own token, keys before it: [..., token, 2, key].
     products = torch.stack(of_keys + of_queries, dim=-2).sum(dim=-1).unflatten(-1, (2, BLOCK))
     token, is_query, key = torch.meshgrid(*(torch.arange(n, device=q.device) for n in (BLOCK, 2, BLOCK)), indexing="ij")
     products = products * torch.where(is_query > 0, 1.0, beta[..., None])
-    products = torch.where(key < token + is_query, products, 0.0).to(dtype)
-    return _on_diagonals(products.flatten(-3, -2).flatten(0, -4))
+    return torch.where(key < token + is_query, products, 0.0).flatten(0, -4)
 
 
-def inverse_inside(products: Tensor) -> Tensor:
-    """`(I + A)^-1` inside each block of `SOLVED_BLOCK` tokens, `[matrices, chunk + 1, chunk]`: a row of it is one of I
-    minus A's by the rows before. All rows are one kernel if compiled, of which a thread has a column."""
-    rows: list[Tensor] = []
-    for of_a in _blocks(products, SOLVED_BLOCK)[:, :, 0].float().unbind(1):
-        row = -of_a
+def inverse_inside(of_a: Tensor) -> Tensor:
+    """`(I + A)^-1` of each `[blocks, SOLVED_BLOCK, SOLVED_BLOCK]` block of A: a row of it is one of I minus A's by the
+    rows before. All rows are one kernel if compiled, of which a thread has a column."""
+    rows: list[Tensor] = []  # of the inverse, but for the ones on its diagonal
+    for row_of_a in of_a.float().unbind(1):
+        row = -row_of_a
         for place, earlier in enumerate(rows):
-            row = row - of_a[:, place, None] * earlier
+            row = row - row_of_a[:, place, None] * earlier
         rows.append(row)
-    inverse = torch.stack(rows, dim=1) + torch.eye(SOLVED_BLOCK, device=products.device)
-    return _on_diagonals(inverse.to(products.dtype).unflatten(0, (len(products), -1)))
+    ones = torch.eye(SOLVED_BLOCK, device=of_a.device)
+    return torch.stack([(row + one).to(of_a.dtype) for row, one in zip(rows, ones)], dim=1)
 
 
 def _multiply_across(factors: list[Tensor], products: Tensor) -> None:
-    """The later of two neighbours' keys and queries by the earlier's keys, for neighbours of every size."""
+    """A and Q beyond blocks: the later of two neighbours' keys and queries by the earlier's keys, at every size."""
     for size, factor in zip(_sizes(), factors):
         earlier, later = factor.view(-1, 2, size, 2, factor.shape[-1]).unbind(1)
         place = _blocks(products, size, below=1)[::2].flatten(1, 2)
@@ -266,15 +267,8 @@ def _grow(inverse: Tensor, products: Tensor) -> None:
             place.baddbmm_(second, between @ first, beta=0, alpha=-1)
 
 
-def _on_diagonals(blocks: Tensor) -> Tensor:
-    """`[matrices, blocks, rows, size]` as the blocks on the diagonals of matrices of zeros that have a row too many."""
-    is_here = torch.eye(blocks.shape[1], dtype=torch.bool, device=blocks.device)[:, None, :, None]
-    return F.pad(torch.where(is_here, blocks[:, :, :, None], 0.0).flatten(-2).flatten(1, 2), (0, 0, 0, 1))
-
-
 def _blocks(matrices: Tensor, size: int, below: int = 0) -> Tensor:
-    """Of matrices with a row too many: those on their diagonals, or so many blocks below, one after the other as
-    `[blocks, size, rows of a token, size]`."""
+    """Those on the diagonals, or so many blocks below: `[blocks of all matrices, size, rows of a token, size]`."""
     per_token = matrices.shape[1] // CHUNK
     row = per_token * CHUNK
     return matrices.as_strided((len(matrices) * CHUNK // size - below, size, per_token, size),
