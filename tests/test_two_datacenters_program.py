@@ -14,9 +14,10 @@ from programs import Program, run
 
 from minprfaas.cluster.launch import StoreAddress
 from minprfaas.cluster.topology import Topology
-from minprfaas.commands.live_options import checked
+from minprfaas.commands.live_options import Run, checked
 from minprfaas.commands.live_run import Seat, play
 from minprfaas.commands.two_datacenters import main, parser
+from minprfaas.config import LineConfig, LinkConfig
 from minprfaas.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -154,4 +155,4 @@ def test_the_store_is_there_before_its_process_has_a_model(prompts_file):
 def test_a_node_that_compiles_is_waited_for_longer(prompts_file):
     for more, seconds in ([], 120), (["--compile"], 900), (["--compile", "--wait-s", "5"], 5):
         args = parser().parse_args(["--prompts", str(prompts_file), *more])
-        assert checked(args, Topology(prfaas=1, pd=1)).args.wait_s == seconds
+        assert Run(args, Topology(prfaas=1, pd=1), LinkConfig(), LineConfig(), [], None, None).wait_s == seconds

@@ -106,6 +106,11 @@ class Run:
         return self.site_lines.get(away[0], self.line) if len(away) == 1 else LineConfig()
 
     @property
+    def wait_s(self) -> float:
+        """How long nodes and front end wait for each other."""
+        return self.args.wait_s or (900.0 if self.args.compile else 120.0)
+
+    @property
     def lines(self) -> dict[str, LineConfig]:
         """To the PD datacenter, by PrfaaS datacenter."""
         return {site: self.line_between(site, PD_SITE) for site in self.topology.prfaas_sites}
@@ -115,9 +120,8 @@ def checked(args: argparse.Namespace, topology: Topology) -> Run:
     """UserError names the first option that is out of range."""
     require_number("threshold", args.threshold, least=0, whole=True)
     require_number("deadline", args.deadline_s, above=0)
-    if args.wait_s is None:
-        args.wait_s = 900.0 if args.compile else 120.0
-    require_number("--wait-s", args.wait_s, above=0)
+    if args.wait_s is not None:
+        require_number("--wait-s", args.wait_s, above=0)
     machine_at(args, PRFAAS_SITE)  # a mistake is said now, not when a model has been loaded
     block_tokens = machine_at(args, PD_SITE).block_tokens
     for option in ("prefill_chunk", "pool_blocks"):

@@ -46,7 +46,7 @@ class Program:
     def __init__(self, run: Run, here: Place, places: list[Place], made: Process, neighbours: Neighbours,
                  engine: Engine, outputs: dict[str, OutputFile]):
         self.args, self.lines, self.lanes, self.load = run.args, run.lines, run.link.lanes, run.load
-        self.emulation = run.emulation
+        self.emulation, self.wait_s = run.emulation, run.wait_s
         self.outputs, self.here, self.places, self.neighbours = outputs, here, places, neighbours
         self.process, self.front, self.engine = made, made.front, engine
         self.lossy = answers.lossy_wire(engine.layout, answers.wire_between(run.args))
@@ -125,13 +125,13 @@ class Program:
         """For all of them, or until time is up; then those that are there must be able to answer."""
         parts = {part for place in self.places for part in place.roles}
         refused = self.neighbours.refused
-        self.process.run_until(lambda: parts <= {*self.front.ready} or bool(refused), self.args.wait_s)
+        self.process.run_until(lambda: parts <= {*self.front.ready} or bool(refused), self.wait_s)
         for name, reason in refused.items():
             raise UserError(f"no link to {name}: {reason}")
         roles = {ready.role for ready in self.front.ready.values()}
         if Role.PDD.value not in roles or len(roles) == 1:
             raise UserError(f"no {'prefill' if Role.PDD.value in roles else 'decode'} node came within "
-                            f"{self.args.wait_s:g} s; of {', '.join(sorted(parts))} there are "
+                            f"{self.wait_s:g} s; of {', '.join(sorted(parts))} there are "
                             f"{', '.join(sorted(self.front.ready)) or 'none'}")
 
     def _submit_due(self, started_at_s: float) -> None:

@@ -134,7 +134,7 @@ def _play(run: Run, seat: Seat, outputs: dict[str, OutputFile], drive: Drive | N
             program = Program(run, here, seat.places, made, neighbours, engine, outputs)
             return program.run() if listener is None else program.serve(listener)
         _wait_for_front(run, seat, made, neighbours)
-        made.serve(args.wait_s if seat.is_apart else 0.0)
+        made.serve(run.wait_s if seat.is_apart else 0.0)
         return 0
     finally:
         neighbours.close()
@@ -153,9 +153,9 @@ def link_config(link: LinkConfig, here: Place, peer: Place) -> LinkConfig:
 def _wait_for_front(run: Run, seat: Seat, made: Process, neighbours: Neighbours) -> None:
     neighbours.wait_for_all(MEET_ALL_S)  # first: once it has said that it is there, this node is sent work at once
     front = next(place.name for place in seat.places if place.has_front)
-    made.run_until(lambda: front in neighbours.met or front in neighbours.refused, run.args.wait_s)
+    made.run_until(lambda: front in neighbours.met or front in neighbours.refused, run.wait_s)
     if front not in neighbours.met:
-        reason = neighbours.refused.get(front, f"it did not come within {run.args.wait_s:g} s")
+        reason = neighbours.refused.get(front, f"it did not come within {run.wait_s:g} s")
         raise UserError(f"no link from {seat.here.name} to the front end: {reason}")
 
 
