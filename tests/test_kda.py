@@ -5,7 +5,7 @@ Chapter 02.
 
 from collections import defaultdict
 from copy import deepcopy
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -90,6 +90,14 @@ def test_every_segment_of_every_pass_looks_alike_to_a_compiler(monkeypatch):
     for tokens in (512, 768):
         watching(*inputs(tokens, 0.3, batch=1))
     assert [len(seen[name]) for name in ("of_tokens", "inverse_inside")] == [1, 1] and seen == first
+
+
+def test_matrices_that_one_pass_has_filled_serve_the_next(monkeypatch):
+    monkeypatch.setattr(delta_segments, "SEGMENT_TOKENS", 256)
+    kept = partial(delta_rule_in_segments, matrices_of=cache(delta_segments.zero_matrices))
+    for decay in (0.0, 30.0, 0.3):
+        given = inputs(400, decay, batch=1)
+        assert all(map(torch.equal, kept(*given)[:2], delta_rule_in_segments(*given)[:2]))
 
 
 @pytest.mark.parametrize("scale", [2.0**-60, 2.0**-17, 2.0**17, 2.0**60])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from minprfaas.engine.decode_graphs import captured
 from minprfaas.engine.pieces import compiled_like, is_compiled
-from minprfaas.model.delta_segments import SEGMENT_TOKENS, by_tokens, delta_rule_in_segments
+from minprfaas.model.delta_segments import SEGMENT_TOKENS, by_tokens, delta_rule_in_segments, zero_matrices
 from minprfaas.model.gdn import GDN
 from minprfaas.model.kda import KDA
 
@@ -23,19 +23,22 @@ def graph_delta_rules(model: nn.Module) -> None:
     """Let the model's delta rules run by graphs, which layers that are alike share. Harmless when repeated."""
     graphs: dict[tuple, DeltaGraph] = {}
     memory = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
+    in_segments = compiled_segments()
     for module in model.modules():
         if isinstance(module, (KDA, GDN)) and not isinstance(module.chunked, GraphedDeltaRule):
             module.chunked = GraphedDeltaRule(module.chunked, graphs, memory)
             if isinstance(module, KDA) and is_compiled(module):
-                module.mixed = GraphedMixer(module, compiled_segments(), graphs, memory)
+                module.mixed = GraphedMixer(module, in_segments, graphs, memory)
 
 
-@cache
 def compiled_segments() -> Callable:
-    """`delta_rule_in_segments` compiled, for the one length that all segments have. The products inside blocks of 8
-    tokens are 16 sums, the inverses inside blocks of 16 are 16 rows: one kernel each, if it may have so many parts."""
-    compiled = cache(partial(torch.compile, dynamic=False, options={"max_fusion_size": 256}))
-    return partial(delta_rule_in_segments, compiled=compiled)
+    """`delta_rule_in_segments` compiled, for the one length that all segments have, with matrices for all its graphs:
+    they run one after the other. The products inside blocks of 8 tokens are 16 sums, the inverses inside blocks of 16
+    are 16 rows: one kernel each, if it may have so many parts."""
+    return partial(delta_rule_in_segments, compiled=_compiled, matrices_of=cache(zero_matrices))
+
+
+_compiled = cache(partial(torch.compile, dynamic=False, options={"max_fusion_size": 256}))
 
 
 def room_for(requests: int, tokens: int) -> int | None:

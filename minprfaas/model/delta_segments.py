@@ -47,12 +47,19 @@ class ChunkMaps(NamedTuple):
     kept: Tensor  # [key_dim, 1]: what the decays leave of S; float32
 
 
+def zero_matrices(first: int, count: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where `chunk_maps` writes the products and inverses of the segment that begins with chunk `first`. What is zero
+    in them remains so: they may be kept for the next pass."""
+    return tuple(torch.zeros(count, rows * CHUNK + 1, CHUNK, dtype=dtype, device=device) for rows in (2, 1))
+
+
 def delta_rule_in_segments(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, memory: Tensor,
-                           compiled: Callable = lambda piece: piece) -> tuple[Tensor, Tensor, "MemoriesInside"]:
+                           compiled: Callable = lambda piece: piece, matrices_of: Callable = zero_matrices
+                           ) -> tuple[Tensor, Tensor, "MemoriesInside"]:
     """The same function as `delta_rule_chunked` for one request, a decay for every channel and no gradients, but for
     the outputs, `[chunks, heads, CHUNK, value_dim]` in q's number format: see `by_tokens`. q, k and v may have 16 bits.
     `compiled` may make another function of each piece between two products: `begin_memory`, `of_tokens`,
-    `inverse_inside` and `advance_memory`."""
+    `inverse_inside` and `advance_memory`. `matrices_of` may be a `zero_matrices` that keeps them."""
     heads, *shape = memory.shape[1:]
     # Without the batch, whose stride is the pass's length: a compiler would compile another for each.
     segments = [tuple(x[0, start:start + SEGMENT_TOKENS] for x in (q, k, v, g, beta))
@@ -69,7 +76,8 @@ def delta_rule_in_segments(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Ten
     for segment, stream in zip(segments, streams):
         near = slice(first, first - (-len(segment[0]) // CHUNK))
         with _on(stream, here):
-            maps = chunk_maps(*segment, scale, compiled)
+            matrices = matrices_of(first, (near.stop - first) * heads, q.dtype, q.device)
+            maps = chunk_maps(*segment, scale, compiled, *matrices)
         with _on(loop, stream):
             _carry_through(maps, memories[near.start:], factors[near.start:], compiled(advance_memory))
         with _on(stream, loop):
@@ -158,17 +166,15 @@ def advance_memory(kept: Tensor, writes: Tensor, moved: Tensor, before: Tensor, 
 
 
 def chunk_maps(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: Tensor,
-               compiled: Callable) -> ChunkMaps:
+               compiled: Callable, products: Tensor, inverse: Tensor) -> ChunkMaps:
     """The maps of all chunks of a segment, `[tokens, heads, …]`, for memories and values divided by the `scale`
     `[heads, 1, 1]`.
 
-    The triangular system is `delta_rule_chunked`'s: A, Q and (I + A)^-1. `products` are A and Q, a row of each token by
-    turns: `[matrices, 2 * chunk + 1, chunk]`. A library writes a batch of products straight into such matrices, if they
-    are equally far apart (a compiler would have them written elsewhere and copied). From one block on the diagonal to
-    the next it is as many columns as rows; the row too many at a matrix's end makes it the same from there to the next
-    matrix."""
-    matrices = -(-len(q) // CHUNK) * q.shape[1]
-    products, inverse = (q.new_zeros(matrices, rows * CHUNK + 1, CHUNK) for rows in (2, 1))
+    The triangular system is `delta_rule_chunked`'s: A, Q and (I + A)^-1. `products` become A and Q, a row of each token
+    by turns: `[matrices, 2 * chunk + 1, chunk]`. A library writes a batch of products straight into such matrices, if
+    they are equally far apart (a compiler would have them written elsewhere and copied). From one block on the diagonal
+    to the next it is as many columns as rows; the row too many at a matrix's end makes it the same from there to the
+    next matrix."""
     factors, solved, keys, queries, kept = compiled(of_tokens)(q, k, v, g, beta, scale, _blocks(products, BLOCK))
     _multiply_across(factors, products)
     _blocks(inverse, SOLVED_BLOCK)[:, :, 0] = compiled(inverse_inside)(_blocks(products, SOLVED_BLOCK)[:, :, 0])
