@@ -19,7 +19,6 @@ from torch import Tensor
 
 from minprfaas.model.recurrent import CHUNK_TOKENS
 
-SMALL_BLOCK = 16
 # exp(-20) is below float32's resolution; without the bound, sums of strong decays would lose the weak ones' digits, and
 # the exponents inside a sub-chunk would have none.
 STRONGEST_DECAY = -20.0
@@ -177,22 +176,14 @@ def inverse_of_lower(below: Tensor, size: int = 8) -> Tensor:
     power = -_blocks(below, size)
     inverse = torch.eye(size, device=below.device) + power
     for _ in range((size - 1).bit_length() - 1):  # (I - A)(I + A^2)(I + A^4) …, and A^size is zero
-        power = _times(power, power)
-        inverse = inverse + _times(inverse, power)
+        power = power @ power
+        inverse = inverse + inverse @ power
     while size < below.shape[-1]:
         across = _blocks(below, size, row=1)[..., ::2, :, :]
         first, second = inverse.unflatten(-3, (-1, 2)).unbind(-3)
-        inverse = lower_triangle(first, -_times(_times(second, across), first), second)
+        inverse = lower_triangle(first, -(second @ across @ first), second)
         size *= 2
     return inverse.squeeze(-3)
-
-
-def _times(left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right` of square blocks. Small ones are sums of products on a GPU, which a compiler makes one kernel of:
-    a library's took 65 us on an H100 for as much as is read in 5."""
-    if left.is_cuda and left.shape[-1] <= SMALL_BLOCK:
-        return (left[..., None] * right[..., None, :, :]).sum(dim=-2)
-    return left @ right
 
 
 def _blocks(matrix: Tensor, size: int, row: int = 0) -> Tensor:
