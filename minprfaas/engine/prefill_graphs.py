@@ -33,12 +33,11 @@ def graph_delta_rules(model: nn.Module) -> None:
 
 def compiled_segments() -> Callable:
     """`delta_rule_in_segments` compiled, for the one length that all segments have, with matrices for all its graphs:
-    they run one after the other. The products inside blocks of 8 tokens are 16 sums, the inverses inside blocks of 16
-    are 16 rows: one kernel each, if it may have so many parts."""
+    they run one after the other."""
     return partial(delta_rule_in_segments, compiled=_compiled, matrices_of=cache(zero_matrices))
 
 
-_compiled = cache(partial(torch.compile, dynamic=False, options={"max_fusion_size": 256}))
+_compiled = cache(partial(torch.compile, dynamic=False))
 
 
 def room_for(requests: int, tokens: int) -> int | None:
