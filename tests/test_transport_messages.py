@@ -28,11 +28,11 @@ def test_a_prompt_of_600_000_tokens_and_an_inventory_of_60_000_prefixes_cross():
 
 
 def test_a_message_of_64_mib_shares_the_line_with_a_stream_and_overruns_nothing():
-    cargo, text, lanes = Cargo(tokens=12_000), "x" * 64 * 2**20, gated(3)
+    cargo, text, lanes = Cargo(tokens=3000), "x" * 64 * 2**20, gated(3)
     with connected(LinkConfig(lanes=3), sender_lanes=lanes) as (sender, receiver):
         receiver.expect(cargo.plan, cargo.sink)
         sender.send_message({"text": text})
-        cargo.put_all(sender.open(cargo.plan), chunk_tokens=3000)
+        cargo.put_all(sender.open(cargo.plan), chunk_tokens=1000)
         lanes.permits.release(10_000)
         found = []
         while not any(isinstance(one, MessageReceived) for one in found):

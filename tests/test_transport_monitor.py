@@ -7,7 +7,8 @@ from transport_support import DEADLINE_S, Cargo, connected
 from minprfaas.config import LineConfig, LinkConfig, StateKind
 from minprfaas.transport.base import LayerPlan, StreamPlan
 from minprfaas.transport.wan.frames import SlotPool
-from minprfaas.transport.wan.monitor import FIRST_CHUNK_BYTES, FIRST_CHUNKS, LEAST_CHUNK_BYTES, RING_SAMPLES, Monitor
+from minprfaas.transport.wan.monitor import (
+    FIRST_CHUNK_BYTES, FIRST_CHUNKS, GROWING_CHUNKS, LEAST_CHUNK_BYTES, RING_SAMPLES, Monitor)
 from minprfaas.transport.wan.outbox import Outbox
 from minprfaas.transport.wan.send_queue import SendQueue
 from minprfaas.transport.wan.sending import LinkStream
@@ -115,8 +116,13 @@ def test_little_is_on_its_way_until_the_line_has_shown_its_speed():
     queue = SendQueue(10**9, 0.0)
     queue.monitor.queued(FIRST_CHUNKS * FIRST_CHUNK_BYTES, 0.0)
     assert not queue.has_room(1)
-    settle(queue.monitor, FIRST_CHUNK_BYTES, 9.0)
-    assert queue.has_room(10**8)
+    chunk = settle(queue.monitor, FIRST_CHUNK_BYTES, 0.05)
+    assert queue.has_room(chunk) and not queue.has_room(GROWING_CHUNKS * chunk), "they grow, and few are on their way"
+    for _ in range(2 * GROWING_CHUNKS):
+        settle(queue.monitor, FIRST_CHUNK_BYTES // 2, 0.05)
+    assert queue.has_room(10**8), "they grow no more: nobody puts larger ones"
+    settle(queue.monitor, chunk, 0.05)
+    assert queue.has_room(10**8), "nor is anybody held up later"
     queue.begin_epoch(9.0)
     assert not queue.has_room(10**8), "it may be another line"
 
@@ -128,15 +134,16 @@ def test_the_chunks_of_a_new_epoch_are_small_until_the_line_has_shown_its_speed(
     plan = StreamPlan(1, (LayerPlan(0, 0, StateKind.TOKEN, row),), 0, 12 * limit // row)
     stream = LinkStream(plan, outbox, SlotPool(limit), limit, None, None)
 
-    def sizes(put):
-        data = torch.zeros(2 * limit, dtype=torch.uint8)
-        stream.put(0, put * 2 * limit // row, (put + 1) * 2 * limit // row, data)
+    def sizes(start, nbytes):
+        """Of the chunks of a put."""
+        stream.put(0, start // row, (start + nbytes) // row, torch.zeros(nbytes, dtype=torch.uint8))
         frames = [outbox.next_frame(1)]
         while outbox.stats().queued_bytes:
             frames.append(outbox.next_frame(1))
         outbox.settle([frame.header.seq for frame in frames])
         return {frame.header.nbytes for frame in frames}
 
-    assert sizes(0) == {FIRST_CHUNK_BYTES} and sizes(1) == sizes(2) == {limit}
+    assert sizes(0, 2 * FIRST_CHUNK_BYTES) == {FIRST_CHUNK_BYTES}
+    assert sizes(limit, 2 * limit) == sizes(3 * limit, 2 * limit) == {limit}
     outbox.begin_epoch(1)
-    assert sizes(3) == {FIRST_CHUNK_BYTES}
+    assert sizes(5 * limit, 2 * FIRST_CHUNK_BYTES) == {FIRST_CHUNK_BYTES}

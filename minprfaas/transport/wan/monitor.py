@@ -10,7 +10,9 @@ RING_SAMPLES = 240  # a minute
 # Heartbeats and messages, those of the other direction too, wait behind the chunks that a lane is carrying. So chunks
 # begin small and grow with a line that brings them soon: eight lanes of 32 MiB at 100 Mbit/s would be silent for 20 s.
 FIRST_CHUNK_BYTES, LEAST_CHUNK_BYTES = 2**18, 2**16
-FIRST_CHUNKS = 16  # on their way until one is acknowledged: a gigabyte of small ones took a fast line half a second
+# A put cuts its chunks long before they leave, so few are on their way while they grow: a gigabyte of small ones took a
+# fast line half a second. Before the first is acknowledged fewer still, because others make it late.
+FIRST_CHUNKS, GROWING_CHUNKS = 4, 16
 SOON_S, LATE_S = 0.1, 0.5  # acknowledged after the shortest time that was seen
 
 
@@ -40,6 +42,7 @@ class Monitor:
         self.progress_at_s = now_s  # when the link last had nothing to do, or something was settled
         self.chunk_bytes = FIRST_CHUNK_BYTES  # that the next chunk should have at most
         self._shortest_delay_s = float("inf")
+        self._acks_since_growth = 0
         self._samples: deque[LinkSample] = deque(maxlen=RING_SAMPLES)
         self._ack_delay_s = 0.0
         self._sampled_at_s, self._sampled_bytes = now_s, 0
@@ -73,8 +76,10 @@ class Monitor:
 
     @property
     def first_bytes(self) -> float:
-        """That may wait or be in flight while nothing is known of the line; no limit once something is."""
-        return FIRST_CHUNKS * FIRST_CHUNK_BYTES if self._shortest_delay_s == float("inf") else float("inf")
+        """That may wait or be in flight while chunks grow from what they were first; then there is no limit."""
+        if self._acks_since_growth >= 2 * GROWING_CHUNKS:  # and so many were cut since: they grow no more
+            return float("inf")
+        return self.chunk_bytes * (FIRST_CHUNKS if self._shortest_delay_s == float("inf") else GROWING_CHUNKS)
 
     def _fit_chunks(self, nbytes: int, delay_s: float) -> None:
         self._shortest_delay_s = min(self._shortest_delay_s, delay_s)
@@ -84,11 +89,15 @@ class Monitor:
         elif late_s < SOON_S and nbytes > self.chunk_bytes // 2:  # a smaller one says nothing about larger ones
             # One that is so many times larger comes soon as well, if all on their way are.
             self.chunk_bytes = int(self.chunk_bytes * max(2.0, SOON_S / max(delay_s, 1e-3)))
+            if self._acks_since_growth < 2 * GROWING_CHUNKS:
+                self._acks_since_growth = 0
+            return
+        self._acks_since_growth += 1
 
     def begin_epoch(self) -> None:
         """The line may be another: what was learned of its speed counts no more."""
         self.chunk_bytes = min(self.chunk_bytes, FIRST_CHUNK_BYTES)
-        self._shortest_delay_s = float("inf")
+        self._shortest_delay_s, self._acks_since_growth = float("inf"), 0
 
     def tick(self, now_s: float, rate_bytes_per_s: float | None) -> LinkSample | None:
         """Call often; returns the new sample when one was due. Utilization: of the emulated rate if there is one, else
