@@ -336,3 +336,18 @@ def test_compiled_segments_beside_each_other_give_the_recurrence_each_time():
         assert ((ours - expected).norm() / expected.norm()).item() < 3e-3
     for again in answers[1:]:
         assert all(map(torch.equal, again, answers[0]))
+
+
+@pytest.mark.gpu
+def test_what_is_made_of_tokens_is_at_most_four_kernels():
+    """The decays' sums, the values, everything else that q and k are in, and blocks put on diagonals: a part that the
+    compiler does not join to its kernel reads q, k and decays again."""
+    *given, _ = (x[0] for x in inputs(2048, 0.3, batch=1, heads=16, key_dim=128, value_dim=128, device="cuda"))
+    given = *(x.half() for x in given[:3]), *given[3:], torch.ones(16, 1, 1, device="cuda")
+    with torch.inference_mode():
+        made = torch.compile(delta_segments.of_tokens, dynamic=False)
+        made(*given)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            made(*given)
+            torch.cuda.synchronize()
+    assert len([event for event in profile.events() if "triton" in event.name]) <= 4
