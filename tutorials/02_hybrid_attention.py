@@ -2,8 +2,8 @@
 
     python tutorials/02_hybrid_attention.py [--plots DIRECTORY]
 
-Modules: model/delta.py, model/kda.py, model/gdn.py, model/lightning.py, model/recurrent.py, model/window.py,
-         model/mla.py, model/spec.py
+Modules: model/delta.py, model/delta_segments.py, model/kda.py, model/gdn.py, model/lightning.py,
+         model/recurrent.py, model/window.py, model/mla.py, model/spec.py
 Tests: test_kda.py, test_linear_mixers.py, test_model.py
 Paper: 2.2, tables 1 and 2
 """
@@ -156,6 +156,11 @@ print(f"\n   From a decay of {broken:g} a token on, the one product is of no use
 # %% [markdown]
 # *Why is the chunked form safe?* It refers all decays to a moment *between* the two tokens, so that both exponents are
 # small: in blocks of 8 tokens to the middle, across blocks to the border. It is written out in `delta.py`.
+#
+# *And on a GPU?* KDA's prefill multiplies in float16 there, which ends at 65,504. So inside a block each pair of tokens
+# has a decay of its own, and no exponent is above 0. A chunk has 128 tokens, and what it does to S is made one affine
+# map, S ← diag(kept) S + moves S + writes, for many chunks at once: all that is left to the loop is `moves S` and two
+# sums (`delta_segments.py`).
 #
 # *Change this line:* `random_tokens(64, decay)` → `random_tokens(16, decay)`: how much further does it get?
 

@@ -187,12 +187,13 @@ def chunk_maps(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: 
 
 
 def of_tokens(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: Tensor, inside: Tensor) -> tuple:
-    """All that is made of tokens one by one: what the products are made of; and what they are `inside` blocks, which is
-    written. No exponent is above 0: none overflows, however strong a decay is.
+    """What is made of tokens one by one, before any product: the factors across blocks of every size, values and reads
+    before they are solved, keys, queries, and what the decays leave of S. The products `inside` blocks are written. No
+    exponent is above 0: none overflows, however strong a decay is.
 
-    But for the values it is one kernel, which reads q, k and decays once. For that each part of what `cat` and `stack`
-    put together must be written for itself, as all parts have the same tokens and channels, but their wholes have not.
-    PyTorch 2.11 does so where a part reads what a reduction gave: hence `amin` for the last of the decays."""
+    All but the values and the decays' sums is one kernel, which reads q, k and decays once. A compiler joins what has
+    as many elements, so the parts of a `cat` or `stack` must be written one by one, not the whole. PyTorch 2.11 does
+    that where a part reads the result of a reduction: hence `amin`, which gives exactly the last of the decays."""
     dtype = q.dtype
     q, k, v, g, beta = (_chunks_of(x.float()) for x in (q, k, v, g, beta[..., None]))
     decay = (g.clamp(min=STRONGEST_DECAY) / math.log(2)).cumsum(dim=-2)  # of 2: its powers are cheaper
