@@ -78,7 +78,7 @@ class GraphedMixer:
 
     def __call__(self, x: Tensor, memory: Tensor, tail: Tensor, is_token: Tensor | None) -> tuple:
         layer, tokens, room = self._layer, x.shape[1], room_for(*x.shape[:2])
-        if room is None or is_token is not None or layer.joined is None:
+        if room is None or is_token is not None or layer.joined is None or layer.joined.device != x.device:
             return KDA.mixed(layer, x, memory, tail, is_token)
         kind = (x.device, x.dtype, layer.config, room)
         if kind not in self._graphs:
