@@ -1,6 +1,6 @@
 """The delta rule of a prefill chunk as captured CUDA graphs. Chapters 02 and 04.
 
-From each chunk to the next go two or three small products or sums, for a pass of 8,192 tokens hundreds in every layer:
+From each chunk to the next go one to three small products or sums, for a pass of 8,192 tokens hundreds in every layer:
 launched one by one they take two or three times as long as they run.
 """
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from minprfaas.engine.decode_graphs import captured
 from minprfaas.engine.pieces import compiled_like, is_compiled
-from minprfaas.model.delta_segments import SEGMENT_TOKENS, by_tokens, delta_rule_in_segments, zero_matrices
+from minprfaas.model.delta_segments import (
+    SEGMENT_TOKENS, advance_memory, by_tokens, delta_rule_in_segments, zero_matrices)
 from minprfaas.model.gdn import GDN
 from minprfaas.model.kda import KDA
 
@@ -37,7 +38,11 @@ def compiled_segments() -> Callable:
     return partial(delta_rule_in_segments, compiled=_compiled, matrices_of=cache(zero_matrices))
 
 
-_compiled = cache(partial(torch.compile, dynamic=False))
+@cache
+def _compiled(piece: Callable) -> Callable:
+    """A step from chunk to chunk is one kernel if its product is generated with the rest."""
+    options = {"triton.native_matmul": True, "inplace_buffers": False} if piece is advance_memory else None
+    return torch.compile(piece, dynamic=False, options=options)
 
 
 def room_for(requests: int, tokens: int) -> int | None:

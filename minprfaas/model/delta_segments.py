@@ -4,8 +4,8 @@ A chunk of 128 tokens changes the memory S before it by an affine map, and what 
 
     S' = kept * S + moves @ S + writes;    out = queries @ S + q_by_k @ (values + reads @ S)
 
-All but S is made for a whole segment of chunks at once. What remains from chunk to chunk, a product and a sum, is too
-small to fill a GPU, and so is much of what makes the maps: each segment, and the loop, runs on a stream of its own.
+All but S is made for a whole segment of chunks at once. What remains from chunk to chunk is too small to fill a GPU,
+and so is much of what makes the maps: each segment, and the loop, runs on a stream of its own.
 
 What is multiplied has the number format of the queries and keys; decays, sums over channels and the memory itself are
 float32. Float16 has as many digits as TF32 in half the bytes, but it ends at 65,504. The rule is linear in values and
@@ -58,15 +58,16 @@ def delta_rule_in_segments(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Ten
                            ) -> tuple[Tensor, Tensor, "MemoriesInside"]:
     """The same function as `delta_rule_chunked` for one request, a decay for every channel and no gradients, but for
     the outputs, `[chunks, heads, CHUNK, value_dim]` in q's number format: see `by_tokens`. q, k and v may have 16 bits.
-    `compiled` may make another function of each piece between two products: `begin_memory`, `of_tokens`,
-    `inverse_inside` and `advance_memory`. `matrices_of` may be a `zero_matrices` that keeps them."""
+    `compiled` may make another function of each piece between two products (`begin_memory`, `of_tokens` and
+    `inverse_inside`) and of `advance_memory`. `matrices_of` may be a `zero_matrices` that keeps them."""
     heads, *shape = memory.shape[1:]
     # Without the batch, whose stride is the pass's length: a compiler would compile another for each.
     segments = [tuple(x[0, start:start + SEGMENT_TOKENS] for x in (q, k, v, g, beta))
                 for start in range(0, q.shape[1], SEGMENT_TOKENS)]
     chunks = -(-q.shape[1] // CHUNK)
-    memories = memory.new_empty(chunks + 1, heads, *shape)
-    factors = q.new_empty(memories.shape)  # the memories as they are multiplied
+    # A tensor each: of views of one that is written a compiler would take the whole.
+    memories = [torch.empty_like(memory[0]) for _ in range(chunks + 1)]
+    factors = q.new_empty(chunks + 1, heads, *shape)  # the memories as they are multiplied
     largest = torch.linalg.vector_norm(v[0], math.inf, dim=-1, dtype=torch.float32).amax(dim=0)  # of each head
     scale = compiled(begin_memory)(largest, memory[0], memories[0], factors[0])
     outputs = q.new_empty(chunks, heads, CHUNK, v.shape[-1])
@@ -110,7 +111,7 @@ class MemoriesInside:
     """The memory before each `CHUNK_TOKENS` of a pass. One before a `CHUNK` is there, one inside is computed when it is
     asked for."""
 
-    def __init__(self, memories: Tensor, scale: Tensor, of_tokens: tuple[Tensor, ...]):
+    def __init__(self, memories: Sequence[Tensor], scale: Tensor, of_tokens: tuple[Tensor, ...]):
         self._memories, self.scale, self._of_tokens = memories, scale, of_tokens
 
     def __getitem__(self, number: int) -> Tensor:
@@ -125,10 +126,10 @@ class MemoriesInside:
 
 @cache
 def _stream(device: torch.device, number: int) -> Any:
-    """0: the loop's, which goes first; 1, 2, …: the segments'. They stay the same, because libraries keep 32 MiB for
-    each that they have met. PyTorch hands out the same 32 of a priority again and again, and one that is captured must
-    be nobody else's: no other part of the process has these priorities."""
-    return torch.cuda.Stream(device, priority=-2 if number else -3) if device.type == "cuda" else None
+    """0: the loop's; 1, 2, …: the segments', of which the first goes first, for the loop waits for it. They stay the
+    same, because libraries keep 32 MiB for each that they have met. PyTorch hands out the same 32 of a priority again
+    and again, and one that is captured must be nobody else's: no other part of the process has these priorities."""
+    return torch.cuda.Stream(device, priority=-2 if number > 1 else -3) if device.type == "cuda" else None
 
 
 @contextmanager
@@ -143,10 +144,10 @@ def _on(stream: Any, *after: Any) -> Iterator[None]:
         yield
 
 
-def _carry_through(maps: ChunkMaps, memories: Tensor, factors: Tensor, advance: Callable) -> None:
+def _carry_through(maps: ChunkMaps, memories: Sequence[Tensor], factors: Tensor, advance: Callable) -> None:
     """From the memory before the segment to those before each later chunk."""
     for number, (kept, writes, moves) in enumerate(zip(maps.kept, maps.writes, maps.moves)):
-        advance(kept, writes, moves @ factors[number], memories[number], memories[number + 1], factors[number + 1])
+        advance(kept, writes, moves, memories[number], memories[number + 1], factors[number + 1])
 
 
 def _read(maps: ChunkMaps, factors: Tensor, outputs: Tensor) -> None:
@@ -158,9 +159,14 @@ def _read(maps: ChunkMaps, factors: Tensor, outputs: Tensor) -> None:
     out.baddbmm_(q_by_k, values)
 
 
-def advance_memory(kept: Tensor, writes: Tensor, moved: Tensor, before: Tensor, after: Tensor, factor: Tensor) -> None:
-    """One chunk's step, but for its product: `after` and the `factor` of the next product are written."""
-    memory = kept * before + writes + moved
+def advance_memory(kept: Tensor, writes: Tensor, moves: Tensor, before: Tensor, after: Tensor, factor: Tensor) -> None:
+    """One chunk's step: `after` and the `factor` of products are written. A product over no more than 64 channels at
+    once needs no loop in the kernel that a compiler makes of it all."""
+    at_once = math.gcd(before.shape[-2], 64)
+    columns = before.to(moves.dtype).split(at_once, dim=-2)
+    memory = kept * before + writes
+    for part, rows in zip(moves.split(at_once, dim=-1), columns):
+        memory = memory + part @ rows
     after.copy_(memory)
     factor.copy_(memory)
 
