@@ -179,10 +179,11 @@ def test_a_layer_around_a_graph_gives_what_it_gives_without(monkeypatch, device)
     assert [room for *_, room in graphs] == [256, 128]
 
 
-def test_a_layer_whose_pieces_are_compiled_goes_in_segments():
-    eager, compiled = (KDA(KDAConfig(num_heads=2, head_dim=8), 16, 1e-6) for _ in range(2))
-    compiled.project = compiled.project  # as `compile_pieces` puts another in its place
-    for mixer, is_graphed in ((eager, False), (compiled, True)):
+def test_a_layer_whose_pieces_are_compiled_goes_in_segments_unless_its_heads_are_too_small():
+    eager, compiled, small = (KDA(KDAConfig(num_heads=2, head_dim=dim), 16, 1e-6) for dim in (16, 16, 8))
+    for mixer in (compiled, small):
+        mixer.project = mixer.project  # as `compile_pieces` puts another in its place
+    for mixer, is_graphed in ((eager, False), (compiled, True), (small, False)):
         graph_delta_rules(mixer)
         assert isinstance(mixer.mixed, GraphedMixer) == is_graphed
 

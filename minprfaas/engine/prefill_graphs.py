@@ -28,7 +28,8 @@ def graph_delta_rules(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, (KDA, GDN)) and not isinstance(module.chunked, GraphedDeltaRule):
             module.chunked = GraphedDeltaRule(module.chunked, graphs, memory)
-            if isinstance(module, KDA) and is_compiled(module):
+            # A generated product sums 16 channels at a time, or more.
+            if isinstance(module, KDA) and is_compiled(module) and module.config.head_dim % 16 == 0:
                 module.mixed = GraphedMixer(module, in_segments, graphs, memory)
 
 
