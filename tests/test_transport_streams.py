@@ -9,7 +9,8 @@ from transport_support import DEADLINE_S, stands_in, wait_until
 
 from minprfaas.config import StateKind
 from minprfaas.transport.base import LayerPlan, StreamAborted, StreamPlan
-from minprfaas.transport.streams import Coverage, IncomingStream, Piece
+from minprfaas.transport.events import EventQueue, StreamFailed
+from minprfaas.transport.streams import Coverage, ExpectedStreams, IncomingStream, Piece
 
 PLAN = StreamPlan(5, (LayerPlan(0, 0, StateKind.TOKEN, 4), LayerPlan(1, 1, StateKind.REQUEST, 10)), 8, 16)
 
@@ -177,3 +178,24 @@ def test_a_sink_that_stands_still_is_waited_for_so_long_when_its_stream_is_given
     may_go_on.set()
     writing.join(DEADLINE_S)
     assert stream.close() == 9
+
+
+def test_a_stream_that_is_given_up_while_it_fails_is_not_written_any_more():
+    """A node that gives up what its link is about to end uses the blocks again at once."""
+    events, began, may_end, written, found = EventQueue(), threading.Event(), threading.Event(), [], []
+    streams = ExpectedStreams(events)
+    streams.expect(PLAN, lambda *_: began.set() or written.append(may_end.wait(DEADLINE_S)))
+    piece, data = chunk(layer=0, start=8, end=9, nbytes=4), torch.zeros(4, dtype=torch.uint8)
+    calls = [lambda: streams.take(5, piece, data), lambda: streams.fail(5, "aborted by the sender"),
+             lambda: found.append((streams.forget(5), len(written)))]
+    threads = [threading.Thread(target=call, daemon=True) for call in calls]
+    threads[0].start()
+    assert began.wait(DEADLINE_S)
+    for thread in threads[1:]:
+        thread.start()
+        wait_until(lambda: stands_in(thread, IncomingStream.close))
+    may_end.set()
+    for thread in threads:
+        thread.join(DEADLINE_S)
+    failed = [] if events.empty() else [events.get()]
+    assert (found, failed) in (([(9, 1)], []), ([(None, 1)], [StreamFailed(5, "aborted by the sender", 9)]))

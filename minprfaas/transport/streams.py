@@ -308,10 +308,16 @@ class ExpectedStreams:
         return None if stream is None else stream.gpu
 
     def forget(self, stream_id: int) -> int | None:
-        """See `KVTransport.forget`."""
+        """See `KVTransport.forget`. Who comes second waits for the sink as well: its blocks may be another's then."""
+        stream = self._streams.get(stream_id)
+        if stream is None:
+            return None
+        arrived_end = stream.close()
         with self._lock:
-            stream = self._streams.pop(stream_id, None)
-        return None if stream is None else stream.close()
+            if self._streams.get(stream_id) is not stream:
+                return None
+            del self._streams[stream_id]
+        return arrived_end
 
     def fail(self, stream_id: int, reason: str) -> None:
         """End a stream with StreamFailed, unless it has ended before."""
