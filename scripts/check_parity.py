@@ -9,7 +9,6 @@ transformers 4.57 and takes the recurrence from flash-linear-attention; here tha
 float64.
 """
 
-import argparse
 import importlib
 import json
 import random
@@ -26,7 +25,7 @@ from make_parity_fixtures import (DECODE_STEPS, FIXTURES, VISION, Fixture, build
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from minprfaas.errors import exit_on_user_error, require_number
+from minprfaas.errors import ArgumentParser, UserError, exit_on_user_error, require_number
 from minprfaas.observe.tables import table
 
 PROMPTS = (1, 2, 17, 63, 64, 65, 100, 127, 128, 129, 150, 190)  # around the linear mixers' chunks, too
@@ -42,7 +41,8 @@ CHOICES = {  # widths and counts that are drawn by themselves
 
 @exit_on_user_error
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0],
+                            epilog="example: python scripts/check_parity.py --seed 7")
     parser.add_argument("--seed", type=int, default=0, help="of the first shape of each family (0)")
     parser.add_argument("--shapes", type=int, default=3, help="of each family (3)")
     parser.add_argument("--ring", metavar="DIR", help="check Ring 2.5, by its authors' code in DIR")
@@ -184,7 +184,11 @@ def authors_code() -> tuple[types.ModuleType, types.ModuleType]:
         module = types.ModuleType(f"fla.ops.simple_gla.{part}")
         setattr(module, name, simple_gla)
         sys.modules[module.__name__] = module
-    return tuple(importlib.import_module(f"models.{part}_bailing_moe_v2_5") for part in ("configuration", "modeling"))
+    try:
+        return tuple(importlib.import_module(f"models.{part}_bailing_moe_v2_5")
+                     for part in ("configuration", "modeling"))
+    except ModuleNotFoundError as error:
+        raise UserError(f"--ring: {error}; its code needs transformers 4.57") from None
 
 
 def simple_gla(q, k, v, g, initial_state=None, output_final_state=False):

@@ -22,10 +22,9 @@ from pathlib import Path
 
 import minprfaas  # noqa: F401  (before torch: it silences what torch says of NumPy)
 import torch
-import transformers
 from safetensors.torch import save_file
 
-from minprfaas.errors import UserError, exit_on_user_error
+from minprfaas.errors import ArgumentParser, UserError, exit_on_user_error
 from minprfaas.model.checkpoint import load_checkpoint
 from minprfaas.model.families import FAMILIES, read_config
 from minprfaas.model.state import ContiguousState
@@ -201,6 +200,10 @@ def family_of(name: str) -> str:
 
 def build(name: str, fixture: Fixture, settings: dict, seed: int) -> torch.nn.Module:
     """The oracle's model, with `settings` of the fixture's kind and weights that all matter."""
+    try:
+        import transformers  # here: --help needs none
+    except ModuleNotFoundError:
+        raise UserError("the oracle is transformers 5.24, which is not installed") from None
     torch.manual_seed(seed)
     config = transformers.AutoConfig.for_model(family_of(name), **copy.deepcopy(settings))  # it changes them
     is_wrapped = "text_config" in settings
@@ -310,7 +313,8 @@ def scaled(settings: dict) -> dict:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0],
+                            epilog="example: python scripts/make_parity_fixtures.py qwen3_moe --speed")
     parser.add_argument("names", nargs="*", metavar="NAME", help="fixtures to write (default: all)")
     parser.add_argument("--speed", action="store_true", help=f"also time prefill of {SPEED_TOKENS:,} tokens")
     return parser.parse_args()

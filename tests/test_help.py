@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 bench = importlib.import_module("bench")
 PROGRAMS = ("minprfaas.commands.two_datacenters", "minprfaas.commands.cluster", "case_study.command")
-SCRIPTS = ("bench", "demo_prompts", "draw_request", "eval_tiny", "random_checkpoint", "to_notebook", "train_tiny")
+SCRIPTS = ("bench", "check_parity", "demo_prompts", "draw_request", "eval_tiny", "make_parity_fixtures",
+           "random_checkpoint", "to_notebook", "train_tiny")
 
 
 @pytest.fixture
@@ -77,6 +78,12 @@ def test_a_scripts_help(run_script, script):
     status, said, errors = run_script(script, "--help")
     assert (status, errors) == (0, "")
     reads_well(said)
+
+
+@pytest.mark.parametrize("script", ["check_parity", "make_parity_fixtures"])
+def test_a_library_that_is_not_here_is_named(run_script, monkeypatch, script):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert run_script(script) == (2, "", "error: the oracle is transformers 5.24, which is not installed\n")
 
 
 @pytest.mark.parametrize("name", [name for name, _ in bench.benchmarks()])
