@@ -1,6 +1,7 @@
 """A link from GPU memory and to it: bytes are summed where they lie, and none reaches a sink unchecked. Chapter 07."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -111,14 +112,15 @@ def test_what_a_cut_lane_carried_is_sent_again_with_the_sums_that_it_has(cores_s
         first.set()
         assert is_cut.wait(DEADLINE_S)  # this piece is written, and not acknowledged when the link breaks
 
-    with connected(CONFIG, receiver_lanes=lanes) as (sender, receiver):
+    with ThreadPoolExecutor(1) as pool, connected(CONFIG, receiver_lanes=lanes) as (sender, receiver):
         receiver.expect(cargo.plan, sink, cargo.target)
         stream = sender.open(cargo.plan)
-        cargo.put_all(stream, chunk_tokens=TOKENS)
+        putting = pool.submit(cargo.put_all, stream, chunk_tokens=TOKENS)  # it waits until a piece is acknowledged
         assert first.wait(DEADLINE_S)
         lanes.made[1].cut()
         wait_until(lambda: sender.epoch == 2)
         is_cut.set()
+        putting.result(DEADLINE_S)
         report = stream.finish(DEADLINE_S)
         event(receiver, LinkRestored)
         event(receiver, StreamDone)
