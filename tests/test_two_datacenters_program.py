@@ -141,15 +141,17 @@ def test_a_limit_of_open_files_is_raised_or_else_named(checkpoints, prompts_file
     assert done.returncode == status and said in done.stderr and done.stderr.count("\n") == status // 2, done.stderr
 
 
-def test_the_store_is_there_before_its_process_has_a_model(prompts_file):
-    """The others ask for it as soon as they are ready, and the front end's process may compile for minutes."""
+def test_the_store_is_there_before_its_process_has_a_model_and_awaited_for_as_long_as_the_front_end(prompts_file):
+    """The others ask for it at once, and the front end's process may compile for minutes."""
     topology = Topology(prfaas=1, pd=1)
-    asked = checked(parser().parse_args(["--prompts", str(prompts_file), "--model", "no such model"]), topology)
-    places = topology.two_places()
+    asked = ["--prompts", str(prompts_file), "--model", "no such model", "--wait-s", "0.01"]
+    run, places = checked(parser().parse_args(asked), topology), topology.two_places()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = StoreAddress("127.0.0.1", taken.getsockname()[1], "--store S")
         with pytest.raises(UserError, match="no store at --store S: Address already in use"):
-            play(asked, Seat(places, places[1], address))
+            play(run, Seat(places, places[1], address))
+    with pytest.raises(UserError, match="nobody answers there within 0.01 s"):
+        play(run, Seat(places, places[0], address, is_apart=True))
 
 
 def test_a_node_that_compiles_is_waited_for_longer(prompts_file):

@@ -33,7 +33,7 @@ from minprfaas.transport.wan.lanes import in_time
 from minprfaas.transport.wan.line import EmulatedLine
 from minprfaas.transport.wan.shared_words import remove_abandoned
 
-STORE_DEADLINE_S = 60.0  # until the process that serves the store has started
+STORE_DEADLINE_S = 60.0  # until a store answers
 AGENT_DEADLINE_S = 10.0  # until torchrun's agent answers, which serves its store before it starts anybody
 WATCH_EVERY_S = 0.25
 M_ARENA_MAX, ARENAS = -8, 2  # glibc's mallopt
@@ -57,8 +57,9 @@ class StoreAddress:
             raise UserError(f"--store is {text[:80]!r}; it must be HOST:PORT with a port from 1 to 65535")
         return StoreAddress(host.strip("[]"), int(port), f"--store {text}")
 
-    def open(self, serves: bool = False) -> dist.Store:
-        """The store, which this process may have to serve. UserError when nobody does, or its port is taken."""
+    def open(self, serves: bool = False, wait_s: float | None = None) -> dist.Store:
+        """The store, which this process may have to serve, or to wait for until another has started. UserError when
+        nobody serves it, or its port is taken."""
         timeout = timedelta(seconds=AGENT_DEADLINE_S if self.agent_serves else STORE_DEADLINE_S)
         serves = serves and not self.agent_serves
         options = {}
@@ -69,7 +70,7 @@ class StoreAddress:
             except OSError as error:
                 raise UserError(f"{where}: {error.strerror}, so this process cannot serve it") from None
         else:
-            self._wait_for_it(where, timeout.total_seconds())
+            self._wait_for_it(where, wait_s or timeout.total_seconds())
         try:
             return in_time(lambda: dist.TCPStore(self.host, self.port, is_master=serves, wait_for_workers=False,
                                                  timeout=timeout, **options), timeout.total_seconds())
@@ -85,10 +86,12 @@ class StoreAddress:
             try:
                 return socket.create_connection((self.host, self.port), timeout=deadline_s).close()
             except OSError:
-                if self.agent_serves or time.monotonic() >= give_up_at_s:
-                    who = "torchrun (TORCHELASTIC_USE_AGENT_STORE is set)" if self.agent_serves else \
-                        "the front end's process"
-                    raise UserError(f"{where}: nobody answers there; {who} should serve it") from None
+                if self.agent_serves:
+                    raise UserError(f"{where}: nobody answers there; torchrun (TORCHELASTIC_USE_AGENT_STORE is set) "
+                                    "should serve it") from None
+                if time.monotonic() >= give_up_at_s:
+                    raise UserError(f"{where}: nobody answers there within {deadline_s:g} s; the front end's process "
+                                    "should serve it") from None
                 time.sleep(WATCH_EVERY_S)
 
 

@@ -91,8 +91,8 @@ def _play(run: Run, seat: Seat, outputs: dict[str, OutputFile], drive: Drive | N
                        + (args.max_requests if args.serve is not None else 0))
     timeline = Timeline(here.name) if args.timeline else None
     listener = listen(args.host, args.serve) if here.has_front and args.serve is not None else None
-    # Before the model: others are ready sooner and ask for it. Kept: where this process serves it, it lives as long.
-    store = seat.address.open(serves=here.has_front)
+    # Before the model: others wait for it. Kept: where this process serves it, it lives as long.
+    store = seat.address.open(here.has_front, run.wait_s)
     engines = engines_of(run, seat, timeline)
     engine = engines[0]  # to ask for what all of them share
     wire = wire_between(args)
