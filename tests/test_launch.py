@@ -259,27 +259,27 @@ import os, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 
-from minprfaas.commands import live_run, two_datacenters
+from minprfaas.commands import live_run
 from minprfaas.errors import run_program
 
-seen, program, sleep = Path(sys.argv.pop(1)), two_datacenters.main, time.sleep
+seen, engines_of, sleep = Path(sys.argv.pop(1)), live_run.engines_of, time.sleep
 
-def main(argv):
+def held_back(*arguments):
     while os.environ.get("RANK") == "1" and not seen.exists():
         sleep(0.01)
-    return program(argv)
+    return engines_of(*arguments)
 
 def stand_back(seconds):
     seen.touch()
     sleep(seconds)
 
-two_datacenters.main, live_run.time = main, SimpleNamespace(sleep=stand_back)
+live_run.engines_of, live_run.time = held_back, SimpleNamespace(sleep=stand_back)
 run_program("minprfaas.commands.two_datacenters")
 """
 
 
 def test_a_mistake_that_one_process_sees_first_is_said_by_the_other(checkpoints, prompts_file, tmp_path):
-    """The front end's process begins only when the other one has seen the mistake, and stands back."""
+    """The front end's process makes its engine only when the other one has seen the mistake, and stands back."""
     program, seen = tmp_path / "held_back.py", tmp_path / "seen"
     program.write_text(HELD_BACK)
     done = programs.run(program, seen, *arguments(checkpoints, prompts_file, "--pool-blocks", "2"), timeout=DEADLINE_S)
