@@ -62,13 +62,15 @@ def test_a_full_disk_behind_the_output_is_one_line() -> None:
     assert (done.returncode, done.stderr) == (2, "error: the output cannot be written: No space left on device\n")
 
 
-def test_a_gpu_whose_memory_is_used_up_is_one_line(capsys) -> None:
+def test_a_gpu_whose_memory_is_used_up_is_one_line_and_no_other_error_of_torchs(capsys) -> None:
     @exit_on_user_error
-    def main() -> int:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nA second line")
+    def main(error: Exception) -> int:
+        raise error
 
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(RuntimeError("a bug"))
     with pytest.raises(SystemExit) as ended:
-        main()
+        main(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nA second line"))
     said = capsys.readouterr().err
     assert (ended.value.code, said) == (1, "error: CUDA out of memory. Tried to allocate 2.00 GiB.\n")
 

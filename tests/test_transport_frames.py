@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minprfaas.transport.wan import frames
-from minprfaas.transport.wan.digest import Digest, row_sums
+from minprfaas.transport.wan.digest import ROW_BYTES, Digest, row_sums
 from minprfaas.transport.wan.frames import (CONTROL_LIMIT_BYTES, HEADER_BYTES, Codec, FrameError, Header, Kind, Slot,
                                             SlotPool, control_frame, decode_acks, encode_acks)
 from minprfaas.transport.wan.gpu_sums import LEAST_ROWS, SumsOfPieces, queue_sums
@@ -35,6 +35,16 @@ def test_a_frame_survives_the_wire_field_by_field(key):
     assert codec.payload_is_intact(read, slot.view)
     slot.view[HEADER_BYTES + 100] ^= 1
     assert not codec.payload_is_intact(read, slot.view)
+
+
+def test_a_slot_sums_the_whole_rows_of_its_payload_where_sums_are_by_bytes():
+    slot, by_bytes = Slot(3 * ROW_BYTES - 1), row_sums(b"secret", by_bytes=True)
+    slot.payload.copy_(torch.randint(256, slot.payload.shape, generator=torch.Generator().manual_seed(1)))
+    for nbytes, rows in (ROW_BYTES, 1), (2 * ROW_BYTES - 1, 1), (2 * ROW_BYTES, 2), (3 * ROW_BYTES - 1, 2):
+        whole = slot.payload[:rows * ROW_BYTES].view(torch.int8).view(rows, -1).long()
+        assert torch.equal(slot.sums(nbytes, by_bytes).long(), whole @ by_bytes.keys.long())
+    assert slot.sums(ROW_BYTES - 1, by_bytes) is None and Slot(100).sums(100, by_bytes) is None
+    assert slot.sums(2 * ROW_BYTES, row_sums(b"secret", by_bytes=False)) is None
 
 
 def test_what_is_no_chunk_says_nothing_of_tokens_or_layers():

@@ -117,8 +117,13 @@ def test_little_is_on_its_way_until_the_line_has_shown_its_speed():
     queue.monitor.queued(FIRST_CHUNKS * FIRST_CHUNK_BYTES, 0.0)
     assert not queue.has_room(1)
     chunk = settle(queue.monitor, FIRST_CHUNK_BYTES, 0.05)
-    assert queue.has_room(chunk) and not queue.has_room(GROWING_CHUNKS * chunk), "they grow, and few are on their way"
+    assert queue.has_room((GROWING_CHUNKS - FIRST_CHUNKS) * chunk)
+    assert not queue.has_room(GROWING_CHUNKS * chunk), "they grow, and few are on their way"
+    for _ in range(2 * GROWING_CHUNKS - 1):
+        settle(queue.monitor, FIRST_CHUNK_BYTES // 2, 0.05)
+    chunk = settle(queue.monitor, chunk, 0.05)
     for _ in range(2 * GROWING_CHUNKS):
+        assert not queue.has_room(10**8), "they have grown once more"
         settle(queue.monitor, FIRST_CHUNK_BYTES // 2, 0.05)
     assert queue.has_room(10**8), "they grow no more: nobody puts larger ones"
     settle(queue.monitor, chunk, 0.05)

@@ -158,3 +158,9 @@ def test_a_node_that_compiles_is_waited_for_longer(prompts_file):
     for more, seconds in ([], 120), (["--compile"], 900), (["--compile", "--wait-s", "5"], 5):
         args = parser().parse_args(["--prompts", str(prompts_file), *more])
         assert Run(args, Topology(prfaas=1, pd=1), LinkConfig(), LineConfig(), [], None, None).wait_s == seconds
+
+
+@pytest.mark.parametrize("lanes, mib", [(1, 4), (2, 8), (8, 32), (16, 32)])
+def test_gpus_have_larger_chunks_the_more_lanes_there_are(prompts_file, lanes, mib):
+    asked = ["--prompts", str(prompts_file), "--device", "cuda", "--lanes", str(lanes)]
+    assert checked(parser().parse_args(asked), Topology(prfaas=1, pd=1)).link.chunk_bytes == mib * 2**20
