@@ -1,18 +1,19 @@
-"""The delta rule's prefill for a GPU: products of 16 bits, and a loop that nobody waits for. Chapter 02.
+"""The delta rule's prefill for a GPU: products of 16 bits, and as little as possible in the loop. Chapter 02.
 
-A chunk of 128 tokens changes the memory S before it by an affine map, and what it reads is one, too:
+A chunk of 128 tokens maps the memory S before it to S' after it, and to what its tokens read. Both maps are affine:
 
     S' = kept * S + moves @ S + writes;    out = queries @ S + q_by_k @ (values + reads @ S)
 
-All but S is made for a whole segment of chunks at once. What remains from chunk to chunk is too small to fill a GPU,
-and so is much of what makes the maps: each segment, and the loop, runs on a stream of its own.
+All but S is computed for a whole segment of chunks at once. A loop over the chunks makes each S of the one before. Its
+steps are too small to fill a GPU, and so is much of what makes the maps: the loop, and each segment, runs on a stream
+of its own.
 
 What is multiplied has the number format of the queries and keys; decays, sums over channels and the memory itself are
 float32. Float16 has as many digits as TF32 in half the bytes, but it ends at 65,504. The rule is linear in values and
 memory together, so both are divided by a power of two for each head, which leaves them below 1/4. With queries and keys
 no longer than 1 and betas of at most 1, a token makes no column of S longer by more than its value: after n tokens none
-is longer than (sqrt(key_dim) + n) / 4, and no product more than twice that, which 131,000 tokens a pass would reach. At
-the other end, float16 holds nothing below 2^-22 of a head's largest value.
+is longer than (sqrt(key_dim) + n) / 4, and no element of a product is more than twice that: a pass of 131,000 tokens
+could overflow, no shorter one. At the other end, float16 holds nothing below 2^-22 of a head's largest value.
 """
 
 import math
@@ -35,8 +36,8 @@ SOLVED_BLOCK = 16  # tokens whose triangular system is solved row by row
 
 
 class ChunkMaps(NamedTuple):
-    """`[chunks, heads, …]` each. A chunk's tokens write `values + reads @ S` by their keys, of which they read what
-    `q_by_k` lets them, and of S what their queries ask for."""
+    """`[chunks, heads, …]` each. A chunk's tokens write `values + reads @ S` under their keys. A token reads S by
+    its query, and what tokens up to itself write by its row of `q_by_k`."""
 
     queries: Tensor  # [chunk, key_dim], decayed from the chunk's beginning
     q_by_k: Tensor  # [chunk, chunk]
@@ -48,8 +49,8 @@ class ChunkMaps(NamedTuple):
 
 
 def zero_matrices(first: int, count: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where `chunk_maps` writes the products and inverses of the segment that begins with chunk `first`. What is zero
-    in them remains so: they may be kept for the next pass."""
+    """For `count` matrices the `products` and `inverse` that `chunk_maps` fills. Each pass writes the same places of
+    them, and the others stay zero: they may be kept for the segment that begins with chunk `first` in the next pass."""
     return tuple(torch.zeros(count, rows * CHUNK + 1, CHUNK, dtype=dtype, device=device) for rows in (2, 1))
 
 
@@ -61,15 +62,15 @@ def delta_rule_in_segments(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Ten
     `compiled` may make another function of each piece between two products (`begin_memory`, `of_tokens` and
     `inverse_inside`) and of `advance_memory`. `matrices_of` may be a `zero_matrices` that keeps them."""
     heads, *shape = memory.shape[1:]
-    # Without the batch, whose stride is the pass's length: a compiler would compile another for each.
+    # Without the batch: its stride is the pass's length, and a compiler would compile anew for each length.
     segments = [tuple(x[0, start:start + SEGMENT_TOKENS] for x in (q, k, v, g, beta))
                 for start in range(0, q.shape[1], SEGMENT_TOKENS)]
     chunks = -(-q.shape[1] // CHUNK)
-    # A tensor each: of views of one that is written a compiler would take the whole.
+    # A tensor each: where a step writes one of two views of the same tensor, a compiler works on the whole.
     memories = [torch.empty_like(memory[0]) for _ in range(chunks + 1)]
-    factors = q.new_empty(chunks + 1, heads, *shape)  # the memories as they are multiplied
+    rounded = q.new_empty(chunks + 1, heads, *shape)  # the memories as they are multiplied
     largest = torch.linalg.vector_norm(v[0], math.inf, dim=-1, dtype=torch.float32).amax(dim=0)  # of each head
-    scale = compiled(begin_memory)(largest, memory[0], memories[0], factors[0])
+    scale = compiled(begin_memory)(largest, memory[0], memories[0], rounded[0])
     outputs = q.new_empty(chunks, heads, CHUNK, v.shape[-1])
     here = torch.cuda.current_stream(q.device) if q.is_cuda else None
     loop, *streams = (_stream(q.device, number) for number in range(1 + len(segments)))
@@ -80,9 +81,9 @@ def delta_rule_in_segments(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Ten
             matrices = matrices_of(first, (near.stop - first) * heads, q.dtype, q.device)
             maps = chunk_maps(*segment, scale, compiled, *matrices)
         with _on(loop, stream):
-            _carry_through(maps, memories[near.start:], factors[near.start:], compiled(advance_memory))
+            _carry_through(maps, memories[near.start:], rounded[near.start:], compiled(advance_memory))
         with _on(stream, loop):
-            _read(maps, factors[near], outputs[near])
+            _read(maps, rounded[near], outputs[near])
         first = near.stop
     with _on(here, *streams):
         return outputs, (memories[-1] * scale)[None], MemoriesInside(memories, scale, (q, k, v, g, beta))
@@ -90,20 +91,20 @@ def delta_rule_in_segments(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Ten
 
 def by_tokens(outputs: Tensor, scale: Tensor, tokens: int) -> Tensor:
     """`[1, tokens, heads, value_dim]` of what `delta_rule_in_segments` gives; `scale` is its `MemoriesInside`'s. By an
-    index, with which a compiler makes one kernel of this and a norm: of a view it made two."""
+    index: this and the norm that follows a compiler makes one kernel of, with a view two."""
     number = torch.arange(tokens, device=outputs.device)
     return (outputs[number // CHUNK, :, number % CHUNK] * scale[:, 0])[None]
 
 
-def begin_memory(largest: Tensor, memory: Tensor, first: Tensor, factor: Tensor) -> Tensor:
+def begin_memory(largest: Tensor, memory: Tensor, first: Tensor, rounded: Tensor) -> Tensor:
     """The scale `[heads, 1, 1]`: a power of two, more than four times and at most eight times the `largest` value
-    `[heads]` or element of the memory. The memory over it is written, and as the `factor` of a product."""
+    `[heads]` or element of the memory. The memory over it goes to `first`, and to `rounded` as it is multiplied."""
     largest = torch.maximum(largest, torch.linalg.vector_norm(memory, math.inf, dim=-1).amax(dim=-1))
     exponent = largest.clamp(min=2.0**-100).view(torch.int32) & 0x7F800000  # of float32's bits
     scale = 8.0 * exponent.view(torch.float32)[:, None, None]
     memory = memory / scale
     first.copy_(memory)
-    factor.copy_(memory)
+    rounded.copy_(memory)
     return scale
 
 
@@ -126,9 +127,9 @@ class MemoriesInside:
 
 @cache
 def _stream(device: torch.device, number: int) -> Any:
-    """0: the loop's; 1, 2, …: the segments', of which the first goes first, for the loop waits for it. They stay the
-    same, because libraries keep 32 MiB for each that they have met. PyTorch hands out the same 32 of a priority again
-    and again, and one that is captured must be nobody else's: no other part of the process has these priorities."""
+    """0: the loop's; 1, 2, …: the segments'. The loop waits for the first segment: both go before the others. They stay
+    the same, because libraries keep 32 MiB for each stream that they have met. PyTorch hands out 32 of a priority by
+    turns, and one that is captured must be nobody else's: nothing else in the package has these priorities."""
     return torch.cuda.Stream(device, priority=-2 if number > 1 else -3) if device.type == "cuda" else None
 
 
@@ -144,31 +145,30 @@ def _on(stream: Any, *after: Any) -> Iterator[None]:
         yield
 
 
-def _carry_through(maps: ChunkMaps, memories: Sequence[Tensor], factors: Tensor, advance: Callable) -> None:
+def _carry_through(maps: ChunkMaps, memories: Sequence[Tensor], rounded: Tensor, advance: Callable) -> None:
     """From the memory before the segment to those before each later chunk."""
     for number, (kept, writes, moves) in enumerate(zip(maps.kept, maps.writes, maps.moves)):
-        advance(kept, writes, moves, memories[number], memories[number + 1], factors[number + 1])
+        advance(kept, writes, moves, memories[number], memories[number + 1], rounded[number + 1])
 
 
-def _read(maps: ChunkMaps, factors: Tensor, outputs: Tensor) -> None:
+def _read(maps: ChunkMaps, rounded: Tensor, outputs: Tensor) -> None:
     """What the segment's tokens read of the memories before their chunks and of each other goes to `outputs`."""
-    queries, q_by_k, values, reads, before, out = (
-        x.flatten(0, 1) for x in (*maps[:4], factors, outputs))
+    queries, q_by_k, values, reads, before, out = (x.flatten(0, 1) for x in (*maps[:4], rounded, outputs))
     values.baddbmm_(reads, before)
     torch.bmm(queries, before, out=out)
     out.baddbmm_(q_by_k, values)
 
 
-def advance_memory(kept: Tensor, writes: Tensor, moves: Tensor, before: Tensor, after: Tensor, factor: Tensor) -> None:
-    """One chunk's step: `after` and the `factor` of products are written. A product over no more than 64 channels at
-    once needs no loop in the kernel that a compiler makes of it all."""
+def advance_memory(kept: Tensor, writes: Tensor, moves: Tensor, before: Tensor, after: Tensor, rounded: Tensor) -> None:
+    """One chunk's step: the memory `after` it is written, and `rounded` as it is multiplied. A compiler makes it one
+    kernel, which needs no loop where a product sums no more than 64 channels."""
     at_once = math.gcd(before.shape[-2], 64)
     columns = before.to(moves.dtype).split(at_once, dim=-2)
     memory = kept * before + writes
     for part, rows in zip(moves.split(at_once, dim=-1), columns):
         memory = memory + part @ rows
     after.copy_(memory)
-    factor.copy_(memory)
+    rounded.copy_(memory)
 
 
 def chunk_maps(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: Tensor,
@@ -176,11 +176,11 @@ def chunk_maps(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: 
     """The maps of all chunks of a segment, `[tokens, heads, …]`, for memories and values divided by the `scale`
     `[heads, 1, 1]`.
 
-    The triangular system is `delta_rule_chunked`'s: A, Q and (I + A)^-1. `products` become A and Q, a row of each token
-    by turns: `[matrices, 2 * chunk + 1, chunk]`. A library writes a batch of products straight into such matrices, if
-    they are equally far apart (a compiler would have them written elsewhere and copied). From one block on the diagonal
-    to the next it is as many columns as rows; the row too many at a matrix's end makes it the same from there to the
-    next matrix."""
+    The triangular system is `delta_rule_chunked`'s. `products`, `[matrices, 2 * chunk + 1, chunk]`, become A and Q: of
+    each token a row of A, then one of Q. `inverse`, `[matrices, chunk + 1, chunk]`, becomes (I + A)^-1. A library can
+    write a batch of blocks straight into their places if these are equally far apart; a compiler would write them
+    elsewhere and copy. Blocks on a diagonal are. The row that nobody uses at each matrix's end makes it as far from its
+    last block to the next matrix's first."""
     factors, solved, keys, queries, kept = compiled(of_tokens)(q, k, v, g, beta, scale, _blocks(products, BLOCK))
     _multiply_across(factors, products)
     _blocks(inverse, SOLVED_BLOCK)[:, :, 0] = compiled(inverse_inside)(_blocks(products, SOLVED_BLOCK)[:, :, 0])
@@ -193,13 +193,13 @@ def chunk_maps(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: 
 
 
 def of_tokens(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: Tensor, inside: Tensor) -> tuple:
-    """What is made of tokens one by one, before any product: the factors across blocks of every size, values and reads
-    before they are solved, keys, queries, and what the decays leave of S. The products `inside` blocks are written. No
-    exponent is above 0: none overflows, however strong a decay is.
+    """What needs no product of matrices: the factors across blocks of every size, values and reads before they are
+    solved, keys, queries, and what the decays leave of S. The products `inside` blocks are written. No exponent is
+    above 0: none overflows, however strong a decay is.
 
-    All but the values and the decays' sums is one kernel, which reads q, k and decays once. A compiler joins what has
-    as many elements, so the parts of a `cat` or `stack` must be written one by one, not the whole. PyTorch 2.11 does
-    that where a part reads the result of a reduction: hence `amin`, which gives exactly the last of the decays."""
+    If compiled, all but the values and the decays' sums is one kernel, which reads q, k and decays once. A compiler
+    joins loops over as many elements: each part of a `cat` or `stack` must be one, not the whole. PyTorch 2.11 does so
+    if a part reads the result of a reduction: hence `amin`, which is exactly the last of the decays, for they fall."""
     dtype = q.dtype
     q, k, v, g, beta = (_chunks_of(x.float()) for x in (q, k, v, g, beta[..., None]))
     decay = (g.clamp(min=STRONGEST_DECAY) / math.log(2)).cumsum(dim=-2)  # of 2: its powers are cheaper
@@ -220,13 +220,13 @@ def _chunks_of(x: Tensor) -> Tensor:
 
 
 def _sizes() -> list[int]:
-    """Of the blocks of which two neighbours become one, until there is a whole chunk."""
+    """Tokens of the blocks that are joined two by two: 8, 16, … up to half a chunk."""
     return [BLOCK << doubled for doubled in range((CHUNK // BLOCK).bit_length() - 1)]
 
 
 def _factors_across(q: Tensor, k: Tensor, to_end: Tensor, beta: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """What a product of two neighbours of `size` tokens is made of, `[matrices, chunk, 2, key_dim]`: keys, the later
-    block's times beta, and queries. The decays refer to the border between the two."""
+    """The factors of the products of two neighbours of `size` tokens, `[matrices, chunk, 2, key_dim]`: keys, in the
+    later block times beta, and queries. The decays refer to the border between the two."""
     at_border = to_end[..., size - 1::2 * size, :].repeat_interleave(2 * size, dim=-2)
     kept = (-(to_end - at_border).abs()).exp2()
     is_later = (torch.arange(CHUNK, device=k.device)[:, None] & size) > 0
@@ -235,8 +235,8 @@ def _factors_across(q: Tensor, k: Tensor, to_end: Tensor, beta: Tensor, size: in
 
 
 def _products_inside(q: Tensor, k: Tensor, decay: Tensor, beta: Tensor) -> Tensor:
-    """A and Q inside each block, `[blocks, BLOCK, 2, BLOCK]`: sums over channels, all one kernel if compiled. Sums of
-    at most 64 at a time need no loop in it, nor the places of 16 sums from one round to the next."""
+    """A and Q inside each block, `[blocks, BLOCK, 2, BLOCK]`: sums over channels, all one kernel if compiled. It needs
+    no loop, which would have to keep 16 sums, if they are of at most 64 channels at a time."""
     q, k, decay, beta = (x.unflatten(-2, (-1, BLOCK)) for x in (q, k, decay, beta))
     of_keys, of_queries, at_once = [], [], math.gcd(k.shape[-1], 64)
     for key, at in zip(k.unbind(-2), decay.unbind(-2)):
@@ -251,8 +251,8 @@ def _products_inside(q: Tensor, k: Tensor, decay: Tensor, beta: Tensor) -> Tenso
 
 
 def inverse_inside(of_a: Tensor) -> Tensor:
-    """`(I + A)^-1` of each `[blocks, SOLVED_BLOCK, SOLVED_BLOCK]` block of A: a row of it is one of I minus A's by the
-    rows before. All rows are one kernel if compiled, of which a thread has a column."""
+    """`(I + A)^-1` of each `[blocks, SOLVED_BLOCK, SOLVED_BLOCK]` block of A: a row of it is the same row of I, minus
+    that of A times the rows before. If compiled it is one kernel, in which a thread computes a column."""
     rows: list[Tensor] = []  # of the inverse, but for the ones on its diagonal
     for row_of_a in of_a.float().unbind(1):
         row = -row_of_a
@@ -264,7 +264,7 @@ def inverse_inside(of_a: Tensor) -> Tensor:
 
 
 def _multiply_across(factors: list[Tensor], products: Tensor) -> None:
-    """A and Q beyond blocks: the later of two neighbours' keys and queries by the earlier's keys, at every size."""
+    """A and Q between blocks of every size: the later neighbour's keys and queries by the earlier's keys."""
     for size, factor in zip(_sizes(), factors):
         earlier, later = factor.view(-1, 2, size, 2, factor.shape[-1]).unbind(1)
         place = _blocks(products, size, below=1)[::2].flatten(1, 2)
@@ -272,7 +272,7 @@ def _multiply_across(factors: list[Tensor], products: Tensor) -> None:
 
 
 def _grow(inverse: Tensor, products: Tensor) -> None:
-    """From the inverses of two neighbours to that of both, until it is a chunk's."""
+    """From the inverses of two neighbours to that of both, until there is a chunk's."""
     for size in _sizes():
         if size >= SOLVED_BLOCK:
             first, second = _blocks(inverse, size)[:, :, 0].unflatten(0, (-1, 2)).unbind(1)
@@ -281,7 +281,7 @@ def _grow(inverse: Tensor, products: Tensor) -> None:
 
 
 def _blocks(matrices: Tensor, size: int, below: int = 0) -> Tensor:
-    """Those on the diagonals, or so many blocks below: `[blocks of all matrices, size, rows of a token, size]`."""
+    """All on the matrices' diagonals, or so many blocks `below`: `[blocks, size, rows of a token, size]`."""
     per_token = matrices.shape[1] // CHUNK
     row = per_token * CHUNK
     return matrices.as_strided((len(matrices) * CHUNK // size - below, size, per_token, size),
