@@ -95,6 +95,8 @@ def test_every_segment_of_every_pass_looks_alike_to_a_compiler(monkeypatch):
 def test_matrices_that_one_pass_has_filled_serve_the_next(monkeypatch):
     monkeypatch.setattr(delta_segments, "SEGMENT_TOKENS", 256)
     kept = partial(delta_rule_in_segments, matrices_of=cache(delta_segments.zero_matrices))
+    q, k, *others = inputs(400, 0.3, batch=1)
+    kept(q, torch.full_like(k, torch.nan), *others)  # nor does a broken prompt leave anything
     for decay in (0.0, 30.0, 0.3):
         given = inputs(400, decay, batch=1)
         assert all(map(torch.equal, kept(*given)[:2], delta_rule_in_segments(*given)[:2]))
@@ -105,6 +107,7 @@ def test_in_float16_no_value_is_too_large_or_too_small(scale):
     """The rule is linear in values and memory together: a power of two changes no digit of what comes out."""
     q, k, v, g, beta, memory = inputs(200, from_faint_to_total, batch=1)
     expected = in_segments(q.half(), k.half(), v, g, beta, memory)
+    assert (torch.frexp(expected[2].scale)[0] == 0.5).all(), "powers of two"
     found = in_segments(q.half(), k.half(), v * scale, g, beta, memory * scale)
     for ours, other in zip([*found[:2], found[2][1]], [*expected[:2], expected[2][1]]):
         assert torch.isfinite(ours).all() and torch.equal(ours, other * scale)
@@ -137,46 +140,60 @@ def test_a_graph_gives_the_delta_rule_of_every_pass_that_fits_into_it(monkeypatc
     """A shorter pass comes after a longer one in the same graph, whose tokens must be gone from it."""
     monkeypatch.setattr(prefill_graphs, "STEP_TOKENS", 128)
     graphs, memory = {}, torch.cuda.graph_pool_handle() if device == "cuda" else None
-    rule = GraphedDeltaRule(delta_rule_chunked, graphs, memory)
+    rule, memories = GraphedDeltaRule(delta_rule_chunked, graphs, memory), []
     for tokens in (128, 65, 100, 200, 64):
         arguments = inputs(tokens, 0.3, batch=1, device=device)
+        begun = arguments[-1].clone()
         outputs, after, before = delta_rule_chunked(*arguments)
         with torch.inference_mode():
             given = rule(*arguments)
         torch.testing.assert_close(given[0], outputs, **CLOSE)
-        torch.testing.assert_close(given[1], after, **CLOSE)
+        memories += [(given[1], after), (arguments[-1], begun)]
         for number, expected in enumerate(before):
             torch.testing.assert_close(given[2][number], expected, **CLOSE)
     assert [room for _, room, *_ in graphs] == [128, 256]
+    torch.testing.assert_close(*zip(*memories), **CLOSE)  # each remains its pass's own
     rule(*inputs(30, 0.3, batch=1)), rule(*inputs(128, 0.3, batch=2))
     assert len(graphs) == 2, "short and shared passes go as they were"
 
 
 @CPU_AND_CUDA
-def test_a_layer_around_a_graph_gives_what_it_gives_without(monkeypatch, device):
-    """Two layers share the graph; a shorter pass follows a longer one, whose tokens must be gone from it. Nothing is
-    compiled, which would take a minute."""
+@pytest.mark.parametrize("options", [{}, dict(one_step_gates=True, lower_bound=-5.0, conv_kernel=2)])
+def test_a_layer_around_a_graph_gives_what_it_gives_without(monkeypatch, device, options):
+    """Two layers share the graph: what one was given is compared when the other has run. A shorter pass follows a
+    longer one, whose tokens must be gone. Nothing is compiled, which would take a minute."""
     monkeypatch.setattr(prefill_graphs, "STEP_TOKENS", 128)
     monkeypatch.setattr(delta_segments, "SEGMENT_TOKENS", 128)
     torch.manual_seed(0)
     graphs, memory = {}, torch.cuda.graph_pool_handle() if device == "cuda" else None
-    layers = [KDA(KDAConfig(num_heads=2, head_dim=16), 32, 1e-6).to(device).requires_grad_(False) for _ in range(2)]
+    config = KDAConfig(num_heads=2, head_dim=16, **options)
+    layers = [KDA(config, 32, 1e-6).to(device).requires_grad_(False) for _ in range(2)]
     plain = deepcopy(layers)
     for layer in layers:
         layer.join()
         layer.mixed = GraphedMixer(layer, delta_rule_in_segments, graphs, memory)
-    for tokens in (256, 130, 200, 65, 64, 3, 1):
-        x, start = torch.randn(1, tokens, 32, device=device), torch.zeros(1, dtype=torch.int64, device=device)
-        for pair in zip(layers, plain):
-            before, tail, found = torch.randn(1, 2, 16, 16, device=device), torch.randn(1, 96, 3, device=device), []
-            for layer in pair:
-                state = ContiguousLayerState(layer.config.state_spec("float32"), 1, device)
-                state.store(before.clone(), tail)
-                state.snapshot_offsets = tuple(offset for offset in (64, 128, 192) if offset < tokens)
-                with torch.inference_mode():
-                    found.append((layer(x, Positions(start, tokens), state), *state.load(), state.snapshots))
-            torch.testing.assert_close(*found, **CLOSE)
-    assert [room for *_, room in graphs] == [256, 128]
+
+    def of_a_pass(layer, x, *given, new=None):
+        state = ContiguousLayerState(config.state_spec("float32"), 1, device)
+        state.store(*(tensor.clone() for tensor in given))
+        state.snapshot_offsets = tuple(offset for offset in (64, 128, 192) if offset < x.shape[1])
+        positions = Positions(torch.zeros(1, dtype=torch.int64, device=device), x.shape[1], new)
+        with torch.inference_mode():
+            out = layer(x, positions, state)
+        return out, *state.load(), state.snapshots
+
+    for tokens in (1, 3, 128, 65, 64, 256, 130, 200):
+        shapes = (1, tokens, 32), (1, 2, 16, 16), (1, 96, config.conv_kernel - 1)
+        given = [[torch.randn(shape, device=device) for shape in shapes] for _ in layers]
+        found = [[of_a_pass(layer, *each) for layer, each in zip(pair, given)] for pair in (layers, plain)]
+        torch.testing.assert_close(*found, **CLOSE)
+    assert [room for *_, room in graphs] == [128, 256]
+    (graphed, _), (eager, _), pass_of_200 = layers, plain, given[0]
+    padded = [of_a_pass(layer, *pass_of_200, new=torch.tensor([150], device=device)) for layer in (graphed, eager)]
+    torch.testing.assert_close(*padded, **CLOSE)
+    for joined in (graphed.joined.to("meta"), None):  # the layer has left its device since; it was never joined
+        graphed.joined = joined
+        torch.testing.assert_close(*(of_a_pass(layer, *pass_of_200) for layer in (graphed, eager)), **CLOSE)
 
 
 def test_a_layer_whose_pieces_are_compiled_goes_in_segments_unless_its_heads_are_too_small():
