@@ -102,6 +102,14 @@ def test_matrices_that_one_pass_has_filled_serve_the_next(monkeypatch):
         assert all(map(torch.equal, kept(*given)[:2], delta_rule_in_segments(*given)[:2]))
 
 
+def test_a_models_graphs_keep_matrices_for_each_segment_and_share_them_with_no_other_model():
+    ours, others = (compiled_segments().keywords["matrices_of"] for _ in range(2))
+    of_a_segment = [2, torch.float16, torch.device("cpu")]
+    assert ours(0, *of_a_segment) is ours(0, *of_a_segment)
+    assert len({matrix.data_ptr() for matrices_of, first in ((ours, 0), (ours, 16), (others, 0))
+                for matrix in matrices_of(first, *of_a_segment)}) == 6
+
+
 @pytest.mark.parametrize("scale", [2.0**-60, 2.0**-17, 2.0**17, 2.0**60])
 def test_in_float16_no_value_is_too_large_or_too_small(scale):
     """The rule is linear in values and memory together: a power of two changes no digit of what comes out."""
@@ -153,8 +161,11 @@ def test_a_graph_gives_the_delta_rule_of_every_pass_that_fits_into_it(monkeypatc
             torch.testing.assert_close(given[2][number], expected, **CLOSE)
     assert [room for _, room, *_ in graphs] == [128, 256]
     torch.testing.assert_close(*zip(*memories), **CLOSE)  # each remains its pass's own
-    rule(*inputs(30, 0.3, batch=1)), rule(*inputs(128, 0.3, batch=2))
-    assert len(graphs) == 2, "short and shared passes go as they were"
+    graphs.clear()
+    with torch.inference_mode():
+        rule(*inputs(63, 0.3, batch=1)), rule(*inputs(128, 0.3, batch=2))
+    rule(*inputs(128, 0.3, batch=1))
+    assert not graphs, "short and shared passes, and those outside inference, go as they were"
 
 
 @CPU_AND_CUDA
