@@ -10,8 +10,8 @@ from minprfaas.transport.base import KVTransport, StreamPlan
 from minprfaas.transport.events import ArrivalReport
 from minprfaas.transport.encoding import codecs
 
-# Nothing arrives though its prefill is done: a thread stands still with a piece, here or there, because a link that is
-# away for so long is lost.
+# Nothing arrives though its prefill is done: a thread stands still with a piece, here or there, or a slow line has too
+# many other streams to carry. (A link that is away for so long is lost, unless its timeout is longer.)
 STALL_S = 60.0
 
 

@@ -203,7 +203,7 @@ def streams(machine: Machine, chosen: Chosen) -> Readings:
 @torch.inference_mode()
 def kda(machine: Machine, chosen: Chosen) -> Readings:
     """The delta rule of KDA as the engine runs it for a bfloat16 model, 32 heads of 128, 8,192 tokens at a time: q, k
-    and v lie in float16 where a layer's projections write them, and outputs are in float16 as a layer reads them. The
+    and v lie in 16 bits where a layer's projections write them, and outputs are in float16 as a layer reads them. The
     floor is all that read and written once. A further 8,192 tokens are the same ones, after another memory. The error
     is that of the first against the recurrence in float64 of what float16 has not yet rounded:
     |difference| / |exact|."""
