@@ -292,6 +292,7 @@ class ExpectedStreams:
         self._events = events
         self._lock = threading.Lock()
         self._streams: dict[int, IncomingStream] = {}
+        self._ending: dict[int, IncomingStream] = {}  # given up, while their sinks are waited for
         self._done: deque[int] = deque(maxlen=DONE_KNOWN)
 
     def expect(self, plan: StreamPlan, sink: Sink, device: torch.device | None = None) -> None:
@@ -309,15 +310,18 @@ class ExpectedStreams:
 
     def forget(self, stream_id: int) -> int | None:
         """See `KVTransport.forget`. Who comes second waits for the sink as well: its blocks may be another's then."""
-        stream = self._streams.get(stream_id)
-        if stream is None:
-            return None
-        arrived_end = stream.close()
         with self._lock:
-            if self._streams.get(stream_id) is not stream:
-                return None
-            del self._streams[stream_id]
-        return arrived_end
+            stream = self._streams.pop(stream_id, None)
+            if stream is not None:
+                self._ending[stream_id] = stream
+            ending = self._ending.get(stream_id)
+        if ending is None:
+            return None
+        arrived_end = ending.close()
+        with self._lock:
+            if self._ending.get(stream_id) is ending:
+                del self._ending[stream_id]
+        return None if stream is None else arrived_end
 
     def fail(self, stream_id: int, reason: str) -> None:
         """End a stream with StreamFailed, unless it has ended before."""
