@@ -33,10 +33,10 @@ def cores_sum_nothing(monkeypatch):
     if not multiplies_bytes():
         pytest.skip("this processor digests by words, and no GPU does")
 
-    def of(self, data, rows):
-        raise AssertionError(f"a core summed {rows} rows")
+    def of_matrix(self, matrix):
+        raise AssertionError(f"a core summed {len(matrix)} rows")
 
-    monkeypatch.setattr(RowSums, "of", of)
+    monkeypatch.setattr(RowSums, "of_matrix", of_matrix)
 
 
 class Arrivals(Cargo):

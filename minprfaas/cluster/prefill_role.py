@@ -170,7 +170,7 @@ class PrefillRole(Part):
         prefill.stage = Stage.SENDING
         prefill.stream.finish()
         if self._mail.is_here(prefill.decode_node):  # decoding begins before this node goes into the next prompt
-            wait([prefill.stream.outcome], timeout=1.0)
+            wait([prefill.stream.outcome], timeout=1.0)  # a copy in memory takes far less, or stands still
         self._tell(prefill, messages.PrefillDone(
             request.id, request.token_ids[-1], request.cached_tokens,
             request.prefill_ended_at_s - request.prefill_started_at_s, prefill.fetch.nbytes if prefill.fetch else 0,

@@ -53,13 +53,16 @@ class RowSums:
     def of(self, data: memoryview, rows: int) -> torch.Tensor:
         """The sums of the first `rows` rows: int32 [rows, 16] or int64 [2, rows]."""
         if self.by_bytes:
-            matrix = torch.frombuffer(data, dtype=torch.int8, count=rows * ROW_BYTES)
-            return torch._int_mm(matrix.view(rows, -1), self.keys)
+            return self.of_matrix(torch.frombuffer(data, dtype=torch.int8, count=rows * ROW_BYTES).view(rows, -1))
         sums, words = torch.empty(2, rows, dtype=torch.int64), rows * ROW_BYTES // 8
         for offset, keys, into in zip((0, 4), self.keys, sums):
             matrix = torch.frombuffer(data, dtype=torch.int64, count=words, offset=offset).view(rows, -1)
             torch.mv(matrix, keys, out=into)
         return sums
+
+    def of_matrix(self, matrix: torch.Tensor) -> torch.Tensor:
+        """By bytes, of int8 [rows, ROW_BYTES] in CPU memory."""
+        return torch._int_mm(matrix, self.keys)
 
 
 row_sums = lru_cache(maxsize=16)(RowSums)  # all lanes of a link have one

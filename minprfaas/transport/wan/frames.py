@@ -90,7 +90,7 @@ class Slot:
     def sums(self, nbytes: int, row_sums: RowSums) -> torch.Tensor | None:
         """Those of a payload of `nbytes`, by a core; None where there are none, or they are not by bytes."""
         rows = row_sums.rows_of(nbytes)
-        return torch._int_mm(self._rows[:rows], row_sums.keys) if rows and row_sums.by_bytes else None
+        return row_sums.of_matrix(self._rows[:rows]) if rows and row_sums.by_bytes else None
 
 
 class SlotPool:
