@@ -102,3 +102,9 @@ def test_what_the_load_asks_for_is_done_after_as_long_as_was_said():
 def test_while_every_decode_node_is_away_nothing_is_converted():
     gone = replace(BUSY, n_p=1, n_d=0)
     assert first_change(RoleLoop(FLEET), LONG, seen=gone, pdp=(9,), pdd=()) is None
+
+
+def test_a_single_node_that_is_left_of_all_clusters_is_left_alone():
+    """No fleet can be planned of it, which once ended the front end."""
+    gone = replace(BUSY, prfaas_instances=0, n_p=0, n_d=1)
+    assert first_change(RoleLoop(FLEET), LONG, seen=gone, pdp=(), pdd=(4,)) is None

@@ -42,7 +42,8 @@ class RoleLoop:
         if now.at_s - self._looked_at_s < INTERVAL_S:
             return None
         self._looked_at_s = now.at_s
-        lengths = recent_lengths() if now.n_d else None  # while nobody decodes there is nothing to compare
+        # Each role keeps one node, and while nobody decodes there is nothing to compare.
+        lengths = recent_lengths() if now.n_d and max(len(pdp), len(pdd)) > 1 else None
         role, reason = self._wanted(now, lengths, output_tokens) if lengths else (None, "")
         donors = pdd if role is Role.PDP else pdp
         if role is None or len(donors) < 2:
