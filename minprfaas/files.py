@@ -55,11 +55,10 @@ class OutputFile:
         self.path = Path(path)
         if os.path.isdir(self.path):
             raise UserError(f"{self.path} cannot be written: it is a directory")
-        self._replaces = self.path.is_file() or not self.path.exists()
+        # By os.path, for which a folder that may not be looked into is no error: `open` says it.
+        self._replaces = os.path.isfile(self.path) or not os.path.exists(self.path)
         try:
-            self._partial = self.path
-            if self._replaces:
-                self._partial = _beside(self.path)
+            self._partial = _beside(self.path) if self._replaces else self.path
             self._file = open(self._partial, "w", encoding="utf-8")
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path} cannot be written: {_reason(error)}") from None

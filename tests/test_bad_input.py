@@ -53,7 +53,8 @@ def rewrite_config(directory, **changes):
 
 def test_a_directory_that_is_no_checkpoint(refused, tmp_path):
     assert f"{tmp_path}/config.json is missing" in refused("--model", tmp_path, "hello")
-    assert "nowhere is not a directory" in refused("--model", tmp_path / "nowhere", "hello")
+    for name in ("nowhere", "x" * 300):
+        assert f"{name} is not a directory" in refused("--model", tmp_path / name, "hello")
 
 
 def test_an_architecture_that_is_not_supported(refused, damaged):

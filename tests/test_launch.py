@@ -381,7 +381,7 @@ def test_a_full_disk_is_one_line_after_the_answers(checkpoints, prompts_file):
 
 
 def test_an_output_that_cannot_be_written_is_found_before_the_run(tmp_path):
-    for path in (tmp_path, tmp_path / "missing" / "out.json"):
+    for path in (tmp_path, tmp_path / "missing" / "out.json", tmp_path / ("x" * 300)):
         with pytest.raises(UserError, match="cannot be written"):
             OutputFile(path)
     output = OutputFile(tmp_path / "out.json")

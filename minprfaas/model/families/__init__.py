@@ -5,6 +5,7 @@ them share. Each reads both forms of its configuration that are about: its autho
 The paper's six models are here by name, as their authors publish them: configurations, no weights (table 1).
 """
 
+import os
 from pathlib import Path
 
 from minprfaas.config import ModelConfig
@@ -40,7 +41,7 @@ def read_published(name: str) -> ModelConfig:
 def read_config(directory: str | Path) -> ModelConfig:
     """Read `config.json` (and `generation_config.json`'s end-of-text ids, if there). Raises UserError."""
     directory = Path(directory)
-    if not directory.is_dir():
+    if not os.path.isdir(directory):  # `Path.is_dir` raises where a folder may not be looked into
         raise UserError(f"{directory} is not a directory; a checkpoint is a directory with config.json")
     raw = read_json(directory / "config.json", "a checkpoint directory has one")
     generation_path = directory / "generation_config.json"
