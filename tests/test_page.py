@@ -61,12 +61,21 @@ def test_the_command_writes_it_and_names_what_is_wrong(tmp_path, capsys):
     assert main(["report", "--json", str(rows), "--timeline", str(timeline), "--out", str(out)]) == 0
     assert "deadline: passed" in out.read_text() and str(out) in capsys.readouterr().out
     for content, said in (("", "no request to report"), ("[1]", "is a JSON list"), ('{"id": 1}', "has no 'route'"),
-                          ("{", "cannot be read"), (json.dumps(row(kv_bytes="x")), "kv_bytes")):
+                          ("{", "cannot be read"), (json.dumps(row(kv_bytes="x")), "kv_bytes"),
+                          (json.dumps(row(["a"])), "id is ['a']")):
         rows.write_text(content)
         with pytest.raises(SystemExit) as stop:
             main(["report", "--json", str(rows), "--out", str(out)])
         assert stop.value.code == 2 and said in capsys.readouterr().err
     rows.write_text(json.dumps(row()))
+    for event in ({"ph": "X", "name": "layer norm", "ts": 1, "dur": 2, "args": {"request": "a#1"}},
+                  {"ph": "X", "name": "layer 1"}, {"ph": "i", "name": "stream opened", "args": [7]},
+                  {"ph": "C", "name": "x", "args": {"egress Gbps": "much"}, "pid": 1, "ts": None},
+                  {"name": "process_name", "pid": [1], "args": {"name": "a"}}):
+        timeline.write_text(json.dumps({"traceEvents": [event]}))
+        with pytest.raises(SystemExit) as stop:
+            main(["report", "--json", str(rows), "--timeline", str(timeline), "--out", str(out)])
+        assert stop.value.code == 2 and "timeline" in capsys.readouterr().err, event
     with pytest.raises(SystemExit) as stop:
         main(["report", "--json", str(rows), "--out", str(rows / "below" / "page.html")])
     assert stop.value.code == 2 and capsys.readouterr().err.startswith(f"error: {rows / 'below'} cannot be made: ")

@@ -8,7 +8,7 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
-from minprfaas.errors import UserError, require_number
+from minprfaas.errors import UserError, require_number, shown
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "assets" / "report.html"
 NEEDED = ("id", "route", "reason", "text", "prompt_tokens", "cached_tokens", "kv_bytes", "arrived_at_s",
@@ -26,14 +26,17 @@ def page(rows: list[dict], events: list[dict], title: str) -> str:
 
 def gathered(rows: list[dict], events: list[dict]) -> dict:
     """What a picture of a run shows: its requests with their layers, and its lines. `rows` are the lines of `--json`,
-    `events` those of `--timeline` (none: without layers and without the line). Raises UserError for rows that are none
-    of ours."""
+    `events` those of `--timeline` (none: without layers and without the line). Raises UserError for rows or
+    events that are none of ours."""
     for number, row in enumerate(rows, start=1):
         _check_row(row, f"request {number}")
     if not rows:
         raise UserError("there is no request to report; a run writes one line a request with --json")
     began_at_s = min(row["arrived_at_s"] for row in rows)
-    layers, lines = _layers(events, began_at_s), _lines(events, began_at_s)
+    try:
+        layers, lines = _layers(events, began_at_s), _lines(events, began_at_s)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # another program's trace
+        raise UserError(f"the timeline has an event that no run writes ({type(error).__name__}: {error})") from None
     requests = [_request(row, began_at_s, layers.get(row["id"], [])) for row in rows]
     return {"requests": requests, "lines": lines, "link": rows[0].get("link", "")}
 
@@ -44,6 +47,8 @@ def _check_row(row: object, what: str) -> None:
     missing = [name for name in (*NEEDED, *PARTS) if name not in row]
     if missing:
         raise UserError(f"{what} has no {missing[0]!r}; a line that `--json` wrote has it")
+    if not isinstance(row["id"], str):
+        raise UserError(f"{what}: id is {shown(row['id'])}; it must be a string")
     for name in ("arrived_at_s", "finished_at_s", "prompt_tokens", "cached_tokens", "kv_bytes"):
         require_number(f"{what}: {name}", row[name], least=0)
     for name in PARTS:
