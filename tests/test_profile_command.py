@@ -36,6 +36,14 @@ def test_a_profile_is_printed_and_written_as_it_is_printed(checkpoints, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["profile.json"]
 
 
+@pytest.mark.parametrize("option, said", [("--lengths 8 1000000000", "the longest of --lengths is 1000000000"),
+                                          ("--context 1000000000", "--context is 1000000000")])
+def test_more_than_the_model_holds_is_said_before_anything_is_measured(checkpoints, capsys, option, said):
+    with pytest.raises(SystemExit) as stop:
+        main(command(checkpoints, *option.split()))
+    assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("place", ["", "file/out.json", "nowhere/out.json"])
 def test_a_place_that_cannot_be_written_is_said_before_anything_is_measured(checkpoints, tmp_path, capsys, place):
     (tmp_path / "file").write_text("")
@@ -69,7 +77,7 @@ def test_a_failed_measurement_leaves_no_file_behind(checkpoints, tmp_path, capsy
     with pytest.raises(SystemExit):
         main(["profile", "--model", str(checkpoints["kimi_linear"]), "--lengths", "16", "600", "--out",
               str(tmp_path / "out.json")])
-    assert "context holds 512" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+    assert "is 600; it must be a number of at most 511" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 
 
 def test_points_that_a_busy_machine_made_cross_are_left_out_and_the_rest_is_a_profile():

@@ -41,6 +41,9 @@ def _measure(args: argparse.Namespace) -> Profile:
     from minprfaas.model.checkpoint import EMBEDDED, load
     torch.manual_seed(0)
     model, tokenizer = load(args.model, getattr(torch, args.dtype), args.device)
+    most = model.config.max_context_tokens - 1  # a token of the answer stands behind it
+    require_number("the longest of --lengths", max(args.lengths), most=most)
+    require_number("--context", args.context, most=most)
     if args.compile:
         compile_and_warm_up(model, tokenizer)
     measured = measure_prefill(model, tokenizer, sorted(set(args.lengths)), args.repeats, args.prefill_chunk)
