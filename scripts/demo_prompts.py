@@ -5,7 +5,7 @@ import sys
 from contextlib import closing
 
 from minprfaas.documents import EVALUATION_SEEDS, make_document
-from minprfaas.errors import ArgumentParser, exit_on_user_error
+from minprfaas.errors import ArgumentParser, exit_on_user_error, require_number
 from minprfaas.files import OutputFile
 
 
@@ -20,6 +20,7 @@ def main() -> int:
                         help="a second document and question that continue the first conversation; 0 for none (1500)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="another one, other towns and people (0)")
     args = parser.parse_args()
+    require_number("--seed", args.seed, least=0)  # below it are the documents that the model was trained on
     with closing(OutputFile(args.out)) as out:
         out.write("\n".join(invented_lines(args.tokens, args.next_turn, args.seed)) + "\n")
     return 0

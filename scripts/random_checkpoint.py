@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from minprfaas.errors import ArgumentParser, UserError, exit_on_user_error
+from minprfaas.errors import ArgumentParser, UserError, exit_on_user_error, require_number
 
 QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "head_dim": 128, "rope_theta": 1e6, "rms_norm_eps": 1e-6,
          "tie_word_embeddings": True, "max_position_embeddings": 40960, "eos_token_id": 151645,
@@ -43,6 +43,7 @@ def main() -> int:
                         help=f"{', '.join(sorted(SHAPES))} (qwen3-0.6b)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="another one, other weights (0)")
     args = parser.parse_args()
+    require_number("--seed", args.seed, least=0, most=2**63 - 1)
     # Here, because they wait for torch, and neither --help nor a mistake above is to wait with them.
     import torch
 

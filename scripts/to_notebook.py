@@ -30,10 +30,10 @@ def main() -> int:
     chapter = Path(args.chapter).resolve()
     try:
         text = chapter.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
+        documented = ast.get_docstring(ast.parse(text))
+    except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{args.chapter} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    first = BEGINNING.format(tutorials=str(chapter.parent), root=str(chapter.parent.parent),
-                             documented=ast.get_docstring(ast.parse(text)))
+    first = BEGINNING.format(tutorials=str(chapter.parent), root=str(chapter.parent.parent), documented=documented)
     write_whole(args.notebook, json.dumps(notebook([("code", first), *cells_of(text)]), indent=1) + "\n")
     print(f"written: {args.notebook}")
     return 0

@@ -110,7 +110,7 @@ MISTAKES = (  # of programs whose work needs torch: what is said wrong, and what
     ("minprfaas.commands.two_datacenters", "--prompts P", "prompts file P"),
     ("minprfaas.commands.cluster", "--topology prfaas=2,pd=3 --split 7 --serve 0", "split is 7"),
     ("case_study.command", "--soak 0", "--soak is 0"), ("random_checkpoint", "OUT --shape huge", "'huge'"),
-    ("demo_prompts", "OUT --seed x", "'x'"))
+    ("demo_prompts", "OUT --seed -1", "--seed is -1"), ("random_checkpoint", "OUT --seed -1", "--seed is -1"))
 
 
 def test_neither_help_nor_a_mistake_waits_for_torch():

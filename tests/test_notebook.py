@@ -70,7 +70,12 @@ def test_the_cells_of_the_quickest_chapter_run_in_order(tmp_path):
     assert "Next: " in done.stdout
 
 
-def test_a_file_that_is_not_there_is_one_line():
-    done = subprocess.run([sys.executable, str(ROOT / "scripts" / "to_notebook.py"), "nowhere.py", "out.ipynb"],
-                          capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 2 and done.stderr == "error: nowhere.py cannot be read: No such file or directory\n"
+@pytest.mark.parametrize("text, said", [(None, "No such file or directory"),
+                                        ("def (:", "invalid syntax (<unknown>, line 1)")])
+def test_a_file_that_is_no_chapter_is_one_line(tmp_path, text, said):
+    if text is not None:
+        (tmp_path / "it.py").write_text(text)
+    done = subprocess.run([sys.executable, str(ROOT / "scripts" / "to_notebook.py"), "it.py", "out.ipynb"],
+                          capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                          cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr == f"error: it.py cannot be read: {said}\n"
