@@ -81,6 +81,11 @@ def test_ones_own_profiles_plan_ones_own_fleet(capsys, profiles):
     assert larger["plan"]["n_prfaas"] == 8 and larger["plan"]["n_p"] + larger["plan"]["n_d"] == 16
 
 
+def test_without_prfaas_instances_nothing_is_said_of_what_they_would_be_worth(capsys, profiles):
+    main(["plan", "--profile", profiles[0], "--prfaas-instances", "0"])
+    assert "0 PrfaaS instances" not in capsys.readouterr().out
+
+
 def test_lengths_come_from_a_formula_or_a_trace(capsys, profiles, tmp_path):
     short = planned(capsys, "--profile", profiles[0], "--lognormal", "7", "0.5", "128", "4096")
     assert short["plan"]["threshold"] <= 4096

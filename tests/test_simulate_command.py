@@ -69,6 +69,18 @@ def test_weather_and_failures_are_applied(capsys, tmp_path):
     assert bad["ttft_s"]["p99"] > calm["ttft_s"]["p99"] + 20 and bad["routed_again"] > 0 and bad["requests"] == 300
 
 
+def test_a_cluster_of_which_one_decode_node_is_left_goes_on_when_the_others_return(capsys):
+    fleet = ("--requests", "300", "--rate", "1", "--prfaas-instances", "1", "--pd-instances", "2", "--convert-roles")
+    result = simulated(capsys, *fleet, "--fail", "prfaas0:150:200", "--fail", "pd0:150:200")
+    assert result["failed"] > 0 and result["requests"] + result["failed"] == 300
+
+
+def test_requests_cut_a_trace_short(capsys, trace):
+    assert simulated(capsys, "--arrivals", "trace", "--trace", trace)["requests"] == 300
+    assert simulated(capsys, "--arrivals", "trace", "--trace", trace, "--requests", "50")["requests"] == 50
+    assert simulated(capsys, "--cache-only", "--trace", trace, "--requests", "50")[0]["requests"] == 50
+
+
 def test_ones_own_profile_fleet_and_threshold_are_used(capsys, tmp_path):
     (tmp_path / "h20.json").write_text(json.dumps(h20_profile().to_json()))
     fleet = f"--profile {tmp_path / 'h20.json'} --prfaas-instances 2 --pd-instances 4 --link-gbps 10 --output-tokens 64"

@@ -199,7 +199,8 @@ def _print_table_6(result: dict) -> None:
 def _without_prfaas(fleet: Fleet, lengths: LengthDistribution) -> dict[str, Plan]:
     """What the same money buys in one datacenter: the PD cluster alone, and with as many instances more."""
     together = fleet.pd_instances + int(fleet.prfaas_instances)
-    if not 1 < fleet.pd_instances <= together <= MAX_INSTANCES:  # a single instance cannot both prefill and decode
+    # A single instance cannot both prefill and decode, and without PrfaaS instances there is nothing to compare.
+    if not 1 < fleet.pd_instances < together <= MAX_INSTANCES:
         return {}
     alone = replace(fleet, prfaas_instances=0)
     more = replace(alone, pd_instances=together)

@@ -28,6 +28,7 @@ from minprfaas.simulator.recorder import TTFT_OBJECTIVE_S, Report
 from minprfaas.simulator.simulation import MAX_SIMULATED_S, PrfaaSSite, Setup, Simulation
 from minprfaas.transport.wan.line import load_weather
 
+REQUESTS = 10_000
 LIMITS = (("requests", 1, 10_000_000), ("day-s", 1, 1e6), ("cache-blocks", 0, None), ("speed", 1e-6, 1e9))
 
 
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                          help="when requests come; mmpp comes in bursts (poisson)")
     traffic.add_argument("--trace", metavar="FILE", help="a Mooncake-format trace")
     traffic.add_argument("--speed", type=float, default=1.0, metavar="X", help="play the trace X times as fast (1)")
-    traffic.add_argument("--requests", type=int, default=10_000, metavar="N", help="how many are simulated (10000)")
+    traffic.add_argument("--requests", type=int, metavar="N", help=f"how many ({REQUESTS}; of a trace, all)")
     rate = traffic.add_mutually_exclusive_group()
     rate.add_argument("--rate", type=float, metavar="R", help="requests per second")
     rate.add_argument("--load", type=float, default=0.9, metavar="X", help="or a share of the planned rate (0.9)")
@@ -75,7 +76,11 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--trace FILE goes with --arrivals trace or with --cache-only, and they with it")
     if args.plots:
         prepare_plots(args.plots)
-    trace = read_trace(args.trace) if args.trace else []
+    for option, least, most in LIMITS:
+        value = getattr(args, option.replace("-", "_"))
+        if value is not None:
+            require_number(f"--{option}", value, least=least, most=most)
+    trace = read_trace(args.trace)[:args.requests] if args.trace else []
     if args.cache_only:
         return _cache_only(args, [request.keys for request in trace])
     setup, requests, count = _prepare(args, trace)
@@ -106,8 +111,6 @@ def _run(args: argparse.Namespace, setup: Setup, requests: Iterator[SimRequest],
 
 def _prepare(args: argparse.Namespace, trace: list[SimRequest]) -> tuple[Setup, Iterator[SimRequest], int]:
     """The cluster, its requests and how many they are."""
-    for option, least, most in LIMITS:
-        require_number(f"--{option}", getattr(args, option.replace("-", "_")), least=least, most=most)
     fleet = _fleet(args, trace)
     lengths = LengthDistribution(request.input_tokens for request in trace) if trace else paper.paper_lengths()
     planned = plan(fleet, lengths, args.n_p, threshold_of(args, lengths))
@@ -120,8 +123,9 @@ def _prepare(args: argparse.Namespace, trace: list[SimRequest]) -> tuple[Setup, 
         requests, count = from_trace(trace, args.speed), len(trace)
         rate_rps = count / max(trace[-1].arrived_at_s / args.speed, 1e-9)
     else:
-        rate_rps, count = args.rate if args.rate is not None else args.load * planned.lambda_max, args.requests
-        requests = _made_up(args, lengths, round(fleet.output_tokens), rate_rps)
+        count = args.requests or REQUESTS
+        rate_rps = args.rate if args.rate is not None else args.load * planned.lambda_max
+        requests = _made_up(args, count, lengths, round(fleet.output_tokens), rate_rps)
     _check_duration(setup, lengths, count, rate_rps)
     return setup, requests, count
 
@@ -159,14 +163,14 @@ def _sites(args: argparse.Namespace) -> tuple[PrfaaSSite, ...]:
     return tuple(sites)
 
 
-def _made_up(args: argparse.Namespace, lengths: LengthDistribution, output_tokens: int,
+def _made_up(args: argparse.Namespace, count: int, lengths: LengthDistribution, output_tokens: int,
              rate_rps: float) -> Iterator[SimRequest]:
     rng = random.Random(args.seed)
     if args.arrivals == "diurnal":
         times, scale = diurnal(rate_rps, rng, args.day_s), day_lengths(args.day_s)
     else:
         times, scale = (bursty if args.arrivals == "mmpp" else poisson)(rate_rps, rng), None
-    return drawn(times, args.requests, lengths, output_tokens, rng, scale)
+    return drawn(times, count, lengths, output_tokens, rng, scale)
 
 
 def _check_duration(setup: Setup, lengths: LengthDistribution, count: int, rate_rps: float) -> None:
