@@ -56,6 +56,8 @@ def test_a_chat_that_is_none_is_refused_by_name(chat_house):
     for messages, said in [
             ([], "messages is []"), ("Hi", "messages is 'Hi'"), ([{"content": "Hi"}], "must have a role"),
             ([{"role": "tool", "content": "Hi"}], "must have a role"),
+            ([{"role": ["user"], "content": "Hi"}], "must have a role"),
+            ([{"role": {}, "content": "Hi"}], "must have a role"),
             ([{"role": "user"}], "content of message 0 is None"),
             ([user, {"role": "user", "content": [{"type": "image_url"}]}], "content of message 1"),
             ([{**user, "tool_calls": [1]}], "'tool_calls'"),

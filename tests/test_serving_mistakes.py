@@ -6,6 +6,8 @@ Chapter 13.
 import random
 import re
 import socket
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -75,6 +77,21 @@ def test_every_mistake_gets_its_status_and_one_line(open_house):
     assert call(open_house.port, "/v1/models").status == 200
 
 
+def test_who_asks_for_the_head_of_an_answer_gets_no_more_and_may_ask_again(open_house):
+    with connect(open_house.port) as connection:
+        for path, status in (("/v1/models", 200), ("/nowhere", 404), (COMPLETIONS, 405)):
+            connection.sendall(request_bytes(path, method="HEAD"))
+            head = b""
+            while b"\r\n\r\n" not in head:
+                head += connection.recv(4096)
+            assert head.startswith(b"HTTP/1.1 %d " % status) and head.endswith(b"\r\n\r\n")
+            connection.sendall(request_bytes("/v1/models"))
+            response = Response(connection)
+            assert response.status == 200
+            if status == 200:
+                assert f"Content-Length: {len(response.body)}\r\n".encode() in head
+
+
 def test_a_client_that_is_refused_while_it_still_sends_can_read_why(hybrid, checkpoints):
     limits = Limits(9, linger_s=DEADLINE_S)
     with house(*hybrid, checkpoints["kimi_linear"], limits=limits) as one, connect(one.port) as connection:
@@ -130,6 +147,14 @@ def test_a_mistake_on_the_command_line_is_named(options, said, capsys):
         main(["serve", *options])
     line = capsys.readouterr().err
     assert exit.value.code == 2 and said in line and line.count("\n") == 1
+
+
+def test_a_house_that_may_not_open_a_file_for_each_connection_says_so():
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (600, 600)); " \
+              "from minprfaas.__main__ import main; main(['serve', '--port', '0', '--max-requests', '300'])"
+    done = subprocess.run([sys.executable, "-c", limited], capture_output=True, text=True, timeout=DEADLINE_S)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "opens up to 696 files, connections included; its limit is 600" in done.stderr
 
 
 def test_a_port_that_is_taken_is_said_at_once(capsys):

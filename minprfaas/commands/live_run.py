@@ -30,7 +30,7 @@ from minprfaas.files import OutputFile
 from minprfaas.model.checkpoint import load
 from minprfaas.observe.timeline import Timeline
 from minprfaas.scheduling.sites import SitesControlPlane
-from minprfaas.serving.service import listen
+from minprfaas.serving.service import listen, most_connections
 from minprfaas.transport.events import EventQueue
 from minprfaas.transport.fabric import Fabric
 from minprfaas.transport.wan.link import Link
@@ -88,7 +88,7 @@ def _play(run: Run, seat: Seat, outputs: dict[str, OutputFile], drive: Drive | N
     args, here = run.args, seat.here
     lanes = [link_config(run.link, here, peer).lanes for peer in seat.places if peer is not here]
     require_open_files(OWN_FILES + LINK_FILES * len(lanes) + LANE_FILES * sum(lanes)
-                       + (args.max_requests if args.serve is not None else 0))
+                       + (most_connections(args.max_requests) if args.serve is not None else 0))
     timeline = Timeline(here.name) if args.timeline else None
     listener = listen(args.host, args.serve) if here.has_front and args.serve is not None else None
     # Before the model: others wait for it. Kept: where this process serves it, it lives as long.

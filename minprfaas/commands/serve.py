@@ -27,10 +27,10 @@ from minprfaas.model.transformer import Transformer
 from minprfaas.observe.tables import human_bytes
 from minprfaas.scheduling.control import ControlPlane
 from minprfaas.serving.openai import Served
-from minprfaas.serving.service import Service, listen, serve
+from minprfaas.serving.service import Service, listen, most_connections, serve
 from minprfaas.transport.events import EventQueue
 
-OWN_FILES = 32  # beside a connection for each request
+OWN_FILES = 32  # beside connections
 END_S = 10.0  # that the roles get to give back what they hold
 DEADLINE_S = 3600.0
 
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     for option in ("prefill_chunk", "block_tokens", "pool_blocks"):
         if getattr(args, option) is not None:
             require_number(f"--{option.replace('_', '-')}", getattr(args, option), least=1, whole=True)
-    require_open_files(OWN_FILES + args.max_requests)
+    require_open_files(OWN_FILES + most_connections(args.max_requests))
     listener = listen(args.host, args.port)  # before the model is loaded: a port that is taken is said at once
     model, tokenizer = load(args.model, getattr(torch, args.dtype), args.device)
     if args.compile:

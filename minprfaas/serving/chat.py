@@ -102,7 +102,8 @@ def _checked(messages: object) -> list[tuple[str, str]]:
         raise UserError(f"messages is {shown(messages)}; it must be a list of at least one message")
     turns = []
     for number, message in enumerate(messages):
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
+        role = message.get("role") if isinstance(message, dict) else None
+        if not isinstance(role, str) or role not in ROLES:
             raise UserError(f"message {number} is {shown(message)}; it must have a role: {', '.join(ROLES)}")
         unknown = {key for key, value in message.items() if value is not None} - {"role", "content", "name"}
         if unknown:
@@ -114,7 +115,7 @@ def _checked(messages: object) -> list[tuple[str, str]]:
         if not isinstance(content, str):
             raise UserError(f"the content of message {number} is {shown(content)}; it must be text")
         require_unicode(f"message {number}", content)
-        turns.append((ROLES[message["role"]], content))
+        turns.append((ROLES[role], content))
     if turns[-1][0] == "assistant":
         raise UserError("the last message is the assistant's; there must be one to answer")
     return turns

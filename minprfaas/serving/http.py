@@ -67,37 +67,39 @@ class HttpRequest:
     closes: bool  # whether the connection ends with the answer
 
 
+UNREAD = HttpRequest("", "", {}, b"", is_old=False, closes=True)  # in place of one that could not be read
+
+
 class Reply:
     """The answer to one request: `send` it whole, or `begin` a stream of events, `event` by `event`, and `end` it."""
 
-    def __init__(self, writer: asyncio.StreamWriter, path: str, closes: bool, is_old: bool, limits: Limits,
+    def __init__(self, writer: asyncio.StreamWriter, request: HttpRequest, path: str, limits: Limits,
                  metrics: Metrics):
-        self.closes, self.has_begun, self.has_ended = closes, False, False
-        self._writer, self._path, self._is_old, self._limits = writer, path, is_old, limits
-        self._metrics = metrics
+        self.closes, self.has_begun, self.has_ended = request.closes, False, False
+        self._writer, self._request, self._path, self._limits, self._metrics = writer, request, path, limits, metrics
 
     async def send(self, status: int, body: str, content_type: str = "application/json",
                    headers: dict[str, str] | None = None) -> None:
-        """A whole answer."""
+        """A whole answer; without its body for who asked for its head."""
         data = body.encode() + (b"\n" if content_type == "application/json" else b"")
         self._begin(status, {"Content-Type": content_type, "Content-Length": str(len(data)), **(headers or {})})
         self.has_ended = True
-        await self._write(data)
+        await self._write(b"" if self._request.method == "HEAD" else data)
 
     async def begin_events(self, headers: dict[str, str]) -> None:
         """A stream of events is coming."""
         self._begin(200, {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
-                          **({} if self._is_old else {"Transfer-Encoding": "chunked"}), **headers})
+                          **({} if self._request.is_old else {"Transfer-Encoding": "chunked"}), **headers})
 
     async def event(self, data: str) -> None:
         """One event. Waits while the client leaves too much unread; TimeoutError when it does so for too long."""
         chunk = f"data: {data}\n\n".encode()
-        await self._write(chunk if self._is_old else b"%x\r\n%b\r\n" % (len(chunk), chunk))
+        await self._write(chunk if self._request.is_old else b"%x\r\n%b\r\n" % (len(chunk), chunk))
 
     async def end_events(self) -> None:
         """The last one was the last."""
         self.has_ended = True
-        if not self._is_old:
+        if not self._request.is_old:
             await self._write(b"0\r\n\r\n")
 
     async def fail(self, error: HttpError) -> None:
@@ -184,7 +186,7 @@ class ClientConnection:
     async def _refuse(self, error: HttpError) -> None:
         """Answer what could not be read. The client may still be sending: closed at once, the connection would be
         reset, and the line lost. So its bytes are thrown away for a moment."""
-        reply = Reply(self._writer, "other", True, False, self._limits, self._metrics)
+        reply = Reply(self._writer, UNREAD, "other", self._limits, self._metrics)
         await reply.fail(error)
         try:
             self._writer.write_eof()
@@ -229,7 +231,7 @@ class ClientConnection:
         """Run the handler until it has answered, the client hangs up, or time is up; whether another request may
         follow."""
         path = request.path if request.path in self._routes else "other"
-        reply = Reply(self._writer, path, request.closes, request.is_old, self._limits, self._metrics)
+        reply = Reply(self._writer, request, path, self._limits, self._metrics)
         handling = asyncio.create_task(self._handle(request, reply))
         try:
             await asyncio.wait({handling, self._hung_up}, return_when=asyncio.FIRST_COMPLETED,
@@ -252,11 +254,12 @@ class ClientConnection:
             methods = self._routes.get(request.path)
             if methods is None:
                 raise HttpError(404, f"there is no {request.path[:200]}", code="unknown_url")
-            if request.method not in methods:
+            method = "GET" if request.method == "HEAD" else request.method
+            if method not in methods:
                 allowed = ", ".join(methods)
                 message = f"{request.path} takes {allowed}, not {request.method}"
                 raise HttpError(405, message, headers={"Allow": allowed})
-            await methods[request.method](request, reply)
+            await methods[method](request, reply)
         except HttpError as error:
             await reply.fail(error)
         except UserError as error:

@@ -20,10 +20,14 @@ from minprfaas.serving.metrics import Metrics
 from minprfaas.serving.openai import Served
 from minprfaas.transport.events import EventQueue
 
-SPARE_CONNECTIONS = 64  # beside two a request: of clients that wait, and of who asks how things stand
 END_S = 5.0  # that connections get to send what they have, once every request has ended
 # After 30 s of silence three probes, 10 s apart; what is sent must be acknowledged within 30 s.
 PEER_IS_GONE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 30_000}
+
+
+def most_connections(capacity: int) -> int:
+    """Connections where `capacity` requests are answered at once: others wait, or ask how things stand."""
+    return 2 * capacity + 64
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -44,7 +48,7 @@ class Service:
         self.port = listener.getsockname()[1]
         self._api = Api(served, self.door, time.monotonic)
         self._listener = listener
-        self._limits = limits or Limits(connections=2 * capacity + SPARE_CONNECTIONS)
+        self._limits = limits or Limits(most_connections(capacity))
         self._connections: dict[asyncio.Task, ClientConnection] = {}
         self._bodies = BodyBudget(self._limits.bodies_bytes)
         self._loop: asyncio.AbstractEventLoop | None = None
