@@ -44,6 +44,8 @@ def test_a_message_comes_out_of_its_envelope_as_it_went_in_and_none_of_its_field
     *[{"fields": {**encode(Envelope("a", "b", ORDER))["fields"], "token_ids": packed}}
       for packed in ([1, "2"], [1, 2], "", "I?", "IAQAA", "IAQID", "fAAAA", "qAAAAAA==", "I\u00e9AAA")],
     {"fields": {**encode(Envelope("a", "b", ORDER))["fields"], "stream_id": 2**64}},
+    *[{"fields": {**encode(Envelope("a", "b", ORDER))["fields"], "deadline_s": no_time}}
+      for no_time in (float("nan"), float("inf"), 10**400, True)],
     {"fields": {**encode(Envelope("a", "b", ORDER))["fields"], "unknown": 0}},
     {"fields": {"id": "a"}}])
 def test_what_is_no_message_of_ours_is_refused(change):

@@ -110,7 +110,7 @@ def test_a_request_waits_for_room_behind_those_that_came_before_and_so_long_and_
     (dict(id="a#1"), "attempt 'a#1' came before, or has no prompt"),
     (dict(answered_tokens=100), "or has no prompt"), (dict(answered_tokens=-1), "or has no prompt"),
     (dict(token_ids=[257]), "token id 257"), (dict(token_ids=[5] * 600), "600 prompt tokens"),
-    (dict(sampling={"max_tokens": 0}), "max_tokens is 0")])
+    (dict(sampling={"max_tokens": 0}), "max_tokens is 0"), (dict(sampling={"surprise": 1}), "'surprise'")])
 def test_what_can_never_be_served_is_refused_at_once(hybrid, change, said):
     desk, _ = served(hybrid)
     refused = serving(**{"id": "b#1", **change})

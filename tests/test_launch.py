@@ -21,10 +21,8 @@ import torch.distributed as dist
 from test_transport_binding import listening
 from test_two_datacenters_program import PROGRAM, arguments, prompts_file  # noqa: F401 (a fixture)
 
-from minprfaas.cluster.launch import (Launch, StoreAddress, _wait_for, emulated_line, own_device, start_processes,
-                                      threads_of)
-from minprfaas.cluster.topology import Place
-from minprfaas.config import LineConfig, Role, WeatherChange
+from minprfaas.cluster.launch import (Launch, StoreAddress, _wait_for, emulated_line, own_device, start_processes)
+from minprfaas.config import LineConfig, WeatherChange
 from minprfaas.errors import UserError
 from minprfaas.files import OutputFile
 
@@ -175,6 +173,18 @@ def test_who_outlives_the_front_end_has_time_to_tidy_up(start, tmp_path):
         return 0
 
     assert start(["front", "a"], "front", does) == 0 and (tmp_path / "tidied").exists()
+
+
+def test_a_signal_for_a_front_end_that_has_ended_ends_who_waits_for_the_others(start, tmp_path):
+    def does(name, _):
+        if name == "front":
+            (tmp_path / "front ended").write_text(str(os.getpid()))
+            return 0
+        wait_until(lambda: has_ended(tmp_path / "front ended"))
+        os.kill(os.getppid(), signal.SIGINT)
+
+    with pytest.raises(SystemExit, match=str(128 + signal.SIGINT)):
+        start(["front", "a"], "front", does, front_ends_all=True)
 
 
 def test_a_process_that_ends_is_told_once_with_how_to_start_it_again(start, tmp_path, capfd):
@@ -387,12 +397,3 @@ def test_an_output_that_cannot_be_written_is_found_before_the_run(tmp_path):
     output = OutputFile(tmp_path / "out.json")
     output.close()
     assert list(tmp_path.iterdir()) == [], "nothing is left behind"
-
-
-@pytest.mark.parametrize("cores, threads", [(1, [1, 1, 1, 1]), (2, [1, 1, 1, 1]), (4, [1, 1, 1, 1]), (6, [1, 1, 2, 2]),
-                                            (7, [2, 1, 2, 2]), (16, [4, 4, 4, 4])])
-def test_nodes_of_one_host_share_its_cores_and_those_that_prefill_get_what_remains(cores, threads):
-    names = ("pd-1", "pd-2", "prfaas-0", "pd-0")
-    roles = (Role.PDD, Role.PDD, Role.PRFAAS, Role.PDP)
-    places = [Place("front", "pd", {}, has_front=True), *(Place(n, n[:2], {n: role}) for n, role in zip(names, roles))]
-    assert threads_of(places, cores) == dict(zip(names, threads))

@@ -5,6 +5,7 @@ Chapter 13.
 
 import random
 import re
+import resource
 import socket
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from serving_support import (  # noqa: F401
     CHAT, COMPLETIONS, DEADLINE_S, GREEDY, Response, call, connect, house, open_house, request_bytes)
 
 from minprfaas.__main__ import main
+from minprfaas.cluster.launch import require_open_files
+from minprfaas.errors import UserError
 from minprfaas.serving.http import Limits
 
 
@@ -155,6 +158,21 @@ def test_a_house_that_may_not_open_a_file_for_each_connection_says_so():
     done = subprocess.run([sys.executable, "-c", limited], capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "opens up to 696 files, connections included; its limit is 600" in done.stderr
+
+
+@pytest.mark.parametrize("limits, needed, raised", [
+    ((256, 4096), 200, None), ((256, 4096), 300, (300, 4096)), ((256, resource.RLIM_INFINITY), 300,
+                                                                (300, resource.RLIM_INFINITY)),
+    ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), 300, None)])
+def test_a_process_may_open_as_many_files_as_it_needs(monkeypatch, limits, needed, raised):
+    asked = []
+    monkeypatch.setattr(resource, "getrlimit", lambda what: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda what, wanted: asked.append(wanted))
+    require_open_files(needed)
+    assert asked == ([] if raised is None else [raised])
+    with pytest.raises(UserError, match="opens up to 5000 files, connections included; its limit is 4096"):
+        monkeypatch.setattr(resource, "getrlimit", lambda what: (256, 4096))
+        require_open_files(5000)
 
 
 def test_a_port_that_is_taken_is_said_at_once(capsys):

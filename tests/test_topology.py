@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from minprfaas.cluster.launch import StoreAddress
-from minprfaas.cluster.topology import Topology
+from minprfaas.cluster.launch import StoreAddress, threads_of
+from minprfaas.cluster.topology import Place, Topology
 from minprfaas.commands.cluster import main, parser, with_site_lines
 from minprfaas.commands.live_options import Run
 from minprfaas.config import LineConfig, LinkConfig, Role
@@ -110,3 +110,12 @@ def test_a_mistake_on_the_command_line_is_named_before_any_process_is_started(mo
     with pytest.raises(UserError) as caught:
         main(["--prompts", str(prompts), *change])
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("cores, threads", [(1, [1, 1, 1, 1]), (2, [1, 1, 1, 1]), (4, [1, 1, 1, 1]), (6, [1, 1, 2, 2]),
+                                            (7, [2, 1, 2, 2]), (16, [4, 4, 4, 4])])
+def test_nodes_of_one_host_share_its_cores_and_those_that_prefill_get_what_remains(cores, threads):
+    names = ("pd-1", "pd-2", "prfaas-0", "pd-0")
+    roles = (Role.PDD, Role.PDD, Role.PRFAAS, Role.PDP)
+    places = [Place("front", "pd", {}, has_front=True), *(Place(n, n[:2], {n: role}) for n, role in zip(names, roles))]
+    assert threads_of(places, cores) == dict(zip(names, threads))

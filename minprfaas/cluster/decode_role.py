@@ -111,7 +111,7 @@ class DecodeRole(Part):
             request = Request(serve.id, list(serve.token_ids), SamplingParams(**serve.sampling), arrived_at_s=now_s,
                               answered_tokens=serve.answered_tokens)
             self.engine.check_fits(request)
-        except UserError as error:
+        except (UserError, TypeError) as error:  # of another process, whose options may be others
             return self._tell(messages.Failed(serve.id, str(error), "too_long"))
         serving = self.servings[serve.id] = Serving(request, serve, now_s, now_s + self.room_deadline_s)
         self._for_room.append(serving)

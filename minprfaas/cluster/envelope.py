@@ -77,10 +77,9 @@ def _unpacked(text: object) -> list[int]:
 
 
 def _is_a(value: object, wanted: type) -> bool:
-    if wanted is int:
-        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**64
-    if wanted is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if wanted in (int, float):
+        is_number = isinstance(value, (int, wanted)) and not isinstance(value, bool)
+        return is_number and abs(value) < 2**64  # no NaN either, and no whole number that no float can hold
     if wanted in (list[str], list[dict]):
         return isinstance(value, list) and len(value) <= MAX_ITEMS and set(map(type, value)) <= {*wanted.__args__}
     return isinstance(value, wanted)

@@ -144,9 +144,9 @@ def require_open_files(needed: int) -> None:
     """Raise this process's limit of open files, connections among them, to `needed`. UserError where that may not be:
     without a file for each connection Gloo ends the process, or waits."""
     limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if resource.RLIM_INFINITY in (limit, most) or needed <= limit:
+    if limit == resource.RLIM_INFINITY or needed <= limit:
         return
-    if needed > most:
+    if most != resource.RLIM_INFINITY and needed > most:
         raise UserError(f"this process opens up to {needed} files, connections included; its limit is {most} "
                         "(ulimit -n)")
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, most))
@@ -190,7 +190,7 @@ def start_processes(names: list[str], front: str | None, main: Callable[[list[st
         workers[name].start()
 
     def on_signal(number: int, frame: object) -> None:
-        if not front_ends_all or front not in workers:
+        if not front_ends_all or front not in workers or workers[front].exitcode is not None:
             sys.exit(128 + number)
         os.kill(workers[front].pid, number)
 
