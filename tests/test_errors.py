@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from minprfaas.errors import exit_on_user_error
+from minprfaas.errors import UserError, exit_on_user_error
+from minprfaas.files import OutputFile
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -90,3 +91,12 @@ def test_with_all_descriptors_closed_no_file_takes_the_number_of_the_output(tmp_
            "from minprfaas.errors import run_program; run_program('program')"
     done = subprocess.run(["bash", "-c", '"$0" -c "$1" <&- >&- 2>&-', sys.executable, line], timeout=60)
     assert done.returncode == 0 and int((tmp_path / "number").read_text()) > 2
+
+
+def test_an_output_that_cannot_be_written_is_found_before_the_run(tmp_path):
+    for path in (tmp_path, tmp_path / "missing" / "out.json", tmp_path / ("x" * 300)):
+        with pytest.raises(UserError, match="cannot be written"):
+            OutputFile(path)
+    output = OutputFile(tmp_path / "out.json")
+    output.close()
+    assert list(tmp_path.iterdir()) == [], "nothing is left behind"

@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -24,7 +25,6 @@ from test_two_datacenters_program import PROGRAM, arguments, prompts_file  # noq
 from minprfaas.cluster.launch import (Launch, StoreAddress, _wait_for, emulated_line, own_device, start_processes)
 from minprfaas.config import LineConfig, WeatherChange
 from minprfaas.errors import UserError
-from minprfaas.files import OutputFile
 
 DEADLINE_S = 120
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1234"}
@@ -185,6 +185,14 @@ def test_a_signal_for_a_front_end_that_has_ended_ends_who_waits_for_the_others(s
 
     with pytest.raises(SystemExit, match=str(128 + signal.SIGINT)):
         start(["front", "a"], "front", does, front_ends_all=True)
+
+
+def test_an_interrupt_between_a_process_and_its_own_group_ends_it_without_a_word():
+    done = run([sys.executable, "-c", "import os, signal\nfrom multiprocessing.util import register_after_fork\n"
+                "from minprfaas.cluster.launch import start_processes\n"
+                "register_after_fork(os, lambda _: os.kill(os.getpid(), signal.SIGINT))\n"
+                "print(start_processes(['a'], 'a', lambda argv: 0, []))"])
+    assert (done.stdout, done.stderr) == (f"{256 - signal.SIGINT}\n", "")
 
 
 def test_a_process_that_ends_is_told_once_with_how_to_start_it_again(start, tmp_path, capfd):
@@ -388,12 +396,3 @@ def test_a_full_disk_is_one_line_after_the_answers(checkpoints, prompts_file):
     one_line(done, "/dev/full cannot be written")
     assert "[p20]" in done.stdout and "3 answers in" in done.stdout, "the answers stay on the screen"
     assert not Path("/dev/full").is_file(), "a device is not replaced by a file"
-
-
-def test_an_output_that_cannot_be_written_is_found_before_the_run(tmp_path):
-    for path in (tmp_path, tmp_path / "missing" / "out.json", tmp_path / ("x" * 300)):
-        with pytest.raises(UserError, match="cannot be written"):
-            OutputFile(path)
-    output = OutputFile(tmp_path / "out.json")
-    output.close()
-    assert list(tmp_path.iterdir()) == [], "nothing is left behind"

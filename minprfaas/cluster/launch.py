@@ -37,6 +37,7 @@ STORE_DEADLINE_S = 60.0  # until a store answers
 AGENT_DEADLINE_S = 10.0  # until torchrun's agent answers, which serves its store before it starts anybody
 WATCH_EVERY_S = 0.25
 M_ARENA_MAX, ARENAS = -8, 2  # glibc's mallopt
+ENDING = (signal.SIGTERM, signal.SIGINT)  # signals that end a run
 ENDING_S = 5.0  # for the other processes, once the front end's has ended
 
 
@@ -186,15 +187,18 @@ def start_processes(names: list[str], front: str | None, main: Callable[[list[st
         rank = str(names.index(name))
         environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(len(names)), "MASTER_ADDR": "127.0.0.1",
                        "MASTER_PORT": str(port)}
-        workers[name] = ForkProcess(target=_run_as, args=(environment, main, argv), name=name)
-        workers[name].start()
+        worker = ForkProcess(target=_run_as, args=(environment, main, argv), name=name)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until each of the two knows what to do with one
+        worker.start()
+        workers[name] = worker
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def on_signal(number: int, frame: object) -> None:
         if not front_ends_all or front not in workers or workers[front].exitcode is not None:
             sys.exit(128 + number)
         os.kill(workers[front].pid, number)
 
-    for number in (signal.SIGTERM, signal.SIGINT) if front_ends_all else (signal.SIGTERM,):
+    for number in ENDING if front_ends_all else [signal.SIGTERM]:
         signal.signal(number, on_signal)
     try:
         for name in names:
@@ -212,8 +216,9 @@ def _run_as(environment: dict[str, str], main: Callable[[list[str]], int], argv:
     """In a process of its own. Also a group of its own: an interrupt from the keyboard is for the process that started
     it, which ends the others."""
     os.setpgid(0, 0)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in ENDING:
         signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     for name in [name for name in os.environ if name.startswith("TORCHELASTIC_")]:
         del os.environ[name]
     os.environ.update(environment)
