@@ -1,57 +1,120 @@
 """The graphs of prefill passes, held against passes that are computed as they are. Chapters 04, 08."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from step_support import PARITY, rows_of, step_logits
 
 from minprfaas import SamplingParams
+from minprfaas.config import StateKind
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.pass_graphs import PassGraphs
 from minprfaas.engine.pieces import compile_pieces
 from minprfaas.engine.reference import pool_for
+from minprfaas.engine.request import Request
 from minprfaas.engine.scheduler import PrefillChunk
 from minprfaas.model.checkpoint import load_checkpoint
-from minprfaas.model.families import read_config
+from minprfaas.model.families import config_from_hf, read_config
+from minprfaas.model.layers import DenseConfig
+from minprfaas.model.transformer import Transformer
 
 
-def prefilled(name: str, chunk: int, is_fast: bool, dtype: torch.dtype, device: str,
-              is_compiled: bool = False) -> tuple[Engine, list, list]:
-    """The engine, what each prompt gave (first token, rows), and what listeners heard. Some requests stay, so that the
-    blocks of later ones lie elsewhere."""
-    directory = PARITY / name
-    model = load_checkpoint(directory, read_config(directory), dtype, device)
-    if is_compiled:
-        compile_pieces(model)
-    engine = Engine(model, None, pool_for(model, [4 * chunk] * 8, block_tokens=16), prefill_chunk=chunk, fast=is_fast)
-    if is_fast:
-        engine.runner._passes = PassGraphs(model, engine.kvcache.pool, engine.runner._memory, chunk // 4, chunk)
+def prefilled(model: Transformer, chunk: int, lengths: tuple[int, ...], is_fast: bool, is_captured: bool = True,
+              ) -> tuple[Engine, list, list]:
+    """The engine, what each prompt gave (first token, bytes of rows and states), and what listeners heard. Some
+    requests stay, so that the blocks of later ones lie elsewhere."""
+    engine = engine_for(model, chunk, lengths, is_fast, is_captured)
     rng, given, heard = random.Random(0), [], []
-    for number, tokens in enumerate((2 * chunk, chunk + 6, 2 * chunk, chunk + 3, chunk + 5, chunk // 2, 3)):
+    for number, tokens in enumerate(lengths):
         prompt = [rng.randrange(1, model.config.vocab_size) for _ in range(tokens)]
         request = engine.add(engine.request(str(number), prompt, SamplingParams(1), prefill_only=True))
         while engine.has_work:
             engine.step(lambda request, *what: heard.append((request.id, *what)))
-        given.append((request.output_ids, torch.cat([rows.view(dtype).float() for rows in rows_of(engine, [request])])))
+        given.append((request.output_ids, torch.cat([rows.view(torch.uint8) for rows in rows_of(engine, [request])]),
+                      snapshots_of(engine, request)))
         if number % 2:
             engine.release(request)
     return engine, given, heard
 
 
-@pytest.mark.parametrize("name, is_captured", [
-    ("qwen3", True), ("llama", True), ("qwen3_next", False), ("qwen3_moe", False)])
+def engine_for(model: Transformer, chunk: int, lengths: tuple[int, ...], is_fast: bool, is_captured: bool) -> Engine:
+    """Passes are captured, or as a fast runner computes them, or as the eager one does. A state is kept twice in a
+    chunk."""
+    room = pool_for(model, [2 * max(lengths)] * (len(lengths) + 3), block_tokens=16)
+    engine = Engine(model, None, replace(room, snapshot_every=chunk // 32), prefill_chunk=chunk, fast=is_fast)
+    if is_fast:
+        engine.runner._passes = None
+    if is_fast and is_captured:
+        engine.runner._passes = PassGraphs(model, engine.kvcache, engine.runner._memory, chunk // 4, chunk)
+    return engine
+
+
+def snapshots_of(engine: Engine, request: Request) -> dict[tuple[int, int], torch.Tensor]:
+    """The bytes of each layer's state at each boundary of the prompt at which it was kept."""
+    layout, pool, found = engine.layout, engine.kvcache.pool, {}
+    for tokens in range(layout.block_tokens, request.cache.num_tokens + 1, layout.block_tokens):
+        tables = engine.kvcache.snapshots.hold(request.cache, tokens)
+        for group in layout.request_groups if tables else ():
+            for layer in group.layers:
+                found[tokens, layer] = pool.read_bytes(layer, tables[group.index], 0, tokens)
+    return found
+
+
+def fixture(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", is_compiled: bool = False):
+    """The model of a fixture."""
+    model = load_checkpoint(PARITY / name, read_config(PARITY / name), dtype, device)
+    if is_compiled:
+        compile_pieces(model)
+    return model
+
+
+def without_experts(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Transformer:
+    """A fixture's model with random weights and the same small MLP in every layer."""
+    config = read_config(PARITY / name)
+    layers = tuple(replace(layer, mlp=DenseConfig(48)) for layer in config.layers)
+    return random_model(replace(config, layers=layers), dtype, device)
+
+
+def random_model(config, dtype: torch.dtype, device: str) -> Transformer:
+    """With weights that let every earlier token sway the next one."""
+    torch.manual_seed(7)
+    model = Transformer(config).requires_grad_(False)
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2:
+            weight.normal_(0, 1 if "embed" in name else weight.shape[1] ** -0.5)
+    return model.to(dtype).to(device)
+
+
+@pytest.mark.parametrize("name, is_captured", [("qwen3", True), ("llama", True), ("qwen3_moe", False)])
 def test_passes_from_graphs_leave_what_computed_ones_leave(name, is_captured):
     """From a shape's second time on: wherever the request's blocks lie, however much of the pass is padding, and layer
     by layer for who listens."""
     (_, expected, expected_heard), (engine, found, heard) = (
-        prefilled(name, 32, is_fast, torch.float32, "cpu") for is_fast in (False, True))
+        prefilled(fixture(name), 32, (64, 38, 64, 35, 37, 16, 3), is_fast) for is_fast in (False, True))
     assert heard == expected_heard
-    for (tokens, rows), (expected_tokens, expected_rows) in zip(found, expected):
+    for (tokens, rows, _), (expected_tokens, expected_rows, _) in zip(found, expected):
         assert tokens == expected_tokens
-        torch.testing.assert_close(rows, expected_rows, atol=1e-5, rtol=0)
+        torch.testing.assert_close(rows.view(torch.float32), expected_rows.view(torch.float32), atol=1e-5, rtol=0)
     graphs = engine.runner._passes._graphs
-    assert {*graphs} == ({(32, 0, False), (32, 32, False), (8, 32, True)} if is_captured else set())
+    assert {*graphs} == ({(32, 0, False, ()), (32, 32, False, ()), (8, 32, True, ())} if is_captured else set())
+
+
+@pytest.mark.parametrize("name, is_captured", [("kimi_linear", True), ("bailing_hybrid", True), ("qwen3_next", False),
+                                               ("minimax", False), ("mimo_v2_flash", False)])
+def test_passes_from_graphs_leave_a_hybrids_states_and_their_snapshots(name, is_captured):
+    """Bit by bit: after a prompt's beginning and after others of its chunks, of one request and another. What is padded
+    is computed as it comes, and so are passes of other mixers."""
+    lengths = (300, 134, 300, 131, 300)
+    (_, expected, expected_heard), (engine, found, heard) = (
+        prefilled(without_experts(name), 128, lengths, is_fast) for is_fast in (False, True))
+    assert heard == expected_heard
+    for ours, theirs in zip(found, expected):
+        assert ours[0] == theirs[0] and torch.equal(ours[1], theirs[1]) and {*ours[2]} == {*theirs[2]}
+        assert len(ours[2]) and all(torch.equal(ours[2][place], theirs[2][place]) for place in ours[2])
+    shapes = {(128, 0, False, (64,)), (128, 128, False, (64,)), (32, 256, False, ())}
+    assert {*engine.runner._passes._graphs} == (shapes if is_captured else set())
 
 
 @pytest.mark.parametrize("name, is_fast, chunk", [("qwen3", False, 8), ("qwen3", True, 8), *(
@@ -65,7 +128,7 @@ def test_nothing_is_read_that_was_in_a_pool_before(name, is_fast, chunk):
         engine = Engine(model, None, pool_for(model, [120] * 8, block_tokens=16), prefill_chunk=chunk, fast=is_fast)
         engine.kvcache.pool.bytes[:engine.kvcache.pool.num_blocks] = byte
         if is_fast:
-            engine.runner._passes = PassGraphs(model, engine.kvcache.pool, engine.runner._memory, 32, 32)
+            engine.runner._passes = PassGraphs(model, engine.kvcache, engine.runner._memory, 32, 32)
         requests = []
         for number, tokens in enumerate((70, 70, 37, 40, 30, 3)):
             prompt = [1 + (number // 2 * 7 + at) % 50 for at in range(tokens)]  # two begin alike
@@ -82,10 +145,11 @@ def test_nothing_is_read_that_was_in_a_pool_before(name, is_fast, chunk):
 
 def test_when_there_are_shapes_enough_others_are_computed_as_they_come(monkeypatch):
     monkeypatch.setattr("minprfaas.engine.pass_graphs.MOST_SHAPES", 1)
-    model = load_checkpoint(PARITY / "qwen3", read_config(PARITY / "qwen3"), torch.float32, "cpu")
+    model = fixture("qwen3")
     engine = Engine(model, None, pool_for(model, [16]))
-    passes = PassGraphs(model, engine.kvcache.pool, None, 2, 8)
+    passes = PassGraphs(model, engine.kvcache, None, 2, 8)
     request = engine.request("new", [1] * 16, SamplingParams(1))
+    request.cache = engine.kvcache.open(request.token_ids)
     found = [passes.of(PrefillChunk(request, start, start + 8), 8) is not None for start in (0, 8, 0, 8, 8, 0)]
     assert found == [False, False, True, False, False, True]  # (8) was met before (0) was captured: it took no place
 
@@ -116,10 +180,70 @@ def test_a_pass_for_whose_graphs_there_is_no_memory_is_computed_as_it_comes():
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_captured_passes_leave_what_the_eager_runners_leave(name, is_compiled):
     """As the kernels of long prompts compute it, in bfloat16."""
+    lengths = (2048, 1030, 2048, 1027, 1029, 512, 3)
     (_, expected, expected_heard), (engine, found, heard) = (
-        prefilled(name, 1024, is_fast, torch.bfloat16, "cuda", is_compiled) for is_fast in (False, True))
+        prefilled(fixture(name, torch.bfloat16, "cuda", is_compiled), 1024, lengths, is_fast)
+        for is_fast in (False, True))
     assert heard == expected_heard
-    for (_, rows), (_, expected_rows) in zip(found, expected):
+    for (_, rows, _), (_, expected_rows, _) in zip(found, expected):
+        rows, expected_rows = rows.view(torch.bfloat16).float(), expected_rows.view(torch.bfloat16).float()
         assert ((rows - expected_rows).norm() / expected_rows.norm()).item() < 2e-2
     assert [len(graph._graphs) for graph in engine.runner._passes._graphs.values()] == (
         [len(engine.model.model.layers) + 1] * 3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["kimi_linear", "bailing_hybrid"])
+def test_a_hybrids_captured_passes_leave_the_bits_of_computed_ones(name):
+    """A delta rule that has a graph of its own becomes a part of the pass's."""
+    lengths, model = (2816, 1030, 2816, 1027, 2816), without_experts(name, torch.bfloat16, "cuda")
+    (_, expected, _), (engine, found, _) = (
+        prefilled(model, 1024, lengths, True, is_captured) for is_captured in (False, True))
+    for ours, theirs in zip(found, expected):
+        assert ours[0] == theirs[0] and torch.equal(ours[1], theirs[1]) and {*ours[2]} == {*theirs[2]}
+        assert len(ours[2]) and all(torch.equal(ours[2][place], theirs[2][place]) for place in ours[2])
+    assert {(shape.room, shape.start) for shape in engine.runner._passes._graphs} >= {(1024, 0), (1024, 1024)}
+
+
+SMALL_HYBRID = dict(
+    model_type="kimi_linear", vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
+    num_attention_heads=4, eos_token_id=0, first_k_dense_replace=4, model_max_length=65536, kv_lora_rank=32,
+    qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32, linear_attn_config=dict(
+        num_heads=2, head_dim=32, short_conv_kernel_size=4, kda_layers=[1, 2, 3], full_attn_layers=[4]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_two_requests_take_turns_through_captured_passes_while_their_layers_leave(is_compiled):
+    """Beside each pass another stream copies what a layer holds when word of it comes. Compiled, a delta rule goes in
+    two segments, which run beside each other."""
+    model = random_model(config_from_hf(SMALL_HYBRID), torch.bfloat16, "cuda")
+    if is_compiled:
+        compile_pieces(model)
+    found = []
+    for is_captured in (False, True):
+        engine, beside = engine_for(model, 4096, (12288,) * 4, True, is_captured), torch.cuda.Stream()
+        pool, kvcache, left, logits = engine.kvcache.pool, engine.kvcache, [], []
+        requests = [Request(str(number), [(number * 7 + at * at) % 500 + 1 for at in range(11000)], SamplingParams(1),
+                            prefill_only=True) for number in range(4)]
+        forward = engine.runner._forward
+        engine.runner._forward = lambda *given: logits.append(forward(*given).clone()) or logits[-1]
+
+        def copy(request, layer, start, end):
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):
+                table = request.cache.block_tables[engine.layout.group_of_layer[layer].index]
+                is_rows = engine.layout.specs[layer].kind is StateKind.TOKEN
+                left.append(pool.read_bytes(layer, table, start if is_rows else 0, end))
+
+        assert all(engine.scheduler.open_cache(request) for request in requests)
+        while pairs := [request for request in requests if request.cache.num_tokens < 11000]:
+            for request in pairs:
+                end = kvcache.plan_chunk(request.cache, 11000, 4096)
+                engine.runner.prefill([PrefillChunk(request, request.cache.num_tokens, end)], copy)
+        torch.cuda.synchronize()
+        found.append((logits, left, [torch.cat([rows.view(torch.uint8) for rows in rows_of(engine, [request])])
+                                     for request in requests]))
+    assert len(engine.runner._passes._graphs) >= 2
+    for computed, captured in zip(*found):
+        assert len(computed) == len(captured) and all(torch.equal(*pair) for pair in zip(computed, captured))

@@ -86,7 +86,7 @@ class FastRunner(Runner):
         self._passes: PassGraphs | None = None
         if model.device.type == "cuda" and timeline is None:  # which would see graphs launched, not layers
             # Of a memory of their own: if the only graph of one cannot be captured, it takes no other.
-            self._passes = PassGraphs(model, kvcache.pool, torch.cuda.graph_pool_handle())
+            self._passes = PassGraphs(model, kvcache, torch.cuda.graph_pool_handle())
 
     def _forward(self, chunks: list[PrefillChunk], on_layer: OnLayer | None) -> torch.Tensor:
         """As the eager runner's."""

@@ -1,24 +1,29 @@
 """A prefill pass over one request as captured CUDA graphs, one from layer to layer. Chapters 04 and 08.
 
-A pass is some 500 kernels, however few tokens it has. The host needs 17 to 36 ms to launch them; of 8,192 tokens the
-GPU needs less than 30 to run them, and a thread that sends KVCache meanwhile takes turns with the launches. Graphs are
-launched in 1 to 2 ms. Each ends where a layer's state is final, so that who listens to the pass is called where it
-always was.
+A pass is some 500 kernels, however few tokens it has, or 5,000 with delta rules. The host needs 17 to 36 ms to launch
+them; of 8,192 tokens the GPU needs less than 30 to run them, or 47, and a thread that sends KVCache meanwhile takes
+turns with the launches. Graphs are launched in 1 to 3 ms. Each ends where a layer's state is final, so that who listens
+to the pass is called where it always was.
 """
 
 import struct
 from ctypes import c_char
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from minprfaas.config import StateKind
 from minprfaas.engine.decode_graphs import capture_stream
 from minprfaas.engine.scheduler import PrefillChunk
 from minprfaas.kvcache.layout import KVGroup
-from minprfaas.kvcache.paged import PagedState
+from minprfaas.kvcache.manager import KVCacheManager
+from minprfaas.kvcache.paged import PagedLayer, PagedState
 from minprfaas.kvcache.pool import BlockPool
 from minprfaas.model.attention import PLANNED_TOKENS
+from minprfaas.model.delta_segments import streams_for
 from minprfaas.model.gqa import GQA
+from minprfaas.model.kda import KDA
 from minprfaas.model.layers import MLP
 from minprfaas.model.mla import MLA
 from minprfaas.model.spec import OnLayer
@@ -26,8 +31,17 @@ from minprfaas.model.transformer import Transformer
 
 CHUNK_TOKENS = 8192  # of a long prompt on a GPU, a pass each
 # Further shapes are computed as they come; prompts of up to 64K tokens have so many. Each takes 2 to 40 MiB, beside the
-# working memory, which all share (8,192 tokens of Qwen3-0.6B's shape: 376 MiB).
+# working memory, which all share (8,192 tokens of Qwen3-0.6B's shape: 376 MiB, of the 1B hybrid's 1,076).
 MOST_SHAPES = 64
+
+
+class PassShape(NamedTuple):
+    """What passes by the same graphs have in common."""
+
+    room: int  # tokens, padding included
+    start: int  # tokens that precede them
+    is_padded: bool
+    snapshots: tuple[int, ...]  # tokens after the pass's beginning, at which request-level state is copied
 
 
 class PassGraphs:
@@ -35,14 +49,15 @@ class PassGraphs:
     has less is padding) that follow a multiple of `chunk`. A shape is captured when it is met for the second time: the
     first time compiles and plans."""
 
-    def __init__(self, model: Transformer, pool: BlockPool, memory: tuple[int, int] | None,
+    def __init__(self, model: Transformer, kvcache: KVCacheManager, memory: tuple[int, int] | None,
                  unit: int = PLANNED_TOKENS, chunk: int = CHUNK_TOKENS):
-        self.model, self.pool, self._memory, self._unit, self._chunk = model, pool, memory, unit, chunk
-        # A state of one size is overwritten by its pass, and experts that are counted are waited for.
-        self._can_be = not pool.layout.request_groups and all(
-            isinstance(layer.self_attn, (GQA, MLA)) and isinstance(layer.mlp, MLP) for layer in model.model.layers)
-        self._graphs: dict[tuple[int, int, bool], PassGraph] = {}
-        self._met: set[tuple[int, int, bool]] = set()
+        self.model, self.kvcache, self._memory, self._unit, self._chunk = model, kvcache, memory, unit, chunk
+        # Experts that are counted are waited for.
+        self._can_be = all(isinstance(layer.self_attn, (GQA, MLA, KDA)) and isinstance(layer.mlp, MLP)
+                           for layer in model.model.layers)
+        self._can_be &= all(group.spec.kind is not StateKind.WINDOW for group in kvcache.layout.groups)
+        self._graphs: dict[PassShape, PassGraph] = {}
+        self._met: set[PassShape] = set()
         self._most_shapes = MOST_SHAPES
 
     def room(self, chunks: list[PrefillChunk]) -> int | None:
@@ -54,40 +69,46 @@ class PassGraphs:
         padding = -tokens % self._unit
         if padding and chunk.end < len(chunk.request.token_ids):
             return None  # it would read what comes next in the request's blocks, which may be NaN until it is computed
+        if padding and self.kvcache.layout.request_groups:
+            return None  # where a linear mixer must tell padding from tokens, it has another form, which is slower
         return tokens + padding
 
     def of(self, chunk: PrefillChunk, room: int) -> "PassGraph | None":
         """The pass over `chunk`; None if this is the first of its shape, or there are shapes enough."""
-        shape = room, chunk.start, chunk.end - chunk.start < room
+        offsets = tuple(sorted(self.kvcache.snapshots.planned(chunk.request.cache)))
+        shape = PassShape(room, chunk.start, chunk.end - chunk.start < room, offsets)
         if shape in self._graphs:
             return self._graphs[shape]
         if shape not in self._met or len(self._graphs) == self._most_shapes:
             self._met.add(shape)
             return None
         try:
-            self._graphs[shape] = PassGraph(self.model, self.pool, *shape, self._memory)
+            self._graphs[shape] = PassGraph(self.model, self.kvcache, shape, self._memory)
         except torch.OutOfMemoryError:  # in a capture the allocator cannot give back what it keeps for later
             self._most_shapes = len(self._graphs)
         return self._graphs.get(shape)
 
 
 class PassGraph:
-    """The pass of one shape: `room` tokens, some of them padding if it `is_padded`, that `start` others precede.
-    Without CUDA it is computed each time."""
+    """The pass of one shape. Without CUDA it is computed each time."""
 
-    def __init__(self, model: Transformer, pool: BlockPool, room: int, start: int, is_padded: bool,
-                 memory: tuple[int, int] | None):
-        self.model, self._room, self._null_block = model, room, pool.null_block
-        pages = -(-(start + room) // pool.layout.block_tokens)
-        self._pages = {group.index: pages for group in pool.layout.token_groups}
-        # What the request gives: its tokens, how many they are, and a block table for each group.
-        sizes, is_cuda = [room, 1, *self._pages.values()], pool.device.type == "cuda"
+    def __init__(self, model: Transformer, kvcache: KVCacheManager, shape: PassShape, memory: tuple[int, int] | None):
+        self.model, self.kvcache, self._shape = model, kvcache, shape
+        pool, layout = kvcache.pool, kvcache.layout
+        # What the request gives: its tokens, how many they are, a block table for each group, those of each snapshot.
+        pages = -(-(shape.start + shape.room) // layout.block_tokens)
+        of_request = {group.index: group.state_blocks or pages for group in layout.groups}
+        of_snapshot = {group.index: group.state_blocks for group in layout.request_groups}
+        self._lengths = [of_request] + [of_snapshot] * len(shape.snapshots)
+        sizes = [shape.room, 1, *(length for lengths in self._lengths for length in lengths.values())]
+        is_cuda = pool.device.type == "cuda"
         self._host = torch.zeros(sum(sizes), dtype=torch.int64, pin_memory=is_cuda)
         self._bytes = (c_char * self._host.nbytes).from_address(self._host.data_ptr())
         self._device = self._host.to(pool.device)
-        tokens, new, *tables = self._device.split(sizes)
-        self._tokens = tokens[None]
-        self._state = _PassState(pool, start, new if is_padded else None, dict(zip(self._pages, tables)))
+        tokens, new, *rest = self._device.split(sizes)
+        self._tokens, rest = tokens[None], iter(rest)
+        tables = [{index: next(rest) for index in lengths} for lengths in self._lengths]
+        self._state = _PassState(pool, shape, new if shape.is_padded else None, tables)
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._is_told = torch.cuda.Event() if is_cuda else None
         if is_cuda:
@@ -110,11 +131,14 @@ class PassGraph:
         """Write down what the pass is to be told, once it has read what it was told before."""
         if self._is_told is not None:
             self._is_told.synchronize()
-        tokens = chunk.request.token_ids[chunk.start:chunk.end]
-        numbers = [*tokens, *bytes(self._room - len(tokens)), len(tokens)]
-        for index, pages in self._pages.items():
-            blocks = chunk.request.cache.block_tables[index][:pages]
-            numbers += [*blocks, *[self._null_block] * (pages - len(blocks))]
+        tokens, cache = chunk.request.token_ids[chunk.start:chunk.end], chunk.request.cache
+        numbers = [*tokens, *bytes(self._shape.room - len(tokens)), len(tokens)]
+        planned = self.kvcache.snapshots.planned(cache)
+        tables = [cache.block_tables, *(planned[offset] for offset in self._shape.snapshots)]
+        for table, lengths in zip(tables, self._lengths):
+            for index, length in lengths.items():
+                blocks = table[index][:length]
+                numbers += [*blocks, *[self.kvcache.pool.null_block] * (length - len(blocks))]
         struct.pack_into(f"{len(numbers)}q", self._bytes, 0, *numbers)
 
     def _compute(self, on_layer: OnLayer | None) -> None:
@@ -138,21 +162,57 @@ class PassGraph:
             begin()
             try:
                 self._compute(next_graph)
+            except torch.OutOfMemoryError:  # a capture cannot end before the streams that left this one are back
+                for stream in streams_for(device, self._shape.room):
+                    with torch.cuda.stream(stream):
+                        has_left = torch.cuda.is_current_stream_capturing()
+                    if has_left:
+                        beside.wait_stream(stream)
+                raise
             finally:
                 self._graphs[-1].capture_end()
         torch.cuda.current_stream(device).wait_stream(beside)
 
 
 class _PassState(PagedState):
-    """The state of whichever request the pass is told about. `tables` are a block table `[pages]` for each group."""
+    """The state of whichever request the pass is told about. `tables` are a block table `[blocks]` for each group, and
+    after them those of each snapshot."""
 
-    def __init__(self, pool: BlockPool, start: int, new: Tensor | None, tables: dict[int, Tensor]):
-        super().__init__(pool, [], [start])
-        self.new, self._tables = new, tables
+    def __init__(self, pool: BlockPool, shape: PassShape, new: Tensor | None, tables: list[dict[int, Tensor]]):
+        self._tables, *of_snapshots = tables
+        super().__init__(pool, [], [shape.start])
+        self.new, self.snapshot_offsets = new, shape.snapshots
+        self._snapshot_tables = dict(zip(shape.snapshots, of_snapshots))
 
     def begin(self) -> None:
         """Forget where the rows of the request before lie."""
         self._token_indexes = {}
+        self.state_rows = self._rows(self._tables)
+        self.snapshot_rows = {offset: self._rows(tables) for offset, tables in self._snapshot_tables.items()}
+
+    def _rows(self, tables: dict[int, Tensor]) -> dict[int, Tensor]:
+        groups = self.pool.layout.request_groups
+        return {group.index: self.pool.state_rows(group, tables[group.index][None]) for group in groups}
+
+    def layer(self, index: int) -> PagedLayer:
+        """The state of layer `index`."""
+        return _PassLayer(self, self.pool.layout.group_of_layer[index], index)
 
     def _table(self, group: KVGroup, lengths: list[int], width: int) -> Tensor:
         return self._tables[group.index][None, :width]
+
+
+class _PassLayer(PagedLayer):
+    """One layer of it."""
+
+    def load(self) -> tuple[Tensor, ...]:
+        """As a `PagedLayer`'s; what a prompt begins with is not read first."""
+        if self.state.starts[0]:
+            return super().load()
+        return tuple(torch.zeros(1, *tensor.shape, dtype=tensor.torch_dtype, device=self.state.pool.device)
+                     for tensor in self.group.spec.tensors)
+
+    def store_snapshot(self, offset: int, *tensors: Tensor) -> None:
+        """As a `PagedLayer`'s, into the blocks that the pass was told of."""
+        rows = self.state.snapshot_rows[offset][self.group.index]
+        self.state.pool.write_state(self.index, rows, *tensors)

@@ -70,7 +70,7 @@ class GraphedDeltaRule:
         for place, given in zip(graph.places(tokens), (q, *others)):
             place.copy_(given[0])
         outputs, after, before = graph(others[-1])
-        return outputs[:, :tokens], after.clone(), before
+        return outputs[:, :tokens], after, before
 
 
 class GraphedMixer:
@@ -99,7 +99,7 @@ class GraphedMixer:
         gate = self._project(layer, product, *graph.places(tokens))
         outputs, after, memories = graph(memory)
         out = self._output(layer, outputs, memories.scale, gate)
-        return out, after.clone(), memories, [product[None, :, :channels]]
+        return out, after, memories, [product[None, :, :channels]]
 
 
 def project_into(layer: KDA, product: Tensor, *places: Tensor) -> Tensor:
@@ -119,8 +119,8 @@ def output_of(layer: KDA, outputs: Tensor, scale: Tensor, gate: Tensor) -> Tenso
 
 
 class DeltaGraph:
-    """The delta rule of up to `room` tokens. What it gives is valid until the next call. Without CUDA it is computed
-    each time."""
+    """The delta rule of up to `room` tokens. What it gives, but for the memory after them, is valid until the next
+    call. Without CUDA it is computed each time, and where a whole pass is captured it becomes a part of that."""
 
     def __init__(self, function: Callable, room: int, arguments: tuple[Tensor, ...],
                  memory: tuple[int, int] | None):
@@ -137,12 +137,12 @@ class DeltaGraph:
         return [held[0, :tokens] for held in self._of_tokens]
 
     def __call__(self, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self._graph is None or torch.cuda.is_current_stream_capturing():
+            return self._function(*self._of_tokens, memory)
         self._memory.copy_(memory)
-        if self._graph is None:
-            self._compute()
-        else:
-            self._graph.replay()
-        return self._given
+        self._graph.replay()
+        outputs, after, memories = self._given
+        return outputs, after.clone(), memories
 
     def _compute(self) -> None:
         self._given = self._function(*self._of_tokens, self._memory)

@@ -73,7 +73,7 @@ def delta_rule_in_segments(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Ten
     scale = compiled(begin_memory)(largest, memory[0], memories[0], rounded[0])
     outputs = q.new_empty(chunks, heads, CHUNK, v.shape[-1])
     here = torch.cuda.current_stream(q.device) if q.is_cuda else None
-    loop, *streams = (_stream(q.device, number) for number in range(1 + len(segments)))
+    loop, *streams = streams_for(q.device, q.shape[1])
     first = 0
     for segment, stream in zip(segments, streams):
         near = slice(first, first - (-len(segment[0]) // CHUNK))
@@ -123,6 +123,11 @@ class MemoriesInside:
         if begin == end:
             return memory
         return delta_rule_chunked(*(x[:, begin:end] for x in self._of_tokens), memory)[1]
+
+
+def streams_for(device: torch.device, tokens: int) -> list[Any]:
+    """The streams of a pass over so many tokens: the loop's, then one for each segment. None each on a CPU."""
+    return [_stream(device, number) for number in range(1 - (-tokens // SEGMENT_TOKENS))]
 
 
 @cache
