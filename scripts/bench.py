@@ -6,7 +6,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-import minprfaas  # noqa: F401  (silences what torch says of NumPy, if it comes before torch)
+from minprfaas.errors import exit_on_user_error  # before torch, too: it silences what torch says of NumPy
 
 HERE = Path(__file__).resolve().parent
 
@@ -26,7 +26,7 @@ def main() -> int:
         print(f"error: benchmark {name or '(none)'!r} is not one of: {', '.join(sentences)}", file=sys.stderr)
         return 2
     sys.argv[0] += f" {name}"  # as its own --help calls it
-    return importlib.import_module(f"benches.{name}").main(sys.argv[2:]) or 0
+    return exit_on_user_error(importlib.import_module(f"benches.{name}").main)(sys.argv[2:])
 
 
 def benchmarks():

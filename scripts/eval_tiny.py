@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from minprfaas import SamplingParams, generate, load
 from minprfaas.documents import EVALUATION_SEEDS, make_document
-from minprfaas.errors import UserError, exit_on_user_error
+from minprfaas.errors import ArgumentParser, UserError, exit_on_user_error, require_number
 from minprfaas.model.tokenizer import Tokenizer
 from minprfaas.model.transformer import Transformer
 
@@ -60,7 +60,7 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, length: int, documents: i
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Exact-answer accuracy of the embedded model on fresh documents.",
+    parser = ArgumentParser(description="Exact-answer accuracy of the embedded model on fresh documents.",
                                      epilog="example: python scripts/eval_tiny.py --documents 20 --lengths 1024")
     parser.add_argument("--model", metavar="DIR", help="checkpoint directory (default: the embedded model)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s here)")
@@ -69,8 +69,7 @@ def parse_arguments() -> argparse.Namespace:
                         help="of the prompts (1024 4096 8192)")
     parser.add_argument("--show-wrong", action="store_true", help="print every wrong answer")
     args = parser.parse_args()
-    if args.documents < 1:
-        parser.error(f"--documents is {args.documents}; it must be at least 1")
+    require_number("--documents", args.documents, least=1)
     return args
 
 

@@ -30,7 +30,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minprfaas.errors import UserError, exit_on_user_error
+from minprfaas.errors import ArgumentParser, UserError, exit_on_user_error, require_number
 
 sys.path.insert(0, str(Path(__file__).parent))
 from mutants import Mutant, compiles, mutants_of
@@ -285,7 +285,7 @@ def named_work() -> list[tuple[str, dict[str, str], list[str]]]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--named", action="store_true", help="the list in scripts/mutations.py instead of random lines")
     parser.add_argument("--count", type=int, default=60, help="how many lines to break (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="which lines (default: %(default)s)")
@@ -298,8 +298,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the mutants without running a test")
     args = parser.parse_args()
     for name in ("count", "jobs"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)} is out of range; it must be at least 1")
+        require_number(f"--{name}", getattr(args, name), least=1)
     return args
 
 

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from minprfaas.documents import END_OF_TEXT, MATERIAL, MAX_FACTS, MIN_TOKENS, make_document
-from minprfaas.errors import UserError, exit_on_user_error
+from minprfaas.errors import ArgumentParser, UserError, exit_on_user_error, require_number
 from minprfaas.files import make_folder, written_whole
 from minprfaas.model.checkpoint import checked_device, save_checkpoint
 from minprfaas.model.families import config_from_hf
@@ -273,7 +273,7 @@ def load_resume_file(path: Path, model: Transformer, optimizers: list[torch.opti
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train the embedded model from nothing.",
+    parser = ArgumentParser(description="Train the embedded model from nothing.",
                                      epilog="example: python scripts/train_tiny.py --minutes 10 --out out/mine")
     parser.add_argument("--out", default="out/tiny-hybrid", help="checkpoint directory (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=30.0, help="stop after so many (default: %(default)s)")
@@ -282,7 +282,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=min(12, (os.cpu_count() or 2) - 1), help="document writers")
     parser.add_argument("--log-every", type=int, default=50, help="steps between two printed lines")
-    return parser.parse_args()
+    args = parser.parse_args()
+    require_number("--workers", args.workers, least=0)
+    require_number("--log-every", args.log_every, least=1)
+    return args
 
 
 if __name__ == "__main__":

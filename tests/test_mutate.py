@@ -130,5 +130,5 @@ def test_trees_side_by_side_judge_what_is_broken_and_a_second_run_goes_on_from_t
 def test_a_number_out_of_range_is_one_line(capsys, monkeypatch, option):
     monkeypatch.setattr(sys, "argv", ["mutate.py", option, "0"])
     with pytest.raises(SystemExit) as error:
-        mutate.parse_arguments()
-    assert error.value.code == 2 and f"{option} 0 is out of range" in capsys.readouterr().err
+        mutate.main()
+    assert error.value.code == 2 and f"error: {option} is 0; it must be" in capsys.readouterr().err

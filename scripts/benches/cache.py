@@ -1,6 +1,5 @@
 """Benchmark of the prefix index: hash and match a long prompt, memory of an entry, match time against index size."""
 
-import argparse
 import json
 import random
 import statistics
@@ -9,6 +8,7 @@ import tracemalloc
 
 from tqdm import tqdm
 
+from minprfaas.errors import ArgumentParser
 from minprfaas.kvcache.ledger import BlockLedger, chain_keys, root_key
 
 PROMPT_TOKENS, BLOCK_TOKENS = 128 * 1024, 64
@@ -16,7 +16,7 @@ SIZES = (2_048, 10_000, 100_000, 1_000_000)  # the smallest holds the prompt and
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bench.py cache", description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=30, help="timings of which the median is printed")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     args = parser.parse_args(argv)

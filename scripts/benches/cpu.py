@@ -22,7 +22,7 @@ from minprfaas.config import SamplingParams
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.pieces import compile_pieces
 from minprfaas.engine.reference import pool_for
-from minprfaas.errors import exit_on_user_error, require_number
+from minprfaas.errors import ArgumentParser, require_number
 from minprfaas.model.families import config_from_hf
 from minprfaas.model.spec import model_state_specs
 from minprfaas.model.transformer import Transformer
@@ -41,9 +41,8 @@ SHAPES = {
 STEPS = 12
 
 
-@exit_on_user_error
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python scripts/bench.py cpu", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=2048, help="of the prompt (2048)")
     parser.add_argument("--context", type=int, default=1024, help="of a decoding request (1024)")
     parser.add_argument("--repeats", type=int, default=3, help="turns that each takes (3)")

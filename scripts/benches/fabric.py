@@ -6,7 +6,6 @@
 Every ratio compares medians of readings that took turns in one run.
 """
 
-import argparse
 import itertools
 import time
 from dataclasses import replace
@@ -21,6 +20,7 @@ from benches.figure_1 import KVNode, hear, next_event
 from benches.link import IDENTITY, in_two_processes
 from minprfaas.config import LinkConfig, StateKind
 from minprfaas.engine.fast_runner import chunk_for
+from minprfaas.errors import ArgumentParser
 from minprfaas.observe.tables import table
 from minprfaas.transport.base import LayerPlan, StreamAborted, StreamPlan
 from minprfaas.transport.events import LinkRestored, StreamDone, StreamFailed
@@ -34,7 +34,7 @@ LAYERS = 8  # of the stream whose peer is killed
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python scripts/bench.py fabric", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--table", choices=["speed", "prefill", "failures"], nargs="+",
                         default=["speed", "prefill", "failures"])

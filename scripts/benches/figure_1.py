@@ -7,7 +7,6 @@ What the paper's figure 1 draws, run: one process prefills and ships each layer 
 one writes what arrives into its blocks. The lines are emulated; the link under them is real. Chapters 00, 08.
 """
 
-import argparse
 import queue
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from minprfaas.cluster.stream_plans import stream_plan
 from minprfaas.config import LineConfig, LinkConfig, SamplingParams
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.reference import pool_for
+from minprfaas.errors import ArgumentParser
 from minprfaas.model.checkpoint import EMBEDDED, load
 from minprfaas.observe.tables import human_bytes, table
 from minprfaas.transport.base import KVTransport, StreamPlan
@@ -40,7 +40,7 @@ MOST_OF_A_LINE = 0.7  # a line of which KVCache gets less is not what holds it u
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python scripts/bench.py figure_1", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--models", nargs="+", metavar="DIR", default=[str(EMBEDDED)])
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))

@@ -6,7 +6,6 @@ nothing. Times are CPU time, the stubs' counted apart: other programs take none 
 client comes, and that is not counted. Chapter 13; paper 3.3.
 """
 
-import argparse
 import gc
 import json
 import random
@@ -19,6 +18,7 @@ from minprfaas.cluster.mail import Mail
 from minprfaas.cluster.node import Node
 from minprfaas.cluster.processes import COLLECT_AFTER
 from minprfaas.config import FRONT, Role, SamplingParams
+from minprfaas.errors import ArgumentParser
 from minprfaas.kvcache.ledger import chain_keys
 from minprfaas.observe.tables import table
 from minprfaas.scheduling.control import ControlPlane, ControlSettings
@@ -74,7 +74,7 @@ class TimedPlane(ControlPlane):
 
 def main(arguments: list[str]) -> int:
     """Print the rates beside the goals."""
-    parser = argparse.ArgumentParser(prog="bench.py front_end", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nodes", type=int, default=64)
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 8192], help="of a prompt")

@@ -10,19 +10,17 @@ shapes; the KVCache that a decode step reads is random. Then, in the same run, t
 flash-linear-attention and nano-vllm, as far as they are installed or lie in DIR under these names.
 """
 
-import argparse
 
 import torch
 
 from benches import gpu_cases
 from benches.peers import MODULES
 from benches.reading import measure_machine, print_readings, write_readings
-from minprfaas.errors import UserError, exit_on_user_error
+from minprfaas.errors import ArgumentParser, UserError
 
 
-@exit_on_user_error
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python scripts/bench.py gpu", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", default=sorted(gpu_cases.CASES), choices=sorted(gpu_cases.CASES),
                         help="what to time (all); kda is the delta rule alone, streams a prefill whose KVCache leaves")
     parser.add_argument("--models", nargs="+", default=list(gpu_cases.MODELS), choices=list(gpu_cases.MODELS),

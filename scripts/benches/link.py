@@ -6,7 +6,6 @@
 Every ratio compares readings of one run. Rates are emulated in user space; both ends run on this machine.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -23,6 +22,7 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 from tqdm import tqdm
 
 from minprfaas.config import LineConfig, LinkConfig, StateKind
+from minprfaas.errors import ArgumentParser
 from minprfaas.transport.base import LayerPlan, StreamPlan
 from minprfaas.transport.events import MessageReceived, StreamDone
 from minprfaas.transport.wan.handshake import LinkIdentity
@@ -37,7 +37,7 @@ DEADLINE_S = 120.0
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python scripts/bench.py link", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=5.0, help="how long each emulated rate is measured (5)")
     parser.add_argument("--table", choices=["rates", "lanes", "both"], default="both")
     parser.add_argument("--lanes", type=int, nargs="+", default=[1, 2, 4, 8, 16])

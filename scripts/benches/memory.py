@@ -7,7 +7,6 @@ of `scripts/random_checkpoint.py`, bfloat16). The prefill is synthetic: it emits
 rate, because a prefill of 32K tokens takes minutes on a small CPU. The line's rate is emulated.
 """
 
-import argparse
 import threading
 import time
 from array import array
@@ -22,6 +21,7 @@ from minprfaas.cluster.kv_send import KVSend
 from minprfaas.cluster.stream_plans import stream_plan
 from minprfaas.config import CacheConfig, LineConfig, LinkConfig, SamplingParams, StateKind
 from minprfaas.engine.request import Request
+from minprfaas.errors import ArgumentParser
 from minprfaas.kvcache.layout import Layout, plan_layout
 from minprfaas.kvcache.manager import KVCacheManager
 from minprfaas.model.families import config_from_hf
@@ -36,7 +36,7 @@ CHUNK_TOKENS = 1024
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python scripts/bench.py memory", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=32 * 1024, help="of the prompt (32768)")
     parser.add_argument("--natural-gbps", type=float, default=2.0, help="rate at which prefill emits KVCache (2)")
     args = parser.parse_args(argv)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minprfaas.errors import UserError, exit_on_user_error
+from minprfaas.errors import ArgumentParser, UserError
 from minprfaas.model.checkpoint import EMBEDDED
 from minprfaas.model.families import read_config
 from minprfaas.model.mla import MLAConfig
@@ -30,9 +30,8 @@ LAYERS_WITH_ROWS = sum(isinstance(layer.mixer, MLAConfig) for layer in read_conf
 RUN_DEADLINE_S = 300
 
 
-@exit_on_user_error
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python scripts/bench.py overlap", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=6144, help="of the prompt (6144)")
     parser.add_argument("--prefill-chunk", type=int, default=512, help="tokens of a prefill chunk (512)")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5, 2.0, 4.0], metavar="S",

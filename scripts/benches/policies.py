@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from minprfaas.errors import ArgumentParser
 from minprfaas.observe.tables import table
 from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.lengths import LengthDistribution
@@ -25,7 +26,6 @@ from minprfaas.simulator.recorder import Report
 from minprfaas.simulator.simulation import Setup, Simulation
 
 LENGTHS = paper.paper_lengths()
-REPOSITORY = Path(__file__).resolve().parents[2]
 COLUMNS = {"goodput, req/s": (lambda r: r.goodput_rps, ".2f"), "TTFT mean, s": (lambda r: r.ttft_s["mean"], ".1f"),
            "P90, s": (lambda r: r.ttft_s["p90"], ".1f"), "P99, s": (lambda r: r.ttft_s["p99"], ".1f"),
            "most waiting": (lambda r: r.peak_waiting, ".0f")}
@@ -33,7 +33,7 @@ COLUMNS = {"goodput, req/s": (lambda r: r.goodput_rps, ".2f"), "TTFT mean, s": (
 
 def main(arguments: list[str]) -> int:
     """Print the tables asked for, all of them by default."""
-    parser = argparse.ArgumentParser(prog="bench.py policies", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)}")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--trace", help="Mooncake-format trace (default: MINPRFAAS_TRACE, else a made-up one)")

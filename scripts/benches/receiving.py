@@ -9,7 +9,6 @@ fast as it can. Steps alone are read before and after, and what arrives where no
 beside it most of the line was filled (without a line: most of what arrives where nobody decodes).
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -24,7 +23,7 @@ from minprfaas.cluster.kv_receive import KVReceive
 from minprfaas.cluster.stream_plans import stream_plan
 from minprfaas.config import LineConfig, LinkConfig, StateKind
 from minprfaas.engine.engine import Engine
-from minprfaas.errors import UserError, exit_on_user_error
+from minprfaas.errors import ArgumentParser, UserError
 from minprfaas.kvcache.layout import plan_layout
 from minprfaas.kvcache.request_cache import RequestCache
 from minprfaas.model.families import config_from_hf
@@ -42,10 +41,9 @@ WARM_UP = 8
 IDLE_S = 1.0  # how long is read what arrives where nobody decodes
 
 
-@exit_on_user_error
 def main(argv: list[str]) -> int:
     has_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(prog="python scripts/bench.py receiving", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES),
                         default=["qwen3-0.6b", "hybrid-1b"] if has_gpu else ["tiny-dense"])
     parser.add_argument("--batch", type=int, default=64)

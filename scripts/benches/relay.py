@@ -24,7 +24,7 @@ from minprfaas.commands.live_run import Seat, play
 from minprfaas.config import LineConfig, LinkConfig, SamplingParams
 from minprfaas.documents import EVALUATION_SEEDS, make_document
 from minprfaas.engine.reference import generate
-from minprfaas.errors import UserError, exit_on_user_error
+from minprfaas.errors import ArgumentParser, UserError
 from minprfaas.observe.tables import table
 
 HEADERS = ["line, Mbit/s*", "relay", "TTFT s*", "last token s*", "before handover", "gap there ms*", "median gap ms*",
@@ -106,9 +106,8 @@ def row(mbps: float, relay: bool, found: dict) -> list[str]:
             f"{sum(one.is_identical for one in told)} of {len(told)}"]
 
 
-@exit_on_user_error
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python scripts/bench.py relay", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mbps", type=float, nargs="+", default=[20.0, 10.0, 6.0], help="lines (emulated), Mbit/s")
     parser.add_argument("--rtt-ms", type=float, default=20.0)
     parser.add_argument("--documents", type=int, default=2)

@@ -4,7 +4,6 @@
 are of the processor (`time.process_time`), so other work on the machine does not count. Chapters 11 and 12.
 """
 
-import argparse
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from dataclasses import replace
 from tqdm import tqdm
 
 from minprfaas.config import LinkSample, Role
+from minprfaas.errors import ArgumentParser
 from minprfaas.observe.tables import table
 from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.control import ControlPlane, ControlSettings, LinkMeasured, NodeJoined
@@ -29,7 +29,7 @@ MILLION_GOAL_S = 120
 
 def main(argv: list[str]) -> int:
     """Print both tables; exits 1 when a goal is missed."""
-    parser = argparse.ArgumentParser(prog="python scripts/bench.py scheduling", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tenth of the requests")
     share = 0.1 if parser.parse_args(argv).quick else 1.0
     decision_us = _print_decisions()

@@ -3,31 +3,31 @@
 `python scripts/bench.py scheduling_plan`. Chapter 10. The last column is a ratio to the paper's case in the same run.
 """
 
-import argparse
 import random
 import time
 from collections.abc import Callable
 
+from minprfaas.errors import ArgumentParser
 from minprfaas.observe.tables import table
 from minprfaas.scheduling import paper_case as paper
 from minprfaas.scheduling.lengths import LengthDistribution
 from minprfaas.scheduling.planner import plan, sensitivity
+from minprfaas.scheduling.threshold import WINDOW_REQUESTS
 
-RECENT = 4096  # uncached lengths that the short-term loop keeps
 GOAL_S = 0.2
 
 
 def main(argv: list[str]) -> int:
     """Time each kind of planning and print a table; exits 1 when the paper's case misses its goal."""
     about = __doc__.splitlines()[0]
-    argparse.ArgumentParser(prog="python scripts/bench.py scheduling_plan", description=about).parse_args(argv)
+    ArgumentParser(description=about).parse_args(argv)
     lengths, fleet, rng = paper.paper_lengths(), paper.paper_fleet(), random.Random(0)
-    recent = [lengths.quantile(rng.random()) for _ in range(RECENT)]
+    recent = [lengths.quantile(rng.random()) for _ in range(WINDOW_REQUESTS)]
     large = paper.paper_fleet(450, 800)
     cases = {
         "the paper's case: profiles, lengths, search": lambda: plan(paper.paper_fleet(), paper.paper_lengths()),
         "all four deployments of table 6": paper.paper_plans,
-        f"threshold alone, {RECENT:,} recent lengths": lambda: plan(fleet, LengthDistribution(recent), n_p=3),
+        f"threshold alone, {WINDOW_REQUESTS:,} recent lengths": lambda: plan(fleet, LengthDistribution(recent), n_p=3),
         "sensitivity of the paper's case": lambda: sensitivity(fleet, lengths),
         "1,250 instances (450 + 800), both searched": lambda: plan(large, lengths),
     }

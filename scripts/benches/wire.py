@@ -20,7 +20,7 @@ from minprfaas.documents import EVALUATION_SEEDS, make_document
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.reference import pool_for
 from minprfaas.engine.request import Request
-from minprfaas.errors import UserError, exit_on_user_error, require_number
+from minprfaas.errors import ArgumentParser, UserError, require_number
 from minprfaas.observe.tables import table
 from minprfaas.scheduling.throughput import kv_throughput_gbps
 from minprfaas.transport.encoding import Wire, codec_of
@@ -127,9 +127,8 @@ def timed(work, device: torch.device) -> tuple[torch.Tensor, float]:
     return result, time.perf_counter() - began
 
 
-@exit_on_user_error
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python scripts/bench.py wire", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", metavar="DIR", help="checkpoint directory (default: the embedded model)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))

@@ -163,8 +163,7 @@ def drive(loop: Loop, cluster: Emulated, policy: str, seed: int, results: Result
     cores, actions, scale = Cores(), [], loop.scale
     requests = cluster.requests(loop.requests(seed))
     began_at_s, journeys = ask(made, _name(loop, policy, seed), requests, engine.model.config.vocab_size,
-                               PATIENCE_S * scale.time, lambda seconds: None, block_tokens=loop.block_tokens,
-                               on_action=actions.append)
+                               PATIENCE_S * scale.time, block_tokens=loop.block_tokens, on_action=actions.append)
     ended_at_s = engine.clock()
     words, is_valid = judged(made, cores)
     checked = sampled(journeys, SAMPLE, seed)

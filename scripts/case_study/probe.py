@@ -23,8 +23,8 @@ FIRST_TOKEN = 2  # of random prompts: below it are those that end or begin a tex
 
 
 def ask(made: Process, name: str, requests: Sequence[SimRequest], vocab_size: int, patience_s: float,
-        on_progress: Callable[[float], object], until_done: bool = False,
-        block_tokens: int = 1, on_action: Callable[[Action], object] = lambda action: None,
+        until_done: bool = False, block_tokens: int = 1, on_progress: Callable[[float], object] = lambda seconds: None,
+        on_action: Callable[[Action], object] = lambda action: None,
         on_end: Callable[[Journey], object] = lambda journey: None) -> tuple[float, list[Journey]]:
     """Submit each request when it is due; returns the moment at which it began, and their journeys. `patience_s` is
     given to first tokens (with `until_done`, to last ones) after the last arrival; `on_progress` hears of seconds,

@@ -165,8 +165,8 @@ def _drive(name: str, cluster: Emulated, watch: Watch, real: Sequence[SimRequest
             journey.token_ids, journey.keys, journey.text = [], [], ""
 
         _, journeys = ask(made, "soak", requests, engine.model.config.vocab_size,
-                          PATIENCE_S + ANSWER_S * cluster.scale.time, on_progress,
-                          until_done=True, on_action=actions.append, on_end=on_end)
+                          PATIENCE_S + ANSWER_S * cluster.scale.time, until_done=True,
+                          on_progress=on_progress, on_action=actions.append, on_end=on_end)
     made.run_until(lambda: len(made.front.ready) == len(cluster.topology.places()) - 1, PATIENCE_S)
     words, is_valid = judged(made, cores)
     lost = [one for one in journeys if one.error is not None or one.finish_reason in (None, "aborted")]

@@ -194,7 +194,7 @@ def drive(study: Study, deployment: Deployment, cluster: Emulated, results: Resu
     planned_rps = deployment.plan.lambda_max
     cluster.wait_for_nodes(made)
     warm_up = cluster.requests(study.arrivals(WARM_UP_LOAD * planned_rps, WARM_UP_REQUESTS))
-    ask(made, "warm-up", warm_up, vocab_size, PATIENCE_S * scale.time, lambda seconds: None)
+    ask(made, "warm-up", warm_up, vocab_size, PATIENCE_S * scale.time)
     cores = Cores()
 
     def probe(rate_rps: float) -> Reading:
@@ -204,8 +204,7 @@ def drive(study: Study, deployment: Deployment, cluster: Emulated, results: Resu
         settle(made, PATIENCE_S * scale.time)
         requests = cluster.requests(study.probe_arrivals(rate_rps, planned_rps))
         patience_s = study.patience_s(rate_rps, planned_rps) * scale.time
-        began_at_s, journeys = ask(made, f"{name}-{rate_rps:.4g}", requests, vocab_size, patience_s,
-                                   lambda seconds: None)
+        began_at_s, journeys = ask(made, f"{name}-{rate_rps:.4g}", requests, vocab_size, patience_s)
         asked.extend(journeys)
         seen = read(rate_rps / scale.time, began_at_s, requests, journeys, deployment.setup.selective)
         measured = in_real_units(scale, seen, rate_rps)

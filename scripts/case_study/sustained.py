@@ -98,8 +98,3 @@ def highest_sustained(probe: Callable[[float], Reading], start_rps: float, most_
         else:
             rate_rps = (sustained_rps + grew_rps) / 2 if sustained_rps else grew_rps / STEP
     return readings
-
-
-def best_rate_rps(readings: Sequence[Reading]) -> float:
-    """The highest rate that was sustained; where none was tried that is not, at least this; 0: none was."""
-    return max((one.rate_rps for one in readings if one.is_sustained), default=0.0)
