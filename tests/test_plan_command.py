@@ -86,6 +86,12 @@ def test_without_prfaas_instances_nothing_is_said_of_what_they_would_be_worth(ca
     assert "0 PrfaaS instances" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("option", ["--prfaas-instances 2000", "--link-gbps 1000000"])
+def test_the_largest_fleet_is_planned_though_it_could_not_be_one_larger(capsys, profiles, option):
+    main(["plan", "--profile", profiles[0], "--threshold", "1000", "--n-p", "1", *option.split()])
+    assert ("one more PrfaaS" not in capsys.readouterr().out) == ("prfaas" in option)
+
+
 def test_lengths_come_from_a_formula_or_a_trace(capsys, profiles, tmp_path):
     short = planned(capsys, "--profile", profiles[0], "--lognormal", "7", "0.5", "128", "4096")
     assert short["plan"]["threshold"] <= 4096

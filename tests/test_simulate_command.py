@@ -49,6 +49,9 @@ def test_a_table_says_that_it_is_simulated(capsys):
     main(["simulate", "--requests", "100"])
     shown = capsys.readouterr().out
     assert "simulated" in shown and "TTFT p90, s" in shown and "t = 19,400 tokens" in shown
+    for option in ("--least-loaded", "--prfaas-instances=0"):
+        main(["simulate", "--requests", "100", option])
+        assert ", no threshold. All" in capsys.readouterr().out
 
 
 def test_policies_change_what_happens(capsys, trace):
@@ -126,6 +129,7 @@ MISTAKES = {
     "--threshold 1e9": "--threshold 1e+09", "--threshold -5": "--threshold -5",
     "--n-p 9": "instances is 9; it must be a number of at least 0 and of at most 7",
     "--link-gbps -2": "bandwidth", "--fail pd1": "NODE:FROM:TO", "--fail pd77:1:2": "'pd77'",
+    "--site prfaas-a=1:9 --fail prfaas0:1:2": "nodes are prfaas-a-0 to pd7",
     "--day-s 0": "--day-s is 0.0",
     "--arrivals trace": "--trace FILE", "--cache-only": "--trace FILE", "--trace x": "--trace FILE",
     "--weather /nowhere.json": "/nowhere.json is missing",

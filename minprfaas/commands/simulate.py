@@ -29,7 +29,7 @@ from minprfaas.simulator.simulation import MAX_SIMULATED_S, PrfaaSSite, Setup, S
 from minprfaas.transport.wan.line import load_weather
 
 REQUESTS = 10_000
-LIMITS = (("requests", 1, 10_000_000), ("day-s", 1, 1e6), ("cache-blocks", 0, None), ("speed", 1e-6, 1e9))
+LIMITS = (("requests", 1, 10_000_000), ("day-s", 1, 1_000_000), ("cache-blocks", 0, None), ("speed", 1e-6, 10**9))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -175,7 +175,7 @@ def _made_up(args: argparse.Namespace, count: int, lengths: LengthDistribution, 
 
 def _check_duration(setup: Setup, lengths: LengthDistribution, count: int, rate_rps: float) -> None:
     """Refuse at once what would be simulated for hours, and then be given up."""
-    require_number("arrival rate", rate_rps, above=0, most=1e9)
+    require_number("arrival rate", rate_rps, above=0, most=10**9)
     fleet = setup.fleet
     # Without a threshold any request may be offloaded; with no link none is, whatever the threshold.
     threshold = (setup.threshold if setup.selective else 0.0) if fleet.link_gbps else inf
@@ -210,8 +210,9 @@ def _failure(text: str) -> tuple[str, float, float]:
 
 def _print(setup: Setup, report: Report) -> None:
     fleet = setup.fleet
+    threshold = f"t = {setup.threshold:,.0f} tokens" if setup.selective and setup.threshold < inf else "no threshold"
     print(f"{fleet.prfaas_instances} PrfaaS, {setup.n_p} PD-P and {fleet.pd_instances - setup.n_p} PD-D instances, "
-          f"{fleet.link_gbps:g} Gbps, t = {setup.threshold:,.0f} tokens. All figures are simulated.\n")
+          f"{fleet.link_gbps:g} Gbps, {threshold}. All figures are simulated.\n")
     rows = [("throughput, req/s", f"{report.throughput_rps:.2f}"),
             (f"goodput (TTFT ≤ {TTFT_OBJECTIVE_S:g} s), req/s", f"{report.goodput_rps:.2f}")]
     rows += [(f"TTFT {at}, s", f"{seconds:.2f}") for at, seconds in report.ttft_s.items()]

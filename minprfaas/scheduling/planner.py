@@ -14,7 +14,7 @@ from minprfaas.scheduling.profiles import Profile
 
 GRID_THRESHOLDS = 1500  # at most so many thresholds on a grid of round numbers: 100 tokens apart up to 128K
 MAX_INSTANCES = 2000  # of a cluster: 16,000 GPUs; every split is tried
-MAX_GBPS = 1e6
+MAX_GBPS = 1_000_000
 BINDING_STAGES = ("prfaas compute", "prfaas egress", "pdp", "pdd")
 
 
@@ -140,11 +140,13 @@ def plan_least_loaded(fleet: Fleet, lengths: LengthDistribution) -> Plan:
 
 
 def sensitivity(fleet: Fleet, lengths: LengthDistribution) -> list[tuple[str, Plan]]:
-    """What more would buy: the best plan with one more instance of each kind, and with twice the link."""
-    more = {"one more PrfaaS instance": replace(fleet, prfaas_instances=fleet.prfaas_instances + 1),
-            "one more PD instance": replace(fleet, pd_instances=fleet.pd_instances + 1),
-            "twice the link": replace(fleet, link_gbps=2 * fleet.link_gbps)}
-    return [(change, plan(changed, lengths)) for change, changed in more.items()]
+    """What more would buy: the best plan with one more instance of each kind, and with twice the link. What would go
+    beyond the limits of a fleet is left out."""
+    more = (("one more PrfaaS instance", "prfaas_instances", fleet.prfaas_instances + 1, MAX_INSTANCES),
+            ("one more PD instance", "pd_instances", fleet.pd_instances + 1, MAX_INSTANCES),
+            ("twice the link", "link_gbps", 2 * fleet.link_gbps, MAX_GBPS))
+    return [(change, plan(replace(fleet, **{field: value}), lengths)) for change, field, value, most in more
+            if value <= most]
 
 
 def first_token_times(fleet: Fleet, lengths: LengthDistribution, of: Plan) -> tuple[float, float]:

@@ -154,7 +154,7 @@ class Scale:
 
     def __post_init__(self) -> None:
         for name in ("time", "length", "size"):
-            require_number(f"the scale of {name}", getattr(self, name), above=0, most=1e9)
+            require_number(f"the scale of {name}", getattr(self, name), above=0, most=10**9)
 
     @staticmethod
     def parse(text: str) -> "Scale":

@@ -75,11 +75,11 @@ class Setup:
         if self.n_p < 0 or n_d < 1 or self.n_p + n_prfaas < 1:
             raise UserError(f"{n_prfaas} PrfaaS, {self.n_p} PD-P and {n_d} PD-D nodes cannot serve; prefill and decode "
                             f"need one each")
-        names = {*self.prfaas_names, *(f"pd{i}" for i in range(self.fleet.pd_instances))}
+        names = [*self.prfaas_names, *(f"pd{i}" for i in range(self.fleet.pd_instances))]
         for node, fails_s, returns_s in self.failures:
             if node not in names or not 0 <= fails_s < returns_s:
                 raise UserError(f"failure of {node!r} from {fails_s:g} s to {returns_s:g} s is not possible; nodes are "
-                                f"prfaas0… and pd0…, and a node fails before it returns")
+                                f"{names[0]} to {names[-1]}, and a node fails before it returns")
         for weather in (self.weather, *(site.weather for site in self.sites)):
             if any(at_s < 0 or gbps < 0 for at_s, gbps in weather):
                 raise UserError(f"weather {weather} has a negative time or bandwidth")
