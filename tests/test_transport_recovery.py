@@ -373,3 +373,14 @@ def test_a_peer_that_does_not_come_back_is_a_lost_link_within_the_deadline(proce
     finally:
         peer.signal(signal.SIGKILL)
         link.close()
+
+
+def test_a_link_that_is_closed_while_its_ends_meet_says_goodbye_all_the_same():
+    store, config = new_store(), LinkConfig(timeout_s=DEADLINE_S)
+    closing, staying = (Link("a-b", store, rank, config, IDENTITY) for rank in (0, 1))
+    try:
+        in_parallel(lambda: closing.connect(DEADLINE_S, met=closing.close), lambda: staying.connect(DEADLINE_S))
+        assert event(staying, LinkLost, 5.0).reason == "closed by the peer"
+        assert isinstance(event(closing, LinkLost, 5.0), LinkLost)
+    finally:
+        in_parallel(closing.close, staying.close)

@@ -123,6 +123,8 @@ class Supervisor:
                     lambda: self._outbox.next_frame(meeting.epoch), self._sent))
             for _ in range(RECEIVERS):
                 self._start_thread(lane, "receive", lambda lane=lane: lane.receive_frames(received))
+        if self._closing.is_set():  # `close` came while the two met, and found no epoch in which to say goodbye
+            self._outbox.send_control(Kind.BYE)
 
     def _start_thread(self, lane: Lane, role: str, work: Callable[[], None]) -> None:
         def run() -> None:
