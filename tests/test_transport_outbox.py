@@ -250,13 +250,19 @@ def test_who_comes_to_a_link_that_has_long_stood_still_waits_as_long_as_anybody(
 
 
 def test_room_that_was_claimed_for_a_stream_that_has_ended_is_given_back():
-    outbox, stream = open_outbox(), StreamRecord(1)
-    outbox.wait_for_room(CHUNK, stream)
-    assert outbox.stats().queued_bytes == CHUNK
-    for reason in ("the client left", "said later"):
-        outbox.abort(stream, reason)
+    class Slots(SlotPool):
+        """Where a chunk's bytes are copied to; meanwhile its stream ends."""
+
+        def take(self, nbytes, pinned):
+            assert outbox.stats().queued_bytes == HEADER_BYTES + nbytes
+            for reason in ("the client left", "said later"):
+                stream.abort(reason)
+            return super().take(nbytes, pinned)
+
+    outbox, plan = open_outbox(), StreamPlan(1, (LayerPlan(0, 0, StateKind.TOKEN, 96),), 0, 10)
+    stream = LinkStream(plan, outbox, Slots(4096), 4096, None, None)
     with pytest.raises(StreamAborted, match="stream 1: the client left"):
-        outbox.send_chunk(chunk(stream))
+        stream.put(0, 0, 10, torch.zeros(960, dtype=torch.uint8))
     assert outbox.stats().queued_bytes == 0
     outbox.send_message(encode_message({"a": 1}))
     assert [outbox.next_frame(1).header.kind for _ in range(2)] == [Kind.ABORT, Kind.MESSAGE], "it is said once"

@@ -5,7 +5,6 @@ and KVCache over the loopback; to parts elsewhere both go over the link that lea
 """
 
 import threading
-from collections import deque
 from typing import Protocol
 
 from minprfaas.cluster.envelope import BadMessage, Envelope, decode, encode
@@ -33,7 +32,7 @@ class Mail:
     def __init__(self, events: EventQueue, wire: Wire = Wire()):
         self.events, self._wire = events, wire
         self._loopback = Loopback(events=events)
-        self._local: deque[Envelope] = deque()
+        self._local: list[Envelope] = []
         self._here: set[str] = set()
         self._link_to: dict[str, Connection] = {}  # by the name of a part elsewhere
         self._crosses_sites: set[str] = set()  # links, by their names
@@ -95,8 +94,7 @@ class Mail:
 
     def take_local(self) -> list[Envelope]:
         """What parts of this process have sent each other since the last call."""
-        taken = list(self._local)
-        self._local.clear()
+        taken, self._local = self._local, []
         return taken
 
     def opened(self, event: MessageReceived) -> Envelope | None:

@@ -28,10 +28,9 @@ class Upkeep:
         self.is_stopping = False  # the front end sends no more requests
         self.tells_of_links = True  # one part of a process does
         self.front_gone_at_s: float | None = None  # since when there is nobody to work for
-        self.name, self.engine, self.mail, self.transfer_deadline_s = name, engine, mail, transfer_deadline_s
+        self.name, self.role, self.engine, self.mail = name, role, engine, mail
         self.outgoing = Outgoing(name, engine.kvcache, mail, engine.clock, transfer_deadline_s)
         self.prefixes = PrefixShipping(name, engine.kvcache, mail, self.outgoing, engine.clock, transfer_deadline_s)
-        self.role = role
         self._ledger = engine.kvcache.ledger
         self._ledger.take_news()  # from now on there are some
         self._sequence = 0  # of the last cache event told

@@ -87,7 +87,8 @@ def _stored_template(directory: Path) -> tuple[str | None, str]:
     bos, template = config.get("bos_token"), config.get("chat_template")
     bos = bos.get("content") if isinstance(bos, dict) else bos
     if isinstance(template, list):  # several, by name
-        template = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}.get("default")
+        named = [one for one in template if isinstance(one, dict) and one.get("name") == "default"]
+        template = named[0].get("template") if named else None
     if template_file.is_file():
         try:
             template = read_bytes(template_file).decode("utf-8")

@@ -61,14 +61,14 @@ class Metrics:
             self._counted["kv_bytes_total"][()] += journey.kv_bytes
             if journey.first_token_at_s:
                 for part in TTFT_PARTS:
-                    self._observe("ttft_seconds", part.removesuffix("_s"), max(0.0, getattr(journey, part)))
+                    self._observe_ttft(("part", part.removesuffix("_s")), max(0.0, getattr(journey, part)))
 
-    def _observe(self, name: str, part: str, seconds: float) -> None:
+    def _observe_ttft(self, part: tuple[str, str], seconds: float) -> None:
         for limit in (*BUCKETS_S, math.inf):
             label = "+Inf" if limit == math.inf else f"{limit:g}"
-            self._counted[f"{name}_bucket"][("part", part), ("le", label)] += seconds <= limit
-        self._counted[f"{name}_sum"][("part", part),] += seconds
-        self._counted[f"{name}_count"][("part", part),] += 1
+            self._counted["ttft_seconds_bucket"][part, ("le", label)] += seconds <= limit
+        self._counted["ttft_seconds_sum"][part,] += seconds
+        self._counted["ttft_seconds_count"][part,] += 1
 
     def responded(self, path: str, status: int) -> None:
         """An HTTP response was begun."""

@@ -106,16 +106,19 @@ class FabricOutbox:
             raise StreamAborted(f"stream {stream.plan.stream_id}: {one_line(error)}") from None
 
     def _wait_for_epoch(self, stream: "FabricStream") -> PairGroup:
-        give_up_at_s = time.monotonic() + CONNECT_S
         with self._changed:
-            self.check(stream)
-            while self._group is None:
-                left_s = give_up_at_s - time.monotonic()
-                if left_s <= 0:
-                    raise LinkDown(f"fabric {self._name}: no epoch within {CONNECT_S:g} s")
-                self._changed.wait(left_s)
-                self.check(stream)
+            if not self._wait(stream, lambda: self._group is not None, CONNECT_S):
+                raise LinkDown(f"fabric {self._name}: no epoch within {CONNECT_S:g} s")
             return self._group
+
+    def _wait(self, stream: "FabricStream", reached: Callable[[], bool], deadline_s: float) -> bool:
+        """Until `reached()`; False if that does not come to hold in time. Raises as `check` does, if the stream ends."""
+
+        def has_ended_or_reached() -> bool:
+            self.check(stream)
+            return reached()
+
+        return self._changed.wait_for(has_ended_or_reached, deadline_s)
 
     def check(self, stream: "FabricStream") -> None:
         """Raises StreamAborted, LinkDown."""
@@ -126,16 +129,10 @@ class FabricOutbox:
 
     def wait_until_written(self, stream: "FabricStream", deadline_s: float) -> None:
         """Block until every piece is acknowledged. Raises TimeoutError, StreamAborted, LinkDown."""
-        give_up_at_s = time.monotonic() + deadline_s
         with self._changed:
-            self.check(stream)
-            while stream.unwritten:
-                left_s = give_up_at_s - time.monotonic()
-                if left_s <= 0:
-                    raise TimeoutError(f"stream {stream.plan.stream_id}: {stream.unwritten} pieces are not "
-                                       f"acknowledged after {deadline_s} s")
-                self._changed.wait(left_s)
-                self.check(stream)
+            if not self._wait(stream, lambda: not stream.unwritten, deadline_s):
+                raise TimeoutError(f"stream {stream.plan.stream_id}: {stream.unwritten} pieces are not acknowledged "
+                                   f"after {deadline_s} s")
             self._streams.discard(stream)
 
     def give_up(self, stream: "FabricStream", reason: str) -> None:

@@ -86,35 +86,27 @@ class Outbox:
     def send_chunk(self, frame: Frame) -> None:
         """Queue a chunk for which `wait_for_room` made room. Raises StreamAborted, LinkDown."""
         with self._lock:
-            try:
-                self._check(frame.stream)  # it may have ended while the bytes were copied
-            except Exception:
-                self._give_room_back(frame.nbytes)
-                raise
+            self._check(frame.stream)  # it may have ended while the bytes were copied
             self._queue.push_chunk(frame, time.monotonic())
             self._sendable.notify()
 
     def give_room_back(self, nbytes: int) -> None:
         """What `wait_for_room` claimed is not used after all."""
         with self._lock:
-            self._give_room_back(nbytes)
-
-    def _give_room_back(self, nbytes: int) -> None:
-        self._queue.monitor.queued_bytes -= nbytes
-        self._room.notify_all()
+            self._queue.monitor.queued_bytes -= nbytes
+            self._room.notify_all()
 
     def wait_until_settled(self, stream: StreamRecord, deadline_s: float) -> None:
         """Block until every chunk of a stream is acknowledged. Raises TimeoutError, StreamAborted, LinkDown."""
-        give_up_at_s = time.monotonic() + deadline_s
-        with self._lock:
-            while stream.outstanding:
-                self._check(stream)
-                left_s = give_up_at_s - time.monotonic()
-                if left_s <= 0:
-                    raise TimeoutError(f"stream {stream.stream_id}: {stream.outstanding} chunks are not acknowledged "
-                                       f"after {deadline_s} s")
-                self._progress.wait(left_s)
+
+        def is_settled() -> bool:
             self._check(stream)
+            return not stream.outstanding
+
+        with self._lock:
+            if not self._progress.wait_for(is_settled, deadline_s):
+                raise TimeoutError(f"stream {stream.stream_id}: {stream.outstanding} chunks are not acknowledged "
+                                   f"after {deadline_s} s")
 
     def abort(self, stream: StreamRecord, reason: str) -> None:
         """What has not left of a stream never leaves, and the receiver is told. Harmless when it has ended."""
@@ -239,8 +231,8 @@ class Outbox:
     def wait_until_messages_are_acknowledged(self, give_up_at_s: float) -> None:
         """Block until then at the latest, or until the link is closed."""
         with self._lock:
-            while self._closed is None and time.monotonic() < give_up_at_s and self._queue.owes_messages:
-                self._progress.wait(max(0.0, give_up_at_s - time.monotonic()))
+            self._progress.wait_for(lambda: self._closed is not None or not self._queue.owes_messages,
+                                    give_up_at_s - time.monotonic())
 
     def tick(self, now_s: float) -> None:
         """Take a sample when one is due."""

@@ -42,11 +42,10 @@ class LinkStream(SendStream):
             for piece, part in self._put_log.cut(whole, data, self._limit_bytes):
                 self._stalled_s += self._outbox.wait_for_room(HEADER_BYTES + piece.nbytes, self._record)
                 try:
-                    frame = self._frame(piece, part, copies, sums)
-                except BaseException:  # there is no memory for it, or its bytes cannot be read
+                    self._outbox.send_chunk(self._frame(piece, part, copies, sums))
+                except BaseException:  # no memory for it, bytes that cannot be read, or a stream that ended meanwhile
                     self._outbox.give_room_back(HEADER_BYTES + piece.nbytes)
                     raise
-                self._outbox.send_chunk(frame)
 
     def _frame(self, piece: Piece, part: torch.Tensor, copies: torch.cuda.Stream | None,
                sums: gpu_sums.SumsOfPieces | None) -> Frame:
