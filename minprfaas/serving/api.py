@@ -76,40 +76,24 @@ class Api:
             if ask.stream:
                 await self._stream(ask, ticket, body, reply)
             else:
-                await self._send_whole(ask, ticket, body, reply)
+                while not body.is_complete:
+                    body.take(await ticket.next_piece())
+                await reply.send(200, body.whole(), headers={"X-Request-Id": ticket.id})
         finally:  # also where the client has hung up and this task is cancelled
             self._door.close(ticket)
 
-    async def _send_whole(self, ask: Ask, ticket: Ticket, body: AnswerBody, reply: Reply) -> None:
-        texts, finish_reasons = [""] * len(ask.prompts), [""] * len(ask.prompts)
-        tokens = cached_tokens = 0
-        while not all(finish_reasons):
-            piece = await ticket.next_piece()
-            texts[piece.index] += piece.text
-            tokens += piece.tokens
-            if piece.finish_reason is not None:
-                finish_reasons[piece.index] = piece.finish_reason
-                cached_tokens += piece.cached_tokens
-        answer = body.whole(texts, finish_reasons, tokens, cached_tokens)
-        await reply.send(200, answer, headers={"X-Request-Id": ticket.id})
-
     async def _stream(self, ask: Ask, ticket: Ticket, body: AnswerBody, reply: Reply) -> None:
         """The head of the answer waits for the first piece: a request that fails before it still gets its status."""
-        unfinished = len(ask.prompts)
-        tokens = cached_tokens = 0
-        while unfinished:
+        while not body.is_complete:
             piece = await ticket.next_piece()
+            body.take(piece)
             if not reply.has_begun:
                 await reply.begin_events({"X-Request-Id": ticket.id})
                 for chunk in body.begun():
                     await reply.event(chunk)
-            tokens += piece.tokens
             if piece.text or piece.finish_reason is not None:
-                await reply.event(body.chunk(piece.index, piece.text, piece.finish_reason))
-            if piece.finish_reason is not None:
-                unfinished -= 1
-                cached_tokens += piece.cached_tokens
+                await reply.event(body.chunk(piece))
         if ask.include_usage:
-            await reply.event(body.usage(tokens, cached_tokens))
+            await reply.event(body.usage())
         await reply.event("[DONE]")
         await reply.end_events()

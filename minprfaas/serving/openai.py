@@ -7,7 +7,6 @@ another question. Those that change no answer (`user`, `metadata`, …) are read
 import json
 import secrets
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from minprfaas.engine.engine import token_ids_of
 from minprfaas.errors import RequestError, UserError, shown
 from minprfaas.model.tokenizer import Tokenizer
 from minprfaas.serving.chat import ChatTemplate, find_template
+from minprfaas.serving.door import AnswerPiece
 
 MAX_PROMPTS = 128  # of one request
 MAX_STOPS, MAX_STOP_CHARACTERS = 16, 1000  # each is searched for at every token
@@ -153,18 +153,32 @@ class AnswerBody:
 
     def __init__(self, ask: Ask, id: str, model: str):
         self._ask = ask
+        self._texts, self._finish_reasons = [""] * len(ask.prompts), [None] * len(ask.prompts)
+        self._tokens = self._cached_tokens = 0
         kind = "chat.completion" if ask.is_chat else "text_completion"
         chunk_kind = "chat.completion.chunk" if ask.is_chat else kind
         self._frame = {"id": f"{'chatcmpl' if ask.is_chat else 'cmpl'}-{id}",
                        "object": chunk_kind if ask.stream else kind, "created": int(time.time()), "model": model}
 
-    def whole(self, texts: Sequence[str], finish_reasons: Sequence[str], tokens: int, cached_tokens: int) -> str:
+    def take(self, piece: AnswerPiece) -> None:
+        """Note a piece."""
+        self._texts[piece.index] += piece.text
+        self._finish_reasons[piece.index] = piece.finish_reason
+        self._tokens += piece.tokens
+        self._cached_tokens += piece.cached_tokens if piece.finish_reason is not None else 0
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether each prompt has its last piece."""
+        return all(self._finish_reasons)
+
+    def whole(self) -> str:
         """The answer in one piece."""
         choices = []
-        for index, (text, finish_reason) in enumerate(zip(texts, finish_reasons)):
+        for index, (text, finish_reason) in enumerate(zip(self._texts, self._finish_reasons)):
             said = {"message": {"role": "assistant", "content": text}} if self._ask.is_chat else {"text": text}
             choices.append(self._choice(index, said, finish_reason))
-        return json.dumps({**self._frame, "choices": choices, "usage": self._usage(tokens, cached_tokens)})
+        return json.dumps({**self._frame, "choices": choices, "usage": self._usage()})
 
     def begun(self) -> list[str]:
         """The chunks before any text: whose words a chat's will be."""
@@ -172,14 +186,14 @@ class AnswerBody:
             return []
         return [self._chunk([self._choice(0, {"delta": {"role": "assistant", "content": ""}}, None)])]
 
-    def chunk(self, index: int, text: str, finish_reason: str | None) -> str:
+    def chunk(self, piece: AnswerPiece) -> str:
         """More text of an answer, or its end, or both."""
-        said = {"delta": {"content": text} if text else {}} if self._ask.is_chat else {"text": text}
-        return self._chunk([self._choice(index, said, finish_reason)])
+        said = {"delta": {"content": piece.text} if piece.text else {}} if self._ask.is_chat else {"text": piece.text}
+        return self._chunk([self._choice(piece.index, said, piece.finish_reason)])
 
-    def usage(self, tokens: int, cached_tokens: int) -> str:
+    def usage(self) -> str:
         """The chunk after the last text, for who asked for it."""
-        return json.dumps({**self._frame, "choices": [], "usage": self._usage(tokens, cached_tokens)})
+        return json.dumps({**self._frame, "choices": [], "usage": self._usage()})
 
     def _chunk(self, choices: list[dict]) -> str:
         usage = {"usage": None} if self._ask.include_usage else {}
@@ -190,7 +204,8 @@ class AnswerBody:
         reason = "stop" if finish_reason == "eos" else finish_reason
         return {"index": index, **said, "logprobs": None, "finish_reason": reason}
 
-    def _usage(self, tokens: int, cached_tokens: int) -> dict:
+    def _usage(self) -> dict:
         prompt_tokens = sum(map(len, self._ask.prompts))
-        return {"prompt_tokens": prompt_tokens, "completion_tokens": tokens, "total_tokens": prompt_tokens + tokens,
-                "prompt_tokens_details": {"cached_tokens": cached_tokens}}
+        return {"prompt_tokens": prompt_tokens, "completion_tokens": self._tokens,
+                "total_tokens": prompt_tokens + self._tokens,
+                "prompt_tokens_details": {"cached_tokens": self._cached_tokens}}
