@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from minprfaas.config import LinkConfig, StateKind
 from minprfaas.errors import one_line
-from minprfaas.transport.base import LinkDown, Sink, StreamAborted, StreamPlan
+from minprfaas.transport.base import KVTransport, LinkDown, MessageChannel, Sink, StreamAborted, StreamPlan
 from minprfaas.transport.events import Event, EventQueue, LinkLost, LinkRestored, MessageReceived
 from minprfaas.transport.fabric_sending import FabricOutbox, FabricStream
 from minprfaas.transport.pair_group import (ANNOUNCED, BATCH_BYTES, CONNECT_S, PEER_IS_GONE, WRITTEN, PairGroup,
@@ -41,8 +41,8 @@ PAUSE_S = 0.5  # between two epochs
 CLOSING_S = 5.0
 
 
-class Fabric:
-    """One side of a pair, a KVTransport and a MessageChannel. Any thread may call any method."""
+class Fabric(KVTransport, MessageChannel):
+    """One side of a pair. Any thread may call any method."""
 
     def __init__(self, name: str, store: dist.Store, rank: int, config: LinkConfig, identity: LinkIdentity,
                  device: torch.device | str, events: EventQueue | None = None, deadline_s: float = DEADLINE_S,
@@ -87,7 +87,6 @@ class Fabric:
         return 0 if self._group is None else self._epoch
 
     def send_message(self, message: dict) -> None:
-        """See `MessageChannel.send_message`."""
         self._link.send_message(message)
 
     def stats(self) -> LinkStats:
@@ -100,12 +99,10 @@ class Fabric:
         return self._outbox.open(plan, self._batch_bytes)
 
     def expect(self, plan: StreamPlan, sink: Sink, device: torch.device | None = None) -> None:
-        """See `KVTransport.expect`."""
         self._check(plan)
         self._expected.expect(plan, sink)
 
     def forget(self, stream_id: int) -> int | None:
-        """See `KVTransport.forget`."""
         arrived_end = self._expected.forget(stream_id)
         if self._writes is not None:
             self._writes.synchronize()  # what the sink has queued has been written too

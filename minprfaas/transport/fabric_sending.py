@@ -112,7 +112,7 @@ class FabricOutbox:
             return self._group
 
     def _wait(self, stream: "FabricStream", reached: Callable[[], bool], deadline_s: float) -> bool:
-        """Until `reached()`; False if that does not come to hold in time. Raises as `check` does, if the stream ends."""
+        """Until `reached()`; False if that does not come to hold in time. Raises as `check` does."""
 
         def has_ended_or_reached() -> bool:
             self.check(stream)
@@ -227,7 +227,6 @@ class FabricStream(SendStream):
         self._chunks += len(batch)
 
     def finish(self, deadline_s: float) -> StreamReport:
-        """See `SendStream.finish`."""
         self._put_log.check_complete()
         self._outbox.wait_until_written(self, deadline_s)
         log = self._put_log
@@ -235,6 +234,5 @@ class FabricStream(SendStream):
                             self._stalled_s, resent_chunks=0)
 
     def abort(self, reason: str = "aborted by the sender") -> None:
-        """See `SendStream.abort`."""
         self._outbox.give_up(self, reason)
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from minprfaas.config import LinkConfig, StateKind
 from minprfaas.observe.timeline import Timeline
-from minprfaas.transport.base import Sink, StreamPlan
+from minprfaas.transport.base import KVTransport, MessageChannel, Sink, StreamPlan
 from minprfaas.transport.events import Event, EventQueue
 from minprfaas.transport.wan.frames import CONTROL_LIMIT_BYTES, SlotPool
 from minprfaas.transport.wan.handshake import LinkIdentity
@@ -27,8 +27,8 @@ from minprfaas.transport.wan.sending import LinkStream
 from minprfaas.transport.wan.supervision import Supervisor
 
 
-class Link:
-    """One side of a pairwise link, a KVTransport and a MessageChannel. Any thread may call any method."""
+class Link(KVTransport, MessageChannel):
+    """One side of a pairwise link. Any thread may call any method."""
 
     def __init__(self, name: str, store: dist.Store, rank: int, config: LinkConfig, identity: LinkIdentity,
                  line: EmulatedLine | None = None, events: EventQueue | None = None, timeline: Timeline | None = None,
@@ -77,17 +77,14 @@ class Link:
             return None
 
     def open(self, plan: StreamPlan) -> LinkStream:
-        """See `KVTransport.open`."""
         self._check(plan)
         return LinkStream(plan, self._outbox, self._slots, self.config.chunk_bytes, self.line, self._secret)
 
     def expect(self, plan: StreamPlan, sink: Sink, device: torch.device | None = None) -> None:
-        """See `KVTransport.expect`."""
         self._check(plan)
         self._inbox.streams.expect(plan, sink, device)
 
     def forget(self, stream_id: int) -> int | None:
-        """See `KVTransport.forget`."""
         return self._inbox.streams.forget(stream_id)
 
     def stats(self) -> LinkStats:

@@ -78,7 +78,6 @@ class LinkStream(SendStream):
         return copies
 
     def finish(self, deadline_s: float) -> StreamReport:
-        """See `SendStream.finish`."""
         self._put_log.check_complete()
         self._outbox.wait_until_settled(self._record, deadline_s)
         log, record = self._put_log, self._record
@@ -86,5 +85,4 @@ class LinkStream(SendStream):
                             record.acked_at_s, self._stalled_s, record.resent_chunks)
 
     def abort(self, reason: str = "aborted by the sender") -> None:
-        """See `SendStream.abort`."""
         self._outbox.abort(self._record, reason)
