@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from desk import DEADLINE_S, HERE, PEER, Desk, ordered, prefilled, served, ship, step_until
+from desk import DEADLINE_S, HERE, PEER, Desk, ordered, prefilled, served, serving, ship, step_until
 from kv_oracle import KVOracle
 from test_two_datacenters import GREEDY, prompts_of
 from world import World
@@ -13,7 +13,7 @@ from minprfaas.cluster import messages
 from minprfaas.cluster.kv_receive import STALL_S, KVReceive
 from minprfaas.cluster.messages import Abort
 from minprfaas.cluster.stream_plans import stream_plan
-from minprfaas.config import CacheConfig, Role, StateKind
+from minprfaas.config import FRONT, CacheConfig, Role, StateKind
 from minprfaas.engine.engine import Engine, model_layout
 from minprfaas.kvcache.manager import KVCacheManager
 from minprfaas.transport.loopback import Loopback
@@ -125,3 +125,18 @@ def test_kvcache_of_which_nothing_arrives_is_awaited_so_long_after_its_prefill_a
     desk.after(2.0)
     assert desk.said()[-1] == messages.Failed("a#1", "no KVCache arrived for 60 s", "lost")
     assert desk.told() == [messages.Abort("a#1")] and desk.is_empty
+
+
+def test_a_line_that_is_lost_between_a_requests_two_streams_leaves_no_block_behind(hybrid):
+    desk = Desk(hybrid, Role.PDD)
+    expect = desk.line.expect
+
+    def expect_and_be_cut(*plan):
+        expect(*plan)
+        desk.line.lose("it was cut")
+
+    desk.line.expect = expect_and_be_cut  # the rows' stream is expected, the snapshot's cannot be
+    desk.role.hear(FRONT, serving())
+    desk.after(0.0)
+    assert desk.said() == [messages.Failed("a#1", "line line is cut", "lost")]
+    assert desk.is_empty

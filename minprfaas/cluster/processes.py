@@ -94,11 +94,12 @@ def process(mail: Mail, front: FrontEnd | None, workers: list[Worker]) -> Proces
     """The process of these parts. Workers introduce themselves to a front end beside them; to one elsewhere they do
     when it is met."""
     decode_first = sorted(workers, key=lambda worker: worker.upkeep.role is not Role.PDD)  # its step is the shorter one
-    node = Node(mail, [*([front] if front is not None else []), *decode_first])
+    node = Node(mail, decode_first if front is None else [front, *decode_first])
     for other in workers[1:]:
         other.upkeep.tells_of_links = False
-    for one in workers if front is not None else []:
-        one.upkeep.introduce()
+    if front is not None:
+        for one in workers:
+            one.upkeep.introduce()
     return Process(node, front, workers)
 
 

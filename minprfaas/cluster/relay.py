@@ -20,7 +20,6 @@ from minprfaas.cluster.prefill_role import Prefill, PrefillRole
 from minprfaas.engine.request import Request, Status, TokenUpdate
 from minprfaas.engine.scheduler import PrefillChunk
 
-
 SHORT_PASS = 8  # tokens: a pass over no more takes about as long as a step, so that it may be the last
 MOST_PASSES = 4  # after these the decode node takes over, even if tokens come faster than it computes their rows
 
@@ -118,9 +117,10 @@ class RelayedDecodeRole(DecodeRole):
 
     def notice(self, happening: Happening) -> None:
         """See `DecodeRole.notice`. Of what is here to its last byte nothing is lost with the node that sent it."""
-        for serving in list(self._relayed.values()) if isinstance(happening, PeerLost) else []:
-            while serving.request in self._relayed and serving.kv.has_arrived and not serving.ready_at_s:
-                self._catch_up(serving)
+        if isinstance(happening, PeerLost):
+            for serving in list(self._relayed.values()):
+                while serving.request in self._relayed and serving.kv.has_arrived and not serving.ready_at_s:
+                    self._catch_up(serving)
         super().notice(happening)
 
     def step(self) -> None:

@@ -16,6 +16,7 @@ from minprfaas.cluster.stream_plans import snapshot_plan
 from minprfaas.engine.request import Request, Status
 from minprfaas.kvcache.manager import KVCacheManager
 from minprfaas.kvcache.snapshots import ExpectedSnapshot
+from minprfaas.transport.base import LinkDown
 from minprfaas.transport.events import StreamDone, StreamFailed
 
 
@@ -50,7 +51,11 @@ class SnapshotArrivals:
         if expected is None:
             return 0
         plan = snapshot_plan(self._kvcache.layout, stream_id, at)
-        stream = KVReceive(self._kvcache, transport, plan, expected.tables)
+        try:
+            stream = KVReceive(self._kvcache, transport, plan, expected.tables)
+        except LinkDown:
+            self._kvcache.snapshots.forget(expected)
+            raise
         self._arrivals[stream_id] = _Arrival(request, source, expected, stream, deadline_at_s)
         return at
 

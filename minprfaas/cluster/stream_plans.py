@@ -6,8 +6,7 @@ from minprfaas.transport.base import StreamPlan
 from minprfaas.transport.encoding import Wire
 
 
-def stream_plan(layout: Layout, stream_id: int, start: int, end: int,
-                wire: Wire = Wire()) -> StreamPlan:
+def stream_plan(layout: Layout, stream_id: int, start: int, end: int, wire: Wire = Wire()) -> StreamPlan:
     """The plan for tokens [start, end) of a request: its rows in token layers, its state as of `end` in the others (of
     a window the last rows that there are).
 

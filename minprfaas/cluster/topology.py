@@ -27,7 +27,7 @@ class Place:
     @property
     def parts(self) -> list[str]:
         """Whom a message to this process can be addressed to."""
-        return [*[FRONT] * self.has_front, *self.roles]
+        return [FRONT, *self.roles] if self.has_front else [*self.roles]
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,6 @@ class Topology:
     split: int | None = None
     sites: tuple[tuple[str, int], ...] = ()
 
-    @property
-    def prfaas_sites(self) -> dict[str, int]:
-        """The PrfaaS datacenters with their nodes."""
-        return dict(self.sites) or {PRFAAS_SITE: self.prfaas}
-
     def __post_init__(self) -> None:
         for name, value, least in (("prfaas", self.prfaas, 0), ("pd", self.pd, 1)):
             if not least <= value <= MAX_NODES:
@@ -53,6 +48,11 @@ class Topology:
         if self.split is not None and not least <= self.split < self.pd:
             raise UserError(f"split is {shown(self.split)}; of {self.pd} PD nodes, with {self.prfaas} PrfaaS nodes, "
                             f"from {least} to {self.pd - 1} can begin as PD-P")
+
+    @property
+    def prfaas_sites(self) -> dict[str, int]:
+        """The PrfaaS datacenters with their nodes."""
+        return dict(self.sites) or {PRFAAS_SITE: self.prfaas}
 
     @staticmethod
     def parse(text: str, split: int | None = None) -> "Topology":
