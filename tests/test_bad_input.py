@@ -181,8 +181,8 @@ def test_a_bad_line_in_a_prompts_file(refused, checkpoints, tmp_path):
     ("--top-p", "1.5", "top_p is 1.5"),
     ("--seed", str(2**64), f"seed is {2**64}"),
     ("--stop", "", "stop is ('',)"),
-    ("--prefill-chunk", "0", "prefill chunk in tokens is 0"),
-    ("--pool-blocks", "0", "num_blocks is 0"),
+    ("--prefill-chunk", "0", "--prefill-chunk is 0"),
+    ("--pool-blocks", "0", "--pool-blocks is 0"),
     ("--device", "cuda:77", "device 'cuda:77' is not there; this machine has: cpu"),
     ("--device", "toaster", "device 'toaster' is not there; this machine has: cpu"),
 ])

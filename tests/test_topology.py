@@ -13,6 +13,7 @@ from minprfaas.commands.cluster import main, parser, with_site_lines
 from minprfaas.commands.live_options import Run
 from minprfaas.config import LineConfig, LinkConfig, Role
 from minprfaas.errors import UserError
+from minprfaas.scheduling.paper_case import paper_fleet
 
 
 def roles(topology):
@@ -38,7 +39,10 @@ def test_there_may_be_several_prfaas_datacenters_each_with_its_own_line():
     assert run.lines == {"prfaas-a": LineConfig(0.02, 5.0), "prfaas-b": LineConfig(0.004, 5.0)}
     assert run.line_between("pd", "prfaas-b") == run.line_between("prfaas-b", "pd") == LineConfig(0.004, 5.0)
     assert run.line_between("prfaas-a", "prfaas-b") == LineConfig(), "nothing but messages crosses there"
-    assert Topology.parse("prfaas=2,pd=3").prfaas_sites == {"prfaas": 2}
+    alone = Topology.parse("prfaas=2,pd=3")
+    assert alone.prfaas_sites == {"prfaas": 2}
+    run = Run(args, alone, LinkConfig(), LineConfig(0.02, 5.0), [], None, paper_fleet())
+    assert with_site_lines(run, ["prfaas=0.004"]).fleet.link_gbps == 0.004, "a single one's line is planned with, too"
 
 
 @pytest.mark.parametrize("split, prefill", [(None, 1), (0, 0), (1, 1), (2, 2)])

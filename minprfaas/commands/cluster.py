@@ -53,8 +53,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--datacenter", metavar="NAME", help="only the processes of one datacenter")
     p.add_argument("--node", metavar="NAME", help="only this process, such as pd-1")
     p.add_argument("--site-line", action="append", default=[], metavar="SITE=GBPS[:FILE.json]", help="bandwidth and "
-                   "weather of one PrfaaS datacenter's line (--link-gbps, --weather), where there are several: "
-                   "--topology prfaas-a=1,prfaas-b=1,pd=2")
+                   "weather of one PrfaaS datacenter's line, instead of --link-gbps and --weather: with --topology "
+                   "prfaas-a=1,prfaas-b=1,pd=2 each may have its own")
     add_options(p, may_serve=True)
     return p
 
@@ -108,7 +108,7 @@ def with_site_lines(run: Run, texts: list[str]) -> Run:
         rate = run.emulation.scale.run_gbps(rate) if run.emulation is not None else rate
         lines[site] = LineConfig(rate, run.line.rtt_ms, weather(path))
     run = replace(run, site_lines=lines)
-    if run.fleet is None or len(run.lines) == 1:
+    if run.fleet is None:
         return run
     together = sum(line.gbps or UNTHROTTLED_GBPS for line in run.lines.values())
     return replace(run, fleet=replace(run.fleet, link_gbps=together))

@@ -5,6 +5,7 @@ import json
 import sys
 from dataclasses import asdict
 
+from minprfaas.commands.options import check_counts
 from minprfaas.commands.options import generate as add_arguments  # noqa: F401
 from minprfaas.config import CacheConfig, SamplingParams, block_tokens_for
 from minprfaas.engine.prompts import Prompt, read_prompts
@@ -16,6 +17,7 @@ from minprfaas.observe.tables import table
 def run(args: argparse.Namespace) -> None:
     """Answer the prompts; a single prompt's answer streams as it is drawn."""
     prompts = _prompts(args)
+    check_counts(args, "prefill_chunk", "pool_blocks")
     # Here, because they wait for torch, and no mistake above is to wait with them.
     import torch
 

@@ -12,7 +12,7 @@ from minprfaas.cluster.emulation import Emulation
 from minprfaas.cluster.load import LENGTH_SCALE, REQUESTS, Load
 from minprfaas.cluster.topology import PD_SITE, PRFAAS_SITE, Topology
 from minprfaas.commands.machines import add_machine_options, machine_at
-from minprfaas.commands.options import add_http_arguments, check_http_arguments
+from minprfaas.commands.options import add_http_arguments, check_counts, check_http_arguments
 from minprfaas.config import UNTHROTTLED_GBPS, Encoding, LineConfig, LinkConfig, SamplingParams, WeatherChange
 from minprfaas.engine.prompts import Prompt, read_prompts
 from minprfaas.errors import UserError, require_number
@@ -124,10 +124,7 @@ def checked(args: argparse.Namespace, topology: Topology) -> Run:
         require_number("--wait-s", args.wait_s, above=0)
     machine_at(args, PRFAAS_SITE)  # a mistake is said now, not when a model has been loaded
     block_tokens = machine_at(args, PD_SITE).block_tokens
-    for option in ("prefill_chunk", "pool_blocks"):
-        value = getattr(args, option)
-        if value is not None:
-            require_number(f"--{option.replace('_', '-')}", value, least=1, whole=True)
+    check_counts(args, "prefill_chunk", "pool_blocks", "check_sample")
     # On GPUs each chunk costs a copy and a few launches at either end, under one interpreter lock: fewer, larger ones.
     is_fast = "cuda" in args.device
     sizes = dict(chunk_bytes=largest_chunk_bytes(args.lanes), max_inflight_bytes=512 * 2**20) if is_fast else {}
@@ -136,10 +133,8 @@ def checked(args: argparse.Namespace, topology: Topology) -> Run:
     load = None
     if args.load is not None:
         load = Load.parse(args.load, args.requests, args.seed, args.length_scale, block_tokens)
-    if args.check_sample is not None:
-        require_number("--check-sample", args.check_sample, least=1, whole=True)
-        if load is None:
-            raise UserError("--check-sample is about a --load, and none is given; --check is about all answers")
+    if args.check_sample is not None and load is None:
+        raise UserError("--check-sample is about a --load, and none is given; --check is about all answers")
     fleet = None
     emulation = _checked_emulation(args)
     line_gbps = args.link_gbps

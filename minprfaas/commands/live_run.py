@@ -103,9 +103,9 @@ def _play(run: Run, seat: Seat, outputs: dict[str, OutputFile], drive: Drive | N
         if fleet is not None:
             share = wire_share(engine.layout, wire)
             fleet = replace(fleet, prfaas_profile=fleet.prfaas_profile.encoded(share))
-        settings = control_settings(args.threshold, run.line.gbps, engine.layout, ship_prefixes=args.ship_prefixes,
-                                    fleet=fleet, **run.policy)
         gbps = {site: line.gbps or UNTHROTTLED_GBPS for site, line in run.lines.items()}
+        settings = control_settings(args.threshold, sum(gbps.values()), engine.layout,
+                                    ship_prefixes=args.ship_prefixes, fleet=fleet, **run.policy)
         plane = run.plane(settings) if len(gbps) < 2 else SitesControlPlane(settings, gbps)
         front = front_end(plane, mail, engine, args.deadline_s)
     workers = [worker(name, role, each, mail, args.deadline_s, overlap=not args.no_overlap, relay=args.relay)

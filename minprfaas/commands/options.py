@@ -17,12 +17,13 @@ def generate(parser: ArgumentParser) -> None:
     parser.add_argument("--model", metavar="DIR", help="Hugging Face directory (default: the embedded model)")
     parser.add_argument("--prompts", metavar="FILE.jsonl",
                         help='one {"id", "prompt", "max_tokens"} a line; {"after": id} continues that conversation')
-    parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="the most that an answer may have (64)")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (0)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest; 0 is all (0)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest, P in sum (1)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (0)")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer here (repeatable)")
+    words = parser.add_argument_group("for prompts given as words (a line of --prompts has its own)")
+    words.add_argument("--max-tokens", type=int, default=64, metavar="N", help="the most that an answer may have (64)")
+    words.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (0)")
+    words.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest; 0 is all (0)")
+    words.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest, P in sum (1)")
+    words.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (0)")
+    words.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer here (repeatable)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of weights and KVCache (float32)")
     parser.add_argument("--prefill-chunk", type=int, metavar="TOKENS", help="tokens of a chunk (1024; on a GPU 8192)")
@@ -62,6 +63,13 @@ def check_http_arguments(args: Namespace, port_option: str, port: int) -> None:
     require_number(port_option, port, least=0, most=65_535, whole=True)
     require_number("--max-requests", args.max_requests, least=1, most=10_000, whole=True)
     require_number("--drain-s", args.drain_s, least=0)
+
+
+def check_counts(args: Namespace, *names: str) -> None:
+    """UserError names the first of these options that is given and no whole number above 0."""
+    for name in names:
+        if getattr(args, name) is not None:
+            require_number(f"--{name.replace('_', '-')}", getattr(args, name), least=1, whole=True)
 
 
 def inspect(parser: ArgumentParser) -> None:

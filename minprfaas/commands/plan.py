@@ -16,6 +16,7 @@ from minprfaas.scheduling.lengths import LengthDistribution, TruncatedLogNormal
 from minprfaas.scheduling.planner import MAX_INSTANCES, Fleet, Plan, first_token_times, plan, sensitivity
 from minprfaas.scheduling.profiles import Profile
 from minprfaas.scheduling.throughput import egress_needed_gbps, kv_throughput_gbps
+from minprfaas.simulator.arrivals import read_trace
 
 FLEET_NUMBERS = ("prfaas_instances", "pd_instances", "link_gbps", "output_tokens")
 OWN_OPTIONS = ("pd_profile", *FLEET_NUMBERS, "lognormal", "trace", "threshold", "n_p")
@@ -161,7 +162,6 @@ def _own_lengths(args: argparse.Namespace) -> LengthDistribution:
         raise UserError("--trace and --lognormal are both given; lengths come from one of them")
     if not args.trace:
         return TruncatedLogNormal(*args.lognormal) if args.lognormal else paper.paper_lengths()
-    from minprfaas.simulator.arrivals import read_trace
     return LengthDistribution(request.input_tokens for request in read_trace(args.trace))
 
 

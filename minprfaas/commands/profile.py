@@ -9,6 +9,7 @@ import sys
 from contextlib import closing, nullcontext
 from pathlib import Path
 
+from minprfaas.commands.options import check_counts
 from minprfaas.commands.options import profile as add_arguments  # noqa: F401
 from minprfaas.errors import UserError, require_number
 from minprfaas.files import OutputFile
@@ -18,9 +19,7 @@ from minprfaas.scheduling.profiles import Profile, ProfilePoint
 
 def run(args: argparse.Namespace) -> None:
     """Measure, check that it is a profile, print it, and write it to `--out`."""
-    for name in ("repeats", "batch", "context", "prefill_chunk"):
-        if getattr(args, name) is not None:
-            require_number(f"--{name.replace('_', '-')}", getattr(args, name), least=1, whole=True)
+    check_counts(args, "repeats", "batch", "context", "prefill_chunk")
     if len(set(args.lengths)) < 2 or min(args.lengths) < 1:
         raise UserError(f"--lengths {args.lengths} is no curve; it needs two different lengths of at least 1 token")
     # A path that cannot be written is said before minutes of work.

@@ -14,13 +14,12 @@ from minprfaas.cluster.launch import require_open_files
 from minprfaas.cluster.mail import Mail
 from minprfaas.cluster.processes import Process, control_settings, front_end, process, worker
 from minprfaas.cluster.topology import Topology
-from minprfaas.commands.options import FULL_CONTEXTS, check_http_arguments
+from minprfaas.commands.options import FULL_CONTEXTS, check_counts, check_http_arguments
 from minprfaas.commands.options import serve as add_arguments  # noqa: F401
 from minprfaas.config import CacheConfig, block_tokens_for
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.reference import pool_for
 from minprfaas.engine.warm_up import compile_and_warm_up
-from minprfaas.errors import require_number
 from minprfaas.model.checkpoint import EMBEDDED, load
 from minprfaas.model.tokenizer import Tokenizer
 from minprfaas.model.transformer import Transformer
@@ -38,9 +37,7 @@ DEADLINE_S = 3600.0
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal."""
     check_http_arguments(args, "--port", args.port)
-    for option in ("prefill_chunk", "block_tokens", "pool_blocks"):
-        if getattr(args, option) is not None:
-            require_number(f"--{option.replace('_', '-')}", getattr(args, option), least=1, whole=True)
+    check_counts(args, "prefill_chunk", "block_tokens", "pool_blocks")
     require_open_files(OWN_FILES + most_connections(args.max_requests))
     listener = listen(args.host, args.port)  # before the model is loaded: a port that is taken is said at once
     model, tokenizer = load(args.model, getattr(torch, args.dtype), args.device)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from minprfaas.commands.plan import add_fleet_options, fleet_of, threshold_of
 from minprfaas.errors import UserError, require_number
 from minprfaas.files import OutputFile
+from minprfaas.kvcache.replay import replay_trace
 from minprfaas.observe.plots import prepare_plots
 from minprfaas.observe.simulation_plots import draw_hit_ratios, draw_simulation
 from minprfaas.observe.tables import table
@@ -125,7 +126,7 @@ def _prepare(args: argparse.Namespace, trace: list[SimRequest]) -> tuple[Setup, 
     else:
         count = args.requests or REQUESTS
         rate_rps = args.rate if args.rate is not None else args.load * planned.lambda_max
-        requests = _made_up(args, count, lengths, round(fleet.output_tokens), rate_rps)
+        requests = _made_up(args, count, lengths, max(1, round(fleet.output_tokens)), rate_rps)
     _check_duration(setup, lengths, count, rate_rps)
     return setup, requests, count
 
@@ -233,7 +234,6 @@ def _print(setup: Setup, report: Report) -> None:
 
 def _cache_only(args: argparse.Namespace, requests: list) -> None:
     """Hit ratio against capacity: the real index and eviction, no tensors."""
-    from minprfaas.kvcache.replay import replay_trace
     rows = replay_trace(requests)
     drawn = draw_hit_ratios(args.plots, {"token state only": rows}) if args.plots else None
     if args.json:
