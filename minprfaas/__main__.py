@@ -6,7 +6,7 @@ import sys
 from types import ModuleType
 
 from minprfaas.commands import options
-from minprfaas.errors import ArgumentParser, exit_on_user_error
+from minprfaas.errors import ArgumentParser, exit_on_user_error, long_import
 
 COMMANDS = {  # what each does, and an example of what it may be given
     "generate": ("answer prompts in one process: the reference for everything distributed",
@@ -43,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _module_of(command: str) -> ModuleType:
-    return importlib.import_module(f"minprfaas.commands.{command}")
+    with long_import():
+        return importlib.import_module(f"minprfaas.commands.{command}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 
@@ -132,16 +133,26 @@ def _end(status: int, line: str) -> None:
     raise SystemExit(status) from None
 
 
+@contextmanager
+def long_import() -> Iterator[None]:
+    """For imports that wait for torch. An interrupt ends the process at once: what is being imported may swallow a
+    KeyboardInterrupt, or make another error of it."""
+    before = signal.signal(signal.SIGINT, _end_at_once)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def run_program(module: str) -> None:
-    """Import `module`, run its `main(argv)` and exit with its status: an interrupt or a mistake during the long import
-    of torch gets its one line as well."""
+    """Import `module`, run its `main(argv)` and exit with its status: an interrupt or a mistake during the import gets
+    its one line as well."""
 
     @exit_on_user_error
     def imported_and_run() -> int:
-        # What is being imported may swallow a KeyboardInterrupt, or make another error of it.
-        signal.signal(signal.SIGINT, _end_at_once)
-        main = importlib.import_module(module).main
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        with long_import():
+            main = importlib.import_module(module).main
         return main(sys.argv[1:])
 
     try:

@@ -3,6 +3,7 @@
 Chapters 13 and 14.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,19 @@ def test_a_thread_that_nobody_joined_does_not_change_how_a_program_ends(tmp_path
 
 def test_an_interrupt_during_an_import_that_swallows_it_ends_the_program_all_the_same(tmp_path: Path) -> None:
     assert run(tmp_path, IMPORT) == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize("words", ["scripts/two_datacenters.py --prompts P", "scripts/cluster.py --prompts P",
+                                   "scripts/live_case_study.py", "-m minprfaas generate x", "-m minprfaas profile",
+                                   "-m minprfaas serve", "-m minprfaas inspect"])
+def test_so_it_is_wherever_a_program_first_waits_for_torch(tmp_path: Path, words: str) -> None:
+    (tmp_path / "torch.py").write_text(IMPORT.partition("def main")[0])
+    (tmp_path / "P").write_text('{"prompt": "x"}')
+    script, *others = words.split()
+    done = subprocess.run([sys.executable, ROOT / script if "/" in script else script, *others], capture_output=True,
+                          text=True, timeout=60, cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
 def test_a_full_disk_behind_the_output_is_one_line() -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from minprfaas.cluster.topology import Place, Topology
 from minprfaas.commands.live_options import Run, add_options, checked, weather
 from minprfaas.config import UNTHROTTLED_GBPS, LineConfig
-from minprfaas.errors import ArgumentParser, UserError, require_number, shown
+from minprfaas.errors import ArgumentParser, UserError, long_import, require_number, shown
 from minprfaas.scheduling.roles import SUSTAIN_S
 
 EPILOG = """
@@ -75,9 +75,9 @@ def main(argv: list[str]) -> int:
         raise UserError("--store says where processes meet that are started apart, by --node or --datacenter; "
                         f"{'it is missing' if apart else 'neither is given'}")
     chosen = _chosen(args, places)
-    # Here, because they wait for torch, and neither --help nor a mistake above is to wait with them.
-    from minprfaas.cluster.launch import Launch, StoreAddress, watch_parent
-    from minprfaas.commands.live_run import Seat, play, start
+    with long_import():  # neither --help nor a mistake above is to wait for it
+        from minprfaas.cluster.launch import Launch, StoreAddress, watch_parent
+        from minprfaas.commands.live_run import Seat, play, start
     store = StoreAddress.parse(args.store) if apart else None
     launch = Launch.from_environment(world_size=len(chosen)) if args.node is None else None
     if launch is None and args.node is None:

@@ -10,7 +10,7 @@ from minprfaas.commands.options import generate as add_arguments  # noqa: F401
 from minprfaas.config import CacheConfig, SamplingParams, block_tokens_for
 from minprfaas.engine.prompts import Prompt, read_prompts
 from minprfaas.engine.request import TokenUpdate
-from minprfaas.errors import UserError
+from minprfaas.errors import UserError, long_import
 from minprfaas.observe.tables import table
 
 
@@ -18,12 +18,12 @@ def run(args: argparse.Namespace) -> None:
     """Answer the prompts; a single prompt's answer streams as it is drawn."""
     prompts = _prompts(args)
     check_counts(args, "prefill_chunk", "pool_blocks")
-    # Here, because they wait for torch, and no mistake above is to wait with them.
-    import torch
+    with long_import():  # no mistake above is to wait for it
+        import torch
 
-    from minprfaas.engine.reference import answer_prompts
-    from minprfaas.engine.warm_up import compile_and_warm_up
-    from minprfaas.model.checkpoint import load
+        from minprfaas.engine.reference import answer_prompts
+        from minprfaas.engine.warm_up import compile_and_warm_up
+        from minprfaas.model.checkpoint import load
     model, tokenizer = load(args.model, getattr(torch, args.dtype), args.device)
     cache = None
     if args.pool_blocks is not None:

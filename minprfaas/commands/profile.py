@@ -11,7 +11,7 @@ from pathlib import Path
 
 from minprfaas.commands.options import check_counts
 from minprfaas.commands.options import profile as add_arguments  # noqa: F401
-from minprfaas.errors import UserError, require_number
+from minprfaas.errors import UserError, long_import, require_number
 from minprfaas.files import OutputFile
 from minprfaas.observe.tables import human_bytes, table
 from minprfaas.scheduling.profiles import Profile, ProfilePoint
@@ -32,12 +32,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _measure(args: argparse.Namespace) -> Profile:
-    # Here, because they wait for torch, and no mistake in the arguments is to wait with them.
-    import torch
+    with long_import():  # no mistake in the arguments is to wait for it
+        import torch
 
-    from minprfaas.engine.measure import measure_decode, measure_prefill
-    from minprfaas.engine.warm_up import compile_and_warm_up
-    from minprfaas.model.checkpoint import EMBEDDED, load
+        from minprfaas.engine.measure import measure_decode, measure_prefill
+        from minprfaas.engine.warm_up import compile_and_warm_up
+        from minprfaas.model.checkpoint import EMBEDDED, load
     torch.manual_seed(0)
     model, tokenizer = load(args.model, getattr(torch, args.dtype), args.device)
     most = model.config.max_context_tokens - 1  # a token of the answer stands behind it

@@ -4,7 +4,7 @@ import argparse
 
 from minprfaas.cluster.topology import Topology
 from minprfaas.commands.live_options import add_options, checked
-from minprfaas.errors import ArgumentParser
+from minprfaas.errors import ArgumentParser, long_import
 
 
 def parser() -> argparse.ArgumentParser:
@@ -21,9 +21,9 @@ def main(argv: list[str]) -> int:
     """Play this process's part, or start both processes when there is no torchrun; returns the exit status."""
     topology = Topology(prfaas=1, pd=1)
     run, places = checked(parser().parse_args(argv), topology), topology.two_places()
-    # Here, because they wait for torch, and neither --help nor a mistake above is to wait with them.
-    from minprfaas.cluster.launch import Launch, watch_parent
-    from minprfaas.commands.live_run import Seat, play, start
+    with long_import():  # neither --help nor a mistake above is to wait for it
+        from minprfaas.cluster.launch import Launch, watch_parent
+        from minprfaas.commands.live_run import Seat, play, start
     launch = Launch.from_environment(world_size=2)
     if launch is None:
         return start(run, places, main, argv)
