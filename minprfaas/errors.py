@@ -69,6 +69,14 @@ def require_unicode(what: str, text: str) -> None:
                         "it must be whole Unicode") from None
 
 
+def require_host(what: str, host: str) -> None:
+    """Raise UserError for what can be no host's name or address, as 127..0.0.1: sockets raise ever other errors."""
+    try:
+        host.encode("idna")
+    except UnicodeError as error:
+        raise UserError(f"{what} is {shown(host)}, which is no name or address of a host: {error}") from None
+
+
 def shown(value: object) -> str:
     """A value as a line can hold it: an int of 5,000 digits raises ValueError when it is printed."""
     try:

@@ -142,6 +142,7 @@ def spoiled(draw, good, how):
     (["--max-requests", "0"], "--max-requests is 0"),
     (["--drain-s", "-1"], "--drain-s is -1"),
     (["--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid"),
+    (["--host", "ä..b"], "the host to listen on is 'ä..b', which is no name or address"),
     (["--pool-blocks", "0"], "--pool-blocks is 0"),
     (["--port", "0", "--model", "/no/such"], "/no/such"),
     (["--port", "0", "--chat-template", "llama3"], "no token of this model")])

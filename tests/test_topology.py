@@ -4,6 +4,7 @@ Chapter 13.
 """
 
 import json
+import socket
 
 import pytest
 
@@ -92,6 +93,20 @@ def test_a_store_is_a_host_and_a_port():
     for text in ("host", ":29500", "host:", "host:0", "host:65536", "host:" + "9" * 5000):
         with pytest.raises(UserError, match="must be HOST:PORT"):
             StoreAddress.parse(text)
+    with pytest.raises(UserError, match="the host of --store 127..0.0.1:29500 is '127..0.0.1', which is no name or"):
+        StoreAddress.parse("127..0.0.1:29500")
+
+
+def test_a_store_is_served_at_an_address_of_either_version():
+    for host, family in (("127.0.0.1", socket.AF_INET), ("[::1]", socket.AF_INET6)):
+        try:
+            with socket.create_server((host.strip("[]"), 0), family=family) as probe:
+                address = StoreAddress.parse(f"{host}:{probe.getsockname()[1]}")
+        except OSError:
+            pytest.skip("this machine has no IPv6")
+        store = address.open(serves=True)
+        address.open().set("said", "by another")
+        assert store.get("said") == b"by another"
 
 
 @pytest.mark.parametrize("change, said", [

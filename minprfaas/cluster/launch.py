@@ -23,7 +23,7 @@ import torch.distributed as dist
 from minprfaas.cluster.stream_plans import stream_plan
 from minprfaas.cluster.topology import Place
 from minprfaas.config import LineConfig, Role
-from minprfaas.errors import UserError, exit_on_user_error, one_line
+from minprfaas.errors import UserError, exit_on_user_error, one_line, require_host
 from minprfaas.kvcache.layout import Layout
 from minprfaas.model.checkpoint import checked_device
 from minprfaas.model.transformer import Transformer
@@ -50,6 +50,9 @@ class StoreAddress:
     said_by: str  # for a mistake
     agent_serves: bool = False
 
+    def __post_init__(self) -> None:
+        require_host(f"the host of {self.said_by}", self.host)
+
     @staticmethod
     def parse(text: str) -> "StoreAddress":
         """`HOST:PORT`. UserError when it is anything else."""
@@ -67,7 +70,8 @@ class StoreAddress:
         where = f"no store at {self.said_by}"
         if serves:  # on a socket of our own: left to itself, the store would listen on every interface
             try:
-                options["master_listen_fd"] = socket.create_server((self.host, self.port)).detach()
+                family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+                options["master_listen_fd"] = socket.create_server((self.host, self.port), family=family).detach()
             except OSError as error:
                 raise UserError(f"{where}: {error.strerror}, so this process cannot serve it") from None
         else:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 
 from minprfaas.cluster.processes import Process
-from minprfaas.errors import RequestError, UserError
+from minprfaas.errors import RequestError, UserError, require_host
 from minprfaas.serving.api import Api
 from minprfaas.serving.door import Door
 from minprfaas.serving.http import BodyBudget, ClientConnection, ClientProtocol, Limits
@@ -32,6 +32,7 @@ def most_connections(capacity: int) -> int:
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 lets the system choose. UserError when it cannot be had."""
+    require_host("the host to listen on", host)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=1024)
