@@ -28,7 +28,8 @@ def verdict(goodbyes: Mapping[str, Goodbye]) -> tuple[str, bool]:
     shares = {name: said.late_s / said.allowed_s for name, said in goodbyes.items() if said.allowed_s}
     worst = max(shares, key=shares.get, default="no node")  # the node whose work exceeded its emulated time most
     late = shares.get(worst, 0.0)
-    allowed_s, needed_s = (sum(getattr(said, name) for said in goodbyes.values()) for name in ("allowed_s", "needed_s"))
+    allowed_s = sum(said.allowed_s for said in goodbyes.values())
+    needed_s = sum(said.needed_s for said in goodbyes.values())
     is_valid = bool(allowed_s) and late <= MOST_LATE
     real = f"real work took {needed_s / allowed_s:.0%} of the emulated time" if allowed_s else "no node has computed"
     return (f"emulation {'valid' if is_valid else 'NOT VALID'}: {real}; {worst} was late by {late:.1%} of its own "

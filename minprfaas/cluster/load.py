@@ -117,7 +117,8 @@ class _Text:
         for question in questions:
             tail = self._tokenizer.encode(question.prompt_tail, add_special_tokens=False)
             kept = token_ids[:max(0, tokens - len(tail))]
-            if question.answer in self._whole_sentences(kept):
+            whole_sentences = self._tokenizer.decode(kept).rpartition(".")[0]
+            if question.answer in whole_sentences:
                 return Prompt(f"r{number}", kept + tail, params, question.answer)
         return Prompt(f"r{number}", token_ids[:tokens], params)
 
@@ -127,9 +128,6 @@ class _Text:
         document = make_document(seed, max(MIN_TOKENS, tokens + CUT_WORDS), str.split)
         token_ids = self._tokenizer.encode(document.text, add_special_tokens=False)
         return token_ids[:tokens], list(document.questions)
-
-    def _whole_sentences(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(token_ids).rpartition(".")[0]
 
 
 def _number(what: str, text: str) -> float:

@@ -67,8 +67,8 @@ class Metrics:
         for limit in (*BUCKETS_S, math.inf):
             label = "+Inf" if limit == math.inf else f"{limit:g}"
             self._counted["ttft_seconds_bucket"][part, ("le", label)] += seconds <= limit
-        self._counted["ttft_seconds_sum"][part,] += seconds
-        self._counted["ttft_seconds_count"][part,] += 1
+        self._counted["ttft_seconds_sum"][(part,)] += seconds
+        self._counted["ttft_seconds_count"][(part,)] += 1
 
     def responded(self, path: str, status: int) -> None:
         """An HTTP response was begun."""
@@ -115,12 +115,12 @@ def _node_gauges(figures: dict[str, NodeFigures]) -> dict[str, dict[Labels, floa
         "node_up_seconds": {}, "node_computed_seconds": {}, "node_blocks_by_state": {}, "node_tokens": {}}
     for name, node in figures.items():
         here = ("node", name)
-        gauges["node_up_seconds"][here,] = node.up_s
-        gauges["node_computed_seconds"][here,] = node.computed_s
-        for state in ("free", "cached", "in_use"):
-            gauges["node_blocks_by_state"][here, ("state", state)] = getattr(node, f"{state}_blocks")
-        for work in ("prefilled", "decoded"):
-            gauges["node_tokens"][here, ("work", work)] = getattr(node, f"{work}_tokens")
+        gauges["node_up_seconds"][(here,)] = node.up_s
+        gauges["node_computed_seconds"][(here,)] = node.computed_s
+        for state, blocks in (("free", node.free_blocks), ("cached", node.cached_blocks), ("in_use", node.in_use_blocks)):
+            gauges["node_blocks_by_state"][here, ("state", state)] = blocks
+        gauges["node_tokens"][here, ("work", "prefilled")] = node.prefilled_tokens
+        gauges["node_tokens"][here, ("work", "decoded")] = node.decoded_tokens
     return gauges
 
 

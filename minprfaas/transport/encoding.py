@@ -46,7 +46,8 @@ class Wire:
         """What a plan says of a layer: for token state a row, else the state as of `tokens`."""
         nbytes = spec.nbytes if spec.kind is StateKind.TOKEN else spec.bytes_at(tokens)
         is_state = spec.kind is StateKind.REQUEST  # exact unless asked: its error would stay in all that follows
-        name = (self.state if is_state else self.rows).value + RECAST * bool(self.recast)
+        encoding = self.state if is_state else self.rows
+        name = encoding.value + (RECAST if self.recast else "")
         if is_state and name == Encoding.EXACT.value:
             return LayerPlan(layer, group, spec.kind, nbytes)
         return LayerPlan(layer, group, spec.kind, codec_of(spec, name).wire_bytes(nbytes), name)
@@ -180,7 +181,8 @@ def _encode_int4(groups: Tensor) -> list[Tensor]:
     """Two codes a byte, then scale and least value: rows are shifted far from zero, which a sign would waste."""
     least = groups.amin(-1, keepdim=True)
     base = least.to(SCALE)
-    base = torch.where(base.float() > least, _next_below(base), base)  # else the least value would be out of reach
+    lower = base - base.abs() * 2**-7 - 1e-37  # a two-byte number that is certainly smaller
+    base = torch.where(base.float() > least, lower, base)  # else the least value would be out of reach
     scale = _scale((groups - base.float()).amax(-1, keepdim=True) / INT4_TOP)
     codes = ((groups - base.float()) / scale.float()).round().clamp(0, INT4_TOP).to(torch.uint8)
     codes = F.pad(codes, (0, codes.shape[-1] % 2))
@@ -199,11 +201,6 @@ def _scale(wanted: Tensor) -> Tensor:
     rounded = wanted.to(SCALE)
     rounded = torch.where(rounded.float() < wanted, rounded * (1 + 2**-7), rounded)
     return torch.where(rounded > 0, rounded, torch.ones_like(rounded))
-
-
-def _next_below(value: Tensor) -> Tensor:
-    """A two-byte number that is certainly smaller."""
-    return value - value.abs() * 2**-7 - 1e-37
 
 
 def _typed(data: Tensor, dtype: torch.dtype) -> Tensor:
