@@ -4,9 +4,7 @@ Only this node knows what it already holds, so it orders: the front end says who
 which token on the KVCache is to be sent.
 """
 
-import itertools
 import math
-import secrets
 from collections import deque
 from dataclasses import dataclass
 
@@ -51,8 +49,6 @@ class DecodeRole(Part):
         self._for_room: deque[Serving] = deque()
         self._by_stream: dict[int, Serving] = {}  # of the streams that have not ended
         self._snapshots = SnapshotArrivals(self._kvcache, self._mail, self._clock)
-        # At random: what an earlier process of this name expected may still arrive, and must meet no stream of ours.
-        self._stream_ids = itertools.count(secrets.randbits(32) << 16)
 
     @property
     def is_ready(self) -> bool:
@@ -130,7 +126,7 @@ class DecodeRole(Part):
         """The blocks are reserved: expect the streams that will fill them, and order the prefill."""
         request, serve, layout = serving.request, serving.serve, self.engine.layout
         serving.deadline_at_s = self._clock() + serve.deadline_s
-        stream_id, snapshot_id = next(self._stream_ids), next(self._stream_ids)
+        stream_id, snapshot_id = next(self.upkeep.stream_ids), next(self.upkeep.stream_ids)
         wire = self._mail.wire_to(serve.prefill_node)
         plan = stream_plan(layout, stream_id, request.cached_tokens, len(request.token_ids), wire)
         try:

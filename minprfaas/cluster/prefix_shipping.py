@@ -6,9 +6,7 @@ prefix enters the index only when its last byte is there. It crosses exactly, wh
 will begin with it, here and in the datacenter beyond.
 """
 
-import itertools
-import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from minprfaas.cluster.kv_receive import KVReceive
@@ -38,11 +36,10 @@ class PrefixShipping:
     """The prefixes that one part sends, among all that is `outgoing`, and receives. Only its own loop calls it."""
 
     def __init__(self, name: str, kvcache: KVCacheManager, mail: Mail, outgoing: Outgoing,
-                 clock: Callable[[], float], deadline_s: float):
-        self.deadline_s = deadline_s
+                 clock: Callable[[], float], deadline_s: float, stream_ids: Iterator[int]):
+        self.deadline_s, self._stream_ids = deadline_s, stream_ids
         self._name, self._kvcache, self._mail, self._outgoing, self._clock = name, kvcache, mail, outgoing, clock
         self._fetching: dict[int, Fetch] = {}
-        self._stream_ids = itertools.count(secrets.randbits(32) << 16)
 
     def __bool__(self) -> bool:
         return bool(self._fetching)

@@ -1,7 +1,9 @@
 """What every node does beside its role: say who and what is here, ship prefixes. Chapters 11 and 13; paper 3.4.3."""
 
+import itertools
 import math
 import resource
+import secrets
 import sys
 from dataclasses import replace
 
@@ -29,8 +31,11 @@ class Upkeep:
         self.tells_of_links = True  # one part of a process does
         self.front_gone_at_s: float | None = None  # since when there is nobody to work for
         self.name, self.role, self.engine, self.mail = name, role, engine, mail
+        # At random: what an earlier process of this name expected may still arrive, and must meet no stream of ours.
+        self.stream_ids = itertools.count(secrets.randbits(32) << 16)
         self.outgoing = Outgoing(name, engine.kvcache, mail, engine.clock, transfer_deadline_s)
-        self.prefixes = PrefixShipping(name, engine.kvcache, mail, self.outgoing, engine.clock, transfer_deadline_s)
+        self.prefixes = PrefixShipping(name, engine.kvcache, mail, self.outgoing, engine.clock, transfer_deadline_s,
+                                       self.stream_ids)
         self._ledger = engine.kvcache.ledger
         self._ledger.take_news()  # from now on there are some
         self._sequence = 0  # of the last cache event told

@@ -117,8 +117,9 @@ def _node_gauges(figures: dict[str, NodeFigures]) -> dict[str, dict[Labels, floa
         here = ("node", name)
         gauges["node_up_seconds"][(here,)] = node.up_s
         gauges["node_computed_seconds"][(here,)] = node.computed_s
-        for state, blocks in (("free", node.free_blocks), ("cached", node.cached_blocks), ("in_use", node.in_use_blocks)):
-            gauges["node_blocks_by_state"][here, ("state", state)] = blocks
+        gauges["node_blocks_by_state"][here, ("state", "free")] = node.free_blocks
+        gauges["node_blocks_by_state"][here, ("state", "cached")] = node.cached_blocks
+        gauges["node_blocks_by_state"][here, ("state", "in_use")] = node.in_use_blocks
         gauges["node_tokens"][here, ("work", "prefilled")] = node.prefilled_tokens
         gauges["node_tokens"][here, ("work", "decoded")] = node.decoded_tokens
     return gauges
