@@ -117,6 +117,8 @@ def test_a_store_is_served_at_an_address_of_either_version():
     (["--node", "pd-0", "--datacenter", "pd", "--store", "127.0.0.1:5"], "exclude each other"),
     (["--topology", "prfaas=0,pd=2", "--datacenter", "prfaas", "--store", "127.0.0.1:5"], "datacenter prfaas has no"),
     (["--convert-roles"], "--profile (or --emulate) says it"),
+    (["--requests", "3"], "--requests is about a --load"), (["--sustain-s", "-1"], "--sustain-s is -1.0"),
+    (["--check-sample", "3"], "--check-sample is about a --load"),
     (["--site-line", "prfaas-c=1"], "it must be about one of prfaas, and once"),
     (["--site-line", "prfaas=fast"], "it must be like prfaas-a=0.02:WEATHER.json"),
     (["--topology", "prfaas-1=1,pd=2"], "is not like prfaas=2,pd=3"),

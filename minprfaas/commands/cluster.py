@@ -64,10 +64,10 @@ def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     topology = Topology.parse(args.topology, args.split)
     run, places = checked(args, topology), topology.places()
+    require_number("--sustain-s", args.sustain_s, least=0)
     if args.convert_roles:
         if run.fleet is None:
             raise UserError("--convert-roles compares what the nodes could do; --profile (or --emulate) says it")
-        require_number("--sustain-s", args.sustain_s, least=0)
         run = replace(run, policy={**run.policy, "convert_roles": True, "sustain_s": args.sustain_s})
     run = with_site_lines(run, args.site_line)
     apart = args.node is not None or args.datacenter is not None

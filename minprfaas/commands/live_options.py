@@ -65,7 +65,7 @@ def add_options(p: argparse.ArgumentParser, may_serve: bool = False) -> None:
     p.add_argument("--check", action="store_true", help="recompute every answer in one process; exit 1 if one differs")
     p.add_argument("--json", metavar="OUT.jsonl", help="write one line a request")
     p.add_argument("--timeline", metavar="OUT.json", help="write Chrome trace events (opens in Perfetto)")
-    p.set_defaults(serve=None, load=None, check_sample=None)
+    p.set_defaults(serve=None, load=None, requests=None, length_scale=None, check_sample=None)
     if may_serve:
         _add_load_options(p)
         p.add_argument("--serve", type=int, metavar="PORT", help="instead of --prompts: answer HTTP clients, as "
@@ -133,8 +133,9 @@ def checked(args: argparse.Namespace, topology: Topology) -> Run:
     load = None
     if args.load is not None:
         load = Load.parse(args.load, args.requests, args.seed, args.length_scale, block_tokens)
-    if args.check_sample is not None and load is None:
-        raise UserError("--check-sample is about a --load, and none is given; --check is about all answers")
+    for option in ("requests", "length_scale", "check_sample"):
+        if load is None and getattr(args, option) is not None:
+            raise UserError(f"--{option.replace('_', '-')} is about a --load, and none is given")
     fleet = None
     emulation = _checked_emulation(args)
     line_gbps = args.link_gbps
