@@ -103,6 +103,12 @@ def test_the_decision_log_and_the_pictures_are_written_whole(capsys, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
 
 
+def test_the_decision_log_is_json_where_nothing_can_be_offloaded(capsys, tmp_path):
+    main(["simulate", "--requests", "5", "--prfaas-instances", "0", "--log", str(tmp_path / "log.jsonl")])
+    for line in (tmp_path / "log.jsonl").read_text().splitlines():
+        assert json.loads(line, parse_constant=pytest.fail)["threshold"] is None
+
+
 def test_a_log_that_cannot_be_written_is_found_first_and_a_failed_run_leaves_none(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(simulation, "MAX_SIMULATED_S", 10.0)
     assert "/nowhere/log.jsonl cannot be written" in refused(capsys, "--log", "/nowhere/log.jsonl")

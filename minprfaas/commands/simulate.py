@@ -100,6 +100,8 @@ def _run(args: argparse.Namespace, setup: Setup, requests: Iterator[SimRequest],
     def note(at_s: float, request: SimRequest) -> None:
         decision = {"at_s": round(at_s, 3), "prompt_tokens": request.input_tokens, "attempt": request.attempts,
                     **request.decision._asdict()}
+        if decision["threshold"] == inf:
+            decision["threshold"] = None  # for which JSON has no number
         lines.append(json.dumps(decision) + "\n")
 
     bar = tqdm(total=count, unit="request", disable=None, leave=False)

@@ -9,6 +9,8 @@ one writes what arrives into its blocks. The lines are emulated; the link under 
 
 import queue
 import time
+from array import array
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +27,7 @@ from minprfaas.config import LineConfig, LinkConfig, SamplingParams
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.reference import pool_for
 from minprfaas.errors import ArgumentParser
+from minprfaas.kvcache.pool import BlockPool
 from minprfaas.model.checkpoint import EMBEDDED, load
 from minprfaas.observe.tables import human_bytes, table
 from minprfaas.transport.base import KVTransport, StreamPlan
@@ -192,7 +195,7 @@ class KVNode:
         if sends:
             sends[0].finish()
             report = sends[0].outcome.result(DEADLINE_S)
-        self._sums = self._checksums(request.cache.block_tables, plan)
+        self._sums = checksums(engine.kvcache.pool, request.cache.block_tables, plan.end)
         engine.release(request)
         return Shipped(ended_s - began_s, ended_s, report)
 
@@ -219,21 +222,22 @@ class KVNode:
         if not isinstance(event, StreamDone):
             raise SystemExit(f"the receiver met {event}")
         transport.send_message({"kind": "arrived", "at_s": arrived_at_s,
-                                "sums": self._checksums(tables, plan)})
+                                "sums": checksums(self.engine.kvcache.pool, tables, plan.end)})
         self.engine.abort(request)
 
     def _request(self, plan: StreamPlan):
         prompt = torch.randint(0, self.engine.model.config.vocab_size, (plan.end,)).tolist()
         return self.engine.request(str(plan.stream_id), prompt, SamplingParams(max_tokens=1), prefill_only=True)
 
-    def _checksums(self, tables, plan: StreamPlan) -> list[int]:
-        """Of each layer's bytes, weighted by their places."""
-        sums = []
-        for layer, group in enumerate(self.engine.layout.group_of_layer):
-            data = self.engine.kvcache.pool.read_bytes(layer, tables[group.index], 0, plan.end).reshape(-1)
-            weights = torch.arange(len(data), device=data.device) % 251 + 1
-            sums.append(int((data * weights).sum()))
-        return sums
+
+def checksums(pool: BlockPool, tables: Sequence[array], tokens: int) -> list[int]:
+    """Of each layer's bytes, weighted by their places."""
+    sums = []
+    for layer, group in enumerate(pool.layout.group_of_layer):
+        data = pool.read_bytes(layer, tables[group.index], 0, tokens).reshape(-1)
+        weights = torch.arange(len(data), device=data.device) % 251 + 1
+        sums.append(int((data * weights).sum()))
+    return sums
 
 
 def next_event(transport, deadline_s: float = DEADLINE_S):

@@ -9,10 +9,9 @@ rate, because a prefill of 32K tokens takes minutes on a small CPU. The line's r
 
 import threading
 import time
-from array import array
 from concurrent.futures import ThreadPoolExecutor
 
-import torch
+from benches.figure_1 import checksums
 from benches.link import DEADLINE_S, IDENTITY, PeakMemory, in_two_processes
 from random_checkpoint import SHAPES
 
@@ -22,7 +21,7 @@ from minprfaas.cluster.stream_plans import stream_plan
 from minprfaas.config import CacheConfig, LineConfig, LinkConfig, SamplingParams, StateKind
 from minprfaas.engine.request import Request
 from minprfaas.errors import ArgumentParser
-from minprfaas.kvcache.layout import Layout, plan_layout
+from minprfaas.kvcache.layout import plan_layout
 from minprfaas.kvcache.manager import KVCacheManager
 from minprfaas.model.families import config_from_hf
 from minprfaas.model.spec import model_state_specs
@@ -71,7 +70,7 @@ def _node(rank, store, report, line, config, tokens, natural_gbps):
     with Watch() as memory:
         seen = (_send if rank == 0 else _receive)(link, kvcache, prompt, natural_gbps)
     report({"rank": rank, "pool": kvcache.pool.bytes.numel(), "before": memory.start, "peak": memory.peak,
-            "after": memory.now(), "digest": _digest(kvcache, prompt), **seen})
+            "after": memory.now(), "digest": checksums(kvcache.pool, prompt.cache.block_tables, tokens), **seen})
     link.close()
 
 
@@ -99,20 +98,6 @@ def _receive(link: Link, kvcache: KVCacheManager, prompt: Request, _) -> dict:
     while not isinstance(link.receive(DEADLINE_S), StreamDone):
         pass
     return {}
-
-
-def _table(layout: Layout, prompt: Request, layer: int) -> array:
-    return prompt.cache.block_tables[layout.group_of_layer[layer].index]
-
-
-def _digest(kvcache: KVCacheManager, prompt: Request) -> list[int]:
-    """A sum of each layer's bytes, each weighted by its place."""
-    sums = []
-    for layer in range(len(kvcache.layout.specs)):
-        table = _table(kvcache.layout, prompt, layer)
-        data = kvcache.pool.read_bytes(layer, table, 0, prompt.prompt_tokens).reshape(-1)
-        sums.append(int((data.long() * torch.arange(data.numel()).remainder_(65_521)).sum()))
-    return sums
 
 
 class Watch(PeakMemory):
