@@ -62,6 +62,7 @@ def test_the_command_writes_it_and_names_what_is_wrong(tmp_path, capsys):
     assert "deadline: passed" in out.read_text() and str(out) in capsys.readouterr().out
     for content, said in (("", "no request to report"), ("[1]", "is a JSON list"), ('{"id": 1}', "has no 'route'"),
                           ("{", "cannot be read"), (json.dumps(row(kv_bytes="x")), "kv_bytes"),
+                          (json.dumps(row(hidden=float("nan"))), "is not finite"),
                           (json.dumps(row(["a"])), "id is ['a']")):
         rows.write_text(content)
         with pytest.raises(SystemExit) as stop:

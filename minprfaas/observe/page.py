@@ -19,8 +19,11 @@ LINE_POINTS = 400  # of the line's curve: a screen shows no more
 
 def page(rows: list[dict], events: list[dict], title: str) -> str:
     """The page of a run; arguments and errors as of `gathered`."""
-    # In a script element nothing is escaped but the end of the element itself.
-    data = json.dumps({"title": title, **gathered(rows, events)}).replace("</", "<\\/")
+    try:
+        data = json.dumps({"title": title, **gathered(rows, events)}, allow_nan=False)
+    except ValueError:
+        raise UserError("a number of the run is not finite, which no run writes") from None
+    data = data.replace("</", "<\\/")  # in a script element nothing is escaped but the end of the element itself
     return TEMPLATE.read_text(encoding="utf-8").replace("__DATA__", data).replace("__TITLE__", html.escape(title))
 
 
@@ -35,7 +38,7 @@ def gathered(rows: list[dict], events: list[dict]) -> dict:
     began_at_s = min(row["arrived_at_s"] for row in rows)
     try:
         layers, lines = _layers(events, began_at_s), _lines(events, began_at_s)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # another program's trace
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # another program's trace
         raise UserError(f"the timeline has an event that no run writes ({type(error).__name__}: {error})") from None
     requests = [_request(row, began_at_s, layers.get(row["id"], [])) for row in rows]
     return {"requests": requests, "lines": lines, "link": rows[0].get("link", "")}
@@ -50,10 +53,10 @@ def _check_row(row: object, what: str) -> None:
     if not isinstance(row["id"], str):
         raise UserError(f"{what}: id is {shown(row['id'])}; it must be a string")
     for name in ("arrived_at_s", "finished_at_s", "prompt_tokens", "cached_tokens", "kv_bytes"):
-        require_number(f"{what}: {name}", row[name], least=0)
+        require_number(f"{what}: {name}", row[name], least=0, most=10**15)
     for name in PARTS:
         if row[name] is not None:  # of a request without an answer
-            require_number(f"{what}: {name}", row[name])
+            require_number(f"{what}: {name}", row[name], most=10**15)
 
 
 def _request(row: dict, began_at_s: float, layers: list[dict]) -> dict:
