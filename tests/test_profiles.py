@@ -114,7 +114,7 @@ def test_a_profile_survives_a_json_file(tmp_path):
     ({"tokens": "many"}, "tokens is 'many'"),
     ({"bs_max": 0}, "bs_max is 0"),
     ({"bs_max": 2.5}, "bs_max is 2.5"),
-    ({"t_decode_s": 0}, "t_decode_s is 0"),
+    ({"t_decode_s": 0}, "t_decode_s is 0"), ({"t_decode_s": 1e308}, "t_decode_s is 1e+308"),
     ({"name": ""}, "name ''"),
     ({"gpu": "H200"}, "unknown key 'gpu'"),
     ({"points": 3}, "'points' holds a int"),

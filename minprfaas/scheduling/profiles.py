@@ -12,10 +12,12 @@ from pathlib import Path
 
 from minprfaas.errors import UserError, require_number, shown
 from minprfaas.files import read_json
+from minprfaas.scheduling.lengths import MAX_TOKENS
 
 # Modelled: the share of a full batch's decode step that a batch of one would take too (weights are read once a step,
 # the KVCache once a request). A full batch takes the profile's t_decode_s whatever this is.
 STEP_FIXED_SHARE = 0.5
+SMALLEST, LARGEST = 1e-12, 1e18  # of a profile's numbers: far beyond every machine's, and nothing overflows
 SHIPPED = Path(__file__).resolve().parent.parent / "assets" / "profiles"  # measured by others; each says by whom
 
 
@@ -38,7 +40,7 @@ class Profile:
     - `kv_bytes` is linear between neighbouring points: state of fixed size plus state that grows with each token.
 
     `source` says who measured it, where that was not this project. Raises UserError for fewer than two points, for
-    numbers that are not positive, and for points that do not increase.
+    numbers that no machine has, and for points that do not increase.
     """
 
     name: str
@@ -50,13 +52,14 @@ class Profile:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name or not isinstance(self.source, str):
             raise UserError(f"profile name {self.name!r} or source {self.source!r} is no text; a name has characters")
-        require_number(f"profile {self.name!r}: t_decode_s", self.t_decode_s, above=0)
-        require_number(f"profile {self.name!r}: bs_max", self.bs_max, above=0, whole=True)
+        require_number(f"profile {self.name!r}: t_decode_s", self.t_decode_s, least=SMALLEST, most=LARGEST)
+        require_number(f"profile {self.name!r}: bs_max", self.bs_max, least=1, most=10**6, whole=True)
         if len(self.points) < 2:
             raise UserError(f"profile {self.name!r} has {len(self.points)} point(s); a curve needs at least 2")
         for number, point in enumerate(self.points, start=1):
             for field, value in asdict(point).items():
-                require_number(f"profile {self.name!r}, point {number}: {field}", value, above=0)
+                most = MAX_TOKENS if field == "tokens" else LARGEST
+                require_number(f"profile {self.name!r}, point {number}: {field}", value, least=SMALLEST, most=most)
         for before, after in zip(self.points, self.points[1:]):
             for field in asdict(before):
                 if getattr(after, field) <= getattr(before, field):
