@@ -7,7 +7,7 @@ When the node that decoded is lost, the tokens that the client has are part of t
 token depends on its number in the answer, so the stream goes on as if nothing had happened.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from minprfaas.cluster import messages
 from minprfaas.cluster.journey import Journey
@@ -43,7 +43,7 @@ def decoder_lost(journey: Journey, keys: list[str]) -> None:
     journey.prefilled_tokens = journey.received_bytes = journey.expected_bytes = 0
 
 
-def node_returned(journeys: Sequence[Journey], name: str) -> None:
+def node_returned(journeys: Iterable[Journey], name: str) -> None:
     """A node is there anew: what it failed before says nothing any more."""
     for journey in journeys:
         journey.avoid -= {name}

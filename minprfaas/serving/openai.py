@@ -153,7 +153,8 @@ class AnswerBody:
 
     def __init__(self, ask: Ask, id: str, model: str):
         self._ask = ask
-        self._texts, self._finish_reasons = [""] * len(ask.prompts), [None] * len(ask.prompts)
+        self._texts = [""] * len(ask.prompts)
+        self._finish_reasons: list[str | None] = [None] * len(ask.prompts)
         self._tokens = self._cached_tokens = 0
         kind = "chat.completion" if ask.is_chat else "text_completion"
         chunk_kind = "chat.completion.chunk" if ask.is_chat else kind

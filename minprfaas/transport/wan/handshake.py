@@ -58,11 +58,11 @@ class LinkIdentity:
         if theirs == self.as_json():
             return None
         try:
-            mine, theirs = json.loads(self.as_json()), decode_message(theirs)
+            mine, other = json.loads(self.as_json()), decode_message(theirs)
         except FrameError as error:
             return str(error)
-        return "; ".join(f"{name} is {value} here and {theirs.get(name)} there" for name, value in mine.items()
-                         if theirs.get(name) != value) or "the peer describes itself in other words"
+        return "; ".join(f"{name} is {value} here and {other.get(name)} there" for name, value in mine.items()
+                         if other.get(name) != value) or "the peer describes itself in other words"
 
 
 def shake_hands(lane: Lane, terms: str, incarnation: bytes, identity: LinkIdentity) -> bytes:
