@@ -12,7 +12,7 @@ from minprfaas.cluster.emulation import Emulation
 from minprfaas.cluster.load import LENGTH_SCALE, REQUESTS, Load
 from minprfaas.cluster.topology import PD_SITE, PRFAAS_SITE, Topology
 from minprfaas.commands.machines import add_machine_options, machine_at
-from minprfaas.commands.options import add_http_arguments, check_counts, check_http_arguments
+from minprfaas.commands.options import FULL_CONTEXTS, add_http_arguments, check_counts, check_http_arguments
 from minprfaas.config import UNTHROTTLED_GBPS, Encoding, LineConfig, LinkConfig, SamplingParams, WeatherChange
 from minprfaas.engine.prompts import Prompt, read_prompts
 from minprfaas.errors import UserError, require_number
@@ -47,7 +47,8 @@ def add_options(p: argparse.ArgumentParser, may_serve: bool = False) -> None:
                    help="and request-level state, whose error stays in all that follows (exact)")
     add_machine_options(p)
     p.add_argument("--prefill-chunk", type=int, metavar="TOKENS", help="tokens a prefill chunk (1024; on a GPU 8192)")
-    p.add_argument("--pool-blocks", type=int, metavar="N", help="blocks of each pool (default: room for the prompts)")
+    p.add_argument("--pool-blocks", type=int, metavar="N", help="blocks of each pool (default: room for the "
+                   f"prompts; of a load or of clients, for {FULL_CONTEXTS} contexts)")
     p.add_argument("--compile", action="store_true", help="every node compiles what its roles compute first: for "
                    "a minute at most on a GPU, for minutes on two cores; the next time it is found in a cache")
     p.add_argument("--deadline-s", type=float, default=300.0, metavar="S",

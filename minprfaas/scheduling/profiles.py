@@ -95,6 +95,10 @@ class Profile:
         slope = (right.kv_bytes - left.kv_bytes) / (right.tokens - left.tokens)
         return max(0.0, left.kv_bytes + slope * (tokens - left.tokens))
 
+    def crossing_bytes(self, tokens: float, held: float) -> float:
+        """What crosses to a node that holds the rows of the first `held` tokens: the others, and state of one size."""
+        return self.kv_bytes(tokens) - self.kv_bytes(held) + self.kv_bytes(0)
+
     def prefill_s(self, tokens: float) -> float:
         """Prefill of `tokens` uncached tokens, in seconds: T_prefill(l)."""
         c0, c1, c2 = self._prefill_coefficients

@@ -116,8 +116,7 @@ class SitesControlPlane(ControlPlane):
     def _crossing_bytes(self, tokens: int, held: int) -> float:
         """Rows that the decode node lacks, and the state of one size."""
         if self.settings.fleet is not None:
-            kv_bytes = self.settings.fleet.prfaas_profile.kv_bytes
-            return kv_bytes(tokens) - kv_bytes(held) + kv_bytes(0)
+            return self.settings.fleet.prfaas_profile.crossing_bytes(tokens, held)
         return self._router.costs.bytes_of(tokens - held) if self._router.costs else 0.0
 
     def _owes_no_more(self, id: Hashable) -> None:

@@ -193,8 +193,8 @@ class Simulation:
 
     def _prefill_started(self, request: SimRequest, seconds: float) -> None:
         if request.decision.route is Role.PRFAAS:
-            kv_bytes = self.setup.fleet.prfaas_profile.kv_bytes  # only the increment, and the state of fixed size
-            crossing = kv_bytes(request.input_tokens) - kv_bytes(request.decision.decode_cached_tokens) + kv_bytes(0)
+            held = request.decision.decode_cached_tokens
+            crossing = self.setup.fleet.prfaas_profile.crossing_bytes(request.input_tokens, held)
             request.stream_rate = crossing / seconds
             self._line_of(request.decision.node).egress.open_stream(request.stream_rate)
 
