@@ -6,7 +6,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from minprfaas.errors import exit_on_user_error  # before torch, too: it silences what torch says of NumPy
+from minprfaas.errors import exit_on_user_error, long_import  # before torch, too: it silences what torch says of NumPy
 
 HERE = Path(__file__).resolve().parent
 
@@ -26,7 +26,9 @@ def main() -> int:
         print(f"error: benchmark {name or '(none)'!r} is not one of: {', '.join(sentences)}", file=sys.stderr)
         return 2
     sys.argv[0] += f" {name}"  # as its own --help calls it
-    return exit_on_user_error(importlib.import_module(f"benches.{name}").main)(sys.argv[2:])
+    with long_import():
+        benchmark = importlib.import_module(f"benches.{name}").main
+    return exit_on_user_error(benchmark)(sys.argv[2:])
 
 
 def benchmarks():

@@ -5,7 +5,7 @@ import sys
 from contextlib import closing
 
 from minprfaas.documents import EVALUATION_SEEDS, make_document
-from minprfaas.errors import ArgumentParser, exit_on_user_error, require_number
+from minprfaas.errors import ArgumentParser, exit_on_user_error, long_import, require_number
 from minprfaas.files import OutputFile
 
 
@@ -28,10 +28,10 @@ def main() -> int:
 
 def invented_lines(lengths: list[int], next_turn: int, seed: int) -> list[str]:
     """A line of JSON for each document of so many tokens, and one that continues the first conversation."""
-    # Here, because the embedded model's reader waits for torch, and neither --help nor a mistake is to wait with it.
-    from minprfaas.model.checkpoint import EMBEDDED
-    from minprfaas.model.families import read_config
-    from minprfaas.model.tokenizer import Tokenizer
+    with long_import():  # neither --help nor a mistake is to wait for it
+        from minprfaas.model.checkpoint import EMBEDDED
+        from minprfaas.model.families import read_config
+        from minprfaas.model.tokenizer import Tokenizer
     tokenizer = Tokenizer(EMBEDDED, read_config(EMBEDDED))
     lines = []
     for number, tokens in enumerate(lengths):

@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from minprfaas.errors import ArgumentParser, UserError, exit_on_user_error, require_number
+from minprfaas.errors import ArgumentParser, UserError, exit_on_user_error, long_import, require_number
 
 QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "head_dim": 128, "rope_theta": 1e6, "rms_norm_eps": 1e-6,
          "tie_word_embeddings": True, "max_position_embeddings": 40960, "eos_token_id": 151645,
@@ -44,12 +44,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="another one, other weights (0)")
     args = parser.parse_args()
     require_number("--seed", args.seed, least=0, most=2**63 - 1)
-    # Here, because they wait for torch, and neither --help nor a mistake above is to wait with them.
-    import torch
+    with long_import():  # neither --help nor a mistake above is to wait for it
+        import torch
 
-    from minprfaas.model.checkpoint import EMBEDDED, save_checkpoint
-    from minprfaas.model.families import config_from_hf
-    from minprfaas.model.transformer import Transformer
+        from minprfaas.model.checkpoint import EMBEDDED, save_checkpoint
+        from minprfaas.model.families import config_from_hf
+        from minprfaas.model.transformer import Transformer
     out = Path(args.out)
     try:  # the small file first: a place that cannot be written is then known before the weights are drawn
         out.mkdir(parents=True, exist_ok=True)

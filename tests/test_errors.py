@@ -59,7 +59,8 @@ def test_an_interrupt_during_an_import_that_swallows_it_ends_the_program_all_the
 
 @pytest.mark.parametrize("words", ["scripts/two_datacenters.py --prompts P", "scripts/cluster.py --prompts P",
                                    "scripts/live_case_study.py", "-m minprfaas generate x", "-m minprfaas profile",
-                                   "-m minprfaas serve", "-m minprfaas inspect"])
+                                   "-m minprfaas serve", "-m minprfaas inspect", "scripts/bench.py cpu",
+                                   "scripts/demo_prompts.py OUT", "scripts/random_checkpoint.py OUT"])
 def test_so_it_is_wherever_a_program_first_waits_for_torch(tmp_path: Path, words: str) -> None:
     (tmp_path / "torch.py").write_text(IMPORT.partition("def main")[0])
     (tmp_path / "P").write_text('{"prompt": "x"}')
