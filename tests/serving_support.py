@@ -34,7 +34,7 @@ class House:
         plane = ControlPlane(control_settings(0, None, engines[0].layout))
         self.process = pd_process(*engines, {}, queue.SimpleQueue(), plane, DEADLINE_S)
         self.front = self.process.front
-        listener = listen(HOST, 0)
+        self.listener = listener = listen(HOST, 0)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # a client that does not read is noticed soon
         served = Served.of(directory, model.config, tokenizer, chat_template)
         self.service = Service(served, listener, capacity, self.process.node.mail.events, limits)

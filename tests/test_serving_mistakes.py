@@ -7,9 +7,11 @@ import random
 import re
 import resource
 import socket
+import struct
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from serving_support import (  # noqa: F401
@@ -19,6 +21,7 @@ from minprfaas.__main__ import main
 from minprfaas.cluster.launch import require_open_files
 from minprfaas.errors import UserError
 from minprfaas.serving.http import Limits
+from minprfaas.serving.service import UNACCEPTED
 
 
 def post(**change):
@@ -93,6 +96,13 @@ def test_who_asks_for_the_head_of_an_answer_gets_no_more_and_may_ask_again(open_
             assert response.status == 200
             if status == 200:
                 assert f"Content-Length: {len(response.body)}\r\n".encode() in head
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_INFO"), reason="this system does not tell")
+def test_a_burst_of_clients_may_wait_to_be_accepted(open_house):
+    state = open_house.listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 32)
+    (most_waiting,) = struct.unpack_from("I", state, 28)  # of one that listens: how long its queue may be
+    assert most_waiting == min(UNACCEPTED, int(Path("/proc/sys/net/core/somaxconn").read_text()))
 
 
 def test_a_client_that_is_refused_while_it_still_sends_can_read_why(hybrid, checkpoints):

@@ -20,6 +20,7 @@ from minprfaas.serving.metrics import Metrics
 from minprfaas.serving.openai import Served
 from minprfaas.transport.events import EventQueue
 
+UNACCEPTED = 1024  # connections that wait for this process, which computes as well
 END_S = 5.0  # that connections get to send what they have, once every request has ended
 # After 30 s of silence three probes, 10 s apart; what is sent must be acknowledged within 30 s.
 PEER_IS_GONE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 30_000}
@@ -35,7 +36,7 @@ def listen(host: str, port: int) -> socket.socket:
     require_host("the host to listen on", host)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=1024)
+        return socket.create_server((host, port), family=family, backlog=UNACCEPTED)
     except (OSError, OverflowError) as error:
         raise UserError(f"cannot listen on {host} port {port}: {getattr(error, 'strerror', None) or error}") from None
 
@@ -83,7 +84,7 @@ class Service:
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._loop.set_exception_handler(lambda _, what: print(f"error: http: {what['message']}", file=sys.stderr))
-        server = await self._loop.create_server(self._protocol, sock=self._listener)
+        server = await self._loop.create_server(self._protocol, sock=self._listener, backlog=UNACCEPTED)
         self._has_begun.set()
         await self._refusing.wait()
         self._api.is_closing = True
