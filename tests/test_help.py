@@ -99,7 +99,10 @@ def test_the_list_of_commands_and_that_of_benchmarks(help_of, run_script):
     _, benchmarks, _ = run_script("bench", "--help")
     assert "  cache " in benchmarks and "  wire " in benchmarks
     assert "gpu_cases" not in benchmarks  # a part of another one
-    assert run_script("bench", "cache", "--no-such-option")[0] == 2
+    for words, said in (("--no-such-option", "--no-such-option"), ("--repeats 0", "0 is not at least 1"),
+                        ("--repeats x", "invalid at_least_one value: 'x'")):
+        status, _, errors = run_script("bench", "cache", *words.split())
+        assert status == 2 and errors.count("\n") == 1 and said in errors
     status, _, errors = run_script("bench", "nothing")
     assert status == 2 and errors.count("\n") == 1 and "'nothing' is not one of: " in errors
 

@@ -8,6 +8,7 @@ import tracemalloc
 
 from tqdm import tqdm
 
+from benches import at_least_one
 from minprfaas.errors import ArgumentParser
 from minprfaas.kvcache.ledger import BlockLedger, chain_keys, root_key
 
@@ -17,7 +18,7 @@ SIZES = (2_048, 10_000, 100_000, 1_000_000)  # the smallest holds the prompt and
 
 def main(argv: list[str]) -> int:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=30, help="timings of which the median is printed")
+    parser.add_argument("--repeats", type=at_least_one, default=30, help="timings of which the median is printed")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     args = parser.parse_args(argv)
 

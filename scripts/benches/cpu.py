@@ -16,13 +16,14 @@ from dataclasses import replace
 
 import torch
 
+from benches import at_least_one
 from benches.peers import Peer
 from benches.reading import Machine, Reading, measure_machine, print_readings, write_readings
 from minprfaas.config import SamplingParams
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.pieces import compile_pieces
 from minprfaas.engine.reference import pool_for
-from minprfaas.errors import ArgumentParser, require_number
+from minprfaas.errors import ArgumentParser
 from minprfaas.model.families import config_from_hf
 from minprfaas.model.spec import model_state_specs
 from minprfaas.model.transformer import Transformer
@@ -43,16 +44,14 @@ STEPS = 12
 
 def main(argv: list[str]) -> int:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=2048, help="of the prompt (2048)")
-    parser.add_argument("--context", type=int, default=1024, help="of a decoding request (1024)")
-    parser.add_argument("--repeats", type=int, default=3, help="turns that each takes (3)")
+    parser.add_argument("--tokens", type=at_least_one, default=2048, help="of the prompt (2048)")
+    parser.add_argument("--context", type=at_least_one, default=1024, help="of a decoding request (1024)")
+    parser.add_argument("--repeats", type=at_least_one, default=3, help="turns that each takes (3)")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="the models (both)")
     parser.add_argument("--compile", action="store_true", help="decode with compiled pieces, too: rows of their own")
     parser.add_argument("--peers", metavar="DIR", help="folder with checkouts of other libraries")
     parser.add_argument("--json", metavar="FILE", help="write the readings")
     args = parser.parse_args(argv)
-    for name in ("tokens", "context", "repeats"):
-        require_number(f"--{name}", getattr(args, name), least=1, whole=True)
     machine = measure_machine(f"{torch.get_num_threads()} threads, float32", "cpu")
     print(machine, flush=True)
     readings = []

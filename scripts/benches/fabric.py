@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+from benches import at_least_one
 from benches.figure_1 import KVNode, hear, next_event
 from benches.link import IDENTITY, in_two_processes
 from minprfaas.config import LinkConfig, StateKind
@@ -40,11 +41,12 @@ def main(argv: list[str]) -> int:
                         default=["speed", "prefill", "failures"])
     parser.add_argument("--model", metavar="DIR", help="Hugging Face directory (default: the embedded model)")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--tokens", type=int, default=8192, help="of the prompt (8192)")
-    parser.add_argument("--prefill-chunk", type=int, help="tokens of a prefill chunk (what the engine takes here)")
-    parser.add_argument("--batch-mib", type=int, help="of a fabric's batch (what it takes by itself)")
-    parser.add_argument("--mib", type=int, nargs="+", default=[16, 256, 1024], help="raw sizes (16 256 1024)")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tokens", type=at_least_one, default=8192, help="of the prompt (8192)")
+    parser.add_argument("--prefill-chunk", type=at_least_one, help="tokens of a prefill chunk (what the engine takes "
+                        "here)")
+    parser.add_argument("--batch-mib", type=at_least_one, help="of a fabric's batch (what it takes by itself)")
+    parser.add_argument("--mib", type=at_least_one, nargs="+", default=[16, 256, 1024], help="raw sizes (16 256 1024)")
+    parser.add_argument("--repeats", type=at_least_one, default=5)
     args = parser.parse_args(argv)
     if args.device == "cuda" and torch.cuda.device_count() < 2:
         parser.error(f"--device cuda needs two GPUs; there are {torch.cuda.device_count()}")

@@ -18,6 +18,7 @@ from statistics import median
 
 import torch
 
+from benches import above_zero, at_least_one
 from benches.link import IDENTITY, in_two_processes
 from minprfaas.cluster.kv_receive import KVReceive
 from minprfaas.cluster.kv_send import KVSend
@@ -47,10 +48,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--models", nargs="+", metavar="DIR", default=[str(EMBEDDED)])
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768])
-    parser.add_argument("--gbps", type=float, nargs="+", default=[1.0, 10.0, 100.0])
-    parser.add_argument("--prefill-chunk", type=int, default=1024)
-    parser.add_argument("--repeats", type=int, default=3, help="readings of which the median is shown (3)")
+    parser.add_argument("--tokens", type=at_least_one, nargs="+", default=[8192, 32768])
+    parser.add_argument("--gbps", type=above_zero, nargs="+", default=[1.0, 10.0, 100.0])
+    parser.add_argument("--prefill-chunk", type=at_least_one, default=1024)
+    parser.add_argument("--repeats", type=at_least_one, default=3, help="readings of which the median is shown (3)")
     args = parser.parse_args(argv)
     steps = len(args.models) * len(args.tokens) * (1 + len(args.gbps))
     found = in_two_processes(_measure, args, steps=steps)

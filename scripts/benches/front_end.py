@@ -11,6 +11,7 @@ import json
 import random
 import time
 
+from benches import at_least_one
 from minprfaas.cluster import messages
 from minprfaas.cluster.envelope import Envelope, decode, encode
 from minprfaas.cluster.front_end import FrontEnd
@@ -75,9 +76,9 @@ class TimedPlane(ControlPlane):
 def main(arguments: list[str]) -> int:
     """Print the rates beside the goals."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--nodes", type=int, default=64)
-    parser.add_argument("--requests", type=int, default=2000)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 8192], help="of a prompt")
+    parser.add_argument("--nodes", type=at_least_one, default=64)
+    parser.add_argument("--requests", type=at_least_one, default=2000)
+    parser.add_argument("--tokens", type=at_least_one, nargs="+", default=[512, 2048, 8192], help="of a prompt")
     args = parser.parse_args(arguments)
     gc.set_threshold(COLLECT_AFTER)  # as in every front end's process
     rows = []

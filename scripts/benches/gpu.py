@@ -14,6 +14,7 @@ flash-linear-attention and nano-vllm, as far as they are installed or lie in DIR
 import torch
 
 from benches import gpu_cases
+from benches import at_least_one
 from benches.peers import MODULES
 from benches.reading import measure_machine, print_readings, write_readings
 from minprfaas.errors import ArgumentParser, UserError
@@ -25,7 +26,8 @@ def main(argv: list[str]) -> int:
                         help="what to time (all); kda is the delta rule alone, streams a prefill whose KVCache leaves")
     parser.add_argument("--models", nargs="+", default=list(gpu_cases.MODELS), choices=list(gpu_cases.MODELS),
                         help="shapes (all); llama-3-8b decodes only")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 64], metavar="N", help="of a decode step (1 64)")
+    parser.add_argument("--batches", nargs="+", type=at_least_one, default=[1, 64], metavar="N",
+                        help="of a decode step (1 64)")
     parser.add_argument("--no-compile", action="store_true", help="leave the models' pieces as they are")
     parser.add_argument("--peers", metavar="DIR",
                         help="folder with checkouts of gpt-fast, flash-linear-attention, nano-vllm, transformers")

@@ -21,6 +21,7 @@ import torch.multiprocessing as multiprocessing
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 from tqdm import tqdm
 
+from benches import above_zero, at_least_one
 from minprfaas.config import LineConfig, LinkConfig, StateKind
 from minprfaas.errors import ArgumentParser
 from minprfaas.transport.base import LayerPlan, StreamPlan
@@ -38,13 +39,13 @@ DEADLINE_S = 120.0
 
 def main(argv: list[str]) -> int:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=5.0, help="how long each emulated rate is measured (5)")
+    parser.add_argument("--seconds", type=above_zero, default=5.0, help="how long each emulated rate is measured (5)")
     parser.add_argument("--table", choices=["rates", "lanes", "both"], default="both")
-    parser.add_argument("--lanes", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--chunk-mib", type=float, help="size of an unthrottled chunk (without a GPU 4; with one as in "
-                        "a live cluster, 4 for each lane and at most 32)")
-    parser.add_argument("--mib", type=int, default=128 * os.cpu_count(), help="MiB a reading (128 a core)")
-    parser.add_argument("--repeats", type=int, default=3, help="readings of which the median is shown (3)")
+    parser.add_argument("--lanes", type=at_least_one, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--chunk-mib", type=above_zero, help="size of an unthrottled chunk (without a GPU 4; with one "
+                        "as in a live cluster, 4 for each lane and at most 32)")
+    parser.add_argument("--mib", type=at_least_one, default=128 * os.cpu_count(), help="MiB a reading (128 a core)")
+    parser.add_argument("--repeats", type=at_least_one, default=3, help="readings of which the median is shown (3)")
     parser.add_argument("--json", action="store_true", help="print what was measured as one JSON object")
     args = parser.parse_args(argv)
     found, total = {}, args.mib * 2**20

@@ -11,6 +11,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+from benches import above_zero, at_least_one
 from benches.figure_1 import checksums
 from benches.link import DEADLINE_S, IDENTITY, PeakMemory, in_two_processes
 from random_checkpoint import SHAPES
@@ -36,8 +37,8 @@ CHUNK_TOKENS = 1024
 
 def main(argv: list[str]) -> int:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=32 * 1024, help="of the prompt (32768)")
-    parser.add_argument("--natural-gbps", type=float, default=2.0, help="rate at which prefill emits KVCache (2)")
+    parser.add_argument("--tokens", type=at_least_one, default=32 * 1024, help="of the prompt (32768)")
+    parser.add_argument("--natural-gbps", type=above_zero, default=2.0, help="rate at which prefill emits KVCache (2)")
     args = parser.parse_args(argv)
     line, config = LineConfig(args.natural_gbps / 10, rtt_ms=20), LinkConfig(lanes=2)
     found = in_two_processes(_node, line, config, args.tokens, args.natural_gbps, steps=2)

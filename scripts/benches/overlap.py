@@ -18,6 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from benches import above_zero, at_least_one
 from minprfaas.errors import ArgumentParser, UserError
 from minprfaas.model.checkpoint import EMBEDDED
 from minprfaas.model.families import read_config
@@ -32,11 +33,11 @@ RUN_DEADLINE_S = 300
 
 def main(argv: list[str]) -> int:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=6144, help="of the prompt (6144)")
-    parser.add_argument("--prefill-chunk", type=int, default=512, help="tokens of a prefill chunk (512)")
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5, 2.0, 4.0], metavar="S",
+    parser.add_argument("--tokens", type=at_least_one, default=6144, help="of the prompt (6144)")
+    parser.add_argument("--prefill-chunk", type=at_least_one, default=512, help="tokens of a prefill chunk (512)")
+    parser.add_argument("--shares", type=above_zero, nargs="+", default=[0.25, 0.5, 2.0, 4.0], metavar="S",
                         help="what the transfer alone takes, as a share of prefill (0.25 0.5 2 4)")
-    parser.add_argument("--repeats", type=int, default=1, help="runs of which each reading is the median (1)")
+    parser.add_argument("--repeats", type=at_least_one, default=1, help="runs of which each reading is the median (1)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder, \

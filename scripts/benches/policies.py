@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from benches import at_least_one
 from minprfaas.errors import ArgumentParser
 from minprfaas.observe.tables import table
 from minprfaas.scheduling import paper_case as paper
@@ -35,7 +36,7 @@ def main(arguments: list[str]) -> int:
     """Print the tables asked for, all of them by default."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)}")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=at_least_one, default=5)
     parser.add_argument("--trace", help="Mooncake-format trace (default: MINPRFAAS_TRACE, else a made-up one)")
     args = parser.parse_args(arguments)
     for name in args.tables:
@@ -147,7 +148,7 @@ def cache(args: argparse.Namespace) -> None:
     answers = sum(request.output_tokens for request in trace) / len(trace)
     fleet = replace(paper.paper_fleet(), output_tokens=answers)
     planned = plan(fleet, LengthDistribution(request.input_tokens for request in trace), n_p=4)  # so that prefill binds
-    rate = len(trace) / trace[-1].arrived_at_s
+    rate = len(trace) / max(trace[-1].arrived_at_s, 1e-9)  # a trace may be of one moment
     speed, runs = 1.05 * planned.lambda_max / rate, {}
     for name, aware in (("cache-blind routing", False), ("cache-aware routing", True)):
         runs[name] = [Simulation(planned_setup(fleet, planned, adaptive=True, cache_aware=aware, cache_blocks=2000),

@@ -17,6 +17,7 @@ import time
 import torch
 from random_checkpoint import SHAPES
 
+from benches import above_zero, at_least_one
 from benches.gpu_cases import decoding_engine, random_model
 from benches.link import DEADLINE_S, IDENTITY, in_two_processes
 from minprfaas.cluster.kv_receive import KVReceive
@@ -46,11 +47,11 @@ def main(argv: list[str]) -> int:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES),
                         default=["qwen3-0.6b", "hybrid-1b"] if has_gpu else ["tiny-dense"])
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--context", type=int, default=1024, help="of a decoding request (1024)")
-    parser.add_argument("--tokens", type=int, default=8192, help="of an arriving prompt (8192)")
-    parser.add_argument("--gbps", type=float, nargs="+", default=[10.0], help="emulated lines (10), beside none")
-    parser.add_argument("--steps", type=int, default=60, help="of each reading (60)")
+    parser.add_argument("--batch", type=at_least_one, default=64)
+    parser.add_argument("--context", type=at_least_one, default=1024, help="of a decoding request (1024)")
+    parser.add_argument("--tokens", type=at_least_one, default=8192, help="of an arriving prompt (8192)")
+    parser.add_argument("--gbps", type=above_zero, nargs="+", default=[10.0], help="emulated lines (10), beside none")
+    parser.add_argument("--steps", type=at_least_one, default=60, help="of each reading (60)")
     parser.add_argument("--compile", action="store_true", help="compile the models' pieces first: for minutes")
     parser.add_argument("--json", action="store_true", help="print what was measured as JSON")
     args = parser.parse_args(argv)

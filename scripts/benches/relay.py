@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, median
 
+from benches import above_zero, at_least_one
 from minprfaas import load
 from minprfaas.cluster.launch import Launch, start_processes, watch_parent
 from minprfaas.cluster.topology import Topology
@@ -108,11 +109,12 @@ def row(mbps: float, relay: bool, found: dict) -> list[str]:
 
 def main(argv: list[str]) -> int:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mbps", type=float, nargs="+", default=[20.0, 10.0, 6.0], help="lines (emulated), Mbit/s")
+    parser.add_argument("--mbps", type=above_zero, nargs="+", default=[20.0, 10.0, 6.0],
+                        help="lines (emulated), Mbit/s")
     parser.add_argument("--rtt-ms", type=float, default=20.0)
-    parser.add_argument("--documents", type=int, default=2)
-    parser.add_argument("--length", type=int, default=2048, help="tokens of a document (2048)")
-    parser.add_argument("--answer", type=int, default=160, help="tokens of an answer (160)")
+    parser.add_argument("--documents", type=at_least_one, default=2)
+    parser.add_argument("--length", type=at_least_one, default=2048, help="tokens of a document (2048)")
+    parser.add_argument("--answer", type=at_least_one, default=160, help="tokens of an answer (160)")
     args = parser.parse_args(argv)
     model, tokenizer = load()
     prompts = []

@@ -14,13 +14,14 @@ from statistics import fmean, median
 
 import torch
 
+from benches import at_least_one
 from minprfaas import load
 from minprfaas.config import Encoding, SamplingParams
 from minprfaas.documents import EVALUATION_SEEDS, make_document
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.reference import pool_for
 from minprfaas.engine.request import Request
-from minprfaas.errors import ArgumentParser, UserError, require_number
+from minprfaas.errors import ArgumentParser, UserError
 from minprfaas.observe.tables import table
 from minprfaas.scheduling.throughput import kv_throughput_gbps
 from minprfaas.transport.encoding import Wire, codec_of
@@ -132,10 +133,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--model", metavar="DIR", help="checkpoint directory (default: the embedded model)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--documents", type=int, default=4, help="of each length (4)")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 8192], help="tokens of a document")
+    parser.add_argument("--documents", type=at_least_one, default=4, help="of each length (4)")
+    parser.add_argument("--lengths", type=at_least_one, nargs="+", default=[1024, 4096, 8192],
+                        help="tokens of a document")
     args = parser.parse_args(argv)
-    require_number("--documents", args.documents, least=1, whole=True)
     model, tokenizer = load(args.model, getattr(torch, args.dtype), args.device)
     for length in args.lengths:
         print_length(Bench(model, tokenizer, length + 64), length, args)
