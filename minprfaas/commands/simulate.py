@@ -114,14 +114,15 @@ def _run(args: argparse.Namespace, setup: Setup, requests: Iterator[SimRequest],
 
 def _prepare(args: argparse.Namespace, trace: list[SimRequest]) -> tuple[Setup, Iterator[SimRequest], int]:
     """The cluster, its requests and how many they are."""
-    fleet = _fleet(args, trace)
+    sites = _sites(args)
+    fleet = _fleet(args, trace, sites)
     lengths = LengthDistribution(request.input_tokens for request in trace) if trace else paper.paper_lengths()
     planned = plan(fleet, lengths, args.n_p, threshold_of(args, lengths))
     setup = Setup(
         fleet, planned.n_p, planned.threshold, selective=not args.least_loaded,
         adaptive=not (args.fixed_threshold or args.least_loaded), convert_roles=args.convert_roles,
         cache_aware=not args.cache_blind, cache_blocks=args.cache_blocks,
-        weather=_weather(args.weather, fleet.link_gbps), failures=tuple(map(_failure, args.fail)), sites=_sites(args))
+        weather=_weather(args.weather, fleet.link_gbps), failures=tuple(map(_failure, args.fail)), sites=sites)
     if trace:
         requests, count = from_trace(trace, args.speed), len(trace)
         rate_rps = count / max(trace[-1].arrived_at_s / args.speed, 1e-9)
@@ -133,12 +134,11 @@ def _prepare(args: argparse.Namespace, trace: list[SimRequest]) -> tuple[Setup, 
     return setup, requests, count
 
 
-def _fleet(args: argparse.Namespace, trace: list[SimRequest]) -> Fleet:
+def _fleet(args: argparse.Namespace, trace: list[SimRequest], sites: tuple[PrfaaSSite, ...]) -> Fleet:
     """What the options say; of a trace, the mean answer is known."""
     fleet = fleet_of(args)
     if trace and args.output_tokens is None:
         fleet = replace(fleet, output_tokens=sum(request.output_tokens for request in trace) / len(trace))
-    sites = _sites(args)
     if not sites:
         return fleet
     if args.prfaas_instances is not None or args.link_gbps is not None or args.weather:
