@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,43 +13,69 @@ from minprfaas.config import StateKind
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.pass_graphs import PassGraphs
 from minprfaas.engine.pieces import compile_pieces
+from minprfaas.engine.prefill_graphs import GraphedMixer
 from minprfaas.engine.reference import pool_for
 from minprfaas.engine.request import Request
 from minprfaas.engine.scheduler import PrefillChunk
 from minprfaas.model.checkpoint import load_checkpoint
+from minprfaas.model.delta_segments import delta_rule_in_segments
 from minprfaas.model.families import config_from_hf, read_config
+from minprfaas.model.kda import KDA
 from minprfaas.model.layers import DenseConfig
 from minprfaas.model.transformer import Transformer
 
 
-def prefilled(model: Transformer, chunk: int, lengths: tuple[int, ...], is_fast: bool, is_captured: bool = True,
+class Sizes(NamedTuple):
+    """Of a pass, of what it is padded to a multiple of, and of a block, in tokens."""
+
+    chunk: int
+    unit: int
+    block: int
+
+
+def prefilled(model: Transformer, sizes: Sizes, lengths: tuple[int, ...], is_fast: bool, is_captured: bool = True,
               ) -> tuple[Engine, list, list]:
-    """The engine, what each prompt gave (first token, bytes of rows and states), and what listeners heard. Some
+    """The engine, what each prompt gave (first token, rows and states, snapshots), and what listeners heard. Some
     requests stay, so that the blocks of later ones lie elsewhere."""
-    engine = engine_for(model, chunk, lengths, is_fast, is_captured)
-    rng, given, heard = random.Random(0), [], []
+    engine = engine_for(model, sizes, lengths, is_fast, is_captured)
+    rng, given, heard, kept = random.Random(0), [], [], []
     for number, tokens in enumerate(lengths):
         prompt = [rng.randrange(1, model.config.vocab_size) for _ in range(tokens)]
         request = engine.add(engine.request(str(number), prompt, SamplingParams(1), prefill_only=True))
         while engine.has_work:
             engine.step(lambda request, *what: heard.append((request.id, *what)))
-        given.append((request.output_ids, torch.cat([rows.view(torch.uint8) for rows in rows_of(engine, [request])]),
-                      snapshots_of(engine, request)))
+        given.append((request.output_ids, state_of(engine, request), snapshots_of(engine, request)))
         if number % 2:
             engine.release(request)
+        else:
+            kept.append((request, given[-1][1]))
+    assert all(torch.equal(state_of(engine, request), state) for request, state in kept), "a pass wrote elsewhere"
     return engine, given, heard
 
 
-def engine_for(model: Transformer, chunk: int, lengths: tuple[int, ...], is_fast: bool, is_captured: bool) -> Engine:
-    """Passes are captured, or as a fast runner computes them, or as the eager one does. A state is kept twice in a
-    chunk."""
-    room = pool_for(model, [2 * max(lengths)] * (len(lengths) + 3), block_tokens=16)
-    engine = Engine(model, None, replace(room, snapshot_every=chunk // 32), prefill_chunk=chunk, fast=is_fast)
+def state_of(engine: Engine, request: Request) -> torch.Tensor:
+    """The bytes of all rows and states."""
+    return torch.cat([rows.view(torch.uint8) for rows in rows_of(engine, [request])])
+
+
+def engine_for(model: Transformer, sizes: Sizes, lengths: tuple[int, ...], is_fast: bool, is_captured: bool) -> Engine:
+    """Passes are captured, or computed with the same padding, or computed as the eager runner does. A state is kept
+    twice in a chunk."""
+    room = pool_for(model, [2 * max(lengths)] * (len(lengths) + 3), sizes.block)
+    cache = replace(room, snapshot_every=max(sizes.chunk // sizes.block // 2, 1))
+    engine = Engine(model, None, cache, prefill_chunk=sizes.chunk, fast=is_fast)
     if is_fast:
-        engine.runner._passes = None
-    if is_fast and is_captured:
-        engine.runner._passes = PassGraphs(model, engine.kvcache, engine.runner._memory, chunk // 4, chunk)
+        memory = engine.runner._passes._memory if model.device.type == "cuda" else None
+        engine.runner._passes = PassGraphs(model, engine.kvcache, memory, sizes.unit, sizes.chunk)
+        engine.runner._passes._most_shapes *= is_captured
     return engine
+
+
+def assert_same(found: list, expected: list) -> None:
+    """The same first tokens, and all the same bytes."""
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours[0] == theirs[0] and torch.equal(ours[1], theirs[1]) and {*ours[2]} == {*theirs[2]}
+        assert all(torch.equal(ours[2][place], theirs[2][place]) for place in ours[2])
 
 
 def snapshots_of(engine: Engine, request: Request) -> dict[tuple[int, int], torch.Tensor]:
@@ -92,7 +119,7 @@ def test_passes_from_graphs_leave_what_computed_ones_leave(name, is_captured):
     """From a shape's second time on: wherever the request's blocks lie, however much of the pass is padding, and layer
     by layer for who listens."""
     (_, expected, expected_heard), (engine, found, heard) = (
-        prefilled(fixture(name), 32, (64, 38, 64, 35, 37, 16, 3), is_fast) for is_fast in (False, True))
+        prefilled(fixture(name), Sizes(32, 8, 16), (64, 38, 64, 35, 37, 16, 3), is_fast) for is_fast in (False, True))
     assert heard == expected_heard
     for (tokens, rows, _), (expected_tokens, expected_rows, _) in zip(found, expected):
         assert tokens == expected_tokens
@@ -101,20 +128,23 @@ def test_passes_from_graphs_leave_what_computed_ones_leave(name, is_captured):
     assert {*graphs} == ({(32, 0, False, ()), (32, 32, False, ()), (8, 32, True, ())} if is_captured else set())
 
 
-@pytest.mark.parametrize("name, is_captured", [("kimi_linear", True), ("bailing_hybrid", True), ("qwen3_next", False),
-                                               ("minimax", False), ("mimo_v2_flash", False)])
-def test_passes_from_graphs_leave_a_hybrids_states_and_their_snapshots(name, is_captured):
-    """Bit by bit: after a prompt's beginning and after others of its chunks, of one request and another. What is padded
-    is computed as it comes, and so are passes of other mixers."""
-    lengths = (300, 134, 300, 131, 300)
-    (_, expected, expected_heard), (engine, found, heard) = (
-        prefilled(without_experts(name), 128, lengths, is_fast) for is_fast in (False, True))
+@pytest.mark.parametrize("name", ["kimi_linear", "bailing_hybrid", "qwen3_next", "minimax", "mimo_v2_flash"])
+def test_passes_from_graphs_leave_a_hybrids_states_and_their_snapshots(name):
+    """Whole chunks and padded ends, which store a state wherever a prompt's last boundary may be. Of other mixers they
+    are computed as they come."""
+    sizes, lengths = Sizes(256, 128, 64), (330, 306, 300, 100, 384, 500, 70, 384, 510, 330)
+    (_, expected, expected_heard), (_, computed, _), (engine, found, heard) = (
+        prefilled(without_experts(name), sizes, lengths, *kind) for kind in ((False,), (True, False), (True, True)))
     assert heard == expected_heard
+    assert_same(found, computed)
+    assert_same(found[4:8:3], expected[4:8:3])  # nothing of these was padded
     for ours, theirs in zip(found, expected):
-        assert ours[0] == theirs[0] and torch.equal(ours[1], theirs[1]) and {*ours[2]} == {*theirs[2]}
-        assert len(ours[2]) and all(torch.equal(ours[2][place], theirs[2][place]) for place in ours[2])
-    shapes = {(128, 0, False, (64,)), (128, 128, False, (64,)), (32, 256, False, ())}
-    assert {*engine.runner._passes._graphs} == (shapes if is_captured else set())
+        assert ours[0] == theirs[0] and len(ours[2]) == len(theirs[2]) > 0
+        for one, other in zip((ours[1], *ours[2].values()), (theirs[1], *theirs[2].values())):
+            torch.testing.assert_close(one.view(torch.float32), other.view(torch.float32), atol=1e-4, rtol=0)
+    shapes = {(256, 0, False, (128,)), (128, 256, True, (64,)), (128, 0, True, (64,)), (128, 256, False, (64,)),
+              (256, 256, True, (128, 192))}
+    assert {*engine.runner._passes._graphs} == (shapes if name in ("kimi_linear", "bailing_hybrid") else set())
 
 
 @pytest.mark.parametrize("name, is_fast, chunk", [("qwen3", False, 8), ("qwen3", True, 8), *(
@@ -182,7 +212,7 @@ def test_captured_passes_leave_what_the_eager_runners_leave(name, is_compiled):
     """As the kernels of long prompts compute it, in bfloat16."""
     lengths = (2048, 1030, 2048, 1027, 1029, 512, 3)
     (_, expected, expected_heard), (engine, found, heard) = (
-        prefilled(fixture(name, torch.bfloat16, "cuda", is_compiled), 1024, lengths, is_fast)
+        prefilled(fixture(name, torch.bfloat16, "cuda", is_compiled), Sizes(1024, 256, 16), lengths, is_fast)
         for is_fast in (False, True))
     assert heard == expected_heard
     for (_, rows, _), (_, expected_rows, _) in zip(found, expected):
@@ -196,13 +226,14 @@ def test_captured_passes_leave_what_the_eager_runners_leave(name, is_compiled):
 @pytest.mark.parametrize("name", ["kimi_linear", "bailing_hybrid"])
 def test_a_hybrids_captured_passes_leave_the_bits_of_computed_ones(name):
     """A delta rule that has a graph of its own becomes a part of the pass's."""
-    lengths, model = (2816, 1030, 2816, 1027, 2816), without_experts(name, torch.bfloat16, "cuda")
+    sizes, lengths = Sizes(2048, 1024, 256), (2748, 2348, 2148, 500, 3072, 4095, 900, 3072, 4095, 2748)
     (_, expected, _), (engine, found, _) = (
-        prefilled(model, 1024, lengths, True, is_captured) for is_captured in (False, True))
-    for ours, theirs in zip(found, expected):
-        assert ours[0] == theirs[0] and torch.equal(ours[1], theirs[1]) and {*ours[2]} == {*theirs[2]}
-        assert len(ours[2]) and all(torch.equal(ours[2][place], theirs[2][place]) for place in ours[2])
-    assert {(shape.room, shape.start) for shape in engine.runner._passes._graphs} >= {(1024, 0), (1024, 1024)}
+        prefilled(without_experts(name, torch.bfloat16, "cuda"), sizes, lengths, True, is_captured)
+        for is_captured in (False, True))
+    assert_same(found, expected)
+    assert {*engine.runner._passes._graphs} == {
+        (2048, 0, False, (1024,)), (1024, 2048, True, (256, 512, 768)), (1024, 0, True, (256, 512, 768)),
+        (1024, 2048, False, (768,)), (2048, 2048, True, (1024, 1280, 1536, 1792))}
 
 
 SMALL_HYBRID = dict(
@@ -217,12 +248,13 @@ SMALL_HYBRID = dict(
 def test_two_requests_take_turns_through_captured_passes_while_their_layers_leave(is_compiled):
     """Beside each pass another stream copies what a layer holds when word of it comes. Compiled, a delta rule goes in
     two segments, which run beside each other."""
-    model = random_model(config_from_hf(SMALL_HYBRID), torch.bfloat16, "cuda")
-    if is_compiled:
-        compile_pieces(model)
     found = []
     for is_captured in (False, True):
-        engine, beside = engine_for(model, 4096, (12288,) * 4, True, is_captured), torch.cuda.Stream()
+        model = random_model(config_from_hf(SMALL_HYBRID), torch.bfloat16, "cuda")
+        if is_compiled:
+            compile_pieces(model)
+        engine = engine_for(model, Sizes(4096, 1024, 256), (12288,) * 4, True, is_captured)
+        beside = torch.cuda.Stream()
         pool, kvcache, left, logits = engine.kvcache.pool, engine.kvcache, [], []
         requests = [Request(str(number), [(number * 7 + at * at) % 500 + 1 for at in range(11000)], SamplingParams(1),
                             prefill_only=True) for number in range(4)]
@@ -242,8 +274,43 @@ def test_two_requests_take_turns_through_captured_passes_while_their_layers_leav
                 end = kvcache.plan_chunk(request.cache, 11000, 4096)
                 engine.runner.prefill([PrefillChunk(request, request.cache.num_tokens, end)], copy)
         torch.cuda.synchronize()
-        found.append((logits, left, [torch.cat([rows.view(torch.uint8) for rows in rows_of(engine, [request])])
-                                     for request in requests]))
-    assert len(engine.runner._passes._graphs) >= 2
+        found.append((logits, left, [state_of(engine, request) for request in requests]))
+    assert [len(graph._graphs) for graph in engine.runner._passes._graphs.values()] == [5, 5, 5]
     for computed, captured in zip(*found):
         assert len(computed) == len(captured) and all(torch.equal(*pair) for pair in zip(computed, captured))
+
+
+@pytest.mark.gpu
+def test_memory_may_end_while_the_streams_of_a_delta_rule_are_captured():
+    """They come back, so that the capture ends and the allocator is as before."""
+    model = random_model(config_from_hf(SMALL_HYBRID), torch.bfloat16, "cuda")
+    graphs, total = {}, torch.cuda.mem_get_info()[1]
+    engine = Engine(model, None, replace(pool_for(model, [8192] * 3), prefix_cache=False))
+    for module in model.modules():
+        if isinstance(module, KDA):  # in segments, as if it were compiled
+            module.mixed = GraphedMixer(module, delta_rule_in_segments, graphs, torch.cuda.graph_pool_handle())
+
+    def drawn() -> list[int]:
+        request = engine.add(engine.request("a", [7] * 8191 + [1], SamplingParams(1), prefill_only=True))
+        while engine.has_work:
+            engine.step()
+        engine.release(request)
+        return request.output_ids
+
+    expected, captured = drawn(), []
+    for mib in (*range(0, 200, 20), 4000):
+        engine.runner._passes = PassGraphs(model, engine.kvcache, torch.cuda.graph_pool_handle())
+        torch.cuda.empty_cache()
+        drawn()
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + mib * 2**20) / total)
+        try:
+            assert drawn() == expected
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        captured.append(len(engine.runner._passes._graphs))
+        torch.cuda.empty_cache()
+        reserved, large = torch.cuda.memory_reserved(), torch.empty(2**28, dtype=torch.uint8, device="cuda")
+        del large
+        torch.cuda.empty_cache()
+        assert torch.cuda.memory_reserved() == reserved
+    assert captured[0] == captured[2] == 0 and captured[-1] == 1

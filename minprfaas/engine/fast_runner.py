@@ -1,4 +1,4 @@
-"""The runner for a GPU: decode steps, whole chunks of a prefill, and the delta rules of a hybrid's are replayed from
+"""The runner for a GPU: decode steps, passes of a prefill, and the delta rules of other passes are replayed from
 captured graphs. Chapter 05.
 
 The eager `Runner` is what this is held against; the rest of prefill is its own.
@@ -75,8 +75,9 @@ class FastRunner(Runner):
             # What such a model keeps in float32 (a linear mixer's sums) is multiplied in TF32: its inputs have no more
             # digits than that. A float32 model's products stay exact.
             torch.set_float32_matmul_precision("high")
+        of_prefill = None
         if model.device.type == "cuda":
-            graph_delta_rules(model)
+            of_prefill = graph_delta_rules(model)
             for module in model.modules():
                 if isinstance(module, Projecting):
                     module.join()
@@ -85,8 +86,8 @@ class FastRunner(Runner):
         self._memory = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
         self._passes: PassGraphs | None = None
         if model.device.type == "cuda" and timeline is None:  # which would see graphs launched, not layers
-            # Of a memory of their own: if the only graph of one cannot be captured, it takes no other.
-            self._passes = PassGraphs(model, kvcache, torch.cuda.graph_pool_handle())
+            # Not of the steps' memory: if the only graph of one cannot be captured, it takes no other.
+            self._passes = PassGraphs(model, kvcache, of_prefill)
 
     def _forward(self, chunks: list[PrefillChunk], on_layer: OnLayer | None) -> torch.Tensor:
         """As the eager runner's."""

@@ -31,8 +31,17 @@ from minprfaas.model.transformer import Transformer
 
 CHUNK_TOKENS = 8192  # of a long prompt on a GPU, a pass each
 # Further shapes are computed as they come; prompts of up to 64K tokens have so many. Each takes 2 to 40 MiB, beside the
-# working memory, which all share (8,192 tokens of Qwen3-0.6B's shape: 376 MiB, of the 1B hybrid's 1,076).
+# working memory, which all share (8,192 tokens of Qwen3-0.6B's shape: 376 MiB; of the 1B hybrid's about 500, beside
+# what its delta rules have).
 MOST_SHAPES = 64
+# Of working memory. A longer context has larger tensors, which do not fit where a shorter one's were: the 1B hybrid's
+# three further chunks of 32K tokens took 1,122 MiB.
+MOST_BYTES = 2**32
+
+
+def reserved_bytes(device: torch.device) -> int:
+    """What the allocator has taken of a GPU's memory; 0 on a CPU."""
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
 
 
 class PassShape(NamedTuple):
@@ -41,7 +50,7 @@ class PassShape(NamedTuple):
     room: int  # tokens, padding included
     start: int  # tokens that precede them
     is_padded: bool
-    snapshots: tuple[int, ...]  # tokens after the pass's beginning, at which request-level state is copied
+    snapshots: tuple[int, ...]  # tokens after the pass's beginning, at which request-level state is stored as well
 
 
 class PassGraphs:
@@ -52,13 +61,13 @@ class PassGraphs:
     def __init__(self, model: Transformer, kvcache: KVCacheManager, memory: tuple[int, int] | None,
                  unit: int = PLANNED_TOKENS, chunk: int = CHUNK_TOKENS):
         self.model, self.kvcache, self._memory, self._unit, self._chunk = model, kvcache, memory, unit, chunk
-        # Experts that are counted are waited for.
+        # Experts that are counted are waited for; other states of one size were never captured on a GPU.
         self._can_be = all(isinstance(layer.self_attn, (GQA, MLA, KDA)) and isinstance(layer.mlp, MLP)
                            for layer in model.model.layers)
         self._can_be &= all(group.spec.kind is not StateKind.WINDOW for group in kvcache.layout.groups)
         self._graphs: dict[PassShape, PassGraph] = {}
         self._met: set[PassShape] = set()
-        self._most_shapes = MOST_SHAPES
+        self._most_shapes, self._taken_bytes = MOST_SHAPES, 0
 
     def room(self, chunks: list[PrefillChunk]) -> int | None:
         """Tokens, padding included, of a captured pass over these; None if there can be none."""
@@ -69,24 +78,34 @@ class PassGraphs:
         padding = -tokens % self._unit
         if padding and chunk.end < len(chunk.request.token_ids):
             return None  # it would read what comes next in the request's blocks, which may be NaN until it is computed
-        if padding and self.kvcache.layout.request_groups:
-            return None  # where a linear mixer must tell padding from tokens, it has another form, which is slower
         return tokens + padding
 
     def of(self, chunk: PrefillChunk, room: int) -> "PassGraph | None":
         """The pass over `chunk`; None if this is the first of its shape, or there are shapes enough."""
-        offsets = tuple(sorted(self.kvcache.snapshots.planned(chunk.request.cache)))
-        shape = PassShape(room, chunk.start, chunk.end - chunk.start < room, offsets)
+        shape = self._shape(chunk, room)
         if shape in self._graphs:
             return self._graphs[shape]
         if shape not in self._met or len(self._graphs) == self._most_shapes:
             self._met.add(shape)
             return None
+        before = reserved_bytes(self.kvcache.pool.device)
         try:
             self._graphs[shape] = PassGraph(self.model, self.kvcache, shape, self._memory)
         except torch.OutOfMemoryError:  # in a capture the allocator cannot give back what it keeps for later
             self._most_shapes = len(self._graphs)
+        self._taken_bytes += reserved_bytes(self.kvcache.pool.device) - before
+        if self._taken_bytes > MOST_BYTES:
+            self._most_shapes = len(self._graphs)
         return self._graphs.get(shape)
+
+    def _shape(self, chunk: PrefillChunk, room: int) -> PassShape:
+        """Of a pass over `chunk`. A prompt's last boundary is anywhere in what may be padding: so that each does not
+        make a shape of its own, a state is stored at all of them, those that nobody wants where nobody reads."""
+        offsets = {*self.kvcache.snapshots.planned(chunk.request.cache)}
+        is_padded, step = chunk.end - chunk.start < room, self.kvcache.layout.block_tokens
+        if is_padded and self.kvcache.snapshots.enabled and 4 * step >= self._unit:
+            offsets.update(range(max(room - self._unit, step), room, step))
+        return PassShape(room, chunk.start, is_padded, tuple(sorted(offsets)))
 
 
 class PassGraph:
@@ -100,6 +119,7 @@ class PassGraph:
         of_request = {group.index: group.state_blocks or pages for group in layout.groups}
         of_snapshot = {group.index: group.state_blocks for group in layout.request_groups}
         self._lengths = [of_request] + [of_snapshot] * len(shape.snapshots)
+        self._scratch = {index: [pool.scratch_block] * length for index, length in of_snapshot.items()}
         sizes = [shape.room, 1, *(length for lengths in self._lengths for length in lengths.values())]
         is_cuda = pool.device.type == "cuda"
         self._host = torch.zeros(sum(sizes), dtype=torch.int64, pin_memory=is_cuda)
@@ -134,7 +154,7 @@ class PassGraph:
         tokens, cache = chunk.request.token_ids[chunk.start:chunk.end], chunk.request.cache
         numbers = [*tokens, *bytes(self._shape.room - len(tokens)), len(tokens)]
         planned = self.kvcache.snapshots.planned(cache)
-        tables = [cache.block_tables, *(planned[offset] for offset in self._shape.snapshots)]
+        tables = [cache.block_tables, *(planned.get(offset, self._scratch) for offset in self._shape.snapshots)]
         for table, lengths in zip(tables, self._lengths):
             for index, length in lengths.items():
                 blocks = table[index][:length]

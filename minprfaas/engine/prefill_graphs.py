@@ -20,8 +20,9 @@ from minprfaas.model.kda import KDA
 STEP_TOKENS = SEGMENT_TOKENS  # a graph for each multiple: what a pass lacks is padding, which neither writes nor decays
 
 
-def graph_delta_rules(model: nn.Module) -> None:
-    """Let the model's delta rules run by graphs, which layers that are alike share. Harmless when repeated."""
+def graph_delta_rules(model: nn.Module) -> tuple[int, int] | None:
+    """Let the model's delta rules run by graphs, which layers that are alike share; returns their memory, which others
+    may share that run before or after them. Harmless when repeated."""
     graphs: dict[tuple, DeltaGraph] = {}
     memory = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
     in_segments = compiled_segments()
@@ -31,6 +32,7 @@ def graph_delta_rules(model: nn.Module) -> None:
             # A generated product sums 16 channels at a time, or more.
             if isinstance(module, KDA) and is_compiled(module) and module.config.head_dim % 16 == 0:
                 module.mixed = GraphedMixer(module, in_segments, graphs, memory)
+    return memory
 
 
 def compiled_segments() -> Callable:
@@ -84,7 +86,7 @@ class GraphedMixer:
 
     def __call__(self, x: Tensor, memory: Tensor, tail: Tensor, is_token: Tensor | None) -> tuple:
         layer, tokens, room = self._layer, x.shape[1], room_for(*x.shape[:2])
-        if room is None or is_token is not None or layer.joined is None or layer.joined.device != x.device:
+        if room is None or layer.joined is None or layer.joined.device != x.device:
             return KDA.mixed(layer, x, memory, tail, is_token)
         kind = (x.device, x.dtype, layer.config, room)
         if kind not in self._graphs:
@@ -96,7 +98,12 @@ class GraphedMixer:
         product = x.new_empty(before + tokens, len(layer.joined))
         product[:before, :channels] = tail[0].t()
         torch.mm(x[0], layer.joined.t(), out=product[before:])
-        gate = self._project(layer, product, *graph.places(tokens))
+        places = graph.places(tokens)
+        gate = self._project(layer, product, *places)
+        if is_token is not None:  # padding neither writes nor decays
+            _, _, _, g, beta = places
+            g.mul_(is_token[0, :, None, None])
+            beta.mul_(is_token[0, :, None])
         outputs, after, memories = graph(memory)
         out = self._output(layer, outputs, memories.scale, gate)
         return out, after, memories, [product[None, :, :channels]]
