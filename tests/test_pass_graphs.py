@@ -13,7 +13,7 @@ from minprfaas.config import StateKind
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.pass_graphs import PassGraphs
 from minprfaas.engine.pieces import compile_pieces
-from minprfaas.engine.prefill_graphs import GraphedMixer
+from minprfaas.engine.prefill_graphs import GraphedMixer, graph_delta_rules
 from minprfaas.engine.reference import pool_for
 from minprfaas.engine.request import Request
 from minprfaas.engine.scheduler import PrefillChunk
@@ -182,6 +182,15 @@ def test_when_there_are_shapes_enough_others_are_computed_as_they_come(monkeypat
     request.cache = engine.kvcache.open(request.token_ids)
     found = [passes.of(PrefillChunk(request, start, start + 8), 8) is not None for start in (0, 8, 0, 8, 8, 0)]
     assert found == [False, False, True, False, False, True]  # (8) was met before (0) was captured: it took no place
+
+
+def test_engines_that_follow_each_other_on_one_model_share_their_graphs_memory(monkeypatch):
+    """A warm-up's, and the one that then serves."""
+    handles = iter(range(3))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    model = without_experts("kimi_linear")
+    assert graph_delta_rules(model) == graph_delta_rules(model) != graph_delta_rules(without_experts("qwen3_next"))
 
 
 @pytest.mark.gpu

@@ -22,12 +22,16 @@ STEP_TOKENS = SEGMENT_TOKENS  # a graph for each multiple: what a pass lacks is 
 
 def graph_delta_rules(model: nn.Module) -> tuple[int, int] | None:
     """Let the model's delta rules run by graphs, which layers that are alike share; returns their memory, which others
-    may share that run before or after them. Harmless when repeated."""
+    may share that run before or after them. Repeated it only returns that."""
     graphs: dict[tuple, DeltaGraph] = {}
     memory = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
     in_segments = compiled_segments()
     for module in model.modules():
-        if isinstance(module, (KDA, GDN)) and not isinstance(module.chunked, GraphedDeltaRule):
+        if not isinstance(module, (KDA, GDN)):
+            continue
+        if isinstance(module.chunked, GraphedDeltaRule):
+            memory = module.chunked.memory
+        else:
             module.chunked = GraphedDeltaRule(module.chunked, graphs, memory)
             # A generated product sums 16 channels at a time, or more.
             if isinstance(module, KDA) and is_compiled(module) and module.config.head_dim % 16 == 0:
@@ -59,7 +63,7 @@ class GraphedDeltaRule:
     """A layer's `delta_rule_chunked` by a graph, or as it was."""
 
     def __init__(self, function: Callable, graphs: dict[tuple, "DeltaGraph"], memory: tuple[int, int] | None):
-        self._function, self._graphs, self._memory = function, graphs, memory
+        self._function, self._graphs, self.memory = function, graphs, memory
 
     def __call__(self, q: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         tokens = q.shape[1]
@@ -67,7 +71,7 @@ class GraphedDeltaRule:
             return self._function(q, *others)
         shape = (q.device, room, *(tensor.shape[2:] for tensor in (q, *others)))
         if shape not in self._graphs:
-            self._graphs[shape] = DeltaGraph(self._function, room, (q, *others), self._memory)
+            self._graphs[shape] = DeltaGraph(self._function, room, (q, *others), self.memory)
         graph = self._graphs[shape]
         for place, given in zip(graph.places(tokens), (q, *others)):
             place.copy_(given[0])
