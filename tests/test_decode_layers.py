@@ -10,6 +10,7 @@ from minprfaas.config import RopeConfig
 from minprfaas.engine import decode_layers
 from minprfaas.engine.decode_layers import in_two_pieces
 from minprfaas.engine.pieces import choose_by_kernels, compile_pieces
+from minprfaas.engine.prefill_graphs import compiled_segments
 from minprfaas.model.checkpoint import load_checkpoint
 from minprfaas.model.families import read_config
 from minprfaas.model.gqa import GQAConfig
@@ -100,13 +101,15 @@ def test_a_compiled_pass_takes_all_heads_at_once(traced, monkeypatch):
     assert taken
 
 
-def test_before_a_kernel_is_timed_a_gpu_fills_more_than_it_has_done_before_the_launch():
+@pytest.mark.parametrize("asked_by", [choose_by_kernels, lambda: compiled_segments().keywords["compiled"](lambda x: x)],
+                         ids=["a model", "a delta rule without a model"])
+def test_before_a_kernel_is_timed_a_gpu_fills_more_than_it_has_done_before_the_launch(asked_by):
     """As the installed inductor reads it; by another name it would be overlooked without a word."""
     from torch._inductor.runtime.benchmarking import InductorBenchmarker, benchmarker
 
     if not isinstance(benchmarker, InductorBenchmarker):
         pytest.skip("this inductor has another way to time kernels where there is no GPU")
-    choose_by_kernels()
+    asked_by()
     try:
         # torch 2.13 asks its method, 2.11 the attribute
         filled = getattr(benchmarker, "get_device_cache_size", lambda: benchmarker.L2_cache_size)()

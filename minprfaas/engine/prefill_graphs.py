@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from minprfaas.engine.decode_graphs import captured
-from minprfaas.engine.pieces import compiled_like, is_compiled
+from minprfaas.engine.pieces import choose_by_kernels, compiled_like, is_compiled
 from minprfaas.model.delta_segments import (
     SEGMENT_TOKENS, advance_memory, by_tokens, delta_rule_in_segments, zero_matrices)
 from minprfaas.model.gdn import GDN
@@ -48,6 +48,7 @@ def compiled_segments() -> Callable:
 @cache
 def _compiled(piece: Callable) -> Callable:
     """A step from chunk to chunk is one kernel if its product is generated with the rest."""
+    choose_by_kernels()  # a step is short: once a form that takes twice as long was chosen
     options = {"triton.native_matmul": True, "inplace_buffers": False} if piece is advance_memory else None
     return torch.compile(piece, dynamic=False, options=options)
 
