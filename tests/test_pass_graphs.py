@@ -10,6 +10,7 @@ from step_support import PARITY, rows_of, step_logits
 
 from minprfaas import SamplingParams
 from minprfaas.config import StateKind
+from minprfaas.engine.decode_graphs import captured
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.pass_graphs import PassGraphs
 from minprfaas.engine.pieces import compile_pieces
@@ -323,3 +324,26 @@ def test_memory_may_end_while_the_streams_of_a_delta_rule_are_captured():
         torch.cuda.empty_cache()
         assert torch.cuda.memory_reserved() == reserved
     assert captured[0] == captured[2] == 0 and captured[-1] == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_pass", [False, True])
+def test_a_graph_that_nobody_has_is_not_collected_while_another_is_captured(is_pass):
+    """It is part of a cycle, and so many objects are made that a collection is due. CUDA would refuse to destroy it."""
+    x, device, memory = torch.zeros(8, device="cuda"), torch.device("cuda"), torch.cuda.graph_pool_handle()
+    left, made = [captured(lambda: x.add_(1), device, memory)], []
+
+    def litter(*_) -> None:
+        if torch.cuda.is_current_stream_capturing() and left:
+            cycle = [left.pop()]
+            cycle.append(cycle)
+            made.extend([] for _ in range(100_000))
+
+    if not is_pass:
+        captured(litter, device, memory)
+    else:
+        model = fixture("qwen3", torch.bfloat16, "cuda")
+        model.model.layers[1].self_attn.register_forward_pre_hook(litter)
+        prefilled(model, Sizes(32, 8, 16), (32, 32), True)
+    assert made and not left
+    captured(lambda: x.add_(1), device, memory).replay()

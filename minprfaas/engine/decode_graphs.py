@@ -5,8 +5,10 @@ from step to step before it replays the graph. So a step costs one copy to the d
 tokens, whatever the model does inside. Without CUDA the same step runs uncaptured.
 """
 
+import gc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 
 import torch
@@ -66,6 +68,19 @@ def captured(compute: Callable[[], None], device: torch.device, memory: tuple[in
     beside.synchronize()  # what it read of the host's memory may change from now on
     # The stream is named because the default one belongs to the first GPU. Other threads use the device meanwhile
     # (KVCache leaves and arrives): only what this one does may spoil the capture.
-    with torch.cuda.graph(graph, pool=memory, stream=beside, capture_error_mode="thread_local"):
+    with uncollected(), torch.cuda.graph(graph, pool=memory, stream=beside, capture_error_mode="thread_local"):
         compute()
     return graph
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """A capture that no garbage collection falls into: if it met a graph of an engine that nobody has any more, that
+    would be destroyed, which CUDA forbids the thread that captures, and the capture would be lost."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minprfaas.config import StateKind
-from minprfaas.engine.decode_graphs import capture_stream
+from minprfaas.engine.decode_graphs import capture_stream, uncollected
 from minprfaas.engine.scheduler import PrefillChunk
 from minprfaas.kvcache.layout import KVGroup
 from minprfaas.kvcache.manager import KVCacheManager
@@ -178,7 +178,7 @@ class PassGraph:
             self._graphs[-1].capture_end()
             begin()
 
-        with torch.cuda.stream(beside):
+        with torch.cuda.stream(beside), uncollected():
             begin()
             try:
                 self._compute(next_graph)
