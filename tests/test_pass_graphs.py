@@ -257,9 +257,10 @@ SMALL_HYBRID = dict(
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_two_requests_take_turns_through_captured_passes_while_their_layers_leave(is_compiled):
     """Beside each pass another stream copies what a layer holds when word of it comes. Compiled, a delta rule goes in
-    two segments, which run beside each other."""
+    two segments, which run beside each other; the first round compiles, and other kernels for its first size than that
+    has once there is a second."""
     found = []
-    for is_captured in (False, True):
+    for is_captured in (False, False, True):
         model = random_model(config_from_hf(SMALL_HYBRID), torch.bfloat16, "cuda")
         if is_compiled:
             compile_pieces(model)
@@ -286,7 +287,7 @@ def test_two_requests_take_turns_through_captured_passes_while_their_layers_leav
         torch.cuda.synchronize()
         found.append((logits, left, [state_of(engine, request) for request in requests]))
     assert [len(graph._graphs) for graph in engine.runner._passes._graphs.values()] == [5, 5, 5]
-    for computed, captured in zip(*found):
+    for computed, captured in zip(*found[1:]):
         assert len(computed) == len(captured) and all(torch.equal(*pair) for pair in zip(computed, captured))
 
 
