@@ -1,6 +1,8 @@
 """The graphs of prefill passes, held against passes that are computed as they are. Chapters 04, 08."""
 
+import gc
 import random
+import weakref
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -10,7 +12,7 @@ from step_support import PARITY, rows_of, step_logits
 
 from minprfaas import SamplingParams
 from minprfaas.config import StateKind
-from minprfaas.engine.decode_graphs import captured
+from minprfaas.engine.decode_graphs import captured, uncollected
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.pass_graphs import PassGraphs
 from minprfaas.engine.pieces import compile_pieces
@@ -327,6 +329,18 @@ def test_memory_may_end_while_the_streams_of_a_delta_rule_are_captured():
     assert captured[0] == captured[2] == 0 and captured[-1] == 1
 
 
+def test_nothing_is_collected_until_a_capture_has_ended():
+    cycle = [torch.nn.Identity()]
+    part = weakref.ref(cycle[0])
+    cycle.append(cycle)
+    with uncollected():
+        del cycle
+        made = [[] for _ in range(100_000)]  # so many objects that a collection is due
+        assert part() is not None
+    made += [[] for _ in range(100_000)]
+    assert part() is None and gc.isenabled()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("is_pass", [False, True])
 def test_a_graph_that_nobody_has_is_not_collected_while_another_is_captured(is_pass):
@@ -338,7 +352,9 @@ def test_a_graph_that_nobody_has_is_not_collected_while_another_is_captured(is_p
         if torch.cuda.is_current_stream_capturing() and left:
             cycle = [left.pop()]
             cycle.append(cycle)
+            del cycle
             made.extend([] for _ in range(100_000))
+        x.add_(1)
 
     if not is_pass:
         captured(litter, device, memory)

@@ -37,6 +37,9 @@ MOST_SHAPES = 64
 # Of working memory. A longer context has larger tensors, which do not fit where a shorter one's were: the 1B hybrid's
 # three further chunks of 32K tokens took 1,122 MiB.
 MOST_BYTES = 2**32
+# Of blocks in what may be padding: at each, every layer's state is copied. With smaller blocks each set of boundaries
+# that is wanted has a shape of its own.
+MOST_BOUNDARIES = 4
 
 
 def reserved_bytes(device: torch.device) -> int:
@@ -61,10 +64,10 @@ class PassGraphs:
     def __init__(self, model: Transformer, kvcache: KVCacheManager, memory: tuple[int, int] | None,
                  unit: int = PLANNED_TOKENS, chunk: int = CHUNK_TOKENS):
         self.model, self.kvcache, self._memory, self._unit, self._chunk = model, kvcache, memory, unit, chunk
-        # Experts that are counted are waited for; other states of one size were never captured on a GPU.
-        self._can_be = all(isinstance(layer.self_attn, (GQA, MLA, KDA)) and isinstance(layer.mlp, MLP)
-                           for layer in model.model.layers)
-        self._can_be &= all(group.spec.kind is not StateKind.WINDOW for group in kvcache.layout.groups)
+        # Experts that are counted are waited for; windows, and other states of one size, were never captured on a GPU.
+        has_window = any(group.spec.kind is StateKind.WINDOW for group in kvcache.layout.groups)
+        self._can_be = not has_window and all(
+            isinstance(layer.self_attn, (GQA, MLA, KDA)) and isinstance(layer.mlp, MLP) for layer in model.model.layers)
         self._graphs: dict[PassShape, PassGraph] = {}
         self._met: set[PassShape] = set()
         self._most_shapes, self._taken_bytes = MOST_SHAPES, 0
@@ -103,7 +106,8 @@ class PassGraphs:
         make a shape of its own, a state is stored at all of them, those that nobody wants where nobody reads."""
         offsets = {*self.kvcache.snapshots.planned(chunk.request.cache)}
         is_padded, step = chunk.end - chunk.start < room, self.kvcache.layout.block_tokens
-        if is_padded and self.kvcache.snapshots.enabled and 4 * step >= self._unit:
+        has_few_boundaries = self._unit <= MOST_BOUNDARIES * step
+        if is_padded and self.kvcache.snapshots.enabled and has_few_boundaries:
             offsets.update(range(max(room - self._unit, step), room, step))
         return PassShape(room, chunk.start, is_padded, tuple(sorted(offsets)))
 
