@@ -16,8 +16,8 @@ from minprfaas.engine import prefill_graphs
 from minprfaas.engine.prefill_graphs import (
     DeltaGraph, GraphedDeltaRule, GraphedMixer, compiled_segments, graph_delta_rules)
 from minprfaas.model import delta_segments
-from minprfaas.model.delta import delta_rule_chunked, delta_rule_recurrent, delta_rule_step
-from minprfaas.model.delta_segments import by_tokens, delta_rule_in_segments
+from minprfaas.model.delta import STRONGEST_DECAY, delta_rule_chunked, delta_rule_recurrent, delta_rule_step
+from minprfaas.model.delta_segments import CHUNK, by_tokens, delta_rule_in_segments, for_segments
 from minprfaas.model.kda import KDA, KDAConfig
 from minprfaas.model.layers import Positions
 from minprfaas.model.state import ContiguousLayerState
@@ -36,9 +36,16 @@ def inputs(tokens, decay, batch=2, heads=3, key_dim=16, value_dim=24, device="cp
     return tuple(x.to(device) for x in (q, k, v, g, beta, memory))
 
 
+def by_chunks(q, k, v, g, beta, memory):
+    """What `delta_rule_in_segments` takes; padding neither writes nor decays."""
+    g, beta, padding = g.clamp(min=STRONGEST_DECAY).to(q.dtype), beta[..., None], (0, 0, 0, 0, 0, -q.shape[1] % CHUNK)
+    q, k, v, g, beta = (F.pad(x, padding) for x in (q, k, v, g, beta))
+    return *for_segments(q, k, v, g, beta[..., 0]), memory
+
+
 def in_segments(*arguments):
-    """`delta_rule_in_segments` with its outputs as the other forms give them."""
-    outputs, memory, before = delta_rule_in_segments(*arguments)
+    """`delta_rule_in_segments` of what the other forms take, with its outputs as they give them."""
+    outputs, memory, before = delta_rule_in_segments(*by_chunks(*arguments))
     return by_tokens(outputs, before.scale, arguments[0].shape[1]), memory, before
 
 
@@ -85,10 +92,10 @@ def test_every_segment_of_every_pass_looks_alike_to_a_compiler(monkeypatch):
         return watching
 
     watching = partial(delta_rule_in_segments, compiled=watched)
-    watching(*inputs(256, 0.3, batch=1))
+    watching(*by_chunks(*inputs(256, 0.3, batch=1)))
     first = {name: set(forms) for name, forms in seen.items()}
     for tokens in (512, 768):
-        watching(*inputs(tokens, 0.3, batch=1))
+        watching(*by_chunks(*inputs(tokens, 0.3, batch=1)))
     assert [len(seen[name]) for name in ("of_tokens", "inverse_inside")] == [1, 1] and seen == first
 
 
@@ -96,9 +103,9 @@ def test_matrices_that_one_pass_has_filled_serve_the_next(monkeypatch):
     monkeypatch.setattr(delta_segments, "SEGMENT_TOKENS", 256)
     kept = partial(delta_rule_in_segments, matrices_of=cache(delta_segments.zero_matrices))
     q, k, *others = inputs(400, 0.3, batch=1)
-    kept(q, torch.full_like(k, torch.nan), *others)  # nor does a broken prompt leave anything
+    kept(*by_chunks(q, torch.full_like(k, torch.nan), *others))  # nor does a broken prompt leave anything
     for decay in (0.0, 30.0, 0.3):
-        given = inputs(400, decay, batch=1)
+        given = by_chunks(*inputs(400, decay, batch=1))
         assert all(map(torch.equal, kept(*given)[:2], delta_rule_in_segments(*given)[:2]))
 
 
@@ -268,7 +275,7 @@ def test_gradients_are_finite_and_those_of_the_recurrence(decay):
         torch.testing.assert_close(chunked, recurrent, atol=2e-3, rtol=2e-3, msg=lambda text: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("rule, most", [(delta_rule_chunked, 80.01), (delta_rule_in_segments, 0.0)])  # sums round
+@pytest.mark.parametrize("rule, most", [(delta_rule_chunked, 80.01), (in_segments, 0.0)])  # sums round
 def test_every_exponent_in_the_chunked_forms_is_bounded(rule, most):
     """Watch every power that is taken: with strong decay none may come near float32's limit, exp(88)."""
     arguments, largest = inputs(200, 500.0, batch=1), []
@@ -356,11 +363,12 @@ def test_compiled_segments_beside_each_other_give_the_recurrence_each_time():
     """The loop of a segment runs beside the next segment's maps: a missing order would show as answers that differ."""
     q, k, v, *others = inputs(5000, from_faint_to_total, batch=1, key_dim=64, value_dim=64, device="cuda")
     exact = delta_rule_recurrent(*(x.double() for x in (q, k, v, *others)))
-    given = q.half(), k.half(), v, *others
+    given = by_chunks(q.half(), k.half(), v, *others)
     with torch.inference_mode():
-        graph = DeltaGraph(compiled_segments(), 6144, given, torch.cuda.graph_pool_handle())
-        for place, tensor in zip(graph.places(5000), given):
-            place.copy_(tensor[0])
+        held = [x.new_zeros(6144 // CHUNK, *x.shape[1:]) for x in given[:-1]]
+        graph = DeltaGraph(compiled_segments(), held, given[-1], torch.cuda.graph_pool_handle())
+        for place, tensor in zip(graph.places(len(given[0])), given):
+            place.copy_(tensor)
         answers = []
         for _ in range(5):
             outputs, after, before = graph(given[-1])
@@ -373,10 +381,11 @@ def test_compiled_segments_beside_each_other_give_the_recurrence_each_time():
 
 @pytest.mark.gpu
 def test_what_is_made_of_tokens_is_at_most_four_kernels():
-    """The decays' sums, the values, everything else that q and k are in, and blocks put in their places: a part that
+    """The last decays, the values, everything else that q and k are in, and blocks put in their places: a part that
     the compiler does not join to its kernel reads q, k and decays again."""
-    *given, _ = (x[0] for x in inputs(2048, 0.3, batch=1, heads=16, key_dim=128, value_dim=128, device="cuda"))
-    given = *(x.half() for x in given[:3]), *given[3:], torch.ones(16, 1, 1, device="cuda")
+    arguments = inputs(2048, 0.3, batch=1, heads=16, key_dim=128, value_dim=128, device="cuda")
+    q, k, v, g, beta, *_ = by_chunks(*(x.half() for x in arguments[:3]), *arguments[3:])
+    given = q, k, v, delta_segments.decays_through(g), beta.float(), torch.ones(16, 1, 1, device="cuda")
     inside = torch.zeros(4096, 8, 2, 8, dtype=torch.half, device="cuda")
     with torch.inference_mode():
         made = torch.compile(delta_segments.of_tokens, dynamic=False)

@@ -21,7 +21,7 @@ from minprfaas.kvcache.manager import KVCacheManager
 from minprfaas.kvcache.paged import PagedLayer, PagedState
 from minprfaas.kvcache.pool import BlockPool
 from minprfaas.model.attention import PLANNED_TOKENS
-from minprfaas.model.delta_segments import streams_for
+from minprfaas.model.delta_segments import CHUNK, streams_for
 from minprfaas.model.gqa import GQA
 from minprfaas.model.kda import KDA
 from minprfaas.model.layers import MLP
@@ -187,7 +187,7 @@ class PassGraph:
             try:
                 self._compute(next_graph)
             except torch.OutOfMemoryError:  # a capture cannot end before the streams that left this one are back
-                for stream in streams_for(device, self._shape.room):
+                for stream in streams_for(device, -(-self._shape.room // CHUNK)):
                     with torch.cuda.stream(stream):
                         has_left = torch.cuda.is_current_stream_capturing()
                     if has_left:

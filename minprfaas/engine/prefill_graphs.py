@@ -8,12 +8,13 @@ from collections.abc import Callable
 from functools import cache, partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minprfaas.engine.decode_graphs import captured
 from minprfaas.engine.pieces import choose_by_kernels, compiled_like, is_compiled
 from minprfaas.model.delta_segments import (
-    SEGMENT_TOKENS, advance_memory, by_tokens, delta_rule_in_segments, zero_matrices)
+    CHUNK, SEGMENT_TOKENS, advance_memory, by_tokens, delta_rule_in_segments, for_segments, zero_matrices)
 from minprfaas.model.gdn import GDN
 from minprfaas.model.kda import KDA
 
@@ -72,12 +73,18 @@ class GraphedDeltaRule:
             return self._function(q, *others)
         shape = (q.device, room, *(tensor.shape[2:] for tensor in (q, *others)))
         if shape not in self._graphs:
-            self._graphs[shape] = DeltaGraph(self._function, room, (q, *others), self.memory)
+            *of_tokens, memory = q, *others
+            held = [tensor.new_zeros(room, *tensor.shape[2:]) for tensor in of_tokens]
+            self._graphs[shape] = DeltaGraph(self._of_one, held, memory, self.memory)
         graph = self._graphs[shape]
         for place, given in zip(graph.places(tokens), (q, *others)):
             place.copy_(given[0])
         outputs, after, before = graph(others[-1])
         return outputs[:, :tokens], after, before
+
+    def _of_one(self, *of_tokens_and_memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        *of_tokens, memory = of_tokens_and_memory
+        return self._function(*(tensor[None] for tensor in of_tokens), memory)
 
 
 class GraphedMixer:
@@ -95,33 +102,42 @@ class GraphedMixer:
             return KDA.mixed(layer, x, memory, tail, is_token)
         kind = (x.device, x.dtype, layer.config, room)
         if kind not in self._graphs:
-            *arguments, _, _ = KDA.project(layer, x[:, :2], tail)  # of their shapes and types: nothing to compile
-            self._graphs[kind] = DeltaGraph(self._in_segments, room, (*arguments, memory), self._memory)
-        graph = self._graphs[kind]
+            self._graphs[kind] = DeltaGraph(self._in_segments, self._held(x, tail, room), memory, self._memory)
+        graph, chunks = self._graphs[kind], -(-tokens // CHUNK)
         # The convolutions' inputs begin with the tail: where it is, there is the product made.
         channels, before = tail.shape[1:]
-        product = x.new_empty(before + tokens, len(layer.joined))
+        product = x.new_empty(before + chunks * CHUNK, len(layer.joined))
         product[:before, :channels] = tail[0].t()
-        torch.mm(x[0], layer.joined.t(), out=product[before:])
-        places = graph.places(tokens)
-        gate = self._project(layer, product, *places)
-        if is_token is not None:  # padding neither writes nor decays
-            _, _, _, g, beta = places
-            g.mul_(is_token[0, :, None, None])
-            beta.mul_(is_token[0, :, None])
+        torch.mm(x[0], layer.joined.t(), out=product[before:before + tokens])
+        places = graph.places(chunks)
+        if padding := chunks * CHUNK - tokens:
+            product[-padding:] = 0
+        gate = self._project(layer, product, *places)[:, :tokens]
+        if padding or is_token is not None:  # padding neither writes nor decays
+            is_token = x.new_ones(tokens, dtype=torch.bool) if is_token is None else is_token[0]
+            is_token = F.pad(is_token, (0, padding)).view(chunks, CHUNK, 1)
+            _, _, _, g, beta, _ = places
+            g.mul_(is_token[:, None])
+            beta.mul_(is_token)
         outputs, after, memories = graph(memory)
         out = self._output(layer, outputs, memories.scale, gate)
-        return out, after, memories, [product[None, :, :channels]]
+        return out, after, memories, [product[None, :before + tokens, :channels]]
+
+    def _held(self, x: Tensor, tail: Tensor, room: int) -> list[Tensor]:
+        """What a graph for `room` tokens reads, by chunks."""
+        *arguments, _, _ = KDA.project(self._layer, x[:, :2], tail)  # of their shapes and types: nothing to compile
+        of_rule = for_segments(*(tensor[:, :1].expand(1, CHUNK, *tensor.shape[2:]) for tensor in arguments))
+        return [tensor.new_zeros(room // CHUNK, *tensor.shape[1:]) for tensor in of_rule]
 
 
 def project_into(layer: KDA, product: Tensor, *places: Tensor) -> Tensor:
-    """`layer.project` of the joined projections' product `[kernel - 1 + tokens, width]`, which begins with the tail: q,
-    k, v, g and beta go to their `places`. The output's gate."""
+    """`layer.project` of the joined projections' product `[kernel - 1 + tokens, width]`, which begins with the tail:
+    what `for_segments` makes of q, k, v, g and beta goes to its `places`. The output's gate."""
     before = layer.config.conv_kernel - 1
     q, k, v, decay, gate, beta = layer.apart(product[None])
     arguments = layer.arguments(layer.conv1d.over(q, k, v), decay[:, before:], beta[:, before:])
-    for place, argument in zip(places, arguments):
-        place.copy_(argument[0])
+    for place, argument in zip(places, for_segments(*arguments)):
+        place.copy_(argument)
     return layer.second_step("g", gate[:, before:])
 
 
@@ -131,30 +147,28 @@ def output_of(layer: KDA, outputs: Tensor, scale: Tensor, gate: Tensor) -> Tenso
 
 
 class DeltaGraph:
-    """The delta rule of up to `room` tokens. What it gives, but for the memory after them, is valid until the next
-    call. Without CUDA it is computed each time, and where a whole pass is captured it becomes a part of that."""
+    """A `function` of what is `held` for it (q, k, v, g, beta, …, by tokens or by chunks) and of a memory like
+    `before`. What it gives, but for the memory after it, is valid until the next call. Without CUDA it is computed each
+    time, and where a whole pass is captured it becomes a part of that."""
 
-    def __init__(self, function: Callable, room: int, arguments: tuple[Tensor, ...],
-                 memory: tuple[int, int] | None):
-        *of_tokens, before = arguments
-        self._function, self._memory = function, before.clone()
-        self._of_tokens = [tensor.new_zeros(1, room, *tensor.shape[2:]) for tensor in of_tokens]
+    def __init__(self, function: Callable, held: list[Tensor], before: Tensor, memory: tuple[int, int] | None):
+        self._function, self._held, self._memory = function, held, before.clone()
         self._graph = captured(self._compute, before.device, memory) if before.is_cuda else None
 
-    def places(self, tokens: int) -> list[Tensor]:
-        """Where q, k, v, g and beta of so many tokens are to be written, `[tokens, …]`. Padding follows them."""
-        if tokens < self._of_tokens[0].shape[1]:
-            for held in self._of_tokens:
-                held[:, tokens:] = 0
-        return [held[0, :tokens] for held in self._of_tokens]
+    def places(self, count: int) -> list[Tensor]:
+        """The first so many of what is held, to be written. Padding follows them."""
+        if count < len(self._held[0]):
+            for held in self._held:
+                held[count:] = 0
+        return [held[:count] for held in self._held]
 
     def __call__(self, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self._graph is None or torch.cuda.is_current_stream_capturing():
-            return self._function(*self._of_tokens, memory)
+            return self._function(*self._held, memory)
         self._memory.copy_(memory)
         self._graph.replay()
         outputs, after, memories = self._given
         return outputs, after.clone(), memories
 
     def _compute(self) -> None:
-        self._given = self._function(*self._of_tokens, self._memory)
+        self._given = self._function(*self._held, self._memory)

@@ -88,7 +88,7 @@ def delta_rule_chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor,
     Inside a chunk the delta rule is a unit lower-triangular system. Its inverse is made for all chunks at once, so that
     the one loop, from chunk to chunk, is two matrix products long.
     """
-    q, k, v = q.float(), k.float(), v.float()
+    q, k, v, g = q.float(), k.float(), v.float(), g.float()
     parts = (parts_of or chunk_parts)(q, k, v, g, beta, chunk, sub_chunk)
     before, values, after = _carry_through(parts, memory)
     return chunk_outputs(parts, before, values)[:, :q.shape[1]], after, before.movedim(2, 0)

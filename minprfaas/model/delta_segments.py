@@ -5,8 +5,8 @@ A chunk of 128 tokens maps the memory S before it to S' after it, and to what it
     S' = kept * S + moves @ S + writes;    out = queries @ S + q_by_k @ (values + reads @ S)
 
 All but S is computed for a whole segment of chunks at once. A loop over the chunks makes each S of the one before. Its
-steps are too small to fill a GPU, and so is much of what makes the maps: the loop, and each segment, runs on a stream
-of its own.
+steps are too small to fill a GPU, and so is much of what makes the maps: the loop, the maps' products, their factors
+and what tokens read go on streams of their own, one segment behind another.
 
 What is multiplied has the number format of the queries and keys; decays, sums over channels and the memory itself are
 float32. Float16 has as many digits as TF32 in half the bytes, but it ends at 65,504. The rule is linear in values and
@@ -23,10 +23,9 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from minprfaas.model.delta import STRONGEST_DECAY, delta_rule_chunked
+from minprfaas.model.delta import delta_rule_chunked
 from minprfaas.model.recurrent import CHUNK_TOKENS
 
 CHUNK = 128  # a multiple of CHUNK_TOKENS
@@ -54,37 +53,44 @@ def zero_matrices(first: int, count: int, dtype: torch.dtype, device: torch.devi
     return tuple(torch.zeros(count, rows * CHUNK + 1, CHUNK, dtype=dtype, device=device) for rows in (2, 1))
 
 
-def delta_rule_in_segments(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, memory: Tensor,
+def for_segments(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
+    """What `delta_rule_in_segments` takes of one request's whole chunks of tokens: q, k, v, beta and the largest
+    magnitude among each token's values `[chunks, CHUNK, heads, …]`, and g in the order in which it is multiplied."""
+    largest = v.float().abs().amax(dim=-1)
+    q, k, v, g, beta, largest = (x[0].unflatten(0, (-1, CHUNK)) for x in (q, k, v, g, beta, largest))
+    return q, k, v, g.transpose(1, 2), beta, largest
+
+
+def delta_rule_in_segments(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, largest: Tensor, memory: Tensor,
                            compiled: Callable = lambda piece: piece, matrices_of: Callable = zero_matrices
                            ) -> tuple[Tensor, Tensor, "MemoriesInside"]:
     """The same function as `delta_rule_chunked` for one request, a decay for every channel and no gradients, but for
-    the outputs, `[chunks, heads, CHUNK, value_dim]` in q's number format: see `by_tokens`. q, k and v may have 16 bits.
+    the outputs, `[chunks, heads, CHUNK, value_dim]` in q's number format: see `by_tokens`. It is given what
+    `for_segments` gives. q, k, v and g may have 16 bits; g is at least STRONGEST_DECAY.
     `compiled` may make another function of each piece between two products (`begin_memory`, `of_tokens` and
     `inverse_inside`) and of `advance_memory`. `matrices_of` may be a `zero_matrices` that keeps them."""
-    heads, *shape = memory.shape[1:]
-    # Without the batch: its stride is the pass's length, and a compiler would compile anew for each length.
-    segments = [tuple(x[0, start:start + SEGMENT_TOKENS] for x in (q, k, v, g, beta))
-                for start in range(0, q.shape[1], SEGMENT_TOKENS)]
-    chunks = -(-q.shape[1] // CHUNK)
+    chunks, heads = g.shape[:2]
     # A tensor each: where a step writes one of two views of the same tensor, a compiler works on the whole.
     memories = [torch.empty_like(memory[0]) for _ in range(chunks + 1)]
-    rounded = q.new_empty(chunks + 1, heads, *shape)  # the memories as they are multiplied
-    largest = torch.linalg.vector_norm(v[0], math.inf, dim=-1, dtype=torch.float32).amax(dim=0)  # of each head
-    scale = compiled(begin_memory)(largest, memory[0], memories[0], rounded[0])
+    rounded = q.new_empty(chunks + 1, *memory.shape[1:])  # the memories as they are multiplied
+    scale = compiled(begin_memory)(largest.amax(dim=0), memory[0], memories[0], rounded[0])
     outputs = q.new_empty(chunks, heads, CHUNK, v.shape[-1])
     here = torch.cuda.current_stream(q.device) if q.is_cuda else None
-    loop, *streams = streams_for(q.device, q.shape[1])
-    first = 0
-    for segment, stream in zip(segments, streams):
-        near = slice(first, first - (-len(segment[0]) // CHUNK))
-        with _on(stream, here):
-            matrices = matrices_of(first, (near.stop - first) * heads, q.dtype, q.device)
-            maps = chunk_maps(*segment, scale, compiled, *matrices)
+    streams = loop, reading, factoring, *multiplying = streams_for(q.device, chunks)
+    used = []  # until the end: the memory of what another stream reads must not be given out again
+    for number, first in enumerate(range(0, chunks, SEGMENT_TOKENS // CHUNK)):
+        near, stream = slice(first, first + SEGMENT_TOKENS // CHUNK), multiplying[number % len(multiplying)]
+        segment = [x[near] for x in (q, k, v, g, beta)]
+        with _on(factoring, here):
+            products, inverse = matrices_of(first, heads * len(segment[0]), q.dtype, q.device)
+            factors = chunk_factors(*segment, scale, products, compiled)
+        with _on(stream, factoring):
+            maps = chunk_maps(factors, products, inverse, compiled)
         with _on(loop, stream):
-            _carry_through(maps, memories[near.start:], rounded[near.start:], compiled(advance_memory))
-        with _on(stream, loop):
-            _read(maps, rounded[near], outputs[near])
-        first = near.stop
+            _carry_through(maps, memories[first:], rounded[first:], compiled(advance_memory))
+        with _on(reading, loop):
+            _read(maps, rounded[:-1][near], outputs[near])
+        used += [inverse, factors, maps]
     with _on(here, *streams):
         return outputs, (memories[-1] * scale)[None], MemoriesInside(memories, scale, (q, k, v, g, beta))
 
@@ -98,8 +104,9 @@ def by_tokens(outputs: Tensor, scale: Tensor, tokens: int) -> Tensor:
 
 def begin_memory(largest: Tensor, memory: Tensor, first: Tensor, rounded: Tensor) -> Tensor:
     """The scale `[heads, 1, 1]`: a power of two, more than four times and at most eight times the `largest` value
-    `[heads]` or element of the memory. The memory over it goes to `first`, and to `rounded` as it is multiplied."""
-    largest = torch.maximum(largest, torch.linalg.vector_norm(memory, math.inf, dim=-1).amax(dim=-1))
+    `[CHUNK, heads]` or element of the memory. The memory over it goes to `first`, and to `rounded` as it is
+    multiplied."""
+    largest = torch.maximum(largest.amax(dim=0), torch.linalg.vector_norm(memory, math.inf, dim=-1).amax(dim=-1))
     exponent = largest.clamp(min=2.0**-100).view(torch.int32) & 0x7F800000  # of float32's bits
     scale = 8.0 * exponent.view(torch.float32)[:, None, None]
     memory = memory / scale
@@ -117,25 +124,29 @@ class MemoriesInside:
 
     def __getitem__(self, number: int) -> Tensor:
         """`[1, heads, key_dim, value_dim]`"""
-        end = number * CHUNK_TOKENS
-        begin = end - end % CHUNK
-        memory = (self._memories[begin // CHUNK] * self.scale)[None]
-        if begin == end:
+        chunk, inside = divmod(number * CHUNK_TOKENS, CHUNK)
+        memory = (self._memories[chunk] * self.scale)[None]
+        if inside == 0:
             return memory
-        return delta_rule_chunked(*(x[:, begin:end] for x in self._of_tokens), memory)[1]
+        q, k, v, g, beta = (x[chunk] for x in self._of_tokens)
+        of_tokens = (x[None, :inside] for x in (q, k, v, g.transpose(0, 1), beta))
+        return delta_rule_chunked(*of_tokens, memory)[1]
 
 
-def streams_for(device: torch.device, tokens: int) -> list[Any]:
-    """The streams of a pass over so many tokens: the loop's, then one for each segment. None each on a CPU."""
-    return [_stream(device, number) for number in range(1 - (-tokens // SEGMENT_TOKENS))]
+def streams_for(device: torch.device, chunks: int) -> list[Any]:
+    """The streams of a pass over so many chunks: the loop's, that of what tokens read, that of the factors, and one or
+    two of the maps' products, by turns. None each on a CPU."""
+    return [_stream(device, number) for number in range(5 if chunks * CHUNK > SEGMENT_TOKENS else 4)]
 
 
 @cache
 def _stream(device: torch.device, number: int) -> Any:
-    """0: the loop's; 1, 2, …: the segments'. The loop waits for the first segment: both go before the others. They stay
-    the same, because libraries keep 32 MiB for each stream that they have met. PyTorch hands out 32 of a priority by
-    turns, and one that is captured must be nobody else's: nothing else in the package has these priorities."""
-    return torch.cuda.Stream(device, priority=-2 if number > 1 else -3) if device.type == "cuda" else None
+    """The loop, and the products that it waits for, go before what later segments' factors take of a GPU: with a stream
+    for each segment all but the first reach the loop at the same time, late, and it runs alone.
+
+    The streams stay the same, because libraries keep 32 MiB for each that they have met. PyTorch hands out 32 of a
+    priority by turns, and one that is captured must be nobody else's: nothing else in the package has these."""
+    return torch.cuda.Stream(device, priority=(-3, -2, -2, -3, -3)[number]) if device.type == "cuda" else None
 
 
 @contextmanager
@@ -176,39 +187,73 @@ def advance_memory(kept: Tensor, writes: Tensor, moves: Tensor, before: Tensor, 
     rounded.copy_(memory)
 
 
-def chunk_maps(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: Tensor,
-               compiled: Callable, products: Tensor, inverse: Tensor) -> ChunkMaps:
-    """The maps of all chunks of a segment, `[tokens, heads, …]`, for memories and values divided by the `scale`
-    `[heads, 1, 1]`.
+class ChunkFactors(NamedTuple):
+    """What the maps of a segment's chunks are products of: see `of_tokens`."""
+
+    across: list[Tensor]  # `_factors_across` of every size
+    unsolved: Tensor  # [chunks, heads, chunk, value_dim + key_dim]
+    keys: Tensor
+    queries: Tensor
+    kept: Tensor
+
+
+def chunk_factors(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: Tensor, products: Tensor,
+                  compiled: Callable) -> ChunkFactors:
+    """Those for memories and values divided by the `scale` `[heads, 1, 1]`. What is inside blocks of `products` is
+    written."""
+    return ChunkFactors(*compiled(of_tokens)(q, k, v, decays_through(g), beta, scale, _blocks(products, BLOCK)))
+
+
+def chunk_maps(factors: ChunkFactors, products: Tensor, inverse: Tensor, compiled: Callable) -> ChunkMaps:
+    """The maps of all chunks of a segment.
 
     The triangular system is `delta_rule_chunked`'s. `products`, `[matrices, 2 * chunk + 1, chunk]`, become A and Q: of
     each token a row of A, then one of Q. `inverse`, `[matrices, chunk + 1, chunk]`, becomes (I + A)^-1. A library can
     write a batch of blocks straight into their places if these are equally far apart; a compiler would write them
     elsewhere and copy. Blocks on a diagonal are. The row that nobody uses at each matrix's end makes it as far from its
     last block to the next matrix's first."""
-    factors, solved, keys, queries, kept = compiled(of_tokens)(q, k, v, g, beta, scale, _blocks(products, BLOCK))
-    _multiply_across(factors, products)
+    across, unsolved, keys, queries, kept = factors
+    _multiply_across(across, products)
     _blocks(inverse, SOLVED_BLOCK)[:, :, 0] = compiled(inverse_inside)(_blocks(products, SOLVED_BLOCK)[:, :, 0])
     _grow(inverse, products)
     q_by_k = products[:, :-1].unflatten(1, (CHUNK, 2))[:, :, 1]
-    inverse, q_by_k = (x.unflatten(0, solved.shape[:2]) for x in (inverse[:, :-1], q_by_k))
-    solved, widths = inverse @ solved, (v.shape[-1], k.shape[-1])
-    written = keys.transpose(-1, -2) @ solved
+    inverse, q_by_k = (x.unflatten(0, unsolved.shape[:2]) for x in (inverse[:, :-1], q_by_k))
+    solved, key_dim = inverse @ unsolved, queries.shape[-1]
+    written, widths = keys.transpose(-1, -2) @ solved, (unsolved.shape[-1] - key_dim, key_dim)
     return ChunkMaps(queries, q_by_k, *solved.split(widths, dim=-1), *written.split(widths, dim=-1), kept)
 
 
-def of_tokens(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: Tensor, inside: Tensor) -> tuple:
+def decays_through(g: Tensor) -> Tensor:
+    """Of log decays the sums from a chunk's beginning through each token, as exponents of 2, whose powers are cheaper;
+    both `[chunks, heads, CHUNK, key_dim]`, the sums float32. A product with ones: a compiler's scan goes along tokens
+    where memory goes along channels, and takes twice as long."""
+    sums = torch.empty(g.shape, dtype=torch.float32, device=g.device)
+    ones, of_two = _ones_through(g.dtype, g.device).expand(*g.shape[:2], -1, -1), 1 / math.log(2)
+    ones, g, out = (x.flatten(0, 1) for x in (ones, g, sums))
+    if g.is_cuda and g.dtype != torch.float32:
+        torch.baddbmm(out, ones, g, torch.float32, beta=0, alpha=of_two, out=out)
+    else:
+        torch.baddbmm(out, ones.float(), g.float(), beta=0, alpha=of_two, out=out)
+    return sums
+
+
+@cache
+def _ones_through(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.ones(CHUNK, CHUNK, dtype=dtype, device=device).tril()
+
+
+def of_tokens(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, scale: Tensor, inside: Tensor) -> tuple:
     """What needs no product of matrices: the factors across blocks of every size, values and reads before they are
     solved, keys, queries, and what the decays leave of S. The products `inside` blocks are written. No exponent is
     above 0: none overflows, however strong a decay is.
 
-    If compiled, all but the values and the decays' sums is one kernel, which reads q, k and decays once. A compiler
+    If compiled, all but the values and the last decays is one kernel, which reads q, k and decays once. A compiler
     joins loops over as many elements: each part of a `cat` or `stack` must be one, not the whole. PyTorch 2.11 does so
-    if a part reads the result of a reduction: hence `amin`, which is exactly the last of the decays, for they fall."""
+    if a part reads the result of a reduction: hence `amin`, which is the last of the decays, for they fall (of fewer
+    than nine it would be no reduction to the compiler)."""
     dtype = q.dtype
-    q, k, v, g, beta = (_chunks_of(x.float()) for x in (q, k, v, g, beta[..., None]))
-    decay = (g.clamp(min=STRONGEST_DECAY) / math.log(2)).cumsum(dim=-2)  # of 2: its powers are cheaper
-    total = decay.amin(dim=-2, keepdim=True)
+    q, k, v, beta = (x.float().transpose(1, 2).contiguous() for x in (q, k, v, beta[..., None]))
+    total = decay[..., -2 * BLOCK:, :].amin(dim=-2, keepdim=True)
     from_start, to_end = decay.exp2(), total - decay
     factors = [_factors_across(q, k, to_end, beta, size, dtype) for size in _sizes()]
     inside.copy_(_products_inside(q, k, decay, beta))
@@ -217,11 +262,6 @@ def of_tokens(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: T
     unsolved, keys, queries = torch.cat([part.to(dtype) for part in parts], dim=-1).split(
         (v.shape[-1] + k.shape[-1], k.shape[-1], q.shape[-1]), dim=-1)
     return factors, unsolved, keys, queries, total.exp2().transpose(-1, -2)
-
-
-def _chunks_of(x: Tensor) -> Tensor:
-    """`[tokens, heads, dim]` -> `[chunks, heads, CHUNK, dim]`, as `by_chunks` for another order."""
-    return F.pad(x, (0, 0, 0, 0, 0, -len(x) % CHUNK)).unflatten(0, (-1, CHUNK)).transpose(1, 2).contiguous()
 
 
 def _sizes() -> list[int]:
