@@ -1,7 +1,7 @@
 """A prefill pass over one request as captured CUDA graphs, one from layer to layer. Chapters 04 and 08.
 
 A pass is some 500 kernels, however few tokens it has, or 5,000 with delta rules. The host needs 17 to 36 ms to launch
-them; of 8,192 tokens the GPU needs less than 30 to run them, or 47, and a thread that sends KVCache meanwhile takes
+them; of 8,192 tokens the GPU needs less than 30 to run them, or 46, and a thread that sends KVCache meanwhile takes
 turns with the launches. Graphs are launched in 1 to 3 ms. Each ends where a layer's state is final, so that who listens
 to the pass is called where it always was.
 """
