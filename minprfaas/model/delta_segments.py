@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minprfaas.model.delta import delta_rule_chunked
+from minprfaas.model.delta import STRONGEST_DECAY, delta_rule_chunked
 from minprfaas.model.recurrent import CHUNK_TOKENS
 
 CHUNK = 128  # a multiple of CHUNK_TOKENS
@@ -55,9 +55,10 @@ def zero_matrices(first: int, count: int, dtype: torch.dtype, device: torch.devi
 
 def for_segments(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
     """What `delta_rule_in_segments` takes of one request's whole chunks of tokens: q, k, v, beta and the largest
-    magnitude among each token's values `[chunks, CHUNK, heads, …]`, and g in the order in which it is multiplied."""
-    largest = v.float().abs().amax(dim=-1)
-    q, k, v, g, beta, largest = (x[0].unflatten(0, (-1, CHUNK)) for x in (q, k, v, g, beta, largest))
+    magnitude among each token's values `[chunks, CHUNK, heads, …]`, and g in the order in which it is multiplied, of
+    bounded decays. Who makes these can have them written by the same kernels."""
+    largest, bounded = v.float().abs().amax(dim=-1), g.clamp(min=STRONGEST_DECAY)
+    q, k, v, g, beta, largest = (x[0].unflatten(0, (-1, CHUNK)) for x in (q, k, v, bounded, beta, largest))
     return q, k, v, g.transpose(1, 2), beta, largest
 
 
@@ -66,7 +67,7 @@ def delta_rule_in_segments(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Ten
                            ) -> tuple[Tensor, Tensor, "MemoriesInside"]:
     """The same function as `delta_rule_chunked` for one request, a decay for every channel and no gradients, but for
     the outputs, `[chunks, heads, CHUNK, value_dim]` in q's number format: see `by_tokens`. It is given what
-    `for_segments` gives. q, k, v and g may have 16 bits; g is at least STRONGEST_DECAY.
+    `for_segments` gives; q, k, v and g may have 16 bits.
     `compiled` may make another function of each piece between two products (`begin_memory`, `of_tokens` and
     `inverse_inside`) and of `advance_memory`. `matrices_of` may be a `zero_matrices` that keeps them."""
     chunks, heads = g.shape[:2]
@@ -78,8 +79,9 @@ def delta_rule_in_segments(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Ten
     here = torch.cuda.current_stream(q.device) if q.is_cuda else None
     streams = loop, reading, factoring, *multiplying = streams_for(q.device, chunks)
     used = []  # until the end: the memory of what another stream reads must not be given out again
-    for number, first in enumerate(range(0, chunks, SEGMENT_TOKENS // CHUNK)):
-        near, stream = slice(first, first + SEGMENT_TOKENS // CHUNK), multiplying[number % len(multiplying)]
+    at_once = SEGMENT_TOKENS // CHUNK
+    for number, first in enumerate(range(0, chunks, at_once)):
+        near, stream = slice(first, first + at_once), multiplying[number % len(multiplying)]
         segment = [x[near] for x in (q, k, v, g, beta)]
         with _on(factoring, here):
             products, inverse = matrices_of(first, heads * len(segment[0]), q.dtype, q.device)

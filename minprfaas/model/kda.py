@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from minprfaas.config import MAX_HEAD_SIZE, StateKind, require_sizes
 from minprfaas.errors import require_number
-from minprfaas.model.delta import STRONGEST_DECAY, ChunkParts, chunk_parts, delta_rule, delta_rule_chunked
+from minprfaas.model.delta import ChunkParts, chunk_parts, delta_rule, delta_rule_chunked
 from minprfaas.model.layers import Positions, Projecting, RMSNorm
 from minprfaas.model.recurrent import CHUNK_TOKENS, ShortConvolution, state_or_fresh, store_memory, unit_length
 from minprfaas.model.spec import LayerState, StateSpec, TensorSpec
@@ -109,7 +109,7 @@ class KDA(Projecting):
         q, k, v = (part.unflatten(-1, heads) for whole in convolved for part in whole.split(math.prod(heads), -1))
         q, k, g = unit_length(q.float()) * self.config.head_dim**-0.5, unit_length(k.float()), self._log_decay(decay)
         if v.is_cuda and v.dtype != torch.float32 and v.shape[1] > 1:  # as many digits as TF32 has, in half the bytes
-            q, k, g = q.half(), k.half(), g.clamp(min=STRONGEST_DECAY).half()
+            q, k, g = q.half(), k.half(), g.half()
         return q, k, v, g, beta.float().sigmoid()
 
     def step(self, *arguments: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -81,4 +81,4 @@ def store_memory(state: LayerState, positions: Positions, memory: Tensor, before
 
 def unit_length(x: Tensor) -> Tensor:
     """`x` over its length along the last axis."""
-    return x * (x.square().sum(dim=-1, keepdim=True) + 1e-6).rsqrt()  # a division more a channel takes longer
+    return x * (x.square().sum(dim=-1, keepdim=True) + 1e-6).rsqrt()  # a division for each channel takes longer
