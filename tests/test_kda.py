@@ -176,15 +176,11 @@ def test_a_graph_gives_the_delta_rule_of_every_pass_that_fits_into_it(monkeypatc
 
 
 @CPU_AND_CUDA
+@pytest.mark.usefixtures("unwritten_is_nan")
 @pytest.mark.parametrize("options", [{}, dict(one_step_gates=True, lower_bound=-5.0, conv_kernel=2)])
-def test_a_layer_around_a_graph_gives_what_it_gives_without(monkeypatch, request, device, options):
+def test_a_layer_around_a_graph_gives_what_it_gives_without(monkeypatch, device, options):
     """Two layers share the graph: what one was given is compared when the other has run. A shorter pass follows a
-    longer one, whose tokens must be gone. What nobody has written is NaN, as it may be. Nothing is compiled, which
-    would take a minute."""
-    if device == "cpu":  # on a GPU a library would refuse
-        monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-        request.addfinalizer(partial(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled()))
-        torch.use_deterministic_algorithms(True)
+    longer one, whose tokens must be gone. Nothing is compiled, which would take a minute."""
     monkeypatch.setattr(prefill_graphs, "STEP_TOKENS", 128)
     monkeypatch.setattr(delta_segments, "SEGMENT_TOKENS", 128)
     torch.manual_seed(0)
