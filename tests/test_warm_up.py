@@ -1,7 +1,10 @@
 """The warm-up of `--compile`: what requests need is compiled before the first of them. Chapters 04, 15."""
 
 import copy
+import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -9,13 +12,14 @@ import pytest
 import torch
 
 from minprfaas import SamplingParams
+from minprfaas.cluster.launch import StoreAddress
 from minprfaas.cluster.topology import Topology
 from minprfaas.commands import cluster
 from minprfaas.commands.live_options import checked
-from minprfaas.commands.live_run import phases_of
+from minprfaas.commands.live_run import Seat, engines_of, phases_of
 from minprfaas.config import CacheConfig
 from minprfaas.engine.engine import Engine
-from minprfaas.engine.pieces import Phase, compile_pieces
+from minprfaas.engine.pieces import Phase, compile_pieces, suit_products_to
 from minprfaas.engine.warm_up import compile_and_warm_up
 from minprfaas.model.gqa import GQA
 from minprfaas.model.kda import KDA
@@ -104,6 +108,56 @@ def test_a_node_compiles_what_its_roles_compute(tmp_path, relay, converts, expec
     topology = Topology(prfaas=1, pd=2)
     run = replace(checked(args, topology), policy={"convert_roles": converts})
     assert [phases_of(run, place) for place in topology.places() if place.roles] == expected
+
+
+@pytest.mark.parametrize("phases, device, users, expected", [
+    ([Phase.PREFILL], "cuda", None, ":0:0"), (BOTH, "cuda", None, None), ([Phase.DECODE], "cuda", None, None),
+    ([], "cuda", None, None), ([Phase.PREFILL], "cpu", None, None), ([Phase.PREFILL], "cuda", ":16:8", ":16:8")])
+def test_only_a_process_that_does_nothing_but_prefill_multiplies_without_workspaces(
+        monkeypatch, phases, device, users, expected):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", users or "")  # so that it is put back
+    if users is None:
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    suit_products_to(phases, torch.device(device))
+    assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == expected
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_node_suits_its_products_to_its_roles(tmp_path, monkeypatch, device):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    (tmp_path / "prompts.jsonl").write_text('{"id": "a", "prompt": "b", "max_tokens": 1}')
+    args = cluster.parser().parse_args(["--prompts", str(tmp_path / "prompts.jsonl"), "--device", device])
+    topology, address, found = Topology(prfaas=1, pd=2), StoreAddress("localhost", 1, "a test"), {}
+    for place in topology.places():
+        if place.roles:
+            monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+            engines_of(checked(args, topology), Seat(topology.places(), place, address), None)
+            found[place.name] = "CUBLAS_WORKSPACE_CONFIG" in os.environ
+    assert list(found.values()) == [device == "cuda", device == "cuda", False], found
+
+
+KERNELS_OF_A_PRODUCT = """
+import sys, torch
+from minprfaas.engine.pieces import Phase, suit_products_to
+suit_products_to([Phase(name) for name in sys.argv[1:]], torch.device("cuda"))
+a, b = torch.ones(8192, 1024, device="cuda").bfloat16(), torch.ones(1024, 3072, device="cuda").bfloat16()
+a @ b
+torch.cuda.synchronize()
+before = torch.cuda.memory_allocated()
+with torch.cuda.stream(torch.cuda.Stream()), torch.profiler.profile() as seen:
+    product = a @ b
+    torch.cuda.synchronize()
+assert "Memset" not in str([event.name for event in seen.events()]), "counts tiles"
+assert torch.cuda.memory_allocated() - before == product.nbytes, "a stream has memory of its own"
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("phases, complaint", [(["prefill"], ""), (["prefill", "decode"], "counts tiles")])
+def test_a_product_without_workspaces_is_one_kernel_and_takes_no_memory(phases, complaint):
+    run = subprocess.run([sys.executable, "-c", KERNELS_OF_A_PRODUCT, *phases], capture_output=True, text=True,
+                         timeout=120)
+    assert (run.returncode == 0) == (not complaint) and complaint in run.stderr, run.stderr
 
 
 def test_a_compiled_step_on_a_cpu_is_sums_alone_and_gives_the_eager_runners_logits(models, graphs):

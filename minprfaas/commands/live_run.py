@@ -22,7 +22,7 @@ from minprfaas.commands.options import FULL_CONTEXTS
 from minprfaas.config import UNTHROTTLED_GBPS, CacheConfig, LinkConfig, Role
 from minprfaas.engine.engine import Engine
 from minprfaas.engine.paced import Pace, PacedEngine
-from minprfaas.engine.pieces import Phase
+from minprfaas.engine.pieces import Phase, suit_products_to
 from minprfaas.engine.reference import longest_prompts, pool_for
 from minprfaas.engine.warm_up import compile_and_warm_up
 from minprfaas.errors import UserError
@@ -165,6 +165,7 @@ def engines_of(run: Run, seat: Seat, timeline: Timeline | None) -> list[Engine]:
     keys: nobody touches its pool, so that it takes no memory."""
     args, machine = run.args, machine_at(run.args, seat.here.site)
     device = own_device(machine.device, seat.local_rank) if seat.here.roles or args.check else torch.device("cpu")
+    suit_products_to(phases_of(run, seat.here), device)
     model, tokenizer = load(args.model, getattr(torch, machine.dtype), device)
     if model.device.type == "cuda":
         torch.cuda.set_device(model.device)  # for what names no device of its own, such as an event

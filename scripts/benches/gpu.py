@@ -6,10 +6,10 @@
 
 First the card's ceilings: a copy and a matrix product. A decode step's floor is its weights and KVCache, each read once
 at the copy's speed; a prefill's is its products at the matrix product's. The models have random weights and real
-shapes; the KVCache that a decode step reads is random. Then, in the same run, the peers: Transformers, gpt-fast,
+shapes; the KVCache that a decode step reads is random. Without decode among the cases the process is one that only
+prefills, whose cuBLAS has no workspaces. Then, in the same run, the peers: Transformers, gpt-fast,
 flash-linear-attention and nano-vllm, as far as they are installed or lie in DIR under these names.
 """
-
 
 import torch
 
@@ -17,6 +17,7 @@ from benches import gpu_cases
 from benches import at_least_one
 from benches.peers import MODULES
 from benches.reading import measure_machine, print_readings, write_readings
+from minprfaas.engine.pieces import Phase, suit_products_to
 from minprfaas.errors import ArgumentParser, UserError
 
 
@@ -37,6 +38,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         raise UserError("bench.py gpu needs CUDA, and there is none here")
+    if "decode" not in args.cases:
+        suit_products_to({Phase.PREFILL}, torch.device("cuda"))
     machine = measure_machine(torch.cuda.get_device_name(), "cuda")
     torch.cuda.empty_cache()
     print(machine, flush=True)
