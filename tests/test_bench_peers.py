@@ -46,3 +46,8 @@ def test_a_peer_that_does_not_answer_is_given_up(ask, monkeypatch):
     silent = "import threading\nthreading.Event().wait()"
     assert ask(silent) == ([None, None], "  gpt-fast failed: no answer in 0.5 s\n")
 
+
+def test_what_the_benchmark_sets_for_itself_is_not_for_a_peer(ask, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    told = ask("import os\nraise RuntimeError(os.environ.get('CUBLAS_WORKSPACE_CONFIG'))")
+    assert told == ([None, None], "  gpt-fast failed: RuntimeError: None\n")

@@ -6,6 +6,7 @@ installed, or as its checkout lies in the folder of `--peers`; nothing of it is 
 """
 
 import importlib.util
+import inspect
 import json
 import os
 import select
@@ -29,6 +30,9 @@ OF_FAMILY = {"llama": ("gpt-fast", "Transformers"), "qwen3": ("nano-vllm", "Tran
              "kimi_linear": ("Transformers",)}
 
 
+AS_STARTED = dict(os.environ)  # the benchmark was; what it sets for itself is not for them
+
+
 class Peer:
     """One library with one model, in a process of its own until `close`. A failure is its last, and said once."""
 
@@ -38,7 +42,7 @@ class Peer:
         self.name = name
         setup = json.dumps({"shape": shape, "device": device, "directory": directory})
         self._process = subprocess.Popen([sys.executable, __file__, name, setup], stdin=subprocess.PIPE,
-                                         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+                                         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=AS_STARTED)
 
     def ms(self, case: dict) -> float | None:
         """Milliseconds of one case; None once the peer has failed."""
@@ -139,6 +143,7 @@ def gpt_fast(shape: dict, device: str) -> Callable[..., float]:
     import model as theirs
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.attention.flex_attention import create_block_mask
 
     torch._inductor.config.coordinate_descent_tuning = True
     args = theirs.ModelArgs(
@@ -149,20 +154,31 @@ def gpt_fast(shape: dict, device: str) -> Callable[..., float]:
     with torch.device(device):
         model = theirs.Transformer(args).eval().requires_grad_(False)
 
+    def logits(token, position, blocks):
+        if blocks is None:  # before it had FlexAttention, at the end of 2024
+            return model(token, position)
+        mask = blocks[:, :, position // blocks.BLOCK_SIZE[0]]
+        mask.mask_mod, mask.seq_lengths = blocks.mask_mod, (1, model.max_seq_length)
+        return model(mask, token, position)
+
     @torch.compile(mode="reduce-overhead", fullgraph=True)
-    def next_token(token, position):
-        return model(token, position)[:, -1].argmax(dim=-1, keepdim=True)
+    def next_token(token, position, blocks):
+        return logits(token, position, blocks)[:, -1].argmax(dim=-1, keepdim=True)
 
     @torch.no_grad()
     def decode(batch: int, context: int) -> float:
         with torch.device(device), sdpa_kernel(SDPBackend.MATH):  # as theirs: the compiler writes the attention
             model.setup_caches(batch, context + 2 * STEPS)
             token, position = torch.ones(batch, 1, dtype=torch.int64), torch.tensor([context])
+            blocks = None
+            if "mask" in inspect.signature(model.forward).parameters:
+                length = model.max_seq_length
+                blocks = create_block_mask(lambda b, h, query, key: query >= key, 1, 1, length, length, device)
 
             def steps() -> None:
                 nonlocal token
                 for _ in range(STEPS):
-                    token = next_token(token, position).clone()
+                    token = next_token(token, position, blocks).clone()
                     position.add_(1)
 
             steps()
