@@ -89,8 +89,8 @@ def suit_products_to(phases: Collection[Phase], device: torch.device) -> None:
     without memory fails with it. What a user has set stays.
 
     With memory to work in, cuBLAS picks kernels that count their tiles there, and most begin with a memset: 840 of them
-    in the delta rules of a hybrid's pass, which takes 3 to 4% longer. Without, a decode step of 64 requests takes up to
-    7% longer, since no sum is split any more: so only a process that does nothing but prefill goes without."""
+    in the delta rules of a hybrid's pass, which takes 3 to 4% longer. Without, a small model's decode step of 64
+    requests takes 7% longer: so only a process that does nothing but prefill goes without (docs/measurements.md)."""
     if device.type == "cuda" and {*phases} == {Phase.PREFILL}:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":0:0")
 
