@@ -88,6 +88,16 @@ def test_one_connection_serves_request_after_request(open_house):
             assert len(Response(connection).events) > 1
 
 
+def test_an_empty_line_before_a_request_says_nothing(open_house):
+    with connect(open_house.port) as connection:
+        for before in (b"", b"\r\n", b"\r\n"):
+            connection.sendall(before + request_bytes("/v1/models"))
+            assert Response(connection).status == 200
+        connection.sendall(b"\r\n")  # and then nothing: it is no request that did not arrive in time
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(1) == b""
+
+
 def test_an_old_client_gets_its_stream_without_chunks(open_house):
     response = call(open_house.port, COMPLETIONS, {"prompt": "Once", **GREEDY, "stream": True}, version="HTTP/1.0")
     assert "transfer-encoding" not in response.headers and response.headers["connection"] == "close"

@@ -42,6 +42,7 @@ MISTAKES = [
     (HEAD + b"X: " + b"y" * 20_000 + b"\r\n\r\n", 431, "16,384 bytes"),
     (HEAD + b"no header\r\n\r\n", 400, "no header"),
     (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\r\n\r\n", 400, "request line"),
+    (b"\rGET /health HTTP/1.1\r\n\r\n", 400, "request line"),
     (b"GET /health HTTP/2.0\r\n\r\n", 505, "HTTP/2.0"),
     (b"GET health HTTP/1.1\r\n\r\n", 400, "begin with /"),
     (request_bytes(COMPLETIONS, b"{nonsense"), 400, "no JSON"),

@@ -198,11 +198,20 @@ class ClientConnection:
         while await self._reader.read(READ_BYTES):
             pass
 
+    async def _first_byte(self) -> bytes:
+        """Of the next request; none where the connection ends. An empty line before it says nothing (RFC 9112, 2.2)."""
+        first = await self._reader.read(1)
+        if first != b"\r":
+            return first
+        if await self._reader.read(1) not in (b"\n", b""):
+            raise HttpError(400, "the first line is no HTTP request line")
+        return await self._reader.read(1)
+
     async def _read_request(self) -> HttpRequest | None:
         """The next request; None where none comes any more. Raises HttpError."""
         reader, limits = self._reader, self._limits
         try:
-            first = await asyncio.wait_for(reader.read(1), limits.idle_s)
+            first = await asyncio.wait_for(self._first_byte(), limits.idle_s)
         except asyncio.TimeoutError:
             return None
         if not first:
