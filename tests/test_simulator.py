@@ -8,6 +8,7 @@ import os
 import random
 import statistics
 import time
+from array import array
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 from control_support import RecordingControlPlane, replay
 
+from minprfaas.commands.live_status import p90
 from minprfaas.config import Role
 from minprfaas.errors import UserError
 from minprfaas.scheduling import paper_case as paper
@@ -24,6 +26,7 @@ from minprfaas.scheduling.planner import plan
 from minprfaas.simulator.arrivals import (day_lengths, diurnal, drawn, from_trace, poisson, read_trace,
                                           write_conversations)
 from minprfaas.simulator.nodes import SimRequest
+from minprfaas.simulator.recorder import of_all
 from minprfaas.simulator.simulation import Setup, Simulation
 
 FLEET, LENGTHS, PLANS = paper.paper_fleet(), paper.paper_lengths(), paper.paper_plans()
@@ -116,6 +119,13 @@ def test_while_the_link_is_down_new_requests_stay_local():
     assert {request.decision.route for at_s, request in seen if 52 < at_s < 150} == {"pdp"}
     assert {request.decision.route for at_s, request in seen if at_s > 152} == {"pdp", "prfaas"}
     assert simulation(as_planned(fleet=replace(FLEET, link_gbps=0.0)), 1.0, 50, seed=1).run().offloaded_fraction == 0
+
+
+@pytest.mark.parametrize("values", [[3.0], [1.0, 2.0], [5.0, 1.0, 4.0, 2.0, 3.0], [float(n * n) for n in range(101)]])
+def test_a_percentile_is_what_the_live_cluster_says_of_the_same_times(values):
+    found = of_all(array("d", values))
+    assert found["p90"] == pytest.approx(p90(values)) and found["p50"] == pytest.approx(statistics.median(values))
+    assert found["mean"] == pytest.approx(statistics.fmean(values)) and of_all(array("d")) == {}
 
 
 def test_a_link_that_stalls_delays_requests_and_loses_none():

@@ -7,6 +7,7 @@ from array import array
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from math import isfinite
+from statistics import fmean, quantiles
 from typing import NamedTuple
 
 from minprfaas.config import Role
@@ -103,15 +104,15 @@ class Recorder:
         utilization = {name: sum(share) / len(share) for name, share in shares.items()}
         return Report(
             completed, self.failed, self.routed_again, duration_s, completed / duration_s, self._good / arrivals_s,
-            _percentiles(self._ttft), _percentiles(self._inter_token), self.offloaded / max(completed, 1),
+            of_all(self._ttft), of_all(self._inter_token), self.offloaded / max(completed, 1),
             self._cached_tokens / max(self._prompt_tokens, 1), bytes_sent * 8e-9 / duration_s, self.shipped_cache_bytes,
             self.fetched_cache_bytes, utilization, max(columns.waiting), columns.threshold[-1], self.threshold_moves,
             self.role_changes, dict(self.prefilled_at), self.series)
 
 
-def _percentiles(values: array) -> dict[str, float]:
-    ordered = sorted(values)
-    if not ordered:
+def of_all(values: array) -> dict[str, float]:
+    """Mean and percentiles, between the two nearest values where there is none at their place; nothing of none."""
+    if not values:
         return {}
-    at = {f"p{percent}": ordered[min(len(ordered) * percent // 100, len(ordered) - 1)] for percent in (50, 90, 99)}
-    return {"mean": sum(ordered) / len(ordered), **at}
+    cuts = quantiles(values, n=100, method="inclusive") if len(values) > 1 else [values[0]] * 99
+    return {"mean": fmean(values), **{f"p{percent}": cuts[percent - 1] for percent in (50, 90, 99)}}
