@@ -2,12 +2,16 @@
 
 import threading
 import time
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
-from transport_support import DEADLINE_S, IDENTITY, connected, in_parallel, new_store, wait_until
+from transport_support import DEADLINE_S, IDENTITY, connected, event, in_parallel, new_store, wait_until
 
-from minprfaas.config import LinkConfig
+from minprfaas.config import LineConfig, LinkConfig
 from minprfaas.transport.base import LinkDown
+from minprfaas.transport.events import LinkLost, MessageReceived
+from minprfaas.transport.wan import lanes, supervision
 from minprfaas.transport.wan.frames import Kind, control_frame
 from minprfaas.transport.wan.lanes import LOOKED_AT_BYTES, Lane, in_time
 from minprfaas.transport.wan.link import Link
@@ -137,3 +141,18 @@ def test_what_connecting_returns_or_raises_comes_at_once_and_its_deadline_is_kep
     with pytest.raises(TimeoutError):
         in_time(never.wait, 0.01)
     never.set()
+
+
+def test_a_machine_that_stands_still_breaks_no_link_and_cuts_no_goodbye_short(monkeypatch):
+    """Which is a clock that leaps between two looks at it: both ends have heard nothing for longer than a lane may be
+    silent, or a goodbye may take."""
+    leaps, now = count(), time.monotonic
+    leaping = SimpleNamespace(monotonic=lambda: now() + 10.0 * next(leaps), sleep=time.sleep)
+    with connected(line=LineConfig(rtt_ms=50)) as (sender, receiver):
+        for module in (lanes, supervision):
+            monkeypatch.setattr(module, "time", leaping)
+        wait_until(lambda: next(leaps) > 500)
+        sender.send_message({"text": "still there"})
+        assert event(receiver, MessageReceived).message["text"] == "still there" and sender.epoch == 1
+        sender.close()
+        assert event(receiver, LinkLost).reason == "closed by the peer"

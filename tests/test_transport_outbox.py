@@ -278,18 +278,16 @@ def test_room_that_was_claimed_for_bytes_that_cannot_be_copied_is_given_back():
 
 def test_a_goodbye_waits_for_the_last_message_or_for_so_long():
     outbox = open_outbox()
-    outbox.wait_until_messages_are_acknowledged(time.monotonic() + DEADLINE_S)
+    assert outbox.messages_are_acknowledged_within(DEADLINE_S)
     outbox.send_message(encode_message({"a": 1}))
     outbox.next_frame(1)
     began = time.monotonic()
-    outbox.wait_until_messages_are_acknowledged(began + 0.05)
+    assert not outbox.messages_are_acknowledged_within(0.05)
     assert time.monotonic() >= began + 0.05
-    in_parallel(lambda: outbox.wait_until_messages_are_acknowledged(time.monotonic() + DEADLINE_S),
-                lambda: outbox.settle([1]))
+    in_parallel(lambda: outbox.messages_are_acknowledged_within(DEADLINE_S), lambda: outbox.settle([1]))
     assert time.monotonic() < began + DEADLINE_S
     outbox.send_message(encode_message({"b": 1}))
-    in_parallel(lambda: outbox.wait_until_messages_are_acknowledged(time.monotonic() + DEADLINE_S),
-                lambda: outbox.close("the first reason"))
+    in_parallel(lambda: outbox.messages_are_acknowledged_within(DEADLINE_S), lambda: outbox.close("the first reason"))
     outbox.close("a later one")
     with pytest.raises(LinkDown, match="the first reason"):
         outbox.check_open()

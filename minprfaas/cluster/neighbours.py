@@ -15,10 +15,11 @@ from minprfaas.errors import UserError
 from minprfaas.transport.base import LinkDown, LinkRefused
 from minprfaas.transport.fabric import Fabric
 from minprfaas.transport.wan.link import Link
+from minprfaas.transport.wan.supervision import patiently
 
 MEETING_S = 3600.0  # one attempt's; another one follows
 PAUSE_S = 1.0  # after an attempt that failed
-CLOSING_S = 5.0
+CLOSING_STEPS = 50  # of a tenth of a second each
 
 
 class Neighbours:
@@ -76,4 +77,4 @@ class Neighbours:
         for thread in closing:
             thread.start()
         for thread in closing:
-            thread.join(CLOSING_S)
+            patiently(lambda step_s: thread.join(step_s) or not thread.is_alive(), range(CLOSING_STEPS))

@@ -228,11 +228,11 @@ class Outbox:
             self._sendable.notify_all()
             self._wake_waiters()
 
-    def wait_until_messages_are_acknowledged(self, give_up_at_s: float) -> None:
-        """Block until then at the latest, or until the link is closed."""
+    def messages_are_acknowledged_within(self, patience_s: float) -> bool:
+        """Block until they are or the link is closed: True; False when that takes too long."""
         with self._lock:
-            self._progress.wait_for(lambda: self._closed is not None or not self._queue.owes_messages,
-                                    give_up_at_s - time.monotonic())
+            return self._progress.wait_for(lambda: self._closed is not None or not self._queue.owes_messages,
+                                           patience_s)
 
     def tick(self, now_s: float) -> None:
         """Take a sample when one is due."""

@@ -6,11 +6,12 @@ the next one, from the last acknowledged chunk. Threads: those of the lanes, and
 
 import atexit
 import logging
+import math
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch.distributed as dist
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 BEATS_IN_SILENCE = 5  # so many heartbeats must be lost before a lane is taken for dead
 KEPT_BEATS = 4 * BEATS_IN_SILENCE  # of a lane: one that has not left by then is of a dead lane
 GOODBYE_S = 5.0  # for the last messages to be acknowledged, by a peer that is alive and busy
+STEP_S = 0.1  # of patience
 
 
 class Supervisor:
@@ -78,11 +80,10 @@ class Supervisor:
         self._closing.set()
         if self._thread is not None and self.is_up:  # else no epoch comes any more in which the peer could answer
             rtt_s = self._line.config.rtt_ms / 1e3 if self._line is not None else 0.0
-            give_up_at_s = time.monotonic() + GOODBYE_S + rtt_s
-            self._outbox.wait_until_messages_are_acknowledged(give_up_at_s)
+            steps = iter(range(math.ceil((GOODBYE_S + rtt_s) / STEP_S)))
+            patiently(self._outbox.messages_are_acknowledged_within, steps)
             self._outbox.send_control(Kind.BYE)
-            # The peer cuts the lanes when it reads the goodbye.
-            self._broken.wait(max(0.0, give_up_at_s - time.monotonic()))
+            patiently(self._broken.wait, steps)  # the peer cuts the lanes when it reads the goodbye
         self._break("closed on this side")
         if self._thread is not None:
             self._thread.join(LANE_TIMEOUT_S)
@@ -140,11 +141,15 @@ class Supervisor:
 
     def _watch(self) -> None:
         """Send heartbeats and take samples until the epoch breaks, or a lane is silent for too long."""
-        beat_at_s, beat_every_s = 0.0, self._config.silence_s / BEATS_IN_SILENCE
+        beat_at_s, beat_every_s, looked_at_s = 0.0, self._config.silence_s / BEATS_IN_SILENCE, time.monotonic()
         # Gloo forgets a send whose handle is dropped, and says of none that it has ended unless somebody waits for it.
         beats: deque[tuple[dist.Work, Frame]] = deque(maxlen=KEPT_BEATS * len(self._lanes))
         while not self._broken.wait(min(SAMPLE_EVERY_S, beat_every_s)):  # no more often: an idle process has many links
             now_s = time.monotonic()
+            if (pause_s := now_s - looked_at_s) > beat_every_s:  # this process stood still, and so did what it hears
+                for lane in self._lanes:
+                    lane.heard_at_s += pause_s
+            looked_at_s = now_s
             self._outbox.tick(now_s)
             beat_is_due = now_s >= beat_at_s
             if beat_is_due:
@@ -195,6 +200,14 @@ class Supervisor:
         self._inbox.handle(header, slot, lane.codec, parts)
         if self._timeline is not None and header.kind == Kind.CHUNK:
             self._timeline.span(f"{self._name} lane {lane.index} receive", header.label, began_at_s, time.monotonic())
+
+
+def patiently(wait: Callable[[float], object], steps: Iterable[object]) -> None:
+    """Let `wait` wait for so many steps, or until it says that there is no need. By the clock, a machine that stood
+    still for as long would leave its peers no time to answer."""
+    for _ in steps:
+        if wait(STEP_S):
+            return
 
 
 _of_this_process: "weakref.WeakSet[Supervisor]" = weakref.WeakSet()
