@@ -146,7 +146,8 @@ class Supervisor:
         beats: deque[tuple[dist.Work, Frame]] = deque(maxlen=KEPT_BEATS * len(self._lanes))
         while not self._broken.wait(min(SAMPLE_EVERY_S, beat_every_s)):  # no more often: an idle process has many links
             now_s = time.monotonic()
-            if (pause_s := now_s - looked_at_s) > beat_every_s:  # this process stood still, and so did what it hears
+            pause_s = now_s - looked_at_s
+            if pause_s > self._config.silence_s / 2:  # this process stood still, and with it what it would have heard
                 for lane in self._lanes:
                     lane.heard_at_s += pause_s
             looked_at_s = now_s
